@@ -1,0 +1,2 @@
+"""smolds: pre-trains SmolLM2-DeepSeek language models with expert parallelism."""
+

@@ -1,0 +1,23 @@
+"""The SmolLM2-DeepSeek model: transformers classes, registered with the Auto classes. Knows nothing of ranks."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from smolds_dist.model.attention import DeepSeekV3Attention
+from smolds_dist.model.configuration import DeepSeekV3Config
+from smolds_dist.model.modeling import DeepSeekV3ForCausalLM, DeepSeekV3Model, RMSNorm
+from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
+
+AutoConfig.register(DeepSeekV3Config.model_type, DeepSeekV3Config, exist_ok=True)
+AutoModel.register(DeepSeekV3Config, DeepSeekV3Model, exist_ok=True)
+AutoModelForCausalLM.register(DeepSeekV3Config, DeepSeekV3ForCausalLM, exist_ok=True)
+
+__all__ = [
+    "DeepSeekExpertLayer",
+    "DeepSeekMoE",
+    "DeepSeekV3Attention",
+    "DeepSeekV3Config",
+    "DeepSeekV3ForCausalLM",
+    "DeepSeekV3Model",
+    "RMSNorm",
+    "TopKRouter",
+]

@@ -1,0 +1,129 @@
+"""Attention: grouped-query and multi-head latent, both with rotary position embedding.
+
+Shape letters: B batch, S sequence, H hidden, N query heads, G key/value heads, D head dimension,
+P rotary dimensions, R latent (compressed key/value) rank.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from smolds_dist.model.configuration import DeepSeekV3Config
+from smolds_dist.model.norm import RMSNorm
+
+
+def rotary_angles(position_ids: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864, equation 34), in fp32.
+
+    Computed anew from the positions, because a stored frequency buffer would be rounded when the model is cast to bf16.
+
+    Args:
+        position_ids: [B, S].
+        dim: P, even.
+        theta: base wavelength.
+
+    Returns:
+        Two tensors [B, S, P]; both halves of the last dimension hold the same angles.
+    """
+    exponents = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
+    angles = position_ids[..., None].float() * theta**-exponents  # [B, S, P/2]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (i, i + P/2) of the last dimension of x [B, heads, S, P]; computed in fp32, returned in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+class DeepSeekV3Attention(nn.Module):
+    """Causal self-attention over [B, S, H], grouped-query or latent as `config.attention` says.
+
+    Grouped-query: N query heads share G key/value heads (arXiv 2305.13245).
+    Latent: keys and values are rebuilt from one vector of rank R per token, and one rotary key of P dimensions is shared
+    by all heads (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19). The cache holds these two, R + P numbers a token.
+    """
+
+    def __init__(self, config: DeepSeekV3Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.latent = config.attention == "latent"
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if self.latent:
+            self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+            self.num_key_value_groups = 1
+            if config.q_lora_rank is None:
+                self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=False)
+            else:
+                self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+                self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+                self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
+            self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+            self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+            kv_head_dim = config.qk_nope_head_dim + config.v_head_dim
+            self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * kv_head_dim, bias=False)
+            self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+        else:
+            self.qk_head_dim = config.head_dim
+            self.num_key_value_groups = heads // config.num_key_value_heads
+            self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=False)
+            self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
+            self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
+            self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
+        self.scaling = self.qk_head_dim**-0.5
+
+    def forward(
+        self,
+        x_BSH: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        project = self._latent_qkv if self.latent else self._grouped_query_qkv
+        query, key, value = project(x_BSH, *rotary, past_key_values)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
+        out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1))
+
+    def _grouped_query_qkv(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
+        """Query [B, N, S, D], key and value [B, G, S', D], S' counting cached tokens too."""
+        per_head = (*x_BSH.shape[:-1], -1, self.qk_head_dim)
+        query = self.q_proj(x_BSH).view(per_head).transpose(1, 2)
+        key = self.k_proj(x_BSH).view(per_head).transpose(1, 2)
+        value = self.v_proj(x_BSH).view(per_head).transpose(1, 2)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        return query, key, value
+
+    def _latent_qkv(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
+        """Query and key [B, N, S', nope + P], value [B, N, S', v], rebuilt from the cached latent and rotary key."""
+        config = self.config
+        B, S, _ = x_BSH.shape
+        if config.q_lora_rank is None:
+            query = self.q_proj(x_BSH)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSH)))
+        query = query.view(B, S, -1, self.qk_head_dim).transpose(1, 2)
+        q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BSH).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        # One "head" each, so that any transformers cache can hold them: [B, 1, S, R] and [B, 1, S, P].
+        latent = self.kv_a_layernorm(latent)[:, None]
+        k_rope = apply_rotary(k_rope[:, None], cos, sin)
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+
+        kv = self.kv_b_proj(latent.squeeze(1))
+        kv = kv.view(B, latent.shape[2], config.num_attention_heads, -1).transpose(1, 2)
+        k_nope, value = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        query = torch.cat((q_nope, apply_rotary(q_rope, cos, sin)), dim=-1)
+        key = torch.cat((k_nope, k_rope.expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
+        return query, key, value

@@ -1,0 +1,173 @@
+"""The decoder and the causal language model, as transformers models.
+
+Shape letters: B batch, S sequence, H hidden, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+from smolds_dist.model.attention import DeepSeekV3Attention, rotary_angles
+from smolds_dist.model.configuration import DeepSeekV3Config
+from smolds_dist.model.kernels import linear_cross_entropy
+from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
+from smolds_dist.model.norm import RMSNorm
+
+
+class DeepSeekV3Block(GradientCheckpointingLayer):
+    """Pre-norm residual block: attention, then the mixture of experts."""
+
+    def __init__(self, config: DeepSeekV3Config, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DeepSeekV3Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DeepSeekMoE(config)
+
+    def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
+        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
+        return x_BSH + self.mlp(self.post_attention_layernorm(x_BSH))
+
+
+class LMHead(nn.Linear):
+    """Hidden states to logits, or, given labels, straight to the loss without ever holding all logits.
+
+    The loss lives in this module so that engines which gather a module's weights around its forward (ZeRO 3) see it.
+    """
+
+    def __init__(self, config: DeepSeekV3Config):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        # Position t predicts token t + 1.
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+        return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), self.weight, labels.flatten())
+
+
+class DeepSeekV3PreTrainedModel(PreTrainedModel):
+    config_class = DeepSeekV3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepSeekV3Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, DeepSeekExpertLayer):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, TopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepSeekMoE):
+            init.zeros_(module.tokens_per_expert)
+
+
+class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
+    """Embedding, blocks and final norm: token ids [B, S] to hidden states [B, S, H]."""
+
+    def __init__(self, config: DeepSeekV3Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DeepSeekV3Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BSH,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta)
+        for block in self.layers:
+            x_BSH = block(x_BSH, rotary=rotary, attention_mask=mask, past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x_BSH), past_key_values=past_key_values)
+
+
+class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
+    """The language model. With `labels` it returns the loss and no logits, since training never needs all of them."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DeepSeekV3Config):
+        super().__init__(config)
+        self.model = DeepSeekV3Model(config)
+        self.lm_head = LMHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [B, S, V], or with `labels` [B, S] (negative entries ignored) the mean loss over the next tokens.
+
+        `aux_loss` is the mean over layers of the load-balancing loss, already added to `loss` with its coefficient.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = aux_loss = None
+        if labels is not None:
+            loss = self.lm_head(hidden, labels)
+            if self.training and self.config.router_aux_loss_coef:
+                aux_loss = torch.stack([block.mlp.aux_loss for block in self.model.layers]).mean()
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=outputs.past_key_values
+        )

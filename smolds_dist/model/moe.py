@@ -1,0 +1,100 @@
+"""The mixture of experts: router, experts, and the block that joins them.
+
+Shape letters: B batch, S sequence, T = B x S tokens, K experts per token, M = T x K routed rows, H hidden, E experts,
+I expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolds_dist.model.configuration import DeepSeekV3Config
+from smolds_dist.model.kernels import expert_ffn
+
+
+class TopKRouter(nn.Module):
+    """Scores every expert for every token and picks the best K.
+
+    The selection bias is added for the choice only; the weights come from the unbiased scores (DeepSeek-V3, arXiv
+    2412.19437, equation 16). Products and scores are fp32 whatever the model's dtype.
+    """
+
+    def __init__(self, config: DeepSeekV3Config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns weights [T, K] (fp32), chosen experts [T, K] and all scores [T, E] (fp32)."""
+        with torch.autocast(x_TH.device.type, enabled=False):
+            logits = F.linear(x_TH.float(), self.weight.float())
+        scores = logits.softmax(-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
+        chosen = (scores + self.e_score_correction_bias).topk(self.config.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.config.routed_scaling_factor, chosen, scores
+
+
+class DeepSeekExpertLayer(nn.Module):
+    """E SwiGLU experts in two stacked weights, in the layout that transformers and DeepSpeed AutoEP expect."""
+
+    def __init__(self, config: DeepSeekV3Config):
+        super().__init__()
+        E, H, width = config.num_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, H))
+        self.down_proj = nn.Parameter(torch.empty(E, H, width))
+
+    def forward(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, counts_E: Tensor) -> Tensor:
+        """Weighted sum over each token's chosen experts, [T, H]. Dropless: no expert has a capacity."""
+        T, K = chosen_TK.shape
+        order_M = chosen_TK.flatten().argsort(stable=True)
+        out_MH = expert_ffn(x_TH[order_M // K], counts_E.tolist(), self.gate_up_proj, self.down_proj)
+        per_token = torch.zeros_like(out_MH).index_copy(0, order_M, out_MH).view(T, K, -1)
+        return (per_token * weights_TK[..., None]).sum(1).to(x_TH.dtype)
+
+
+class SharedExpert(nn.Module):
+    """The SwiGLU that every token passes, `n_shared_experts` wide (DeepSeekMoE, arXiv 2401.06066, section 3.2)."""
+
+    def __init__(self, config: DeepSeekV3Config):
+        super().__init__()
+        width = config.intermediate_size * config.n_shared_experts
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DeepSeekMoE(nn.Module):
+    """Router, experts and optional shared expert over [B, S, H].
+
+    `tokens_per_expert` adds up the routed rows of every forward pass; whoever reads it decides which passes count.
+    `aux_loss` is the last training pass's load-balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6),
+    set only where `router_aux_loss_coef` asks for it.
+    """
+
+    def __init__(self, config: DeepSeekV3Config):
+        super().__init__()
+        self.config = config
+        self.gate = TopKRouter(config)
+        self.experts = DeepSeekExpertLayer(config)
+        self.shared_experts = SharedExpert(config) if config.n_shared_experts else None
+        self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts), persistent=False)
+        self.aux_loss: Tensor | None = None
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
+        weights, chosen, scores = self.gate(x_TH)
+        counts = torch.bincount(chosen.flatten(), minlength=self.config.num_experts)
+        self.tokens_per_expert += counts
+        if self.training and self.config.router_aux_loss_coef:
+            share = counts / chosen.numel()
+            self.aux_loss = self.config.num_experts * (share * scores.mean(0)).sum()
+        out = self.experts(x_TH, weights, chosen, counts)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x_TH)
+        return out.view_as(x_BSH)

@@ -1,0 +1,119 @@
+"""The model against transformers' own implementations of the same function."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Ernie4_5_MoeForCausalLM
+
+from smolds_dist.export import transformers_config, transformers_state_dict
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+
+SMALL = dict(vocab_size=160, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6)
+GQA = dict(SMALL, num_key_value_heads=2, head_dim=8)
+LATENT = dict(
+    SMALL, attention="latent", scoring_func="sigmoid", q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=12, n_shared_experts=1, routed_scaling_factor=1.7, rms_norm_eps=1e-6,
+)  # fmt: skip
+
+
+def build(settings: dict, bias_scale: float = 0.0) -> DeepSeekV3ForCausalLM:
+    torch.manual_seed(0)
+    # A wide initialisation makes the scores differ enough that a wrong router shows.
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings, initializer_range=0.2)).eval()
+    for block in model.model.layers:
+        block.mlp.gate.e_score_correction_bias.normal_().mul_(bias_scale)
+    return model
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["gqa", "latent"])
+def pair(request):
+    """Our model and transformers' with the same weights and non-zero selection biases."""
+    settings, peer_class = (GQA, Ernie4_5_MoeForCausalLM) if request.param == "gqa" else (LATENT, DeepseekV3ForCausalLM)
+    ours = build(settings, bias_scale=0.2)
+    peer = peer_class(transformers_config(ours.config)).eval()
+    missing, unexpected = peer.load_state_dict(transformers_state_dict(ours.state_dict(), ours.config), strict=False)
+    assert not missing and not unexpected
+    return ours, peer
+
+
+def test_reference_model_has_254_896_512_parameters():
+    with torch.device("meta"):
+        model = DeepSeekV3ForCausalLM(DeepSeekV3Config())
+    assert sum(p.numel() for p in model.parameters()) == 254_896_512
+
+
+def test_logits_equal_transformers(pair):
+    ours, peer = pair
+    ids = tokens(3, 40)
+    torch.testing.assert_close(ours(input_ids=ids).logits, peer(input_ids=ids).logits, atol=1e-4, rtol=0)
+
+
+def test_selection_bias_changes_the_choice(pair):
+    ours, _ = pair
+    ids = tokens(1, 40)
+    with_bias = ours(input_ids=ids).logits
+    for block in ours.model.layers:
+        block.mlp.gate.e_score_correction_bias.zero_()
+    assert (ours(input_ids=ids).logits - with_bias).abs().max() > 1e-2
+
+
+def test_padded_batch_equals_transformers(pair):
+    ours, peer = pair
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    real = mask.bool()
+    ours_logits, peer_logits = (m(input_ids=ids, attention_mask=mask).logits[real] for m in (ours, peer))
+    torch.testing.assert_close(ours_logits, peer_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_equal_transformers(pair, checkpointing):
+    ours, peer = pair
+    ids = tokens(3, 40)
+    if checkpointing:
+        ours.gradient_checkpointing_enable({"use_reentrant": False})
+    ours_loss, peer_loss = ours.train()(input_ids=ids, labels=ids).loss, peer.train()(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(ours_loss, peer_loss, atol=1e-5, rtol=0)
+    ours_loss.backward()
+    peer_loss.backward()
+    expected = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
+    actual = transformers_state_dict({name: p.grad for name, p in ours.named_parameters()}, ours.config)
+    assert len(actual) > 20
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_greedy_continuation_equals_transformers(pair):
+    ours, peer = pair
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = peer.generate(tokens(2, 7), **options)
+    assert torch.equal(ours.generate(tokens(2, 7), **options), expected)
+    assert torch.equal(ours.generate(tokens(2, 7), use_cache=False, **options), expected)
+
+
+def test_latent_cache_holds_the_latent_not_the_heads():
+    ours = build(LATENT)
+    cache = ours(input_ids=tokens(2, 9), use_cache=True).past_key_values
+    shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
+    assert shapes == [((2, 1, 9, 16), (2, 1, 9, 8))] * 3
+
+
+def test_save_and_load_keeps_biases_in_fp32(tmp_path):
+    ours = build(GQA, bias_scale=0.2)
+    ours.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    bias = loaded.model.layers[1].mlp.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32
+    assert torch.equal(bias, ours.model.layers[1].mlp.gate.e_score_correction_bias)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_configuration_refuses_contradictions():
+    for wrong in (dict(num_experts_per_tok=9), dict(num_key_value_heads=4), dict(attention="mha"), dict(head_dim=7)):
+        with pytest.raises(Exception, match=next(iter(wrong)) if "head_dim" not in wrong else "even"):
+            DeepSeekV3Config(**wrong)
