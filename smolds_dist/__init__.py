@@ -1,2 +1,1 @@
 """smolds: pre-trains SmolLM2-DeepSeek language models with expert parallelism."""
-

@@ -25,7 +25,9 @@ def transformers_config(config: DeepSeekV3Config) -> PreTrainedConfig:
     common["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.attention == "gqa" and config.scoring_func == "softmax":
         if not config.norm_topk_prob or config.routed_scaling_factor != 1.0:
-            raise ValueError("ERNIE's router has no counterpart for norm_topk_prob=False or routed_scaling_factor != 1.")
+            raise ValueError(
+                "ERNIE's router has no counterpart for norm_topk_prob=False or routed_scaling_factor != 1."
+            )
         return Ernie4_5_MoeConfig(
             **common,
             num_key_value_heads=config.num_key_value_heads,
@@ -39,9 +41,13 @@ def transformers_config(config: DeepSeekV3Config) -> PreTrainedConfig:
         )
     if config.attention == "latent" and config.scoring_func == "sigmoid":
         if not config.n_shared_experts:
-            raise ValueError("transformers' DeepSeek-V3 always has a shared expert; n_shared_experts=0 has no counterpart.")
+            raise ValueError(
+                "transformers' DeepSeek-V3 always has a shared expert; n_shared_experts=0 has no counterpart."
+            )
         if config.rms_norm_eps != 1e-6:
-            raise ValueError("transformers' DeepSeek-V3 fixes the latent norms' epsilon; only rms_norm_eps=1e-6 matches.")
+            raise ValueError(
+                "transformers' DeepSeek-V3 fixes the latent norms' epsilon; only rms_norm_eps=1e-6 matches."
+            )
         return DeepseekV3Config(
             **common,
             num_key_value_heads=config.num_attention_heads,

@@ -84,7 +84,9 @@ def test_loss_and_gradients_equal_transformers(pair, checkpointing):
     assert len(actual) > 20
     assert actual.keys() == expected.keys()
     for name in actual:
-        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_greedy_continuation_equals_transformers(pair):

@@ -1,0 +1,354 @@
+"""RunConfig: everything a run can be told, as typed dataclasses; presets, YAML files and dotted overrides fill it in.
+
+Every contradiction between two settings is refused here or, where it depends on the machine, in `parallel.topology`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import yaml
+
+from smolds_dist.errors import ConfigError
+
+PRESET_DIR = Path(__file__).parent / "presets"
+
+
+@dataclass
+class Run:
+    """Where a run lives: `dir`/`name`."""
+
+    name: str | None = None
+    """The preset's name where not given."""
+    dir: str = "runs"
+
+
+@dataclass
+class Model:
+    """The fields of `DeepSeekV3Config`, with its defaults: the reference model of 254,896,512 parameters."""
+
+    vocab_size: int | None = None
+    """The tokenizer's where not given; a larger one leaves rows unused."""
+    hidden_size: int = 384
+    intermediate_size: int = 1024
+    """Width of one expert."""
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    attention: Literal["gqa", "latent"] = "gqa"
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 128
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 0
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    max_position_embeddings: int = 8192
+    rope_theta: float = 100000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+
+
+@dataclass
+class Data:
+    """Corpus, tokenizer and sequence length."""
+
+    source: str = "stdlib"
+    """Stdlib | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME[:CONFIG]."""
+    text_field: str = "text"
+    """Column of jsonl, parquet and hf sources that holds the text."""
+    split: str = "train"
+    """Of an hf source."""
+    tokenizer: str = "train"
+    """"train" (byte-level BPE on the corpus), a folder, or a name on the Hub."""
+    tokenizer_vocab_size: int = 8192
+    """Of a trained tokenizer."""
+    seq_len: int = 1024
+    """Tokens of a sequence."""
+    max_tokens: int | None = None
+    """Stop reading the corpus there; an hf source stops after what the run needs."""
+    val_fraction: float = 0.005
+    """Share of the documents held out."""
+    cache_dir: str = "~/.cache/smolds"
+
+
+@dataclass
+class Train:
+    """The optimisation."""
+
+    steps: int = 10_000
+    seed: int = 0
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    global_batch: int = 32
+    """Sequences per step, the same in every topology."""
+    micro_batch: int | None = None
+    """Sequences per forward pass of one rank; the rest is accumulated."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    """Of the matrices, where optimizer is muon."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    """Last share of the steps in which wsd decays."""
+    min_lr_fraction: float = 0.1
+    """Where the schedule ends, as a share of lr."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    balance: Literal["bias", "aux_loss", "none"] = "bias"
+    balance_rate: float = 1e-3
+    """Change of a selection bias per step."""
+    aux_loss_coef: float = 0.01
+    """Where balance is aux_loss."""
+    activation_checkpointing: bool = False
+    eval_every: int = 500
+    """Steps; 0: only at the end."""
+    eval_sequences: int = 128
+    """Of the held-out split."""
+
+
+@dataclass
+class Parallel:
+    """The topology; "auto" leaves a choice to `parallel.topology`."""
+
+    engine: Literal["auto", "local", "deepspeed"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    expert: Literal["auto"] | int = "auto"
+    """Ranks that share one set of experts."""
+    zero: Literal["auto"] | int = "auto"
+    """ZeRO stage, 0 to 3."""
+    ds_config: str | None = None
+    """Your own DeepSpeed JSON instead of ds_configs/zeroN.json."""
+
+
+@dataclass
+class Checkpoint:
+    """State to continue from."""
+
+    every: int = 1000
+    """Steps; 0: none."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    resume: Literal["never", "auto"] = "never"
+    """Auto: continue the run of this name if it has a checkpoint."""
+
+
+@dataclass
+class Log:
+    """What is written while training."""
+
+    sample_every: int = 500
+    """Steps; 0: only at the end."""
+    sample_prompts: list[str] = field(default_factory=lambda: ["The "])
+    sample_tokens: int = 64
+    tensorboard: bool = True
+
+
+@dataclass
+class RunConfig:
+    """One run. `validate()` has been called on every RunConfig that `load_config` returns."""
+
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / str(self.run.name)
+
+    def validate(self) -> None:
+        """Refuses what no machine could run.
+
+        Raises:
+            ConfigError: naming the setting, the rule and the fix.
+        """
+        _check_numbers(self)
+        _check_model(self)
+        if not re.fullmatch(r"[\w.+=-][\w.+= -]*", self.run.name or "") or self.run.name in (".", ".."):
+            raise ConfigError(
+                f"--run.name {self.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
+            )
+        kind = self.data.source.partition(":")[0]
+        if kind not in ("stdlib", "text", "jsonl", "parquet", "hf"):
+            raise ConfigError(
+                f"--data.source {self.data.source!r} is unknown; use stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB or hf:NAME."
+            )
+        if kind != "stdlib" and not self.data.source.partition(":")[2]:
+            raise ConfigError(f"--data.source {self.data.source!r} names nothing to read; write it as {kind}:...")
+        if self.data.seq_len > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"--data.seq_len {self.data.seq_len} is longer than --model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}; lower the first or raise the second."
+            )
+        if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
+            raise ConfigError(
+                f"--train.micro_batch {self.train.micro_batch} does not divide --train.global_batch "
+                f"{self.train.global_batch}; valid values: {_divisors(self.train.global_batch)}."
+            )
+        if self.parallel.zero not in ("auto", 0, 1, 2, 3):
+            raise ConfigError(f"--parallel.zero {self.parallel.zero} is no ZeRO stage; use auto, 0, 1, 2 or 3.")
+        if self.parallel.ds_config and not Path(self.parallel.ds_config).is_file():
+            raise ConfigError(
+                f"--parallel.ds_config {self.parallel.ds_config!r} is not a file; give a DeepSpeed JSON file."
+            )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+_AT_LEAST_ONE = (
+    "data.seq_len data.tokenizer_vocab_size train.steps train.global_batch train.eval_sequences checkpoint.keep "
+    "log.sample_tokens model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads "
+    "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.kv_lora_rank "
+    "model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.max_position_embeddings"
+).split()
+_NOT_NEGATIVE = (
+    "train.seed train.warmup_steps train.weight_decay train.grad_clip train.balance_rate train.aux_loss_coef "
+    "train.eval_every checkpoint.every log.sample_every model.n_shared_experts"
+).split()
+_POSITIVE = "train.lr train.muon_lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
+_SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()
+_OPTIONAL = "data.max_tokens train.micro_batch model.vocab_size model.q_lora_rank".split()
+
+
+def _check_numbers(config: RunConfig) -> None:
+    def value(name: str) -> float:
+        section, key = name.split(".")
+        return getattr(getattr(config, section), key)
+
+    def refuse(name: str, rule: str) -> ConfigError:
+        return ConfigError(f"--{name} {value(name)} is out of range; {rule}.")
+
+    for name in _AT_LEAST_ONE:
+        if value(name) < 1:
+            raise refuse(name, "it must be at least 1")
+    for name in _OPTIONAL:
+        if value(name) is not None and value(name) < 1:
+            raise refuse(name, "it must be at least 1, or null")
+    for name in _NOT_NEGATIVE:
+        if not 0 <= value(name) < math.inf:
+            raise refuse(name, "it must be 0 or more")
+    for name in _POSITIVE:
+        if not 0 < value(name) < math.inf:
+            raise refuse(name, "it must be more than 0")
+    for name in _SHARE:
+        if not 0 <= value(name) <= 1:
+            raise refuse(name, "it must lie between 0 and 1")
+    if config.data.seq_len < 2:
+        raise refuse("data.seq_len", "it must be at least 2, since each token predicts the next")
+    if not 0 < config.data.val_fraction < 0.5:
+        raise refuse("data.val_fraction", "it must lie between 0 and 0.5")
+    if max(config.train.beta1, config.train.beta2) == 1:
+        raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
+
+
+def _check_model(config: RunConfig) -> None:
+    m = config.model
+    if m.attention == "gqa" and m.num_attention_heads % m.num_key_value_heads:
+        raise ConfigError(
+            f"--model.num_key_value_heads {m.num_key_value_heads} does not divide --model.num_attention_heads "
+            f"{m.num_attention_heads}; valid values: {_divisors(m.num_attention_heads)}."
+        )
+    if m.num_experts_per_tok > m.num_experts:
+        raise ConfigError(
+            f"--model.num_experts_per_tok {m.num_experts_per_tok} exceeds --model.num_experts {m.num_experts}; lower it."
+        )
+    name, dims = ("head_dim", m.head_dim) if m.attention == "gqa" else ("qk_rope_head_dim", m.qk_rope_head_dim)
+    if dims % 2:
+        raise ConfigError(f"--model.{name} {dims} is odd, but rotary embedding turns pairs; use {dims + 1}.")
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def load_config(args: list[str], prog: str = "smolds train") -> RunConfig:
+    """The RunConfig of a command line such as `--preset debug --train.steps 50`; options override the preset.
+
+    `--config FILE` (for instance another run's config.yaml) may stand instead of `--preset NAME`.
+
+    Raises:
+        ConfigError: for an unknown option, a value of the wrong type, or a contradiction.
+    """
+    base_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    base_parser.add_argument("--preset")
+    base_parser.add_argument("--config", type=Path)
+    try:
+        base, rest = base_parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from None
+    base_file = _base_file(base.preset, base.config)
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--preset NAME | --config FILE] [--SECTION.FIELD VALUE ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_config_files=[base_file] if base_file else [],
+    )
+    # Only for --help: these two were read above, because the preset is the ground that the other options stand on.
+    parser.add_argument("--preset", help=f"settings to start from: {', '.join(preset_names())}")
+    parser.add_argument("--config", help="YAML file to start from, for instance runs/NAME/config.yaml")
+    parser.add_class_arguments(RunConfig)
+    try:
+        settings = parser.instantiate(parser.parse_args(rest))
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ConfigError(_one_sentence(str(error), parser)) from None
+    config = RunConfig(**{f.name: settings[f.name] for f in dataclasses.fields(RunConfig)})
+    if config.run.name is None:
+        config.run.name = base.preset or "run"
+    config.validate()
+    return config
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes every field as YAML that `--config` reads."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _base_file(preset: str | None, config: Path | None) -> str | None:
+    if preset and config:
+        raise ConfigError("--preset and --config both name the settings to start from; give one of them.")
+    if preset and preset not in preset_names():
+        raise ConfigError(f"--preset {preset!r} is unknown; use one of {', '.join(preset_names())}.")
+    if config and not config.is_file():
+        raise ConfigError(f"--config {str(config)!r} is not a file; give a YAML file such as runs/NAME/config.yaml.")
+    return str(PRESET_DIR / f"{preset}.yaml") if preset else str(config) if config else None
+
+
+def _one_sentence(message: str, parser: jsonargparse.ArgumentParser) -> str:
+    """jsonargparse's message, which may be a paragraph, as one sentence that says what to do."""
+    if match := re.match(r'Parser key "([^"]+)":.*(?:Got value|Given value): (.*)$', message, re.DOTALL):
+        key, value = match.groups()
+        kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])", message)
+        return f"--{key} {value} is not valid; give {' or '.join(name or values for name, values in kinds)}."
+    if match := re.match(r"(?:unrecognized arguments: |Group '(\w+)' does not accept option ')([^\s'=]+)", message):
+        group, name = match.groups()
+        name = f"--{group}.{name}" if group else name
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(name, options, n=1)
+        return f"{name} is no option; " + (
+            f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists them."
+        )
+    return " ".join(message.split()) + "."

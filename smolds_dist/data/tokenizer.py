@@ -1,0 +1,64 @@
+"""The tokenizer: from the Hub, from a folder, or a byte-level BPE trained on the corpus."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from smolds_dist.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_CHARACTERS = 32_000_000
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A fast tokenizer from a folder or from the Hub.
+
+    Raises:
+        ConfigError: where there is none, or it has no end-of-text token to part the documents.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"--data.tokenizer {name!r} could not be loaded ({reason}); "
+            "give a folder, a name on the Hub, or `train` for one trained on the corpus."
+        ) from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"--data.tokenizer {name!r} has no fast version; choose one with a tokenizer.json.")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"--data.tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains a byte-level BPE on the first 32 million characters and saves it to `folder` in Hugging Face format."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_characters(documents, TRAINING_CHARACTERS), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    fast.save_pretrained(folder)
+
+
+def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+    documents = iter(documents)
+    first = next(documents, None)
+    if first is None:
+        raise ConfigError("the corpus holds no text; check --data.source.")
+    for text in chain([first], documents):
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return

@@ -1,0 +1,8 @@
+"""The one error type for a user's mistakes."""
+
+
+class ConfigError(Exception):
+    """A setting that cannot work. The message is one sentence that names the value, the rule and the fix.
+
+    The command line prints it and exits with code 2, without a traceback.
+    """
