@@ -97,8 +97,6 @@ class Train:
     """Sequences per forward pass of one rank; the rest is accumulated."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
-    muon_lr: float = 0.02
-    """Of the matrices, where optimizer is muon."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_fraction: float = 0.2
@@ -226,7 +224,7 @@ _NOT_NEGATIVE = (
     "train.seed train.warmup_steps train.weight_decay train.grad_clip train.balance_rate train.aux_loss_coef "
     "train.eval_every checkpoint.every log.sample_every model.n_shared_experts"
 ).split()
-_POSITIVE = "train.lr train.muon_lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
+_POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
 _SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()
 _OPTIONAL = "data.max_tokens train.micro_batch model.vocab_size model.q_lora_rank".split()
 

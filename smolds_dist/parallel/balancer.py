@@ -1,0 +1,72 @@
+"""Auxiliary-loss-free load balancing (arXiv 2408.15664): a selection bias per expert that moves once per optimizer step.
+
+Shape letters: L layers, E experts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Balancer:
+    """Counts where the tokens of a step went, over all ranks and micro batches, and moves the biases against it.
+
+    A layer is any module with `tokens_per_expert` [E]: our `DeepSeekMoE` (router `gate`) or DeepSpeed's AutoEP layer
+    (router `router`). Both add to their counts in every forward pass, so only passes inside `counting()` are taken.
+
+    Args:
+        rate: how far a bias moves per step; 0 only counts.
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        self.rate = rate
+        self.layers = [module for module in model.modules() if hasattr(module, "tokens_per_expert")]
+        self.biases = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
+        self.biases = [router.e_score_correction_bias for router in self.biases]
+        for layer in self.layers:
+            # Counts above 256 are not exact in bf16, to which an engine may have cast the buffer.
+            layer.tokens_per_expert = layer.tokens_per_expert.float()
+        device = self.layers[0].tokens_per_expert.device
+        self._counts = torch.zeros(len(self.layers), len(self.biases[0]), device=device)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around a training forward pass. Evaluation, sampling and recomputation in backward stay outside."""
+        for layer in self.layers:
+            layer.tokens_per_expert.zero_()
+        yield
+        self._counts += torch.stack([layer.tokens_per_expert for layer in self.layers])
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Ends the optimizer step: b += rate * sign(mean load - load), then centres b on zero (algorithm 1).
+
+        Returns:
+            The step's routed tokens per expert over all ranks, [L, E] on the CPU.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(self._counts)
+        if self.rate:
+            direction = torch.sign(self._counts.mean(-1, keepdim=True) - self._counts)
+            for bias, towards in zip(self.biases, direction, strict=True):
+                bias += self.rate * towards.to(bias.dtype)
+                # Only differences between biases matter to the choice; centred, they cannot drift out of precision.
+                bias -= bias.mean()
+        counts = self._counts.cpu()
+        self._counts = torch.zeros_like(self._counts)
+        return counts
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"biases": torch.stack([bias.detach().cpu() for bias in self.biases])}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for bias, saved in zip(self.biases, state["biases"], strict=True):
+            bias.copy_(saved)
+
+
+def max_violation(counts_LE: Tensor) -> Tensor:
+    """MaxVio of each layer, [L]: the busiest expert's tokens over the mean, minus 1 (arXiv 2408.15664, equation 4)."""
+    return counts_LE.max(-1).values / counts_LE.mean(-1).clamp(min=1e-9) - 1

@@ -1,0 +1,150 @@
+"""DeepSpeed and its AutoEP for our model: the configuration, the workarounds, and full weights out of sharded experts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolds_dist.config import RunConfig
+from smolds_dist.errors import ConfigError
+from smolds_dist.model import DeepSeekV3Config
+from smolds_dist.parallel.topology import Topology
+
+
+def deepspeed_config(config: RunConfig, topology: Topology, model: DeepSeekV3Config) -> dict[str, Any]:
+    """`ds_configs/zeroN.json`, or the user's own file, with every "auto" filled in.
+
+    Raises:
+        ConfigError: where the user's file sets what smolds decides, or contradicts the run.
+    """
+    folders = (Path(__file__).parents[1] / "ds_configs", Path(__file__).parents[2] / "ds_configs")
+    own = config.parallel.ds_config
+    path = Path(own) if own else next(f for f in folders if f.is_dir()) / f"zero{topology.zero}.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); mend it.") from None
+    for section in ("optimizer", "scheduler"):
+        if section in settings:
+            raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
+    zero = settings.setdefault("zero_optimization", {})
+    known = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": topology.micro_batch,
+        "gradient_accumulation_steps": topology.accumulation,
+        # Without ZeRO, DeepSpeed averages the ranks' norms where experts are sharded; DeepSpeedEngine clips instead.
+        "gradient_clipping": config.train.grad_clip if topology.zero else 0.0,
+        "bf16.enabled": topology.dtype == "bf16",
+        "data_types.grad_accum_dtype": "fp32" if topology.zero or topology.dtype == "fp32" else "bf16",
+        "zero_optimization.stage": topology.zero,
+        "expert_parallel": autoep_section(topology.expert, model),
+    }
+    zero.setdefault("stage", "auto")
+    for name, value in known.items():
+        section, _, key = name.rpartition(".")
+        target = settings.setdefault(section, {}) if section else settings
+        if target.get(key, "auto") == "auto":
+            target[key] = value
+        elif target[key] != value:
+            raise ConfigError(
+                f'{path} sets {name} to {target[key]!r}, but the run needs {value!r}; write "auto" there, or change the run.'
+            )
+    return settings
+
+
+def autoep_section(expert: int, model: DeepSeekV3Config) -> dict[str, Any]:
+    """The `expert_parallel` section that makes AutoEP find our `DeepSeekMoE` blocks and shard their experts."""
+    return {
+        "enabled": True,
+        "autoep_size": expert,
+        "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
+        "router_pattern": "gate",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,
+        "num_experts_attr": "num_experts",
+        "top_k_attr": "num_experts_per_tok",
+        "score_func": model.scoring_func,
+        "route_norm": model.norm_topk_prob,
+        "has_shared_experts": model.n_shared_experts > 0,
+        "shared_experts_pattern": "shared_experts",
+        "use_grouped_mm": torch.cuda.is_available(),
+    }
+
+
+def skip_shared_memory_build() -> None:
+    """Keeps DeepSpeed from compiling its CPU shared-memory op in `init_distributed`.
+
+    The build takes a minute and a compiler, serves only inference, and a process that dies in it leaves a lock on which
+    every later run waits for ever (DeepSpeed 0.19). Can go when DeepSpeed builds the op on first use.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def autoep_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """AutoEP's layers by name."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
+
+
+def keep_routers_in_fp32(model: nn.Module) -> None:
+    """Restores fp32 where the engine's cast to bf16 must not reach: selection biases and the router's product.
+
+    AutoEP computes the logits in the model's dtype (DeepSpeed 0.19); can go when it offers fp32 logits.
+    """
+
+    def fp32_logits(gate: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        return F.linear(args[0].float(), gate.weight.float())  # type: ignore[operator]
+
+    for layer in autoep_layers(model).values():
+        layer.router.e_score_correction_bias = layer.router.e_score_correction_bias.float()
+        # First among the hooks, because ZeRO 3's own lets go of the gathered weight.
+        layer.router.gate.register_forward_hook(fp32_logits, prepend=True)
+
+
+def consolidated_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """All weights under the names of `DeepSeekV3ForCausalLM.state_dict()`, on rank 0's CPU; empty on the other ranks.
+
+    Collective: every rank calls it. Sharded experts are gathered within rank 0's expert group, ZeRO 3's slices within
+    their data-parallel group, one tensor at a time.
+    """
+    import deepspeed
+
+    layers = autoep_layers(model)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    expert_names = {f"{name}.experts.{weight}" for name in layers for weight in ("w1", "w2", "w3")}
+    main = dist.get_rank() == 0
+    state = {}
+    for name, tensor in tensors.items():
+        if name.endswith("tokens_per_expert") or name in expert_names:
+            continue
+        # fp32 routers travel under our module's names: AutoEP's Linear is `router.gate`, ours is `gate`.
+        name = name.replace(".router.gate.", ".gate.").replace(".router.", ".gate.")
+        with deepspeed.zero.GatheredParameters([tensor] if isinstance(tensor, nn.Parameter) else []):
+            if main:
+                state[name] = tensor.detach().cpu().clone()
+    for prefix, layer in layers.items():
+        experts = layer.experts
+        with deepspeed.zero.GatheredParameters([experts.w1, experts.w2, experts.w3]):
+            local = {
+                "gate_up_proj": torch.cat((experts.w1.detach(), experts.w3.detach()), dim=1),
+                "down_proj": experts.w2.detach().contiguous(),
+            }
+        for weight, shard in local.items():
+            if layer.ep_size > 1:
+                shards = [torch.empty_like(shard) for _ in range(layer.ep_size)]
+                dist.all_gather(shards, shard, group=layer.ep_group)
+                shard = torch.cat(shards)
+            if main:
+                state[f"{prefix}.experts.{weight}"] = shard.cpu()
+    if main and "lm_head.weight" not in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state

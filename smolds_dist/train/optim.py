@@ -1,0 +1,123 @@
+"""Optimizers and learning-rate schedules: AdamW for everything, or Muon for the matrices and AdamW for the rest."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from smolds_dist.config import Train
+
+MUON_MOMENTUM = 0.95
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> list[dict]:
+    """Groups for `make_optimizer`: matrices (decayed; Muon's, if chosen), embeddings (decayed), vectors (not decayed).
+
+    `matrices` of a group says how many matrices are stacked along the rows of each parameter, for Muon.
+    """
+    groups = {
+        name: {"name": name, "params": [], "weight_decay": decay, "muon": muon, "matrices": matrices}
+        for name, decay, muon, matrices in (
+            ("matrix", train.weight_decay, train.optimizer == "muon", 1),
+            ("gate_up", train.weight_decay, train.optimizer == "muon", 2),
+            ("embedding", train.weight_decay, False, 1),
+            ("vector", 0.0, False, 1),
+        )
+    }
+    for name, parameter in named_parameters:
+        if parameter.ndim < 2:
+            kind = "vector"
+        elif name.endswith("gate_up_proj"):
+            kind = "gate_up"
+        elif any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate", "router")):
+            # Muon is for matrices between hidden states; these map from or to a set of names.
+            kind = "embedding"
+        else:
+            kind = "matrix"
+        groups[kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def make_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
+    """The optimizer of the run over `parameter_groups`."""
+    betas = (train.beta1, train.beta2)
+    if train.optimizer == "muon":
+        return MuonAdamW(groups, lr=train.lr, betas=betas)
+    # PyTorch's fused kernel is several times faster than its loop, on CPU and CUDA.
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=1e-8, fused=fused)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for groups with `muon`, AdamW for the others, with one learning rate for both.
+
+    Muon steps along the orthogonalised momentum, scaled by 0.2 sqrt(max(rows, columns)) so that its updates are as large
+    as AdamW's (arXiv 2502.16982, equation 4). Stacked experts [E, rows, columns] count as E matrices.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float = 1e-8):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, muon=False, matrices=1))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None, "no closure: the engine computes the gradients"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = (self._muon if group["muon"] else self._adam)(parameter, self.state[parameter], group)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+    @staticmethod
+    def _muon(parameter: Tensor, state: dict, group: dict) -> Tensor:
+        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        momentum.lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+        nesterov = parameter.grad.lerp(momentum, MUON_MOMENTUM)
+        *stack, rows, columns = parameter.shape
+        matrices = nesterov.view(*stack, group["matrices"], rows // group["matrices"], columns)
+        scale = 0.2 * math.sqrt(max(matrices.shape[-2:]))
+        return orthogonalise(matrices).view_as(parameter) * scale
+
+    @staticmethod
+    def _adam(parameter: Tensor, state: dict, group: dict) -> Tensor:
+        beta1, beta2 = group["betas"]
+        mean = state.setdefault("exp_avg", torch.zeros_like(parameter))
+        square = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+        state["step"] = state.get("step", 0) + 1
+        mean.lerp_(parameter.grad, 1 - beta1)
+        square.lerp_(parameter.grad.square(), 1 - beta2)
+        root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        return mean / (1 - beta1 ** state["step"]) / root
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Near the closest semi-orthogonal matrix of each [..., rows, columns]: singular values end in about 0.7 to 1.2.
+
+    Newton-Schulz iteration with the quintic coefficients of Jordan et al., "Muon" (2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def learning_rate(step: int, train: Train) -> float:
+    """The learning rate of step 1, 2, ..., `train.steps`: linear warm-up, then cosine, or stable and linear decay (wsd).
+
+    WSD: arXiv 2404.06395, section 4.2. Both end at `lr * min_lr_fraction`.
+    """
+    warmup = min(train.warmup_steps, train.steps)
+    if step <= warmup:
+        return train.lr * step / warmup
+    if train.schedule == "cosine":
+        done = (step - warmup) / max(1, train.steps - warmup)
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        decay_steps = min(max(1, round(train.steps * train.decay_fraction)), train.steps - warmup)
+        share = min(1.0, (train.steps - step) / decay_steps)
+    return train.lr * (train.min_lr_fraction + (1 - train.min_lr_fraction) * share)
