@@ -60,6 +60,10 @@ class Engine(Protocol):
         """Reads what `save` wrote in the same topology; collective."""
         ...
 
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        ...
+
     def close(self) -> None:
         """Ends the process group, if there is one."""
         ...
@@ -159,25 +163,22 @@ class LocalEngine:
         return values
 
     def state_dict(self) -> dict[str, Tensor]:
-        # In bf16 the fp32 copies are the weights that were trained; the model's own are rounded.
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        trained = {names[id(parameter)]: master.detach() for parameter, master in self.pairs}
-        state = {name: trained.get(name, tensor).cpu() for name, tensor in self.model.state_dict().items()}
-        if self.model.config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        return state
+        return {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
 
     def save(self, folder: Path) -> None:
-        torch.save({"model": self.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "local.pt")
+        masters = [master.detach() for _, master in self.pairs]
+        torch.save({"parameters": masters, "optimizer": self.optimizer.state_dict()}, folder / "local.pt")
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "local.pt", map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         with torch.no_grad():
-            for parameter, master in self.pairs:
-                master.copy_(state["model"][names[id(parameter)]])
+            for (parameter, master), saved in zip(self.pairs, state["parameters"], strict=True):
+                master.copy_(saved)
+                parameter.copy_(saved)
+
+    def barrier(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -219,6 +220,10 @@ class DeepSpeedEngine:
         )
         self.model = self.engine.module
         if topology.dtype == "bf16":
+            if topology.zero == 0:
+                # DeepSpeed 0.19 without ZeRO allocates the state by a step on zero gradients, which Adam's bias
+                # correction would count as the first.
+                self.engine.basic_optimizer.state.clear()
             keep_routers_in_fp32(self.model)
 
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
@@ -269,6 +274,9 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         self.engine.load_checkpoint(str(folder), tag="deepspeed")
+
+    def barrier(self) -> None:
+        dist.barrier()
 
     def close(self) -> None:
         self.engine.destroy()

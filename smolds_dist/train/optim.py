@@ -40,13 +40,13 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
 
 
 def make_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
-    """The optimizer of the run over `parameter_groups`."""
+    """The optimizer of the run over `parameter_groups`. Its learning rate is 0 until the engine sets each step's."""
     betas = (train.beta1, train.beta2)
     if train.optimizer == "muon":
-        return MuonAdamW(groups, lr=train.lr, betas=betas)
+        return MuonAdamW(groups, lr=0.0, betas=betas)
     # PyTorch's fused kernel is several times faster than its loop, on CPU and CUDA.
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused)
 
 
 class MuonAdamW(torch.optim.Optimizer):
