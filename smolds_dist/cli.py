@@ -39,8 +39,11 @@ def _train(args: list[str]) -> None:
 
     config = load_config(args, prog="smolds train")  # before the heavy imports, so that a mistake shows at once
 
+    import transformers
+
     from smolds_dist.train.trainer import train
 
+    transformers.logging.disable_progress_bar()
     train(config)
 
 

@@ -31,7 +31,7 @@ def transformers_config(config: DeepSeekV3Config) -> PreTrainedConfig:
         return Ernie4_5_MoeConfig(
             **common,
             num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            head_dim=config.head_dim,  # type: ignore[call-arg]  # read by the model, not declared
             intermediate_size=config.intermediate_size,
             moe_intermediate_size=config.intermediate_size,
             moe_num_experts=config.num_experts,

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from smolds_dist.errors import ConfigError
 
@@ -32,7 +33,7 @@ def generate(args: list[str]) -> None:
 
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     ids = tokenizer(options.prompt or tokenizer.eos_token, return_tensors="pt").to(device)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}

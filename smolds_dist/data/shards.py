@@ -179,7 +179,7 @@ def _write_shards(
     if counts["val"] < wanted / 2:
         # A few long documents may all fall on the training side: its last tokens become held-out text.
         moved = _move_tail(folder, dtype, wanted - counts["val"])
-        val_bytes += len(tokenizer.decode(moved).encode())
+        val_bytes += len(str(tokenizer.decode(moved)).encode())
         counts = {"train": counts["train"] - len(moved), "val": counts["val"] + len(moved)}
 
     frequency = np.bincount(np.fromfile(folder / "val.bin", dtype=dtype), minlength=vocab_size) / max(counts["val"], 1)

@@ -45,8 +45,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept = labels_T >= 0
         num_labels = kept.sum().clamp(min=1)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        grad_hidden = torch.empty_like(hidden_TH) if needs_grad else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_grad else None
+        if needs_grad:
+            grad_hidden = torch.empty_like(hidden_TH)
+            grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
         for start in range(0, hidden_TH.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
             hidden, labels, keep = hidden_TH[part], labels_T[part].clamp(min=0), kept[part]

@@ -19,6 +19,8 @@ class TopKRouter(nn.Module):
     2412.19437, equation 16). Products and scores are fp32 whatever the model's dtype.
     """
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: DeepSeekV3Config):
         super().__init__()
         self.config = config
@@ -76,6 +78,8 @@ class DeepSeekMoE(nn.Module):
     `aux_loss` is the last training pass's load-balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6),
     set only where `router_aux_loss_coef` asks for it.
     """
+
+    tokens_per_expert: Tensor
 
     def __init__(self, config: DeepSeekV3Config):
         super().__init__()

@@ -5,6 +5,7 @@ Shape letters: L layers, E experts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,9 @@ class Balancer:
 
     def __init__(self, model: nn.Module, rate: float):
         self.rate = rate
-        self.layers = [module for module in model.modules() if hasattr(module, "tokens_per_expert")]
-        self.biases = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
-        self.biases = [router.e_score_correction_bias for router in self.biases]
+        self.layers: list[Any] = [module for module in model.modules() if hasattr(module, "tokens_per_expert")]
+        routers = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
+        self.biases: list[Tensor] = [router.e_score_correction_bias for router in routers]
         for layer in self.layers:
             # Counts above 256 are not exact in bf16, to which an engine may have cast the buffer.
             layer.tokens_per_expert = layer.tokens_per_expert.float()

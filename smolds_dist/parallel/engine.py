@@ -4,6 +4,8 @@ A step is `forward` and `backward` for each of `topology.accumulation` micro bat
 same losses.
 """
 
+import os
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -87,8 +89,6 @@ def start_process_group(topology: Topology) -> None:
         torch.cuda.set_device(topology.local_rank)
     if topology.engine != "deepspeed":
         return
-    import os
-
     # One process with DeepSpeed has no launcher that tells it where to meet.
     if "RANK" not in os.environ:
         os.environ |= {
@@ -103,6 +103,9 @@ def start_process_group(topology: Topology) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
     deepspeed.init_distributed(dist_backend=topology.backend, verbose=False)
 
@@ -134,11 +137,12 @@ class LocalEngine:
 
     @staticmethod
     def _move_grad(parameter: nn.Parameter, master: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
         if master.grad is None:
-            master.grad = parameter.grad.float()
+            master.grad = gradient.float()
         else:
-            master.grad += parameter.grad
-        parameter.grad = None
+            master.grad += gradient
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         return self.model(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss

@@ -58,7 +58,7 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: DeepSeekV3Con
 
 def autoep_section(expert: int, model: DeepSeekV3Config) -> dict[str, Any]:
     """The `expert_parallel` section that makes AutoEP find our `DeepSeekMoE` blocks and shard their experts."""
-    return {
+    section = {
         "enabled": True,
         "autoep_size": expert,
         "moe_layer_pattern": r"model\.layers\.\d+\.mlp",
@@ -71,10 +71,11 @@ def autoep_section(expert: int, model: DeepSeekV3Config) -> dict[str, Any]:
         "top_k_attr": "num_experts_per_tok",
         "score_func": model.scoring_func,
         "route_norm": model.norm_topk_prob,
-        "has_shared_experts": model.n_shared_experts > 0,
-        "shared_experts_pattern": "shared_experts",
         "use_grouped_mm": torch.cuda.is_available(),
     }
+    if model.n_shared_experts:
+        section |= {"has_shared_experts": True, "shared_experts_pattern": "shared_experts"}
+    return section
 
 
 def skip_shared_memory_build() -> None:
@@ -88,8 +89,8 @@ def skip_shared_memory_build() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def autoep_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """AutoEP's layers by name."""
+def autoep_layers(model: nn.Module) -> dict[str, Any]:
+    """AutoEP's layers by name (untyped: DeepSpeed has no annotations)."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
@@ -101,8 +102,8 @@ def keep_routers_in_fp32(model: nn.Module) -> None:
     AutoEP computes the logits in the model's dtype (DeepSpeed 0.19); can go when it offers fp32 logits.
     """
 
-    def fp32_logits(gate: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
-        return F.linear(args[0].float(), gate.weight.float())  # type: ignore[operator]
+    def fp32_logits(gate: Any, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        return F.linear(args[0].float(), gate.weight.float())
 
     for layer in autoep_layers(model).values():
         layer.router.e_score_correction_bias = layer.router.e_score_correction_bias.float()

@@ -16,7 +16,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
 
     `matrices` of a group says how many matrices are stacked along the rows of each parameter, for Muon.
     """
-    groups = {
+    groups: dict[str, dict] = {
         name: {"name": name, "params": [], "weight_decay": decay, "muon": muon, "matrices": matrices}
         for name, decay, muon, matrices in (
             ("matrix", train.weight_decay, train.optimizer == "muon", 1),
@@ -66,27 +66,32 @@ class MuonAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                update = (self._muon if group["muon"] else self._adam)(parameter, self.state[parameter], group)
+                update = (self._muon if group["muon"] else self._adam)(
+                    parameter, parameter.grad, self.state[parameter], group
+                )
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     @staticmethod
-    def _muon(parameter: Tensor, state: dict, group: dict) -> Tensor:
-        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-        momentum.lerp_(parameter.grad, 1 - MUON_MOMENTUM)
-        nesterov = parameter.grad.lerp(momentum, MUON_MOMENTUM)
+    def _muon(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
+        momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
+        nesterov = gradient.lerp(momentum, MUON_MOMENTUM)
         *stack, rows, columns = parameter.shape
         matrices = nesterov.view(*stack, group["matrices"], rows // group["matrices"], columns)
         scale = 0.2 * math.sqrt(max(matrices.shape[-2:]))
-        return orthogonalise(matrices).view_as(parameter) * scale
+        return orthogonalise(matrices).reshape(parameter.shape) * scale
 
     @staticmethod
-    def _adam(parameter: Tensor, state: dict, group: dict) -> Tensor:
+    def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
         beta1, beta2 = group["betas"]
-        mean = state.setdefault("exp_avg", torch.zeros_like(parameter))
-        square = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
-        state["step"] = state.get("step", 0) + 1
-        mean.lerp_(parameter.grad, 1 - beta1)
-        square.lerp_(parameter.grad.square(), 1 - beta2)
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        state["step"] += 1
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
         root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         return mean / (1 - beta1 ** state["step"]) / root
 

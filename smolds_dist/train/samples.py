@@ -34,7 +34,7 @@ def sample(model, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, 
             pad_token_id=tokenizer.eos_token_id,
         )
     model.train(was_training)
-    return tokenizer.decode(output[0])
+    return str(tokenizer.decode(output[0]))
 
 
 def append_samples(path: Path, step: int, samples: dict[str, str]) -> None:

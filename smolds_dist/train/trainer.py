@@ -73,10 +73,10 @@ def train(config: RunConfig) -> None:
     for step in range(start + 1, config.train.steps + 1):
         began = time.perf_counter()
         lr = learning_rate(step, config.train)
-        loss = accumulate_gradients(config, topology, engine, balancer, shards, step)
+        loss_part = accumulate_gradients(config, topology, engine, balancer, shards, step)
         grad_norm = engine.step(lr)
         counts_LE = balancer.step()
-        loss = (engine.sum_over_ranks(loss) / topology.world_size).item()
+        loss = (engine.sum_over_ranks(loss_part) / topology.world_size).item()
         step_tokens = config.train.global_batch * config.data.seq_len
         tokens_per_s = step_tokens / (time.perf_counter() - began)
 

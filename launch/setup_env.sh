@@ -1,0 +1,65 @@
+# Makes .venv with everything the project needs. Sourced by quickstart.sh and test.sh; leaves the shell in the
+# repository's root with .venv on the PATH. A second time it only compares a checksum.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+TORCH="torch==2.13.0" # the newest release that setup.cfg admits
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "smolds needs Python 3.11 or newer; install it, or name it: PYTHON=/path/to/python3.11 $0" >&2
+    exit 2
+}
+
+install_torch() {
+    if [ "$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then
+        echo "  torch: the build that pip chooses for this machine"
+        pip install -qq "$TORCH"
+        return
+    fi
+    # No NVIDIA GPU: pip's usual Linux build would bring several GB of CUDA libraries.
+    local version
+    version=$(pip install -qq --dry-run --no-deps --ignore-installed --report - "$TORCH" 2>/dev/null |
+        python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' || true)
+    if [[ "$version" == *+cpu ]]; then
+        echo "  torch: CPU build"
+        pip install -qq "$TORCH"
+    else
+        echo "  torch: CPU build, fetched by uv"
+        pip install -qq uv
+        uv pip install --quiet --torch-backend cpu "$TORCH" || {
+            echo "  torch: no CPU build to be had, taking the usual one with CUDA libraries"
+            pip install -qq "$TORCH"
+        }
+    fi
+}
+
+set_up() {
+    local wanted
+    wanted="$TORCH $(cat setup.cfg pyproject.toml | cksum)"
+    if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+        local python
+        python=$(find_python)
+        echo "Setting up .venv (a few minutes the first time)"
+        "$python" -m venv .venv
+        # shellcheck disable=SC1091
+        source .venv/bin/activate
+        export PIP_DISABLE_PIP_VERSION_CHECK=1
+        install_torch
+        echo "  smolds and its other requirements"
+        pip install -qq --editable ".[test]"
+        echo "$wanted" >.venv/installed
+    else
+        # shellcheck disable=SC1091
+        source .venv/bin/activate
+    fi
+}
+
+set_up

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the tests. Options go through to pytest, for instance: ./launch/test.sh -k config
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+python -m pytest "$@"
