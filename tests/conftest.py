@@ -1,0 +1,43 @@
+import os
+
+import pytest
+
+# A laptop's tests and CI's must not depend on the number of cores, nor on the Hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog and runs into the dark forest",
+    "def add(first, second):\n    return first + second",
+    "a mixture of experts sends every token to two of eight small networks",
+    "for number in range(10):\n    print(number, number * number)",
+]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with forty small text files, about 100 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        lines = [f"{number + i} {SENTENCES[(number * 7 + i * i) % 4]}." for i in range(40)]
+        (folder / f"{number:02}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One cache for the session, so that the corpus is tokenised once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small_run(corpus, cache, tmp_path):
+    """Options of a run that takes a second, in `tmp_path`/runs."""
+    options = {
+        "data.source": f"text:{corpus}/*.txt", "data.cache_dir": cache, "data.tokenizer_vocab_size": 300,
+        "data.seq_len": 32, "data.val_fraction": 0.1, "run.dir": tmp_path / "runs", "train.steps": 6,
+        "train.global_batch": 8, "train.micro_batch": 2, "train.warmup_steps": 2, "train.eval_every": 3,
+        "train.eval_sequences": 5, "checkpoint.every": 2, "log.sample_every": 3, "log.sample_tokens": 4,
+        "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 2, "model.num_key_value_heads": 1, "model.head_dim": 16,
+    }  # fmt: skip
+    return ["--preset", "debug", *(f"--{name}={value}" for name, value in options.items())]

@@ -1,0 +1,100 @@
+"""Trains a tiny model in each topology given as JSON on the command line; rank 0 prints one JSON line per case.
+
+Run by test_parity.py under torchrun, and in-process for the single-process reference.
+"""
+
+import json
+import sys
+from functools import partial
+
+import torch
+
+from smolds_dist.config import load_config
+from smolds_dist.data.batches import training_batch
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.engine import make_engine, start_process_group
+from smolds_dist.parallel.topology import detect_machine, plan_topology, rank_from_environment
+from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
+from smolds_dist.train.trainer import accumulate_gradients
+
+VOCAB = 96
+BASE = [
+    "--preset=debug", "--parallel.device=cpu", "--train.dtype=fp32", "--train.global_batch=8", "--train.micro_batch=1",
+    "--train.steps=20", "--train.warmup_steps=4", "--train.lr=0.01", "--train.grad_clip=0.5", "--data.seq_len=32",
+    "--model.hidden_size=32", "--model.intermediate_size=24", "--model.num_hidden_layers=2",
+    "--model.num_attention_heads=2", "--model.num_key_value_heads=1", "--model.head_dim=16",
+]  # fmt: skip
+
+
+class Shards:
+    """Only what the training loop reads: a Markov chain of tokens, so that there is something to learn."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+        successors = torch.randint(0, VOCAB, (VOCAB, 4), generator=generator)
+        choices = torch.randint(0, 4, (20_000,), generator=generator)
+        tokens, token = [], 0
+        for choice in choices.tolist():
+            token = int(successors[token, choice])
+            tokens.append(token)
+        self.train = torch.tensor(tokens).numpy()
+
+
+def train_case(options: list[str], disturb: bool, steps: int) -> dict:
+    """Losses, gradient norms, counts and final biases of `steps` steps.
+
+    With `disturb`, every step is preceded by an evaluation pass and followed by sampling, which must change nothing.
+    """
+    config = load_config(BASE + options)
+    topology = plan_topology(config, detect_machine(), rank_from_environment())
+    if not torch.distributed.is_initialized():
+        start_process_group(topology)
+    torch.manual_seed(0)
+    model_config = DeepSeekV3Config(**(vars(config.model) | {"vocab_size": VOCAB, "initializer_range": 0.2}))
+    model = DeepSeekV3ForCausalLM(model_config)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
+    engine = make_engine(model, config, topology, groups, optimizer)
+    balancer = Balancer(engine.model, config.train.balance_rate)
+    shards = Shards()
+    losses, norms, totals = [], [], []
+    for step in range(1, steps + 1):
+        if disturb:
+            evaluation_pass(engine, config, shards)
+        loss = accumulate_gradients(config, topology, engine, balancer, shards, step)
+        norms.append(engine.step(learning_rate(step, config.train)))
+        counts = balancer.step()
+        totals.append(counts.sum(-1).tolist())
+        losses.append((engine.sum_over_ranks(loss) / topology.world_size).item())
+        if disturb:
+            engine.model.eval()
+            prompt = torch.tensor([[1, 2, 3]], device=engine.device)
+            engine.model.generate(prompt, do_sample=False, min_new_tokens=3, max_new_tokens=3, eos_token_id=None)
+            engine.model.train()
+    state = engine.state_dict()
+    if topology.engine == "deepspeed":
+        engine.engine.destroy()
+    result = {"options": options, "losses": losses, "norms": norms, "totals": totals}
+    if topology.rank == 0:
+        biases = {name: tensor for name, tensor in state.items() if name.endswith("e_score_correction_bias")}
+        result["biases"] = [biases[name].tolist() for name in sorted(biases)]
+        result["bias_dtypes"] = sorted({str(tensor.dtype) for tensor in biases.values()})
+        result["weights"] = {name: tensor.double().norm().item() for name, tensor in state.items()}
+    return result
+
+
+@torch.no_grad()
+def evaluation_pass(engine, config, shards) -> None:
+    ids = training_batch(shards.train, config.data.seq_len, 1, range(2)).to(engine.device)
+    engine.model.eval()
+    engine.model(input_ids=ids, labels=ids, use_cache=False)
+    engine.model.train()
+
+
+if __name__ == "__main__":
+    for case in json.loads(sys.argv[1]):
+        outcome = train_case(**case)
+        if rank_from_environment().rank == 0:
+            print("RESULT " + json.dumps(outcome), flush=True)

@@ -1,0 +1,49 @@
+"""Real processes for tests: one command, or several ranks, each with a time limit that ends the whole process group."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def text(self) -> str:
+        return f"exit code {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-6000:]}"
+
+
+def run(command: list[str], timeout: float, cwd: Path | None = None, **environment: str) -> Finished:
+    """Runs a command; past `timeout` seconds it and all its children are killed and the test fails."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | environment
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, start_new_session=True
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"no end after {timeout} s: {command}\n{stdout[-4000:]}\n{stderr[-6000:]}") from None
+    return Finished(process.returncode, stdout, stderr)
+
+
+def smolds(*args: str, timeout: float = 120, cwd: Path | None = None, **environment: str) -> Finished:
+    """The `smolds` command."""
+    return run([sys.executable, "-m", "smolds_dist", *args], timeout, cwd, **environment)
+
+
+def run_ranks(world: int, script: str, *args: str, timeout: float = 240) -> Finished:
+    """Starts `world` ranks of a script of this folder under torchrun, on a free port."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    finished = run([*start, str(ROOT / "tests" / script), *args], timeout, OMP_NUM_THREADS="1")
+    assert finished.returncode == 0, finished.text
+    return finished

@@ -1,0 +1,109 @@
+"""The balancer against its definition, and its effect on the debug model."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from ranks import smolds
+
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.parallel.balancer import Balancer, max_violation
+from smolds_dist.train.metrics import read_rows
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = DeepSeekV3Config(
+        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=4,
+    )  # fmt: skip
+    return DeepSeekV3ForCausalLM(config)
+
+
+def biases(model):
+    return torch.stack([block.mlp.gate.e_score_correction_bias for block in model.model.layers])
+
+
+def count_into(total, chosen):
+    total += torch.bincount(chosen.flatten(), minlength=len(total))
+
+
+def test_bias_moves_once_per_step_against_the_load_of_all_micro_batches(model):
+    balancer = Balancer(model, rate=0.1)
+    micro_batches = torch.randint(0, 50, (3, 2, 10), generator=torch.Generator().manual_seed(1))
+    chosen = torch.zeros(2, 4)
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.gate.register_forward_hook(
+            # A hook that returns something would replace the router's output.
+            lambda _module, _args, output, layer=layer: count_into(chosen[layer], output[1])
+        )
+    for ids in micro_batches:
+        with balancer.counting():
+            model(input_ids=ids)
+    counts = balancer.step()
+    assert torch.equal(counts, chosen)
+    assert counts.sum(-1).tolist() == [120, 120]  # 60 tokens x 2 experts
+    expected = 0.1 * torch.sign(30 - counts)
+    expected -= expected.mean(-1, keepdim=True)
+    torch.testing.assert_close(biases(model), expected)
+    # The next step starts from zero counts.
+    assert balancer.step().sum() == 0
+
+
+def test_rate_zero_only_counts(model):
+    balancer = Balancer(model, rate=0)
+    with balancer.counting():
+        model(input_ids=torch.randint(0, 50, (2, 10)))
+    assert balancer.step().sum() == 80
+    assert not biases(model).any()
+
+
+def test_state_travels(model):
+    balancer = Balancer(model, rate=0.1)
+    with balancer.counting():
+        model(input_ids=torch.randint(0, 50, (2, 10)))
+    balancer.step()
+    saved, before = balancer.state_dict(), biases(model)
+    for block in model.model.layers:
+        block.mlp.gate.e_score_correction_bias.zero_()
+    balancer.load_state_dict(saved)
+    assert before.any()
+    assert torch.equal(biases(model), before)
+
+
+def test_max_violation_is_the_busiest_expert_over_the_mean():
+    counts = torch.tensor([[10.0, 10, 10, 10], [40, 0, 0, 0], [20, 10, 5, 5]])
+    assert max_violation(counts).tolist() == [0, 3, 1]
+
+
+def test_aux_loss_is_the_switch_loss_and_reaches_the_router(model):
+    model.config.router_aux_loss_coef = 0.5
+    ids = torch.randint(0, 50, (2, 10))
+    output = model.train()(input_ids=ids, labels=ids)
+    plain = model.eval()(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(output.loss, plain + 0.5 * output.aux_loss)
+    # E x sum of (share of the tokens x mean score): 1 where both are even, up to E where one expert takes all
+    assert 0.9 < output.aux_loss.item() < 4
+    output.aux_loss.backward()
+    assert all(block.mlp.gate.weight.grad.any() for block in model.model.layers)
+
+
+def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
+    """The debug preset, cut to a minute; the quickstart runs the whole of it."""
+
+    def train(balance: str) -> list[dict]:
+        options = [f"--run.name={balance}", f"--train.balance={balance}", "--train.steps=100", f"--run.dir={tmp_path}"]
+        options += ["--train.balance_rate=0.02", "--data.max_tokens=2000000", "--checkpoint.every=0"]
+        finished = smolds("train", "--preset=debug", *options, timeout=300, OMP_NUM_THREADS="1")
+        assert finished.returncode == 0, finished.text
+        return read_rows(tmp_path / balance / "metrics.jsonl")
+
+    with ThreadPoolExecutor() as pool:
+        runs = dict(zip(("none", "bias"), pool.map(train, ("none", "bias")), strict=True))
+    violation, val_loss = {}, {}
+    for balance, rows in runs.items():
+        violation[balance] = sum([row["max_vio"] for row in rows if "max_vio" in row][-10:]) / 10
+        val_loss[balance] = rows[-1]["val_loss"]
+    assert violation["bias"] < violation["none"] / 3
+    assert val_loss["bias"] <= val_loss["none"]

@@ -1,0 +1,105 @@
+"""Presets load, options override them, and every mistake is one sentence with the fix."""
+
+import pytest
+import yaml
+from ranks import smolds
+
+from smolds_dist.config import load_config, preset_names, save_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.model import DeepSeekV3Config
+
+
+def test_presets_load_and_build_model_configurations():
+    assert {"debug", "smollm2-deepseek-255m", "smollm2-deepseek-255m-mla", "moe-1b-a200m", "moe-7b-a1b"} <= set(
+        preset_names()
+    )
+    for name in preset_names():
+        config = load_config(["--preset", name])
+        assert config.run.name == name
+        DeepSeekV3Config(**(vars(config.model) | {"vocab_size": 49152}))
+
+
+def test_reference_preset_is_the_reference_model():
+    config = load_config(["--preset", "smollm2-deepseek-255m"])
+    model = DeepSeekV3Config(**(vars(config.model) | {"vocab_size": 49152}))
+    expected = DeepSeekV3Config()
+    assert {k: getattr(model, k) for k in vars(config.model)} == {k: getattr(expected, k) for k in vars(config.model)}
+    assert config.train.steps == 10_000
+    assert config.data.source == "hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2"
+    assert config.data.tokenizer == "HuggingFaceTB/SmolLM2-135M"
+
+
+def test_options_override_the_preset_wherever_it_stands():
+    config = load_config(["--train.steps", "7", "--preset", "debug", "--run.name=123", "--parallel.expert", "4"])
+    assert config.train.steps == 7
+    assert config.run.name == "123"
+    assert config.parallel.expert == 4
+    assert config.model.hidden_size == 128
+
+
+def test_saved_configuration_gives_the_same_run(tmp_path):
+    config = load_config(["--preset", "debug", "--data.source", "text:a b/*.txt", "--train.lr", "1e-4"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+MISTAKES = [
+    ("--preset=debux", "debug"),
+    ("--train.stepz=5", "did you mean --train.steps"),
+    ("--train.warmup=5", "did you mean --train.warmup_steps"),
+    ("--nonsense=5", "--help"),
+    ("--train.steps=2.5", "int"),
+    ("--train.steps=0", "at least 1"),
+    ("--train.lr=fast", "float"),
+    ("--train.lr=0", "more than 0"),
+    ("--train.balance=magic", "'bias', 'aux_loss', 'none'"),
+    ("--train.dtype=fp8", "'auto', 'fp32', 'bf16'"),
+    ("--train.seed=-1", "0 or more"),
+    ("--train.micro_batch=3", "valid values: 1, 2, 4, 8"),
+    ("--train.beta2=1", "less than 1"),
+    ("--data.val_fraction=0.9", "0.5"),
+    ("--data.seq_len=1", "at least 2"),
+    ("--data.seq_len=100000", "max_position_embeddings"),
+    ("--data.source=csv:x", "jsonl:GLOB"),
+    ("--data.source=text:", "names nothing"),
+    ("--model.num_key_value_heads=3", "valid values: 1, 2, 4"),
+    ("--model.num_experts_per_tok=9", "lower it"),
+    ("--model.head_dim=33", "use 34"),
+    ("--run.name=../up", "folder name"),
+    ("--parallel.zero=4", "0, 1, 2 or 3"),
+    ("--parallel.expert=many", "'auto' or int"),
+    ("--parallel.ds_config=/nowhere.json", "not a file"),
+    ("--config=/nowhere.yaml", "not a file"),
+]
+
+
+@pytest.mark.parametrize(("option", "fix"), MISTAKES)
+def test_mistake_is_one_sentence_with_the_fix(option, fix):
+    preset = [] if option.startswith(("--preset", "--config")) else ["--preset", "debug"]
+    with pytest.raises(ConfigError) as error:
+        load_config([*preset, option])
+    message = str(error.value)
+    assert fix in message
+    assert option.split("=")[0].rstrip("z") in message
+    assert "\n" not in message
+
+
+def test_mistake_in_a_yaml_file_is_named(tmp_path):
+    for content, word in (({"train": {"stepz": 5}}, "train.stepz"), ({"train": {"steps": "a"}}, "train.steps")):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(ConfigError, match=word):
+            load_config(["--config", str(tmp_path / "config.yaml")])
+
+
+def test_command_line_ends_a_mistake_with_exit_code_2_and_no_traceback(tmp_path):
+    finished = smolds("train", "--preset", "debug", "--train.steps", "many", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr == "smolds: --train.steps many is not valid; give int.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_describes_the_options():
+    finished = smolds("train", "--help")
+    assert finished.returncode == 0
+    assert "Sequences per step, the same in every topology" in finished.stdout
+    assert "--train.global_batch" in finished.stdout

@@ -1,0 +1,100 @@
+"""Optimizers and schedules against independent references."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from smolds_dist.config import Train
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.train.optim import MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
+
+
+def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
+    config = DeepSeekV3Config(
+        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=4,
+    )  # fmt: skip
+    model = DeepSeekV3ForCausalLM(config)
+    groups = {group["name"]: group for group in parameter_groups(model.named_parameters(), Train(optimizer="muon"))}
+    grouped = [parameter for group in groups.values() for parameter in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    assert groups["vector"]["weight_decay"] == 0
+    assert all(parameter.ndim == 1 for parameter in groups["vector"]["params"])
+    # embedding and one router per layer stay with AdamW; experts and attention go to Muon
+    assert len(groups["embedding"]["params"]) == 3
+    assert [groups[name]["muon"] for name in ("matrix", "gate_up", "embedding", "vector")] == [True, True, False, False]
+    assert len(groups["gate_up"]["params"]) == 2
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (3, 2, 16, 16)])
+def test_orthogonalise_nears_the_polar_factor(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    ours = orthogonalise(matrices)
+    singular = torch.linalg.svdvals(ours)
+    assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may lag behind
+    assert singular.max() < 1.3
+    cosine = (ours * (left @ right)).sum() / ours.norm() / (left @ right).norm()
+    assert cosine > 0.95
+
+
+def test_muon_treats_gate_and_up_of_every_expert_as_its_own_matrix():
+    torch.manual_seed(0)
+    gradient = torch.randn(4, 2 * 6, 5)
+    stacked = nn.Parameter(torch.zeros(4, 12, 5))
+    apart = [nn.Parameter(torch.zeros(6, 5)) for _ in range(8)]
+    stacked.grad = gradient.clone()
+    for parameter, piece in zip(apart, gradient.view(8, 6, 5), strict=True):
+        parameter.grad = piece.clone()
+    for groups in (
+        [{"params": [stacked], "muon": True, "matrices": 2}],
+        [{"params": apart, "muon": True, "matrices": 1}],
+    ):
+        MuonAdamW(groups, lr=0.1, betas=(0.9, 0.95)).step()
+    torch.testing.assert_close(stacked.view(8, 6, 5), torch.stack(list(apart)))
+    # updates are as large as AdamW's: about 0.2 per entry at full rank
+    assert 0.05 < (stacked / 0.1).square().mean().sqrt() < 0.5
+
+
+def test_adamw_half_equals_pytorch():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(7, 5), torch.randn(6, 7, 5)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    a = MuonAdamW([{"params": [ours], "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95))
+    b = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_make_optimizer_leaves_the_rate_to_the_engine():
+    groups = [{"name": "matrix", "params": [nn.Parameter(torch.zeros(2, 2))], "muon": False, "matrices": 1}]
+    assert make_optimizer(groups, Train()).param_groups[0]["lr"] == 0
+
+
+def test_cosine_schedule():
+    train = Train(steps=110, warmup_steps=10, lr=1.0, min_lr_fraction=0.1)
+    rates = [learning_rate(step, train) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[59] == pytest.approx(0.55)  # half of the way from 1 to 0.1
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_wsd_schedule_is_flat_then_falls_in_a_line():
+    train = Train(steps=100, warmup_steps=10, lr=1.0, min_lr_fraction=0.0, schedule="wsd", decay_fraction=0.2)
+    rates = [learning_rate(step, train) for step in range(1, 101)]
+    assert rates[9:80] == pytest.approx([1.0] * 71)
+    assert rates[80:] == pytest.approx([1 - i / 20 for i in range(1, 21)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (3, 3), (2, 0), (10, 50)])
+def test_short_runs_have_finite_positive_rates(schedule, steps, warmup):
+    train = Train(steps=steps, warmup_steps=warmup, schedule=schedule, decay_fraction=0.5)
+    rates = [learning_rate(step, train) for step in range(1, steps + 1)]
+    assert all(math.isfinite(rate) and 0 < rate <= train.lr for rate in rates)

@@ -1,0 +1,83 @@
+"""The topology's rules, as pure functions of a configuration, a machine and a rank."""
+
+import pytest
+
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.topology import Machine, RankInfo, expert_sizes, plan_topology, rank_from_environment
+
+CPU = Machine(("cpu",), 4, False)
+GPUS = Machine(("cuda", "cpu"), 8, True)
+APPLE = Machine(("mps", "cpu"), 1, False)
+
+
+def plan(machine: Machine, world: int, *options: str):
+    config = load_config(["--preset", "debug", "--train.global_batch=48", *options])
+    return plan_topology(config, machine, RankInfo(0, 0, world))
+
+
+def test_one_process_is_plain_pytorch_and_several_are_deepspeed():
+    for machine, device, dtype in ((CPU, "cpu", "fp32"), (GPUS, "cuda", "bf16"), (APPLE, "mps", "fp32")):
+        one = plan(machine, 1)
+        assert (one.device, one.engine, one.backend, one.dtype) == (device, "local", None, dtype)
+    assert plan(CPU, 4).backend == "gloo"
+    assert plan(GPUS, 4).backend == "nccl"
+    assert plan(GPUS, 4).torch_device == "cuda:0"
+    assert plan(GPUS, 1, "--parallel.device=cpu").device == "cpu"
+    assert plan(CPU, 1, "--parallel.zero=2").engine == "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("world", "experts", "sizes"), [(1, 8, [1]), (4, 8, [1, 2, 4]), (6, 8, [1, 2]), (16, 8, [1, 2, 4, 8])]
+)
+def test_expert_sizes_divide_ranks_and_experts(world, experts, sizes):
+    assert expert_sizes(world, experts) == sizes
+    assert plan(CPU, world, f"--model.num_experts={experts}").expert == sizes[-1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
+@pytest.mark.parametrize("seq_len", [16, 256, 1024])
+def test_micro_batches_make_up_the_global_batch(world, seq_len):
+    topology = plan(CPU, world, f"--data.seq_len={seq_len}")
+    assert topology.micro_batch * topology.accumulation * world == 48
+    assert topology.micro_batch * seq_len <= 4096
+
+
+MISTAKES = [
+    (CPU, 4, "--parallel.expert=3", "valid values: 1, 2, 4"),
+    (CPU, 2, "--parallel.expert=8", "valid values: 1, 2"),
+    (CPU, 5, "--parallel.expert=auto", "use 45 or 50"),
+    (CPU, 4, "--train.micro_batch=8", "valid values: 1, 2, 3, 4, 6, 12"),
+    (CPU, 1, "--parallel.device=cuda", "use cpu"),
+    (CPU, 2, "--parallel.engine=local", "use deepspeed or auto"),
+    (CPU, 2, "--train.balance=aux_loss", "use --train.balance bias"),
+    (APPLE, 2, "--parallel.expert=1", "--parallel.device cpu"),
+]
+
+
+@pytest.mark.parametrize(("machine", "world", "option", "fix"), MISTAKES)
+def test_impossible_topology_is_refused_with_the_values_that_work(machine, world, option, fix):
+    with pytest.raises(ConfigError, match=fix) as error:
+        plan(machine, world, option)
+    assert "\n" not in str(error.value)
+
+
+def test_combinations_of_options_are_refused():
+    with pytest.raises(ConfigError, match=r"--parallel\.zero 0"):
+        plan(CPU, 2, "--train.optimizer=muon", "--parallel.zero=2")
+    with pytest.raises(ConfigError, match=r"--parallel\.engine deepspeed"):
+        plan(CPU, 1, "--parallel.engine=local", "--parallel.zero=2")
+    with pytest.raises(ConfigError, match="start fewer ranks"):
+        plan_topology(load_config(["--preset", "debug"]), GPUS, RankInfo(8, 8, 16))
+
+
+def test_rank_comes_from_the_environment(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_from_environment() == RankInfo(0, 0, 1)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ConfigError, match="LOCAL_RANK"):
+        rank_from_environment()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert rank_from_environment() == RankInfo(3, 1, 4)
