@@ -171,6 +171,8 @@ def _write_shards(
                 tokens.tofile(val if held_out else train)
                 counts["val" if held_out else "train"] += len(tokens)
                 val_bytes += len(text.encode()) if held_out else 0
+                if limit and sum(counts.values()) >= limit:
+                    break
             bar.update(sum(counts.values()) - bar.n)
             if limit and sum(counts.values()) >= limit:
                 break

@@ -1,0 +1,199 @@
+"""Corpora, tokenizers, shards and the order of samples."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from smolds_dist.config import load_config
+from smolds_dist.data import shards as shards_module
+from smolds_dist.data.batches import evaluation_batch, sample_at, training_batch
+from smolds_dist.data.corpus import documents
+from smolds_dist.data.shards import prepare_shards
+from smolds_dist.errors import ConfigError
+
+
+def configure(cache, *options: str):
+    return load_config(
+        [
+            "--preset=debug",
+            f"--data.cache_dir={cache}",
+            "--data.tokenizer_vocab_size=300",
+            "--data.seq_len=32",
+            *options,
+        ]
+    )
+
+
+def test_every_source_yields_the_same_documents(tmp_path):
+    texts = ["first text\n", "zweiter Text: äöü\n", 'a "third"\n']
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    rows = [{"text": text, "other": 1} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for source in ("text:*.txt", "jsonl:*.jsonl", "parquet:*.parquet"):
+        kind, pattern = source.split(":")
+        data = configure(tmp_path, f"--data.source={kind}:{tmp_path}/{pattern}").data
+        assert list(documents(data)) == texts
+
+
+def test_standard_library_is_large_real_text():
+    data = load_config(["--preset=debug"]).data
+    texts = list(documents(data))
+    assert sum(map(len, texts)) > 10_000_000
+    assert any("class ArgumentParser" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "fix"),
+    [
+        ("text:nothing/*.txt", "", "check the pattern"),
+        ("jsonl:bad.jsonl", '{"text": "a"}\nno json\n', "line 2"),
+        ("jsonl:bad.jsonl", '{"body": "a"}\n', "--data.text_field"),
+        ("text:bad.txt", "too short", "less than one sequence"),
+        ("parquet:bad.parquet", None, "one of body"),
+    ],
+)
+def test_bad_source_is_refused_with_the_fix(tmp_path, monkeypatch, source, content, fix):
+    monkeypatch.chdir(tmp_path)
+    _, _, name = source.partition(":")
+    if content is None:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"body": "a"}]), tmp_path / name)
+    elif content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=fix):
+        prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"), progress=False)
+
+
+def test_unknown_tokenizer_is_refused(corpus, tmp_path):
+    config = configure(tmp_path, f"--data.source=text:{corpus}/*.txt", "--data.tokenizer=no/such-tokenizer")
+    with pytest.raises(ConfigError, match="or `train`"):
+        prepare_shards(config, progress=False)
+
+
+def test_shards_hold_every_document_once(corpus, cache):
+    config = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.val_fraction=0.2")
+    shards = prepare_shards(config, progress=False)
+    end = shards.tokenizer.eos_token
+    parts = {split: shards.tokenizer.decode(getattr(shards, split)).split(end)[:-1] for split in ("train", "val")}
+    written = sorted(path.read_text() for path in corpus.glob("*.txt"))
+    assert sorted(parts["train"] + parts["val"]) == written
+    assert 2 <= len(parts["val"]) <= 16
+    assert shards.meta.val_bytes == sum(len(text.encode()) for text in parts["val"])
+    # the entropy is that of the held-out tokens
+    _, counts = np.unique(shards.val, return_counts=True)
+    frequency = counts / counts.sum()
+    assert shards.meta.val_unigram_entropy == pytest.approx(-(frequency * np.log(frequency)).sum())
+    # a second call reads; a folder of the tokenizer works as a tokenizer
+    assert prepare_shards(config, progress=False).folder == shards.folder
+    own = configure(cache, f"--data.source=text:{corpus}/*.txt", f"--data.tokenizer={shards.tokenizer.name_or_path}")
+    assert np.array_equal(prepare_shards(own, progress=False).tokenizer.vocab, shards.tokenizer.vocab)
+
+
+def test_one_long_document_has_a_held_out_part(tmp_path):
+    (tmp_path / "one.txt").write_text(" ".join(f"word{i % 97} and{i % 13}" for i in range(20_000)))
+    shards = prepare_shards(configure(tmp_path, f"--data.source=text:{tmp_path}/one.txt"), progress=False)
+    total = shards.meta.train_tokens + shards.meta.val_tokens
+    assert 0.03 * total < shards.meta.val_tokens <= 0.1 * total + 1
+    assert len(shards.train) == shards.meta.train_tokens
+    decoded = len(shards.tokenizer.decode(shards.val, skip_special_tokens=True).encode())
+    assert shards.meta.val_bytes == pytest.approx(decoded, abs=20)
+
+
+def test_max_tokens_stops_the_reading(corpus, cache):
+    limited = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.max_tokens=5000")
+    whole = configure(cache, f"--data.source=text:{corpus}/*.txt")
+    counts = [
+        shards.meta.train_tokens + shards.meta.val_tokens
+        for shards in (prepare_shards(limited, progress=False), prepare_shards(whole, progress=False))
+    ]
+    longest = counts[1] / 40 * 2
+    assert 5000 <= counts[0] < 5000 + longest < counts[1]
+
+
+def prepare_in_process(cache, source, queue):
+    writes = []
+    original = shards_module._write_shards
+    shards_module._write_shards = lambda *args: (writes.append(1), time.sleep(0.5), original(*args))
+    shards = prepare_shards(configure(cache, source), progress=False)
+    queue.put((len(writes), int(shards.train.astype(np.int64).sum())))
+
+
+def test_many_processes_have_one_writer(corpus, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    source = f"--data.source=text:{corpus}/*.txt"
+    processes = [context.Process(target=prepare_in_process, args=(tmp_path, source, queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    assert sum(writes for writes, _ in results) == 1
+    assert len({checksum for _, checksum in results}) == 1
+
+
+def hang_while_writing(cache, source, started):
+    def write_and_wait(*_args):
+        started.set()
+        time.sleep(600)
+
+    shards_module._is_held_out = write_and_wait
+    prepare_shards(configure(cache, source), progress=False)
+
+
+def test_killed_writer_leaves_nothing_that_is_believed(corpus, tmp_path):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    source = f"--data.source=text:{corpus}/*.txt"
+    process = context.Process(target=hang_while_writing, args=(tmp_path, source, started))
+    process.start()
+    assert started.wait(60)
+    assert list((tmp_path / "shards").glob("*.writing-*"))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    shards = prepare_shards(configure(tmp_path, source), progress=False)
+    assert shards.meta.train_tokens == len(shards.train) > 1000
+    assert not list((tmp_path / "shards").glob("*.writing-*"))
+
+
+def test_edited_file_is_tokenised_again(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some words " * 3000)
+    config = configure(tmp_path, f"--data.source=text:{path}")
+    before = prepare_shards(config, progress=False).folder
+    path.write_text("other words " * 3000)
+    assert prepare_shards(config, progress=False).folder != before
+
+
+def test_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():
+    epochs = [[sample_at(epoch * 50 + i, 50, seed=7) for i in range(50)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [sample_at(i, 50, seed=8) for i in range(50)] != epochs[0]
+    # fixed for ever: a resumed run, also on another machine, has to go on in the same order
+    assert [sample_at(i, 10, seed=0) for i in range(10)] == [sample_at(i, 10, seed=2**32) for i in range(10)]
+    assert [sample_at(i, 10, seed=0) for i in range(10)] == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
+
+
+def test_global_batch_is_the_same_however_it_is_cut():
+    tokens = np.arange(1000, dtype=np.uint16)
+    whole = training_batch(tokens, 8, 3, range(16, 32))
+    parts = [training_batch(tokens, 8, 3, range(16 + 4 * rank, 20 + 4 * rank)) for rank in range(4)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert whole.shape == (16, 8)
+    assert ((whole[:, 1:] - whole[:, :-1]) == 1).all()
+    assert (whole[:, 0] % 8 == 0).all()
+
+
+def test_evaluation_batch_fills_up_with_sequences_that_do_not_count():
+    ids, labels = evaluation_batch(np.arange(100, dtype=np.uint16), 10, range(2, 6), num_sequences=4)
+    assert ids[:, 0].tolist() == [20, 30, 30, 30]
+    assert torch.equal(labels[:2], ids[:2])
+    assert (labels[2:] == -100).all()
