@@ -1,0 +1,192 @@
+"""Whole runs through the command line: what they write, how they resume, what they refuse."""
+
+import json
+
+import pytest
+import torch
+from ranks import smolds
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from smolds_dist.config import load_config
+from smolds_dist.data.batches import evaluation_batch
+from smolds_dist.data.shards import prepare_shards
+from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.topology import RankInfo, detect_machine, plan_topology
+from smolds_dist.train.checkpoint import check_resumable, latest_checkpoint
+from smolds_dist.train.metrics import load_table, read_rows
+from smolds_dist.train.trainer import train
+
+
+def rows_of(run_dir):
+    """Training rows and evaluation rows of a run."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+
+
+@pytest.fixture
+def finished(small_run, tmp_path):
+    """A run of six steps in this process."""
+    train(load_config([*small_run, "--run.name=one"]))
+    return tmp_path / "runs" / "one"
+
+
+def test_run_folder_is_complete(finished, small_run, capsys):
+    training, evaluation = rows_of(finished)
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in evaluation] == [3, 6]
+    for row in training:
+        assert set(row) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "max_vio", "load"}
+        assert row["tokens"] == row["step"] * 8 * 32
+        assert len(row["load"]) == 2
+        for layer in row["load"]:
+            assert sum(layer) == pytest.approx(1, abs=1e-3)
+        violations = [max(layer) * 8 - 1 for layer in row["load"]]
+        assert row["max_vio"] == pytest.approx(sum(violations) / 2, abs=1e-3)
+    assert training[-1]["loss"] < training[0]["loss"]
+
+    board = EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tags = board.Tags()["scalars"]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx([row["loss"] for row in training])
+    assert [event.step for event in board.Scalars("validation/bits_per_byte")] == [3, 6]
+    assert {"train/lr", "train/grad_norm", "train/tokens_per_s", "balance/max_vio", "validation/loss"} <= set(tags)
+    assert sum(tag.startswith("load_layer_") for tag in tags) == 2 * 8
+
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["prompt"]) for sample in samples] == [
+        (3, "def "), (3, "import "), (6, "def "), (6, "import "),
+    ]  # fmt: skip
+    assert all(sample["text"].startswith(sample["prompt"]) for sample in samples)
+    assert load_config(["--config", str(finished / "config.yaml")]) == load_config([*small_run, "--run.name=one"])
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+
+
+def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, small_run):
+    _, evaluation = rows_of(finished)
+    model = AutoModelForCausalLM.from_pretrained(finished / "export")
+    shards = prepare_shards(load_config(small_run), progress=False)
+    ids, labels = evaluation_batch(shards.val, 32, range(5), 5)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=labels).loss.item()
+    assert loss == pytest.approx(evaluation[-1]["val_loss"], rel=1e-5)
+    biases = [block.mlp.gate.e_score_correction_bias for block in model.model.layers]
+    assert all(bias.any() for bias in biases)
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    assert tokenizer.decode(tokenizer("def add(first)").input_ids) == "def add(first)"
+    assert "lm_head.weight" not in load_file(finished / "export" / "model.safetensors")
+
+
+def test_resumed_run_equals_the_uninterrupted_one(finished, small_run, tmp_path):
+    train(load_config([*small_run, "--run.name=two", "--train.steps=6"]))
+    two = tmp_path / "runs" / "two"
+    # As if killed at step 5: one more row than the last checkpoint, and half a line.
+    lines = (two / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 5]
+    (two / "metrics.jsonl").write_text("".join(kept) + '{"step": 6, "lo')
+    for path in (two / "checkpoints" / "step_00000006").iterdir():
+        path.unlink()
+    (two / "checkpoints" / "step_00000006").rmdir()
+    (two / "checkpoints" / "unfinished_step_00000006").mkdir()
+    train(load_config([*small_run, "--run.name=two", "--checkpoint.resume=auto"]))
+    timing = {"tokens_per_s"}
+    for ours, theirs in zip(rows_of(two), rows_of(finished), strict=True):
+        assert [{k: v for k, v in row.items() if k not in timing} for row in ours] == [
+            {k: v for k, v in row.items() if k not in timing} for row in theirs
+        ]
+    weights = [load_file(run / "export" / "model.safetensors") for run in (two, finished)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    board = EventAccumulator(str(two / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_existing_run_is_never_overwritten(finished, small_run):
+    before = (finished / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"--checkpoint\.resume auto"):
+        train(load_config([*small_run, "--run.name=one"]))
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "named"),
+    [
+        (["--train.global_batch=16"], 1, "train.global_batch 8"),
+        (["--model.num_experts=4"], 1, "model.num_experts 8"),
+        (["--data.seq_len=16"], 1, "data.seq_len 32"),
+        (["--train.dtype=bf16"], 1, "dtype fp32"),
+        ([], 2, "world_size 1"),
+    ],
+)
+def test_resume_with_another_layout_or_model_is_refused(finished, small_run, options, world, named):
+    config = load_config([*small_run, "--run.name=one", "--checkpoint.resume=auto", *options])
+    topology = plan_topology(config, detect_machine(), RankInfo(0, 0, world))
+    with pytest.raises(ConfigError, match=named):
+        check_resumable(config, topology)
+
+
+def test_resume_auto_of_a_new_name_starts_afresh(small_run):
+    config = load_config([*small_run, "--run.name=new", "--checkpoint.resume=auto"])
+    assert latest_checkpoint(config) is None
+    assert check_resumable(config, plan_topology(config, detect_machine(), RankInfo())) is None
+
+
+def test_bf16_with_muon_and_wsd_and_latent_attention_trains_and_resumes(small_run, tmp_path):
+    options = [
+        *small_run, "--run.name=mixed", "--train.dtype=bf16", "--train.optimizer=muon", "--train.schedule=wsd",
+        "--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1",
+        "--train.activation_checkpointing=true",
+    ]  # fmt: skip
+    train(load_config([*options, "--train.steps=4"]))
+    train(load_config([*options, "--train.steps=6", "--checkpoint.resume=auto"]))
+    training, _ = rows_of(tmp_path / "runs" / "mixed")
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert training[-1]["loss"] < training[0]["loss"]
+    weights = load_file(tmp_path / "runs" / "mixed" / "export" / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert weights["model.layers.0.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+
+
+def test_seed_changes_the_run_and_nothing_else_does(small_run, tmp_path):
+    losses = {}
+    for name, options in {"a": [], "b": ["--train.micro_batch=8"], "c": ["--train.seed=1"]}.items():
+        train(load_config([*small_run, f"--run.name={name}", "--train.steps=2", *options]))
+        losses[name] = [row["loss"] for row in rows_of(tmp_path / "runs" / name)[0]]
+    assert losses["a"] == pytest.approx(losses["b"], rel=1e-5)
+    assert losses["a"] != pytest.approx(losses["c"], rel=1e-5)
+
+
+def test_generate_continues_a_prompt(finished):
+    texts = []
+    for _ in range(2):
+        result = smolds("generate", str(finished), "--prompt", "def ", "--tokens", "5", "--seed", "3")
+        assert result.returncode == 0, result.text
+        texts.append(result.stdout)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def ")
+    assert len(texts[0]) > len("def ") + 1
+
+
+def test_generate_without_a_model_is_refused(tmp_path):
+    result = smolds("generate", str(tmp_path), "--prompt", "def ")
+    assert result.returncode == 2
+    assert "holds no exported model" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_load_table_shows_shares_and_violation():
+    rows = [{"step": 1, "load": [[0.5, 0.25, 0.25, 0.0]]}, {"step": 2, "load": [[0.0, 0.25, 0.25, 0.5]]}]
+    assert load_table(rows).splitlines()[1].split() == ["0", "25.0%", "25.0%", "25.0%", "25.0%", "0.00"]
+    assert load_table(rows, last=1).splitlines()[1].split() == ["0", "0.0%", "25.0%", "25.0%", "50.0%", "1.00"]
+
+
+def test_trains_without_deepspeed(small_run):
+    script = (
+        "import sys; sys.modules['deepspeed'] = None\n"  # as on a machine where it is not installed
+        "from smolds_dist.cli import main; main()"
+    )
+    import sys
+
+    from ranks import run
+
+    result = run([sys.executable, "-c", script, "train", *small_run, "--run.name=bare", "--train.steps=1"], timeout=120)
+    assert result.returncode == 0, result.text
