@@ -123,6 +123,6 @@ def learning_rate(step: int, train: Train) -> float:
         done = (step - warmup) / max(1, train.steps - warmup)
         share = 0.5 * (1 + math.cos(math.pi * done))
     else:
-        decay_steps = min(max(1, round(train.steps * train.decay_fraction)), train.steps - warmup)
-        share = min(1.0, (train.steps - step) / decay_steps)
+        decay_steps = min(round(train.steps * train.decay_fraction), train.steps - warmup)
+        share = min(1.0, (train.steps - step) / decay_steps) if decay_steps else 1.0
     return train.lr * (train.min_lr_fraction + (1 - train.min_lr_fraction) * share)
