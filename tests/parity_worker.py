@@ -11,7 +11,7 @@ import torch
 
 from smolds_dist.config import load_config
 from smolds_dist.data.batches import training_batch
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import make_engine, start_process_group
 from smolds_dist.parallel.topology import detect_machine, plan_topology, rank_from_environment
@@ -54,7 +54,7 @@ def train_case(options: list[str], disturb: bool, steps: int) -> dict:
     model_config = DeepSeekV3Config(**(vars(config.model) | {"vocab_size": VOCAB, "initializer_range": 0.2}))
     model = DeepSeekV3ForCausalLM(model_config)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(model)
     groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
     engine = make_engine(model, config, topology, groups, optimizer)
     balancer = Balancer(engine.model, config.train.balance_rate)

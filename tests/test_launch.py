@@ -14,47 +14,34 @@ from smolds_dist.train.metrics import read_rows
 from smolds_dist.train.trainer import train
 
 
-@pytest.fixture
-def single_process_rows(small_run, tmp_path):
-    train(load_config([*small_run, "--run.name=single", "--parallel.device=cpu", "--train.dtype=fp32"]))
-    return read_rows(tmp_path / "runs" / "single" / "metrics.jsonl")
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path, zero):
+    """Launched by torchrun, resumed by deepspeed: the rows and the model of a run in this process without a break."""
+    options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--train.schedule=wsd"]
+    options += ["--train.decay_fraction=0"]  # so that a run of four steps is the beginning of one of six
+    train(load_config([*options, "--run.name=single"]))
 
+    options += ["--run.name=pair", f"--parallel.zero={zero}", "--parallel.expert=2"]
+    begun = smolds("launch", "--procs=2", "--", *options, "--train.steps=4", timeout=180)
+    assert begun.returncode == 0, begun.text
+    for text in ("2 ranks over gloo", "expert parallel size 2", "share of the tokens per expert"):
+        assert text in begun.stdout
+    resume = ["--launcher=deepspeed", "--", *options, "--checkpoint.resume=auto"]
+    resumed = smolds("launch", "--procs=2", *resume, timeout=180)
+    assert resumed.returncode == 0, resumed.text
+    assert "continuing from" in resumed.stdout
 
-@pytest.mark.parametrize(("launcher", "zero"), [("torchrun", 2), ("deepspeed", 3)])
-def test_two_ranks_write_the_run_of_one(small_run, single_process_rows, tmp_path, launcher, zero):
-    options = [*small_run, "--run.name=pair", "--parallel.device=cpu", "--train.dtype=fp32", f"--parallel.zero={zero}"]
-    start = ["launch", "--procs", "2", "--launcher", launcher, "--"]
-    first = smolds(*start, *options, "--train.steps=4", "--parallel.expert=2", timeout=180)
-    assert first.returncode == 0, first.text
-    # six steps' schedule has to be the reference's, so the first part cannot be compared: only the resume's steps exist
-    assert "2 ranks over gloo" in first.stdout
-    assert "expert parallel size 2" in first.stdout
-    assert "share of the tokens per expert" in first.stdout
-    whole = smolds(*start, *options, "--run.name=whole", timeout=180)
-    assert whole.returncode == 0, whole.text
-    rows = read_rows(tmp_path / "runs" / "whole" / "metrics.jsonl")
-    for ours, theirs in zip(rows, single_process_rows, strict=True):
+    rows = {name: read_rows(tmp_path / "runs" / name / "metrics.jsonl") for name in ("pair", "single")}
+    steps = {name: [row for row in part if "loss" in row] for name, part in rows.items()}
+    for ours, theirs in zip(steps["pair"], steps["single"], strict=True):
         assert ours["step"] == theirs["step"]
-        for name in ("loss", "val_loss", "grad_norm", "max_vio"):
-            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-3)
-    weights = [load_file(tmp_path / "runs" / name / "export" / "model.safetensors") for name in ("whole", "single")]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[1].items():
-        torch.testing.assert_close(weights[0][name], tensor, atol=1e-3, rtol=1e-3)
-
-
-def test_expert_parallel_run_resumes(small_run, tmp_path):
-    options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--log.tensorboard=false"]
-    options += ["--train.schedule=wsd", "--train.decay_fraction=0"]  # so that four steps are a part of six
-    whole = smolds("launch", "--procs=2", "--", *options, "--run.name=whole", timeout=180)
-    assert whole.returncode == 0, whole.text
-    for more in (["--train.steps=4"], ["--checkpoint.resume=auto"]):
-        part = smolds("launch", "--procs=2", "--", *options, "--run.name=parts", *more, timeout=180)
-        assert part.returncode == 0, part.text
-    rows = {name: read_rows(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "parts")}
-    losses = {name: [row["loss"] for row in part if "loss" in row] for name, part in rows.items()}
-    assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-6)
-    assert "continuing from" in part.stdout
+        for name in ("loss", "grad_norm", "max_vio"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+    assert rows["pair"][-1]["val_loss"] == pytest.approx(rows["single"][-1]["val_loss"], rel=1e-3)
+    ours, theirs = (load_file(tmp_path / "runs" / name / "export" / "model.safetensors") for name in rows)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Ernie4_5_MoeForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache, Ernie4_5_MoeForCausalLM
 
 from smolds_dist.export import transformers_config, transformers_state_dict
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 
 SMALL = dict(vocab_size=160, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6)
 GQA = dict(SMALL, num_key_value_heads=2, head_dim=8)
@@ -74,7 +74,7 @@ def test_loss_and_gradients_equal_transformers(pair, checkpointing):
     ours, peer = pair
     ids = tokens(3, 40)
     if checkpointing:
-        ours.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(ours)
     ours_loss, peer_loss = ours.train()(input_ids=ids, labels=ids).loss, peer.train()(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(ours_loss, peer_loss, atol=1e-5, rtol=0)
     ours_loss.backward()
@@ -99,7 +99,8 @@ def test_greedy_continuation_equals_transformers(pair):
 
 def test_latent_cache_holds_the_latent_not_the_heads():
     ours = build(LATENT)
-    cache = ours(input_ids=tokens(2, 9), use_cache=True).past_key_values
+    cache = DynamicCache(config=ours.config)
+    ours(input_ids=tokens(2, 9), cache=cache)
     shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
     assert shapes == [((2, 1, 9, 16), (2, 1, 9, 8))] * 3
 

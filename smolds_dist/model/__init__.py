@@ -4,7 +4,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.modeling import DeepSeekV3ForCausalLM, DeepSeekV3Model, RMSNorm
+from smolds_dist.model.modeling import (
+    DeepSeekV3ForCausalLM,
+    DeepSeekV3Model,
+    RMSNorm,
+    enable_activation_checkpointing,
+)
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
 
 AutoConfig.register(DeepSeekV3Config.model_type, DeepSeekV3Config, exist_ok=True)
@@ -20,4 +25,5 @@ __all__ = [
     "DeepSeekV3Model",
     "RMSNorm",
     "TopKRouter",
+    "enable_activation_checkpointing",
 ]

@@ -83,11 +83,11 @@ class DeepSeekV3Attention(nn.Module):
         x_BSH: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> Tensor:
         project = self._latent_qkv if self.latent else self._grouped_query_qkv
-        query, key, value = project(x_BSH, *rotary, past_key_values)
+        query, key, value = project(x_BSH, *rotary, cache)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
         out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1))

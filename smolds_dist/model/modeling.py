@@ -57,11 +57,21 @@ class DeepSeekV3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepSeekV3Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def _cache_for(self, cache: Cache | None, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The key/value cache that the caller gave, or a new one where one is wanted.
+
+        `past_key_values` is transformers' name for it until 5.23, `cache` its name from 5.24 on: forwards take both.
+        The old name can go when `setup.cfg` asks for 5.24.
+        """
+        cache = past_key_values if cache is None else cache
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
+        return DynamicCache(config=self.config) if use_cache and cache is None else cache
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,31 +106,25 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = self._cache_for(cache, past_key_values, use_cache)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BSH,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # By position, here and in the outputs, because the cache's keyword depends on transformers' version.
+        mask = create_causal_mask(self.config, x_BSH, attention_mask, cache, position_ids)
         rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta)
         for block in self.layers:
-            x_BSH = block(x_BSH, rotary=rotary, attention_mask=mask, past_key_values=past_key_values)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(x_BSH), past_key_values=past_key_values)
+            x_BSH = block(x_BSH, rotary=rotary, attention_mask=mask, cache=cache)
+        return MoeModelOutputWithPast(self.norm(x_BSH), cache)
 
 
 class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
@@ -139,26 +143,27 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, S, V], or with `labels` [B, S] (negative entries ignored) the mean loss over the next tokens.
 
         `aux_loss` is the mean over layers of the load-balancing loss, already added to `loss` with its coefficient.
         """
-        outputs = self.model(
+        cache = self._cache_for(cache, past_key_values, use_cache)
+        hidden = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-        )
-        hidden = outputs.last_hidden_state
+            use_cache=False,  # only what `cache` says
+        ).last_hidden_state
         loss = logits = aux_loss = None
         if labels is not None:
             loss = self.lm_head(hidden, labels)
@@ -168,6 +173,11 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=outputs.past_key_values
-        )
+        return MoeCausalLMOutputWithPast(loss, aux_loss, logits, cache)
+
+
+def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM) -> None:
+    """Keeps only every block's input for the backward pass, which recomputes the rest."""
+    # The method's name from transformers 5.23 on, and the older one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -13,7 +13,7 @@ from smolds_dist.config import RunConfig, save_config
 from smolds_dist.data.batches import training_batch
 from smolds_dist.data.shards import TokenShards, prepare_shards
 from smolds_dist.errors import ConfigError
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, make_engine, start_process_group
 from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology, rank_from_environment
@@ -40,7 +40,7 @@ def train(config: RunConfig) -> None:
     torch.manual_seed(config.train.seed)  # every rank builds the same model, whatever the topology
     model = DeepSeekV3ForCausalLM(model_config)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_activation_checkpointing(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = make_engine(
         model,
