@@ -34,7 +34,7 @@ def test_options_override_the_preset_wherever_it_stands():
     assert config.train.steps == 7
     assert config.run.name == "123"
     assert config.parallel.expert == 4
-    assert config.model.hidden_size == 128
+    assert config.model.hidden_size == 192
 
 
 def test_saved_configuration_gives_the_same_run(tmp_path):

@@ -1,0 +1,99 @@
+"""Every command of README.md, in its order, shortened by options at its end."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, run
+
+from smolds_dist.train.metrics import read_rows
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+SCRIPTS = [command for command in COMMANDS if command.startswith("./")]
+USES = [command for command in COMMANDS if not command.startswith("./")]
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture
+def shorter(cache):
+    """What each program is given in addition."""
+    training = f" --train.eval_sequences=4 --log.sample_tokens=4 --data.max_tokens=300000 --data.cache_dir={cache}"
+    return {
+        "smolds train": f"{training} --train.steps=2",
+        "smolds train resume": f"{training} --train.steps=3",
+        "smolds launch": f"{training} --train.steps=2",
+        "torchrun": f"{training} --train.steps=2",
+        "smolds generate": " --tokens=4",
+        "./launch/quickstart.sh": f"{training} --train.steps=2",
+        "./launch/test.sh": " -q tests/test_config.py",
+    }
+
+
+@pytest.mark.skipif(shutil.which("smolds", path=PATH) is None, reason="smolds is not installed: pip install -e .")
+def test_uses_run_as_written(shorter, corpus, tmp_path):
+    (tmp_path / "corpus").symlink_to(corpus)
+    done = set()
+    for command in USES:
+        if command.startswith("tensorboard"):
+            assert_board_serves(command, tmp_path)
+            done.add("tensorboard")
+            continue
+        program = " ".join(command.split()[: 1 if command.startswith("torchrun") else 2])
+        kind = f"{program} resume" if "--checkpoint.resume" in command else program
+        finished = run(["bash", "-c", command + shorter[kind]], timeout=240, cwd=tmp_path, PATH=PATH)
+        assert finished.returncode == 0, f"{command}\n{finished.text}"
+        done.add(kind)
+    assert done == {"tensorboard", *(kind for kind in shorter if not kind.startswith("./"))}
+    first = read_rows(tmp_path / "runs" / "first" / "metrics.jsonl")
+    assert [row["step"] for row in first if "loss" in row] == [1, 2, 3]
+
+
+def assert_board_serves(command: str, cwd: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    board = subprocess.Popen(
+        [*command.split(), f"--port={port}"], cwd=cwd, env=os.environ | {"PATH": PATH}, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5) as answer:
+                    runs = answer.read().decode()
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                runs = ""
+            if "first" in runs and "pair" in runs:
+                return
+            assert time.monotonic() < deadline, f"{command}: no runs shown, only {runs!r}"
+            assert board.poll() is None, f"{command}: ended with exit code {board.returncode}"
+            time.sleep(0.5)
+    finally:
+        board.kill()
+        board.wait()
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="no .venv; ./launch/test.sh makes it")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_work(script, shorter, tmp_path):
+    extra = shorter[script] + (f" --run.dir={tmp_path}" if "quickstart" in script else "")
+    finished = run(["bash", "-c", script + extra], timeout=240, cwd=ROOT)
+    assert finished.returncode == 0, finished.text
+    if "quickstart" in script:
+        for text in ("validation loss", "share of the tokens per expert", "tensorboard --logdir", "unigram entropy"):
+            assert text in finished.stdout
+        assert list(tmp_path.glob("quickstart-*/export/model.safetensors"))
+
+
+def test_two_commands_are_in_the_readme():
+    assert SCRIPTS == ["./launch/quickstart.sh", "./launch/test.sh"]
