@@ -27,21 +27,16 @@ def generate(args: list[str]) -> None:
         raise ConfigError("--tokens must be at least 1 and --temperature not negative.")
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     import smolds_dist.model  # noqa: F401  registers the architecture
+    from smolds_dist.train.samples import sample
 
-    torch.manual_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    ids = tokenizer(options.prompt or tokenizer.eos_token, return_tensors="pt").to(device)
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    output = model.to(device).generate(
-        input_ids=ids.input_ids,
-        attention_mask=ids.attention_mask,
-        max_new_tokens=options.tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        **sampling,
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    text = sample(
+        model.to(device), tokenizer, options.prompt, options.tokens, options.seed, options.temperature, stop_at_end=True
     )
-    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    print(text)

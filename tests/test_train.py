@@ -16,6 +16,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.topology import RankInfo, detect_machine, plan_topology
 from smolds_dist.train.checkpoint import check_resumable, latest_checkpoint
 from smolds_dist.train.metrics import load_table, read_rows
+from smolds_dist.train.samples import sample
 from smolds_dist.train.trainer import train
 
 
@@ -54,10 +55,10 @@ def test_run_folder_is_complete(finished, small_run, capsys):
     assert sum(tag.startswith("load_layer_") for tag in tags) == 2 * 8
 
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
-    assert [(sample["step"], sample["prompt"]) for sample in samples] == [
+    assert [(row["step"], row["prompt"]) for row in samples] == [
         (3, "def "), (3, "import "), (6, "def "), (6, "import "),
     ]  # fmt: skip
-    assert all(sample["text"].startswith(sample["prompt"]) for sample in samples)
+    assert all(row["text"].startswith(row["prompt"]) for row in samples)
     assert load_config(["--config", str(finished / "config.yaml")]) == load_config([*small_run, "--run.name=one"])
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
 
@@ -164,6 +165,23 @@ def test_generate_continues_a_prompt(finished):
     assert texts[0] == texts[1]
     assert texts[0].startswith("def ")
     assert len(texts[0]) > len("def ") + 1
+
+
+def test_sample_puts_a_prompts_last_space_before_the_next_word(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    state = torch.random.get_rng_state()
+    texts = [sample(model, tokenizer, "def ", 6, seed) for seed in (0, 1, 0)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert texts[0] == texts[2] != texts[1]
+    assert all(text.startswith("def ") for text in texts)
+    # Temperature 0: the best token that begins with a space, then greedy.
+    word = tokenizer("def", return_tensors="pt").input_ids
+    logits = model(input_ids=word).logits[0, -1]
+    first = max((i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith(" ")), key=lambda i: logits[i])
+    begun = torch.cat((word, torch.tensor([[first]])), dim=1)
+    expected = model.generate(begun, do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=0)
+    assert sample(model, tokenizer, "def ", 6, seed=0, temperature=0) == tokenizer.decode(expected[0])
 
 
 def test_generate_without_a_model_is_refused(tmp_path):
