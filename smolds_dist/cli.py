@@ -41,10 +41,14 @@ def _train(args: list[str]) -> None:
 
     import transformers
 
+    from smolds_dist.parallel.engine import end_rank
+    from smolds_dist.parallel.topology import rank_from_environment
     from smolds_dist.train.trainer import train
 
     transformers.logging.disable_progress_bar()
     train(config)
+    if rank_from_environment().world_size > 1:
+        end_rank()
 
 
 def _launch(args: list[str]) -> None:

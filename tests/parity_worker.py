@@ -13,7 +13,7 @@ from smolds_dist.config import load_config
 from smolds_dist.data.batches import training_batch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import make_engine, start_process_group
+from smolds_dist.parallel.engine import end_rank, make_engine, start_process_group
 from smolds_dist.parallel.topology import detect_machine, plan_topology, rank_from_environment
 from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
 from smolds_dist.train.trainer import accumulate_gradients
@@ -98,4 +98,4 @@ if __name__ == "__main__":
         outcome = train_case(**case)
         if rank_from_environment().rank == 0:
             print("RESULT " + json.dumps(outcome), flush=True)
-    torch.distributed.destroy_process_group()  # gloo's threads abort a process that ends with them now and then
+    end_rank()

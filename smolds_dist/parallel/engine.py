@@ -5,10 +5,11 @@ same losses.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -108,6 +109,18 @@ def start_process_group(topology: Topology) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
     deepspeed.init_distributed(dist_backend=topology.backend, verbose=False)
+
+
+def end_rank() -> NoReturn:
+    """Ends this process, whose work has succeeded, without tearing the interpreter down.
+
+    torch 2.13's gloo threads let go of a collective's tensors after its caller has moved on. Where the interpreter is
+    being torn down by then, the process aborts (seen in one run of six). Can go when `ProcessGroupGloo::runLoop` drops
+    its work before the work counts as done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class LocalEngine:
