@@ -3,7 +3,7 @@
 import os
 import sys
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, RankFailedError
 
 USAGE = """usage: smolds COMMAND [options]
 
@@ -36,19 +36,25 @@ def main() -> None:
 
 def _train(args: list[str]) -> None:
     from smolds_dist.config import load_config
+    from smolds_dist.parallel.ranks import join_ranks, share_cores
 
+    info = join_ranks()  # first, because it says which rank speaks
     config = load_config(args, prog="smolds train")  # before the heavy imports, so that a mistake shows at once
+    share_cores(info)
 
     import transformers
 
     from smolds_dist.parallel.engine import end_rank
-    from smolds_dist.parallel.topology import rank_from_environment
     from smolds_dist.train.trainer import train
 
     transformers.logging.disable_progress_bar()
-    train(config)
-    if rank_from_environment().world_size > 1:
-        end_rank()
+    try:
+        code = train(config)
+    except RankFailedError:
+        code = 1
+    if info.world_size > 1:
+        end_rank(code)
+    sys.exit(code)
 
 
 def _launch(args: list[str]) -> None:

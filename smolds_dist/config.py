@@ -132,6 +132,8 @@ class Parallel:
     """ZeRO stage, 0 to 3."""
     ds_config: str | None = None
     """Your own DeepSpeed JSON instead of ds_configs/zeroN.json."""
+    grace: float = 10.0
+    """Seconds after a rank's death until the others leave by force."""
 
 
 @dataclass
@@ -222,7 +224,7 @@ _AT_LEAST_ONE = (
 ).split()
 _NOT_NEGATIVE = (
     "train.seed train.warmup_steps train.weight_decay train.grad_clip train.balance_rate train.aux_loss_coef "
-    "train.eval_every checkpoint.every log.sample_every model.n_shared_experts model.initializer_range"
+    "parallel.grace train.eval_every checkpoint.every log.sample_every model.n_shared_experts model.initializer_range"
 ).split()
 _POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
 _SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()

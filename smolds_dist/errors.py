@@ -6,3 +6,7 @@ class ConfigError(Exception):
 
     The command line prints it and exits with code 2, without a traceback.
     """
+
+
+class RankFailedError(Exception):
+    """A rank's training ended in an error that has been told and logged already."""

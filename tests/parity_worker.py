@@ -14,7 +14,8 @@ from smolds_dist.data.batches import training_batch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import end_rank, make_engine, start_process_group
-from smolds_dist.parallel.topology import detect_machine, plan_topology, rank_from_environment
+from smolds_dist.parallel.ranks import rank_from_environment
+from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
 from smolds_dist.train.trainer import accumulate_gradients
 
@@ -98,4 +99,4 @@ if __name__ == "__main__":
         outcome = train_case(**case)
         if rank_from_environment().rank == 0:
             print("RESULT " + json.dumps(outcome), flush=True)
-    end_rank()
+    end_rank(0)

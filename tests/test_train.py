@@ -13,7 +13,8 @@ from smolds_dist.config import load_config
 from smolds_dist.data.batches import evaluation_batch
 from smolds_dist.data.shards import prepare_shards
 from smolds_dist.errors import ConfigError
-from smolds_dist.parallel.topology import RankInfo, detect_machine, plan_topology
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.train.checkpoint import check_resumable, latest_checkpoint
 from smolds_dist.train.metrics import load_table, read_rows
 from smolds_dist.train.samples import sample

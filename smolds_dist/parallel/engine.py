@@ -23,6 +23,7 @@ from smolds_dist.parallel.expert_parallel import (
     keep_routers_in_fp32,
     skip_shared_memory_build,
 )
+from smolds_dist.parallel.ranks import interface_towards
 from smolds_dist.parallel.topology import Topology
 
 GroupParameters = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
@@ -102,6 +103,11 @@ def start_process_group(topology: Topology) -> None:
     if topology.device == "cpu":
         # DeepSpeed would pick an installed GPU's accelerator whatever the run asked for.
         os.environ["DS_ACCELERATOR"] = "cpu"
+    if topology.backend == "gloo" and topology.nodes > 1:
+        # gloo would take the interface of this host's name, which is often the loopback.
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
@@ -111,16 +117,16 @@ def start_process_group(topology: Topology) -> None:
     deepspeed.init_distributed(dist_backend=topology.backend, verbose=False)
 
 
-def end_rank() -> NoReturn:
-    """Ends this process, whose work has succeeded, without tearing the interpreter down.
+def end_rank(code: int) -> NoReturn:
+    """Ends this process without tearing the interpreter down.
 
     torch 2.13's gloo threads let go of a collective's tensors after its caller has moved on. Where the interpreter is
-    being torn down by then, the process aborts (seen in one run of six). Can go when `ProcessGroupGloo::runLoop` drops
-    its work before the work counts as done.
+    being torn down by then, a process whose run succeeded aborts (seen in one run of six). Can go when
+    `ProcessGroupGloo::runLoop` drops its work before the work counts as done.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 class LocalEngine:

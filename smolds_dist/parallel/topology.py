@@ -1,5 +1,8 @@
 """The topology of a run: device, backend, data x expert layout, ZeRO stage, dtype and micro batch, as pure functions.
 
+Ranks of a node have consecutive numbers, and DeepSpeed's expert groups are consecutive ranks: a group lies inside a node
+exactly where its size divides the ranks per node.
+
 `detect_machine` is the only place that looks at the hardware; `plan_topology` decides from what it is given.
 """
 
@@ -9,9 +12,12 @@ from dataclasses import dataclass
 
 from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.ranks import RankInfo
 
 # Tokens of one forward pass that keep the device busy without filling its memory with activations.
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
+# Share of a device's memory that weights, gradients and optimizer state may take; activations need the rest.
+STATE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -21,15 +27,7 @@ class Machine:
     devices: tuple[str, ...]  # kinds, best first; "cpu" is always the last
     device_count: int  # of the best kind; for the CPU, its cores
     bf16: bool  # whether the best kind multiplies bf16 natively
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """This process among the ranks, as torchrun and deepspeed tell it."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
+    memory: int | None = None  # bytes of one device of the best kind; for the CPU, of the whole machine
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Topology:
     dtype: str  # fp32 or bf16
     micro_batch: int  # sequences per forward pass of one rank
     accumulation: int  # forward passes per step of one rank
+    nodes: int = 1
+    reason: str = ""  # one sentence on why the layout is what it is
 
     @property
     def torch_device(self) -> str:
@@ -58,10 +58,11 @@ class Topology:
         return self.micro_batch * self.accumulation
 
     def __str__(self) -> str:
+        nodes = f" on {self.nodes} nodes," if self.nodes > 1 else ""
         ranks = "1 process" if self.world_size == 1 else f"{self.world_size} ranks over {self.backend}"
         engine = "plain PyTorch" if self.engine == "local" else f"DeepSpeed ZeRO {self.zero}"
         return (
-            f"{ranks} on {self.device}, {engine}, expert parallel size {self.expert}, {self.dtype}, "
+            f"{ranks}{nodes} on {self.device}, {engine}, expert parallel size {self.expert}, {self.dtype}, "
             f"{self.world_size} x {self.accumulation} x {self.micro_batch} sequences per step"
         )
 
@@ -71,32 +72,17 @@ def detect_machine() -> Machine:
     import torch
 
     if torch.cuda.is_available():
-        return Machine(("cuda", "cpu"), torch.cuda.device_count(), torch.cuda.is_bf16_supported())
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return Machine(("cuda", "cpu"), torch.cuda.device_count(), torch.cuda.is_bf16_supported(), memory)
     if torch.backends.mps.is_available():
-        return Machine(("mps", "cpu"), 1, False)
-    return Machine(("cpu",), available_cores(), False)
+        return Machine(("mps", "cpu"), 1, False, torch.mps.recommended_max_memory())
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return Machine(("cpu",), available_cores(), False, installed)
 
 
 def available_cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def rank_from_environment() -> RankInfo:
-    """The rank that torchrun or deepspeed gave this process; a single one where neither started it.
-
-    Raises:
-        ConfigError: where RANK is set but its companions are not.
-    """
-    if "RANK" not in os.environ:
-        return RankInfo()
-    try:
-        return RankInfo(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"RANK is set in the environment but {error} is missing or no number; start ranks with `smolds launch`, "
-            "or unset RANK for a single process."
-        ) from None
 
 
 def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topology:
@@ -117,16 +103,19 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         raise ConfigError("Apple's GPU takes one process; start one, or use --parallel.device cpu.")
 
     engine = _engine(config, world)
-    expert = _expert_size(config, world)
-    zero = _zero_stage(config, engine)
+    dtype = train.dtype
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" and machine.bf16 else "fp32"
+    expert, why_expert = _expert_size(config, world, rank.ranks_per_node)
+    memory = machine.memory if device == machine.devices[0] else None
+    if memory is not None and device == "cpu":
+        memory = memory // rank.ranks_per_node
+    zero, why_zero = _zero_stage(config, engine, world, expert, dtype, memory)
     if train.balance == "aux_loss" and engine == "deepspeed":
         raise ConfigError(
             "--train.balance aux_loss needs the router's scores, which DeepSpeed's expert-parallel layer keeps to itself; "
             "use --train.balance bias, or one process with --parallel.engine local."
         )
-    dtype = train.dtype
-    if dtype == "auto":
-        dtype = "bf16" if device == "cuda" and machine.bf16 else "fp32"
     micro_batch = _micro_batch(config, world, device)
     return Topology(
         rank=rank.rank,
@@ -140,6 +129,8 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         dtype=dtype,
         micro_batch=micro_batch,
         accumulation=train.global_batch // (world * micro_batch),
+        nodes=-(-world // rank.ranks_per_node),
+        reason=f"{why_expert}; {why_zero}." if world > 1 else f"{why_zero}.",
     )
 
 
@@ -159,23 +150,77 @@ def _engine(config: RunConfig, world: int) -> str:
     return "deepspeed" if world > 1 or wants_deepspeed else "local"
 
 
-def _expert_size(config: RunConfig, world: int) -> int:
+def _expert_size(config: RunConfig, world: int, per_node: int) -> tuple[int, str]:
+    """The expert-parallel size and why: the largest whose groups stay inside a node."""
     experts, wanted = config.model.num_experts, config.parallel.expert
     valid = expert_sizes(world, experts)
+    inside = [size for size in valid if per_node % size == 0]
     if wanted == "auto":
-        return valid[-1]
+        where = f" inside a node of {per_node}" if per_node < world else ""
+        return inside[-1], f"{experts} experts are shared by {inside[-1]} ranks{where}, the most that divide evenly"
     if wanted not in valid:
         raise ConfigError(
             f"--parallel.expert {wanted} must divide the world size ({world}) and the number of experts ({experts}); "
             f"valid values: {', '.join(map(str, valid))}."
         )
-    return wanted
+    where = "" if wanted in inside else f", across nodes of {per_node}, whose links are slower"
+    return wanted, f"{experts} experts are shared by {wanted} ranks as asked{where}"
 
 
-def _zero_stage(config: RunConfig, engine: str) -> int:
+def parameter_counts(config: RunConfig) -> tuple[int, int]:
+    """Parameters outside and inside the routed experts; where the vocabulary is the tokenizer's, an estimate of it."""
+    m = config.model
+    trained = config.data.tokenizer == "train"
+    vocabulary = m.vocab_size or (config.data.tokenizer_vocab_size if trained else 49_152)
+    if m.attention == "gqa":
+        attention = 2 * m.hidden_size * m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
+    else:
+        q_dim = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
+        query = m.hidden_size * q_dim if m.q_lora_rank is None else m.q_lora_rank * (m.hidden_size + q_dim + 1)
+        kv_out = m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
+        latent = m.hidden_size * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank * (kv_out + 1)
+        attention = query + latent + m.num_attention_heads * m.v_head_dim * m.hidden_size
+    expert = 3 * m.hidden_size * m.intermediate_size
+    block = attention + 2 * m.hidden_size + m.hidden_size * m.num_experts + m.n_shared_experts * expert
+    embeddings = vocabulary * m.hidden_size * (1 if m.tie_word_embeddings else 2)
+    return embeddings + m.hidden_size + m.num_hidden_layers * block, m.num_hidden_layers * m.num_experts * expert
+
+
+def state_bytes(dense: int, experts: int, world: int, expert: int, zero: int, dtype: str) -> int:
+    """Bytes of weights, gradients and optimizer state on one rank (ZeRO, arXiv 1910.02054, section 5).
+
+    Dense parameters are replicated over all ranks, an expert's over world / expert; ZeRO cuts what is replicated. Per
+    parameter: weight and fp32 gradient, and for Adam two moments, in bf16 also a master copy, all in fp32.
+    """
+    weight, gradient, optimizer = (4, 4, 8) if dtype == "fp32" else (2, 4, 12)
+    total = 0
+    for parameters, replicas in ((dense, world), (experts // expert, world // expert)):
+        total += parameters * weight // (replicas if zero >= 3 else 1)
+        total += parameters * gradient // (replicas if zero >= 2 else 1)
+        total += parameters * optimizer // (replicas if zero >= 1 else 1)
+    return total
+
+
+def _zero_stage(
+    config: RunConfig, engine: str, world: int, expert: int, dtype: str, memory: int | None
+) -> tuple[int, str]:
+    """The ZeRO stage and why: the lowest from 1 on whose state leaves room for activations."""
     wanted, muon = config.parallel.zero, config.train.optimizer == "muon"
     if wanted == "auto":
-        return 0 if engine == "local" or muon else 1
+        if engine == "local":
+            return 0, "one process needs neither ZeRO nor a process group"
+        if muon:
+            return 0, "no ZeRO, because Muon needs whole matrices"
+        counts = parameter_counts(config)
+        sizes = {zero: state_bytes(*counts, world, expert, zero, dtype) for zero in (1, 2, 3)}
+        room = None if memory is None else STATE_SHARE * memory
+        zero = next((stage for stage, size in sizes.items() if room is None or size <= room), 3)
+        state = f"ZeRO {zero} keeps {sizes[zero] / 1e9:,.2g} GB of state on a rank"
+        if memory is None:
+            return zero, f"{state}, the device's memory is unknown"
+        if room is not None and sizes[zero] > room:
+            return zero, f"{state}, the least there is, yet more than {STATE_SHARE:.0%} of {memory / 1e9:,.0f} GB"
+        return zero, f"{state}, the lowest stage to leave room in {memory / 1e9:,.0f} GB"
     if engine == "local" and wanted:
         raise ConfigError(f"--parallel.zero {wanted} needs DeepSpeed; use --parallel.engine deepspeed, or zero 0.")
     if muon and wanted:
@@ -183,7 +228,7 @@ def _zero_stage(config: RunConfig, engine: str) -> int:
             f"--train.optimizer muon needs whole matrices, which ZeRO {wanted} cuts into pieces; "
             "use --parallel.zero 0, or --train.optimizer adamw."
         )
-    return wanted
+    return wanted, f"ZeRO {wanted} as asked"
 
 
 def _micro_batch(config: RunConfig, world: int, device: str) -> int:

@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -12,30 +13,62 @@ from tqdm import tqdm
 from smolds_dist.config import RunConfig, save_config
 from smolds_dist.data.batches import training_batch
 from smolds_dist.data.shards import TokenShards, prepare_shards
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, RankFailedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, make_engine, start_process_group
-from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology, rank_from_environment
+from smolds_dist.parallel.failure import RankReport
+from smolds_dist.parallel.ranks import rank_from_environment
+from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
 from smolds_dist.train.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from smolds_dist.train.evaluation import evaluate
 from smolds_dist.train.metrics import MetricsWriter, load_table, read_rows
 from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
 from smolds_dist.train.samples import append_samples, sample
+from smolds_dist.train.signals import EXIT_CODES, StopRequest
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig) -> int:
     """Runs `config` on this rank, from a new model or the run's newest checkpoint, to the exported model.
+
+    Returns:
+        The exit code: 0, or that of the signal after which it stopped (`train.signals`).
 
     Raises:
         ConfigError: where the run cannot start; nothing has been written then.
     """
-    topology = plan_topology(config, detect_machine(), rank_from_environment())
+    info = rank_from_environment()
+    topology = plan_topology(config, detect_machine(), info)
     checkpoint = check_resumable(config, topology)
     shards = prepare_shards(config)
     model_config = make_model_config(config, shards)
-    main = topology.rank == 0
 
+    with StopRequest() as stop:
+        if topology.world_size == 1:  # a debugger should see the error where it happens
+            return run_steps(config, topology, checkpoint, shards, model_config, stop)
+        report = RankReport(config.run_dir, info, config.parallel.grace)
+        try:
+            code = run_steps(config, topology, checkpoint, shards, model_config, stop)
+        except ConfigError:
+            report.end("refused")
+            raise
+        except Exception as error:
+            report.fail(error)
+            raise RankFailedError from error
+        report.end("stopped" if code else "done", code)
+        return code
+
+
+def run_steps(
+    config: RunConfig,
+    topology: Topology,
+    checkpoint: Path | None,
+    shards: TokenShards,
+    model_config: DeepSeekV3Config,
+    stop: StopRequest,
+) -> int:
+    """The training itself, once everything has been checked; returns the exit code."""
+    main = topology.rank == 0
     start_process_group(topology)
     torch.manual_seed(config.train.seed)  # every rank builds the same model, whatever the topology
     model = DeepSeekV3ForCausalLM(model_config)
@@ -59,6 +92,7 @@ def train(config: RunConfig) -> None:
         save_config(config, config.run_dir / "config.yaml")
         writer = MetricsWriter(config.run_dir, start, config.log.tensorboard)
         print(f"{config.run.name}: {num_parameters:,} parameters, {topology}", flush=True)
+        print(topology.reason, flush=True)
         if start:
             print(f"continuing from {checkpoint}", flush=True)
 
@@ -76,7 +110,10 @@ def train(config: RunConfig) -> None:
         loss_part = accumulate_gradients(config, topology, engine, balancer, shards, step)
         grad_norm = engine.step(lr)
         counts_LE = balancer.step()
-        loss = (engine.sum_over_ranks(loss_part) / topology.world_size).item()
+        loss_sum, *asked = engine.sum_over_ranks(
+            torch.stack((loss_part, *loss_part.new_tensor(stop.counts())))
+        ).tolist()
+        loss = loss_sum / topology.world_size
         step_tokens = config.train.global_batch * config.data.seq_len
         tokens_per_s = step_tokens / (time.perf_counter() - began)
 
@@ -97,8 +134,19 @@ def train(config: RunConfig) -> None:
                 )
         if last or (config.log.sample_every and step % config.log.sample_every == 0):
             write_samples(config, engine, shards, step, main, bar)
-        if config.checkpoint.every and (last or step % config.checkpoint.every == 0):
+        signal = None if last else stop.agreed(asked)
+        if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
             save_checkpoint(config, topology, engine, balancer, step)
+        if signal:
+            bar.close()
+            if writer is not None:
+                writer.close()
+                print(
+                    f"stopped by {signal.name} after step {step}, which is saved; continue with --checkpoint.resume auto",
+                    flush=True,
+                )
+            engine.close()
+            return EXIT_CODES[signal]
     bar.close()
 
     export_model(config, engine, model_config, shards, main)
@@ -106,6 +154,7 @@ def train(config: RunConfig) -> None:
         writer.close()
         print_summary(config, shards)
     engine.close()
+    return 0
 
 
 def make_model_config(config: RunConfig, shards: TokenShards) -> DeepSeekV3Config:

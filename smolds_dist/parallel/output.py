@@ -1,0 +1,113 @@
+"""Runs a launcher and shows what its ranks print, without what the launcher itself adds when they end badly."""
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+# Log lines of torchrun, deepspeed, srun and mpirun. Ranks never print such.
+NOISE = re.compile(
+    r"([WEI]\d{4} \d\d:\d\d|\[\d{4}-\d\d-\d\d .*\] \[(INFO|WARNING|ERROR)\] \[|srun: |slurmstepd: |mpirun: |pdsh@|\[W\d+ |"
+    r"\d+ total processes killed|Setting OMP_NUM_THREADS|\[[\w.-]+:\d+\] )"
+)
+RULE = re.compile(r"([-=*])\1{19,}$")
+
+
+class NoiseFilter:
+    """Tells a launcher's own lines: logs, tracebacks, and blocks between rules of -, = or *."""
+
+    def __init__(self) -> None:
+        self.rule = ""
+        self.in_traceback = False
+
+    def hides(self, line: str) -> bool:
+        line = line.strip("\r\n")
+        if self.rule:
+            if line.startswith(self.rule * 20):
+                self.rule = ""
+            return True
+        if match := RULE.match(line):
+            self.rule = match.group(1)
+            return True
+        if self.in_traceback:
+            self.in_traceback = line.startswith((" ", "Traceback")) or not line
+            return True  # also the error's own line, which ends it
+        if line.startswith("Traceback (most recent call last)"):
+            self.in_traceback = True
+            return True
+        return bool(NOISE.match(line))
+
+
+def run_quietly(
+    command: list[str],
+    environment: dict[str, str],
+    hidden: list[str],
+    pass_on: Callable[[subprocess.Popen, int], None],
+) -> int:
+    """Runs `command` and returns its exit code, -N where signal N ended it.
+
+    Standard output passes untouched. Lines of standard error that are the launcher's go to `hidden`. Signals that ask this
+    process to stop go to `pass_on`; the launcher has a session of its own and does not get the terminal's.
+    """
+    if sys.stderr.isatty():
+        # The ranks' progress bar should go on seeing a terminal.
+        reading, writing = os.openpty()
+        _copy_window_size(sys.stderr.fileno(), writing)
+    else:
+        reading, writing = os.pipe()
+    process = subprocess.Popen(command, env=environment, stderr=writing, start_new_session=True)
+    os.close(writing)
+    before = {
+        number: signal.signal(number, lambda number, _frame: pass_on(process, number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        _pump(reading, process, hidden)
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reading)
+
+
+def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> None:
+    noise, rest = NoiseFilter(), ""
+    while True:
+        ready, _, _ = select.select([reading], [], [], 0.2)
+        if not ready:
+            if process.poll() is not None:
+                break
+            if rest and not noise.in_traceback and not noise.rule and not NOISE.match(rest.lstrip("\r")):
+                _show(rest)  # a progress bar's line has no end
+                rest = ""
+            continue
+        try:
+            data = os.read(reading, 65536)
+        except OSError:  # a terminal's way to say that the other side is closed
+            data = b""
+        if not data:
+            break
+        *lines, rest = re.split(r"(?<=\n)", rest + data.decode(errors="replace"))
+        for line in lines:
+            if noise.hides(line.rpartition("\r")[2] if line.startswith("\r") else line):
+                hidden.append(line)
+            else:
+                _show(line)
+    if rest:
+        _show(rest)
+
+
+def _show(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _copy_window_size(source: int, target: int) -> None:
+    import fcntl
+    import termios
+
+    size = fcntl.ioctl(source, termios.TIOCGWINSZ, bytes(8))
+    fcntl.ioctl(target, termios.TIOCSWINSZ, size)

@@ -1,0 +1,40 @@
+"""Signals that ask a run to stop: it writes a checkpoint at the end of the step, on all ranks alike, and leaves.
+
+SIGUSR1 is what Slurm sends ahead of a time limit, SIGTERM what scancel and launchers send, SIGINT is Ctrl-C. The second
+one leaves at once. Exit codes: 75 after SIGUSR1 ("try again": the job may be requeued), 143 after SIGTERM, 130 after
+SIGINT.
+"""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class StopRequest:
+    """Remembers the signal that this process got; a context manager that puts the handlers back."""
+
+    def __enter__(self) -> "StopRequest":
+        self.asked: int | None = None
+        self._before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        # A launcher may pass one Slurm warning on by more than one way: only the others count as a second request.
+        if self.asked in (signal.SIGINT, signal.SIGTERM) and number == self.asked:
+            os._exit(EXIT_CODES[signal.Signals(number)])
+        self.asked = number
+
+    def counts(self) -> list[float]:
+        """One number per signal; summed over the ranks they tell all of them what any was asked."""
+        return [float(self.asked == number) for number in EXIT_CODES]
+
+    @staticmethod
+    def agreed(counts: list[float]) -> signal.Signals | None:
+        """The signal that some rank got, the same on every rank."""
+        return next((number for number, count in zip(EXIT_CODES, counts, strict=True) if count), None)
