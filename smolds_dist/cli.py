@@ -1,14 +1,17 @@
-"""The `smolds` command: train, launch, generate."""
+"""The `smolds` command."""
 
 import os
+import signal
 import sys
 
 from smolds_dist.errors import ConfigError, RankFailedError
 
 USAGE = """usage: smolds COMMAND [options]
 
-  train      train in this process, or as one rank of a torchrun or deepspeed job
-  launch     start several ranks on this machine: smolds launch --procs N -- TRAIN-OPTIONS
+  train      train in this process, or as one rank of a torchrun, deepspeed, mpirun or srun job
+  launch     start the ranks that fit this machine or allocation: smolds launch [--procs N] -- TRAIN-OPTIONS
+  slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
+  doctor     check this machine: smolds doctor [--fix]
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
 
 `smolds COMMAND --help` tells more."""
@@ -16,7 +19,7 @@ USAGE = """usage: smolds COMMAND [options]
 
 def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
-    commands = {"train": _train, "launch": _launch, "generate": _generate}
+    commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
     name, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if name in ("", "-h", "--help"):
         print(USAGE)
@@ -38,7 +41,9 @@ def _train(args: list[str]) -> None:
     from smolds_dist.config import load_config
     from smolds_dist.parallel.ranks import join_ranks, share_cores
 
-    info = join_ranks()  # first, because it says which rank speaks
+    # Slurm's warning may come before the training listens; it waits until then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    info = join_ranks()  # first of all work, because it says which rank speaks
     config = load_config(args, prog="smolds train")  # before the heavy imports, so that a mistake shows at once
     share_cores(info)
 
@@ -61,6 +66,18 @@ def _launch(args: list[str]) -> None:
     from smolds_dist.parallel.launcher import launch
 
     sys.exit(launch(args))
+
+
+def _slurm(args: list[str]) -> None:
+    from smolds_dist.slurm import slurm
+
+    slurm(args)
+
+
+def _doctor(args: list[str]) -> None:
+    from smolds_dist.doctor import doctor
+
+    sys.exit(doctor(args))
 
 
 def _generate(args: list[str]) -> None:

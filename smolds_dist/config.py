@@ -4,8 +4,10 @@ Every contradiction between two settings is refused here or, where it depends on
 """
 
 import argparse
+import base64
 import dataclasses
 import difflib
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ import yaml
 
 from smolds_dist.errors import ConfigError
 
+# A whole command line as base64 of JSON, for ways that lead through shells: `--encoded=...`.
+ENCODED = "--encoded="
 PRESET_DIR = Path(__file__).parent / "presets"
 
 
@@ -290,6 +294,8 @@ def load_config(args: list[str], prog: str = "smolds train") -> RunConfig:
     Raises:
         ConfigError: for an unknown option, a value of the wrong type, or a contradiction.
     """
+    if len(args) == 1 and args[0].startswith(ENCODED):
+        args = json.loads(base64.urlsafe_b64decode(args[0].removeprefix(ENCODED)))
     base_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     base_parser.add_argument("--preset")
     base_parser.add_argument("--config", type=Path)

@@ -105,8 +105,19 @@ class RankReport:
                 os._exit(1)
 
 
-def tell_dead(folder: Path, job: str | None = None, since: float = 0.0) -> bool:
-    """Tells of a rank of this host that ended without a word, if there is one."""
+def tell_dead(folder: Path, job: str) -> bool:
+    """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
+    if find_dead(folder, job):
+        print(
+            f"\nsmolds: {(folder / 'cause.txt').read_text().strip()}; the other ranks stop.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return (folder / "cause.txt").exists()
+
+
+def find_dead(folder: Path, job: str | None = None, since: float = 0.0) -> bool:
+    """Notes a rank of this host that ended without a word as the cause; whether it has, as the first."""
     for entry in _entries(folder, job):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
             crash = folder / f"rank_{entry['rank']:05}.crash"
@@ -116,7 +127,7 @@ def tell_dead(folder: Path, job: str | None = None, since: float = 0.0) -> bool:
             else:  # every other end leaves a word
                 memory = _out_of_memory_kills() > entry["out_of_memory_kills"]
                 why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
-            return _tell(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
+            return _note(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
     return False
 
 
@@ -138,16 +149,20 @@ def exit_code_of_stop(folder: Path, since: float) -> int | None:
     return stopped[0] if stopped and len(stopped) == len(entries) else None
 
 
-def _tell(folder: Path, cause: str) -> bool:
-    """Prints the cause unless another rank has told one already."""
+def _note(folder: Path, cause: str) -> bool:
+    """Writes the cause down unless there is one already; whether it has."""
     try:
         with (folder / "cause.txt").open("x") as file:
             file.write(cause + "\n")
     except FileExistsError:
-        return True
-    sys.stdout.flush()
-    print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
+        return False
     return True
+
+
+def _tell(folder: Path, cause: str) -> None:
+    """Notes the cause and prints it, unless there is one already."""
+    if _note(folder, cause):
+        print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
 
 
 def _entries(folder: Path, job: str | None = None) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ Ranks that one of these programs has started already (`mpirun ... smolds launch`
 """
 
 import argparse
+import base64
+import json
 import os
 import re
 import shlex
@@ -23,9 +25,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolds_dist.config import load_config
+from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError
-from smolds_dist.parallel.failure import exit_code_of_stop, signal_ranks, tell_dead
+from smolds_dist.parallel.failure import exit_code_of_stop, find_dead, signal_ranks
 from smolds_dist.parallel.output import run_quietly
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
@@ -146,11 +148,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
 
 
 def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
-    """The command line that starts the ranks of `smolds train`.
-
-    Raises:
-        ConfigError: for an argument that would not survive the way to other hosts.
-    """
+    """The command line that starts the ranks of `smolds train`."""
     train = ["-m", "smolds_dist", "train", *train_args]
     procs = str(plan.procs)
     if plan.launcher == "none":
@@ -173,13 +171,9 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), "--no_local_rank"]
     if plan.hostfile:
         start += ["--hostfile", str(plan.hostfile), "--launcher", "pdsh"]
-        for argument in train_args:
-            # pdsh hands the line to a shell on every host.
-            if re.search(r"[^\w@%+=:,./~^ -]", argument):
-                raise ConfigError(
-                    f"{argument!r} has characters that a shell on the other hosts would read; put the setting into a YAML "
-                    "file and give that with --config."
-                )
+        # pdsh hands the line to a shell on every host, which would read what is in the arguments.
+        if any(re.search(r"[^\w@%+=:,./-]", argument) for argument in train_args):
+            train_args = [f"{ENCODED}{base64.urlsafe_b64encode(json.dumps(train_args).encode()).decode()}"]
     else:
         start += ["--num_gpus", procs, "--log_level", "critical"]
         if shutil.which("numactl"):
@@ -233,7 +227,7 @@ def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote:
         if remote or not signal_ranks(ranks, number, began):
             process.send_signal(number)
 
-    code = run_quietly(command, environment, hidden, pass_on)
+    code, told = run_quietly(command, environment, hidden, pass_on)
     if code == 0:
         return 0
     stopped = exit_code_of_stop(ranks, began)
@@ -241,12 +235,19 @@ def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote:
         return stopped
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden))
-    cause = ranks / "cause.txt"
-    told = cause.exists() and cause.stat().st_mtime >= began - 1
-    if code != 2 and not told and not tell_dead(ranks, since=began):
-        said = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
-        print(f"smolds: the ranks ended with exit code {code}; the last that was heard: {said}", file=sys.stderr)
+    if code != 2 and not told:
+        print(f"\nsmolds: {_cause(ranks, began, code, hidden)}", file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _cause(ranks: Path, began: float, code: int, hidden: list[str]) -> str:
+    """Why the ranks ended: what one of them noted but could no longer say, or what can be seen of them."""
+    find_dead(ranks, since=began)
+    cause = ranks / "cause.txt"
+    if cause.exists() and cause.stat().st_mtime >= began - 1:
+        return f"{cause.read_text().strip()}; the other ranks stop."
+    said = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
+    return f"the ranks ended with exit code {code}; the last that was heard of them: {said}"
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -20,6 +20,7 @@ class NoiseFilter:
     """Tells a launcher's own lines: logs, tracebacks, and blocks between rules of -, = or *."""
 
     def __init__(self) -> None:
+        self.told = False  # whether a rank has said why the job ends
         self.rule = ""
         self.in_traceback = False
 
@@ -29,9 +30,13 @@ class NoiseFilter:
             if line.startswith(self.rule * 20):
                 self.rule = ""
             return True
-        if match := RULE.match(line):
+        # A rule may stand behind a progress bar, whose line has no end.
+        if match := RULE.search(line):
             self.rule = match.group(1)
             return True
+        if line.startswith("smolds: "):
+            self.told = True
+            return False
         if self.in_traceback:
             self.in_traceback = line.startswith((" ", "Traceback")) or not line
             return True  # also the error's own line, which ends it
@@ -46,8 +51,8 @@ def run_quietly(
     environment: dict[str, str],
     hidden: list[str],
     pass_on: Callable[[subprocess.Popen, int], None],
-) -> int:
-    """Runs `command` and returns its exit code, -N where signal N ended it.
+) -> tuple[int, bool]:
+    """Runs `command`; returns its exit code, -N where signal N ended it, and whether a line of smolds' own said why.
 
     Standard output passes untouched. Lines of standard error that are the launcher's go to `hidden`. Signals that ask this
     process to stop go to `pass_on`; the launcher has a session of its own and does not get the terminal's.
@@ -65,15 +70,15 @@ def run_quietly(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     }
     try:
-        _pump(reading, process, hidden)
-        return process.wait()
+        told = _pump(reading, process, hidden)
+        return process.wait(), told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(reading)
 
 
-def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> None:
+def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> bool:
     noise, rest = NoiseFilter(), ""
     while True:
         ready, _, _ = select.select([reading], [], [], 0.2)
@@ -98,6 +103,7 @@ def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> None:
                 _show(line)
     if rest:
         _show(rest)
+    return noise.told
 
 
 def _show(text: str) -> None:

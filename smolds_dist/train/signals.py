@@ -18,6 +18,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self.asked: int | None = None
         self._before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # one that came early is delivered now
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,698 @@
+"""`smolds doctor`: does this machine have what smolds needs? One line per check, each with what to do where it fails.
+
+This module imports nothing but the standard library, so that it still speaks where the installation is broken. Whatever
+can hang or crash (importing torch or deepspeed, the network, MPI, the all-to-all) runs as a probe: another process, with
+a time limit.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GB = 1e9
+LOCK_AGE = 600  # seconds without a written file after which a build that no process here holds counts as dead
+PROBE_LIMITS = {"torch": 60, "deepspeed": 90, "hub": 10, "mpi": 20, "all-to-all": 60}  # seconds
+ANSWER = "smolds-doctor-answer: "  # what a probe found, as JSON behind this
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    level: str  # ok, warn or fail
+    name: str
+    detail: str
+    advice: str = ""  # what to do about it
+
+    def __str__(self) -> str:
+        return f"{self.level:4}  {self.name:14}  {self.detail}{'; ' if self.advice else ''}{self.advice}"
+
+
+def doctor(args: list[str]) -> int:
+    """Prints the report; 1 where a check failed, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="smolds doctor", description="Checks this machine, one line per check; exit code 1 where one fails."
+    )
+    parser.add_argument("--fix", action="store_true", help="remove build locks that dead processes left")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="what to train on")
+    parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    options = parser.parse_args(args)
+    failed = False
+    with contextlib.ExitStack() as stack:
+        for finding in _findings(options, stack):
+            print(_without_secrets(str(finding)), flush=True)
+            failed |= finding.level == "fail"
+    return int(failed)
+
+
+def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Finding]:
+    """All checks in order. Probes start first and together; the all-to-all runs alone, because it measures."""
+
+    def start(name: str, *start_with: str) -> Probe:
+        return stack.enter_context(Probe([*(start_with or [sys.executable]), *_probe_args(name)], PROBE_LIMITS[name]))
+
+    probes = {name: start(name) for name in ("torch", "deepspeed", "hub")}
+    if shutil.which("mpirun") and _version("mpi4py"):
+        probes["mpi"] = start("mpi", "mpirun", "-n", "2", sys.executable)
+    if shutil.which("scontrol"):
+        probes["slurm"] = stack.enter_context(Probe(["scontrol", "ping"], 5))
+
+    yield from _guarded("system", lambda: check_system())
+    found, error = probes["torch"].answer()
+    torch: dict[str, Any] = found or {"gpus": [], "mps": False}
+    yield from _guarded("gpu", lambda: check_gpu(torch, options.device))
+    yield from _guarded("versions", lambda: check_versions(torch))
+    if error:
+        yield Finding("fail", "import torch", error, f"see `{Path(sys.executable).name} -c 'import torch'`")
+    yield from _guarded("deepspeed", lambda: check_deepspeed(probes["deepspeed"]))
+    yield from _guarded("launchers", lambda: check_launchers(not error, probes))
+    if not error:
+        gpus = len(torch["gpus"]) if options.device in ("auto", "cuda") else 0
+        yield from _guarded("all-to-all", lambda: check_all_to_all("nccl" if gpus > 1 else "gloo"))
+    yield from _guarded("compilers", lambda: check_compilers(bool(torch["gpus"])))
+    folders = {"runs": options.dir, "data cache": Path("~/.cache/smolds").expanduser(), "extensions": extensions_dir()}
+    for name, folder in folders.items():
+        yield from _guarded(name, lambda name=name, folder=folder: check_folder(name, folder))
+    yield from _guarded("build locks", lambda: check_locks(extensions_dir(), options.fix))
+    yield from _guarded("hub", lambda: check_hub(probes["hub"]))
+    yield from _guarded("environment", lambda: check_environment())
+
+
+def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check that breaks is a line of the report and not the end of it."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding("warn", name, f"the check itself broke ({type(error).__name__}: {error})", "report this")
+
+
+def _without_secrets(text: str) -> str:
+    """Blanks tokens and the credentials of URLs, should an error message repeat them."""
+    secrets = {os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+    for name, value in os.environ.items():
+        match = re.match(r"(?:.*?://)?(.+)@", value)
+        if match and (name == "HF_ENDPOINT" or name.lower().endswith("_proxy")):
+            parts = [match[1], *(part for part in match[1].split(":", 1) if len(part) > 3)]
+            secrets.update(parts, map(urllib.parse.unquote, parts))
+    for secret in sorted(secrets - {""}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return re.sub(r"://[^\s/]*@", "://***@", text)
+
+
+# Processes with a time limit
+
+
+class Probe:
+    """A command that runs in the background, in a process group of its own, and ends at its time limit."""
+
+    def __init__(self, command: list[str], limit: float, **environment: str) -> None:
+        self.limit, self.end = limit, time.monotonic() + limit
+        self.output = tempfile.TemporaryFile("w+", errors="replace")
+        # A probe is no rank of the job that this process may belong to, and it finds this very package.
+        ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        env = {name: value for name, value in os.environ.items() if name not in ranks}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), env.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, text=True,
+            env=env | environment, start_new_session=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Probe":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Ends the whole group; SIGTERM first, because torchrun and mpirun pass it on to ranks outside the group."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(3)
+        self.output.close()
+
+    def result(self) -> tuple[int | None, str]:
+        """Exit code, None where the time was over, and everything it printed."""
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(max(0.0, self.end - time.monotonic()))
+        self.output.seek(0)
+        return code, self.output.read().strip()
+
+    def answer(self) -> tuple[Any, str]:
+        """What a probe of this module found and "", or None and what went wrong."""
+        code, output = self.result()
+        lines = output.splitlines()
+        answers = [line.split(ANSWER, 1)[1] for line in lines if ANSWER in line]
+        if answers and code == 0:
+            return json.loads(answers[-1]), ""
+        if code is None or code == -signal.SIGALRM:
+            return None, f"no answer after {self.limit:.0f} s"
+        errors = [
+            line.strip() for line in lines if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b", line.strip())
+        ]
+        return None, (errors or lines or [f"exit code {code}"])[-1][:300]
+
+
+def _probe_args(name: str, *args: str) -> list[str]:
+    return ["-m", "smolds_dist.doctor", name, *args]
+
+
+def _output(*command: str) -> str:
+    """Everything that a short command prints, "" where it is missing or hangs."""
+    try:
+        with Probe(list(command), 10) as probe:
+            return probe.result()[1]
+    except OSError:
+        return ""
+
+
+# Hardware
+
+
+def check_system() -> Iterator[Finding]:
+    """Python, cores and memory, as the process may use them and as a container's limits leave them."""
+    python, system = platform.python_version(), f"{platform.system()} {platform.release()} {platform.machine()}"
+    old = sys.version_info < (3, 11)
+    yield Finding("fail" if old else "ok", "python", f"{python} on {system}", "use Python 3.11 or later" if old else "")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text, quota = f"{cores} of {os.cpu_count()} cores usable", _core_quota()
+    if quota and quota < cores:
+        text, threads = f"{text}, but the container grants the time of {quota:.3g}", max(1, int(quota))
+        yield Finding("warn", "cpu", text, f"OMP_NUM_THREADS={threads} for a single process keeps threads from waiting")
+    else:
+        yield Finding("ok", "cpu", text)
+
+    memory = _memory()
+    if memory is None:
+        yield Finding("ok", "memory", "size unknown on this system")
+    else:
+        total, free = memory
+        text, low = f"{total / GB:.1f} GB, {free / GB:.1f} GB free", free < 2 * GB
+        advice = "end other programs; the debug preset on two ranks needs about 2 GB"
+        yield Finding("warn" if low else "ok", "memory", text, advice if low else "")
+
+
+def _memory() -> tuple[float, float] | None:
+    """Total and free bytes; the smaller of the machine's and of the control group's."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {name: int(size.split()[0]) * 1024.0 for name, size in (line.split(":", 1) for line in lines)}
+        total, free = sizes["MemTotal"], sizes["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        try:
+            import psutil
+        except ImportError:
+            return None
+        total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    for folder in _control_groups("memory"):
+        for limit_name, used_name, cache_name in (
+            ("memory.max", "memory.current", "inactive_file "),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+        ):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limit, used = int((folder / limit_name).read_text()), int((folder / used_name).read_text())
+                stat = (folder / "memory.stat").read_text().splitlines()
+                used -= sum(int(line.split()[1]) for line in stat if line.startswith(cache_name))
+                total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+def _core_quota() -> float | None:
+    """Cores whose time the control group grants; None without a limit."""
+    quotas = []
+    for folder in _control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            quotas.append(quota / period)
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            quotas += [quota / period] if quota > 0 else []
+    return min(quotas, default=None)
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """This process's control group and those above it, of version 2 and of version 1."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or controller in controllers.split(","):
+                root = Path("/sys/fs/cgroup") / controllers
+                group = root / path.lstrip("/")
+                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+
+
+def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
+    """GPUs as torch sees them; a GPU that only the driver sees is the usual reason for a slow first run."""
+    for index, gpu in enumerate(torch["gpus"]):
+        name, text = f"gpu {index}", f"{gpu['name']}, {gpu['total'] / GB:.0f} GB, {gpu['free'] / GB:.0f} GB free"
+        if gpu["error"]:
+            yield Finding(
+                "fail", name, f"{text}; {gpu['error']}", "install the torch build for this GPU and its driver"
+            )
+        else:
+            yield Finding("ok", name, text + ("" if gpu["bf16"] else ", no bf16"))
+    if torch["gpus"]:
+        yield Finding("ok", "cuda", f"CUDA {torch['cuda']}, NCCL {torch['nccl']}")
+    elif device == "cuda" or (device == "auto" and Path("/proc/driver/nvidia/gpus").is_dir()):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = "a torch built without CUDA" if not torch.get("cuda") else f"a torch for CUDA {torch['cuda']}"
+        reason += f" and CUDA_VISIBLE_DEVICES={hidden!r}" if hidden is not None else ""
+        advice = "install the torch build for your driver (https://pytorch.org/get-started), or use --device cpu"
+        yield Finding("fail" if device == "cuda" else "warn", "gpu", f"none that torch can use, with {reason}", advice)
+    if torch["mps"]:
+        yield Finding("ok", "gpu", "Apple GPU (MPS): one process")
+    elif device == "mps":
+        yield Finding("fail", "gpu", "no Apple GPU that torch can use", "use --device cpu")
+    elif not torch["gpus"] and not Path("/proc/driver/nvidia/gpus").is_dir() and device != "cuda":
+        yield Finding("ok", "gpu", "none; training runs on the CPU")
+
+
+# Software
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements() -> list[str]:
+    """smolds' requirements from its installed metadata, or from setup.cfg where only PYTHONPATH leads here."""
+    try:
+        return importlib.metadata.requires("smolds-dist") or []
+    except importlib.metadata.PackageNotFoundError:
+        import configparser
+
+        parser = configparser.ConfigParser()
+        parser.read(Path(__file__).parents[1] / "setup.cfg")
+        mpi = parser.get("options.extras_require", "mpi", fallback="").split("\n")
+        lines = parser.get("options", "install_requires", fallback="").split("\n")
+        return [line for line in lines if line] + [f'{line}; extra == "mpi"' for line in mpi if line]
+
+
+def check_versions(torch: dict[str, Any]) -> Iterator[Finding]:
+    """Every requirement of setup.cfg against what is installed."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield Finding("fail", "packaging", "not installed", "pip install -e . in smolds' folder installs everything")
+        return
+    requirements = [Requirement(line) for line in _requirements()]
+    if not requirements:
+        yield Finding("warn", "smolds-dist", "not installed, so the versions it needs are unknown", "pip install -e .")
+    for requirement in requirements:
+        if requirement.marker and not requirement.marker.evaluate({"extra": "mpi"}):
+            continue
+        name, version, optional = requirement.name, _version(requirement.name), "extra" in str(requirement.marker)
+        needed = ",".join(sorted(str(requirement.specifier).split(","), reverse=True))
+        if version is None and optional:
+            yield Finding("ok", name, "not installed, needed only for the mpi launcher")
+        elif version is None:
+            yield Finding("fail", name, "not installed", f"pip install '{name}{needed}'")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            level = "warn" if optional else "fail"
+            yield Finding(level, name, f"{version} is outside {needed}", f"pip install '{name}{needed}'")
+        else:
+            yield Finding("ok", name, f"{version} ({needed})")
+
+
+def check_deepspeed(probe: Probe) -> Iterator[Finding]:
+    """Whether `import deepspeed` works, which needs more than the package: it looks for the accelerator and CUDA."""
+    if _version("deepspeed") is None:
+        return  # the versions say whether it should be here
+    seconds, error = probe.answer()
+    if error:
+        advice = "see `python -c 'import deepspeed'`; one process trains without it"
+        yield Finding("fail", "import", f"import deepspeed: {error}", advice)
+    else:
+        yield Finding("ok", "import", f"deepspeed imports, in {seconds:.1f} s")
+
+
+def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Finding]:
+    """Which programs can start ranks from here. None but torchrun is needed, so a missing one is no problem."""
+    works = torch_works and _version("deepspeed")
+    yield Finding("ok", "torchrun", "works, as part of torch" if torch_works else "needs torch")
+    yield Finding("ok", "deepspeed run", "works, as part of deepspeed" if works else "needs deepspeed")
+    yield _mpirun(probes.get("mpi"))
+    yield _slurm(probes.get("slurm"))
+    pdsh, ssh = shutil.which("pdsh"), shutil.which("ssh")
+    if not ssh:
+        yield Finding("ok", "pdsh, ssh", "ssh not installed, needed only for deepspeed on several nodes")
+    elif not pdsh:
+        yield Finding("ok", "pdsh, ssh", "pdsh not installed, needed only for deepspeed on several nodes")
+    elif not re.search(r"rcmd modules:.*\bssh\b", modules := _output("pdsh", "-V")):
+        yield Finding(
+            "warn", "pdsh, ssh", "pdsh lacks its module for ssh", "install pdsh-rcmd-ssh or build it with ssh"
+        )
+    else:
+        version = _output("ssh", "-V").split(",")[0].split(" ")[0]
+        yield Finding("ok", "pdsh, ssh", f"{modules.splitlines()[0].split(' ')[0]}, {version}")
+
+
+def _mpirun(probe: Probe | None) -> Finding:
+    """Two real ranks, because an mpirun of another MPI than mpi4py's starts, and each rank believes to be alone."""
+    if not shutil.which("mpirun"):
+        return Finding("ok", "mpirun", "not installed, needed only for the mpi launcher")
+    version = next(iter(_output("mpirun", "--version").splitlines()), "unknown version")
+    if probe is None:
+        return Finding("ok", "mpirun", f"{version}; mpi4py is missing, needed only for the mpi launcher")
+    size, error = probe.answer()
+    if error:
+        return Finding("warn", "mpirun", f"{version}, but two ranks did not start: {error}", "use another launcher")
+    if size != 2:
+        advice = "pip install --force-reinstall --no-binary mpi4py mpi4py"
+        return Finding(
+            "warn", "mpirun", f"{version}, but mpi4py uses another MPI: its ranks do not find each other", advice
+        )
+    return Finding("ok", "mpirun", f"works with mpi4py, {version}")
+
+
+def _slurm(probe: Probe | None) -> Finding:
+    missing = [name for name in ("srun", "sbatch", "scontrol") if not shutil.which(name)]
+    if len(missing) == 3:
+        return Finding("ok", "srun, sbatch", "not installed, needed only for Slurm")
+    if missing or probe is None:
+        return Finding("warn", "srun, sbatch", f"{', '.join(missing)} not found", "install Slurm's client commands")
+    code, output = probe.result()
+    up = [line for line in output.splitlines() if re.search(r"\bUP\b", line)]
+    if code == 0 and up:
+        return Finding("ok", "srun, sbatch", f"{_output('srun', '--version')}, {up[0]}")
+    reason = "no answer within 5 s" if code is None else (output.splitlines() or [f"exit code {code}"])[-1][:200]
+    advice = "start slurmctld or point SLURM_CONF to the cluster's file, if you want Slurm"
+    return Finding("warn", "srun, sbatch", f"installed, but no controller: {reason}", advice)
+
+
+def check_compilers(cuda: bool) -> Iterator[Finding]:
+    """On a CPU nothing compiles: smolds skips DeepSpeed's shared-memory op. On CUDA, Triton needs a C compiler."""
+    wanted = [os.environ.get("CC") or "gcc", os.environ.get("CXX") or "g++", "ninja", "nvcc"]
+    found, missing = [], []
+    for command in wanted:
+        program = command.split()[0]
+        if shutil.which(program):
+            release = re.search(r"release \d[\d.]*|\d+\.\d[\d.]*", _output(program, "--version"))
+            found.append(f"{program} {release[0].removeprefix('release ') if release else ''}".strip())
+        elif cuda or program != "nvcc":
+            missing.append(program)
+    text = ", ".join(found + [f"no {program}" for program in missing])
+    if cuda and not any(shutil.which(name.split()[0]) for name in (wanted[0], "cc", "clang")):
+        advice = "install gcc: on CUDA, the expert layers' Triton kernels are compiled on first use"
+        yield Finding("warn", "compilers", text, advice)
+    else:
+        yield Finding("ok", "compilers", text if cuda else f"{text} (on a CPU, smolds compiles nothing)")
+
+
+def check_all_to_all(backend: str) -> Iterator[Finding]:
+    """Two real ranks exchange tensors, as experts on different ranks do."""
+    limit, where = PROBE_LIMITS["all-to-all"], "GPUs" if backend == "nccl" else "CPU processes"
+    start = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *_probe_args("all-to-all", backend),
+    ]
+    with Probe([sys.executable, *start], limit, OMP_NUM_THREADS="1") as probe:
+        found, error = probe.answer()
+    if error:
+        variable = "NCCL_DEBUG=INFO" if backend == "nccl" else "GLOO_SOCKET_IFNAME=lo"
+        yield Finding("fail", "all-to-all", f"two ranks over {backend}: {error}", f"try again with {variable}")
+    else:
+        speed = f"{found['latency'] * 1e6:.0f} us median latency, {found['bandwidth'] / GB:.2f} GB/s per rank"
+        yield Finding("ok", "all-to-all", f"two {where} over {backend}: {speed}")
+
+
+# Folders
+
+
+def check_folder(name: str, folder: Path) -> Iterator[Finding]:
+    """Room and right to write, tried at the nearest folder that exists: the check itself makes none."""
+    folder = folder.absolute()
+    nearest = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+        free = shutil.disk_usage(nearest).free
+    except OSError as error:
+        yield Finding(
+            "fail", name, f"{folder} cannot be written ({nearest}: {error.strerror})", "choose another folder"
+        )
+        return
+    level = "fail" if free < 1 * GB else "warn" if free < 20 * GB else "ok"
+    yield Finding(level, name, f"{folder}, {free / GB:.1f} GB free", "" if level == "ok" else "free some disk space")
+
+
+def extensions_dir() -> Path:
+    """Where torch, and DeepSpeed through it, builds extensions: one folder per extension, with a `lock` in a build."""
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    cache = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "torch_extensions"
+
+
+def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
+    """Build locks that nobody will ever release, on which every later build of that extension waits for ever.
+
+    torch makes the file `lock` in an extension's folder, keeps it open during the build and removes it afterwards. So a
+    build is alive while a process has its lock open, or while ninja, perhaps an orphan of it, works in the folder. A lock
+    without either may still belong to another node or container on a shared disk, or to another user's process. Those
+    can't be seen from here, but their build writes files: only after ten minutes without one does the lock count as
+    stale. `fix` removes stale locks, never others.
+    """
+    locks = sorted(path for path in root.rglob("lock") if path.is_file())
+    if not locks:
+        yield Finding("ok", "build locks", f"none below {root}")
+    for lock in locks:
+        try:
+            holder = _builder_of(lock)
+            idle = time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir() if path.is_file())
+        except (FileNotFoundError, ValueError):  # released meanwhile
+            continue
+        if holder:
+            yield Finding("ok", "build lock", f"{lock} is held by process {holder}, which builds right now")
+        elif idle < LOCK_AGE:
+            advice = f"if no other node or user builds, run this again after {LOCK_AGE // 60} minutes"
+            yield Finding(
+                "warn", "build lock", f"{lock} is {idle / 60:.0f} minutes old, no process here holds it", advice
+            )
+        elif fix:
+            try:
+                lock.unlink(missing_ok=True)
+                yield Finding("ok", "build lock", f"removed {lock}, left by a dead process")
+            except OSError as error:
+                yield Finding("fail", "build lock", f"{lock} cannot be removed ({error.strerror})", "ask its owner")
+        else:
+            text = f"{lock} was left by a dead process, every later build would wait for it"
+            yield Finding("fail", "build lock", text, "`smolds doctor --fix` removes it")
+
+
+def _builder_of(lock: Path) -> int | None:
+    """A living process that has the lock open, or a ninja in its folder."""
+    held, folder = os.stat(lock), os.stat(lock.parent)
+
+    def same(link: Path, file: os.stat_result) -> bool:
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            return os.path.samestat(os.stat(link), file)
+        return False
+
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(same(link, held) for link in (process / "fd").iterdir()):
+                return int(process.name)
+            if (process / "comm").read_text().strip().startswith("ninja") and same(process / "cwd", folder):
+                return int(process.name)
+    return None
+
+
+# Network and environment
+
+
+def check_hub(probe: Probe) -> Iterator[Finding]:
+    """Whether the Hub answers, and whether a token is set: never the token."""
+    token = f"HF_TOKEN {'set' if os.environ.get('HF_TOKEN') else 'not set'}"
+    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    if offline.upper() in ("1", "ON", "YES", "TRUE"):
+        yield Finding("ok", "hub", f"offline by choice (HF_HUB_OFFLINE), {token}")
+        return
+    host = urllib.parse.urlsplit(_hub_endpoint()).hostname or "HF_ENDPOINT"
+    status, error = probe.answer()
+    works = "the sources stdlib, text, jsonl and parquet work without it"
+    if error:
+        yield Finding("warn", "hub", f"{host} is not reachable ({error}), {token}", works)
+    elif status >= 500 or status == 407:
+        yield Finding("warn", "hub", f"{host} answers with HTTP status {status}, {token}", works)
+    else:
+        yield Finding("ok", "hub", f"{host} answers, {token}")
+
+
+def _hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def check_environment() -> Iterator[Finding]:
+    """Variables and limits that change how ranks run."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    present, missing = ([n for n in ranks if (n in os.environ) == here] for here in (True, False))
+    if "RANK" in present and missing:
+        advice = "unset RANK, or start ranks with `smolds launch`"
+        yield Finding("warn", "ranks", f"RANK is set without {' and '.join(missing)}", advice)
+    else:
+        here = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if "RANK" in present else "none set"
+        yield Finding("ok", "ranks", f"{here} in the environment")
+
+    threads = os.environ.get("OMP_NUM_THREADS")
+    note = ", so a single process uses one core" if threads == "1" and (os.cpu_count() or 1) > 1 else ""
+    yield Finding("ok", "threads", f"OMP_NUM_THREADS={threads}{note}" if threads else "OMP_NUM_THREADS not set")
+
+    with contextlib.suppress(ImportError):  # no Unix
+        import resource
+
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 0 <= files < 1024:
+            yield Finding("warn", "open files", f"at most {files}", "`ulimit -n 4096` before the start")
+        else:
+            yield Finding("ok", "open files", f"at most {files}" if files >= 0 else "no limit")
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        size = shutil.disk_usage(shm).total
+        if size < 64e6:
+            advice = "start the container with --shm-size 1g; NCCL keeps its buffers there"
+            yield Finding("warn", "/dev/shm", f"{size / 1e6:.0f} MB", advice)
+        else:
+            yield Finding("ok", "/dev/shm", f"{size / GB:.1f} GB")
+
+
+# The probes: this module as a program of its own
+
+
+def _probe_torch() -> dict[str, Any]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = {"name": torch.cuda.get_device_name(index), "total": 0, "free": 0, "bf16": False, "error": ""}
+        try:
+            gpu["free"], gpu["total"] = torch.cuda.mem_get_info(index)
+            with torch.cuda.device(index):
+                gpu["bf16"] = torch.cuda.is_bf16_supported()
+            assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8
+        except Exception as error:
+            gpu["error"] = (str(error).splitlines() or [type(error).__name__])[0]
+        gpus.append(gpu)
+    nccl = (
+        ".".join(map(str, torch.cuda.nccl.version())) if gpus and torch.distributed.is_nccl_available() else "missing"
+    )
+    return {"gpus": gpus, "mps": torch.backends.mps.is_available(), "cuda": torch.version.cuda, "nccl": nccl}
+
+
+def _probe_deepspeed() -> float:
+    begin = time.monotonic()
+    import deepspeed  # noqa: F401
+
+    return time.monotonic() - begin
+
+
+def _probe_mpi() -> int:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.size
+
+
+def _probe_hub() -> int:
+    """Any HTTP status means that the Hub is reachable. Credentials in HF_ENDPOINT are not needed for that, nor sent."""
+    import ssl
+
+    context = ssl.create_default_context()
+    with contextlib.suppress(ImportError):  # the Hub's own client trusts these, whatever the system trusts
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    url = urllib.parse.urlsplit(_hub_endpoint())
+    url = url._replace(netloc=url.netloc.rpartition("@")[2])
+    request = urllib.request.Request(url.geturl(), method="HEAD", headers={"User-Agent": "smolds-doctor"})
+    opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
+    try:
+        with opener.open(request, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except urllib.error.URLError as error:
+        raise ConnectionError(str(error.reason)) from None
+
+
+def _probe_all_to_all(backend: str) -> dict[str, float] | None:
+    """One of the ranks: median seconds of a small exchange, and bytes per second to the other ranks of a large one."""
+    import torch
+    import torch.distributed as dist
+
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
+    world = dist.get_world_size()
+
+    def exchange(size: int, repeats: int) -> list[float]:
+        """Seconds of each repetition; `size` numbers per rank."""
+        sent = torch.full((size,), float(rank), device=device)
+        received = torch.empty_like(sent)
+        seconds = []
+        for _ in range(repeats):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_to_all_single(received, sent)
+            if backend == "nccl":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        expected = torch.arange(world, device=device, dtype=sent.dtype).repeat_interleave(size // world)
+        if not torch.equal(received, expected):
+            raise RuntimeError("the ranks received wrong numbers")
+        return seconds
+
+    large = 2**26 if backend == "nccl" else 2**23
+    exchange(256, 20)
+    latency = statistics.median(exchange(256, 300))
+    exchange(large, 1)
+    bandwidth = 4 * large * (world - 1) / world / statistics.median(exchange(large, 5))
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"latency": latency, "bandwidth": bandwidth} if rank == 0 else None
+
+
+def _probe(name: str, *args: str) -> None:
+    """Runs one probe. The alarm ends it at its limit whatever it hangs in and even if nobody is left to kill it."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(PROBE_LIMITS[name])
+    probes: dict[str, Callable[..., Any]] = {
+        "torch": _probe_torch,
+        "deepspeed": _probe_deepspeed,
+        "hub": _probe_hub,
+        "mpi": _probe_mpi,
+        "all-to-all": _probe_all_to_all,
+    }
+    answer = probes[name](*args)
+    if answer is not None:
+        print(f"{ANSWER}{json.dumps(answer)}", flush=True)
+
+
+if __name__ == "__main__":
+    _probe(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""`smolds slurm`: writes a batch script for a run, and submits it if asked."""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from smolds_dist.config import RunConfig, load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import Machine, plan_topology
+
+SCRIPT = """\
+#!/usr/bin/env bash
+{directives}
+
+# Ahead of the time limit all ranks save and stop with exit code 75; the job goes back into the queue and continues.
+cd {folder} || exit
+{python} -m smolds_dist launch --launcher slurm -- {options} --checkpoint.resume auto
+code=$?
+if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
+"""
+# What Slurm itself reads in a directive must not begin another one, nor be a surprise in a file name.
+WORD = re.compile(r"[\w.,:+=@%\[\]/-]+")
+TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
+
+
+def slurm(args: list[str]) -> None:
+    """Prints the script; with --submit, writes it to the run's folder, submits it and prints the job's id.
+
+    Raises:
+        ConfigError: for options that Slurm or the run cannot take, or where sbatch refuses the job.
+    """
+    options, train_args = _parse(args)
+    config = load_config(train_args, prog="smolds slurm --")
+    if any(arg.partition("=")[0] == "--checkpoint.resume" for arg in train_args):
+        raise ConfigError("--checkpoint.resume is always auto in a batch job, which may run in parts; leave it out.")
+    per_node = options.tasks_per_node or options.gpus_per_node or 1
+    device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
+    machine = Machine(device, options.gpus_per_node or per_node, bf16=bool(options.gpus_per_node))
+    topology = plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node))
+    script = render(options, config, train_args, per_node)
+    if not options.submit:
+        print(script, end="")
+        return
+    if not shutil.which("sbatch"):
+        raise ConfigError("--submit needs the program sbatch, which is not here; go to a login node of the cluster.")
+    path = config.run_dir / "job.sbatch"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    if result.returncode:
+        raise ConfigError(f"sbatch refused {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")
+    print(f"submitted job {result.stdout.strip().partition(';')[0]}: {topology}")
+
+
+def render(options: argparse.Namespace, config: RunConfig, train_args: list[str], per_node: int) -> str:
+    """The batch script's text. Nothing in names or options can run: words are checked, arguments quoted."""
+    directives = {
+        "job-name": options.job_name or str(config.run.name).replace(" ", "-"),
+        "nodes": options.nodes,
+        "ntasks-per-node": per_node,
+        "gpus-per-node": options.gpus_per_node,
+        "cpus-per-task": options.cpus_per_task,
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "signal": f"USR1@{options.warn}",
+        "open-mode": "append",
+        "output": options.output or "slurm-%j.out",
+    }
+    for name, value in directives.items():
+        if value is not None and not WORD.fullmatch(str(value)):
+            raise ConfigError(
+                f"--{name} {str(value)!r} has characters that do not go into a batch script; use plain ones."
+            )
+    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
+    return SCRIPT.format(
+        directives="\n".join([*lines, "#SBATCH --requeue"]),
+        folder=shlex.quote(str(Path.cwd())),
+        python=shlex.quote(sys.executable),
+        options=shlex.join(train_args),
+    )
+
+
+def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    if "--" not in args and not {"-h", "--help"} & set(args):
+        raise ConfigError("smolds slurm needs the options of the training behind `--`.")
+    cut = args.index("--") if "--" in args else len(args)
+    parser = argparse.ArgumentParser(
+        prog="smolds slurm",
+        usage="smolds slurm --nodes N [--gpus-per-node N] --time LIMIT [options] [--submit] -- TRAIN-OPTIONS",
+        description="Writes a batch script for Slurm, which checkpoints ahead of its time limit, requeues and resumes.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, help="also the number of ranks per node; none: CPU")
+    parser.add_argument("--tasks-per-node", type=int, help="ranks per node, where it is not the number of GPUs")
+    parser.add_argument("--cpus-per-task", type=int)
+    parser.add_argument("--time", default="", help="limit, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS")
+    parser.add_argument(
+        "--warn", type=int, default=120, help="seconds ahead of the limit at which all ranks save and stop"
+    )
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--job-name", help="the run's name where not given")
+    parser.add_argument("--output", help="the job's output file")
+    parser.add_argument("--submit", action="store_true", help="submit it and print the job's id")
+    try:
+        options, unknown = parser.parse_known_args(args[:cut])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from None
+    if unknown:
+        raise ConfigError(f"smolds slurm does not know {unknown[0]!r}; options of the training go behind `--`.")
+    if not TIME.fullmatch(options.time):
+        raise ConfigError(f"--time {options.time!r} is no time limit; give one as minutes, H:MM:SS or D-HH:MM:SS.")
+    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "warn"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    return options, args[cut + 1 :]

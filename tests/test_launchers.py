@@ -1,0 +1,265 @@
+"""Every launcher with real ranks: what it starts, how it ends on a signal, and what it says of a rank that died."""
+
+import base64
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import two_hosts
+from ranks import ROOT, Finished, run, smolds
+
+from smolds_dist.config import load_config
+from smolds_dist.parallel.launcher import launch
+from smolds_dist.parallel.output import NoiseFilter
+from smolds_dist.parallel.topology import Machine
+from smolds_dist.train.metrics import read_rows
+from smolds_dist.train.trainer import train
+
+needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+MPI_REASON = "mpirun or mpi4py is not installed"
+
+
+def has_mpi4py() -> bool:
+    return subprocess.run([sys.executable, "-c", "import mpi4py.MPI"], capture_output=True).returncode == 0
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.fixture
+def options(small_run):
+    return [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--log.tensorboard=false"]
+
+
+@pytest.fixture
+def long_run(options):
+    return [*options, "--train.steps=100000", "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
+
+
+def start_launch(launcher: str, arguments: list[str], run_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "smolds_dist", "launch", "--procs=2", f"--launcher={launcher}", "--", *arguments]
+    return start_and_wait_for_steps(command, run_dir)
+
+
+def start_and_wait_for_steps(command: list[str], run_dir: Path, **options) -> subprocess.Popen:
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, **options,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not losses(run_dir):
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.2)
+    return process
+
+
+def end(process: subprocess.Popen, timeout: float) -> Finished:
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Finished(process.returncode, stdout, stderr)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", pytest.param("mpi", marks=needs_mpi)])
+def test_killed_rank_ends_the_job_and_is_named(long_run, tmp_path, launcher):
+    if launcher == "mpi" and not has_mpi4py():
+        pytest.skip(MPI_REASON)
+    run_dir = tmp_path / "runs" / "killed"
+    process = start_launch(launcher, [*long_run, "--run.name=killed"], run_dir)
+    os.kill(json.loads((run_dir / "ranks" / "rank_00001.json").read_text())["pid"], signal.SIGKILL)
+    finished = end(process, timeout=15)
+    assert finished.returncode not in (0, 2), finished.text
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]
+    assert len(lines) == 1, finished.text
+    assert lines[0].startswith("smolds: rank 1 on host ")
+    assert "was killed by signal 9" in lines[0]
+    assert "Traceback" not in finished.text
+
+
+def test_failing_rank_is_told_with_its_last_line(long_run, tmp_path):
+    """A real failure in the middle of a run: a folder of the run goes away before its checkpoint is written."""
+    run_dir = tmp_path / "runs" / "broken"
+    arguments = [*long_run, "--run.name=broken", "--checkpoint.every=100"]
+    process = start_launch("torchrun", arguments, run_dir)
+    (run_dir / "checkpoints").write_text("in the way")
+    finished = end(process, timeout=60)
+    assert finished.returncode == 1, finished.text
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]
+    assert len(lines) == 1, finished.text
+    assert "rank 0 on host" in lines[0] and "Error" in lines[0] and "rank_00000.log" in lines[0]
+    assert "Traceback" not in finished.stderr
+    assert "Traceback" in (run_dir / "ranks" / "rank_00000.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "code"),
+    [("torchrun", signal.SIGINT, 130), ("deepspeed", signal.SIGTERM, 143), ("mpi", signal.SIGUSR1, 75)],
+)
+def test_signal_saves_the_step_on_all_ranks(long_run, tmp_path, launcher, number, code):
+    if launcher == "mpi" and not (shutil.which("mpirun") and has_mpi4py()):
+        pytest.skip(MPI_REASON)
+    run_dir = tmp_path / "runs" / "stopped"
+    process = start_launch(launcher, [*long_run, "--run.name=stopped"], run_dir)
+    process.send_signal(number)
+    finished = end(process, timeout=30)
+    assert finished.returncode == code, finished.text
+    assert f"stopped by {number.name} after step {len(losses(run_dir))}" in finished.stdout
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{len(losses(run_dir)):08}"]
+    assert not (run_dir / "ranks" / "cause.txt").exists()
+    assert "smolds:" not in finished.stderr
+
+
+def test_single_process_stops_on_a_signal_too(long_run, tmp_path):
+    command = [sys.executable, "-m", "smolds_dist", "train", *long_run, "--run.name=alone"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run_dir = tmp_path / "runs" / "alone"
+    while not losses(run_dir):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    finished = end(process, timeout=30)
+    assert finished.returncode == 143, finished.text
+    assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1
+
+
+@needs_mpi
+def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
+    if not has_mpi4py():
+        pytest.skip(MPI_REASON)
+    train(load_config([*options, "--run.name=single"]))
+    options += ["--parallel.expert=2"]
+    finished = smolds("launch", "--procs=2", "--launcher=mpi", "--", *options, "--run.name=launched", timeout=120)
+    assert finished.returncode == 0, finished.text
+    assert "expert parallel size 2" in finished.stdout
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    by_hand = ["mpirun", *root, "--oversubscribe", "-n", "2", sys.executable, "-m", "smolds_dist", "train", *options]
+    finished = run([*by_hand, "--run.name=by_hand"], timeout=120)
+    assert finished.returncode == 0, finished.text
+    for name in ("launched", "by_hand"):
+        assert losses(tmp_path / "runs" / name) == pytest.approx(losses(tmp_path / "runs" / "single"), rel=1e-3)
+
+
+@pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+def test_hostfile_trains_the_run_of_one_process_on_two_hosts(options, tmp_path):
+    train(load_config([*options, "--run.name=single"]))
+    with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("".join(f"{address} slots=1\n" for address in two_hosts.ADDRESSES))
+        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hostfile), "--"]
+        train_options = [*options, "--run.name=pair", '--log.sample_prompts=["$(touch ran)"]', "--parallel.expert=2"]
+        finished = run(hosts.command(0, [*start, *train_options]), timeout=180, cwd=tmp_path, **hosts.environment)
+        assert finished.returncode == 0, finished.text
+        assert "2 ranks over gloo on 2 nodes" in finished.stdout
+        run_dir = tmp_path / "runs" / "pair"
+        assert losses(run_dir) == pytest.approx(losses(tmp_path / "runs" / "single"), rel=1e-3)
+        ranks = [json.loads(path.read_text()) for path in sorted((run_dir / "ranks").glob("*.json"))]
+        assert not (tmp_path / "ran").exists()
+        assert [entry["host"] for entry in ranks] == list(two_hosts.NAMES)
+
+
+@pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+def test_rank_killed_on_another_host_ends_the_job_and_is_named(long_run, tmp_path):
+    run_dir = tmp_path / "runs" / "killed"
+    with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("".join(f"{address} slots=1\n" for address in two_hosts.ADDRESSES))
+        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hostfile), "--"]
+        command = hosts.command(0, [*start, *long_run, "--run.name=killed"])
+        process = start_and_wait_for_steps(command, run_dir, cwd=tmp_path)
+        entry = json.loads((run_dir / "ranks" / "rank_00001.json").read_text())
+        # The rank's process number is one of its host's.
+        assert run(hosts.command(1, ["kill", "-9", str(entry["pid"])]), timeout=10).returncode == 0
+        finished = end(process, timeout=15)
+    assert finished.returncode not in (0, 2), finished.text
+    lines = [line for line in finished.stderr.splitlines() if "smolds: " in line]
+    assert len(lines) == 1, finished.text
+    assert "rank 1 on host host2 was killed or lost its network" in lines[0]
+    assert "Traceback" not in finished.text
+
+
+GPU = Machine(("cuda", "cpu"), 1, True, int(80e9))
+GPUS = Machine(("cuda", "cpu"), 8, True, int(80e9))
+APPLE = Machine(("mps", "cpu"), 1, False, int(32e9))
+CPU = Machine(("cpu",), 2, False, int(16e9))
+
+
+@pytest.mark.parametrize(
+    ("machine", "args", "expected"),
+    [
+        (GPU, [], "-m smolds_dist train"),
+        (APPLE, [], "-m smolds_dist train"),
+        (GPUS, [], "-m torch.distributed.run --standalone --nproc-per-node 8 -m smolds_dist train"),
+        (CPU, [], "-m torch.distributed.run --standalone --nproc-per-node 2 -m smolds_dist train"),
+        (GPUS, ["--launcher=deepspeed"], "--num_gpus 8"),
+        (GPUS, ["--launcher=mpi", "--procs=4"], "mpirun -n 4"),
+        (GPUS, ["--hostfile=HOSTS"], "--launcher pdsh --module smolds_dist train --encoded="),
+        (GPUS, ["--hostfile=HOSTS", "--launcher=mpi"], "mpirun -n 32 --bind-to none --hostfile"),
+    ],
+)
+def test_dry_run_shows_the_command_for_the_machine(machine, args, expected, tmp_path, monkeypatch, capsys, small_run):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_")) or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# four nodes\n" + "".join(f"node{n} slots=8\n" for n in range(4)))
+    args = [arg.replace("HOSTS", str(hosts)) for arg in args]
+    assert launch([*args, "--dry-run", "--", *small_run, "--train.global_batch=64"], machine) == 0
+    shown = capsys.readouterr().out
+    assert expected in shown
+    last = shlex.split(shown)[-1]
+    if last.startswith("--encoded="):  # a shell on the hosts would read the corpus' asterisk
+        last = json.loads(base64.urlsafe_b64decode(last.removeprefix("--encoded=")))[-1]
+    assert last == "--train.global_batch=64"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_in_an_allocation_uses_srun(monkeypatch, capsys, small_run):
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch(["--dry-run", "--", *small_run, "--train.global_batch=64"], GPUS) == 0
+    assert capsys.readouterr().out.startswith("srun --nodes 4 --ntasks 32 --ntasks-per-node 8 --kill-on-bad-exit=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("node1 slots=8\nnode2\n", "line 2"),
+        ("node1 slots=8\nnode1 slots=8\n", "each host once"),
+        ("node1 slots=8\nnode2 slots=4\n", "make them equal"),
+        ("# none\n", "names no host"),
+    ],
+)
+def test_bad_hostfile_is_one_sentence(text, fix, tmp_path, small_run):
+    (tmp_path / "hosts").write_text(text)
+    finished = smolds("launch", "--hostfile", str(tmp_path / "hosts"), "--dry-run", "--", *small_run)
+    assert finished.returncode == 2, finished.text
+    assert fix in finished.stderr and finished.stderr.count("\n") == 1
+
+
+def test_launchers_own_lines_are_told_from_the_ranks():
+    ours = ["  3%|  | 3/100 [00:01<00:10]\n", "smolds: rank 1 on host a failed: ValueError: b (traceback: c)\n", "\n"]
+    table = ["=" * 60 + "\n", "train FAILED\n", "-" * 60 + "\n", "Failures:\n", "=" * 60 + "\n"]
+    trace = [
+        "Traceback (most recent call last):\n",
+        '  File "run.py", line 1\n',
+        "    main()\n",
+        "ChildFailedError: \n",
+    ]
+    logs = ["E1124 15:52:59.524000 1 torch/distributed/api.py:10] failed\n", "srun: error: n2: task 1: Killed\n"]
+    noise = NoiseFilter()
+    lines = [*ours, *trace, *table, ours[0], *logs, ours[1]]
+    assert [line for line in lines if not noise.hides(line)] == [*ours, ours[0], ours[1]]

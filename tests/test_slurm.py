@@ -1,0 +1,220 @@
+"""On a real Slurm cluster of two virtual nodes: srun, launching in an allocation, batch scripts, time limits, scancel."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from ranks import ROOT, Finished, run, smolds
+
+from smolds_dist.config import load_config
+from smolds_dist.train.metrics import read_rows
+from smolds_dist.train.trainer import train
+
+needs_slurm = pytest.mark.skipif(bool(slurm_cluster.available()), reason=str(slurm_cluster.available()))
+BIN = str(Path(sys.executable).parent)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder to submit from, with the scripts."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    return tmp_path
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+def reference(options: list[str], tmp_path: Path) -> list[tuple[int, float]]:
+    """The same run in this process, without a break."""
+    train(load_config([*options, "--run.name=reference"]))
+    return losses(tmp_path / "runs" / "reference")
+
+
+def assert_same(ours: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
+    assert [step for step, _ in ours] == [step for step, _ in expected]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in expected], rel=1e-3)
+
+
+def submit(command: list[str], cluster: dict[str, str], cwd: Path) -> str:
+    finished = run(["sbatch", "--parsable", *command], timeout=30, cwd=cwd, **cluster)
+    assert finished.returncode == 0, finished.text
+    return finished.stdout.strip()
+
+
+def wait_for(condition, timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {timeout} s"
+        time.sleep(0.5)
+
+
+def is_gone(job: str, cluster: dict[str, str]) -> bool:
+    return not run(["squeue", "--noheader", "--jobs", job], timeout=30, **cluster).stdout.strip()
+
+
+def options_of(small_run: list[str]) -> list[str]:
+    return [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--log.tensorboard=false"]
+
+
+@needs_slurm
+def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run, tmp_path, cluster):
+    options = options_of(small_run)
+    expected = reference(options, tmp_path)
+    options += ["--parallel.expert=2"]
+    by_hand = [sys.executable, "-m", "smolds_dist", "train", *options, "--run.name=srun"]
+    finished = run(["srun", "--nodes=2", "--ntasks=2", *by_hand], timeout=120, **cluster)
+    assert finished.returncode == 0, finished.text
+    assert "2 ranks over gloo on 2 nodes" in finished.stdout
+    assert_same(losses(tmp_path / "runs" / "srun"), expected)
+
+    launch = [sys.executable, "-m", "smolds_dist", "launch", "--", *options, "--run.name=launch"]
+    finished = run(["salloc", "--nodes=2", "--ntasks-per-node=1", *launch], timeout=120, **cluster)
+    assert finished.returncode == 0, finished.text
+    assert_same(losses(tmp_path / "runs" / "launch"), expected)
+    hosts = [json.loads(path.read_text())["host"] for path in sorted((tmp_path / "runs/launch/ranks").glob("*.json"))]
+    assert hosts == ["n1", "n2"]
+
+
+@needs_slurm
+def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, repository):
+    # Slow steps, so that the signal comes in their midst.
+    options = [*options_of(small_run), "--train.steps=300", "--train.global_batch=16", "--train.micro_batch=1"]
+    options += ["--train.lr=5e-4", "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
+    layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@100"]
+    job = submit(
+        [*layout, "slurm/train.sbatch", *options, "--run.name=limited", "--parallel.expert=2"], cluster, repository
+    )
+    # The reference has the same topology: over this many steps another one's rounding would show.
+    launched = smolds("launch", "--procs=2", "--", *options, "--run.name=reference", "--parallel.expert=2", timeout=240)
+    assert launched.returncode == 0, launched.text
+    output = repository / f"slurm-{job}.out"
+    wait_for(lambda: is_gone(job, cluster), 280, "end of the job")
+    text = output.read_text()
+    assert "stopped by SIGUSR1 after step" in text, text[-3000:]
+    assert "continuing from" in text
+    assert "validation loss" in text
+    assert losses(tmp_path / "runs" / "limited") == losses(tmp_path / "runs" / "reference")
+
+
+@needs_slurm
+def test_scancel_saves_and_the_next_job_goes_on(small_run, tmp_path, cluster, repository):
+    options = [*options_of(small_run), "--train.steps=3000", "--train.eval_every=0", "--checkpoint.every=0"]
+    options += ["--run.name=cancelled", "--parallel.expert=2"]
+    job = submit(["--nodes=2", "--ntasks-per-node=1", "slurm/train.sbatch", *options], cluster, repository)
+    run_dir = tmp_path / "runs" / "cancelled"
+    wait_for(lambda: losses(run_dir), 60, "first step")
+    run(["scancel", job], timeout=30, **cluster)
+    wait_for(lambda: is_gone(job, cluster), 30, "end of the job")
+    checkpoints = list((run_dir / "checkpoints").glob("step_*"))
+    assert len(checkpoints) == 1, (repository / f"slurm-{job}.out").read_text()[-3000:]
+    assert checkpoints[0].name == f"step_{losses(run_dir)[-1][0]:08}"
+
+
+@needs_slurm
+def test_killed_rank_ends_the_step_and_is_named(small_run, tmp_path, cluster):
+    options = [*options_of(small_run), "--train.steps=3000", "--train.eval_every=0", "--run.name=killed"]
+    launch = [sys.executable, "-m", "smolds_dist", "launch", "--", *options]
+    process = subprocess.Popen(
+        ["salloc", "--nodes=2", "--ntasks-per-node=1", *launch],
+        env=os.environ | cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    run_dir = tmp_path / "runs" / "killed"
+    try:
+        wait_for(lambda: losses(run_dir), 60, "first step")
+        # The cluster has process numbers of its own: find rank 1 by what it was started with.
+        ranks = [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_rank(pid, 1, str(run_dir.parent))
+        ]
+        assert ranks
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        stdout, stderr = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    finished = Finished(process.returncode, stdout, stderr)
+    assert time.monotonic() - began < 15
+    assert finished.returncode != 0
+    assert finished.stderr.count("smolds: rank 1 on host n2 was killed by signal 9") == 1, finished.text
+    assert "Traceback" not in finished.stderr
+
+
+def is_rank(pid: int, rank: int, run_folder: str) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except OSError:
+        return False
+    return f"SLURM_PROCID={rank}".encode() in environment and run_folder in command and "train" in command
+
+
+@needs_slurm
+def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, cluster, repository):
+    (repository / "sweep.txt").write_text("--train.seed 1\n--train.seed 2 --train.steps 3\n")
+    options = [*options_of(small_run), "--train.steps=2"]
+    layout = ["--ntasks-per-node=1", "--nodes=1", "--array=1-2"]
+    job = submit([*layout, "slurm/array.sbatch", "sweep.txt", *options], cluster, repository)
+    wait_for(lambda: is_gone(job, cluster), 90, "end of the jobs")
+    runs = {n: tmp_path / "runs" / f"sweep-{job}-{n}" for n in (1, 2)}
+    assert [len(losses(runs[n])) for n in (1, 2)] == [2, 3]
+    assert losses(runs[1])[0] != losses(runs[2])[0]
+
+
+@needs_slurm
+def test_submit_prints_the_jobs_id_and_the_job_runs(small_run, tmp_path, cluster):
+    options = [*options_of(small_run), "--train.steps=2", "--run.name=sub mitted"]
+    start = ["slurm", "--nodes", "1", "--tasks-per-node", "2", "--time", "5", "--submit", "--", *options]
+    finished = smolds(*start, cwd=tmp_path, **cluster)
+    assert finished.returncode == 0, finished.text
+    job = finished.stdout.split(":")[0].removeprefix("submitted job ")
+    wait_for(lambda: is_gone(job, cluster), 60, "end of the job")
+    assert len(losses(tmp_path / "runs" / "sub mitted")) == 2, (tmp_path / f"slurm-{job}.out").read_text()
+
+
+def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
+    evil = f"$(touch {tmp_path}/ran); `touch {tmp_path}/ran` 'quoted'"
+    (tmp_path / "text").mkdir()
+    start = ["slurm", "--nodes", "4", "--gpus-per-node", "8", "--time", "1-12:00:00", "--account", "lab"]
+    finished = smolds(*start, "--", *small_run, "--train.global_batch=64", f"--log.sample_prompts=[{json.dumps(evil)}]")
+    assert finished.returncode == 0, finished.text
+    script = finished.stdout
+    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1-12:00:00", "--account=lab"):
+        assert f"#SBATCH {line}\n" in script
+    # What the shell makes of the command is what was given; and nothing of it has run.
+    shown = script.replace(f"{sys.executable} -m smolds_dist", f"{sys.executable} -c 'import sys; print(sys.argv)'")
+    shell = run(["bash", "-c", shown.replace("scontrol", "echo")], timeout=30, cwd=tmp_path)
+    assert repr(f"--log.sample_prompts=[{json.dumps(evil)}]") in shell.stdout, shell.text
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        (["--nodes=2", "--"], "--time"),
+        (["--time=soon", "--"], "H:MM:SS"),
+        (["--time=5", "--job-name=a\n#SBATCH --x", "--"], "plain ones"),
+        (["--time=5", "--nodes=0", "--"], "at least 1"),
+        (["--time=5"], "behind `--`"),
+        (["--time=5", "--", "--checkpoint.resume=never"], "leave it out"),
+        (["--time=5", "--gpus-per-node=8", "--", "--parallel.expert=3"], "valid values"),
+    ],
+)
+def test_mistake_is_one_sentence(options, fix, tmp_path):
+    finished = smolds("slurm", *options, cwd=tmp_path)
+    assert finished.returncode == 2, finished.text
+    assert fix in finished.stderr
+    assert finished.stderr.count("\n") == 1
