@@ -24,12 +24,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 GB = 1e9
 LOCK_AGE = 600  # seconds without a written file after which a build that no process here holds counts as dead
-PROBE_LIMITS = {"torch": 60, "deepspeed": 90, "hub": 10, "mpi": 20, "all-to-all": 60}  # seconds
+PROBE_LIMITS = {"torch": 60, "deepspeed": 90, "hub": 8, "mpi": 20, "slurm": 5, "all-to-all": 60}  # seconds
+# As `smolds launch --launcher mpi` starts ranks on a CPU
+MPI_OPTIONS = ["--oversubscribe", *(["--allow-run-as-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
 ANSWER = "smolds-doctor-answer: "  # what a probe found, as JSON behind this
 
 
@@ -43,7 +46,7 @@ class Finding:
     advice: str = ""  # what to do about it
 
     def __str__(self) -> str:
-        return f"{self.level:4}  {self.name:14}  {self.detail}{'; ' if self.advice else ''}{self.advice}"
+        return f"{self.level:4}  {self.name:16}  {self.detail}{'; ' if self.advice else ''}{self.advice}"
 
 
 def doctor(args: list[str]) -> int:
@@ -66,40 +69,40 @@ def doctor(args: list[str]) -> int:
 def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Finding]:
     """All checks in order. Probes start first and together; the all-to-all runs alone, because it measures."""
 
-    def start(name: str, *start_with: str) -> Probe:
-        return stack.enter_context(Probe([*(start_with or [sys.executable]), *_probe_args(name)], PROBE_LIMITS[name]))
-
-    probes = {name: start(name) for name in ("torch", "deepspeed", "hub")}
+    commands = {name: [sys.executable, *_probe_args(name)] for name in ("torch", "deepspeed")}
+    if not _offline():
+        commands["hub"] = [sys.executable, *_probe_args("hub")]
     if shutil.which("mpirun") and _version("mpi4py"):
-        probes["mpi"] = start("mpi", "mpirun", "-n", "2", sys.executable)
+        commands["mpi"] = ["mpirun", *MPI_OPTIONS, "-n", "2", sys.executable, *_probe_args("mpi")]
     if shutil.which("scontrol"):
-        probes["slurm"] = stack.enter_context(Probe(["scontrol", "ping"], 5))
+        commands["slurm"] = ["scontrol", "ping"]
+    probes = {name: stack.enter_context(Probe(command, PROBE_LIMITS[name])) for name, command in commands.items()}
 
-    yield from _guarded("system", lambda: check_system())
+    yield from _guarded("system", check_system)
     found, error = probes["torch"].answer()
     torch: dict[str, Any] = found or {"gpus": [], "mps": False}
-    yield from _guarded("gpu", lambda: check_gpu(torch, options.device))
-    yield from _guarded("versions", lambda: check_versions(torch))
+    yield from _guarded("gpu", check_gpu, torch, options.device)
+    yield from _guarded("versions", check_versions)
     if error:
-        yield Finding("fail", "import torch", error, f"see `{Path(sys.executable).name} -c 'import torch'`")
-    yield from _guarded("deepspeed", lambda: check_deepspeed(probes["deepspeed"]))
-    yield from _guarded("launchers", lambda: check_launchers(not error, probes))
+        yield Finding("fail", "torch import", error, "see `python -c 'import torch'`")
+    yield from _guarded("deepspeed import", check_deepspeed, probes["deepspeed"])
+    yield from _guarded("launchers", check_launchers, not error, probes)
     if not error:
         gpus = len(torch["gpus"]) if options.device in ("auto", "cuda") else 0
-        yield from _guarded("all-to-all", lambda: check_all_to_all("nccl" if gpus > 1 else "gloo"))
-    yield from _guarded("compilers", lambda: check_compilers(bool(torch["gpus"])))
+        yield from _guarded("all-to-all", check_all_to_all, "nccl" if gpus > 1 else "gloo")
+    yield from _guarded("compilers", check_compilers, bool(torch["gpus"]))
     folders = {"runs": options.dir, "data cache": Path("~/.cache/smolds").expanduser(), "extensions": extensions_dir()}
     for name, folder in folders.items():
-        yield from _guarded(name, lambda name=name, folder=folder: check_folder(name, folder))
-    yield from _guarded("build locks", lambda: check_locks(extensions_dir(), options.fix))
-    yield from _guarded("hub", lambda: check_hub(probes["hub"]))
-    yield from _guarded("environment", lambda: check_environment())
+        yield from _guarded(name, check_folder, name, folder)
+    yield from _guarded("build locks", check_locks, extensions_dir(), options.fix)
+    yield from _guarded("hub", check_hub, probes.get("hub"))
+    yield from _guarded("environment", check_environment)
 
 
-def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _guarded(name: str, check: Callable[..., Iterator[Finding]], *args: Any) -> Iterator[Finding]:
     """A check that breaks is a line of the report and not the end of it."""
     try:
-        yield from check()
+        yield from check(*args)
     except Exception as error:
         yield Finding("warn", name, f"the check itself broke ({type(error).__name__}: {error})", "report this")
 
@@ -125,11 +128,10 @@ class Probe:
 
     def __init__(self, command: list[str], limit: float, **environment: str) -> None:
         self.limit, self.end = limit, time.monotonic() + limit
-        self.output = tempfile.TemporaryFile("w+", errors="replace")
-        # A probe is no rank of the job that this process may belong to, and it finds this very package.
+        self.output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by __exit__
+        # A probe is no rank of the job that this process may belong to.
         ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {name: value for name, value in os.environ.items() if name not in ranks}
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), env.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, text=True,
             env=env | environment, start_new_session=True,
@@ -165,10 +167,10 @@ class Probe:
             return json.loads(answers[-1]), ""
         if code is None or code == -signal.SIGALRM:
             return None, f"no answer after {self.limit:.0f} s"
-        errors = [
-            line.strip() for line in lines if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b", line.strip())
-        ]
-        return None, (errors or lines or [f"exit code {code}"])[-1][:300]
+        # A rank's error rather than torchrun's own, which only says that a rank failed
+        errors = re.findall(r"^\s*(?:\[rank\d+\]:)?\s*([\w.]*(?:Error|Exception)\b(?<!ChildFailedError).*)", output, re.M)
+        lines = [line for line in lines if re.search(r"\w", line)]
+        return None, (errors or lines or [f"exit code {code}"])[-1].strip()[:300]
 
 
 def _probe_args(name: str, *args: str) -> list[str]:
@@ -207,8 +209,7 @@ def check_system() -> Iterator[Finding]:
     else:
         total, free = memory
         text, low = f"{total / GB:.1f} GB, {free / GB:.1f} GB free", free < 2 * GB
-        advice = "end other programs; the debug preset on two ranks needs about 2 GB"
-        yield Finding("warn" if low else "ok", "memory", text, advice if low else "")
+        yield Finding("warn" if low else "ok", "memory", text, "end other programs" if low else "")
 
 
 def _memory() -> tuple[float, float] | None:
@@ -262,28 +263,28 @@ def _control_groups(controller: str) -> Iterator[Path]:
 
 def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
     """GPUs as torch sees them; a GPU that only the driver sees is the usual reason for a slow first run."""
+    driver = Path("/proc/driver/nvidia/gpus").is_dir()
     for index, gpu in enumerate(torch["gpus"]):
         name, text = f"gpu {index}", f"{gpu['name']}, {gpu['total'] / GB:.0f} GB, {gpu['free'] / GB:.0f} GB free"
         if gpu["error"]:
-            yield Finding(
-                "fail", name, f"{text}; {gpu['error']}", "install the torch build for this GPU and its driver"
-            )
+            level, advice = "warn" if device == "cpu" else "fail", "install the torch build for this GPU and driver"
+            yield Finding(level, name, f"{text}, but {gpu['error']}", advice)
         else:
             yield Finding("ok", name, text + ("" if gpu["bf16"] else ", no bf16"))
     if torch["gpus"]:
         yield Finding("ok", "cuda", f"CUDA {torch['cuda']}, NCCL {torch['nccl']}")
-    elif device == "cuda" or (device == "auto" and Path("/proc/driver/nvidia/gpus").is_dir()):
+    elif device == "cuda" or (device == "auto" and driver):
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        reason = "a torch built without CUDA" if not torch.get("cuda") else f"a torch for CUDA {torch['cuda']}"
-        reason += f" and CUDA_VISIBLE_DEVICES={hidden!r}" if hidden is not None else ""
-        advice = "install the torch build for your driver (https://pytorch.org/get-started), or use --device cpu"
-        yield Finding("fail" if device == "cuda" else "warn", "gpu", f"none that torch can use, with {reason}", advice)
-    if torch["mps"]:
-        yield Finding("ok", "gpu", "Apple GPU (MPS): one process")
-    elif device == "mps":
-        yield Finding("fail", "gpu", "no Apple GPU that torch can use", "use --device cpu")
-    elif not torch["gpus"] and not Path("/proc/driver/nvidia/gpus").is_dir() and device != "cuda":
+        reason = f"torch is built for CUDA {torch['cuda']}" if torch.get("cuda") else "torch is built without CUDA"
+        reason += f", CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else ""
+        advice = "install the torch build for the driver (https://pytorch.org/get-started), or use --device cpu"
+        yield Finding("fail" if device == "cuda" else "warn", "gpu", f"none that torch can use: {reason}", advice)
+    elif torch["mps"]:
+        yield Finding("ok", "gpu", "Apple GPU (MPS), for one process")
+    elif device != "mps":
         yield Finding("ok", "gpu", "none; training runs on the CPU")
+    if device == "mps" and not torch["mps"]:
+        yield Finding("fail", "gpu", "no Apple GPU that torch can use", "use --device cpu")
 
 
 # Software
@@ -310,7 +311,7 @@ def _requirements() -> list[str]:
         return [line for line in lines if line] + [f'{line}; extra == "mpi"' for line in mpi if line]
 
 
-def check_versions(torch: dict[str, Any]) -> Iterator[Finding]:
+def check_versions() -> Iterator[Finding]:
     """Every requirement of setup.cfg against what is installed."""
     try:
         from packaging.requirements import Requirement
@@ -343,9 +344,9 @@ def check_deepspeed(probe: Probe) -> Iterator[Finding]:
     seconds, error = probe.answer()
     if error:
         advice = "see `python -c 'import deepspeed'`; one process trains without it"
-        yield Finding("fail", "import", f"import deepspeed: {error}", advice)
+        yield Finding("fail", "deepspeed import", error, advice)
     else:
-        yield Finding("ok", "import", f"deepspeed imports, in {seconds:.1f} s")
+        yield Finding("ok", "deepspeed import", f"took {seconds:.1f} s")
 
 
 def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Finding]:
@@ -361,9 +362,7 @@ def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Fin
     elif not pdsh:
         yield Finding("ok", "pdsh, ssh", "pdsh not installed, needed only for deepspeed on several nodes")
     elif not re.search(r"rcmd modules:.*\bssh\b", modules := _output("pdsh", "-V")):
-        yield Finding(
-            "warn", "pdsh, ssh", "pdsh lacks its module for ssh", "install pdsh-rcmd-ssh or build it with ssh"
-        )
+        yield Finding("warn", "pdsh, ssh", "pdsh lacks its module for ssh", "build pdsh with ssh")
     else:
         version = _output("ssh", "-V").split(",")[0].split(" ")[0]
         yield Finding("ok", "pdsh, ssh", f"{modules.splitlines()[0].split(' ')[0]}, {version}")
@@ -381,9 +380,7 @@ def _mpirun(probe: Probe | None) -> Finding:
         return Finding("warn", "mpirun", f"{version}, but two ranks did not start: {error}", "use another launcher")
     if size != 2:
         advice = "pip install --force-reinstall --no-binary mpi4py mpi4py"
-        return Finding(
-            "warn", "mpirun", f"{version}, but mpi4py uses another MPI: its ranks do not find each other", advice
-        )
+        return Finding("warn", "mpirun", f"{version}, but mpi4py uses another MPI, so ranks stay alone", advice)
     return Finding("ok", "mpirun", f"works with mpi4py, {version}")
 
 
@@ -409,8 +406,8 @@ def check_compilers(cuda: bool) -> Iterator[Finding]:
     for command in wanted:
         program = command.split()[0]
         if shutil.which(program):
-            release = re.search(r"release \d[\d.]*|\d+\.\d[\d.]*", _output(program, "--version"))
-            found.append(f"{program} {release[0].removeprefix('release ') if release else ''}".strip())
+            release = re.search(r"\d+(\.\d+)+", _output(program, "--version"))
+            found.append(f"{program} {release[0]}" if release else program)
         elif cuda or program != "nvcc":
             missing.append(program)
     text = ", ".join(found + [f"no {program}" for program in missing])
@@ -424,15 +421,8 @@ def check_compilers(cuda: bool) -> Iterator[Finding]:
 def check_all_to_all(backend: str) -> Iterator[Finding]:
     """Two real ranks exchange tensors, as experts on different ranks do."""
     limit, where = PROBE_LIMITS["all-to-all"], "GPUs" if backend == "nccl" else "CPU processes"
-    start = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *_probe_args("all-to-all", backend),
-    ]
-    with Probe([sys.executable, *start], limit, OMP_NUM_THREADS="1") as probe:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with Probe([*start, *_probe_args("all-to-all", backend)], limit, OMP_NUM_THREADS="1") as probe:
         found, error = probe.answer()
     if error:
         variable = "NCCL_DEBUG=INFO" if backend == "nccl" else "GLOO_SOCKET_IFNAME=lo"
@@ -453,9 +443,8 @@ def check_folder(name: str, folder: Path) -> Iterator[Finding]:
         tempfile.TemporaryFile(dir=nearest).close()
         free = shutil.disk_usage(nearest).free
     except OSError as error:
-        yield Finding(
-            "fail", name, f"{folder} cannot be written ({nearest}: {error.strerror})", "choose another folder"
-        )
+        reason = f"{nearest}: {error.strerror}"
+        yield Finding("fail", name, f"{folder} cannot be written ({reason})", "choose another folder")
         return
     level = "fail" if free < 1 * GB else "warn" if free < 20 * GB else "ok"
     yield Finding(level, name, f"{folder}, {free / GB:.1f} GB free", "" if level == "ok" else "free some disk space")
@@ -478,7 +467,7 @@ def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
     can't be seen from here, but their build writes files: only after ten minutes without one does the lock count as
     stale. `fix` removes stale locks, never others.
     """
-    locks = sorted(path for path in root.rglob("lock") if path.is_file())
+    locks = sorted(path for path in root.rglob("lock") if path.is_file() and not path.stat().st_size)
     if not locks:
         yield Finding("ok", "build locks", f"none below {root}")
     for lock in locks:
@@ -490,10 +479,9 @@ def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
         if holder:
             yield Finding("ok", "build lock", f"{lock} is held by process {holder}, which builds right now")
         elif idle < LOCK_AGE:
-            advice = f"if no other node or user builds, run this again after {LOCK_AGE // 60} minutes"
-            yield Finding(
-                "warn", "build lock", f"{lock} is {idle / 60:.0f} minutes old, no process here holds it", advice
-            )
+            text = f"{lock} is {max(0.0, idle) / 60:.0f} minutes old, and no process here holds it"
+            advice = f"if nobody else builds there, run this again after {LOCK_AGE // 60} minutes"
+            yield Finding("warn", "build lock", text, advice)
         elif fix:
             try:
                 lock.unlink(missing_ok=True)
@@ -526,22 +514,26 @@ def _builder_of(lock: Path) -> int | None:
 # Network and environment
 
 
-def check_hub(probe: Probe) -> Iterator[Finding]:
-    """Whether the Hub answers, and whether a token is set: never the token."""
+def check_hub(probe: Probe | None) -> Iterator[Finding]:
+    """Whether the Hub answers, and whether a token is set: never the token. Without a probe, offline by choice."""
     token = f"HF_TOKEN {'set' if os.environ.get('HF_TOKEN') else 'not set'}"
-    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    if offline.upper() in ("1", "ON", "YES", "TRUE"):
-        yield Finding("ok", "hub", f"offline by choice (HF_HUB_OFFLINE), {token}")
+    if probe is None:
+        yield Finding("ok", "hub", f"offline by choice, {token}")
         return
     host = urllib.parse.urlsplit(_hub_endpoint()).hostname or "HF_ENDPOINT"
-    status, error = probe.answer()
-    works = "the sources stdlib, text, jsonl and parquet work without it"
-    if error:
-        yield Finding("warn", "hub", f"{host} is not reachable ({error}), {token}", works)
-    elif status >= 500 or status == 407:
-        yield Finding("warn", "hub", f"{host} answers with HTTP status {status}, {token}", works)
+    found, error = probe.answer()
+    problem = error or found["problem"]
+    if problem:
+        advice = "the sources stdlib, text, jsonl and parquet work without it"
+        yield Finding("warn", "hub", f"{host} is not reachable ({problem}), {token}", advice)
     else:
         yield Finding("ok", "hub", f"{host} answers, {token}")
+
+
+def _offline() -> bool:
+    """As the Hub's client decides it."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _hub_endpoint() -> str:
@@ -598,10 +590,8 @@ def _probe_torch() -> dict[str, Any]:
         except Exception as error:
             gpu["error"] = (str(error).splitlines() or [type(error).__name__])[0]
         gpus.append(gpu)
-    nccl = (
-        ".".join(map(str, torch.cuda.nccl.version())) if gpus and torch.distributed.is_nccl_available() else "missing"
-    )
-    return {"gpus": gpus, "mps": torch.backends.mps.is_available(), "cuda": torch.version.cuda, "nccl": nccl}
+    nccl = torch.cuda.nccl.version() if gpus and torch.distributed.is_nccl_available() else ("missing",)
+    return {"gpus": gpus, "mps": torch.backends.mps.is_available(), "cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl))}
 
 
 def _probe_deepspeed() -> float:
@@ -617,8 +607,8 @@ def _probe_mpi() -> int:
     return MPI.COMM_WORLD.size
 
 
-def _probe_hub() -> int:
-    """Any HTTP status means that the Hub is reachable. Credentials in HF_ENDPOINT are not needed for that, nor sent."""
+def _probe_hub() -> dict[str, str]:
+    """Any answer of the Hub's will do, so credentials in HF_ENDPOINT are not sent, and no message can hold them."""
     import ssl
 
     context = ssl.create_default_context()
@@ -626,17 +616,20 @@ def _probe_hub() -> int:
         import certifi
 
         context.load_verify_locations(certifi.where())
-    url = urllib.parse.urlsplit(_hub_endpoint())
-    url = url._replace(netloc=url.netloc.rpartition("@")[2])
-    request = urllib.request.Request(url.geturl(), method="HEAD", headers={"User-Agent": "smolds-doctor"})
-    opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
     try:
+        url = urllib.parse.urlsplit(_hub_endpoint())
+        url = url._replace(netloc=url.netloc.rpartition("@")[2])
+        request = urllib.request.Request(url.geturl(), method="HEAD", headers={"User-Agent": "smolds-doctor"})
+        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
         with opener.open(request, timeout=5) as response:
-            return response.status
+            status = response.status
     except urllib.error.HTTPError as error:
-        return error.code
+        status = error.code
     except urllib.error.URLError as error:
-        raise ConnectionError(str(error.reason)) from None
+        return {"problem": str(error.reason)}
+    except Exception as error:  # a malformed address, which the message would repeat
+        return {"problem": "timed out" if isinstance(error, TimeoutError) else type(error).__name__}
+    return {"problem": f"HTTP status {status}" if status >= 500 or status == 407 else ""}
 
 
 def _probe_all_to_all(backend: str) -> dict[str, float] | None:

@@ -1,11 +1,14 @@
 """Real processes for tests: one command, or several ranks, each with a time limit that ends the whole process group."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +33,9 @@ def run(command: list[str], timeout: float, cwd: Path | None = None, **environme
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):  # launched ranks have a session of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
         raise AssertionError(f"no end after {timeout} s: {command}\n{stdout[-4000:]}\n{stderr[-6000:]}") from None

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import two_hosts
 from ranks import ROOT, Finished, run, smolds
@@ -88,6 +89,18 @@ def test_killed_rank_ends_the_job_and_is_named(long_run, tmp_path, launcher):
     assert "Traceback" not in finished.text
 
 
+def test_killed_launch_leaves_no_ranks_behind(long_run, tmp_path):
+    run_dir = tmp_path / "runs" / "orphans"
+    process = start_launch("torchrun", [*long_run, "--run.name=orphans"], run_dir)
+    pids = [json.loads(path.read_text())["pid"] for path in (run_dir / "ranks").glob("*.json")]
+    process.kill()
+    process.communicate(timeout=30)  # returns when nobody holds its pipes any more
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        assert time.monotonic() < deadline, "ranks are still there"
+        time.sleep(0.2)
+
+
 def test_failing_rank_is_told_with_its_last_line(long_run, tmp_path):
     """A real failure in the middle of a run: a folder of the run goes away before its checkpoint is written."""
     run_dir = tmp_path / "runs" / "broken"
@@ -149,6 +162,19 @@ def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
     assert finished.returncode == 0, finished.text
     for name in ("launched", "by_hand"):
         assert losses(tmp_path / "runs" / name) == pytest.approx(losses(tmp_path / "runs" / "single"), rel=1e-3)
+
+
+def test_locks_that_a_dead_build_left_stop_no_run(options, tmp_path):
+    """DeepSpeed would wait for ever: it builds its shared-memory op in `init_distributed`, which smolds leaves out."""
+    extensions = tmp_path / "extensions"
+    for name in ("deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"):
+        (extensions / name).mkdir(parents=True)
+        (extensions / name / "lock").touch()
+    before = sorted(extensions.rglob("*"))
+    arguments = [*options, "--run.name=locked", "--train.steps=1"]
+    finished = smolds("launch", "--procs=2", "--", *arguments, timeout=90, TORCH_EXTENSIONS_DIR=str(extensions))
+    assert finished.returncode == 0, finished.text
+    assert sorted(extensions.rglob("*")) == before  # no build begins, so none can be killed in its middle
 
 
 @pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))

@@ -77,7 +77,7 @@ class RankReport:
         self._write()
         if isinstance(error, RuntimeError | OSError) and LOST_CONTACT.search(str(error)):
             # The other end of a broken connection is the cause; its host's ranks see it best.
-            deadline = time.monotonic() + min(5.0, self.grace)
+            deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
                 if (self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"]):
                     return

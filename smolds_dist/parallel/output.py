@@ -1,5 +1,6 @@
 """Runs a launcher and shows what its ranks print, without what the launcher itself adds when they end badly."""
 
+import ctypes
 import os
 import re
 import select
@@ -13,6 +14,7 @@ NOISE = re.compile(
     r"([WEI]\d{4} \d\d:\d\d|\[\d{4}-\d\d-\d\d .*\] \[(INFO|WARNING|ERROR)\] \[|srun: |slurmstepd: |mpirun: |pdsh@|\[W\d+ |"
     r"\d+ total processes killed|Setting OMP_NUM_THREADS|\[[\w.-]+:\d+\] )"
 )
+HOST = re.compile(r"^[\w.-]+: (?=smolds: |\[|[WEI]\d|Traceback|[=*-]{20})")  # pdsh's mark
 RULE = re.compile(r"([-=*])\1{19,}$")
 
 
@@ -25,7 +27,7 @@ class NoiseFilter:
         self.in_traceback = False
 
     def hides(self, line: str) -> bool:
-        line = line.strip("\r\n")
+        line = HOST.sub("", line.strip("\r\n"))
         if self.rule:
             if line.startswith(self.rule * 20):
                 self.rule = ""
@@ -63,7 +65,9 @@ def run_quietly(
         _copy_window_size(sys.stderr.fileno(), writing)
     else:
         reading, writing = os.pipe()
-    process = subprocess.Popen(command, env=environment, stderr=writing, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stderr=writing, start_new_session=True, preexec_fn=_end_with_parent
+    )
     os.close(writing)
     before = {
         number: signal.signal(number, lambda number, _frame: pass_on(process, number))
@@ -76,6 +80,12 @@ def run_quietly(
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(reading)
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send the launcher SIGTERM, should this process be killed: no ranks are left behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> bool:

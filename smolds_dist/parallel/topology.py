@@ -156,6 +156,8 @@ def _expert_size(config: RunConfig, world: int, per_node: int) -> tuple[int, str
     valid = expert_sizes(world, experts)
     inside = [size for size in valid if per_node % size == 0]
     if wanted == "auto":
+        if inside[-1] == 1:
+            return 1, f"every rank holds all {experts} experts, because no larger group fits evenly into a node"
         where = f" inside a node of {per_node}" if per_node < world else ""
         return inside[-1], f"{experts} experts are shared by {inside[-1]} ranks{where}, the most that divide evenly"
     if wanted not in valid:
