@@ -20,7 +20,8 @@ USAGE = """usage: smolds COMMAND [options]
 def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
-    name, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
+    name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
         print(USAGE)
         sys.exit(0 if name else 2)

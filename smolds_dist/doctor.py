@@ -24,12 +24,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 GB = 1e9
 LOCK_AGE = 600  # seconds without a written file after which a build that no process here holds counts as dead
+NETWORK_FILE_SYSTEMS = set("nfs nfs4 lustre gpfs beegfs ceph cifs smb3 9p virtiofs afs orangefs pvfs2".split())
 PROBE_LIMITS = {"torch": 60, "deepspeed": 90, "hub": 8, "mpi": 20, "slurm": 5, "all-to-all": 60}  # seconds
 # As `smolds launch --launcher mpi` starts ranks on a CPU
 MPI_OPTIONS = ["--oversubscribe", *(["--allow-run-as-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
@@ -166,9 +166,10 @@ class Probe:
         if answers and code == 0:
             return json.loads(answers[-1]), ""
         if code is None or code == -signal.SIGALRM:
-            return None, f"no answer after {self.limit:.0f} s"
+            return None, f"no answer after {self.limit:g} s"
         # A rank's error rather than torchrun's own, which only says that a rank failed
-        errors = re.findall(r"^\s*(?:\[rank\d+\]:)?\s*([\w.]*(?:Error|Exception)\b(?<!ChildFailedError).*)", output, re.M)
+        pattern = r"^\s*(?:\[rank\d+\]:)?\s*([\w.]*(?:Error|Exception)\b(?<!ChildFailedError).*)"
+        errors = re.findall(pattern, output, re.MULTILINE)
         lines = [line for line in lines if re.search(r"\w", line)]
         return None, (errors or lines or [f"exit code {code}"])[-1].strip()[:300]
 
@@ -463,11 +464,11 @@ def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
 
     torch makes the file `lock` in an extension's folder, keeps it open during the build and removes it afterwards. So a
     build is alive while a process has its lock open, or while ninja, perhaps an orphan of it, works in the folder. A lock
-    without either may still belong to another node or container on a shared disk, or to another user's process. Those
-    can't be seen from here, but their build writes files: only after ten minutes without one does the lock count as
-    stale. `fix` removes stale locks, never others.
+    without either may still belong to another node where the folder is on a network file system, or to another user's
+    process. Those can't be seen from here, but their build writes files: there, only after ten minutes without one does
+    the lock count as stale. `fix` removes stale locks, never others.
     """
-    locks = sorted(path for path in root.rglob("lock") if path.is_file() and not path.stat().st_size)
+    locks = sorted(path for path in root.rglob("lock") if path.is_file())
     if not locks:
         yield Finding("ok", "build locks", f"none below {root}")
     for lock in locks:
@@ -478,7 +479,7 @@ def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
             continue
         if holder:
             yield Finding("ok", "build lock", f"{lock} is held by process {holder}, which builds right now")
-        elif idle < LOCK_AGE:
+        elif idle < LOCK_AGE and _may_be_held_unseen(lock):
             text = f"{lock} is {max(0.0, idle) / 60:.0f} minutes old, and no process here holds it"
             advice = f"if nobody else builds there, run this again after {LOCK_AGE // 60} minutes"
             yield Finding("warn", "build lock", text, advice)
@@ -491,6 +492,17 @@ def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
         else:
             text = f"{lock} was left by a dead process, every later build would wait for it"
             yield Finding("fail", "build lock", text, "`smolds doctor --fix` removes it")
+
+
+def _may_be_held_unseen(lock: Path) -> bool:
+    """Whether another node or user could be building there."""
+    with contextlib.suppress(OSError):
+        if os.geteuid() not in (0, lock.stat().st_uid):
+            return True
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+        here = max((m for m in mounts if lock.resolve().is_relative_to(m[0])), key=lambda m: len(m[0]))
+        return here[1] in NETWORK_FILE_SYSTEMS or here[1].startswith("fuse")
+    return True
 
 
 def _builder_of(lock: Path) -> int | None:
@@ -591,7 +603,8 @@ def _probe_torch() -> dict[str, Any]:
             gpu["error"] = (str(error).splitlines() or [type(error).__name__])[0]
         gpus.append(gpu)
     nccl = torch.cuda.nccl.version() if gpus and torch.distributed.is_nccl_available() else ("missing",)
-    return {"gpus": gpus, "mps": torch.backends.mps.is_available(), "cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl))}
+    versions = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl))}
+    return {"gpus": gpus, "mps": torch.backends.mps.is_available(), **versions}
 
 
 def _probe_deepspeed() -> float:

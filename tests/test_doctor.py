@@ -5,11 +5,15 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ranks import smolds
 
+import smolds_dist.doctor as doctor_module
 from smolds_dist.doctor import LOCK_AGE, Probe, check_folder, check_locks
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc shows the processes")
 
 
 def levels(output: str) -> dict[str, str]:
@@ -62,6 +66,7 @@ def test_stale_lock_fails_until_it_is_fixed_and_no_secret_is_printed(stale_lock,
     assert not (tmp_path / "runs").exists()
 
 
+@needs_proc
 def test_lock_of_a_running_build_is_left_alone(stale_lock, tmp_path):
     """However old: the first extension of a large project compiles for longer than that."""
     hold = f"held = open({str(stale_lock)!r}); print('holds', flush=True); input()"
@@ -74,10 +79,12 @@ def test_lock_of_a_running_build_is_left_alone(stale_lock, tmp_path):
     assert [finding.level for finding in check_locks(tmp_path)] == ["fail"]
 
 
-def test_lock_without_a_holder_is_stale_only_after_its_build_wrote_nothing_for_a_while(stale_lock, tmp_path):
+def test_lock_without_a_holder_is_stale_at_once_or_on_a_shared_disk_after_a_while(stale_lock, tmp_path, monkeypatch):
     """Its build may run on another node, where its processes can't be seen."""
     written = stale_lock.with_name("kernel.o")
     written.touch()
+    assert [finding.level for finding in check_locks(tmp_path)] == ["fail"]
+    monkeypatch.setattr(doctor_module, "_may_be_held_unseen", lambda _lock: True)  # no shared disk to be had in a test
     assert [finding.level for finding in check_locks(tmp_path, fix=True)] == ["warn"]
     assert stale_lock.exists()
     os.utime(written, (time.time() - LOCK_AGE - 1,) * 2)
@@ -90,18 +97,22 @@ def test_folder_that_cannot_be_written_fails(tmp_path):
     (finding,) = check_folder("runs", tmp_path / "file" / "runs")
     assert finding.level == "fail" and "cannot be written" in finding.detail
     (finding,) = check_folder("runs", tmp_path / "new" / "runs")
-    assert finding.level != "fail" or "GB free" in finding.detail
+    assert "GB free" in finding.detail
     assert not (tmp_path / "new").exists()
 
 
+@needs_proc
 def test_probe_that_hangs_ends_with_all_its_children():
     begin = time.monotonic()
     with Probe(["sh", "-c", "sleep 61.5 & echo $!; sleep 61.5"], 0.5) as probe:
-        assert probe.answer() == (None, "no answer after 0 s")
+        assert probe.answer() == (None, "no answer after 0.5 s")
         child = int(probe.result()[1])
     assert time.monotonic() - begin < 10
     for _ in range(50):  # until init has collected it
-        if not os.path.exists(f"/proc/{child}") or " Z " in open(f"/proc/{child}/stat").read():
+        try:
+            if " Z " in Path(f"/proc/{child}/stat").read_text():
+                return
+        except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.1)
     pytest.fail(f"process {child} still runs")

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,12 @@ MPI_REASON = "mpirun or mpi4py is not installed"
 
 def has_mpi4py() -> bool:
     return subprocess.run([sys.executable, "-c", "import mpi4py.MPI"], capture_output=True).returncode == 0
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -145,6 +152,15 @@ def test_single_process_stops_on_a_signal_too(long_run, tmp_path):
     finished = end(process, timeout=30)
     assert finished.returncode == 143, finished.text
     assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1
+
+
+def test_deepspeed_by_hand_trains_the_run_of_one_process(options, tmp_path):
+    train(load_config([*options, "--run.name=single"]))
+    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()]
+    by_hand = [*start, "--module", "smolds_dist", "train", *options, "--run.name=by_hand", "--parallel.expert=2"]
+    finished = run(by_hand, timeout=120)
+    assert finished.returncode == 0, finished.text
+    assert losses(tmp_path / "runs" / "by_hand") == pytest.approx(losses(tmp_path / "runs" / "single"), rel=1e-3)
 
 
 @needs_mpi

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -172,6 +174,20 @@ def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, cluster
     runs = {n: tmp_path / "runs" / f"sweep-{job}-{n}" for n in (1, 2)}
     assert [len(losses(runs[n])) for n in (1, 2)] == [2, 3]
     assert losses(runs[1])[0] != losses(runs[2])[0]
+
+
+@needs_slurm
+def test_readmes_sbatch_command_runs(small_run, tmp_path, cluster, repository):
+    commands = re.findall(r"^sbatch .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 1
+    # Slurm's own options go first; the training's, at the end, make it short.
+    shorter = shlex.join([*options_of(small_run)[2:], "--train.steps=2"])
+    command = commands[0].replace("sbatch ", "sbatch --parsable --ntasks-per-node=1 ") + f" {shorter}"
+    finished = run(["bash", "-c", command], timeout=30, cwd=repository, **cluster)
+    assert finished.returncode == 0, finished.text
+    job = finished.stdout.strip()
+    wait_for(lambda: is_gone(job, cluster), 60, "end of the job")
+    assert len(losses(tmp_path / "runs" / "night")) == 2, (repository / f"slurm-{job}.out").read_text()
 
 
 @needs_slurm
