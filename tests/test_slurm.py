@@ -182,7 +182,7 @@ def test_readmes_sbatch_command_runs(small_run, tmp_path, cluster, repository):
     assert len(commands) == 1
     # Slurm's own options go first; the training's, at the end, make it short.
     shorter = shlex.join([*options_of(small_run)[2:], "--train.steps=2"])
-    command = commands[0].replace("sbatch ", "sbatch --parsable --ntasks-per-node=1 ") + f" {shorter}"
+    command = commands[0].replace("sbatch ", "sbatch --parsable --ntasks-per-node=1 ", 1) + f" {shorter}"
     finished = run(["bash", "-c", command], timeout=30, cwd=repository, **cluster)
     assert finished.returncode == 0, finished.text
     job = finished.stdout.strip()
