@@ -12,6 +12,8 @@ USAGE = """usage: smolds COMMAND [options]
   launch     start the ranks that fit this machine or allocation: smolds launch [--procs N] -- TRAIN-OPTIONS
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
   doctor     check this machine: smolds doctor [--fix]
+  checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
+  bench      measure: smolds bench checkpoint
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
 
 `smolds COMMAND --help` tells more."""
@@ -20,6 +22,7 @@ USAGE = """usage: smolds COMMAND [options]
 def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
+    commands |= {"checkpoint": _checkpoint, "bench": _bench}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -79,6 +82,18 @@ def _doctor(args: list[str]) -> None:
     from smolds_dist.doctor import doctor
 
     sys.exit(doctor(args))
+
+
+def _checkpoint(args: list[str]) -> None:
+    from smolds_dist.train.checkpoint_command import checkpoint
+
+    sys.exit(checkpoint(args))
+
+
+def _bench(args: list[str]) -> None:
+    from smolds_dist.bench import bench
+
+    bench(args)
 
 
 def _generate(args: list[str]) -> None:

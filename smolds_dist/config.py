@@ -85,6 +85,8 @@ class Data:
     """Stop reading the corpus there; an hf source stops after what the run needs."""
     val_fraction: float = 0.005
     """Share of the documents held out."""
+    on_bad_file: Literal["refuse", "skip"] = "refuse"
+    """What to do with a file that is empty or damaged; either way it is named."""
     cache_dir: str = "~/.cache/smolds"
 
 
@@ -122,6 +124,12 @@ class Train:
     """Steps; 0: only at the end."""
     eval_sequences: int = 128
     """Of the held-out split."""
+    nonfinite_limit: int = 10
+    """Steps in a row with a NaN or infinite loss or gradient after which the run stops; such a step changes nothing."""
+    spike_threshold: float = 0.0
+    """Deviations above the recent losses from which a loss is a spike, for instance 8; 0 turns the guard off."""
+    spike_steps: int = 3
+    """Spikes in a row after which the run goes back to its last checkpoint and leaves the samples since then out."""
 
 
 @dataclass
@@ -138,6 +146,8 @@ class Parallel:
     """Your own DeepSpeed JSON instead of ds_configs/zeroN.json."""
     grace: float = 10.0
     """Seconds after a rank's death until the others leave by force."""
+    timeout: float = 600.0
+    """Seconds without any forward pass after which the ranks count as hanging; 0: wait for ever."""
 
 
 @dataclass
@@ -145,11 +155,19 @@ class Checkpoint:
     """State to continue from."""
 
     every: int = 1000
-    """Steps; 0: none."""
+    """Steps; 0: none but the one that a signal asks for."""
     keep: int = 2
     """Newest checkpoints kept."""
-    resume: Literal["never", "auto"] = "never"
-    """Auto: continue the run of this name if it has a checkpoint."""
+    keep_every: int = 0
+    """Checkpoints of such steps are kept for good; 0: none."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss too, where evaluated at its step."""
+    resume: str = "never"
+    """Never | auto (the run of this name, if it has a checkpoint) | a step of this run | a checkpoint's folder."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory; off: no copy, and training waits."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What to do when a checkpoint cannot be written; older ones stay whole."""
 
 
 @dataclass
@@ -222,13 +240,15 @@ def _divisors(n: int) -> str:
 
 _AT_LEAST_ONE = (
     "data.seq_len data.tokenizer_vocab_size train.steps train.global_batch train.eval_sequences checkpoint.keep "
+    "train.nonfinite_limit train.spike_steps "
     "log.sample_tokens model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads "
     "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.kv_lora_rank "
     "model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.max_position_embeddings"
 ).split()
 _NOT_NEGATIVE = (
     "train.seed train.warmup_steps train.weight_decay train.grad_clip train.balance_rate train.aux_loss_coef "
-    "parallel.grace train.eval_every checkpoint.every log.sample_every model.n_shared_experts model.initializer_range"
+    "parallel.grace parallel.timeout train.spike_threshold train.eval_every checkpoint.every checkpoint.keep_every "
+    "log.sample_every model.n_shared_experts model.initializer_range"
 ).split()
 _POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
 _SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()

@@ -10,3 +10,10 @@ class ConfigError(Exception):
 
 class RankFailedError(Exception):
     """A rank's training ended in an error that has been told and logged already."""
+
+
+class TrainingStoppedError(Exception):
+    """Training that cannot go on, on all ranks alike: the loss has diverged, or checkpoints cannot be written.
+
+    The message is one sentence with the fix; the command line prints it once and exits with code 1.
+    """

@@ -14,12 +14,15 @@ from smolds_dist.data.batches import training_batch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import end_rank, make_engine, start_process_group
+from smolds_dist.parallel.fragments import logical_shapes
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.train.checkpoint import CheckpointWriter, Progress, load_weights, open_checkpoint, restore
 from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
 from smolds_dist.train.trainer import accumulate_gradients
 
 VOCAB = 96
+SAVE_AT = 10
 BASE = [
     "--preset=debug", "--parallel.device=cpu", "--train.dtype=fp32", "--train.global_batch=8", "--train.micro_batch=1",
     "--train.steps=20", "--train.warmup_steps=4", "--train.lr=0.01", "--train.grad_clip=0.5", "--data.seq_len=32",
@@ -42,12 +45,19 @@ class Shards:
         self.train = torch.tensor(tokens).numpy()
 
 
-def train_case(options: list[str], disturb: bool, steps: int) -> dict:
-    """Losses, gradient norms, counts and final biases of `steps` steps.
+def train_case(
+    options: list[str], disturb: bool, steps: int, save: str = "", resume: str = "", poison: int | None = None
+) -> dict:
+    """Losses, gradient norms, counts and final biases up to step `steps`.
 
-    With `disturb`, every step is preceded by an evaluation pass and followed by sampling, which must change nothing.
+    Args:
+        disturb: every step is preceded by an evaluation pass and followed by sampling, which must change nothing.
+        save: run folder to write a checkpoint to after step SAVE_AT.
+        resume: checkpoint to continue from.
+        poison: the last rank's loss is NaN in step SAVE_AT if 0, infinite if 1.
     """
-    config = load_config(BASE + options)
+    options = [*options, f"--run.dir={save or 'unused'}", "--run.name=run"]
+    config = load_config([*BASE, *options, *([f"--checkpoint.resume={resume}"] if resume else [])])
     topology = plan_topology(config, detect_machine(), rank_from_environment())
     if not torch.distributed.is_initialized():
         start_process_group(topology)
@@ -56,17 +66,33 @@ def train_case(options: list[str], disturb: bool, steps: int) -> dict:
     model = DeepSeekV3ForCausalLM(model_config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors |= logical_shapes(name, parameter.shape)
+    reader = open_checkpoint(config, topology)
+    if reader:
+        load_weights(reader, model)
     groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
     engine = make_engine(model, config, topology, groups, optimizer)
     balancer = Balancer(engine.model, config.train.balance_rate)
+    progress = restore(reader, engine, balancer, topology) if reader else Progress()
     shards = Shards()
-    losses, norms, totals = [], [], []
-    for step in range(1, steps + 1):
+    losses, norms, totals, applied = [], [], [], []
+    for step in range(progress.step + 1, steps + 1):
         if disturb:
             evaluation_pass(engine, config, shards)
-        loss = accumulate_gradients(config, topology, engine, balancer, shards, step)
-        norms.append(engine.step(learning_rate(step, config.train)))
-        counts = balancer.step()
+        poisoned = poison is not None and step == SAVE_AT and topology.rank == topology.world_size - 1
+        forward = engine.forward
+        if poisoned:
+            factor = (torch.nan, torch.inf)[poison]
+            engine.forward = lambda ids, labels, forward=forward, factor=factor: forward(ids, labels) * factor
+        first_sample = (step - 1) * config.train.global_batch
+        loss = accumulate_gradients(config, topology, engine, balancer, shards, first_sample)
+        engine.forward = forward
+        norm, updated = engine.step(learning_rate(step, config.train))
+        norms.append(norm)
+        applied.append(updated)
+        counts = balancer.step(updated)
         totals.append(counts.sum(-1).tolist())
         losses.append((engine.sum_over_ranks(loss) / topology.world_size).item())
         if disturb:
@@ -74,10 +100,16 @@ def train_case(options: list[str], disturb: bool, steps: int) -> dict:
             prompt = torch.tensor([[1, 2, 3]], device=engine.device)
             engine.model.generate(prompt, do_sample=False, min_new_tokens=3, max_new_tokens=3, eos_token_id=None)
             engine.model.train()
+        if save and step == SAVE_AT:
+            writer = CheckpointWriter(config, topology, tensors, {})
+            writer.save(engine, balancer, Progress(step), None)  # in the background of the next steps
+    if save:
+        writer.wait()
+        assert writer.failure() is None
+        engine.barrier()  # rank 0 is done
     state = engine.state_dict()
-    if topology.engine == "deepspeed":
-        engine.engine.destroy()
-    result = {"options": options, "losses": losses, "norms": norms, "totals": totals}
+    engine.close()
+    result = {"options": options, "losses": losses, "norms": norms, "totals": totals, "applied": applied}
     if topology.rank == 0:
         biases = {name: tensor for name, tensor in state.items() if name.endswith("e_score_correction_bias")}
         result["biases"] = [biases[name].tolist() for name in sorted(biases)]

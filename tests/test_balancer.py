@@ -59,17 +59,20 @@ def test_rate_zero_only_counts(model):
     assert not biases(model).any()
 
 
-def test_state_travels(model):
+def test_step_that_was_skipped_moves_nothing_and_is_not_counted_later(model):
     balancer = Balancer(model, rate=0.1)
     with balancer.counting():
         model(input_ids=torch.randint(0, 50, (2, 10)))
-    balancer.step()
-    saved, before = balancer.state_dict(), biases(model)
-    for block in model.model.layers:
-        block.mlp.gate.e_score_correction_bias.zero_()
-    balancer.load_state_dict(saved)
-    assert before.any()
-    assert torch.equal(biases(model), before)
+    balancer.step(applied=False)
+    assert not biases(model).any()
+    assert balancer.step().sum() == 0
+
+
+def test_biases_have_the_models_names_and_are_live(model):
+    named = Balancer(model, rate=0.1).named_biases()
+    assert named.keys() == {name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    next(iter(named.values())).fill_(3)
+    assert biases(model).max() == 3
 
 
 def test_max_violation_is_the_busiest_expert_over_the_mean():

@@ -1,10 +1,11 @@
 """Every topology trains the same model: losses, gradient norms, weights and biases of a single process are the reference."""
 
 import json
+import math
 from functools import cache
 
 import pytest
-from parity_worker import train_case
+from parity_worker import SAVE_AT, train_case
 from ranks import run_ranks
 
 STEPS = 20
@@ -18,6 +19,7 @@ def case(*options: str, expert: int | None = None, zero: int | None = None, dist
 CHECKPOINTING = "--train.activation_checkpointing=true"
 LATENT = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
 MUON = "--train.optimizer=muon"
+BF16 = "--train.dtype=bf16"
 LAYOUTS = {
     1: [case("--parallel.engine=deepspeed", "--parallel.zero=1")],
     2: [case(expert=expert, zero=zero) for expert in (1, 2) for zero in (0, 1, 2, 3)],
@@ -28,9 +30,52 @@ DISTURBED = {
     "latent": case(*LATENT, CHECKPOINTING, expert=2, zero=3, disturb=True),
 }
 WITH_MUON = case(MUON, expert=2, zero=0)
-IN_BF16 = [case("--train.dtype=bf16", expert=2, zero=zero) for zero in (0, 1, 2, 3)]
+IN_BF16 = [case(BF16, expert=2, zero=zero) for zero in (0, 1, 2, 3)]
 # What the ranks of a world size train one after the other; they are started once.
 CASES = {1: LAYOUTS[1], 2: [*LAYOUTS[2], *DISTURBED.values(), WITH_MUON, *IN_BF16], 4: LAYOUTS[4]}
+
+# Checkpoints go from the first layout (world size, case) to the second; world size 0 is one process in plain PyTorch.
+LOCAL = (0, case())
+CHANGES = [
+    (LOCAL, (2, case(expert=2, zero=3))),
+    (LOCAL, (4, case(expert=2, zero=1))),
+    ((2, case(expert=2, zero=3)), LOCAL),
+    ((2, case(expert=1, zero=0)), LOCAL),
+    ((4, case(expert=4, zero=2)), LOCAL),
+    ((2, case(expert=2, zero=1)), (1, LAYOUTS[1][0])),
+    ((1, LAYOUTS[1][0]), (2, case(expert=1, zero=3))),
+    ((2, case(expert=2, zero=3)), (2, case(expert=1, zero=2))),
+    ((2, case(expert=1, zero=2)), (2, case(expert=2, zero=3))),
+    ((2, case(expert=2, zero=0)), (2, case(expert=2, zero=1))),
+    ((4, case(expert=2, zero=1)), (2, case(expert=2, zero=0))),
+    ((2, case(expert=1, zero=3)), (4, case(expert=4, zero=2))),
+    ((0, case(MUON)), (2, WITH_MUON)),
+    ((2, WITH_MUON), (0, case(MUON))),
+]
+# Within one layout, also with latent attention and in bf16, the resumed run is the uninterrupted one to the last bit.
+SAME = [
+    LOCAL,
+    *((2, case(expert=2, zero=zero)) for zero in (0, 1, 2, 3)),
+    (0, case(BF16)),
+    *((2, one) for one in IN_BF16),
+    (2, DISTURBED["latent"]),
+    (4, case(expert=2, zero=1)),
+]
+CONTINUED = [*CHANGES, *((one, one) for one in SAME)]
+POISONED = [(0, case(), 0), (0, case(BF16), 1)] + [
+    (2, one, kind) for kind, one in enumerate([*LAYOUTS[2][4:], *IN_BF16])
+]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Where the runs of all layouts leave their checkpoints."""
+    return tmp_path_factory.mktemp("saved")
+
+
+def folder_of(saved, world: int, one: tuple) -> str:
+    options, disturb = one
+    return str(saved / f"{world}{''.join(options)}{disturb}".replace("--", "_"))
 
 
 @cache
@@ -38,12 +83,51 @@ def reference(*options: str) -> dict:
     return train_case(list(options), disturb=False, steps=STEPS)
 
 
-@cache
-def results_of(world: int) -> dict[tuple, dict]:
-    cases = [dict(options=list(options), disturb=disturb, steps=STEPS) for options, disturb in CASES[world]]
+def train_all(world: int, cases: list[dict]) -> list[dict]:
+    """Trains the cases one after the other in `world` ranks, or in this process if `world` is 0."""
+    if world == 0:
+        return [train_case(**one) for one in cases]
     lines = run_ranks(world, "parity_worker.py", json.dumps(cases)).stdout.splitlines()
-    results = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
-    return dict(zip(CASES[world], results, strict=True))
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+
+
+@cache
+def results_of(world: int, saved) -> dict[tuple, dict]:
+    """Every case without a break; each leaves a checkpoint on its way."""
+    cases = CASES.get(world, [one for place, one in CONTINUED_FROM if place == 0])
+    todo = [
+        dict(options=list(options), disturb=disturb, steps=STEPS, save=folder_of(saved, world, (options, disturb)))
+        for options, disturb in cases
+    ]
+    return dict(zip(cases, train_all(world, todo), strict=True))
+
+
+CONTINUED_FROM = list(dict.fromkeys(source for source, _ in CONTINUED))
+
+
+@cache
+def continued_of(world: int, saved) -> dict[tuple, dict]:
+    """Every case that begins at a checkpoint, by where that is from and what it is."""
+    wanted = [(source, target) for source, target in CONTINUED if target[0] == world]
+    for place in {source[0] for source, _ in wanted}:
+        results_of(place, saved)
+    todo = [
+        dict(
+            options=list(target[1][0]),
+            disturb=target[1][1],
+            steps=STEPS,
+            resume=f"{folder_of(saved, *source)}/run/checkpoints/step_{SAVE_AT:08}",
+        )
+        for source, target in wanted
+    ]
+    return dict(zip(wanted, train_all(world, todo), strict=True))
+
+
+@cache
+def poisoned_of(world: int) -> dict[tuple, dict]:
+    wanted = [(one, kind) for place, one, kind in POISONED if place == world]
+    todo = [dict(options=list(one[0]), disturb=False, steps=STEPS, poison=kind % 2) for one, kind in wanted]
+    return dict(zip(wanted, train_all(world, todo), strict=True))
 
 
 def assert_same_run(result: dict, expected: dict, tolerance: float = 1e-4) -> None:
@@ -64,23 +148,58 @@ def test_the_reference_learns_and_its_gradients_are_clipped():
 
 
 @pytest.mark.parametrize(("world", "topology"), [(world, one) for world, cases in LAYOUTS.items() for one in cases])
-def test_topology_gives_the_single_process_run(world, topology):
-    assert_same_run(results_of(world)[topology], reference())
+def test_topology_gives_the_single_process_run(saved, world, topology):
+    assert_same_run(results_of(world, saved)[topology], reference())
 
 
 @pytest.mark.parametrize(("attention", "model"), [("gqa", ()), ("latent", LATENT)])
-def test_counts_leave_out_evaluation_sampling_and_recomputation(attention, model):
+def test_counts_leave_out_evaluation_sampling_and_recomputation(saved, attention, model):
     assert_same_run(train_case([*model, CHECKPOINTING], disturb=True, steps=STEPS), reference(*model))
-    assert_same_run(results_of(2)[DISTURBED[attention]], reference(*model))
+    assert_same_run(results_of(2, saved)[DISTURBED[attention]], reference(*model))
 
 
-def test_muon_gives_the_single_process_run():
-    assert_same_run(results_of(2)[WITH_MUON], reference(MUON))
+def test_muon_gives_the_single_process_run(saved):
+    assert_same_run(results_of(2, saved)[WITH_MUON], reference(MUON))
 
 
-def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32():
+def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32(saved):
     local = train_case(["--train.dtype=bf16"], disturb=False, steps=STEPS)
-    for result in [local, *(results_of(2)[one] for one in IN_BF16)]:
+    for result in [local, *(results_of(2, saved)[one] for one in IN_BF16)]:
         assert result["losses"] == pytest.approx(reference()["losses"], rel=0.02)
         assert result["bias_dtypes"] == ["torch.float32"]
         assert result["totals"] == [[512.0, 512.0]] * STEPS
+
+
+@pytest.mark.parametrize(("source", "target"), CHANGES)
+def test_checkpoint_continues_in_another_layout(saved, source, target):
+    """Ten steps after the change, because the optimizer's state shows from the second on."""
+    result = continued_of(target[0], saved)[source, target]
+    expected = reference(MUON) if MUON in target[1][0] else reference()
+    assert len(result["losses"]) == STEPS - SAVE_AT
+    assert result["losses"] == pytest.approx(expected["losses"][SAVE_AT:], rel=1e-4)
+    assert result["norms"] == pytest.approx(expected["norms"][SAVE_AT:], rel=1e-3)
+    for ours, theirs in zip(result["biases"], expected["biases"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    assert result["weights"] == pytest.approx(expected["weights"], rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", SAME)
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, layout):
+    world, one = layout
+    result, expected = continued_of(world, saved)[layout, layout], results_of(world, saved)[one]
+    for name in ("losses", "norms", "totals"):
+        assert result[name] == expected[name][SAVE_AT:]
+    for name in ("biases", "weights"):
+        assert result[name] == expected[name]
+
+
+@pytest.mark.parametrize(("world", "one", "kind"), POISONED)
+def test_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(world, one, kind):
+    result = poisoned_of(world)[one, kind]
+    assert result["applied"] == [step != SAVE_AT for step in range(1, STEPS + 1)]
+    assert not math.isfinite(result["losses"][SAVE_AT - 1])
+    expected = reference()["losses"]
+    assert result["losses"][: SAVE_AT - 1] == pytest.approx(expected[: SAVE_AT - 1], rel=0.02)
+    # The next step's loss is that of the same weights on other samples; a poisoned model would have none.
+    assert all(math.isfinite(loss) for loss in result["losses"][SAVE_AT:])
+    assert result["losses"][-1] < expected[0] - 0.5

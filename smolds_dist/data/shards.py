@@ -53,6 +53,11 @@ class TokenShards:
     def meta(self) -> Meta:
         return Meta(**json.loads((self.folder / "meta.json").read_text()))
 
+    @property
+    def identity(self) -> dict:
+        """What the token order depends on, for checkpoints."""
+        return {"train_tokens": self.meta.train_tokens, "tokenizer": tokenizer_digest(self.tokenizer)}
+
     @cached_property
     def train(self) -> np.ndarray:
         """[train_tokens], documents one after the other, each closed by the end-of-text token."""
@@ -88,9 +93,8 @@ def prepare_shards(config: RunConfig, progress: bool = True) -> TokenShards:
         )
         name = str(tokenizer_dir)
     tokenizer = load_tokenizer(name)
-    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     limit = _token_limit(config)
-    key = _key(corpus_key, vocabulary, limit, data.val_fraction)
+    key = _key(corpus_key, tokenizer_digest(tokenizer), limit, data.val_fraction)
     folder = _written_once(
         cache / "shards" / key, lambda folder: _write_shards(folder, data, tokenizer, limit, progress)
     )
@@ -102,6 +106,11 @@ def prepare_shards(config: RunConfig, progress: bool = True) -> TokenShards:
                 f"{data.seq_len}; use more text or shorter sequences."
             )
     return shards
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that the tokenizer does."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def _token_limit(config: RunConfig) -> int | None:

@@ -24,7 +24,10 @@ class Balancer:
 
     def __init__(self, model: nn.Module, rate: float):
         self.rate = rate
-        self.layers: list[Any] = [module for module in model.modules() if hasattr(module, "tokens_per_expert")]
+        named: dict[str, Any] = {
+            n: module for n, module in model.named_modules() if hasattr(module, "tokens_per_expert")
+        }
+        self.layers, self._names = list(named.values()), list(named)
         routers = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
         self.biases: list[Tensor] = [router.e_score_correction_bias for router in routers]
         for layer in self.layers:
@@ -42,15 +45,18 @@ class Balancer:
         self._counts += torch.stack([layer.tokens_per_expert for layer in self.layers])
 
     @torch.no_grad()
-    def step(self) -> Tensor:
+    def step(self, applied: bool = True) -> Tensor:
         """Ends the optimizer step: b += rate * sign(mean load - load), then centres b on zero (algorithm 1).
+
+        Args:
+            applied: whether the optimizer made its update; a step that was skipped leaves the biases too.
 
         Returns:
             The step's routed tokens per expert over all ranks, [L, E] on the CPU.
         """
         if dist.is_initialized():
             dist.all_reduce(self._counts)
-        if self.rate:
+        if self.rate and applied:
             direction = torch.sign(self._counts.mean(-1, keepdim=True) - self._counts)
             for bias, towards in zip(self.biases, direction, strict=True):
                 bias += self.rate * towards.to(bias.dtype)
@@ -60,12 +66,10 @@ class Balancer:
         self._counts = torch.zeros_like(self._counts)
         return counts
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"biases": torch.stack([bias.detach().cpu() for bias in self.biases])}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for bias, saved in zip(self.biases, state["biases"], strict=True):
-            bias.copy_(saved)
+    def named_biases(self) -> dict[str, Tensor]:
+        """The selection biases [E] under the names of the model without ranks, as live tensors."""
+        names = (f"{name}.gate.e_score_correction_bias" for name in self._names)
+        return dict(zip(names, self.biases, strict=True))
 
 
 def max_violation(counts_LE: Tensor) -> Tensor:

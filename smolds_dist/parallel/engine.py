@@ -1,15 +1,15 @@
 """The two engines, one interface: `LocalEngine` is plain PyTorch for one process, `DeepSpeedEngine` is everything else.
 
 A step is `forward` and `backward` for each of `topology.accumulation` micro batches, then `step`. Both engines give the
-same losses.
+same losses. Their training state goes in and out as `Fragment`s, which know no engine and no layout.
 """
 
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import NoReturn, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,17 @@ from smolds_dist.model import DeepSeekV3ForCausalLM
 from smolds_dist.parallel.expert_parallel import (
     consolidated_state_dict,
     deepspeed_config,
+    expert_parameters,
     keep_routers_in_fp32,
     skip_shared_memory_build,
 )
+from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
 from smolds_dist.parallel.ranks import interface_towards
 from smolds_dist.parallel.topology import Topology
 
 GroupParameters = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
 MakeOptimizer = Callable[[list[dict]], torch.optim.Optimizer]
+KindsOf = Callable[[str], Iterable[str]]
 
 
 class Engine(Protocol):
@@ -44,8 +47,13 @@ class Engine(Protocol):
         """Adds the gradient of `loss` / accumulation to the step's."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Averages over ranks, clips, updates and clears the gradients; returns the gradient norm before clipping."""
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Averages over ranks, clips, updates and clears the gradients.
+
+        Returns:
+            The gradient norm before clipping, and whether the update was made: where the loss or the gradient of any rank
+            is not finite, no rank updates anything.
+        """
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -56,12 +64,28 @@ class Engine(Protocol):
         """Consolidated weights, as `DeepSeekV3ForCausalLM` names them, on rank 0's CPU; collective."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes weights and optimizer state; collective."""
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank holds of weights and optimizer state, in an order that never changes. Not collective.
+
+        The views are live: what is written to them before `state_written` is what training goes on with.
+        """
         ...
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote in the same topology; collective."""
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimizer has made."""
+        ...
+
+    def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
+        """Makes room for the state of an optimizer that has made `steps` updates, so that `fragments` shows it.
+
+        Args:
+            kinds_of: names of the state of a logical tensor, "value" left out.
+        """
+        ...
+
+    def state_written(self) -> None:
+        """Ends a restoration: what was written to the fragments reaches wherever the engine keeps it."""
         ...
 
     def barrier(self) -> None:
@@ -69,7 +93,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends the process group, if there is one."""
+        """Lets go of the engine's memory; the process group stays."""
         ...
 
 
@@ -117,6 +141,42 @@ def start_process_group(topology: Topology) -> None:
     deepspeed.init_distributed(dist_backend=topology.backend, verbose=False)
 
 
+def end_process_group() -> None:
+    """Leaves the other ranks, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_ranks_agree(topology: Topology, yes: bool) -> bool:
+    """Whether every rank says yes. Collective."""
+    if topology.world_size == 1:
+        return yes
+    answer = torch.tensor(float(yes), device=topology.torch_device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer.item())
+
+
+def _nan_unless_finite(loss: Tensor) -> Tensor:
+    """1 for a finite loss, else NaN: as a factor, it makes the check of the gradient one of the loss too."""
+    return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def _same_shape(state: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """The entries of an optimizer's state that have a number for every element of the parameter."""
+    return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == parameter.shape}
+
+
+def _allocate(optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: Iterable[str], steps: int) -> None:
+    """As torch's optimizers make their state: zeros, and a count of steps beside the parameter for fused kernels."""
+    fused = optimizer.defaults.get("fused", False)
+    count = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
+    optimizer.state[parameter] = {"step": count, **{kind: torch.zeros_like(parameter).detach() for kind in kinds}}
+
+
+def _count_of_steps(optimizer: torch.optim.Optimizer) -> int:
+    return next((int(state["step"]) for state in optimizer.state.values() if "step" in state), 0)
+
+
 def end_rank(code: int) -> NoReturn:
     """Ends this process without tearing the interpreter down.
 
@@ -153,6 +213,7 @@ class LocalEngine:
                 parameter.data = parameter.data.to(torch.bfloat16)
                 parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._move_grad(p, m))
         self.optimizer = make_optimizer(groups)
+        self.masters = dict(zip((name for name, _ in model.named_parameters()), self.pairs, strict=True))
 
     @staticmethod
     def _move_grad(parameter: nn.Parameter, master: nn.Parameter) -> None:
@@ -167,20 +228,20 @@ class LocalEngine:
         return self.model(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation).backward()
+        (loss * _nan_unless_finite(loss) / self.accumulation).backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> tuple[float, bool]:
         masters = [master for _, master in self.pairs]
-        norm = nn.utils.clip_grad_norm_(masters, self.grad_clip or torch.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(masters, self.grad_clip or torch.inf).item()
+        applied = math.isfinite(norm)
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for parameter, master in self.pairs:
-                if parameter is not master:
-                    parameter.copy_(master)
-        return norm.item()
+        if applied:
+            self.state_written()
+        return norm, applied
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values
@@ -188,17 +249,25 @@ class LocalEngine:
     def state_dict(self) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
 
-    def save(self, folder: Path) -> None:
-        masters = [master.detach() for _, master in self.pairs]
-        torch.save({"parameters": masters, "optimizer": self.optimizer.state_dict()}, folder / "local.pt")
+    def fragments(self) -> Iterator[Fragment]:
+        for name, (parameter, master) in self.masters.items():
+            tensors = {"value": master} | _same_shape(self.optimizer.state[master], master)
+            flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
+            yield from cut(logical_shapes(name, parameter.shape), 0, flat)
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "local.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for (parameter, master), saved in zip(self.pairs, state["parameters"], strict=True):
-                master.copy_(saved)
-                parameter.copy_(saved)
+    @property
+    def optimizer_steps(self) -> int:
+        return _count_of_steps(self.optimizer)
+
+    def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
+        for name, (parameter, master) in self.masters.items():
+            _allocate(self.optimizer, master, kinds_of(next(iter(logical_shapes(name, parameter.shape)))), steps)
+
+    @torch.no_grad()
+    def state_written(self) -> None:
+        for parameter, master in self.pairs:
+            if parameter is not master:
+                parameter.copy_(master)
 
     def barrier(self) -> None:
         pass
@@ -221,6 +290,7 @@ class DeepSpeedEngine:
         self.grad_clip = config.train.grad_clip
         self.topology = topology
         self._norm = float("nan")
+        self._applied = True
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             # Called after AutoEP has put its own expert weights in place of ours.
@@ -242,11 +312,14 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.model = self.engine.module
+        self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
         if topology.dtype == "bf16":
             if topology.zero == 0:
                 # DeepSpeed 0.19 without ZeRO allocates the state by a step on zero gradients, which Adam's bias
                 # correction would count as the first.
                 self.engine.basic_optimizer.state.clear()
+                groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
+                self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
             keep_routers_in_fp32(self.model)
 
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
@@ -267,22 +340,30 @@ class DeepSpeedEngine:
         dist.all_reduce(squares[1])
         norm = squares.sum().sqrt()
         self._norm = norm.item()
-        if self.grad_clip:
+        self._applied = math.isfinite(self._norm)
+        if not self._applied:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # an optimizer leaves such parameters and their state as they are
+        elif self.grad_clip:
             torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         return self.engine(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
+        self.engine.backward(loss * _nan_unless_finite(loss))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only moves DeepSpeed's own count of micro batches on
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> tuple[float, bool]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        self._norm = float("nan")
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()) if self.topology.zero else self._norm
+        if self.topology.zero == 0:
+            return self._norm, self._applied and self.engine.was_step_applied()
+        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device)
@@ -292,15 +373,75 @@ class DeepSpeedEngine:
     def state_dict(self) -> dict[str, Tensor]:
         return consolidated_state_dict(self.model)
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+    def fragments(self) -> Iterator[Fragment]:
+        experts = expert_parameters(self.model)
+        for name, parameter in self.model.named_parameters():
+            start, tensors, shape = self._held(parameter)
+            first_expert, ranks_apart = 0, 1  # ranks that hold the same are this far apart
+            if name in experts:
+                ranks_apart, first_expert = self.topology.expert, experts[name]
+            replicas = {}
+            if self.topology.zero == 0:
+                replicas = {
+                    "replica": self.topology.rank // ranks_apart,
+                    "replicas": self.topology.world_size // ranks_apart,
+                }
+            if tensors:
+                yield from cut(logical_shapes(name, shape, first_expert), start, tensors, **replicas)
 
-    def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+    def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor], torch.Size]:
+        """First element, flat views by kind (none: nothing of it is here) and whole shape of what this rank holds."""
+        states = self.engine.basic_optimizer.state
+        if self.topology.zero == 0:
+            master = self._masters.get(id(parameter), parameter)
+            tensors = {"value": master} | _same_shape(states[master], master)
+            return 0, {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}, parameter.shape
+        if self.topology.zero < 3:
+            # DeepSpeed's accessors refuse the experts' moments here (0.19.8): they are linked after the first group's
+            # step, when the experts' group has none yet. The mapping holds their place all the same.
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return 0, {}, parameter.shape
+            place, flat = mapping.hp_fragment_address, self._flat_partitions()[mapping.param_group_index]
+            tensors = {"value": flat} | _same_shape(states[flat], flat)
+            views = {kind: t.detach().narrow(0, place.start, place.numel) for kind, t in tensors.items()}
+            return mapping.lp_fragment_address.start, views, parameter.shape
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        views = {"value": safe_get_local_fp32_param(parameter).detach()}
+        flat = self._flat_partitions()[0]
+        for kind in _same_shape(states[flat], flat):
+            views[kind] = safe_get_local_optimizer_state(parameter, kind).detach()
+        return parameter.ds_zero_partition_rank * len(views["value"]), views, parameter.ds_shape
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """What DeepSpeed's optimizer works on from ZeRO 1 on: this rank's part of every group, flat and fp32."""
+        if self.topology.zero == 3:
+            return self.engine.optimizer.fp32_partitioned_groups_flat
+        return [group["params"][0] for group in self.engine.basic_optimizer.param_groups]
+
+    @property
+    def optimizer_steps(self) -> int:
+        return _count_of_steps(self.engine.basic_optimizer)
+
+    def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
+        if self.topology.zero == 0:
+            experts = expert_parameters(self.model)
+            for name, parameter in self.model.named_parameters():
+                names = logical_shapes(name, parameter.shape, experts.get(name, 0))
+                master = self._masters.get(id(parameter), parameter)
+                _allocate(self.engine.basic_optimizer, master, kinds_of(next(iter(names))), steps)
+            return
+        # From ZeRO 1 on there is one optimizer for all, which has the same state for all.
+        kinds = list(kinds_of("model.embed_tokens.weight"))
+        for flat in self._flat_partitions():
+            _allocate(self.engine.basic_optimizer, flat, kinds, steps)
+
+    def state_written(self) -> None:
+        pass  # the model's own weights are the checkpoint's already: the engine was built from them
 
     def barrier(self) -> None:
         dist.barrier()
 
     def close(self) -> None:
         self.engine.destroy()
-        dist.destroy_process_group()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.model import DeepSeekV3Config
+from smolds_dist.parallel.fragments import logical_name
 from smolds_dist.parallel.topology import Topology
 
 
@@ -32,6 +33,11 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: DeepSeekV3Con
         if section in settings:
             raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
     zero = settings.setdefault("zero_optimization", {})
+    for section in ("offload_optimizer", "offload_param"):
+        if topology.zero == 3 and zero.get(section, {}).get("device", "none") != "none":
+            raise ConfigError(
+                f"{path} sets {section} for ZeRO 3, which checkpoints cannot reach; remove it, or use ZeRO 2."
+            )
     known = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": topology.micro_batch,
@@ -96,6 +102,15 @@ def autoep_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
 
 
+def expert_parameters(model: nn.Module) -> dict[str, int]:
+    """Names of this rank's expert weights, each with the number of the first expert in it."""
+    return {
+        f"{name}.experts.{weight}": layer.ep_rank * layer.num_local_experts
+        for name, layer in autoep_layers(model).items()
+        for weight in ("w1", "w2", "w3")
+    }
+
+
 def keep_routers_in_fp32(model: nn.Module) -> None:
     """Restores fp32 where the engine's cast to bf16 must not reach: selection biases and the router's product.
 
@@ -119,16 +134,14 @@ def consolidated_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     import deepspeed
 
-    layers = autoep_layers(model)
+    layers, experts_of = autoep_layers(model), expert_parameters(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    expert_names = {f"{name}.experts.{weight}" for name in layers for weight in ("w1", "w2", "w3")}
     main = dist.get_rank() == 0
     state = {}
     for name, tensor in tensors.items():
-        if name.endswith("tokens_per_expert") or name in expert_names:
+        if name.endswith("tokens_per_expert") or name in experts_of:
             continue
-        # fp32 routers travel under our module's names: AutoEP's Linear is `router.gate`, ours is `gate`.
-        name = name.replace(".router.gate.", ".gate.").replace(".router.", ".gate.")
+        name = logical_name(name)
         with deepspeed.zero.GatheredParameters([tensor] if isinstance(tensor, nn.Parameter) else []):
             if main:
                 state[name] = tensor.detach().cpu().clone()

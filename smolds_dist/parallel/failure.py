@@ -17,7 +17,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.parallel.ranks import RankInfo, host_name
+from smolds_dist.config import Parallel
+from smolds_dist.parallel import hang
+from smolds_dist.parallel.ranks import RankInfo, host_name, process_state, system_name
 
 LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
 
@@ -32,23 +34,27 @@ class RankReport:
     """This rank's entry, and the thread that watches the other ranks' entries.
 
     Args:
-        grace: seconds from another rank's death until this one leaves by force; collectives may never return.
+        settings: `grace`, the seconds from another rank's death until this one leaves by force, because collectives may
+            never return; and `timeout`, the seconds without a sign of life after which the ranks hang.
     """
 
-    def __init__(self, run_dir: Path, info: RankInfo, grace: float):
+    def __init__(self, run_dir: Path, info: RankInfo, settings: Parallel):
         self.folder = run_dir / "ranks"
-        self.grace = grace
+        self.grace = settings.grace
+        self.timeout = settings.timeout or float("inf")
         self.rank = info.rank
+        self.passes = 0
+        self._last_beat = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(f"rank_{info.rank:05}.*"):
             old.unlink(missing_ok=True)
-        cause = self.folder / "cause.txt"
         if info.rank == 0:
-            cause.unlink(missing_ok=True)
+            for name in ("cause.txt", hang.SIGN, hang.STACKS):
+                (self.folder / name).unlink(missing_ok=True)
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
         faulthandler.enable(self._fault_file)  # a segmentation fault leaves its name there
         self.entry: dict[str, Any] = {
-            "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": _system(), "job": job_token(),
+            "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": system_name(), "job": job_token(),
             "started": time.time(), "out_of_memory_kills": _out_of_memory_kills(), "state": "running",
         }  # fmt: skip
         self._write()
@@ -58,8 +64,14 @@ class RankReport:
     def _write(self) -> None:
         path = self.folder / f"rank_{self.rank:05}.json"
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.entry))
-        part.replace(path)
+        with contextlib.suppress(OSError):  # a full disk must not end a rank
+            part.write_text(json.dumps(self.entry))
+            part.replace(path)
+
+    def beat(self) -> None:
+        """A sign of life: another forward pass begins."""
+        self.passes += 1
+        self._last_beat = time.monotonic()
 
     def end(self, state: str = "done", code: int = 0) -> None:
         """The rank's work has ended as it should, with this exit code."""
@@ -82,7 +94,7 @@ class RankReport:
                 if (self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"]):
                     return
                 time.sleep(0.2)
-            others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != _system()]
+            others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
             gone = [e for e in others if e["state"] == "running"]
             if gone:
                 ranks = ", ".join(str(e["rank"]) for e in gone)
@@ -97,6 +109,15 @@ class RankReport:
     def _watch(self) -> None:
         while self.entry["state"] == "running":
             time.sleep(1)
+            idle = time.monotonic() - self._last_beat
+            if idle > self.timeout or (self.folder / hang.SIGN).exists():
+                entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
+                cause = hang.give_up(self.folder, self.entry, entries, idle, self.passes)
+                if self.entry["state"] == "running":
+                    _tell(self.folder, cause)
+                    hang.kill_silent(self.folder, entries)
+                    sys.stderr.flush()
+                    os._exit(1)
             if not ((self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"])):
                 continue
             time.sleep(self.grace)
@@ -134,7 +155,9 @@ def find_dead(folder: Path, job: str | None = None, since: float = 0.0) -> bool:
 def signal_ranks(folder: Path, number: int, since: float) -> bool:
     """Sends a signal to the running ranks of this machine; whether there were any."""
     mine = [
-        e for e in _entries(folder) if e["started"] >= since and e["state"] == "running" and e["system"] == _system()
+        e
+        for e in _entries(folder)
+        if e["started"] >= since and e["state"] == "running" and e["system"] == system_name()
     ]
     for entry in mine:
         with contextlib.suppress(ProcessLookupError):
@@ -143,9 +166,9 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
 
 
 def exit_code_of_stop(folder: Path, since: float) -> int | None:
-    """The exit code of ranks that a signal stopped after a checkpoint; None where that is not how they ended."""
+    """The exit code of ranks that a signal stopped, or that could not begin; None where that is not how they ended."""
     entries = [entry for entry in _entries(folder) if entry["started"] >= since]
-    stopped = [entry["code"] for entry in entries if entry["state"] == "stopped"]
+    stopped = [entry["code"] for entry in entries if entry["state"] in ("stopped", "refused")]
     return stopped[0] if stopped and len(stopped) == len(entries) else None
 
 
@@ -177,29 +200,8 @@ def _entries(folder: Path, job: str | None = None) -> list[dict[str, Any]]:
     return entries
 
 
-def _system() -> str:
-    """Names what a process number is valid in: the booted machine and its process namespace."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return host_name()
-
-
 def _is_dead(entry: dict[str, Any]) -> bool:
-    if entry["system"] != _system():
-        return False
-    try:
-        # The state stands behind the command's name, which may hold anything but ends with the last ")".
-        state = Path(f"/proc/{entry['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        if Path("/proc/self").exists():
-            return True
-        try:
-            os.kill(entry["pid"], 0)
-        except ProcessLookupError:
-            return True
-        return False
-    return state in "ZX"
+    return entry["system"] == system_name() and process_state(entry["pid"]) in "ZX"
 
 
 def _out_of_memory_kills() -> int:

@@ -64,7 +64,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
     config = load_config(train_args, prog="smolds launch --")
     machine = machine or detect_machine()
     plan = plan_launch(options, machine, config.parallel.device, os.environ)
-    topology = plan_topology(config, machine, RankInfo(0, 0, plan.procs, plan.per_node))
+    plan_topology(config, machine, RankInfo(0, 0, plan.procs, plan.per_node))  # refuses what cannot work
     command = rank_command(plan, train_args, config.parallel.device == "cpu" or machine.devices[0] == "cpu")
     if options.dry_run:
         print(shlex.join(command))
@@ -74,7 +74,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
     from smolds_dist.train.checkpoint import check_resumable
 
     _check_programs(plan)
-    check_resumable(config, topology)
+    check_resumable(config)
     prepare_shards(config)
 
     environment = dict(os.environ)

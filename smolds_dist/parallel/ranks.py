@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from smolds_dist.errors import ConfigError
 
@@ -192,3 +193,26 @@ def share_cores(info: RankInfo) -> None:
 def host_name() -> str:
     """This node's name, as Slurm calls it if Slurm runs it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def system_name() -> str:
+    """Names what a process number is valid in: the booted machine and its process namespace."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return host_name()
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for a process of this system: R, S, D, T (stopped), Z, or X for one that is gone."""
+    try:
+        # The state stands behind the command's name, which may hold anything but ends with the last ")".
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        if Path("/proc/self").exists():
+            return "X"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "X"
+    return "S"

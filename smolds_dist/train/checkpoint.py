@@ -1,52 +1,326 @@
-"""Checkpoints at intervals, and the way back into a run of the same topology."""
+"""Checkpoints of a run: written beside the training, verified before they are read, restored into any layout.
 
+Saving holds training up only while the state is copied to host memory. A thread of every rank then writes that rank's
+file; rank 0's waits for all, adds the manifest and gives the folder its name. Ranks need one file system for it.
+"""
+
+import contextlib
 import json
+import platform
+import re
 import shutil
-from dataclasses import asdict
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.engine import Engine, all_ranks_agree
+from smolds_dist.parallel.fragments import cut, logical_shapes
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.train.checkpoint_files import (
+    RANDOM,
+    CheckpointReader,
+    DamagedCheckpointError,
+    Manifest,
+    checkpoint_name,
+    checkpoints_in,
+    find_damage,
+    publish,
+    read_manifest,
+    remove,
+    step_of,
+    write_tensors,
+)
 
-# What a checkpoint's tensors depend on; everything else may differ between the run and its continuation.
-LAYOUT = ("world_size", "engine", "expert", "zero", "dtype")
+PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
 
 
-def latest_checkpoint(config: RunConfig) -> Path | None:
-    """The newest complete checkpoint of the run."""
-    found = sorted((config.run_dir / "checkpoints").glob("step_*[0-9]"))
-    return found[-1] if found else None
+@dataclass
+class Progress:
+    """Where a run is, beyond its tensors."""
+
+    step: int = 0
+    skipped_samples: int = 0  # of the token order, by rollbacks
+    rollbacks: int = 0
 
 
-def check_resumable(config: RunConfig, topology: Topology) -> Path | None:
-    """The checkpoint to continue from, or None for a new run.
+# Saving
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time.
+
+    Args:
+        tensors: shapes of all logical tensors of the model.
+        data: what the token order depends on (`TokenShards.identity`).
+    """
+
+    def __init__(
+        self, config: RunConfig, topology: Topology, tensors: dict[str, tuple[int, ...]], data: dict[str, Any]
+    ):
+        self.config = config
+        self.topology = topology
+        self.tensors = tensors
+        self.data = data
+        self.root = config.run_dir / "checkpoints"
+        self._host: dict[str, Tensor] = {}  # where the state is copied to, the same memory each time
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self.failed_step = 0
+
+    def prepare(self, engine: Engine) -> None:
+        """Makes the host memory in the background, once the optimizer has state.
+
+        The first use of fresh memory can take ten times as long as a copy into it.
+        """
+        if self.config.checkpoint.every and self.config.checkpoint.background:
+            wanted = {key: (t.shape, t.dtype, t.device) for key, t in self._live(engine, None).items()}
+            self._thread = threading.Thread(target=self._make_room, args=(wanted,), name="checkpoint", daemon=True)
+            self._thread.start()
+
+    def _make_room(self, wanted: dict[str, tuple]) -> None:
+        for key, (shape, dtype, device) in wanted.items():
+            if key not in self._host or self._host[key].shape != shape:
+                self._host[key] = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda").zero_()
+
+    def save(
+        self, engine: Engine, balancer: Balancer, progress: Progress, val_loss: float | None, wait: bool = False
+    ) -> None:
+        """Begins to write `checkpoints/step_N`, after the one before it is done. Collective.
+
+        Args:
+            wait: come back when all of it is done.
+        """
+        self.wait()
+        unfinished = self.root / f"unfinished_{checkpoint_name(progress.step)}"
+        if self.topology.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        engine.barrier()  # so that no other rank's file is deleted
+        tensors = self._live(engine, balancer)
+        if self.config.checkpoint.background and not wait:
+            tensors = self._copied(tensors)
+        else:
+            tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
+        manifest = self._manifest(engine, progress, val_loss)
+        self._thread = threading.Thread(
+            target=self._write, args=(unfinished, tensors, manifest), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if wait or not self.config.checkpoint.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> str | None:
+        """Why rank 0's last checkpoint was not written, the first time it is asked; other ranks' errors reach rank 0."""
+        error, self._error = self._error, None
+        return error if self.topology.rank == 0 else None
+
+    def _live(self, engine: Engine, balancer: Balancer | None) -> dict[str, Tensor]:
+        """This rank's share of the state by key: views of what training works on."""
+        tensors: dict[str, Tensor] = {}
+        for fragment in engine.fragments():
+            share = fragment.share()
+            if len(share.tensors["value"]):
+                tensors |= {f"{share.name}:{kind}:{share.start}": t for kind, t in share.tensors.items()}
+        if self.topology.rank == 0 and balancer is not None:
+            tensors |= {f"{name}:value:0": bias for name, bias in balancer.named_biases().items()}
+        for kind, state in random_states(self.topology).items():
+            tensors[f"{RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
+        return tensors
+
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._make_room({key: (t.shape, t.dtype, t.device) for key, t in tensors.items()})
+        for key, tensor in tensors.items():
+            self._host[key].copy_(tensor, non_blocking=True)
+        if self.topology.device == "cuda":
+            torch.cuda.synchronize()
+        return {key: self._host[key] for key in tensors}
+
+    def _manifest(self, engine: Engine, progress: Progress, val_loss: float | None) -> Manifest:
+        return Manifest(
+            **asdict(progress),
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            optimizer_steps=engine.optimizer_steps,
+            val_loss=val_loss,
+            config=asdict(self.config),
+            topology=asdict(self.topology),
+            data=self.data,
+            versions={"python": platform.python_version()} | _versions(),
+            tensors={name: list(shape) for name, shape in self.tensors.items()},
+            files={},
+        )
+
+    def _write(self, unfinished: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        """The background's work. Its outcome is the folder's name, or `failure()`."""
+        path = unfinished / f"rank_{self.topology.rank:05}.safetensors"
+        entry = path.with_suffix(".json")
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            written = write_tensors(path, tensors)
+            _write_json(entry, written)
+            if self.topology.rank == 0:
+                manifest.files.update(self._files_of_all_ranks(unfinished))
+                CheckpointReader(unfinished, manifest).check_coverage()
+                self._retain(publish(unfinished, manifest))
+        except (OSError, SafetensorError, DamagedCheckpointError) as error:
+            self._error = f"rank {self.topology.rank}: {_reason(error)}" if path.name not in str(error) else str(error)
+            self.failed_step = manifest.step
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # makes room for the next line
+                _write_json(entry, {"error": self._error})
+            if self.topology.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _files_of_all_ranks(self, unfinished: Path) -> dict[str, dict[str, Any]]:
+        """Each rank's file with its entry, as soon as it is there.
+
+        Raises:
+            OSError: where a rank could not write its own, or takes too long.
+        """
+        files = {}
+        deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
+        for rank in range(self.topology.world_size):
+            path = unfinished / f"rank_{rank:05}.json"
+            while not path.exists():
+                if time.monotonic() > deadline:
+                    raise OSError(f"rank {rank} has not written its file, or to a folder that rank 0 does not see")
+                time.sleep(0.02)
+            entry = json.loads(path.read_text())
+            if "error" in entry:
+                raise OSError(entry["error"])
+            files[path.with_suffix(".safetensors").name] = entry
+            path.unlink()
+        return files
+
+    def _retain(self, newest: Path) -> None:
+        """Deletes the checkpoints that nothing asks for any more. The one just written is whole, so one always stays."""
+        settings = self.config.checkpoint
+        manifests = {}
+        for folder in checkpoints_in(self.root):
+            with contextlib.suppress(DamagedCheckpointError):  # a person should look at those
+                manifests[folder] = read_manifest(folder)
+        kept = {newest, *list(manifests)[: settings.keep]}
+        if settings.keep_every:
+            kept |= {folder for folder in manifests if step_of(folder) % settings.keep_every == 0}
+        evaluated = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
+        if settings.keep_best and evaluated:
+            kept.add(min(evaluated, key=lambda folder: evaluated[folder]))
+        for folder in manifests:
+            if folder not in kept:
+                remove(folder)
+
+
+def random_states(topology: Topology) -> dict[str, Tensor]:
+    """State of torch's generators by device type. Training draws nothing from them once the model is made."""
+    states = {"cpu": torch.get_rng_state()}
+    if topology.device == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(path)
+
+
+def _reason(error: Exception) -> str:
+    """Without the wrapping: "No space left on device"."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    match = re.search(r"I/O error: (.*?)(?: \(os error \d+\))?$", str(error))
+    return match.group(1) if match else str(error)
+
+
+# Resuming
+
+
+def check_resumable(config: RunConfig) -> None:
+    """Refuses, before any rank starts, a run that exists but is not to be resumed, or cannot be resumed like this.
+
+    Looks at manifests alone; contents are verified by `open_checkpoint`.
 
     Raises:
-        ConfigError: where the run exists but is not to be resumed, or was made by another topology or model.
+        ConfigError: naming the setting and the fix.
     """
-    latest = latest_checkpoint(config)
+    own = checkpoints_in(config.run_dir / "checkpoints")
     metrics = config.run_dir / "metrics.jsonl"
-    if config.checkpoint.resume == "never":
-        if latest or (metrics.exists() and metrics.stat().st_size):
+    resume = config.checkpoint.resume
+    exists = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
+    candidates = _candidates(config)
+    inside = bool(candidates) and candidates[0].resolve().parent == (config.run_dir / "checkpoints").resolve()
+    if exists and resume != "auto" and not inside:
+        raise ConfigError(
+            f"{config.run_dir} already holds a run; continue it with --checkpoint.resume auto, choose another "
+            "--run.name, or delete the folder."
+        )
+    if resume not in ("never", "auto"):
+        if inside and own[0].resolve() != candidates[0].resolve():
             raise ConfigError(
-                f"{config.run_dir} already holds a run; continue it with --checkpoint.resume auto, choose another "
-                "--run.name, or delete the folder."
+                f"{config.run_dir} has newer checkpoints than {candidates[0].name}, up to {own[0].name}; remove them with "
+                f"`smolds checkpoint rm {config.run_dir} --after {step_of(candidates[0])}`, or continue under another "
+                f"--run.name with --checkpoint.resume {candidates[0]}."
             )
-        return None
-    if latest is None:
-        return None
-    saved = json.loads((latest / "meta.json").read_text())
-    for name in LAYOUT:
-        if saved["topology"][name] != getattr(topology, name):
-            raise ConfigError(
-                f"{latest} was written with {name} {saved['topology'][name]}, this run has {getattr(topology, name)}; "
-                "resume with the topology that wrote it."
-            )
+        damage = find_damage(candidates[0], contents=False)
+        if damage:
+            raise ConfigError(f"{candidates[0]} is damaged: {damage[0]}; choose another checkpoint.")
+    for folder in candidates:
+        if not find_damage(folder, contents=False):
+            _check_compatible(config, folder, read_manifest(folder))
+            return
+
+
+def _candidates(config: RunConfig) -> list[Path]:
+    """The checkpoints that could be resumed from, best first."""
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return []
+    own = checkpoints_in(config.run_dir / "checkpoints")
+    if resume == "auto":
+        return own
+    if resume.isdecimal():
+        asked = config.run_dir / "checkpoints" / checkpoint_name(int(resume))
+    else:
+        asked = Path(resume)
+        if (asked / "checkpoints").is_dir():
+            asked = next(iter(checkpoints_in(asked / "checkpoints")), asked)
+    if not asked.is_dir() or not re.fullmatch(r"step_\d+", asked.resolve().name):
+        have = ", ".join(str(step_of(folder)) for folder in reversed(own)) or "none"
+        raise ConfigError(
+            f"--checkpoint.resume {resume!r} is no checkpoint; give never, auto, a step of this run ({have}), or a "
+            "folder such as runs/NAME/checkpoints/step_00001000."
+        )
+    return [asked.resolve()]
+
+
+def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
+    """Refuses settings under which the run would not be the one that was interrupted. The layout may differ."""
+    if manifest.weights_only:
+        raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
+    saved = manifest.config
     for section, names in (
         ("model", saved["model"]),
         ("data", ("source", "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens")),
@@ -56,39 +330,70 @@ def check_resumable(config: RunConfig, topology: Topology) -> Path | None:
             now = getattr(getattr(config, section), name)
             if saved[section][name] != now:
                 raise ConfigError(
-                    f"{latest} was written with --{section}.{name} {saved[section][name]}, this run has {now}; "
+                    f"{folder} was written with --{section}.{name} {saved[section][name]}, this run has {now}; "
                     "resume with the same value, or start a new --run.name."
                 )
-    return latest
 
 
-def save_checkpoint(config: RunConfig, topology: Topology, engine: Engine, balancer: Balancer, step: int) -> None:
-    """Writes `checkpoints/step_N` and removes the oldest beyond `checkpoint.keep`. Collective.
+def open_checkpoint(
+    config: RunConfig, topology: Topology, before: int | None = None, say: Callable[[str], None] = print
+) -> CheckpointReader | None:
+    """The newest whole checkpoint to continue from, or None for a new run. Collective: ranks share the verification.
 
-    The folder gets its name when it is complete, so that one which was being written when the run died never counts.
+    Args:
+        before: only a checkpoint of an earlier step than this one, of this run.
+        say: told, on rank 0, of damaged ones that were passed over.
+
+    Raises:
+        ConfigError: where there are checkpoints but none is whole, or the one asked for is not.
     """
-    root = config.run_dir / "checkpoints"
-    unfinished = root / f"unfinished_step_{step:08}"
-    if topology.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    engine.barrier()
-    engine.save(unfinished)
-    engine.barrier()
-    if topology.rank == 0:
-        torch.save(balancer.state_dict(), unfinished / "balancer.pt")
-        meta = asdict(config) | {"step": step, "topology": asdict(topology)}
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2))
-        finished = root / f"step_{step:08}"
-        shutil.rmtree(finished, ignore_errors=True)
-        unfinished.rename(finished)
-        for old in sorted(root.glob("step_*[0-9]"))[: -config.checkpoint.keep]:
-            shutil.rmtree(old)
-    engine.barrier()
+    candidates = _candidates(config)
+    if before is not None:
+        candidates = [f for f in checkpoints_in(config.run_dir / "checkpoints") if step_of(f) < before]
+    passed_over = []
+    for folder in candidates:
+        damage = find_damage(folder, part=slice(topology.rank, None, topology.world_size))
+        if not damage:
+            # Some rank's share of the files may be empty, and every rank must be able to read all.
+            damage = find_damage(folder, contents=False)
+        if all_ranks_agree(topology, not damage):
+            manifest = read_manifest(folder)
+            if before is None:
+                _check_compatible(config, folder, manifest)
+            return CheckpointReader(folder, manifest)
+        passed_over.append(f"{folder} is damaged" + (f": {damage[0]}" if damage else ""))
+        if topology.rank == 0:
+            say(f"{passed_over[-1]}; it is not used.")
+    if passed_over and before is None:
+        raise ConfigError(
+            f"no checkpoint of {config.run_dir} is whole ({'; '.join(passed_over)}); restore one from a copy, or start a "
+            "new --run.name."
+        )
+    return None
 
 
-def load_checkpoint(folder: Path, engine: Engine, balancer: Balancer) -> int:
-    """Loads what `save_checkpoint` wrote and returns its step. Collective."""
-    engine.load(folder)
-    balancer.load_state_dict(torch.load(folder / "balancer.pt", weights_only=True))
-    return json.loads((folder / "meta.json").read_text())["step"]
+def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
+    """Fills a model without ranks, in fp32, before an engine cuts it up: so every layout's weights come out right."""
+    for name, parameter in model.named_parameters():
+        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": parameter.detach().view(-1)}):
+            reader.fill(fragment)
+
+
+@torch.no_grad()
+def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> Progress:
+    """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was."""
+    manifest = reader.manifest
+    if manifest.optimizer_steps:
+        engine.allocate_optimizer_state(lambda name: sorted(reader.kinds(name) - {"value"}), manifest.optimizer_steps)
+    for fragment in engine.fragments():
+        reader.fill(fragment)
+    engine.state_written()
+    for name, bias in balancer.named_biases().items():
+        reader.read(name, "value", 0, bias)
+    # A rank that there was not before goes on with what it has.
+    states = reader.random_states(topology.rank)
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and topology.device == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])
+    return Progress(manifest.step, manifest.skipped_samples, manifest.rollbacks)

@@ -3,7 +3,10 @@
 Shape letters: L layers, E experts.
 """
 
+import contextlib
 import json
+import math
+import os
 from pathlib import Path
 
 from torch import Tensor
@@ -14,54 +17,90 @@ from smolds_dist.parallel.balancer import max_violation
 class MetricsWriter:
     """Appends rows to `metrics.jsonl` and the same numbers to TensorBoard.
 
-    Rows after `start_step`, which a resumed run will repeat, are removed from both.
+    Rows after `start_step`, which a resumed run will repeat, are removed from both and from `samples.jsonl`. A full disk
+    stops neither training nor the file: rows wait in memory until they can be written.
     """
 
     def __init__(self, run_dir: Path, start_step: int, tensorboard: bool):
-        path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_rows(path) if row["step"] <= start_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
+            keep_rows(path, start_step)
+        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._waiting = b""
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
-    def training_row(self, row: dict, counts_LE: Tensor) -> dict:
-        """Writes a step's row, with MaxVio and load from the routed tokens of the whole global batch; returns it."""
-        violation = max_violation(counts_LE)
-        load = counts_LE / counts_LE.sum(-1, keepdim=True)
-        row = row | {
-            "max_vio": round(violation.mean().item(), 5),
-            "load": [[round(share, 5) for share in layer] for layer in load.tolist()],
-        }
-        self._write(row)
-        if self._board is not None:
-            for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
-                self._board.add_scalar(f"train/{name}", row[name], row["step"])
-            self._board.add_scalar("balance/max_vio", row["max_vio"], row["step"])
+    def training_row(self, row: dict, counts_LE: Tensor | None) -> dict:
+        """Writes a step's row, with MaxVio and load from the routed tokens of the whole global batch; returns it.
+
+        Args:
+            counts_LE: None for a step whose update was skipped, because something was not finite; the row says so.
+        """
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        scalars = {f"train/{name}": row[name] for name in ("loss", "lr", "grad_norm", "tokens_per_s")}
+        if counts_LE is None:
+            row["skipped"] = True
+        else:
+            violation = max_violation(counts_LE)
+            load = counts_LE / counts_LE.sum(-1, keepdim=True)
+            row["max_vio"] = round(violation.mean().item(), 5)
+            row["load"] = [[round(share, 5) for share in layer] for layer in load.tolist()]
+            scalars["balance/max_vio"] = row["max_vio"]
             for layer, shares in enumerate(row["load"]):
-                self._board.add_scalar(f"balance_by_layer/max_vio_{layer:02}", violation[layer].item(), row["step"])
-                for expert, share in enumerate(shares):
-                    self._board.add_scalar(f"load_layer_{layer:02}/expert_{expert:02}", share, row["step"])
+                scalars[f"balance_by_layer/max_vio_{layer:02}"] = violation[layer].item()
+                scalars |= {f"load_layer_{layer:02}/expert_{e:02}": share for e, share in enumerate(shares)}
+        self._write(row)
+        self._show(scalars, row["step"])
         return row
 
     def evaluation_row(self, row: dict) -> None:
         """Writes a row with `val_loss` and `val_bits_per_byte`."""
         self._write(row)
-        if self._board is not None:
-            self._board.add_scalar("validation/loss", row["val_loss"], row["step"])
-            self._board.add_scalar("validation/bits_per_byte", row["val_bits_per_byte"], row["step"])
+        self._show(
+            {"validation/loss": row["val_loss"], "validation/bits_per_byte": row["val_bits_per_byte"]}, row["step"]
+        )
+
+    def event_row(self, row: dict) -> None:
+        """Writes what happened, under `event`."""
+        self._write(row)
 
     def _write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(row).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = memoryview(self._waiting)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            self._waiting = b""
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), size)  # a full disk takes part of a line
+
+    def _show(self, scalars: dict[str, float | None], step: int) -> None:
+        for name, value in scalars.items():
+            if self._board is not None and value is not None:
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Removes the rows of later steps, and a line that a killed writer left unfinished; the file is never half there."""
+    if path.exists():
+        part = path.with_suffix(".part")
+        kept = [row for row in read_rows(path) if row["step"] <= last_step]
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        part.replace(path)
+
+
+def recent_losses(path: Path, last_step: int) -> list[float]:
+    """The losses of the steps up to `last_step` that were trained on."""
+    return [row["loss"] for row in read_rows(path) if row["step"] <= last_step and row.get("loss") is not None]
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -87,13 +87,14 @@ class MuonAdamW(torch.optim.Optimizer):
     def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
         beta1, beta2 = group["betas"]
         if not state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            state |= {"step": torch.tensor(0.0), **zeros}
         mean, square = state["exp_avg"], state["exp_avg_sq"]
-        state["step"] += 1
+        step = state["step"].add_(1).item()
         mean.lerp_(gradient, 1 - beta1)
         square.lerp_(gradient.square(), 1 - beta2)
-        root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        return mean / (1 - beta1 ** state["step"]) / root
+        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return mean / (1 - beta1**step) / root
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -3,78 +3,176 @@
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from smolds_dist.config import RunConfig, save_config
 from smolds_dist.data.batches import training_batch
 from smolds_dist.data.shards import TokenShards, prepare_shards
-from smolds_dist.errors import ConfigError, RankFailedError
+from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine, make_engine, start_process_group
+from smolds_dist.parallel.engine import Engine, end_process_group, make_engine, start_process_group
 from smolds_dist.parallel.failure import RankReport
+from smolds_dist.parallel.fragments import logical_shapes
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
-from smolds_dist.train.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from smolds_dist.train.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    check_resumable,
+    load_weights,
+    open_checkpoint,
+    restore,
+)
+from smolds_dist.train.checkpoint_files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
 from smolds_dist.train.evaluation import evaluate
-from smolds_dist.train.metrics import MetricsWriter, load_table, read_rows
+from smolds_dist.train.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.train.metrics import MetricsWriter, load_table, read_rows, recent_losses
 from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
 from smolds_dist.train.samples import append_samples, sample
 from smolds_dist.train.signals import EXIT_CODES, StopRequest
 
 
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from a run's start to its end, also over a rollback."""
+
+    config: RunConfig
+    topology: Topology
+    shards: TokenShards
+    model_config: DeepSeekV3Config
+    stop: StopRequest
+    beat: Callable[[], None]  # a sign of life for the other ranks
+
+    @property
+    def main(self) -> bool:
+        return self.topology.rank == 0
+
+
+@dataclass
+class Training:
+    """What a rollback makes anew."""
+
+    engine: Engine
+    balancer: Balancer
+    progress: Progress
+    guard: LossGuard
+    checkpoints: CheckpointWriter
+    metrics: MetricsWriter | None  # on rank 0
+    bar: tqdm
+
+    def close(self) -> None:
+        self.bar.close()
+        self.checkpoints.wait()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.engine.close()
+
+
 def train(config: RunConfig) -> int:
-    """Runs `config` on this rank, from a new model or the run's newest checkpoint, to the exported model.
+    """Runs `config` on this rank, from a new model or a checkpoint of any layout, to the exported model.
 
     Returns:
-        The exit code: 0, or that of the signal after which it stopped (`train.signals`).
+        The exit code: 0; that of the signal after which it stopped (`train.signals`); or 1 where the loss diverged or a
+        checkpoint that was needed could not be written, which has been told then.
 
     Raises:
         ConfigError: where the run cannot start; nothing has been written then.
     """
     info = rank_from_environment()
     topology = plan_topology(config, detect_machine(), info)
-    checkpoint = check_resumable(config, topology)
+    check_resumable(config)
     shards = prepare_shards(config)
     model_config = make_model_config(config, shards)
+    held = hold_run(config) if topology.rank == 0 else None
 
     with StopRequest() as stop:
-        if topology.world_size == 1:  # a debugger should see the error where it happens
-            return run_steps(config, topology, checkpoint, shards, model_config, stop)
-        report = RankReport(config.run_dir, info, config.parallel.grace)
+        report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
+        job = Job(config, topology, shards, model_config, stop, report.beat if report else lambda: None)
         try:
-            code = run_steps(config, topology, checkpoint, shards, model_config, stop)
+            code = run(job)
+            outcome = "stopped" if code else "done"
         except ConfigError:
-            report.end("refused")
+            if report:
+                report.end("refused", 2)
             raise
+        except TrainingStoppedError as error:
+            code, outcome = 1, "failed"
+            if job.main:
+                print(f"\nsmolds: {error}.", file=sys.stderr, flush=True)
         except Exception as error:
+            if report is None:  # a debugger should see the error where it happens
+                raise
             report.fail(error)
             raise RankFailedError from error
-        report.end("stopped" if code else "done", code)
-        return code
+        if report:
+            report.end(outcome, code)
+    if held:
+        held.release()
+    return code
 
 
-def run_steps(
-    config: RunConfig,
-    topology: Topology,
-    checkpoint: Path | None,
-    shards: TokenShards,
-    model_config: DeepSeekV3Config,
-    stop: StopRequest,
-) -> int:
-    """The training itself, once everything has been checked; returns the exit code."""
-    main = topology.rank == 0
+def hold_run(config: RunConfig) -> FileLock:
+    """Makes the run's folder and keeps other processes from training in it.
+
+    Raises:
+        ConfigError: where it cannot be written, or another process has it.
+    """
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(config.run_dir / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{config.run_dir} is being trained by another process; wait for its end, or choose another --run.name."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{config.run_dir} cannot be written ({error.strerror}); choose another --run.dir.") from None
+    return lock
+
+
+def run(job: Job) -> int:
+    """Trains to the end, going back to a checkpoint where the loss has spiked; returns the exit code."""
+    config, topology = job.config, job.topology
     start_process_group(topology)
+    reader = open_checkpoint(config, topology)
+    training = build(job, reader)
+    while True:
+        try:
+            code = run_steps(job, training)
+            break
+        except LossSpikeError as spike:
+            training.close()
+            training = roll_back(job, training.progress, spike)
+        except TrainingStoppedError:
+            training.close()
+            raise
+    training.close()
+    end_process_group()
+    return code
+
+
+def build(job: Job, reader: CheckpointReader | None) -> Training:
+    """Model, engine and all that writes, from a checkpoint if there is one. Collective."""
+    config, topology = job.config, job.topology
     torch.manual_seed(config.train.seed)  # every rank builds the same model, whatever the topology
-    model = DeepSeekV3ForCausalLM(model_config)
+    model = DeepSeekV3ForCausalLM(job.model_config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        tensors |= logical_shapes(name, parameter.shape)
+    if reader:
+        if reader.manifest.data["tokenizer"] != job.shards.identity["tokenizer"]:
+            raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
+        load_weights(reader, model)
     engine = make_engine(
         model,
         config,
@@ -82,79 +180,156 @@ def run_steps(
         partial(parameter_groups, train=config.train),
         partial(make_optimizer, train=config.train),
     )
+    engine.model.register_forward_pre_hook(lambda *_: job.beat())
     rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
     balancer = Balancer(engine.model, rate)
-    start = load_checkpoint(checkpoint, engine, balancer) if checkpoint else 0
+    progress = restore(reader, engine, balancer, topology) if reader else Progress()
+    checkpoints = CheckpointWriter(config, topology, tensors, job.shards.identity)
+    history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
 
-    writer = None
-    if main:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+    metrics = None
+    if job.main:
+        remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
-        writer = MetricsWriter(config.run_dir, start, config.log.tensorboard)
+        metrics = MetricsWriter(config.run_dir, progress.step, config.log.tensorboard)
         print(f"{config.run.name}: {num_parameters:,} parameters, {topology}", flush=True)
         print(topology.reason, flush=True)
-        if start:
-            print(f"continuing from {checkpoint}", flush=True)
-
+        if reader:
+            print(f"continuing from {reader.folder}", flush=True)
+            if reader.manifest.data["train_tokens"] != job.shards.identity["train_tokens"]:
+                print("the corpus has changed since then: samples come in another order from here on", flush=True)
     bar = tqdm(
         total=config.train.steps,
-        initial=start,
+        initial=progress.step,
         unit="step",
         dynamic_ncols=True,
-        disable=not main,
+        disable=not job.main,
         mininterval=0.1 if sys.stderr.isatty() else 15,
     )
-    for step in range(start + 1, config.train.steps + 1):
+    return Training(engine, balancer, progress, LossGuard(config.train, history), checkpoints, metrics, bar)
+
+
+def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
+    """The training at its last checkpoint before the spike; the samples since then are left out. Collective.
+
+    Raises:
+        TrainingStoppedError: where there is none, or it has been tried too often.
+    """
+    reader = open_checkpoint(job.config, job.topology, before=spike.begin)
+    if reader is None or progress.rollbacks >= MOST_ROLLBACKS:
+        why = "no checkpoint is older" if reader is None else f"{MOST_ROLLBACKS} rollbacks did not help"
+        raise TrainingStoppedError(f"{spike}, and {why}; lower --train.lr, or raise --train.spike_threshold")
+    if job.main:
+        for newer in checkpoints_in(job.config.run_dir / "checkpoints"):
+            if step_of(newer) > reader.manifest.step:
+                remove(newer)
+    training = build(job, reader)
+    left_out = (spike.end - reader.manifest.step) * job.config.train.global_batch
+    training.progress.skipped_samples += left_out
+    training.progress.rollbacks = progress.rollbacks + 1
+    if training.metrics is not None:
+        event = {"event": "rollback", "spike_begin": spike.begin, "spike_end": spike.end, "skipped_samples": left_out}
+        training.metrics.event_row({"step": reader.manifest.step, **event})
+        print(f"{spike}; going on from step {reader.manifest.step} with other samples", flush=True)
+    return training
+
+
+def run_steps(job: Job, training: Training) -> int:
+    """The training itself; returns the exit code."""
+    config, stop, main = job.config, job.stop, job.main
+    engine, progress, metrics, bar = training.engine, training.progress, training.metrics, training.bar
+    step_tokens = config.train.global_batch * config.data.seq_len
+    begin = progress.step
+    for step in range(begin + 1, config.train.steps + 1):
         began = time.perf_counter()
         lr = learning_rate(step, config.train)
-        loss_part = accumulate_gradients(config, topology, engine, balancer, shards, step)
-        grad_norm = engine.step(lr)
-        counts_LE = balancer.step()
-        loss_sum, *asked = engine.sum_over_ranks(
-            torch.stack((loss_part, *loss_part.new_tensor(stop.counts())))
-        ).tolist()
-        loss = loss_sum / topology.world_size
-        step_tokens = config.train.global_batch * config.data.seq_len
+        first_sample = progress.skipped_samples + (step - 1) * config.train.global_batch
+        loss_part = accumulate_gradients(config, job.topology, engine, training.balancer, job.shards, first_sample)
+        grad_norm, applied = engine.step(lr)
+        counts_LE = training.balancer.step(applied)
+        error = training.checkpoints.failure()
+        told = loss_part.new_tensor([*stop.counts(), error is not None])
+        loss_sum, *asked, failed = engine.sum_over_ranks(torch.stack((loss_part, *told))).tolist()
+        loss = loss_sum / job.topology.world_size
         tokens_per_s = step_tokens / (time.perf_counter() - began)
+        progress.step = step
+        if step == begin + 1:
+            training.checkpoints.prepare(engine)
 
         last = step == config.train.steps
-        if writer is not None:
+        if metrics is not None:
             row = {"step": step, "tokens": step * step_tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-            row = writer.training_row(row | {"tokens_per_s": round(tokens_per_s, 1)}, counts_LE)
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, MaxVio {row['max_vio']:.2f}", False)
+            row = metrics.training_row(row | {"tokens_per_s": round(tokens_per_s, 1)}, counts_LE if applied else None)
+            note = f"MaxVio {row['max_vio']:.2f}" if applied else "update skipped: not finite"
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {note}", False)
         bar.update()
+        if failed:
+            heed_failure(config, training, error)
+        training.guard.check(step, loss, applied)
+        val_loss = None
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
-            result = evaluate(config, topology, engine, shards)
-            if writer is not None:
-                writer.evaluation_row({"step": step, "tokens": step * step_tokens, **result})
+            result = evaluate(config, job.topology, engine, job.shards)
+            val_loss = result["val_loss"]
+            if metrics is not None:
+                metrics.evaluation_row({"step": step, "tokens": step * step_tokens, **result})
                 bar.write(
-                    f"step {step}: validation loss {result['val_loss']:.4f}, "
-                    f"{result['val_bits_per_byte']:.3f} bits per byte",
+                    f"step {step}: validation loss {val_loss:.4f}, {result['val_bits_per_byte']:.3f} bits per byte",
                     file=sys.stdout,
                 )
         if last or (config.log.sample_every and step % config.log.sample_every == 0):
-            write_samples(config, engine, shards, step, main, bar)
+            write_samples(config, engine, job.shards, step, main, bar)
         signal = None if last else stop.agreed(asked)
         if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            save_checkpoint(config, topology, engine, balancer, step)
+            ending = bool(signal) or last
+            training.checkpoints.save(engine, training.balancer, progress, val_loss, wait=ending)
+            if ending and not is_saved(training):
+                return 1
         if signal:
-            bar.close()
-            if writer is not None:
-                writer.close()
+            if main:
+                bar.close()
                 print(
                     f"stopped by {signal.name} after step {step}, which is saved; continue with --checkpoint.resume auto",
                     flush=True,
                 )
-            engine.close()
             return EXIT_CODES[signal]
     bar.close()
 
-    export_model(config, engine, model_config, shards, main)
-    if writer is not None:
-        writer.close()
-        print_summary(config, shards)
-    engine.close()
+    export_model(config, engine, job.model_config, job.shards, main)
+    if main:
+        print_summary(config, job.shards)
     return 0
+
+
+def heed_failure(config: RunConfig, training: Training, error: str | None) -> None:
+    """A checkpoint could not be written: goes on or stops, as configured. All ranks come here together.
+
+    Args:
+        error: what was wrong, on rank 0.
+
+    Raises:
+        TrainingStoppedError: where `checkpoint.on_error` is stop.
+    """
+    what = f"the checkpoint of step {training.checkpoints.failed_step} could not be written ({error})"
+    if config.checkpoint.on_error == "stop":
+        raise TrainingStoppedError(
+            f"{what}, older ones are whole; make room, and continue with --checkpoint.resume auto"
+        )
+    if training.metrics is not None:
+        training.bar.write(f"warning: {what}; training goes on, older checkpoints are whole", file=sys.stderr)
+
+
+def is_saved(training: Training) -> bool:
+    """Whether the checkpoint that was just written counts; says so if not. Collective."""
+    error = training.checkpoints.failure()
+    failed = training.engine.sum_over_ranks(torch.tensor(float(error is not None))).item()
+    if error is not None:
+        print(
+            f"\nsmolds: the checkpoint of step {training.checkpoints.failed_step} could not be written ({error}); older "
+            "ones are whole: make room, and continue with --checkpoint.resume auto.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return not failed
 
 
 def make_model_config(config: RunConfig, shards: TokenShards) -> DeepSeekV3Config:
@@ -175,10 +350,17 @@ def make_model_config(config: RunConfig, shards: TokenShards) -> DeepSeekV3Confi
 
 
 def accumulate_gradients(
-    config: RunConfig, topology: Topology, engine: Engine, balancer: Balancer, shards: TokenShards, step: int
+    config: RunConfig, topology: Topology, engine: Engine, balancer: Balancer, shards: TokenShards, first_sample: int
 ) -> torch.Tensor:
-    """Forward and backward over this rank's part of the global batch of `step` (from 1); returns its mean loss."""
-    first = (step - 1) * config.train.global_batch + topology.rank * topology.per_rank
+    """Forward and backward over this rank's part of a global batch.
+
+    Args:
+        first_sample: global index of the batch's first sample.
+
+    Returns:
+        The mean loss of this rank's part.
+    """
+    first = first_sample + topology.rank * topology.per_rank
     total = torch.zeros((), device=engine.device)
     for micro_step in range(topology.accumulation):
         start = first + micro_step * topology.micro_batch

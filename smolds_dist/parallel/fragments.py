@@ -1,0 +1,87 @@
+"""A model's training state by name, whatever the layout: what a rank holds are flat ranges of *logical tensors*.
+
+A logical tensor is a weight as a model without ranks knows it; every matrix of every expert is one of its own
+(`model.layers.0.mlp.experts.3.gate_proj.weight`). A parameter of any engine, flattened, is a run of whole logical tensors
+one after the other, and a rank holds a range of it. Checkpoints store nothing but logical tensors, so what one layout has
+written any other can read.
+
+Shape letters: E experts, I expert width, H hidden.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from torch import Size, Tensor
+
+# Names of expert weights: ours, stacked [E, 2 I, H] and [E, H, I]; and AutoEP's, of the experts that a rank has.
+_EXPERT_MATRICES = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "w1": ("gate_proj",),
+    "w2": ("down_proj",),
+    "w3": ("up_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + n) of a logical tensor, as views [n] of what the engine works on."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]  # "value" in fp32 and the optimizer's state, such as "exp_avg"
+    replica: int = 0  # which of the `replicas` ranks that hold the same elements this one is
+    replicas: int = 1
+
+    def share(self) -> "Fragment":
+        """The part that this rank writes where several hold the same."""
+        length = len(self.tensors["value"])
+        begin, end = (length * place // self.replicas for place in (self.replica, self.replica + 1))
+        return Fragment(self.name, self.start + begin, {kind: t[begin:end] for kind, t in self.tensors.items()})
+
+
+def logical_name(name: str) -> str:
+    """A parameter's name without ranks: AutoEP's router holds a Linear, ours the weight itself."""
+    return name.replace(".router.gate.", ".gate.").replace(".router.", ".gate.")
+
+
+def logical_shapes(name: str, shape: Size | tuple[int, ...], first_expert: int = 0) -> dict[str, tuple[int, ...]]:
+    """The logical tensors of a parameter, in the order of its elements.
+
+    Args:
+        name: of the parameter in the engine's model.
+        shape: of the whole parameter.
+        first_expert: number of the first expert that the parameter holds.
+    """
+    prefix, _, weight = name.rpartition(".")
+    if not prefix.endswith(".experts") or weight not in _EXPERT_MATRICES:
+        return {logical_name(name): tuple(shape)}
+    experts, rows, columns = shape
+    matrices = _EXPERT_MATRICES[weight]
+    return {
+        f"{prefix}.{first_expert + expert}.{matrix}.weight": (rows // len(matrices), columns)
+        for expert, matrix in product(range(experts), matrices)
+    }
+
+
+def cut(
+    shapes: dict[str, tuple[int, ...]], start: int, tensors: dict[str, Tensor], **replica: int
+) -> Iterator[Fragment]:
+    """Cuts a parameter's held range at the borders of its logical tensors.
+
+    Args:
+        shapes: `logical_shapes` of the parameter.
+        start: first element of the parameter that is held.
+        tensors: views [n] by kind; what lies past the parameter's end is padding.
+        replica: `replica` and `replicas` of the fragments.
+    """
+    end = start + len(tensors["value"])
+    begin = 0
+    for name, shape in shapes.items():
+        after = begin + Size(shape).numel()
+        first, last = max(begin, start), min(after, end)
+        if first < last:
+            part = slice(first - start, last - start)
+            yield Fragment(name, first - begin, {kind: t[part] for kind, t in tensors.items()}, **replica)
+        begin = after

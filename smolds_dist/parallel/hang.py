@@ -1,0 +1,82 @@
+"""Ranks that wait for each other for ever: their stacks in one file, and the one that does not answer named.
+
+The first rank that has waited too long puts up a sign; every rank that still can writes down what its threads are doing.
+Who does not is most likely the cause.
+"""
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.parallel.ranks import process_state, system_name
+
+SIGN = "hanging"
+STACKS = "stacks.txt"
+ANSWER_SECONDS = 5.0
+
+
+def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float, passes: int) -> str:
+    """Writes this rank's stacks, waits for the others', puts all into `stacks.txt` and says in one line what is wrong.
+
+    Args:
+        entries: of all ranks that should be running.
+        idle: seconds since this rank's last forward pass.
+        passes: forward passes that it has begun.
+    """
+    (folder / SIGN).touch()
+    part = _stacks_of(folder, own).with_suffix(".part")
+    with part.open("w") as file:
+        file.write(f"rank {own['rank']} on host {own['host']}: {passes} forward passes, the last {idle:.0f} s ago\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+    part.replace(_stacks_of(folder, own))
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while _silent(folder, entries) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    texts, made = [], {}
+    for entry in entries:
+        path = _stacks_of(folder, entry)
+        texts.append(
+            path.read_text() if path.exists() else f"rank {entry['rank']} on host {entry['host']}: no answer\n"
+        )
+        if match := re.search(r": (\d+) forward passes", texts[-1]):
+            made[entry["rank"]] = int(match.group(1))
+    part = folder / f"{STACKS}.{own['rank']}"
+    part.write_text("\n".join(texts))
+    part.replace(folder / STACKS)
+
+    where = f"stacks of all ranks: {folder / STACKS}"
+    silent = _silent(folder, entries)
+    if silent:
+        stopped = [e for e in silent if e["system"] == system_name() and process_state(e["pid"]) == "T"]
+        why = "it was stopped by a signal" if stopped else "it hangs, or its host does"
+        return f"{_names(silent)} did not answer for {idle:.0f} s: {why} ({where})"
+    behind = [e for e in entries if made.get(e["rank"], 0) < max(made.values(), default=0)]
+    who = f"; {_names(behind)} fell behind the others" if behind else ""
+    return f"the ranks have waited for each other for {idle:.0f} s{who} ({where})"
+
+
+def kill_silent(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Kills the ranks of this machine that did not answer: a stopped process ends by nothing less."""
+    for entry in _silent(folder, entries):
+        if entry["system"] == system_name():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(entry["pid"], signal.SIGKILL)
+
+
+def _stacks_of(folder: Path, entry: dict[str, Any]) -> Path:
+    return folder / f"rank_{entry['rank']:05}.stacks"
+
+
+def _silent(folder: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if not _stacks_of(folder, entry).exists()]
+
+
+def _names(entries: list[dict[str, Any]]) -> str:
+    ranks = ", ".join(str(entry["rank"]) for entry in entries)
+    return f"rank{'s' if len(entries) > 1 else ''} {ranks} on host {entries[0]['host']}"

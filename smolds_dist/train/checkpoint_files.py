@@ -1,0 +1,270 @@
+"""The checkpoint's format: a folder of safetensors files and a manifest, whole or absent. Knows neither ranks nor engines.
+
+    step_00000180/
+        rank_00000.safetensors ...  fragments of logical tensors (`parallel.fragments`), keys NAME:KIND:START
+        manifest.json               what the run was, every tensor's shape, every file's size and SHA-256
+        manifest.json.sha256        as `sha256sum` writes it
+
+Nothing is pickled, nothing that the manifest does not list is read, and nothing is read before it has been verified.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from bisect import bisect_right
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Size, Tensor
+
+from smolds_dist.parallel.fragments import Fragment
+
+FORMAT = 1  # raise it when the layout or the meaning of a file changes
+MANIFEST = "manifest.json"
+DIGEST = "manifest.json.sha256"
+RANDOM = "random."  # names of random states, which belong to a rank and not to the model
+_FILE_NAME = re.compile(r"\w[\w.-]*\.safetensors")
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint that is not what was written; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int
+    created: str  # local time, ISO 8601
+    optimizer_steps: int  # fewer than `step` where updates were skipped
+    skipped_samples: int  # of the token order, by rollbacks
+    rollbacks: int
+    val_loss: float | None  # where this step was evaluated
+    config: dict[str, Any]
+    topology: dict[str, Any]
+    data: dict[str, Any]  # what the token order depends on
+    versions: dict[str, str]
+    tensors: dict[str, list[int]]  # shapes of the logical tensors
+    files: dict[str, dict[str, Any]]  # {"bytes": ..., "sha256": ...} by name
+    weights_only: bool = False
+    format: int = FORMAT
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The finished checkpoints of a run's `checkpoints` folder, newest first, damaged ones too."""
+    found = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+# Writing
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes tensors of the CPU and returns the file's entry for the manifest, computed from what can be read back."""
+    save_file({name: tensor.numpy() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors keeps its files to their owner; colleagues read checkpoints
+    _flush(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def publish(unfinished: Path, manifest: Manifest) -> Path:
+    """Adds the manifest to a folder that holds all files, and gives it its name: from then on it counts."""
+    text = json.dumps(asdict(manifest), indent=1)
+    (unfinished / MANIFEST).write_text(text, encoding="utf-8")
+    (unfinished / DIGEST).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n")
+    for path in (unfinished / MANIFEST, unfinished / DIGEST, unfinished):
+        _flush(path)
+    root = unfinished.parent
+    finished = root / checkpoint_name(manifest.step)
+    replaced = finished.with_name(f"removing_{finished.name}")
+    if finished.exists():
+        finished.rename(replaced)
+    unfinished.rename(finished)
+    shutil.rmtree(replaced, ignore_errors=True)
+    link = root / "latest.part"
+    link.unlink(missing_ok=True)
+    link.symlink_to(finished.name)
+    link.replace(root / "latest")
+    _flush(root)
+    return finished
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint; if that breaks off, what is left does not look like one."""
+    doomed = folder.with_name(f"removing_{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Deletes what a killed run left half written or half deleted."""
+    for pattern in ("unfinished_step_*", "removing_step_*"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Verifying
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, once it is known to be what was written.
+
+    Raises:
+        DamagedCheckpointError: naming what is wrong with it.
+    """
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        digest = (folder / DIGEST).read_bytes()
+    except OSError as error:
+        raise DamagedCheckpointError(
+            f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+        ) from None
+    if digest != f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode():
+        raise DamagedCheckpointError(f"{MANIFEST} and {DIGEST} do not match")
+    values = json.loads(content)
+    if values["format"] != FORMAT:
+        raise DamagedCheckpointError(f"{MANIFEST} has format {values['format']}, this version reads format {FORMAT}")
+    return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+
+
+def find_damage(folder: Path, contents: bool = True, part: slice = slice(None)) -> list[str]:
+    """What is wrong with a checkpoint, a line for each file; nothing for a whole one.
+
+    Args:
+        contents: compare the files' contents too, not only their sizes.
+        part: which of the files to look at, so that ranks can share the work.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except DamagedCheckpointError as error:
+        return [str(error)]
+    damage = []
+    for name in sorted(manifest.files)[part]:
+        path, entry = folder / name, manifest.files[name]
+        if not _FILE_NAME.fullmatch(name) or path.is_symlink():
+            damage.append(f"{name} is not a file of the folder itself")
+        elif not path.is_file():
+            damage.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            damage.append(f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}")
+        elif contents and _sha256(path) != entry["sha256"]:
+            damage.append(f"{name} is not what was written (SHA-256)")
+    return damage
+
+
+# Reading
+
+
+class _Piece(NamedTuple):
+    start: int
+    length: int
+    file: str
+    key: str
+
+
+class CheckpointReader:
+    """Reads any range of any logical tensor from a verified checkpoint, whatever ranks wrote it. Files stay mapped."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+        self._files = {name: safe_open(folder / name, framework="pt") for name in sorted(manifest.files)}
+        self._index: dict[str, dict[str, list[_Piece]]] = defaultdict(lambda: defaultdict(list))
+        for file_name, file in self._files.items():
+            for key in file.keys():  # noqa: SIM118  safe_open is no mapping
+                name, kind, start = key.rsplit(":", 2)
+                length = Size(file.get_slice(key).get_shape()).numel()
+                self._index[name][kind].append(_Piece(int(start), length, file_name, key))
+        for kinds in self._index.values():
+            for pieces in kinds.values():
+                pieces.sort()
+
+    def kinds(self, name: str) -> set[str]:
+        """What is stored of a logical tensor: "value", and the optimizer's state such as "exp_avg"."""
+        return set(self._index.get(name, ()))
+
+    def check_coverage(self) -> None:
+        """Every logical tensor must be there whole and once, in every kind that is stored of it.
+
+        Raises:
+            DamagedCheckpointError: naming the first that is not.
+        """
+        for name, shape in self.manifest.tensors.items():
+            if "value" not in self.kinds(name):
+                raise DamagedCheckpointError(f"{name} is not in it")
+            for kind, pieces in self._index[name].items():
+                end = 0
+                for piece in pieces:
+                    if piece.start != end:
+                        break
+                    end += piece.length
+                if end != Size(shape).numel() or end != sum(piece.length for piece in pieces):
+                    raise DamagedCheckpointError(f"{kind} of {name} is not there whole and once")
+
+    def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
+        """Fills `out` [n] with elements [start, start + n).
+
+        Raises:
+            DamagedCheckpointError: where they are not all there.
+        """
+        pieces = self._index.get(name, {}).get(kind, [])
+        done, end = start, start + len(out)
+        at = max(0, bisect_right([piece.start for piece in pieces], start) - 1)
+        for piece in pieces[at:]:
+            first, last = max(done, piece.start), min(end, piece.start + piece.length)
+            if first > done or done >= end:
+                break
+            if first < last:
+                part = self._files[piece.file].get_slice(piece.key)[first - piece.start : last - piece.start]
+                out[first - start : last - start].copy_(part)
+                done = last
+        if done != end:
+            raise DamagedCheckpointError(f"{kind} of {name} is not there from element {done}")
+
+    def fill(self, fragment: Fragment) -> None:
+        """Fills every kind of a fragment."""
+        for kind, tensor in fragment.tensors.items():
+            self.read(fragment.name, kind, fragment.start, tensor)
+
+    def random_states(self, rank: int) -> dict[str, Tensor]:
+        """Generator states by device type that a rank of this number wrote; none if there was no such rank."""
+        name = f"{RANDOM}rank_{rank:05}"
+        return {
+            kind: self._files[pieces[0].file].get_tensor(pieces[0].key)
+            for kind, pieces in self._index.get(name, {}).items()
+        }
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        """A logical tensor in its shape."""
+        out = torch.empty(self.manifest.tensors[name])
+        self.read(name, kind, 0, out.view(-1))
+        return out

@@ -1,0 +1,76 @@
+"""What is done about a loss that goes wrong: steps that are not finite, and spikes."""
+
+from collections import deque
+from collections.abc import Iterable
+from statistics import median
+
+from smolds_dist.config import Train
+from smolds_dist.errors import TrainingStoppedError
+
+WINDOW = 100  # recent losses that a spike is measured against
+LEAST = 20  # of them, before anything counts as a spike
+MOST_ROLLBACKS = 3
+
+
+class LossSpikeError(Exception):
+    """The loss has stayed far above what it was: training should go back and leave these samples out.
+
+    Args:
+        begin: step of the first spike.
+        end: step of the last one.
+    """
+
+    def __init__(self, begin: int, end: int):
+        super().__init__(f"the loss spiked from step {begin} to {end}")
+        self.begin = begin
+        self.end = end
+
+
+class LossGuard:
+    """Watches every step's loss, which is the same on all ranks, so that all of them come to the same answer.
+
+    Args:
+        history: losses of the steps before the first that is checked.
+    """
+
+    def __init__(self, train: Train, history: Iterable[float] = ()):
+        self.train = train
+        self._recent = deque(history, maxlen=WINDOW)
+        self._skipped = 0  # in a row
+        self._spikes = 0  # in a row
+
+    def check(self, step: int, loss: float, applied: bool) -> None:
+        """Takes note of a step.
+
+        Args:
+            applied: whether the optimizer made its update, which it does not where something is not finite.
+
+        Raises:
+            TrainingStoppedError: after `train.nonfinite_limit` steps in a row without an update.
+            LossSpikeError: after `train.spike_steps` spikes in a row.
+        """
+        if not applied:
+            self._skipped += 1
+            if self._skipped >= self.train.nonfinite_limit:
+                raise TrainingStoppedError(
+                    f"loss or gradient was NaN or infinite in {self._skipped} steps in a row, up to step {step}; "
+                    "lower --train.lr or set --train.grad_clip, and continue from the last checkpoint"
+                )
+            return
+        self._skipped = 0
+        if self.train.spike_threshold and self._is_spike(loss):
+            self._spikes += 1
+            if self._spikes >= self.train.spike_steps:
+                raise LossSpikeError(step - self._spikes + 1, step)
+            return
+        self._spikes = 0
+        self._recent.append(loss)
+
+    def _is_spike(self, loss: float) -> bool:
+        """By median and median absolute deviation, which spikes themselves hardly move."""
+        if len(self._recent) < LEAST:
+            return False
+        middle = median(self._recent)
+        # 1.4826 makes it the standard deviation of a normal distribution.
+        deviation = 1.4826 * median(abs(value - middle) for value in self._recent)
+        return loss > middle + self.train.spike_threshold * max(deviation, 1e-3 * middle)
