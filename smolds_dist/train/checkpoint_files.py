@@ -268,3 +268,13 @@ class CheckpointReader:
         out = torch.empty(self.manifest.tensors[name])
         self.read(name, kind, 0, out.view(-1))
         return out
+
+    def others(self) -> dict[str, Tensor]:
+        """What is not a parameter, by key: selection biases and random states."""
+        return {
+            piece.key: self._files[piece.file].get_tensor(piece.key)
+            for name, kinds in self._index.items()
+            if name not in self.manifest.tensors
+            for pieces in kinds.values()
+            for piece in pieces
+        }

@@ -1,0 +1,146 @@
+"""`smolds bench checkpoint`: seconds that training stands still for a save, against DeepSpeed's `save_checkpoint`.
+
+Both save the same state of the same DeepSpeed engine (ZeRO 1, one process), in turn, to the same disk.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+
+
+def bench_checkpoint(args: list[str]) -> None:
+    """Measures, prints a table and, with --json, writes all numbers.
+
+    Raises:
+        ConfigError: for options that are none.
+    """
+    parser = argparse.ArgumentParser(
+        prog="smolds bench checkpoint", description=__doc__.partition("\n")[0], exit_on_error=False
+    )
+    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
+    parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
+    parser.add_argument("--dir", type=Path, default=Path("runs"), help="a folder on the disk to write to")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    try:
+        options = parser.parse_args(args)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from None
+    if options.repeats < 1:
+        raise ConfigError(f"--repeats {options.repeats} is out of range; it must be at least 1.")
+    options.dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.dir))
+    try:
+        result = measure(options.preset, options.repeats, folder)
+    finally:
+        shutil.rmtree(folder)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['parameters']:,} parameters, {result['ours']['gigabytes']:.2f} GB of state")
+    print(f"{'':22}{'training stands still':>22}{'until it is on disk':>22}")
+    for name, label in (("ours", "smolds"), ("deepspeed", "DeepSpeed")):
+        print(f"{label:22}{result[name]['stall_s']:>20.2f} s{result[name]['total_s']:>20.2f} s")
+    low, high = result["ratio_range"]
+    print(f"ratio of medians: {result['ratio']:.3f} (of single pairs: {low:.3f} to {high:.3f})")
+    print(
+        f"a training step takes {result['step_s']:.2f} s, while a checkpoint is written "
+        f"{result['step_while_writing_s']:.2f} s; the copy's {result['ours']['gigabytes']:.2f} GB of host memory are made "
+        f"ready beside the training, in {result['prepare_s']:.1f} s"
+    )
+
+
+def measure(preset: str, repeats: int, folder: Path) -> dict:
+    """Medians of `repeats` saves of each kind; see the table's words for what they are."""
+    import torch
+
+    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+    from smolds_dist.parallel.balancer import Balancer
+    from smolds_dist.parallel.engine import DeepSpeedEngine, start_process_group
+    from smolds_dist.parallel.fragments import logical_shapes
+    from smolds_dist.parallel.ranks import RankInfo
+    from smolds_dist.parallel.topology import detect_machine, plan_topology
+    from smolds_dist.train.checkpoint import CheckpointWriter, Progress
+    from smolds_dist.train.optim import make_optimizer, parameter_groups
+
+    options = ["--parallel.engine=deepspeed", "--parallel.zero=1", "--train.global_batch=1", "--train.dtype=auto"]
+    config = load_config(["--preset", preset, *options, f"--run.dir={folder}", "--checkpoint.keep_best=false"])
+    topology = plan_topology(config, detect_machine(), RankInfo())
+    start_process_group(topology)
+    settings = asdict(config.model) | {"vocab_size": config.model.vocab_size or 49_152}
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        tensors |= logical_shapes(name, parameter.shape)
+    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
+    engine = DeepSpeedEngine(model, config, topology, groups, optimizer)
+    balancer = Balancer(engine.model, config.train.balance_rate)
+    ids = torch.randint(0, settings["vocab_size"], (1, 256), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        with balancer.counting():
+            loss = engine.forward(ids, ids)
+        engine.backward(loss)
+        engine.step(1e-4)
+        balancer.step()
+
+    for _ in range(2):
+        step()
+    writer = CheckpointWriter(config, topology, tensors, {})
+    writer.prepare(engine)
+    prepare_s = _seconds(writer.wait)
+    plain = folder / "deepspeed"
+    times: dict[str, list[float]] = {name: [] for name in ("stall", "total", "deepspeed", "step", "step_while_writing")}
+    for repeat in range(repeats):
+        times["step"].append(_seconds(step))
+        begin = time.perf_counter()
+        writer.save(engine, balancer, Progress(step=repeat + 1), None)
+        times["stall"].append(time.perf_counter() - begin)
+        writer.wait()
+        times["total"].append(time.perf_counter() - begin)
+        times["deepspeed"].append(_seconds(partial(engine.engine.save_checkpoint, str(plain), tag="one")))
+        shutil.rmtree(plain)
+        writer.save(engine, balancer, Progress(step=1000 + repeat), None)
+        times["step_while_writing"].append(_seconds(step))
+        writer.wait()
+        error = writer.failure()
+        if error:
+            raise ConfigError(f"a checkpoint could not be written ({error}); give a --dir with more room.")
+    newest = max((folder / str(config.run.name) / "checkpoints").glob("step_*"))
+    size = sum(path.stat().st_size for path in newest.iterdir())
+    engine.close()
+    ratios = [ours / theirs for ours, theirs in zip(times["stall"], times["deepspeed"], strict=True)]
+    import deepspeed
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {topology.device}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "preset": preset,
+        "parameters": parameters,
+        "dtype": topology.dtype,
+        "ours": {"stall_s": median(times["stall"]), "total_s": median(times["total"]), "gigabytes": size / 1e9},
+        "deepspeed": {"stall_s": median(times["deepspeed"]), "total_s": median(times["deepspeed"])},
+        "ratio": median(times["stall"]) / median(times["deepspeed"]),
+        "ratio_range": [min(ratios), max(ratios)],
+        "prepare_s": prepare_s,
+        "step_s": median(times["step"]),
+        "step_while_writing_s": median(times["step_while_writing"]),
+        "seconds": times,
+    }
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
