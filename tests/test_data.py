@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 
@@ -71,6 +72,46 @@ def test_bad_source_is_refused_with_the_fix(tmp_path, monkeypatch, source, conte
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=fix):
         prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"), progress=False)
+
+
+GOOD = "a text that is long enough to be tokenised, and that goes on for a while. " * 60
+DAMAGED = [
+    ("text", "empty.txt", b" \n", "is empty"),
+    ("text", "torn.txt", b"half a character: \xc3", r"is not UTF-8 text \(byte 18\)"),
+    ("jsonl", "empty.jsonl", b"\n", "is empty"),
+    ("jsonl", "torn.jsonl", json.dumps({"text": GOOD}).encode() + b'\n{"text": "half a li', "has in line 2"),
+    ("parquet", "torn.parquet", b"PAR1 and nothing more", "is damaged"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "content", "what"), DAMAGED)
+def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys, kind, name, content, what):
+    (tmp_path / f"0.{kind if kind != 'text' else 'txt'}").write_bytes(GOOD.encode())
+    if kind == "jsonl":
+        (tmp_path / "0.jsonl").write_text(json.dumps({"text": GOOD}) + "\n")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": GOOD}]), tmp_path / "0.parquet")
+    (tmp_path / name).write_bytes(content)
+    source = f"--data.source={kind}:{tmp_path}/*.{name.rpartition('.')[2]}"
+    with pytest.raises(ConfigError, match=f"{name} {what}.*on_bad_file skip"):
+        prepare_shards(configure(tmp_path / "cache", source), progress=False)
+    skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
+    tokens = prepare_shards(skipping, progress=False).meta.train_tokens
+    assert re.search(f"{name} {what}.*left out", capsys.readouterr().out)
+    rows = 2 if content.startswith(b'{"text"') else 1  # the good line of a damaged file counts
+    alone = configure(tmp_path / "cache", source.replace("*.", "0."))
+    assert tokens >= 0.8 * rows * prepare_shards(alone, progress=False).meta.train_tokens
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_damaged_shards_are_named_and_written_again(corpus, cache, capsys, name):
+    config = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.val_fraction=0.15")
+    shards = prepare_shards(config, progress=False)
+    whole = (shards.folder / name).read_bytes()
+    (shards.folder / name).write_bytes(whole[:-3])
+    again = prepare_shards(config, progress=False)
+    assert f"{again.folder} is damaged: {name}" in capsys.readouterr().out
+    assert (again.folder / name).read_bytes() == whole
 
 
 def test_unknown_tokenizer_is_refused(corpus, tmp_path):

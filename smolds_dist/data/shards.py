@@ -51,7 +51,11 @@ class TokenShards:
 
     @cached_property
     def meta(self) -> Meta:
-        return Meta(**json.loads((self.folder / "meta.json").read_text()))
+        return self.read_meta(self.folder)
+
+    @staticmethod
+    def read_meta(folder: Path) -> Meta:
+        return Meta(**json.loads((folder / "meta.json").read_text()))
 
     @property
     def identity(self) -> dict:
@@ -89,14 +93,14 @@ def prepare_shards(config: RunConfig, progress: bool = True) -> TokenShards:
     if name == "train":
         key = _key(corpus_key, data.tokenizer_vocab_size)
         tokenizer_dir = _written_once(
-            cache / "tokenizers" / key, lambda folder: _train_tokenizer(data, folder, progress)
+            cache / "tokenizers" / key, lambda folder: _train_tokenizer(data, folder, progress), _tokenizer_damage
         )
         name = str(tokenizer_dir)
     tokenizer = load_tokenizer(name)
     limit = _token_limit(config)
     key = _key(corpus_key, tokenizer_digest(tokenizer), limit, data.val_fraction)
     folder = _written_once(
-        cache / "shards" / key, lambda folder: _write_shards(folder, data, tokenizer, limit, progress)
+        cache / "shards" / key, lambda folder: _write_shards(folder, data, tokenizer, limit, progress), _shards_damage
     )
     shards = TokenShards(folder, tokenizer)
     for split, tokens in (("training", shards.meta.train_tokens), ("held-out", shards.meta.val_tokens)):
@@ -125,18 +129,46 @@ def _key(*parts) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _written_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `write` if it is not there yet; the others wait for the one that writes."""
-    if folder.is_dir():
+def _written_once(folder: Path, write: Callable[[Path], None], find_damage: Callable[[Path], str | None]) -> Path:
+    """`folder`, filled by `write` if it is not there yet or damaged; the others wait for the one that writes."""
+    if folder.is_dir() and not find_damage(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"), _leftovers_removed(folder):
+        if folder.is_dir() and (damage := find_damage(folder)):
+            print(f"{folder} is damaged: {damage}; it is written again", flush=True)
+            shutil.rmtree(folder)
         if not folder.is_dir():
             unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))
             write(unfinished)
             unfinished.chmod(0o755)
             unfinished.rename(folder)
     return folder
+
+
+def _shards_damage(folder: Path) -> str | None:
+    """By sizes alone: every start of a run reads this."""
+    try:
+        meta = TokenShards.read_meta(folder)
+    except (OSError, ValueError, TypeError):
+        return "meta.json cannot be read"
+    for name, tokens in (("train.bin", meta.train_tokens), ("val.bin", meta.val_tokens)):
+        size, expected = _size(folder / name), tokens * np.dtype(meta.dtype).itemsize
+        if size != expected:
+            return f"{name} has {size:,} bytes instead of {expected:,}"
+    return None
+
+
+def _tokenizer_damage(folder: Path) -> str | None:
+    try:
+        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "tokenizer.json cannot be read"
+    return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 @contextmanager
@@ -172,7 +204,7 @@ def _write_shards(
         open(folder / "val.bin", "wb") as val,
         tqdm(desc=f"Tokenising {data.source}", unit=" tokens", unit_scale=True, disable=not progress) as bar,
     ):
-        for texts in _batched(documents(data), DOCUMENTS_AT_ONCE):
+        for texts in _batched(documents(data, say=bar.write), DOCUMENTS_AT_ONCE):
             encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for text, encoding in zip(texts, encodings, strict=True):
                 held_out = _is_held_out(text, data.val_fraction)
