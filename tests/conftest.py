@@ -29,15 +29,19 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def small_run(corpus, cache, tmp_path):
-    """Options of a run that takes a second, in `tmp_path`/runs."""
+def options_of_small_run(corpus, cache, folder):
+    """Options of a run that takes a second, in `folder`/runs."""
     options = {
         "data.source": f"text:{corpus}/*.txt", "data.cache_dir": cache, "data.tokenizer_vocab_size": 300,
-        "data.seq_len": 32, "data.val_fraction": 0.1, "run.dir": tmp_path / "runs", "train.steps": 6,
+        "data.seq_len": 32, "data.val_fraction": 0.1, "run.dir": folder / "runs", "train.steps": 6,
         "train.global_batch": 8, "train.micro_batch": 2, "train.warmup_steps": 2, "train.eval_every": 3,
         "train.eval_sequences": 5, "checkpoint.every": 2, "log.sample_every": 3, "log.sample_tokens": 4,
         "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_hidden_layers": 2,
         "model.num_attention_heads": 2, "model.num_key_value_heads": 1, "model.head_dim": 16,
     }  # fmt: skip
     return ["--preset", "debug", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@pytest.fixture
+def small_run(corpus, cache, tmp_path):
+    return options_of_small_run(corpus, cache, tmp_path)

@@ -353,14 +353,17 @@ def open_checkpoint(
     passed_over = []
     for folder in candidates:
         damage = find_damage(folder, part=slice(topology.rank, None, topology.world_size))
+        reader = None
         if not damage:
-            # Some rank's share of the files may be empty, and every rank must be able to read all.
-            damage = find_damage(folder, contents=False)
-        if all_ranks_agree(topology, not damage):
-            manifest = read_manifest(folder)
+            try:
+                reader = CheckpointReader(folder, read_manifest(folder))
+                reader.check_coverage()
+            except (DamagedCheckpointError, OSError) as error:
+                damage = [str(error)]
+        if all_ranks_agree(topology, not damage) and reader:
             if before is None:
-                _check_compatible(config, folder, manifest)
-            return CheckpointReader(folder, manifest)
+                _check_compatible(config, folder, reader.manifest)
+            return reader
         passed_over.append(f"{folder} is damaged" + (f": {damage[0]}" if damage else ""))
         if topology.rank == 0:
             say(f"{passed_over[-1]}; it is not used.")

@@ -133,8 +133,8 @@ def _verify(folders: list[Path]) -> int:
     for folder in reversed(folders):
         damage = find_damage(folder)
         if not damage:
-            manifest = read_manifest(folder)
             try:
+                manifest = read_manifest(folder)
                 CheckpointReader(folder, manifest).check_coverage()
             except DamagedCheckpointError as error:
                 damage = [str(error)]
@@ -177,7 +177,7 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
 
     for name in reader.manifest.tensors:
         for kind in ["value"] if weights_only else sorted(reader.kinds(name)):
-            batch[f"{name}:{kind}:0"] = tensor = reader.whole(name, kind)
+            batch[f"{name}:{kind}:0"] = tensor = reader.whole(name, kind).view(-1)
             size += tensor.nbytes
             if size >= FILE_BYTES:
                 write()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Size, Tensor
 
@@ -192,12 +192,21 @@ class _Piece(NamedTuple):
 
 
 class CheckpointReader:
-    """Reads any range of any logical tensor from a verified checkpoint, whatever ranks wrote it. Files stay mapped."""
+    """Reads any range of any logical tensor from a verified checkpoint, whatever ranks wrote it. Files stay mapped.
+
+    Raises:
+        DamagedCheckpointError: where a file is none that a checkpoint can have.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
-        self._files = {name: safe_open(folder / name, framework="pt") for name in sorted(manifest.files)}
+        self._files = {}
+        for name in sorted(manifest.files):
+            try:
+                self._files[name] = safe_open(folder / name, framework="pt")
+            except SafetensorError as error:
+                raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from None
         self._index: dict[str, dict[str, list[_Piece]]] = defaultdict(lambda: defaultdict(list))
         for file_name, file in self._files.items():
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping

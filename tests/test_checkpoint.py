@@ -1,0 +1,317 @@
+"""The checkpoint's format: whole or absent, verified before it is read, kept as asked, and the commands for it."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import options_of_small_run
+from ranks import ROOT, smolds
+
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.train.checkpoint import check_resumable, open_checkpoint
+from smolds_dist.train.checkpoint_command import checkpoint
+from smolds_dist.train.checkpoint_files import (
+    CheckpointReader,
+    DamagedCheckpointError,
+    Manifest,
+    checkpoints_in,
+    find_damage,
+    publish,
+    read_manifest,
+    write_tensors,
+)
+from smolds_dist.train.metrics import read_rows
+from smolds_dist.train.trainer import train
+
+FILES = ["rank_00000.safetensors", "manifest.json", "manifest.json.sha256"]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.fixture(scope="session")
+def kept_run(corpus, cache, tmp_path_factory):
+    """A run of six steps with checkpoints after 2, 4 and 6, and its options. To be copied, not changed."""
+    folder = tmp_path_factory.mktemp("kept")
+    options = [
+        *options_of_small_run(corpus, cache, folder), "--run.name=one", "--checkpoint.keep=3", "--log.tensorboard=false",
+        "--train.schedule=wsd", "--train.decay_fraction=0",
+    ]  # fmt: skip
+    train(load_config(options))
+    return folder / "runs" / "one", options
+
+
+@pytest.fixture
+def copied(kept_run, tmp_path):
+    """A copy of that run and the options to go on with it."""
+    run_dir, options = kept_run
+    shutil.copytree(run_dir, tmp_path / "runs" / "one", symlinks=True)
+    return tmp_path / "runs" / "one", [*options, f"--run.dir={tmp_path / 'runs'}", "--checkpoint.resume=auto"]
+
+
+def opened(options: list[str]) -> CheckpointReader | None:
+    config = load_config(options)
+    check_resumable(config)
+    return open_checkpoint(config, plan_topology(config, detect_machine(), RankInfo()))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["truncate", "flip", "delete", "empty"])
+def test_damage_to_any_file_is_found_named_and_the_one_before_is_used(copied, capsys, name, harm):
+    run_dir, options = copied
+    newest = run_dir / "checkpoints" / "step_00000006"
+    content = (newest / name).read_bytes()
+    # Every place could be hit: with a seed of its own, each file is hit elsewhere.
+    place = random.Random(name).randrange(len(content))
+    flipped = content[:place] + bytes([content[place] ^ 0x20]) + content[place + 1 :]
+    new = {"truncate": content[:place], "flip": flipped, "empty": b""}
+    (newest / name).unlink() if harm == "delete" else (newest / name).write_bytes(new[harm])
+    assert any(name.removesuffix(".sha256") in line for line in find_damage(newest))
+    reader = opened(options)
+    assert reader.manifest.step == 4
+    assert f"{newest} is damaged: " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"step_00000006 is damaged|no checkpoint of .* is whole"):
+        opened([*options, "--checkpoint.resume=6"])
+    assert checkpoint(["verify", str(run_dir)]) == 1
+
+
+def test_run_without_a_whole_checkpoint_is_refused_rather_than_begun_again(copied):
+    run_dir, options = copied
+    for folder in checkpoints_in(run_dir / "checkpoints"):
+        (folder / FILES[0]).write_bytes(b"")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* is whole .*step_00000006.*step_00000002"):
+        train(load_config([*options, "--train.steps=8"]))
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_pickle_in_a_checkpoint_is_never_run(copied, tmp_path):
+    """Neither beside the files, nor in place of one whose entry in the manifest was forged to match."""
+    run_dir, options = copied
+    newest = run_dir / "checkpoints" / "step_00000006"
+    for name in ("balancer.pt", "rank_00001.safetensors", "mp_rank_00_model_states.pt"):
+        (newest / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    assert "never read: balancer.pt" in smolds("checkpoint", "verify", str(run_dir)).stdout
+    train(load_config([*options, "--train.steps=7"]))
+    assert losses(run_dir)[-1][0] == 7
+
+    newest = run_dir / "checkpoints" / "step_00000007"
+    torch.save(Bomb(tmp_path / "ran"), newest / FILES[0])
+    manifest = read_manifest(newest)
+    content = (newest / FILES[0]).read_bytes()
+    manifest.files[FILES[0]].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    text = json.dumps(dataclasses.asdict(manifest))
+    (newest / "manifest.json").write_text(text)
+    (newest / "manifest.json.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
+    assert not find_damage(newest)
+    with pytest.raises(ConfigError, match="step_00000007 is damaged"):
+        train(load_config([*options, "--train.steps=8", "--checkpoint.resume=7"]))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_manifest_cannot_name_files_outside_the_folder(copied):
+    run_dir, _ = copied
+    newest = run_dir / "checkpoints" / "step_00000006"
+    outside = run_dir / "outside.safetensors"
+    shutil.move(newest / FILES[0], outside)
+    (newest / FILES[0]).symlink_to(outside)
+    assert "is not a file of the folder itself" in find_damage(newest)[0]
+    manifest = read_manifest(newest)
+    manifest.files["../outside.safetensors"] = manifest.files.pop(FILES[0])
+    unfinished = newest.with_name("unfinished_step_00000006")
+    unfinished.mkdir()
+    assert "is not a file of the folder itself" in find_damage(publish(unfinished, manifest))[0]
+
+
+def test_nothing_in_the_package_unpickles_or_runs_foreign_code():
+    text = "".join(path.read_text() for path in (ROOT / "smolds_dist").rglob("*.py"))
+    for word in ("pickle.", "import pickle", "torch.load(", "weights_only=False", "trust_remote_code", "np.load("):
+        assert word not in text, word
+
+
+def test_any_range_comes_back_from_any_cut(tmp_path):
+    """A property: tensors cut at random over files, read at random, are what was written."""
+    chance = random.Random(7)
+    shapes = logical_shapes("model.layers.0.mlp.experts.gate_up_proj", (3, 10, 7)) | {"model.norm.weight": (13,)}
+    whole = {name: torch.randn(shape) for name, shape in shapes.items()}
+    files: list[dict] = [{}, {}, {}]
+    for name, tensor in whole.items():
+        borders = [0, *sorted(chance.sample(range(1, tensor.numel()), 3)), tensor.numel()]
+        for begin, end in itertools.pairwise(borders):
+            chance.choice(files)[f"{name}:value:{begin}"] = tensor.flatten()[begin:end].clone()
+    unfinished = tmp_path / "unfinished_step_00000001"
+    unfinished.mkdir()
+    entries = {
+        f"f{n}.safetensors": write_tensors(unfinished / f"f{n}.safetensors", file) for n, file in enumerate(files)
+    }
+    reader = CheckpointReader(publish(unfinished, manifest_of(shapes, entries)), manifest_of(shapes, entries))
+    reader.check_coverage()
+    for _ in range(200):
+        name = chance.choice(list(whole))
+        begin = chance.randrange(whole[name].numel())
+        end = chance.randint(begin + 1, whole[name].numel())
+        out = torch.empty(end - begin)
+        reader.fill(Fragment(name, begin, {"value": out}))
+        assert torch.equal(out, whole[name].flatten()[begin:end])
+    with pytest.raises(DamagedCheckpointError, match="not there"):
+        reader.read("model.norm.weight", "value", 10, torch.empty(4))
+
+
+def manifest_of(shapes: dict, files: dict):
+    empty = dict(optimizer_steps=1, skipped_samples=0, rollbacks=0, val_loss=None, config={}, topology={}, data={})
+    tensors = {name: list(shape) for name, shape in shapes.items()}
+    return Manifest(step=1, created="", versions={}, tensors=tensors, files=files, **empty)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
+    pieces = {"norm:value:0": torch.ones(5), "norm:value:5": torch.ones(5)}
+    if missing:
+        del pieces["norm:value:5"]
+    else:
+        pieces["norm:value:3"] = torch.ones(2)
+    entry = write_tensors(tmp_path / "f.safetensors", pieces)
+    reader = CheckpointReader(tmp_path, manifest_of({"norm": (10,)}, {"f.safetensors": entry}))
+    with pytest.raises(DamagedCheckpointError, match="whole and once"):
+        reader.check_coverage()
+
+
+def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():
+    """ZeRO's ranges with padding at their end, and shares of ranks that hold the same."""
+    shapes = logical_shapes("model.layers.1.mlp.experts.w1", (2, 5, 3), first_expert=4)
+    assert list(shapes) == [f"model.layers.1.mlp.experts.{e}.gate_proj.weight" for e in (4, 5)]
+    value = torch.arange(30.0)
+    padded = torch.cat((value, torch.full((2,), -1.0)))
+    fragments = [f for rank in range(4) for f in cut(shapes, rank * 8, {"value": padded[rank * 8 : rank * 8 + 8]})]
+    assert torch.cat([f.tensors["value"] for f in fragments]).tolist() == value.tolist()
+    shares = [f.share() for replica in range(3) for f in cut(shapes, 0, {"value": value}, replica=replica, replicas=3)]
+    for number, name in enumerate(shapes):
+        parts = sorted((f for f in shares if f.name == name), key=lambda f: f.start)
+        assert torch.cat([f.tensors["value"] for f in parts]).tolist() == value[15 * number : 15 * number + 15].tolist()
+
+
+def test_retention_keeps_the_last_the_milestones_and_the_best(small_run, tmp_path):
+    options = [
+        *small_run, "--run.name=kept", "--train.steps=12", "--train.eval_every=1", "--checkpoint.every=1",
+        "--checkpoint.keep=2", "--checkpoint.keep_every=5", "--log.sample_every=0", "--log.tensorboard=false",
+        # The learning rate grows until nothing is learned any more: the best step is in the middle.
+        "--train.warmup_steps=12", "--train.lr=0.6", "--train.grad_clip=0", "--log.sample_prompts=[]",
+    ]  # fmt: skip
+    train(load_config(options))
+    run_dir = tmp_path / "runs" / "kept"
+    evaluations = {row["step"]: row["val_loss"] for row in read_rows(run_dir / "metrics.jsonl") if "val_loss" in row}
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert best not in (5, 10, 11, 12)  # else it would be kept anyhow
+    kept = [read_manifest(folder).step for folder in reversed(checkpoints_in(run_dir / "checkpoints"))]
+    assert kept == sorted({5, 10, 11, 12, best})
+    listed = smolds("checkpoint", "ls", str(run_dir)).stdout
+    assert re.search(rf"^ +{best} .*\(best\)$", listed, re.MULTILINE), listed
+
+
+def test_named_step_and_another_runs_checkpoint_can_be_continued(kept_run, copied, tmp_path):
+    run_dir, options = copied
+    other = [*options, "--run.name=other", f"--checkpoint.resume={run_dir / 'checkpoints' / 'step_00000004'}"]
+    train(load_config(other))
+    assert losses(tmp_path / "runs" / "other") == losses(run_dir)[4:]
+    with pytest.raises(ConfigError, match=r"newer checkpoints than step_00000002.*rm .* --after 2"):
+        check_resumable(load_config([*options, "--checkpoint.resume=2"]))
+    removed = smolds("checkpoint", "rm", str(run_dir), "--after", "2")
+    assert removed.returncode == 0, removed.text
+    train(load_config([*options, "--checkpoint.resume=2"]))
+    assert losses(run_dir) == losses(kept_run[0])
+    with pytest.raises(ConfigError, match=r"a step of this run \(2, 4, 6\)"):
+        check_resumable(load_config([*options, "--checkpoint.resume=3"]))
+
+
+def test_converted_checkpoint_continues_and_weights_alone_do_not(copied, tmp_path):
+    run_dir, options = copied
+    for name, extra in {"whole": [], "weights": ["--weights-only"]}.items():
+        finished = smolds(
+            "checkpoint", "convert", str(run_dir), "--step", "4", "--to", str(tmp_path / "runs" / name), *extra
+        )
+        assert finished.returncode == 0, finished.text
+        folder = tmp_path / "runs" / name / "checkpoints" / "step_00000004"
+        reader = CheckpointReader(folder, read_manifest(folder))
+        reader.check_coverage()
+        assert reader.kinds("model.norm.weight") == (
+            {"value", "exp_avg", "exp_avg_sq"} if name == "whole" else {"value"}
+        )
+    train(load_config([*options, "--run.name=whole"]))
+    assert losses(tmp_path / "runs" / "whole") == losses(run_dir)[4:]
+    with pytest.raises(ConfigError, match="without optimizer state"):
+        check_resumable(load_config([*options, "--run.name=weights"]))
+
+
+def test_last_whole_checkpoint_cannot_be_removed(copied):
+    run_dir, _ = copied
+    for step in (2, 4):
+        (run_dir / "checkpoints" / f"step_0000000{step}" / FILES[0]).write_bytes(b"")
+    refused = smolds("checkpoint", "rm", str(run_dir), "--step", "6")
+    assert refused.returncode == 2, refused.text
+    assert "last whole checkpoint" in refused.stderr
+    removed = smolds("checkpoint", "rm", str(run_dir), "--step", "2", "4")
+    assert removed.returncode == 0, removed.text
+    assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == ["step_00000006"]
+    assert not smolds("checkpoint", "verify", str(run_dir)).returncode
+
+
+@pytest.mark.parametrize(
+    ("args", "fix"),
+    [
+        (["ls", "nowhere"], "holds no checkpoint"),
+        (["verify", "RUN", "--step", "5"], "it has 2, 4, 6"),
+        (["rm", "RUN"], "--step N"),
+        (["convert", "RUN", "--to", "RUN"], "choose another --to"),
+        (["prune", "RUN"], "verify"),
+    ],
+)
+def test_mistake_is_one_sentence(kept_run, args, fix):
+    finished = smolds("checkpoint", *(str(kept_run[0]) if arg == "RUN" else arg for arg in args))
+    assert finished.returncode == 2, finished.text
+    assert fix in finished.stderr and finished.stderr.count("\n") == 1
+
+
+def test_random_states_come_back(copied):
+    _, options = copied
+    states = opened(options).random_states(0)
+    torch.manual_seed(12345)
+    before = torch.get_rng_state()
+    assert not torch.equal(states["cpu"], before)
+    torch.set_rng_state(states["cpu"])
+    assert torch.equal(torch.get_rng_state(), states["cpu"])
+    assert opened(options).random_states(7) == {}
+
+
+def test_secrets_reach_no_file_of_a_run(small_run, tmp_path):
+    secret = "hf_SecretOfFortyLettersThatNobodyMaySee"
+    arguments = [*small_run, "--run.name=secret", "--parallel.zero=1"]  # the engine of several ranks
+    finished = smolds("train", *arguments, HF_TOKEN=secret, WANDB_API_KEY=secret, timeout=120)
+    assert finished.returncode == 0, finished.text
+    assert secret not in finished.stdout + finished.stderr
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    script = smolds("slurm", "--time", "5", "--", *small_run, HF_TOKEN=secret)
+    assert script.returncode == 0 and secret not in script.stdout
