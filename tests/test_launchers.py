@@ -21,6 +21,7 @@ from smolds_dist.config import load_config
 from smolds_dist.parallel.launcher import launch
 from smolds_dist.parallel.output import NoiseFilter
 from smolds_dist.parallel.topology import Machine
+from smolds_dist.train.checkpoint_files import checkpoints_in
 from smolds_dist.train.metrics import read_rows
 from smolds_dist.train.trainer import train
 
@@ -136,7 +137,7 @@ def test_signal_saves_the_step_on_all_ranks(long_run, tmp_path, launcher, number
     finished = end(process, timeout=30)
     assert finished.returncode == code, finished.text
     assert f"stopped by {number.name} after step {len(losses(run_dir))}" in finished.stdout
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{len(losses(run_dir)):08}"]
+    assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == [f"step_{len(losses(run_dir)):08}"]
     assert not (run_dir / "ranks" / "cause.txt").exists()
     assert "smolds:" not in finished.stderr
 

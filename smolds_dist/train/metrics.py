@@ -3,15 +3,15 @@
 Shape letters: L layers, E experts.
 """
 
-import contextlib
 import json
 import math
-import os
 from pathlib import Path
 
 from torch import Tensor
 
 from smolds_dist.parallel.balancer import max_violation
+from smolds_dist.train.append import AppendedFile
+from smolds_dist.train.tensorboard import EventFile
 
 
 class MetricsWriter:
@@ -24,13 +24,8 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, start_step: int, tensorboard: bool):
         for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
             keep_rows(path, start_step)
-        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
-        self._waiting = b""
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._file = AppendedFile(run_dir / "metrics.jsonl")
+        self._board = EventFile(run_dir / "tensorboard", start_step + 1) if tensorboard else None
 
     def training_row(self, row: dict, counts_LE: Tensor | None) -> dict:
         """Writes a step's row, with MaxVio and load from the routed tokens of the whole global batch; returns it.
@@ -67,21 +62,11 @@ class MetricsWriter:
         self._write(row)
 
     def _write(self, row: dict) -> None:
-        self._waiting += json.dumps(row).encode() + b"\n"
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            rest = memoryview(self._waiting)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            self._waiting = b""
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), size)  # a full disk takes part of a line
+        self._file.append(json.dumps(row).encode() + b"\n")
 
     def _show(self, scalars: dict[str, float | None], step: int) -> None:
-        for name, value in scalars.items():
-            if self._board is not None and value is not None:
-                self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            self._board.scalars(scalars, step)
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,255 @@
+"""What becomes of a run when things go wrong, with real processes: killed, disk full, read-only, hanging, diverging."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from ranks import ROOT, run, smolds
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_launchers import end, start_launch
+
+from smolds_dist.config import load_config
+from smolds_dist.data.shards import _is_held_out
+from smolds_dist.errors import TrainingStoppedError
+from smolds_dist.train.checkpoint_files import checkpoints_in, find_damage
+from smolds_dist.train.guard import LEAST, WINDOW, LossGuard, LossSpikeError
+from smolds_dist.train.metrics import read_rows
+
+TIMING = {"tokens_per_s"}
+
+
+def rows_without_timing(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):
+    options = [
+        *small_run, "--train.steps=20", "--checkpoint.every=1", "--train.eval_every=10", "--log.sample_every=10",
+        "--parallel.device=cpu", "--train.dtype=fp32", "--model.intermediate_size=256",
+    ]  # fmt: skip
+    parts = [(8, 1, 1), (8, 1, 2), (4, 2, 3)]  # runs, ranks, seed
+    workers = []
+    for number, (runs, world, seed) in enumerate(parts):
+        folder = tmp_path / f"part{number}"
+        command = [sys.executable, str(ROOT / "tests" / "kill_worker.py"), json.dumps(options), str(folder)]
+        command += [str(runs), str(world), str(seed)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        workers.append((folder, world, subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)))
+    killed, while_saving, finished = 0, 0, 0
+    for folder, world, worker in workers:
+        output, _ = worker.communicate(timeout=240)
+        results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        expected = rows_without_timing(folder / f"reference{world}")
+        samples = (folder / f"reference{world}" / "samples.jsonl").read_text()
+        assert len([row for row in expected if "loss" in row]) == 20
+        for result in results:
+            assert not any(result["codes"]), (result, (folder / f"{result['run']}.log").read_text()[-3000:])
+            run_dir = folder / result["run"]
+            assert rows_without_timing(run_dir) == expected
+            assert (run_dir / "samples.jsonl").read_text() == samples
+            board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+            assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 21))
+            assert not list(run_dir.glob("checkpoints/unfinished_*"))
+            assert not any(find_damage(folder) for folder in checkpoints_in(run_dir / "checkpoints"))
+            killed += result.get("killed", 0)
+            while_saving += result.get("while_saving", 0)
+            finished += "killed" in result
+    assert finished == 20
+    assert killed >= 20 and while_saving >= 5, (killed, while_saving)
+
+
+def can_mount() -> bool:
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+needs_mount = pytest.mark.skipif(not can_mount(), reason="needs root, to mount small file systems")
+
+
+def on_file_system(folder: Path, mount_options: str, script: str, timeout: float = 120):
+    """Runs a shell script with a file system at `folder` that nobody else sees and that ends with it."""
+    folder.mkdir()
+    mount = f"mount -t tmpfs -o {mount_options} tmpfs {shlex.quote(str(folder))}"
+    return run(["unshare", "--mount", "sh", "-c", f"{mount}\n{script}"], timeout, OMP_NUM_THREADS="1")
+
+
+@needs_mount
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_full_disk_is_told_and_older_checkpoints_stay_whole(small_run, tmp_path, on_error):
+    """Two checkpoints fit; then something else fills the disk; later it is gone again."""
+    small = tmp_path / "small"
+    options = [
+        *small_run, f"--run.dir={small}", "--run.name=full", f"--checkpoint.on_error={on_error}", "--train.steps=2000",
+        "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=5", "--checkpoint.keep=2",
+    ]  # fmt: skip
+    smolds_command = f"{shlex.quote(sys.executable)} -m smolds_dist"
+    script = f"""
+        {smolds_command} train {shlex.join(options)} & run=$!
+        while ! test -e {small}/full/checkpoints/latest; do sleep 0.05; done
+        head -c 1G /dev/zero >{small}/ballast 2>/dev/null
+        for i in $(seq 30); do kill -0 $run 2>/dev/null || break; sleep 0.1; done
+        if kill -0 $run 2>/dev/null; then sleep 1; rm {small}/ballast; sleep 1; kill -TERM $run; fi
+        wait $run; echo "code $?"
+        rm -f {small}/ballast
+        {smolds_command} checkpoint verify {small}/full; echo "verified $?"
+        echo ROWS; cat {small}/full/metrics.jsonl
+    """
+    finished = on_file_system(small, "size=6m", script)
+    text, _, metrics = finished.stdout.partition("ROWS\n")
+    steps = [row["step"] for row in map(json.loads, metrics.splitlines())]
+    assert "could not be written (" in finished.stderr and "No space left on device" in finished.stderr, finished.text
+    assert "verified 0" in text, finished.text
+    assert steps == list(range(1, len(steps) + 1)), finished.text
+    assert "Traceback" not in finished.stderr, finished.text
+    if on_error == "stop":
+        assert "code 1" in text and "older ones are whole" in finished.stderr, finished.text
+    else:
+        assert "code 143" in text and "training goes on" in finished.stderr, finished.text
+
+
+@needs_mount
+def test_read_only_folder_is_one_sentence(small_run, tmp_path):
+    options = [*small_run, f"--run.dir={tmp_path / 'fixed'}", "--run.name=new"]
+    script = f"{shlex.quote(sys.executable)} -m smolds_dist train {shlex.join(options)}"
+    finished = on_file_system(tmp_path / "fixed", "ro", script)
+    assert finished.returncode == 2, finished.text
+    assert "cannot be written (Read-only file system); choose another --run.dir" in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_folder_that_another_process_trains_in_is_refused(small_run, tmp_path):
+    (tmp_path / "runs" / "held").mkdir(parents=True)
+    with FileLock(tmp_path / "runs" / "held" / "lock"):
+        finished = smolds("train", *small_run, "--run.name=held")
+    assert finished.returncode == 2, finished.text
+    assert "is being trained by another process" in finished.stderr
+    assert [path.name for path in (tmp_path / "runs" / "held").iterdir()] == ["lock"]
+
+
+def test_rank_that_stops_answering_ends_the_job_and_all_stacks_are_kept(small_run, tmp_path):
+    arguments = [
+        *small_run, "--run.name=stopped", "--parallel.device=cpu", "--train.steps=100000", "--train.eval_every=0",
+        "--log.sample_every=0", "--checkpoint.every=0", "--parallel.timeout=4",
+    ]  # fmt: skip
+    run_dir = tmp_path / "runs" / "stopped"
+    process = start_launch("torchrun", arguments, run_dir)
+    os.kill(json.loads((run_dir / "ranks" / "rank_00001.json").read_text())["pid"], signal.SIGSTOP)
+    finished = end(process, timeout=30)
+    assert finished.returncode == 1, finished.text
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]
+    assert len(lines) == 1, finished.text
+    assert "rank 1 on host" in lines[0] and "it was stopped by a signal" in lines[0]
+    stacks = (run_dir / "ranks" / "stacks.txt").read_text()
+    assert str(run_dir / "ranks" / "stacks.txt") in lines[0]
+    assert "rank 0 on host" in stacks and "run_steps" in stacks  # where the main thread is
+    assert "rank 1 on host" in stacks and "no answer" in stacks
+
+
+def test_run_that_diverges_stops_with_its_last_good_checkpoint(small_run, tmp_path):
+    options = [
+        *small_run, "--run.name=diverged", "--train.lr=1e30", "--train.grad_clip=0", "--train.warmup_steps=1",
+        "--train.steps=50", "--train.nonfinite_limit=4", "--checkpoint.every=1", "--log.sample_every=0",
+    ]  # fmt: skip
+    finished = smolds("train", *options, "--train.eval_every=0")
+    assert finished.returncode == 1, finished.text
+    assert "smolds: loss or gradient was NaN or infinite in 4 steps in a row" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    rows = read_rows(tmp_path / "runs" / "diverged" / "metrics.jsonl")
+    assert [row.get("skipped", False) for row in rows][-5:] == [False, True, True, True, True]
+    assert "NaN" not in (tmp_path / "runs" / "diverged" / "metrics.jsonl").read_text()  # JSON has none
+    saved = checkpoints_in(tmp_path / "runs" / "diverged" / "checkpoints")
+    assert saved and not any(find_damage(folder) for folder in saved)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path, ranks):
+    """A real spike: among text that repeats itself, one document of noise."""
+    for path in corpus.glob("*.txt"):
+        (tmp_path / path.name).write_text(path.read_text())
+    chance = random.Random(3)
+    while _is_held_out(noise := "".join(chr(chance.randrange(33, 127)) for _ in range(400)), 0.01):
+        pass
+    (tmp_path / "00_noise.txt").write_text(noise)
+    options = [
+        *small_run, "--run.name=spiky", f"--data.source=text:{tmp_path}/*.txt", "--train.steps=300",
+        "--train.global_batch=2", "--train.eval_every=0", "--log.sample_every=0", "--train.spike_threshold=8",
+        "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3", "--data.val_fraction=0.01",
+    ]  # fmt: skip
+    finished = smolds("launch", f"--procs={ranks}", "--", *options, "--parallel.device=cpu", timeout=120)
+    assert finished.returncode == 0, finished.text
+    rows = read_rows(tmp_path / "runs" / "spiky" / "metrics.jsonl")
+    events = [row for row in rows if row.get("event") == "rollback"]
+    assert events and "with other samples" in finished.stdout
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 301))
+    for event in events:
+        assert event["skipped_samples"] == 2 * (event["spike_end"] - event["step"])
+        assert event["step"] % 10 == 0 and event["step"] < event["spike_begin"]
+    # No spike is left: the samples that made them were not seen again.
+    again = LossGuard(load_config(options).train)
+    for row in rows:
+        if "loss" in row:
+            again.check(row["step"], row["loss"], True)
+
+
+def guard(**settings) -> LossGuard:
+    config = load_config(["--preset=debug", *(f"--train.{name}={value}" for name, value in settings.items())])
+    return LossGuard(config.train)
+
+
+def test_guard_tells_spikes_from_noise_and_from_a_single_bad_batch():
+    watch = guard(spike_threshold=8, spike_steps=3)
+    step = 0
+    for step in range(1, 3 * WINDOW):
+        watch.check(step, 5 - step / 100 + 0.1 * (step % 3), True)
+    watch.check(step + 1, 50.0, True)
+    watch.check(step + 2, 2.1, True)  # back again: nothing has happened
+    for offset, loss in enumerate((9.0, 8.0)):
+        watch.check(step + 3 + offset, loss, True)
+    with pytest.raises(LossSpikeError) as spike:
+        watch.check(step + 5, 9.5, True)
+    assert (spike.value.begin, spike.value.end) == (step + 3, step + 5)
+
+
+def test_guard_is_silent_at_the_start_and_when_it_is_off():
+    watch = guard(spike_threshold=8, spike_steps=1)
+    for step in range(1, LEAST):
+        watch.check(step, 5.0 + 100 * (step % 2), True)
+    off = guard()
+    for step in range(1, 200):
+        off.check(step, 1.0 if step < 150 else 1e6, True)
+
+
+def test_guard_counts_skipped_steps_in_a_row():
+    watch = guard(nonfinite_limit=3)
+    for applied in (False, False, True, False, False):
+        watch.check(1, 1.0, applied)
+    with pytest.raises(TrainingStoppedError, match="3 steps in a row, up to step 9"):
+        watch.check(9, float("nan"), False)
+
+
+def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
+    """A rank's folder that rank 0 does not see: here the other rank never comes to write."""
+    from smolds_dist.parallel.ranks import RankInfo
+    from smolds_dist.parallel.topology import detect_machine, plan_topology
+    from smolds_dist.train.checkpoint import CheckpointWriter
+
+    config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
+    writer = CheckpointWriter(config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, {})
+    folder = tmp_path / "unfinished_step_00000001"
+    folder.mkdir()
+    (folder / "rank_00000.json").write_text("{}")
+    began = time.monotonic()
+    with pytest.raises(OSError, match="rank 1 has not written its file"):
+        writer._files_of_all_ranks(folder)
+    assert time.monotonic() - began < 5
