@@ -183,8 +183,8 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
     (tmp_path / "00_noise.txt").write_text(noise)
     options = [
         *small_run, "--run.name=spiky", f"--data.source=text:{tmp_path}/*.txt", "--train.steps=300",
-        "--train.global_batch=2", "--train.eval_every=0", "--log.sample_every=0", "--train.spike_threshold=8",
-        "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3", "--data.val_fraction=0.01",
+        "--train.global_batch=2", "--train.micro_batch=1", "--train.eval_every=0", "--log.sample_every=0",
+        "--train.spike_threshold=8", "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3", "--data.val_fraction=0.01",
     ]  # fmt: skip
     finished = smolds("launch", f"--procs={ranks}", "--", *options, "--parallel.device=cpu", timeout=120)
     assert finished.returncode == 0, finished.text
