@@ -19,6 +19,9 @@ from test_launchers import end, start_launch
 from smolds_dist.config import load_config
 from smolds_dist.data.shards import _is_held_out
 from smolds_dist.errors import TrainingStoppedError
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.train.checkpoint import CheckpointWriter, OtherRankError
 from smolds_dist.train.checkpoint_files import checkpoints_in, find_damage
 from smolds_dist.train.guard import LEAST, WINDOW, LossGuard, LossSpikeError
 from smolds_dist.train.metrics import read_rows
@@ -64,6 +67,23 @@ def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):
             finished += "killed" in result
     assert finished == 20
     assert killed >= 20 and while_saving >= 5, (killed, while_saving)
+
+
+def test_second_signal_leaves_at_once(small_run, tmp_path):
+    options = [*small_run, "--run.name=slow", "--train.global_batch=20000", "--train.micro_batch=2"]  # minutes a step
+    command = [sys.executable, "-m", "smolds_dist", "train", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "runs" / "slow" / "config.yaml").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None  # it would finish its step first
+    process.send_signal(signal.SIGTERM)
+    finished = end(process, timeout=5)
+    assert finished.returncode == 143, finished.text
+    assert "which is saved" not in finished.stdout
 
 
 def can_mount() -> bool:
@@ -184,7 +204,8 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
     options = [
         *small_run, "--run.name=spiky", f"--data.source=text:{tmp_path}/*.txt", "--train.steps=300",
         "--train.global_batch=2", "--train.micro_batch=1", "--train.eval_every=0", "--log.sample_every=0",
-        "--train.spike_threshold=8", "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3", "--data.val_fraction=0.01",
+        "--train.spike_threshold=8", "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3",
+        "--data.val_fraction=0.01",
     ]  # fmt: skip
     finished = smolds("launch", f"--procs={ranks}", "--", *options, "--parallel.device=cpu", timeout=120)
     assert finished.returncode == 0, finished.text
@@ -240,16 +261,12 @@ def test_guard_counts_skipped_steps_in_a_row():
 
 def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
     """A rank's folder that rank 0 does not see: here the other rank never comes to write."""
-    from smolds_dist.parallel.ranks import RankInfo
-    from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.train.checkpoint import CheckpointWriter
-
     config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
     writer = CheckpointWriter(config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, {})
     folder = tmp_path / "unfinished_step_00000001"
     folder.mkdir()
     (folder / "rank_00000.json").write_text("{}")
     began = time.monotonic()
-    with pytest.raises(OSError, match="rank 1 has not written its file"):
+    with pytest.raises(OtherRankError, match="rank 1 has not written its file"):
         writer._files_of_all_ranks(folder)
     assert time.monotonic() - began < 5

@@ -32,6 +32,9 @@ def shorter(cache):
         "smolds train": f"{training} --train.steps=2",
         "smolds train resume": f"{training} --train.steps=3",
         "smolds launch": f"{training} --train.steps=2",
+        "smolds launch resume": f"{training} --train.steps=4",
+        "smolds checkpoint": "",
+        "smolds bench": " --preset debug --repeats=1",
         "torchrun": f"{training} --train.steps=2",
         "smolds slurm": "",
         "smolds doctor": "",
@@ -60,7 +63,7 @@ def test_uses_run_as_written(shorter, corpus, tmp_path):
         done.add(kind)
     assert done == {"tensorboard", *(kind for kind in shorter if not kind.startswith("./"))}
     first = read_rows(tmp_path / "runs" / "first" / "metrics.jsonl")
-    assert [row["step"] for row in first if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in first if "loss" in row] == [1, 2, 3, 4]
 
 
 def assert_board_serves(command: str, cwd: Path) -> None:

@@ -48,9 +48,7 @@ class RankReport:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(f"rank_{info.rank:05}.*"):
             old.unlink(missing_ok=True)
-        if info.rank == 0:
-            for name in ("cause.txt", hang.SIGN, hang.STACKS):
-                (self.folder / name).unlink(missing_ok=True)
+        self._forget_earlier_jobs()
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
         faulthandler.enable(self._fault_file)  # a segmentation fault leaves its name there
         self.entry: dict[str, Any] = {
@@ -60,6 +58,16 @@ class RankReport:
         self._write()
         if info.world_size > 1:
             threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
+
+    def _forget_earlier_jobs(self) -> None:
+        """Every rank does, because each begins to watch at once: only what is older than this process is of another job."""
+        import psutil
+
+        begun = psutil.Process().create_time()
+        for name in ("cause.txt", hang.SIGN, hang.STACKS):
+            with contextlib.suppress(FileNotFoundError):
+                if (self.folder / name).stat().st_mtime < begun:
+                    (self.folder / name).unlink()
 
     def _write(self) -> None:
         path = self.folder / f"rank_{self.rank:05}.json"

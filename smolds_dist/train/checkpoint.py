@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from smolds_dist.config import RunConfig
@@ -52,6 +51,10 @@ class Progress:
     step: int = 0
     skipped_samples: int = 0  # of the token order, by rollbacks
     rollbacks: int = 0
+
+
+class OtherRankError(Exception):
+    """What another rank says of its part of a checkpoint."""
 
 
 # Saving
@@ -177,8 +180,9 @@ class CheckpointWriter:
                 manifest.files.update(self._files_of_all_ranks(unfinished))
                 CheckpointReader(unfinished, manifest).check_coverage()
                 self._retain(publish(unfinished, manifest))
-        except (OSError, SafetensorError, DamagedCheckpointError) as error:
-            self._error = f"rank {self.topology.rank}: {_reason(error)}" if path.name not in str(error) else str(error)
+        except Exception as error:  # whatever it was, the user must hear of it
+            said = isinstance(error, OtherRankError)
+            self._error = str(error) if said else f"rank {self.topology.rank}: {_reason(error)}"
             self.failed_step = manifest.step
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)  # makes room for the next line
@@ -190,7 +194,7 @@ class CheckpointWriter:
         """Each rank's file with its entry, as soon as it is there.
 
         Raises:
-            OSError: where a rank could not write its own, or takes too long.
+            OtherRankError: where a rank could not write its own, or takes too long.
         """
         files = {}
         deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
@@ -198,11 +202,13 @@ class CheckpointWriter:
             path = unfinished / f"rank_{rank:05}.json"
             while not path.exists():
                 if time.monotonic() > deadline:
-                    raise OSError(f"rank {rank} has not written its file, or to a folder that rank 0 does not see")
+                    raise OtherRankError(
+                        f"rank {rank} has not written its file, or to a folder that rank 0 does not see"
+                    )
                 time.sleep(0.02)
             entry = json.loads(path.read_text())
             if "error" in entry:
-                raise OSError(entry["error"])
+                raise OtherRankError(entry["error"])
             files[path.with_suffix(".safetensors").name] = entry
             path.unlink()
         return files

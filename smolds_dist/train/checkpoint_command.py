@@ -42,12 +42,10 @@ def checkpoint(args: list[str]) -> int:
         (folder,) = _chosen(folders, [options.step] if options.step is not None else [step_of(folders[0])])
         convert(folder, options.to, options.weights_only)
     else:
-        doomed = _chosen(folders, options.step or [])
-        if options.after is not None:
-            doomed += [folder for folder in folders if step_of(folder) > options.after]
-        if not doomed:
+        if not options.step and options.after is None:
             raise ConfigError("smolds checkpoint rm needs --step N, or --after N for all later ones.")
-        _remove(options.run, folders, doomed)
+        later = [f for f in folders if options.after is not None and step_of(f) > options.after]
+        _remove(options.run, folders, list(dict.fromkeys([*_chosen(folders, options.step or []), *later])))
     return 0
 
 

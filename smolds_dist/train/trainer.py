@@ -3,7 +3,8 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -90,9 +91,7 @@ def train(config: RunConfig) -> int:
     check_resumable(config)
     shards = prepare_shards(config)
     model_config = make_model_config(config, shards)
-    held = hold_run(config) if topology.rank == 0 else None
-
-    with StopRequest() as stop:
+    with hold_run(config) if topology.rank == 0 else nullcontext(), StopRequest() as stop:
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         job = Job(config, topology, shards, model_config, stop, report.beat if report else lambda: None)
         try:
@@ -113,20 +112,19 @@ def train(config: RunConfig) -> int:
             raise RankFailedError from error
         if report:
             report.end(outcome, code)
-    if held:
-        held.release()
     return code
 
 
-def hold_run(config: RunConfig) -> FileLock:
+@contextmanager
+def hold_run(config: RunConfig) -> Iterator[None]:
     """Makes the run's folder and keeps other processes from training in it.
 
     Raises:
         ConfigError: where it cannot be written, or another process has it.
     """
+    lock = FileLock(config.run_dir / "lock")
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(config.run_dir / "lock")
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
@@ -134,7 +132,10 @@ def hold_run(config: RunConfig) -> FileLock:
         ) from None
     except OSError as error:
         raise ConfigError(f"{config.run_dir} cannot be written ({error.strerror}); choose another --run.dir.") from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def run(job: Job) -> int:
