@@ -17,7 +17,8 @@ from smolds_dist.parallel.engine import end_rank, make_engine, start_process_gro
 from smolds_dist.parallel.fragments import logical_shapes
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.train.checkpoint import CheckpointWriter, Progress, load_weights, open_checkpoint, restore
+from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
+from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
 from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
 from smolds_dist.train.trainer import accumulate_gradients
 

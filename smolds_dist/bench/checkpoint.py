@@ -65,11 +65,12 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
 
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
-    from smolds_dist.parallel.engine import DeepSpeedEngine, start_process_group
+    from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine
+    from smolds_dist.parallel.engine import start_process_group
     from smolds_dist.parallel.fragments import logical_shapes
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.train.checkpoint import CheckpointWriter, Progress
+    from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
     from smolds_dist.train.optim import make_optimizer, parameter_groups
 
     options = ["--parallel.engine=deepspeed", "--parallel.zero=1", "--train.global_batch=1", "--train.dtype=auto"]

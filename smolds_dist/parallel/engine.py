@@ -17,13 +17,7 @@ from torch import Tensor, nn
 
 from smolds_dist.config import RunConfig
 from smolds_dist.model import DeepSeekV3ForCausalLM
-from smolds_dist.parallel.expert_parallel import (
-    consolidated_state_dict,
-    deepspeed_config,
-    expert_parameters,
-    keep_routers_in_fp32,
-    skip_shared_memory_build,
-)
+from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
 from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
 from smolds_dist.parallel.ranks import interface_towards
 from smolds_dist.parallel.topology import Topology
@@ -105,8 +99,11 @@ def make_engine(
     make_optimizer: MakeOptimizer,
 ) -> Engine:
     """The engine that `topology` names, with the model on its device and in its dtype."""
-    engine = LocalEngine if topology.engine == "local" else DeepSpeedEngine
-    return engine(model, config, topology, group_parameters, make_optimizer)
+    if topology.engine == "local":
+        return LocalEngine(model, config, topology, group_parameters, make_optimizer)
+    from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine  # needs deepspeed, which may not be here
+
+    return DeepSpeedEngine(model, config, topology, group_parameters, make_optimizer)
 
 
 def start_process_group(topology: Topology) -> None:
@@ -156,24 +153,24 @@ def all_ranks_agree(topology: Topology, yes: bool) -> bool:
     return bool(answer.item())
 
 
-def _nan_unless_finite(loss: Tensor) -> Tensor:
+def nan_unless_finite(loss: Tensor) -> Tensor:
     """1 for a finite loss, else NaN: as a factor, it makes the check of the gradient one of the loss too."""
     return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-def _same_shape(state: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+def same_shape(state: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
     """The entries of an optimizer's state that have a number for every element of the parameter."""
     return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == parameter.shape}
 
 
-def _allocate(optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: Iterable[str], steps: int) -> None:
+def allocate_state(optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: Iterable[str], steps: int) -> None:
     """As torch's optimizers make their state: zeros, and a count of steps beside the parameter for fused kernels."""
     fused = optimizer.defaults.get("fused", False)
     count = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
     optimizer.state[parameter] = {"step": count, **{kind: torch.zeros_like(parameter).detach() for kind in kinds}}
 
 
-def _count_of_steps(optimizer: torch.optim.Optimizer) -> int:
+def optimizer_step_count(optimizer: torch.optim.Optimizer) -> int:
     return next((int(state["step"]) for state in optimizer.state.values() if "step" in state), 0)
 
 
@@ -228,7 +225,7 @@ class LocalEngine:
         return self.model(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
 
     def backward(self, loss: Tensor) -> None:
-        (loss * _nan_unless_finite(loss) / self.accumulation).backward()
+        (loss * nan_unless_finite(loss) / self.accumulation).backward()
 
     def step(self, lr: float) -> tuple[float, bool]:
         masters = [master for _, master in self.pairs]
@@ -251,17 +248,17 @@ class LocalEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, (parameter, master) in self.masters.items():
-            tensors = {"value": master} | _same_shape(self.optimizer.state[master], master)
+            tensors = {"value": master} | same_shape(self.optimizer.state[master], master)
             flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
             yield from cut(logical_shapes(name, parameter.shape), 0, flat)
 
     @property
     def optimizer_steps(self) -> int:
-        return _count_of_steps(self.optimizer)
+        return optimizer_step_count(self.optimizer)
 
     def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
         for name, (parameter, master) in self.masters.items():
-            _allocate(self.optimizer, master, kinds_of(next(iter(logical_shapes(name, parameter.shape)))), steps)
+            allocate_state(self.optimizer, master, kinds_of(next(iter(logical_shapes(name, parameter.shape)))), steps)
 
     @torch.no_grad()
     def state_written(self) -> None:
@@ -274,174 +271,3 @@ class LocalEngine:
 
     def close(self) -> None:
         pass
-
-
-class DeepSpeedEngine:
-    """DeepSpeed with ZeRO 0 to 3 and AutoEP, over nccl or gloo.
-
-    Tested on gloo, several ranks on one machine. NCCL on several GPUs runs the same code, but has not been tested.
-    """
-
-    def __init__(self, model, config, topology, group_parameters, make_optimizer):
-        import deepspeed
-        from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
-
-        self.device = torch.device(topology.torch_device)
-        self.grad_clip = config.train.grad_clip
-        self.topology = topology
-        self._norm = float("nan")
-        self._applied = True
-
-        def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            # Called after AutoEP has put its own expert weights in place of ours.
-            known = {id(parameter) for parameter in parameters}
-            named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
-            groups = split_params_into_different_moe_groups_for_optimizer(group_parameters(named))
-            for group in groups:
-                group["moe"] = any(is_moe_param(parameter) for parameter in group["params"])
-            built = make_optimizer([group for group in groups if group["params"]])
-            if topology.zero == 0:
-                built.register_step_pre_hook(lambda optimizer, *_: self._clip_without_zero(optimizer))
-            return built
-
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, topology, model.config),
-            model_parameters=list(model.parameters()),
-            dist_init_required=False,
-        )
-        self.model = self.engine.module
-        self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
-        if topology.dtype == "bf16":
-            if topology.zero == 0:
-                # DeepSpeed 0.19 without ZeRO allocates the state by a step on zero gradients, which Adam's bias
-                # correction would count as the first.
-                self.engine.basic_optimizer.state.clear()
-                groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
-                self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
-            keep_routers_in_fp32(self.model)
-
-    def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips by the norm over all experts, also those on other ranks.
-
-        DeepSpeed 0.19 without ZeRO clips by the mean of the ranks' norms, which depends on the topology. Can go when
-        `deepspeed.runtime.utils.clip_grad_norm_` sums expert gradients over the expert-parallel group.
-        """
-        squares = torch.zeros(2, device=self.device)  # dense, experts
-        gradients = []
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    squares[int(group["moe"])] += parameter.grad.float().square().sum()
-                    gradients.append(parameter.grad)
-        # Every set of experts is held by several ranks, which have the same averaged gradients: count it once.
-        squares[1] /= self.topology.world_size // self.topology.expert
-        dist.all_reduce(squares[1])
-        norm = squares.sum().sqrt()
-        self._norm = norm.item()
-        self._applied = math.isfinite(self._norm)
-        if not self._applied:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # an optimizer leaves such parameters and their state as they are
-        elif self.grad_clip:
-            torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return self.engine(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss * _nan_unless_finite(loss))
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # only moves DeepSpeed's own count of micro batches on
-
-    def step(self, lr: float) -> tuple[float, bool]:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        self._norm = float("nan")
-        self.engine.step()
-        if self.topology.zero == 0:
-            return self._norm, self._applied and self.engine.was_step_applied()
-        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        values = values.to(self.device)
-        dist.all_reduce(values)
-        return values
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return consolidated_state_dict(self.model)
-
-    def fragments(self) -> Iterator[Fragment]:
-        experts = expert_parameters(self.model)
-        for name, parameter in self.model.named_parameters():
-            start, tensors, shape = self._held(parameter)
-            first_expert, ranks_apart = 0, 1  # ranks that hold the same are this far apart
-            if name in experts:
-                ranks_apart, first_expert = self.topology.expert, experts[name]
-            replicas = {}
-            if self.topology.zero == 0:
-                replicas = {
-                    "replica": self.topology.rank // ranks_apart,
-                    "replicas": self.topology.world_size // ranks_apart,
-                }
-            if tensors:
-                yield from cut(logical_shapes(name, shape, first_expert), start, tensors, **replicas)
-
-    def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor], torch.Size]:
-        """First element, flat views by kind (none: nothing of it is here) and whole shape of what this rank holds."""
-        states = self.engine.basic_optimizer.state
-        if self.topology.zero == 0:
-            master = self._masters.get(id(parameter), parameter)
-            tensors = {"value": master} | _same_shape(states[master], master)
-            return 0, {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}, parameter.shape
-        if self.topology.zero < 3:
-            # DeepSpeed's accessors refuse the experts' moments here (0.19.8): they are linked after the first group's
-            # step, when the experts' group has none yet. The mapping holds their place all the same.
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                return 0, {}, parameter.shape
-            place, flat = mapping.hp_fragment_address, self._flat_partitions()[mapping.param_group_index]
-            tensors = {"value": flat} | _same_shape(states[flat], flat)
-            views = {kind: t.detach().narrow(0, place.start, place.numel) for kind, t in tensors.items()}
-            return mapping.lp_fragment_address.start, views, parameter.shape
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        views = {"value": safe_get_local_fp32_param(parameter).detach()}
-        flat = self._flat_partitions()[0]
-        for kind in _same_shape(states[flat], flat):
-            views[kind] = safe_get_local_optimizer_state(parameter, kind).detach()
-        return parameter.ds_zero_partition_rank * len(views["value"]), views, parameter.ds_shape
-
-    def _flat_partitions(self) -> list[Tensor]:
-        """What DeepSpeed's optimizer works on from ZeRO 1 on: this rank's part of every group, flat and fp32."""
-        if self.topology.zero == 3:
-            return self.engine.optimizer.fp32_partitioned_groups_flat
-        return [group["params"][0] for group in self.engine.basic_optimizer.param_groups]
-
-    @property
-    def optimizer_steps(self) -> int:
-        return _count_of_steps(self.engine.basic_optimizer)
-
-    def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
-        if self.topology.zero == 0:
-            experts = expert_parameters(self.model)
-            for name, parameter in self.model.named_parameters():
-                names = logical_shapes(name, parameter.shape, experts.get(name, 0))
-                master = self._masters.get(id(parameter), parameter)
-                _allocate(self.engine.basic_optimizer, master, kinds_of(next(iter(names))), steps)
-            return
-        # From ZeRO 1 on there is one optimizer for all, which has the same state for all.
-        kinds = list(kinds_of("model.embed_tokens.weight"))
-        for flat in self._flat_partitions():
-            _allocate(self.engine.basic_optimizer, flat, kinds, steps)
-
-    def state_written(self) -> None:
-        pass  # the model's own weights are the checkpoint's already: the engine was built from them
-
-    def barrier(self) -> None:
-        dist.barrier()
-
-    def close(self) -> None:
-        self.engine.destroy()

@@ -1,0 +1,179 @@
+"""Before the first step: all that a run needs, from a new model, a checkpoint, or after a rollback."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from smolds_dist.config import RunConfig, save_config
+from smolds_dist.data.shards import TokenShards
+from smolds_dist.errors import ConfigError, TrainingStoppedError
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
+from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.engine import Engine, make_engine
+from smolds_dist.parallel.fragments import logical_shapes
+from smolds_dist.parallel.topology import Topology
+from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
+from smolds_dist.train.checkpoint_files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
+from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
+from smolds_dist.train.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.train.metrics import MetricsWriter, recent_losses
+from smolds_dist.train.optim import make_optimizer, parameter_groups
+from smolds_dist.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from a run's start to its end, also over a rollback."""
+
+    config: RunConfig
+    topology: Topology
+    shards: TokenShards
+    model_config: DeepSeekV3Config
+    stop: StopRequest
+    beat: Callable[[], None]  # a sign of life for the other ranks
+
+    @property
+    def main(self) -> bool:
+        return self.topology.rank == 0
+
+
+@dataclass
+class Training:
+    """What a rollback makes anew."""
+
+    engine: Engine
+    balancer: Balancer
+    progress: Progress
+    guard: LossGuard
+    checkpoints: CheckpointWriter
+    metrics: MetricsWriter | None  # on rank 0
+    bar: tqdm
+
+    def close(self) -> None:
+        self.bar.close()
+        self.checkpoints.wait()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.engine.close()
+
+
+@contextmanager
+def hold_run(config: RunConfig) -> Iterator[None]:
+    """Makes the run's folder and keeps other processes from training in it.
+
+    Raises:
+        ConfigError: where it cannot be written, or another process has it.
+    """
+    lock = FileLock(config.run_dir / "lock")
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{config.run_dir} is being trained by another process; wait for its end, or choose another --run.name."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{config.run_dir} cannot be written ({error.strerror}); choose another --run.dir.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_model_config(config: RunConfig, shards: TokenShards) -> DeepSeekV3Config:
+    """The model's configuration, its vocabulary size and special tokens taken from the tokenizer."""
+    settings = asdict(config.model)
+    vocabulary = len(shards.tokenizer)
+    if settings["vocab_size"] is None:
+        settings["vocab_size"] = vocabulary
+    if settings["vocab_size"] < vocabulary:
+        raise ConfigError(
+            f"--model.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {vocabulary}; "
+            "raise it, or leave it out."
+        )
+    if config.train.balance == "aux_loss":
+        settings["router_aux_loss_coef"] = config.train.aux_loss_coef
+    tokenizer = shards.tokenizer
+    return DeepSeekV3Config(**settings, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+def build(job: Job, reader: CheckpointReader | None) -> Training:
+    """Model, engine and all that writes, from a checkpoint if there is one. Collective."""
+    config, topology = job.config, job.topology
+    torch.manual_seed(config.train.seed)  # every rank builds the same model, whatever the topology
+    model = DeepSeekV3ForCausalLM(job.model_config)
+    if config.train.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        tensors |= logical_shapes(name, parameter.shape)
+    if reader:
+        if reader.manifest.data["tokenizer"] != job.shards.identity["tokenizer"]:
+            raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
+        load_weights(reader, model)
+    engine = make_engine(
+        model,
+        config,
+        topology,
+        partial(parameter_groups, train=config.train),
+        partial(make_optimizer, train=config.train),
+    )
+    engine.model.register_forward_pre_hook(lambda *_: job.beat())
+    rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
+    balancer = Balancer(engine.model, rate)
+    progress = restore(reader, engine, balancer, topology) if reader else Progress()
+    checkpoints = CheckpointWriter(config, topology, tensors, job.shards.identity)
+    history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
+
+    metrics = None
+    if job.main:
+        remove_leftovers(checkpoints.root)
+        save_config(config, config.run_dir / "config.yaml")
+        metrics = MetricsWriter(config.run_dir, progress.step, config.log.tensorboard)
+        print(f"{config.run.name}: {num_parameters:,} parameters, {topology}", flush=True)
+        print(topology.reason, flush=True)
+        if reader:
+            print(f"continuing from {reader.folder}", flush=True)
+            if reader.manifest.data["train_tokens"] != job.shards.identity["train_tokens"]:
+                print("the corpus has changed since then: samples come in another order from here on", flush=True)
+    bar = tqdm(
+        total=config.train.steps,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not job.main,
+        mininterval=0.1 if sys.stderr.isatty() else 15,
+    )
+    return Training(engine, balancer, progress, LossGuard(config.train, history), checkpoints, metrics, bar)
+
+
+def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
+    """The training at its last checkpoint before the spike; the samples since then are left out. Collective.
+
+    Raises:
+        TrainingStoppedError: where there is none, or it has been tried too often.
+    """
+    reader = open_checkpoint(job.config, job.topology, before=spike.begin)
+    if reader is None or progress.rollbacks >= MOST_ROLLBACKS:
+        why = "no checkpoint is older" if reader is None else f"{MOST_ROLLBACKS} rollbacks did not help"
+        raise TrainingStoppedError(f"{spike}, and {why}; lower --train.lr, or raise --train.spike_threshold")
+    if job.main:
+        for newer in checkpoints_in(job.config.run_dir / "checkpoints"):
+            if step_of(newer) > reader.manifest.step:
+                remove(newer)
+    training = build(job, reader)
+    left_out = (spike.end - reader.manifest.step) * job.config.train.global_batch
+    training.progress.skipped_samples += left_out
+    training.progress.rollbacks = progress.rollbacks + 1
+    if training.metrics is not None:
+        event = {"event": "rollback", "spike_begin": spike.begin, "spike_end": spike.end, "skipped_samples": left_out}
+        training.metrics.event_row({"step": reader.manifest.step, **event})
+        print(f"{spike}; going on from step {reader.manifest.step} with other samples", flush=True)
+    return training
