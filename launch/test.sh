@@ -2,4 +2,5 @@
 # Sets everything up and runs the tests. Options go through to pytest, for instance: ./launch/test.sh -k config
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
-python -m pytest "$@"
+# Two files at a time: much of the time goes into waiting for processes to start and end.
+python -m pytest --numprocesses 2 --dist loadfile "$@"

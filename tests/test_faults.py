@@ -192,8 +192,7 @@ def test_run_that_diverges_stops_with_its_last_good_checkpoint(small_run, tmp_pa
     assert saved and not any(find_damage(folder) for folder in saved)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path, ranks):
+def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path):
     """A real spike: among text that repeats itself, one document of noise."""
     for path in corpus.glob("*.txt"):
         (tmp_path / path.name).write_text(path.read_text())
@@ -207,7 +206,7 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
         "--train.spike_threshold=8", "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3",
         "--data.val_fraction=0.01",
     ]  # fmt: skip
-    finished = smolds("launch", f"--procs={ranks}", "--", *options, "--parallel.device=cpu", timeout=120)
+    finished = smolds("launch", "--procs=2", "--", *options, "--parallel.device=cpu", timeout=120)
     assert finished.returncode == 0, finished.text
     rows = read_rows(tmp_path / "runs" / "spiky" / "metrics.jsonl")
     events = [row for row in rows if row.get("event") == "rollback"]

@@ -110,11 +110,11 @@ def test_killed_launch_leaves_no_ranks_behind(long_run, tmp_path):
 
 
 def test_failing_rank_is_told_with_its_last_line(long_run, tmp_path):
-    """A real failure in the middle of a run: a folder of the run goes away before its checkpoint is written."""
+    """A real failure in the middle of a run: a folder stands where the samples are to be written."""
     run_dir = tmp_path / "runs" / "broken"
-    arguments = [*long_run, "--run.name=broken", "--checkpoint.every=100"]
+    arguments = [*long_run, "--run.name=broken", "--log.sample_every=100"]
     process = start_launch("torchrun", arguments, run_dir)
-    (run_dir / "checkpoints").write_text("in the way")
+    (run_dir / "samples.jsonl").mkdir()
     finished = end(process, timeout=60)
     assert finished.returncode == 1, finished.text
     lines = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]
