@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 
 import pytest
@@ -16,7 +17,10 @@ from smolds_dist.train.trainer import train
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path, zero):
-    """Launched by torchrun, resumed by deepspeed: the rows and the model of a run in this process without a break."""
+    """Launched by torchrun, resumed by deepspeed: the rows and the model of a run in this process without a break.
+
+    The newest checkpoint is damaged in between, where only the second rank looks.
+    """
     options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--train.schedule=wsd"]
     options += ["--train.decay_fraction=0"]  # so that a run of four steps is the beginning of one of six
     train(load_config([*options, "--run.name=single"]))
@@ -26,10 +30,17 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path, 
     assert begun.returncode == 0, begun.text
     for text in ("2 ranks over gloo", "expert parallel size 2", "share of the tokens per expert"):
         assert text in begun.stdout
+    newest = tmp_path / "runs" / "pair" / "checkpoints" / "step_00000004"
+    with (newest / "rank_00001.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
     resume = ["--launcher=deepspeed", "--", *options, "--checkpoint.resume=auto"]
     resumed = smolds("launch", "--procs=2", *resume, timeout=180)
     assert resumed.returncode == 0, resumed.text
-    assert "continuing from" in resumed.stdout
+    assert f"{newest} is damaged" in resumed.stdout
+    assert re.search("continuing from .*step_00000002\n", resumed.stdout)
 
     rows = {name: read_rows(tmp_path / "runs" / name / "metrics.jsonl") for name in ("pair", "single")}
     steps = {name: [row for row in part if "loss" in row] for name, part in rows.items()}

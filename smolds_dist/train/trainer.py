@@ -14,7 +14,7 @@ from smolds_dist.data.shards import TokenShards, prepare_shards
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine, end_process_group, start_process_group
+from smolds_dist.parallel.engine import Engine, all_ranks_agree, end_process_group, start_process_group
 from smolds_dist.parallel.failure import RankReport
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
@@ -71,8 +71,11 @@ def run(job: Job) -> int:
     """Trains to the end, going back to a checkpoint where the loss has spiked; returns the exit code."""
     config, topology = job.config, job.topology
     start_process_group(topology)
-    reader = open_checkpoint(config, topology)
-    training = build(job, reader)
+    if not all_ranks_agree(topology, (config.run_dir / "lock").exists()):
+        raise ConfigError(
+            f"{config.run_dir} is not seen by all ranks; choose a --run.dir on a file system that all nodes share."
+        )
+    training = build(job, open_checkpoint(config, topology))
     while True:
         try:
             code = run_steps(job, training)
@@ -136,7 +139,7 @@ def run_steps(job: Job, training: Training) -> int:
         if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
             ending = bool(signal) or last
             training.checkpoints.save(engine, training.balancer, progress, val_loss, wait=ending)
-            if ending and not is_saved(training):
+            if ending and not is_saved(training, step):
                 return 1
         if signal:
             if main:
@@ -172,10 +175,10 @@ def heed_failure(config: RunConfig, training: Training, error: str | None) -> No
         training.bar.write(f"warning: {what}; training goes on, older checkpoints are whole", file=sys.stderr)
 
 
-def is_saved(training: Training) -> bool:
-    """Whether the checkpoint that was just written counts; says so if not. Collective."""
+def is_saved(training: Training, step: int) -> bool:
+    """Whether the checkpoint of `step`, which was just written, counts; says so if not. Collective."""
     error = training.checkpoints.failure()
-    failed = training.engine.sum_over_ranks(torch.tensor(float(error is not None))).item()
+    failed = error is not None and training.checkpoints.failed_step == step
     if error is not None:
         print(
             f"\nsmolds: the checkpoint of step {training.checkpoints.failed_step} could not be written ({error}); older "
@@ -183,7 +186,7 @@ def is_saved(training: Training) -> bool:
             file=sys.stderr,
             flush=True,
         )
-    return not failed
+    return not training.engine.sum_over_ranks(torch.tensor(float(failed))).item()
 
 
 def accumulate_gradients(
