@@ -94,7 +94,7 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
 @needs_slurm
 def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, repository):
     # Slow steps, so that the signal comes in their midst.
-    options = [*options_of(small_run), "--train.steps=300", "--train.global_batch=16", "--train.micro_batch=1"]
+    options = [*options_of(small_run), "--train.steps=200", "--train.global_batch=16", "--train.micro_batch=1"]
     options += ["--train.lr=5e-4", "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
     layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@100"]
     job = submit(
@@ -104,7 +104,7 @@ def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, rep
     launched = smolds("launch", "--procs=2", "--", *options, "--run.name=reference", "--parallel.expert=2", timeout=240)
     assert launched.returncode == 0, launched.text
     output = repository / f"slurm-{job}.out"
-    wait_for(lambda: is_gone(job, cluster), 280, "end of the job")
+    wait_for(lambda: is_gone(job, cluster), 400, "end of the job")
     text = output.read_text()
     assert "stopped by SIGUSR1 after step" in text, text[-3000:]
     assert "continuing from" in text

@@ -9,18 +9,20 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from smolds_dist.config import RunConfig
-from smolds_dist.model import DeepSeekV3ForCausalLM
 from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
 from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
 from smolds_dist.parallel.ranks import interface_towards
 from smolds_dist.parallel.topology import Topology
+
+if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
+    from smolds_dist.model import DeepSeekV3ForCausalLM
 
 GroupParameters = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
 MakeOptimizer = Callable[[list[dict]], torch.optim.Optimizer]
@@ -92,7 +94,7 @@ class Engine(Protocol):
 
 
 def make_engine(
-    model: DeepSeekV3ForCausalLM,
+    model: "DeepSeekV3ForCausalLM",
     config: RunConfig,
     topology: Topology,
     group_parameters: GroupParameters,

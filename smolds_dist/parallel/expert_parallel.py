@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
-from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.parallel.fragments import logical_name
 from smolds_dist.parallel.topology import Topology
 
+if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
+    from smolds_dist.model import DeepSeekV3Config
 
-def deepspeed_config(config: RunConfig, topology: Topology, model: DeepSeekV3Config) -> dict[str, Any]:
+
+def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config") -> dict[str, Any]:
     """`ds_configs/zeroN.json`, or the user's own file, with every "auto" filled in.
 
     Raises:
@@ -62,7 +64,7 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: DeepSeekV3Con
     return settings
 
 
-def autoep_section(expert: int, model: DeepSeekV3Config) -> dict[str, Any]:
+def autoep_section(expert: int, model: "DeepSeekV3Config") -> dict[str, Any]:
     """The `expert_parallel` section that makes AutoEP find our `DeepSeekMoE` blocks and shard their experts."""
     section = {
         "enabled": True,
