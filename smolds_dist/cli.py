@@ -13,6 +13,7 @@ USAGE = """usage: smolds COMMAND [options]
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
   doctor     check this machine: smolds doctor [--fix]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
+  report     write a run's training log, samples and picture: smolds report runs/NAME
   bench      measure: smolds bench checkpoint
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
 
@@ -22,7 +23,7 @@ USAGE = """usage: smolds COMMAND [options]
 def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
-    commands |= {"checkpoint": _checkpoint, "bench": _bench}
+    commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -88,6 +89,12 @@ def _checkpoint(args: list[str]) -> None:
     from smolds_dist.train.checkpoint_command import checkpoint
 
     sys.exit(checkpoint(args))
+
+
+def _report(args: list[str]) -> None:
+    from smolds_dist.report import report
+
+    report(args)
 
 
 def _bench(args: list[str]) -> None:

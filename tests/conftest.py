@@ -45,3 +45,18 @@ def options_of_small_run(corpus, cache, folder):
 @pytest.fixture
 def small_run(corpus, cache, tmp_path):
     return options_of_small_run(corpus, cache, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def kept_run(corpus, cache, tmp_path_factory):
+    """A run of six steps with checkpoints after 2, 4 and 6, and its options. To be copied, not changed."""
+    folder = tmp_path_factory.mktemp("kept")
+    options = [
+        *options_of_small_run(corpus, cache, folder), "--run.name=one", "--checkpoint.keep=3", "--log.tensorboard=false",
+        "--train.schedule=wsd", "--train.decay_fraction=0",
+    ]  # fmt: skip
+    from smolds_dist.config import load_config
+    from smolds_dist.train.trainer import train
+
+    train(load_config(options))
+    return folder / "runs" / "one", options

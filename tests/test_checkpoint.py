@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import options_of_small_run
 from ranks import ROOT, smolds
 
 from smolds_dist.config import load_config
@@ -41,18 +40,6 @@ FILES = ["rank_00000.safetensors", "manifest.json", "manifest.json.sha256"]
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
-
-
-@pytest.fixture(scope="session")
-def kept_run(corpus, cache, tmp_path_factory):
-    """A run of six steps with checkpoints after 2, 4 and 6, and its options. To be copied, not changed."""
-    folder = tmp_path_factory.mktemp("kept")
-    options = [
-        *options_of_small_run(corpus, cache, folder), "--run.name=one", "--checkpoint.keep=3", "--log.tensorboard=false",
-        "--train.schedule=wsd", "--train.decay_fraction=0",
-    ]  # fmt: skip
-    train(load_config(options))
-    return folder / "runs" / "one", options
 
 
 @pytest.fixture

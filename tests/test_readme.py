@@ -34,6 +34,7 @@ def shorter(cache):
         "smolds launch": f"{training} --train.steps=2",
         "smolds launch resume": f"{training} --train.steps=4",
         "smolds checkpoint": "",
+        "smolds report": "",
         "smolds bench": " --preset debug --repeats=1",
         "torchrun": f"{training} --train.steps=2",
         "smolds slurm": "",

@@ -146,13 +146,13 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def all_ranks_agree(topology: Topology, yes: bool) -> bool:
-    """Whether every rank says yes. Collective."""
+def largest_over_ranks(topology: Topology, value: int) -> int:
+    """The largest of the ranks' values, below 2^24. Collective."""
     if topology.world_size == 1:
-        return yes
-    answer = torch.tensor(float(yes), device=topology.torch_device)
-    dist.all_reduce(answer, dist.ReduceOp.MIN)
-    return bool(answer.item())
+        return value
+    largest = torch.tensor(float(value), device=topology.torch_device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest.item())
 
 
 def nan_unless_finite(loss: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine, all_ranks_agree
+from smolds_dist.parallel.engine import Engine, largest_over_ranks
 from smolds_dist.parallel.fragments import cut, logical_shapes
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.train.checkpoint_files import (
@@ -120,19 +120,12 @@ def open_checkpoint(
         candidates = [f for f in checkpoints_in(config.run_dir / "checkpoints") if step_of(f) < before]
     passed_over = []
     for folder in candidates:
-        damage = find_damage(folder, part=slice(topology.rank, None, topology.world_size))
-        reader = None
-        if not damage:
-            try:
-                reader = CheckpointReader(folder, read_manifest(folder))
-                reader.check_coverage()
-            except (DamagedCheckpointError, OSError) as error:
-                damage = [str(error)]
-        if all_ranks_agree(topology, not damage) and reader:
+        reader, damage = _verified(folder, topology)
+        if reader:
             if before is None:
                 _check_compatible(config, folder, reader.manifest)
             return reader
-        passed_over.append(f"{folder} is damaged" + (f": {damage[0]}" if damage else ""))
+        passed_over.append(f"{folder} is damaged: {damage}")
         if topology.rank == 0:
             say(f"{passed_over[-1]}; it is not used.")
     if passed_over and before is None:
@@ -141,6 +134,26 @@ def open_checkpoint(
             "new --run.name."
         )
     return None
+
+
+def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None, str]:
+    """A reader of a whole checkpoint, or what is wrong with it, on all ranks alike. Every rank reads its share of files."""
+    reader, message, place = None, "", 0
+    try:
+        manifest = read_manifest(folder)
+        for number in range(topology.rank, len(manifest.files), topology.world_size):
+            if find_damage(folder, part=slice(number, number + 1)):
+                place = number + 1
+                break
+        else:
+            reader = CheckpointReader(folder, manifest)
+            reader.check_coverage()
+    except (DamagedCheckpointError, OSError) as error:  # all ranks see the same manifest
+        message, place = str(error), 2**20
+    place = largest_over_ranks(topology, place)
+    if not place:
+        return reader, ""
+    return None, message or "; ".join(find_damage(folder, part=slice(place - 1, place))) or "a rank cannot read it"
 
 
 def load_weights(reader: CheckpointReader, model: nn.Module) -> None:

@@ -115,15 +115,8 @@ def _list(folders: list[Path]) -> None:
         marks = [name for name, at in (("newest", next(iter(manifests))), ("best", best)) if at == folder]
         print(
             f"{manifest.step:>9}  {manifest.created[:16].replace('T', ' ')}  {size:>6.3f} GB  {loss:>8}  "
-            f"{_layout(manifest)}{' (' + ', '.join(marks) + ')' if marks else ''}"
+            f"{manifest.layout}{' (' + ', '.join(marks) + ')' if marks else ''}"
         )
-
-
-def _layout(manifest: Manifest) -> str:
-    at = manifest.topology
-    ranks = "1 process" if at["world_size"] == 1 else f"{at['world_size']} ranks"
-    engine = "plain PyTorch" if at["engine"] == "local" else f"ZeRO {at['zero']}, expert parallel size {at['expert']}"
-    return f"{ranks}, {engine}, {at['dtype']}{', weights only' if manifest.weights_only else ''}"
 
 
 def _verify(folders: list[Path]) -> int:

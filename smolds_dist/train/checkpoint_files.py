@@ -56,6 +56,16 @@ class Manifest:
     weights_only: bool = False
     format: int = FORMAT
 
+    @property
+    def layout(self) -> str:
+        """What wrote it, in words."""
+        at = self.topology
+        ranks = "1 process" if at["world_size"] == 1 else f"{at['world_size']} ranks"
+        engine = (
+            "plain PyTorch" if at["engine"] == "local" else f"ZeRO {at['zero']}, expert parallel size {at['expert']}"
+        )
+        return f"{ranks}, {engine}, {at['dtype']}{', weights only' if self.weights_only else ''}"
+
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08}"

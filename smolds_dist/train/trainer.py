@@ -1,5 +1,6 @@
 """The training loop: read from top to bottom, it is what a run does."""
 
+import errno
 import shlex
 import sys
 import time
@@ -14,7 +15,7 @@ from smolds_dist.data.shards import TokenShards, prepare_shards
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine, all_ranks_agree, end_process_group, start_process_group
+from smolds_dist.parallel.engine import Engine, end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.failure import RankReport
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
@@ -71,7 +72,7 @@ def run(job: Job) -> int:
     """Trains to the end, going back to a checkpoint where the loss has spiked; returns the exit code."""
     config, topology = job.config, job.topology
     start_process_group(topology)
-    if not all_ranks_agree(topology, (config.run_dir / "lock").exists()):
+    if largest_over_ranks(topology, not (config.run_dir / "lock").exists()):
         raise ConfigError(
             f"{config.run_dir} is not seen by all ranks; choose a --run.dir on a file system that all nodes share."
         )
@@ -221,7 +222,12 @@ def write_samples(config: RunConfig, engine: Engine, shards: TokenShards, step: 
         for prompt in config.log.sample_prompts
     }
     if main and texts:
-        append_samples(config.run_dir / "samples.jsonl", step, texts)
+        try:
+            append_samples(config.run_dir / "samples.jsonl", step, texts)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            bar.write("warning: no space left for samples.jsonl; training goes on", file=sys.stderr)
         bar.write(f"step {step}: {next(iter(texts.values()))!r}", file=sys.stdout)
 
 
