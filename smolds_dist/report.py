@@ -38,6 +38,9 @@ def report(args: list[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder (runs/NAME)")
+    parser.add_argument(
+        "--rebuild-tensorboard", action="store_true", help="also write TensorBoard's files anew, from metrics.jsonl"
+    )
     parser.add_argument("--to", type=Path, help="folder to write to; the run's own where there is one run")
     try:
         options = parser.parse_args(args)
@@ -57,6 +60,11 @@ def report(args: list[str]) -> None:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             written.append(folder / name)
+    if options.rebuild_tensorboard:
+        from smolds_dist.train.tensorboard import rebuild
+
+        for run in options.runs:
+            written.append(rebuild(run, read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")))
     for path in written:
         print(path)
 

@@ -26,7 +26,7 @@ from smolds_dist.train.checkpoint_writer import CheckpointWriter, OtherRankError
 from smolds_dist.train.guard import LEAST, WINDOW, LossGuard, LossSpikeError
 from smolds_dist.train.metrics import read_rows
 
-TIMING = {"tokens_per_s"}
+TIMING = {"tokens_per_s", "time"}
 
 
 def rows_without_timing(run_dir: Path) -> list[dict]:

@@ -38,7 +38,7 @@ def test_run_folder_is_complete(finished, small_run, capsys):
     assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in evaluation] == [3, 6]
     for row in training:
-        assert set(row) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "max_vio", "load"}
+        assert set(row) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "max_vio", "load", "time"}
         assert row["tokens"] == row["step"] * 8 * 32
         assert len(row["load"]) == 2
         for layer in row["load"]:
@@ -90,7 +90,7 @@ def test_resumed_run_equals_the_uninterrupted_one(finished, small_run, tmp_path)
     shutil.rmtree(two / "checkpoints" / "step_00000006")
     (two / "checkpoints" / "unfinished_step_00000006").mkdir()
     train(load_config([*small_run, "--run.name=two", "--checkpoint.resume=auto"]))
-    timing = {"tokens_per_s"}
+    timing = {"tokens_per_s", "time"}
     for ours, theirs in zip(rows_of(two), rows_of(finished), strict=True):
         assert [{k: v for k, v in row.items() if k not in timing} for row in ours] == [
             {k: v for k, v in row.items() if k not in timing} for row in theirs

@@ -136,7 +136,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     if job.main:
         remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
-        metrics = MetricsWriter(config.run_dir, progress.step, config.log.tensorboard)
+        metrics = MetricsWriter(config, progress.step)
         print(f"{config.run.name}: {num_parameters:,} parameters, {topology}", flush=True)
         print(topology.reason, flush=True)
         if reader:
@@ -174,6 +174,6 @@ def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
     training.progress.rollbacks = progress.rollbacks + 1
     if training.metrics is not None:
         event = {"event": "rollback", "spike_begin": spike.begin, "spike_end": spike.end, "skipped_samples": left_out}
-        training.metrics.event_row({"step": reader.manifest.step, **event})
+        training.metrics.row({"step": reader.manifest.step, **event})
         print(f"{spike}; going on from step {reader.manifest.step} with other samples", flush=True)
     return training

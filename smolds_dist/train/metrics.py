@@ -5,13 +5,15 @@ Shape letters: L layers, E experts.
 
 import json
 import math
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
+from smolds_dist.config import RunConfig
 from smolds_dist.parallel.balancer import max_violation
 from smolds_dist.train.append import AppendedFile
-from smolds_dist.train.tensorboard import EventFile
 
 
 class MetricsWriter:
@@ -21,11 +23,17 @@ class MetricsWriter:
     stops neither training nor the file: rows wait in memory until they can be written.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, tensorboard: bool):
-        for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
+    def __init__(self, config: RunConfig, start_step: int):
+        self._samples = config.run_dir / "samples.jsonl"
+        for path in (config.run_dir / "metrics.jsonl", self._samples):
             keep_rows(path, start_step)
-        self._file = AppendedFile(run_dir / "metrics.jsonl")
-        self._board = EventFile(run_dir / "tensorboard", start_step + 1) if tensorboard else None
+        self._file = AppendedFile(config.run_dir / "metrics.jsonl")
+        self._board = None
+        if config.log.tensorboard:
+            from smolds_dist.train.tensorboard import Board
+
+            size = config.model.num_hidden_layers, config.model.num_experts
+            self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config), size)
 
     def training_row(self, row: dict, counts_LE: Tensor | None) -> dict:
         """Writes a step's row, with MaxVio and load from the routed tokens of the whole global batch; returns it.
@@ -34,39 +42,31 @@ class MetricsWriter:
             counts_LE: None for a step whose update was skipped, because something was not finite; the row says so.
         """
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        scalars = {f"train/{name}": row[name] for name in ("loss", "lr", "grad_norm", "tokens_per_s")}
         if counts_LE is None:
             row["skipped"] = True
         else:
-            violation = max_violation(counts_LE)
             load = counts_LE / counts_LE.sum(-1, keepdim=True)
-            row["max_vio"] = round(violation.mean().item(), 5)
+            row["max_vio"] = round(max_violation(counts_LE).mean().item(), 5)
             row["load"] = [[round(share, 5) for share in layer] for layer in load.tolist()]
-            scalars["balance/max_vio"] = row["max_vio"]
-            for layer, shares in enumerate(row["load"]):
-                scalars[f"balance_by_layer/max_vio_{layer:02}"] = violation[layer].item()
-                scalars |= {f"load_layer_{layer:02}/expert_{e:02}": share for e, share in enumerate(shares)}
-        self._write(row)
-        self._show(scalars, row["step"])
+        return self.row(row)
+
+    def row(self, row: dict) -> dict:
+        """Writes any row: of training, an evaluation (`val_loss`, `val_bits_per_byte`), or an `event`; returns it."""
+        row["time"] = round(time.time(), 3)
+        self._file.append(json.dumps(row).encode() + b"\n")
+        if self._board is not None:
+            self._board.show(row)
         return row
 
-    def evaluation_row(self, row: dict) -> None:
-        """Writes a row with `val_loss` and `val_bits_per_byte`."""
-        self._write(row)
-        self._show(
-            {"validation/loss": row["val_loss"], "validation/bits_per_byte": row["val_bits_per_byte"]}, row["step"]
-        )
-
-    def event_row(self, row: dict) -> None:
-        """Writes what happened, under `event`."""
-        self._write(row)
-
-    def _write(self, row: dict) -> None:
-        self._file.append(json.dumps(row).encode() + b"\n")
-
-    def _show(self, scalars: dict[str, float | None], step: int) -> None:
-        if self._board is not None:
-            self._board.scalars(scalars, step)
+    def samples(self, step: int, texts: dict[str, str]) -> None:
+        """Adds a row to `samples.jsonl` for each prompt: step, prompt, text (the prompt included); none on a full disk."""
+        rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts.items()]
+        file = AppendedFile(self._samples)
+        file.append("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.close()
+        for row in rows:
+            if self._board is not None:
+                self._board.show_sample(row)
 
     def close(self) -> None:
         self._file.close()

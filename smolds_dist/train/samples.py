@@ -1,8 +1,5 @@
 """Text from the model, while it trains and afterwards."""
 
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -74,10 +71,3 @@ class FirstToken(LogitsProcessor):
         if input_ids.shape[1] > self.prompt_length:
             return scores
         return torch.full_like(scores, -torch.inf).index_copy(-1, self.allowed, scores[:, self.allowed])
-
-
-def append_samples(path: Path, step: int, samples: dict[str, str]) -> None:
-    """Adds one JSON object per prompt: step, prompt, text (the prompt included)."""
-    with path.open("a", encoding="utf-8") as file:
-        for prompt, text in samples.items():
-            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")

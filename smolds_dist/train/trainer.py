@@ -1,13 +1,11 @@
 """The training loop: read from top to bottom, it is what a run does."""
 
-import errno
 import shlex
 import sys
 import time
 from contextlib import nullcontext
 
 import torch
-from tqdm import tqdm
 
 from smolds_dist.config import RunConfig
 from smolds_dist.data.batches import training_batch
@@ -25,7 +23,7 @@ from smolds_dist.train.evaluation import evaluate
 from smolds_dist.train.guard import LossSpikeError
 from smolds_dist.train.metrics import load_table, read_rows
 from smolds_dist.train.optim import learning_rate
-from smolds_dist.train.samples import append_samples, sample
+from smolds_dist.train.samples import sample
 from smolds_dist.train.signals import EXIT_CODES, StopRequest
 
 
@@ -129,13 +127,13 @@ def run_steps(job: Job, training: Training) -> int:
             result = evaluate(config, job.topology, engine, job.shards)
             val_loss = result["val_loss"]
             if metrics is not None:
-                metrics.evaluation_row({"step": step, "tokens": step * step_tokens, **result})
+                metrics.row({"step": step, "tokens": step * step_tokens, **result})
                 bar.write(
                     f"step {step}: validation loss {val_loss:.4f}, {result['val_bits_per_byte']:.3f} bits per byte",
                     file=sys.stdout,
                 )
         if last or (config.log.sample_every and step % config.log.sample_every == 0):
-            write_samples(config, engine, job.shards, step, main, bar)
+            write_samples(config, training, job.shards, step)
         signal = None if last else stop.agreed(asked)
         if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
             ending = bool(signal) or last
@@ -214,21 +212,16 @@ def accumulate_gradients(
     return total / topology.accumulation
 
 
-def write_samples(config: RunConfig, engine: Engine, shards: TokenShards, step: int, main: bool, bar: tqdm) -> None:
-    """Samples every prompt on all ranks and appends the texts to samples.jsonl."""
+def write_samples(config: RunConfig, training: Training, shards: TokenShards, step: int) -> None:
+    """Samples every prompt on all ranks; rank 0 keeps and shows the texts."""
     seed = config.train.seed + step
     texts = {
-        prompt: sample(engine.model, shards.tokenizer, prompt, config.log.sample_tokens, seed)
+        prompt: sample(training.engine.model, shards.tokenizer, prompt, config.log.sample_tokens, seed)
         for prompt in config.log.sample_prompts
     }
-    if main and texts:
-        try:
-            append_samples(config.run_dir / "samples.jsonl", step, texts)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            bar.write("warning: no space left for samples.jsonl; training goes on", file=sys.stderr)
-        bar.write(f"step {step}: {next(iter(texts.values()))!r}", file=sys.stdout)
+    if training.metrics is not None and texts:
+        training.metrics.samples(step, texts)
+        training.bar.write(f"step {step}: {next(iter(texts.values()))!r}", file=sys.stdout)
 
 
 def export_model(
