@@ -11,7 +11,8 @@ import pytest
 from ranks import smolds
 
 import smolds_dist.doctor as doctor_module
-from smolds_dist.doctor import LOCK_AGE, Probe, check_folder, check_locks
+from smolds_dist.doctor import LOCK_AGE, check_folder, check_locks
+from smolds_dist.doctor_probes import Probe
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc shows the processes")
 
