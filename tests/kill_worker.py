@@ -109,7 +109,7 @@ def main(options: list[str], folder: Path, runs: int, world: int, seed: int) -> 
     for number in range(runs):
         name = f"killed{world}_{seed}_{number}"
         arguments = [*options, f"--run.dir={folder}", f"--run.name={name}", "--checkpoint.resume=auto"]
-        print(json.dumps(survive(arguments, folder / name, world, 3, chance, usual)), flush=True)
+        print(json.dumps(survive(arguments, folder / name, world, 2, chance, usual)), flush=True)
 
 
 if __name__ == "__main__":

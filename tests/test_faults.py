@@ -201,7 +201,7 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
         pass
     (tmp_path / "00_noise.txt").write_text(noise)
     options = [
-        *small_run, "--run.name=spiky", f"--data.source=text:{tmp_path}/*.txt", "--train.steps=300",
+        *small_run, "--run.name=spiky", f"--data.source=text:{tmp_path}/*.txt", "--train.steps=240",
         "--train.global_batch=2", "--train.micro_batch=1", "--train.eval_every=0", "--log.sample_every=0",
         "--train.spike_threshold=8", "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3",
         "--data.val_fraction=0.01",
@@ -211,7 +211,7 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
     rows = read_rows(tmp_path / "runs" / "spiky" / "metrics.jsonl")
     events = [row for row in rows if row.get("event") == "rollback"]
     assert events and "with other samples" in finished.stdout
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 301))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 241))
     for event in events:
         assert event["skipped_samples"] == 2 * (event["spike_end"] - event["step"])
         assert event["step"] % 10 == 0 and event["step"] < event["spike_begin"]
