@@ -1,7 +1,6 @@
 """Resuming: which checkpoint a run continues from, and the way of its tensors into any layout."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -103,14 +102,11 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
                 )
 
 
-def open_checkpoint(
-    config: RunConfig, topology: Topology, before: int | None = None, say: Callable[[str], None] = print
-) -> CheckpointReader | None:
+def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = None) -> CheckpointReader | None:
     """The newest whole checkpoint to continue from, or None for a new run. Collective: ranks share the verification.
 
     Args:
         before: only a checkpoint of an earlier step than this one, of this run.
-        say: told, on rank 0, of damaged ones that were passed over.
 
     Raises:
         ConfigError: where there are checkpoints but none is whole, or the one asked for is not.
@@ -127,7 +123,7 @@ def open_checkpoint(
             return reader
         passed_over.append(f"{folder} is damaged: {damage}")
         if topology.rank == 0:
-            say(f"{passed_over[-1]}; it is not used.")
+            print(f"{passed_over[-1]}; it is not used.")
     if passed_over and before is None:
         raise ConfigError(
             f"no checkpoint of {config.run_dir} is whole ({'; '.join(passed_over)}); restore one from a copy, or start a "
