@@ -14,7 +14,8 @@ USAGE = """usage: smolds COMMAND [options]
   doctor     check this machine: smolds doctor [--fix]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
   report     write a run's training log, samples and picture: smolds report runs/NAME
-  bench      measure: smolds bench checkpoint
+  board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
+  bench      measure: smolds bench checkpoint | logging
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
 
 `smolds COMMAND --help` tells more."""
@@ -23,7 +24,7 @@ USAGE = """usage: smolds COMMAND [options]
 def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
-    commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report}
+    commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report, "board": _board}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -95,6 +96,12 @@ def _report(args: list[str]) -> None:
     from smolds_dist.report import report
 
     report(args)
+
+
+def _board(args: list[str]) -> None:
+    from smolds_dist.board import board
+
+    board(args)
 
 
 def _bench(args: list[str]) -> None:

@@ -179,6 +179,25 @@ class Log:
     sample_prompts: list[str] = field(default_factory=lambda: ["The "])
     sample_tokens: int = 64
     tensorboard: bool = True
+    every: float = 15.0
+    """Seconds between two lines of progress, where there is no terminal to redraw one."""
+    level: Literal["quiet", "normal", "verbose"] = "normal"
+    """Quiet (-q): only warnings and errors; verbose (-v): a line for every step, and the whole configuration."""
+
+
+@dataclass
+class Profile:
+    """Tracing of what every operation takes."""
+
+    steps: str | None = None
+    """FIRST:LAST, both traced, such as 10:13; the trace is written to the run's profile folder."""
+
+    @property
+    def first_and_last(self) -> tuple[int, int] | None:
+        if self.steps is None:
+            return None
+        first, last = self.steps.split(":")
+        return int(first), int(last)
 
 
 @dataclass
@@ -192,6 +211,7 @@ class RunConfig:
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def run_dir(self) -> Path:
@@ -216,6 +236,13 @@ class RunConfig:
             )
         if kind != "stdlib" and not self.data.source.partition(":")[2]:
             raise ConfigError(f"--data.source {self.data.source!r} names nothing to read; write it as {kind}:...")
+        if self.profile.steps is not None:
+            match = re.fullmatch(r"(\d+):(\d+)", self.profile.steps)
+            if not match or not 1 <= int(match[1]) <= int(match[2]) <= self.train.steps:
+                raise ConfigError(
+                    f"--profile.steps {self.profile.steps!r} is no range of this run's {self.train.steps} steps; write it "
+                    "as FIRST:LAST, such as 10:13."
+                )
         if self.data.seq_len > self.model.max_position_embeddings:
             raise ConfigError(
                 f"--data.seq_len {self.data.seq_len} is longer than --model.max_position_embeddings "
@@ -248,7 +275,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     "train.seed train.warmup_steps train.weight_decay train.grad_clip train.balance_rate train.aux_loss_coef "
     "parallel.grace parallel.timeout train.spike_threshold train.eval_every checkpoint.every checkpoint.keep_every "
-    "log.sample_every model.n_shared_experts model.initializer_range"
+    "log.sample_every log.every model.n_shared_experts model.initializer_range"
 ).split()
 _POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
 _SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()
@@ -319,11 +346,15 @@ def load_config(args: list[str], prog: str = "smolds train") -> RunConfig:
     base_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     base_parser.add_argument("--preset")
     base_parser.add_argument("--config", type=Path)
+    base_parser.add_argument("-q", dest="level", action="store_const", const="quiet")
+    base_parser.add_argument("-v", dest="level", action="store_const", const="verbose")
     try:
         base, rest = base_parser.parse_known_args(args)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}.") from None
     base_file = _base_file(base.preset, base.config)
+    if base.level:
+        rest.append(f"--log.level={base.level}")
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
@@ -333,9 +364,11 @@ def load_config(args: list[str], prog: str = "smolds train") -> RunConfig:
         allow_abbrev=False,
         default_config_files=[base_file] if base_file else [],
     )
-    # Only for --help: these two were read above, because the preset is the ground that the other options stand on.
+    # Only for --help: these were read above, because the preset is the ground that the other options stand on.
     parser.add_argument("--preset", help=f"settings to start from: {', '.join(preset_names())}")
     parser.add_argument("--config", help="YAML file to start from, for instance runs/NAME/config.yaml")
+    parser.add_argument("-q", action="store_true", help="the same as --log.level quiet")
+    parser.add_argument("-v", action="store_true", help="the same as --log.level verbose")
     parser.add_class_arguments(RunConfig)
     try:
         settings = parser.instantiate(parser.parse_args(rest))

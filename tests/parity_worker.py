@@ -14,13 +14,15 @@ from smolds_dist.data.batches import training_batch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import end_rank, make_engine, start_process_group
-from smolds_dist.parallel.fragments import logical_shapes
+from smolds_dist.parallel.fragments import tensor_shapes
 from smolds_dist.parallel.ranks import rank_from_environment
+from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
 from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
-from smolds_dist.train.optim import learning_rate, make_optimizer, parameter_groups
-from smolds_dist.train.trainer import accumulate_gradients
+from smolds_dist.train.clock import StepClock
+from smolds_dist.train.optim import PARTS, learning_rate, make_optimizer, parameter_groups
+from smolds_dist.train.step import accumulate_gradients
 
 VOCAB = 96
 SAVE_AT = 10
@@ -67,18 +69,18 @@ def train_case(
     model = DeepSeekV3ForCausalLM(model_config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors |= logical_shapes(name, parameter.shape)
+    tensors = tensor_shapes(model)
     reader = open_checkpoint(config, topology)
     if reader:
         load_weights(reader, model)
     groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
     engine = make_engine(model, config, topology, groups, optimizer)
     balancer = Balancer(engine.model, config.train.balance_rate)
+    routers, clock = RouterStatistics(engine.model), StepClock(engine)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
     shards = Shards()
     losses, norms, totals, applied = [], [], [], []
+    shares, entropies, histograms, seconds = [], [], [], []
     for step in range(progress.step + 1, steps + 1):
         if disturb:
             evaluation_pass(engine, config, shards)
@@ -88,9 +90,18 @@ def train_case(
             factor = (torch.nan, torch.inf)[poison]
             engine.forward = lambda ids, labels, forward=forward, factor=factor: forward(ids, labels) * factor
         first_sample = (step - 1) * config.train.global_batch
-        loss = accumulate_gradients(config, topology, engine, balancer, shards, first_sample)
+        clock.begin(measured=True)
+        loss = accumulate_gradients(config, topology, shards, first_sample, engine, balancer, routers, clock)
         engine.forward = forward
-        norm, updated = engine.step(learning_rate(step, config.train))
+        with clock.phase("optimizer"):
+            norm, updated, squares = engine.step(learning_rate(step, config.train), by_part=True)
+        seconds.append(clock.seconds)
+        clock.lap()
+        squares = engine.sum_over_ranks(torch.tensor([float(squares.get(part, 0.0)) for part in PARTS]))
+        shares.append((squares / squares.sum()).tolist())
+        entropy_L, histogram = entropy_and_histogram(engine.sum_over_ranks(routers.take()))
+        entropies.append(entropy_L.tolist())
+        histograms.append(histogram.tolist())
         norms.append(norm)
         applied.append(updated)
         counts = balancer.step(updated)
@@ -111,6 +122,7 @@ def train_case(
     state = engine.state_dict()
     engine.close()
     result = {"options": options, "losses": losses, "norms": norms, "totals": totals, "applied": applied}
+    result |= {"shares": shares, "entropies": entropies, "histograms": histograms, "seconds": seconds}
     if topology.rank == 0:
         biases = {name: tensor for name, tensor in state.items() if name.endswith("e_score_correction_bias")}
         result["biases"] = [biases[name].tolist() for name in sorted(biases)]

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from smolds_dist.train.metrics import read_rows
+
 ROOT = Path(__file__).parents[1]
+TIMING = {"tokens_per_s", "mfu", "seconds", "memory_gb", "time"}
 
 
 @dataclass
@@ -22,6 +25,12 @@ class Finished:
     @property
     def text(self) -> str:
         return f"exit code {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-6000:]}"
+
+
+def rows_without_timing(run_dir: Path) -> list[dict]:
+    """What a run has written that another of the same kind must repeat: all but times, memory, and its starts."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row.get("event") != "start"]
 
 
 def run(command: list[str], timeout: float, cwd: Path | None = None, **environment: str) -> Finished:

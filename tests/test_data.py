@@ -71,7 +71,7 @@ def test_bad_source_is_refused_with_the_fix(tmp_path, monkeypatch, source, conte
     elif content:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=fix):
-        prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"), progress=False)
+        prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"))
 
 
 GOOD = "a text that is long enough to be tokenised, and that goes on for a while. " * 60
@@ -94,22 +94,22 @@ def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys,
     (tmp_path / name).write_bytes(content)
     source = f"--data.source={kind}:{tmp_path}/*.{name.rpartition('.')[2]}"
     with pytest.raises(ConfigError, match=f"{name} {what}.*on_bad_file skip"):
-        prepare_shards(configure(tmp_path / "cache", source), progress=False)
+        prepare_shards(configure(tmp_path / "cache", source))
     skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
-    tokens = prepare_shards(skipping, progress=False).meta.train_tokens
+    tokens = prepare_shards(skipping).meta.train_tokens
     assert re.search(f"{name} {what}.*left out", capsys.readouterr().out)
     rows = 2 if content.startswith(b'{"text"') else 1  # the good line of a damaged file counts
     alone = configure(tmp_path / "cache", source.replace("*.", "0."))
-    assert tokens >= 0.8 * rows * prepare_shards(alone, progress=False).meta.train_tokens
+    assert tokens >= 0.8 * rows * prepare_shards(alone).meta.train_tokens
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
 def test_damaged_shards_are_named_and_written_again(corpus, cache, capsys, name):
     config = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.val_fraction=0.15")
-    shards = prepare_shards(config, progress=False)
+    shards = prepare_shards(config)
     whole = (shards.folder / name).read_bytes()
     (shards.folder / name).write_bytes(whole[:-3])
-    again = prepare_shards(config, progress=False)
+    again = prepare_shards(config)
     assert f"{again.folder} is damaged: {name}" in capsys.readouterr().out
     assert (again.folder / name).read_bytes() == whole
 
@@ -117,12 +117,12 @@ def test_damaged_shards_are_named_and_written_again(corpus, cache, capsys, name)
 def test_unknown_tokenizer_is_refused(corpus, tmp_path):
     config = configure(tmp_path, f"--data.source=text:{corpus}/*.txt", "--data.tokenizer=no/such-tokenizer")
     with pytest.raises(ConfigError, match="or `train`"):
-        prepare_shards(config, progress=False)
+        prepare_shards(config)
 
 
 def test_shards_hold_every_document_once(corpus, cache):
     config = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.val_fraction=0.2")
-    shards = prepare_shards(config, progress=False)
+    shards = prepare_shards(config)
     end = shards.tokenizer.eos_token
     parts = {split: shards.tokenizer.decode(getattr(shards, split)).split(end)[:-1] for split in ("train", "val")}
     written = sorted(path.read_text() for path in corpus.glob("*.txt"))
@@ -134,14 +134,14 @@ def test_shards_hold_every_document_once(corpus, cache):
     frequency = counts / counts.sum()
     assert shards.meta.val_unigram_entropy == pytest.approx(-(frequency * np.log(frequency)).sum())
     # a second call reads; a folder of the tokenizer works as a tokenizer
-    assert prepare_shards(config, progress=False).folder == shards.folder
+    assert prepare_shards(config).folder == shards.folder
     own = configure(cache, f"--data.source=text:{corpus}/*.txt", f"--data.tokenizer={shards.tokenizer.name_or_path}")
-    assert np.array_equal(prepare_shards(own, progress=False).tokenizer.vocab, shards.tokenizer.vocab)
+    assert np.array_equal(prepare_shards(own).tokenizer.vocab, shards.tokenizer.vocab)
 
 
 def test_one_long_document_has_a_held_out_part(tmp_path):
     (tmp_path / "one.txt").write_text(" ".join(f"word{i % 97} and{i % 13}" for i in range(20_000)))
-    shards = prepare_shards(configure(tmp_path, f"--data.source=text:{tmp_path}/one.txt"), progress=False)
+    shards = prepare_shards(configure(tmp_path, f"--data.source=text:{tmp_path}/one.txt"))
     total = shards.meta.train_tokens + shards.meta.val_tokens
     assert 0.03 * total < shards.meta.val_tokens <= 0.1 * total + 1
     assert len(shards.train) == shards.meta.train_tokens
@@ -153,8 +153,7 @@ def test_max_tokens_stops_the_reading(corpus, cache):
     limited = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.max_tokens=5000")
     whole = configure(cache, f"--data.source=text:{corpus}/*.txt")
     counts = [
-        shards.meta.train_tokens + shards.meta.val_tokens
-        for shards in (prepare_shards(limited, progress=False), prepare_shards(whole, progress=False))
+        shards.meta.train_tokens + shards.meta.val_tokens for shards in (prepare_shards(limited), prepare_shards(whole))
     ]
     longest = counts[1] / 40 * 2
     assert 5000 <= counts[0] < 5000 + longest < counts[1]
@@ -164,7 +163,7 @@ def prepare_in_process(cache, source, queue):
     writes = []
     original = shards_module._write_shards
     shards_module._write_shards = lambda *args: (writes.append(1), time.sleep(0.5), original(*args))
-    shards = prepare_shards(configure(cache, source), progress=False)
+    shards = prepare_shards(configure(cache, source))
     queue.put((len(writes), int(shards.train.astype(np.int64).sum())))
 
 
@@ -186,7 +185,7 @@ def hang_while_writing(cache, source, started):
         time.sleep(600)
 
     shards_module._is_held_out = write_and_wait
-    prepare_shards(configure(cache, source), progress=False)
+    prepare_shards(configure(cache, source))
 
 
 def test_killed_writer_leaves_nothing_that_is_believed(corpus, tmp_path):
@@ -199,7 +198,7 @@ def test_killed_writer_leaves_nothing_that_is_believed(corpus, tmp_path):
     assert list((tmp_path / "shards").glob("*.writing-*"))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    shards = prepare_shards(configure(tmp_path, source), progress=False)
+    shards = prepare_shards(configure(tmp_path, source))
     assert shards.meta.train_tokens == len(shards.train) > 1000
     assert not list((tmp_path / "shards").glob("*.writing-*"))
 
@@ -208,9 +207,9 @@ def test_edited_file_is_tokenised_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("some words " * 3000)
     config = configure(tmp_path, f"--data.source=text:{path}")
-    before = prepare_shards(config, progress=False).folder
+    before = prepare_shards(config).folder
     path.write_text("other words " * 3000)
-    assert prepare_shards(config, progress=False).folder != before
+    assert prepare_shards(config).folder != before
 
 
 def test_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from ranks import ROOT, run, smolds
+from ranks import ROOT, rows_without_timing, run, smolds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launchers import end, start_launch
 
@@ -25,12 +25,6 @@ from smolds_dist.train.checkpoint_files import checkpoints_in, find_damage
 from smolds_dist.train.checkpoint_writer import CheckpointWriter, OtherRankError
 from smolds_dist.train.guard import LEAST, WINDOW, LossGuard, LossSpikeError
 from smolds_dist.train.metrics import read_rows
-
-TIMING = {"tokens_per_s", "time"}
-
-
-def rows_without_timing(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run_dir / "metrics.jsonl")]
 
 
 def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from smolds_dist.config import Train
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.train.optim import MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
+from smolds_dist.train.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
 
 
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
@@ -20,12 +20,17 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
     groups = {group["name"]: group for group in parameter_groups(model.named_parameters(), Train(optimizer="muon"))}
     grouped = [parameter for group in groups.values() for parameter in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
-    assert groups["vector"]["weight_decay"] == 0
-    assert all(parameter.ndim == 1 for parameter in groups["vector"]["params"])
-    # embedding and one router per layer stay with AdamW; experts and attention go to Muon
-    assert len(groups["embedding"]["params"]) == 3
-    assert [groups[name]["muon"] for name in ("matrix", "gate_up", "embedding", "vector")] == [True, True, False, False]
-    assert len(groups["gate_up"]["params"]) == 2
+    assert {name: (len(group["params"]), group["muon"]) for name, group in groups.items()} == {
+        "embeddings": (1, False),
+        "attention": (2 * 4, True),
+        "routers": (2, False),
+        "experts/gate_up": (2, True),
+        "experts": (2, True),
+        "norms": (2 * 2 + 1, False),
+    }
+    assert {group["part"] for group in groups.values()} == set(PARTS) - {"shared_experts"}
+    assert groups["norms"]["weight_decay"] == 0
+    assert all(parameter.ndim == 1 for parameter in groups["norms"]["params"])
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (3, 2, 16, 16)])

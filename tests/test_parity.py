@@ -134,6 +134,15 @@ def assert_same_run(result: dict, expected: dict, tolerance: float = 1e-4) -> No
     assert result["losses"] == pytest.approx(expected["losses"], rel=tolerance)
     assert result["norms"] == pytest.approx(expected["norms"], rel=10 * tolerance)
     assert result["totals"] == expected["totals"]
+    for name in ("shares", "entropies"):  # of every part of the model, of every layer
+        for ours, theirs in zip(result[name], expected[name], strict=True):
+            assert ours == pytest.approx(theirs, rel=10 * tolerance, abs=1e-5)
+    for ours, theirs in zip(result["histograms"], expected["histograms"], strict=True):
+        assert [sum(layer) for layer in ours] == [256 * 8] * 2  # 8 sequences x 32 tokens x 8 experts
+        # a probability at the edge of two bins may fall into either
+        assert (
+            sum(abs(a - b) for one, two in zip(ours, theirs, strict=True) for a, b in zip(one, two, strict=True)) < 40
+        )
     for ours, theirs in zip(result["biases"], expected["biases"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
     assert result["weights"] == pytest.approx(expected["weights"], rel=10 * tolerance)
@@ -150,6 +159,20 @@ def test_the_reference_learns_and_its_gradients_are_clipped():
 @pytest.mark.parametrize(("world", "topology"), [(world, one) for world, cases in LAYOUTS.items() for one in cases])
 def test_topology_gives_the_single_process_run(saved, world, topology):
     assert_same_run(results_of(world, saved)[topology], reference())
+
+
+def test_only_all_to_all_between_ranks_takes_time(saved):
+    for world, topology in [(world, one) for world, cases in LAYOUTS.items() for one in cases]:
+        crossing = "--parallel.expert=1" not in topology[0] and world > 1
+        for seconds in results_of(world, saved)[topology]["seconds"]:
+            assert (seconds["all_to_all"] > 0) == crossing, topology
+            assert all(seconds[phase] > 0 for phase in ("data", "forward", "backward", "optimizer"))
+
+
+def test_shares_of_the_gradient_and_entropies_are_sound():
+    squares = [sum(shares) for shares in reference()["shares"]]
+    assert squares == pytest.approx([1.0] * STEPS)
+    assert all(0 < entropy <= math.log(8) for layers in reference()["entropies"] for entropy in layers)
 
 
 @pytest.mark.parametrize(("attention", "model"), [("gqa", ()), ("latent", LATENT)])

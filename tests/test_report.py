@@ -1,21 +1,16 @@
 """`smolds report`: what it says is what the run has written."""
 
 import json
-import math
 import re
 import shutil
-from pathlib import Path
 
 import matplotlib.image
 import pytest
-import torch
 from ranks import smolds
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.report import report, sample_log, training_log, unique_content
 from smolds_dist.train.metrics import read_rows
-from smolds_dist.train.tensorboard import heatmap
 
 
 @pytest.fixture
@@ -107,49 +102,6 @@ def test_several_runs_share_a_picture(kept_run, copied, tmp_path):
     report([str(copied), "--to", str(tmp_path / "alone")])
     one, two = (matplotlib.image.imread(tmp_path / name / "training_metrics.png") for name in ("alone", "both"))
     assert (one != two).any()
-
-
-def board_of(run_dir: Path) -> dict:
-    """All that TensorBoard's own reader finds: points of every curve, pictures, texts."""
-    board = EventAccumulator(
-        str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
-    ).Reload()
-    tags = board.Tags()
-    return {
-        "scalars": {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags["scalars"]},
-        "images": {tag: [(e.step, e.width, e.height) for e in board.Images(tag)] for tag in tags["images"]},
-        "texts": {tag: [(e.step, e.tensor_proto.string_val[0]) for e in board.Tensors(tag)] for tag in tags["tensors"]},
-    }
-
-
-def test_tensorboard_shows_the_rows_and_can_be_rebuilt_from_them(small_run, tmp_path):
-    options = [*small_run, "--run.name=two", "--parallel.device=cpu"]
-    finished = smolds("launch", "--procs=2", "--", *options, timeout=120)
-    assert finished.returncode == 0, finished.text
-    run_dir = tmp_path / "runs" / "two"
-    shown = board_of(run_dir)
-    steps = [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
-    for layer in range(2):
-        total = [0.0] * len(steps)
-        for expert in range(8):
-            curve = shown["scalars"][f"load_layer_{layer:02}/expert_{expert:02}"]
-            assert curve == [(row["step"], pytest.approx(row["load"][layer][expert])) for row in steps]
-            total = [one + value for one, (_, value) in zip(total, curve, strict=True)]
-        assert total == pytest.approx([1.0] * len(steps), abs=1e-4)
-    assert shown["scalars"]["train/perplexity"][0][1] == pytest.approx(math.exp(steps[0]["loss"]), rel=1e-4)
-    assert shown["images"]["balance/load"] == [(step, 8 * 12, 2 * 12) for step in range(1, 7)]
-    tabs = shown["texts"]["custom_scalars__config__"][0][1]
-    assert tabs.index(b"Experts") < tabs.index(b"Learning") < tabs.index(b"Speed")
-    assert b"num_experts: 8" in shown["texts"]["configuration/text_summary"][0][1]
-    assert [step for step, _ in shown["texts"]["samples/def/text_summary"]] == [3, 6]
-
-    report([str(run_dir), "--rebuild-tensorboard"])
-    assert board_of(run_dir) == shown
-
-
-def test_heatmap_is_white_where_the_load_is_even_red_where_more_blue_where_less():
-    picture = heatmap(torch.tensor([[0.25, 0.25, 0.5, 0.0]]))[:, 0, ::12].T.tolist()
-    assert picture == [[1, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize(("args", "fix"), [(["nowhere"], "holds no training steps"), (["RUN", "RUN"], "--to")])

@@ -10,8 +10,9 @@ def bench(args: list[str]) -> None:
         ConfigError: for an unknown one.
     """
     from smolds_dist.bench.checkpoint import bench_checkpoint
+    from smolds_dist.bench.logging import bench_logging
 
-    benches = {"checkpoint": bench_checkpoint}
+    benches = {"checkpoint": bench_checkpoint, "logging": bench_logging}
     name, *rest = args or [""]
     if name not in benches:
         raise ConfigError(f"smolds bench {name!r} is unknown; use one of {', '.join(benches)}.")

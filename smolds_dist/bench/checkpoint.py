@@ -67,7 +67,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine
     from smolds_dist.parallel.engine import start_process_group
-    from smolds_dist.parallel.fragments import logical_shapes
+    from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
     from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
@@ -80,9 +80,6 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     settings = asdict(config.model) | {"vocab_size": config.model.vocab_size or 49_152}
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tensors: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        tensors |= logical_shapes(name, parameter.shape)
     groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
     engine = DeepSpeedEngine(model, config, topology, groups, optimizer)
     balancer = Balancer(engine.model, config.train.balance_rate)
@@ -97,7 +94,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
 
     for _ in range(2):
         step()
-    writer = CheckpointWriter(config, topology, tensors, {})
+    writer = CheckpointWriter(config, topology, tensor_shapes(model), {})
     writer.prepare(engine)
     prepare_s = _seconds(writer.wait)
     plain = folder / "deepspeed"

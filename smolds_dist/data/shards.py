@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import Data, RunConfig
 from smolds_dist.data.corpus import documents, fingerprint
 from smolds_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from smolds_dist.errors import ConfigError
+from smolds_dist.progress import ProgressBar
 
 FORMAT = 1  # part of every key: raise it when the layout or the meaning of a file changes
 DOCUMENTS_AT_ONCE = 512
@@ -73,13 +74,13 @@ class TokenShards:
         return np.memmap(self.folder / "val.bin", dtype=self.meta.dtype, mode="r")
 
 
-def prepare_shards(config: RunConfig, progress: bool = True) -> TokenShards:
+def prepare_shards(config: RunConfig) -> TokenShards:
     """Tokenises the corpus, or finds it already tokenised. Safe to call from many processes and nodes at once.
 
     Raises:
         ConfigError: where the corpus is missing, or too small for one sequence in either split.
     """
-    data = config.data
+    data, progress = config.data, config.log.level != "quiet"
     cache = Path(data.cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -199,12 +200,9 @@ def _write_shards(
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     counts = {"train": 0, "val": 0}
     val_bytes = 0
-    with (
-        open(folder / "train.bin", "wb") as train,
-        open(folder / "val.bin", "wb") as val,
-        tqdm(desc=f"Tokenising {data.source}", unit=" tokens", unit_scale=True, disable=not progress) as bar,
-    ):
-        for texts in _batched(documents(data, say=bar.write), DOCUMENTS_AT_ONCE):
+    bar = ProgressBar(f"Tokenising {data.source}: token", shown=progress)
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for texts in _batched(documents(data, say=lambda text: bar.write(text, sys.stdout)), DOCUMENTS_AT_ONCE):
             encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for text, encoding in zip(texts, encodings, strict=True):
                 held_out = _is_held_out(text, data.val_fraction)
@@ -214,9 +212,10 @@ def _write_shards(
                 val_bytes += len(text.encode()) if held_out else 0
                 if limit and sum(counts.values()) >= limit:
                     break
-            bar.update(sum(counts.values()) - bar.n)
+            bar.show(sum(counts.values()))
             if limit and sum(counts.values()) >= limit:
                 break
+    bar.close()
     total = sum(counts.values())
     wanted = max(int(data.val_fraction * total), min(SMALLEST_VAL_TOKENS, total // 10))
     if counts["val"] < wanted / 2:

@@ -12,6 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def moe_layers(model: nn.Module) -> dict[str, Any]:
+    """The mixtures of experts by name: our `DeepSeekMoE`, or DeepSpeed's AutoEP layer in its place."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "tokens_per_expert")}
+
+
 class Balancer:
     """Counts where the tokens of a step went, over all ranks and micro batches, and moves the biases against it.
 
@@ -24,9 +29,7 @@ class Balancer:
 
     def __init__(self, model: nn.Module, rate: float):
         self.rate = rate
-        named: dict[str, Any] = {
-            n: module for n, module in model.named_modules() if hasattr(module, "tokens_per_expert")
-        }
+        named = moe_layers(model)
         self.layers, self._names = list(named.values()), list(named)
         routers = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
         self.biases: list[Tensor] = [router.e_score_correction_bias for router in routers]

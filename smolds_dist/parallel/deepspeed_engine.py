@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from smolds_dist.parallel.engine import (
     KindsOf,
+    Update,
     allocate_state,
     nan_unless_finite,
     optimizer_step_count,
     same_shape,
+    squares_by_part,
 )
 from smolds_dist.parallel.expert_parallel import (
+    AllToAllClock,
     consolidated_state_dict,
     deepspeed_config,
     expert_parameters,
@@ -32,24 +35,24 @@ class DeepSpeedEngine:
 
     def __init__(self, model, config, topology, group_parameters, make_optimizer):
         import deepspeed
-        from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
         self.device = torch.device(topology.torch_device)
         self.grad_clip = config.train.grad_clip
         self.topology = topology
         self._norm = float("nan")
         self._applied = True
+        self._squares: dict[str, Tensor] | None = None  # where this step's are wanted
+        self._clock = AllToAllClock()
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             # Called after AutoEP has put its own expert weights in place of ours.
             known = {id(parameter) for parameter in parameters}
             named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
             groups = split_params_into_different_moe_groups_for_optimizer(group_parameters(named))
-            for group in groups:
-                group["moe"] = any(is_moe_param(parameter) for parameter in group["params"])
             built = make_optimizer([group for group in groups if group["params"]])
-            if topology.zero == 0:
-                built.register_step_pre_hook(lambda optimizer, *_: self._clip_without_zero(optimizer))
+            before_step = self._clip_without_zero if topology.zero == 0 else self._note_squares
+            built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
             return built
 
         self.engine, *_ = deepspeed.initialize(
@@ -70,23 +73,27 @@ class DeepSpeedEngine:
                 self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
             keep_routers_in_fp32(self.model)
 
+    def _note_squares(self, optimizer: torch.optim.Optimizer) -> None:
+        """Adds up what this rank's slices hold, after clipping; ZeRO steps one group or slice at a time."""
+        if self._squares is not None:
+            for part, square in squares_by_part(optimizer).items():
+                self._squares[part] = self._squares.get(part, 0.0) + square
+
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips by the norm over all experts, also those on other ranks.
 
         DeepSpeed 0.19 without ZeRO clips by the mean of the ranks' norms, which depends on the topology. Can go when
         `deepspeed.runtime.utils.clip_grad_norm_` sums expert gradients over the expert-parallel group.
         """
-        squares = torch.zeros(2, device=self.device)  # dense, experts
-        gradients = []
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    squares[int(group["moe"])] += parameter.grad.float().square().sum()
-                    gradients.append(parameter.grad)
-        # Every set of experts is held by several ranks, which have the same averaged gradients: count it once.
-        squares[1] /= self.topology.world_size // self.topology.expert
-        dist.all_reduce(squares[1])
-        norm = squares.sum().sqrt()
+        shares = squares_by_part(optimizer)
+        for part in shares:
+            # Ranks that hold the same have the same averaged gradients: count them once.
+            shares[part] /= self.topology.world_size // (self.topology.expert if part == "experts" else 1)
+        if self._squares is not None:
+            self._squares |= shares
+        total = torch.stack(list(shares.values())).sum()
+        dist.all_reduce(total)
+        norm = total.sqrt()
         self._norm = norm.item()
         self._applied = math.isfinite(self._norm)
         if not self._applied:
@@ -94,7 +101,8 @@ class DeepSpeedEngine:
                 for parameter in group["params"]:
                     parameter.grad = None  # an optimizer leaves such parameters and their state as they are
         elif self.grad_clip:
-            torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         return self.engine(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
@@ -104,14 +112,22 @@ class DeepSpeedEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only moves DeepSpeed's own count of micro batches on
 
-    def step(self, lr: float) -> tuple[float, bool]:
+    def step(self, lr: float, by_part: bool = False) -> Update:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self._norm = float("nan")
+        self._squares = {} if by_part else None
         self.engine.step()
+        squares = self._squares or {}
         if self.topology.zero == 0:
-            return self._norm, self._applied and self.engine.was_step_applied()
-        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+            return Update(self._norm, self._applied and self.engine.was_step_applied(), squares)
+        return Update(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied(), squares)
+
+    def time_all_to_all(self, on: bool) -> None:
+        self._clock.run(on)
+
+    def all_to_all_seconds(self) -> float:
+        return self._clock.seconds()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device)

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,16 @@ MakeOptimizer = Callable[[list[dict]], torch.optim.Optimizer]
 KindsOf = Callable[[str], Iterable[str]]
 
 
+class Update(NamedTuple):
+    """What an optimizer step did."""
+
+    grad_norm: float  # before clipping
+    applied: bool  # no rank updates anything where the loss or the gradient of any rank is not finite
+    squares: dict[str, Tensor]
+    """This rank's share of the squared gradient norm, by the `part` of the parameter groups, up to a factor that all have in
+    common: summed over ranks, the shares of a whole."""
+
+
 class Engine(Protocol):
     """What the training loop needs of an engine."""
 
@@ -43,13 +53,20 @@ class Engine(Protocol):
         """Adds the gradient of `loss` / accumulation to the step's."""
         ...
 
-    def step(self, lr: float) -> tuple[float, bool]:
+    def step(self, lr: float, by_part: bool = False) -> Update:
         """Averages over ranks, clips, updates and clears the gradients.
 
-        Returns:
-            The gradient norm before clipping, and whether the update was made: where the loss or the gradient of any rank
-            is not finite, no rank updates anything.
+        Args:
+            by_part: whether to fill in `Update.squares`.
         """
+        ...
+
+    def time_all_to_all(self, on: bool) -> None:
+        """Starts or ends the timing of all-to-all, which keeps the device from running ahead."""
+        ...
+
+    def all_to_all_seconds(self) -> float:
+        """Seconds this rank has spent in all-to-all, waiting for others included, since the last call of this."""
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -155,6 +172,16 @@ def largest_over_ranks(topology: Topology, value: int) -> int:
     return int(largest.item())
 
 
+def squares_by_part(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Squared norm of the gradients that `optimizer` holds, fp32, by the `part` of its groups."""
+    norms: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        if gradients:
+            norms.setdefault(group["part"], []).append(nn.utils.get_total_norm(gradients))
+    return {part: torch.stack(several).square().sum() for part, several in norms.items()}
+
+
 def nan_unless_finite(loss: Tensor) -> Tensor:
     """1 for a finite loss, else NaN: as a factor, it makes the check of the gradient one of the loss too."""
     return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -229,10 +256,13 @@ class LocalEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * nan_unless_finite(loss) / self.accumulation).backward()
 
-    def step(self, lr: float) -> tuple[float, bool]:
-        masters = [master for _, master in self.pairs]
-        norm = nn.utils.clip_grad_norm_(masters, self.grad_clip or torch.inf).item()
+    def step(self, lr: float, by_part: bool = False) -> Update:
+        squares = squares_by_part(self.optimizer)
+        total = torch.stack(list(squares.values())).sum().sqrt()
+        norm = total.item()
         applied = math.isfinite(norm)
+        if self.grad_clip and applied:
+            nn.utils.clip_grads_with_norm_([master for _, master in self.pairs], self.grad_clip, total)
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -240,7 +270,13 @@ class LocalEngine:
         self.optimizer.zero_grad(set_to_none=True)
         if applied:
             self.state_written()
-        return norm, applied
+        return Update(norm, applied, squares if by_part else {})
+
+    def time_all_to_all(self, on: bool) -> None:
+        pass
+
+    def all_to_all_seconds(self) -> float:
+        return 0.0
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values

@@ -86,6 +86,32 @@ def autoep_section(expert: int, model: "DeepSeekV3Config") -> dict[str, Any]:
     return section
 
 
+class AllToAllClock:
+    """Times all-to-all with DeepSpeed's communication log, which waits for the device around every collective.
+
+    DeepSpeed 0.19 enters into the log the sum of all durations so far instead of each one's, so the log is dropped and its
+    timer read. Can go when `deepspeed.comm.comm.timed_op` resets its timer: then the log has what is wanted.
+    """
+
+    NAME = "all_to_all_single"
+
+    def __init__(self) -> None:
+        from deepspeed.comm import comm
+
+        self._comm = comm
+        self._enabled, self._ops = comm.comms_logger.enabled, list(comm.comms_logger.prof_ops)  # the user's own wishes
+
+    def run(self, on: bool) -> None:
+        ops = [*self._ops, self.NAME] if on else self._ops
+        self._comm.configure(enabled=on or self._enabled, prof_ops=ops)
+
+    def seconds(self) -> float:
+        """Since the last call."""
+        if not self._enabled:
+            self._comm.reset_log()
+        return self._comm.timers(self.NAME).elapsed() / 1000
+
+
 def skip_shared_memory_build() -> None:
     """Keeps DeepSpeed from compiling its CPU shared-memory op in `init_distributed`.
 

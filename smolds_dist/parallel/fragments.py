@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 # Names of expert weights: ours, stacked [E, 2 I, H] and [E, H, I]; and AutoEP's, of the experts that a rank has.
 _EXPERT_MATRICES = {
@@ -85,3 +85,11 @@ def cut(
             part = slice(first - start, last - start)
             yield Fragment(name, first - begin, {kind: t[part] for kind, t in tensors.items()}, **replica)
         begin = after
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """All logical tensors of a model that no engine has cut."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        shapes |= logical_shapes(name, parameter.shape)
+    return shapes

@@ -1,6 +1,7 @@
 """Before the first step: all that a run needs, from a new model, a checkpoint, or after a rollback."""
 
-import sys
+import platform
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -8,7 +9,6 @@ from functools import partial
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from smolds_dist.config import RunConfig, save_config
 from smolds_dist.data.shards import TokenShards
@@ -16,15 +16,19 @@ from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, make_engine
-from smolds_dist.parallel.fragments import logical_shapes
+from smolds_dist.parallel.fragments import tensor_shapes
+from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
 from smolds_dist.train.checkpoint_files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
-from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
+from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress, package_versions
+from smolds_dist.train.clock import StepClock, matrix_product_peak
 from smolds_dist.train.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.train.metrics import MetricsWriter, recent_losses
 from smolds_dist.train.optim import make_optimizer, parameter_groups
+from smolds_dist.train.profiling import Profiler
 from smolds_dist.train.signals import StopRequest
+from smolds_dist.train.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Job:
     topology: Topology
     shards: TokenShards
     model_config: DeepSeekV3Config
+    flops_per_token: float
     stop: StopRequest
     beat: Callable[[], None]  # a sign of life for the other ranks
 
@@ -49,14 +54,19 @@ class Training:
 
     engine: Engine
     balancer: Balancer
+    routers: RouterStatistics
     progress: Progress
     guard: LossGuard
     checkpoints: CheckpointWriter
     metrics: MetricsWriter | None  # on rank 0
-    bar: tqdm
+    terminal: Terminal
+    clock: StepClock
+    profiler: Profiler
+    peak: float  # FLOP/s of all ranks together, in matrix products
 
     def close(self) -> None:
-        self.bar.close()
+        self.terminal.close()
+        self.profiler.close()
         self.checkpoints.wait()
         if self.metrics is not None:
             self.metrics.close()
@@ -111,9 +121,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    tensors: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        tensors |= logical_shapes(name, parameter.shape)
+    tensors = tensor_shapes(model)
     if reader:
         if reader.manifest.data["tokenizer"] != job.shards.identity["tokenizer"]:
             raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
@@ -130,6 +138,9 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     balancer = Balancer(engine.model, rate)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
     checkpoints = CheckpointWriter(config, topology, tensors, job.shards.identity)
+    dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
+    peak = engine.sum_over_ranks(torch.tensor(matrix_product_peak(engine.device, dtype))).item()
+    terminal = Terminal(config.log, config.train.steps, progress.step, job.main)
     history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
 
     metrics = None
@@ -137,21 +148,44 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
         metrics = MetricsWriter(config, progress.step)
-        print(f"{config.run.name}: {num_parameters:,} parameters, {topology}", flush=True)
-        print(topology.reason, flush=True)
-        if reader:
-            print(f"continuing from {reader.folder}", flush=True)
-            if reader.manifest.data["train_tokens"] != job.shards.identity["train_tokens"]:
-                print("the corpus has changed since then: samples come in another order from here on", flush=True)
-    bar = tqdm(
-        total=config.train.steps,
-        initial=progress.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not job.main,
-        mininterval=0.1 if sys.stderr.isatty() else 15,
+        metrics.row({"step": progress.step, "event": "start"} | environment(topology, num_parameters, peak))
+    terminal.say(f"{config.run.name}: {num_parameters:,} parameters, {topology}")
+    terminal.say(topology.reason)
+    if terminal.verbose:
+        terminal.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+    if reader:
+        terminal.say(f"continuing from {reader.folder}")
+        if reader.manifest.data["train_tokens"] != job.shards.identity["train_tokens"]:
+            terminal.say("the corpus has changed since then: samples come in another order from here on")
+    return Training(
+        engine,
+        balancer,
+        RouterStatistics(engine.model),
+        progress,
+        LossGuard(config.train, history),
+        checkpoints,
+        metrics,
+        terminal,
+        StepClock(engine),
+        Profiler(config, topology),
+        peak,
     )
-    return Training(engine, balancer, progress, LossGuard(config.train, history), checkpoints, metrics, bar)
+
+
+def environment(topology: Topology, num_parameters: int, peak: float) -> dict:
+    """What a run ran on, as plain values."""
+    device = torch.cuda.get_device_name(topology.local_rank) if topology.device == "cuda" else platform.machine()
+    return {
+        "topology": str(topology),
+        "reason": topology.reason,
+        "parameters": num_parameters,
+        "host": socket.gethostname(),
+        "system": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "matrix_product_peak": round(peak),
+        "versions": package_versions(),
+    }
 
 
 def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
@@ -175,5 +209,5 @@ def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
     if training.metrics is not None:
         event = {"event": "rollback", "spike_begin": spike.begin, "spike_end": spike.end, "skipped_samples": left_out}
         training.metrics.row({"step": reader.manifest.step, **event})
-        print(f"{spike}; going on from step {reader.manifest.step} with other samples", flush=True)
+    training.terminal.say(f"{spike}; going on from step {reader.manifest.step} with other samples")
     return training

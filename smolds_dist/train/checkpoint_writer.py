@@ -156,7 +156,7 @@ class CheckpointWriter:
             config=asdict(self.config),
             topology=asdict(self.topology),
             data=self.data,
-            versions={"python": platform.python_version()} | _versions(),
+            versions=package_versions(),
             tensors={name: list(shape) for name, shape in self.tensors.items()},
             files={},
         )
@@ -232,8 +232,9 @@ def random_states(topology: Topology) -> dict[str, Tensor]:
     return states
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def package_versions() -> dict[str, str]:
+    """Of Python and the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl and TensorBoard scalars, by rank 0 alone.
+"""What a run writes while it trains: metrics.jsonl and TensorBoard's curves, by rank 0 alone.
 
 Shape letters: L layers, E experts.
 """
@@ -6,14 +6,18 @@ Shape letters: L layers, E experts.
 import json
 import math
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from smolds_dist.config import RunConfig
 from smolds_dist.parallel.balancer import max_violation
 from smolds_dist.train.append import AppendedFile
+
+WINDOW = 100  # steps of the wider MaxVio
 
 
 class MetricsWriter:
@@ -25,29 +29,36 @@ class MetricsWriter:
 
     def __init__(self, config: RunConfig, start_step: int):
         self._samples = config.run_dir / "samples.jsonl"
-        for path in (config.run_dir / "metrics.jsonl", self._samples):
-            keep_rows(path, start_step)
-        self._file = AppendedFile(config.run_dir / "metrics.jsonl")
+        path = config.run_dir / "metrics.jsonl"
+        keep_rows(self._samples, start_step)
+        loads = [row["load"] for row in keep_rows(path, start_step) if "load" in row]
+        self._recent = deque((torch.tensor(load) for load in loads[-WINDOW:]), maxlen=WINDOW)
+        self._file = AppendedFile(path)
         self._board = None
         if config.log.tensorboard:
             from smolds_dist.train.tensorboard import Board
 
-            size = config.model.num_hidden_layers, config.model.num_experts
-            self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config), size)
+            self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config))
 
     def training_row(self, row: dict, counts_LE: Tensor | None) -> dict:
-        """Writes a step's row, with MaxVio and load from the routed tokens of the whole global batch; returns it.
+        """Writes a step's row, with load and MaxVio from the routed tokens of the whole global batch; returns it.
+
+        `max_vio` is that of the batch, `max_vio_window` that of the last `WINDOW` batches together; both are means over the
+        layers.
 
         Args:
             counts_LE: None for a step whose update was skipped, because something was not finite; the row says so.
         """
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         if counts_LE is None:
             row["skipped"] = True
         else:
-            load = counts_LE / counts_LE.sum(-1, keepdim=True)
             row["max_vio"] = round(max_violation(counts_LE).mean().item(), 5)
-            row["load"] = [[round(share, 5) for share in layer] for layer in load.tolist()]
+            row["load"] = rounded(counts_LE / counts_LE.sum(-1, keepdim=True))
+            self._recent.append(torch.tensor(row["load"]))
+            row["max_vio_window"] = round(max_violation(torch.stack(list(self._recent)).mean(0)).mean().item(), 5)
         return self.row(row)
 
     def row(self, row: dict) -> dict:
@@ -74,13 +85,29 @@ class MetricsWriter:
             self._board.close()
 
 
-def keep_rows(path: Path, last_step: int) -> None:
-    """Removes the rows of later steps, and a line that a killed writer left unfinished; the file is never half there."""
-    if path.exists():
-        part = path.with_suffix(".part")
-        kept = [row for row in read_rows(path) if row["step"] <= last_step]
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        part.replace(path)
+def is_kept(step: int, digits: int) -> bool:
+    """Steps with nothing but zeros after their first `digits` digits: 9 x 10^(digits - 1) of them per power of ten."""
+    return step % max(1, 10 ** (len(str(step)) - digits)) == 0
+
+
+def rounded(values: Tensor, digits: int = 5) -> list:
+    """Nested lists of numbers that are short in JSON."""
+    scale = 10**digits
+    return ((values.double().cpu() * scale).round() / scale).tolist()
+
+
+def keep_rows(path: Path, last_step: int) -> list[dict]:
+    """Removes the rows of later steps, and a line that a killed writer left unfinished; returns the others.
+
+    The file is never half there.
+    """
+    if not path.exists():
+        return []
+    part = path.with_suffix(".part")
+    kept = [row for row in read_rows(path) if row["step"] <= last_step]
+    part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    part.replace(path)
+    return kept
 
 
 def recent_losses(path: Path, last_step: int) -> list[float]:

@@ -9,32 +9,45 @@ from torch import Tensor, nn
 from smolds_dist.config import Train
 
 MUON_MOMENTUM = 0.95
+PARTS = ("embeddings", "attention", "routers", "experts", "shared_experts", "norms")  # of a model
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> list[dict]:
-    """Groups for `make_optimizer`: matrices (decayed; Muon's, if chosen), embeddings (decayed), vectors (not decayed).
+    """Groups for `make_optimizer`, by the part of the model: only norms do not decay, and Muon is for some matrices.
 
-    `matrices` of a group says how many matrices are stacked along the rows of each parameter, for Muon.
+    `part` of a group names what its gradient's norm is reported under. `matrices` says how many matrices are stacked along
+    the rows of each parameter, for Muon.
     """
+    muon = train.optimizer == "muon"
     groups: dict[str, dict] = {
-        name: {"name": name, "params": [], "weight_decay": decay, "muon": muon, "matrices": matrices}
-        for name, decay, muon, matrices in (
-            ("matrix", train.weight_decay, train.optimizer == "muon", 1),
-            ("gate_up", train.weight_decay, train.optimizer == "muon", 2),
-            ("embedding", train.weight_decay, False, 1),
-            ("vector", 0.0, False, 1),
+        name: {
+            "name": name, "part": name.partition("/")[0], "params": [], "matrices": matrices,
+            "weight_decay": 0.0 if name == "norms" else train.weight_decay, "muon": takes_muon,
+        }
+        for name, takes_muon, matrices in (
+            # Muon is for matrices between hidden states; embeddings and routers map from or to a set of names.
+            ("embeddings", False, 1),
+            ("attention", muon, 1),
+            ("routers", False, 1),
+            ("experts/gate_up", muon, 2),
+            ("experts", muon, 1),
+            ("shared_experts", muon, 1),
+            ("norms", False, 1),
         )
-    }
+    }  # fmt: skip
     for name, parameter in named_parameters:
         if parameter.ndim < 2:
-            kind = "vector"
-        elif name.endswith("gate_up_proj"):
-            kind = "gate_up"
-        elif any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate", "router")):
-            # Muon is for matrices between hidden states; these map from or to a set of names.
-            kind = "embedding"
+            kind = "norms"
+        elif "embed_tokens" in name or "lm_head" in name:
+            kind = "embeddings"
+        elif "shared_experts" in name:
+            kind = "shared_experts"
+        elif "mlp.gate" in name or "router" in name:
+            kind = "routers"
+        elif ".experts." in name:
+            kind = "experts/gate_up" if name.endswith("gate_up_proj") else "experts"
         else:
-            kind = "matrix"
+            kind = "attention"
         groups[kind]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 

@@ -1,30 +1,27 @@
 """The training loop: read from top to bottom, it is what a run does."""
 
-import shlex
 import sys
-import time
 from contextlib import nullcontext
 
 import torch
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data.batches import training_batch
 from smolds_dist.data.shards import TokenShards, prepare_shards
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.model.flops import flops_per_token
 from smolds_dist.parallel.engine import Engine, end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.failure import RankReport
 from smolds_dist.parallel.ranks import rank_from_environment
-from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
+from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.train.build import Job, Training, build, hold_run, make_model_config, roll_back
 from smolds_dist.train.checkpoint import check_resumable, open_checkpoint
 from smolds_dist.train.evaluation import evaluate
 from smolds_dist.train.guard import LossSpikeError
-from smolds_dist.train.metrics import load_table, read_rows
-from smolds_dist.train.optim import learning_rate
 from smolds_dist.train.samples import sample
 from smolds_dist.train.signals import EXIT_CODES, StopRequest
+from smolds_dist.train.step import take_step
+from smolds_dist.train.terminal import summary
 
 
 def train(config: RunConfig) -> int:
@@ -44,7 +41,8 @@ def train(config: RunConfig) -> int:
     model_config = make_model_config(config, shards)
     with hold_run(config) if topology.rank == 0 else nullcontext(), StopRequest() as stop:
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
-        job = Job(config, topology, shards, model_config, stop, report.beat if report else lambda: None)
+        flops = flops_per_token(model_config, config.data.seq_len)
+        job = Job(config, topology, shards, model_config, flops, stop, report.beat if report else lambda: None)
         try:
             code = run(job)
             outcome = "stopped" if code else "done"
@@ -92,67 +90,53 @@ def run(job: Job) -> int:
 
 def run_steps(job: Job, training: Training) -> int:
     """The training itself; returns the exit code."""
-    config, stop, main = job.config, job.stop, job.main
-    engine, progress, metrics, bar = training.engine, training.progress, training.metrics, training.bar
-    step_tokens = config.train.global_batch * config.data.seq_len
+    config, progress, metrics = job.config, training.progress, training.metrics
+    terminal, clock = training.terminal, training.clock
     begin = progress.step
     for step in range(begin + 1, config.train.steps + 1):
-        began = time.perf_counter()
-        lr = learning_rate(step, config.train)
-        first_sample = progress.skipped_samples + (step - 1) * config.train.global_batch
-        loss_part = accumulate_gradients(config, job.topology, engine, training.balancer, job.shards, first_sample)
-        grad_norm, applied = engine.step(lr)
-        counts_LE = training.balancer.step(applied)
-        error = training.checkpoints.failure()
-        told = loss_part.new_tensor([*stop.counts(), error is not None])
-        loss_sum, *asked, failed = engine.sum_over_ranks(torch.stack((loss_part, *told))).tolist()
-        loss = loss_sum / job.topology.world_size
-        tokens_per_s = step_tokens / (time.perf_counter() - began)
+        training.profiler.begin(step)
+        done = take_step(job, training, step)
+        with clock.paused():
+            trace = training.profiler.end(step)
         progress.step = step
         if step == begin + 1:
-            training.checkpoints.prepare(engine)
+            with clock.paused():
+                training.checkpoints.prepare(training.engine)
+        if metrics is not None:
+            with clock.phase("logging"):
+                terminal.step(metrics.training_row(done.row, done.counts))
+        if trace:
+            terminal.say(trace)
+        if done.failed:
+            heed_failure(config, training, done.error)
+        training.guard.check(step, done.row["loss"], done.counts is not None)
 
         last = step == config.train.steps
-        if metrics is not None:
-            row = {"step": step, "tokens": step * step_tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-            row = metrics.training_row(row | {"tokens_per_s": round(tokens_per_s, 1)}, counts_LE if applied else None)
-            note = f"MaxVio {row['max_vio']:.2f}" if applied else "update skipped: not finite"
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {note}", False)
-        bar.update()
-        if failed:
-            heed_failure(config, training, error)
-        training.guard.check(step, loss, applied)
         val_loss = None
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
-            result = evaluate(config, job.topology, engine, job.shards)
-            val_loss = result["val_loss"]
-            if metrics is not None:
-                metrics.row({"step": step, "tokens": step * step_tokens, **result})
-                bar.write(
-                    f"step {step}: validation loss {val_loss:.4f}, {result['val_bits_per_byte']:.3f} bits per byte",
-                    file=sys.stdout,
-                )
+            with clock.paused():
+                val_loss = evaluate_and_tell(job, training, step)
         if last or (config.log.sample_every and step % config.log.sample_every == 0):
-            write_samples(config, training, job.shards, step)
-        signal = None if last else stop.agreed(asked)
+            with clock.paused():
+                write_samples(config, training, job.shards, step)
+        signal = None if last else job.stop.agreed(done.asked)
         if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
             ending = bool(signal) or last
-            training.checkpoints.save(engine, training.balancer, progress, val_loss, wait=ending)
+            with clock.paused():
+                training.checkpoints.save(training.engine, training.balancer, progress, val_loss, wait=ending)
             if ending and not is_saved(training, step):
                 return 1
         if signal:
-            if main:
-                bar.close()
-                print(
-                    f"stopped by {signal.name} after step {step}, which is saved; continue with --checkpoint.resume auto",
-                    flush=True,
-                )
+            terminal.close()
+            terminal.say(
+                f"stopped by {signal.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
+            )
             return EXIT_CODES[signal]
-    bar.close()
+    terminal.close()
 
-    export_model(config, engine, job.model_config, job.shards, main)
-    if main:
-        print_summary(config, job.shards)
+    export_model(config, training.engine, job.model_config, job.shards, job.main)
+    if terminal.shown:
+        terminal.say(summary(config, job.shards))
     return 0
 
 
@@ -170,8 +154,7 @@ def heed_failure(config: RunConfig, training: Training, error: str | None) -> No
         raise TrainingStoppedError(
             f"{what}, older ones are whole; make room, and continue with --checkpoint.resume auto"
         )
-    if training.metrics is not None:
-        training.bar.write(f"warning: {what}; training goes on, older checkpoints are whole", file=sys.stderr)
+    training.terminal.warn(f"{what}; training goes on, older checkpoints are whole")
 
 
 def is_saved(training: Training, step: int) -> bool:
@@ -188,28 +171,16 @@ def is_saved(training: Training, step: int) -> bool:
     return not training.engine.sum_over_ranks(torch.tensor(float(failed))).item()
 
 
-def accumulate_gradients(
-    config: RunConfig, topology: Topology, engine: Engine, balancer: Balancer, shards: TokenShards, first_sample: int
-) -> torch.Tensor:
-    """Forward and backward over this rank's part of a global batch.
-
-    Args:
-        first_sample: global index of the batch's first sample.
-
-    Returns:
-        The mean loss of this rank's part.
-    """
-    first = first_sample + topology.rank * topology.per_rank
-    total = torch.zeros((), device=engine.device)
-    for micro_step in range(topology.accumulation):
-        start = first + micro_step * topology.micro_batch
-        indices = range(start, start + topology.micro_batch)
-        ids = training_batch(shards.train, config.data.seq_len, config.train.seed, indices)
-        with balancer.counting():
-            loss = engine.forward(ids, ids)
-        engine.backward(loss)
-        total += loss.detach()
-    return total / topology.accumulation
+def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
+    """The validation loss after `step`, which rank 0 writes down. Collective."""
+    result = evaluate(job.config, job.topology, training.engine, job.shards)
+    if training.metrics is not None:
+        tokens = step * job.config.train.global_batch * job.config.data.seq_len
+        training.metrics.row({"step": step, "tokens": tokens, **result})
+    training.terminal.say(
+        f"step {step}: validation loss {result['val_loss']:.4f}, {result['val_bits_per_byte']:.3f} bits per byte"
+    )
+    return result["val_loss"]
 
 
 def write_samples(config: RunConfig, training: Training, shards: TokenShards, step: int) -> None:
@@ -221,7 +192,7 @@ def write_samples(config: RunConfig, training: Training, shards: TokenShards, st
     }
     if training.metrics is not None and texts:
         training.metrics.samples(step, texts)
-        training.bar.write(f"step {step}: {next(iter(texts.values()))!r}", file=sys.stdout)
+        training.terminal.say(f"step {step}: {next(iter(texts.values()))!r}")
 
 
 def export_model(
@@ -236,20 +207,3 @@ def export_model(
         skeleton.config.dtype = state["lm_head.weight"].dtype
         skeleton.save_pretrained(folder, state_dict=state)
         shards.tokenizer.save_pretrained(folder)
-
-
-def print_summary(config: RunConfig, shards: TokenShards) -> None:
-    """The end of a run for a person: what it learned, where the tokens went, and where to look."""
-    rows = read_rows(config.run_dir / "metrics.jsonl")
-    evaluation = next((row for row in reversed(rows) if "val_loss" in row), None)
-    if evaluation:
-        print(
-            f"\nvalidation loss {evaluation['val_loss']:.4f} nats per token "
-            f"({evaluation['val_bits_per_byte']:.3f} bits per byte); "
-            f"a model that ignores context reaches {shards.meta.val_unigram_entropy:.4f} (unigram entropy)"
-        )
-    print(f"\nshare of the tokens per expert, last 20 steps:\n{load_table(rows)}")
-    print(f"\nmodel:       {config.run_dir}/export")
-    prompt = config.log.sample_prompts[0] if config.log.sample_prompts else ""
-    print(f"try it:      smolds generate {config.run_dir} --prompt {shlex.quote(prompt)}")
-    print(f"curves:      tensorboard --logdir {config.run_dir}/tensorboard", flush=True)

@@ -1,0 +1,115 @@
+"""One optimizer step over all ranks, and the numbers that it leaves.
+
+Shape letters: L layers, E experts.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from smolds_dist.config import RunConfig
+from smolds_dist.data.batches import training_batch
+from smolds_dist.data.shards import TokenShards
+from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.engine import Engine, largest_over_ranks
+from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
+from smolds_dist.parallel.topology import Topology
+from smolds_dist.train.build import Job, Training
+from smolds_dist.train.clock import PHASES, StepClock, is_measured, memory_in_use
+from smolds_dist.train.metrics import is_kept, rounded
+from smolds_dist.train.optim import PARTS, learning_rate
+
+
+class Step(NamedTuple):
+    """What `take_step` comes back with, alike on all ranks but for times and the error."""
+
+    row: dict  # for `MetricsWriter.training_row`
+    counts: torch.Tensor | None  # routed tokens per expert [L, E]; None where the update was skipped
+    asked: list[float]  # how many ranks have been asked to stop, by signal
+    failed: bool  # whether a checkpoint could not be written
+    error: str | None  # why, on rank 0
+
+
+def take_step(job: Job, training: Training, step: int) -> Step:
+    """One optimizer step over all ranks, and its numbers. Collective."""
+    config, topology, engine, clock = job.config, job.topology, training.engine, training.clock
+    measured = is_measured(step)
+    clock.begin(measured)
+    lr = learning_rate(step, config.train)
+    first_sample = training.progress.skipped_samples + (step - 1) * config.train.global_batch
+    loss_part = accumulate_gradients(
+        config, topology, job.shards, first_sample, engine, training.balancer, training.routers, clock
+    )
+    with clock.phase("optimizer"):
+        update = engine.step(lr, by_part=measured)
+        counts_LE = training.balancer.step(update.applied)
+
+    error = training.checkpoints.failure()
+    # All that is a number goes through one sum over the ranks.
+    mine: list[list] = [[loss_part], job.stop.counts(), [error is not None], [], []]
+    if measured:
+        mine[3:] = list(clock.seconds.values()), [update.squares.get(part, 0.0) for part in PARTS]
+    sums = engine.sum_over_ranks(torch.tensor([float(value) for values in mine for value in values]))
+    (loss_sum,), asked, (failed,), phases, squares = (part.tolist() for part in sums.split([len(v) for v in mine]))
+    seconds = clock.lap()
+
+    step_tokens = config.train.global_batch * config.data.seq_len
+    row = {"step": step, "tokens": step * step_tokens, "loss": loss_sum / topology.world_size, "lr": lr}
+    row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
+    row["mfu"] = round(job.flops_per_token * step_tokens / seconds / training.peak, 5)
+    if measured:
+        means = {name: total / topology.world_size for name, total in zip(PHASES, phases, strict=True)}
+        means["other"] = seconds - sum(means.values())
+        row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
+        if whole := sum(squares):
+            shares = dict(zip(PARTS, squares, strict=True))
+            row["grad_norms"] = {
+                part: round(update.grad_norm * math.sqrt(share / whole), 6) for part, share in shares.items() if share
+            }
+        row |= look_closely(job, training, step)
+    return Step(row, counts_LE if update.applied else None, asked, bool(failed), error)
+
+
+def look_closely(job: Job, training: Training, step: int) -> dict:
+    """Memory, selection biases and the routers' probabilities, for a step's row. Collective."""
+    memory = largest_over_ranks(job.topology, memory_in_use(training.engine.device) // 10**6)
+    entropy_L, histogram = entropy_and_histogram(training.engine.sum_over_ranks(training.routers.take()))
+    row = {"memory_gb": memory / 1000, "router_entropy": rounded(entropy_L)}
+    row["bias"] = rounded(torch.stack(training.balancer.biases))
+    if is_kept(step, digits=1):
+        row["router_histogram"] = histogram.long().tolist()
+    return row
+
+
+def accumulate_gradients(
+    config: RunConfig,
+    topology: Topology,
+    shards: TokenShards,
+    first_sample: int,
+    engine: Engine,
+    balancer: Balancer,
+    routers: RouterStatistics,
+    clock: StepClock,
+) -> torch.Tensor:
+    """Forward and backward over this rank's part of a global batch.
+
+    Args:
+        first_sample: global index of the batch's first sample.
+
+    Returns:
+        The mean loss of this rank's part.
+    """
+    first = first_sample + topology.rank * topology.per_rank
+    total = torch.zeros((), device=engine.device)
+    for micro_step in range(topology.accumulation):
+        start = first + micro_step * topology.micro_batch
+        indices = range(start, start + topology.micro_batch)
+        with clock.phase("data"):
+            ids = training_batch(shards.train, config.data.seq_len, config.train.seed, indices)
+        with clock.phase("forward"), balancer.counting(), routers.watching(clock.measured):
+            loss = engine.forward(ids, ids)
+        with clock.phase("backward"):
+            engine.backward(loss)
+        total += loss.detach()
+    return total / topology.accumulation
