@@ -15,6 +15,7 @@ import yaml
 from smolds_dist.errors import ConfigError
 from smolds_dist.train.checkpoint_files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
 from smolds_dist.train.metrics import load_table, read_rows
+from smolds_dist.train.summary import facts
 
 NGRAM = 3
 UNIQUE_CONTENT = (
@@ -230,10 +231,15 @@ def _summary(steps: list[dict], rows: list[dict], manifests: list[Manifest]) -> 
     if evaluations:
         best = min(evaluations, key=lambda row: row["val_loss"])
         table.append(("best validation loss", f"{best['val_loss']:.4f} at step {best['step']}"))
+    table += facts(rows).items()
     if manifests:
         table.append(("parameters", f"{_parameters(manifests[0]):,}"))
-        table.append(("versions", ", ".join(f"{name} {number}" for name, number in manifests[0].versions.items())))
+        table.append(("versions", _versions(manifests[0].versions)))
     return table
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _losses(rows: list[dict]) -> list[tuple]:
@@ -259,7 +265,11 @@ def _losses(rows: list[dict]) -> list[tuple]:
 def _events(rows: list[dict]) -> list[str]:
     events = []
     for row in rows:
-        if row.get("event") == "rollback":
+        if row.get("event") == "start":
+            events.append(
+                f"after step {row['step']}: started on {row['host']}, {row['topology']} ({_versions(row['versions'])})"
+            )
+        elif row.get("event") == "rollback":
             events.append(
                 f"step {row['step']}: back here from a loss spike in steps {row['spike_begin']} to {row['spike_end']}, "
                 f"{row['skipped_samples']} samples left out"

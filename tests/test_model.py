@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache, Ernie4_5_MoeForCausalLM
 
 from smolds_dist.export import transformers_config, transformers_state_dict
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
+from smolds_dist.model.flops import flops_per_token
 
 SMALL = dict(vocab_size=160, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6)
 GQA = dict(SMALL, num_key_value_heads=2, head_dim=8)
@@ -43,6 +46,22 @@ def test_reference_model_has_254_896_512_parameters():
     with torch.device("meta"):
         model = DeepSeekV3ForCausalLM(DeepSeekV3Config())
     assert sum(p.numel() for p in model.parameters()) == 254_896_512
+
+
+@pytest.mark.parametrize("settings", [GQA, LATENT, dict(LATENT, q_lora_rank=None), dict(GQA, n_shared_experts=2)])
+def test_flops_are_those_that_pytorch_counts(settings):
+    model = build(settings).train()
+    B, S, config = 2, 24, model.config
+    # PyTorch does not count fused attention on CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(input_ids=tokens(B, S), labels=tokens(B, S)).loss.backward()
+    latent = config.attention == "latent"
+    dims = config.v_head_dim + config.qk_nope_head_dim + config.qk_rope_head_dim if latent else 2 * config.head_dim
+    # Plain attention also multiplies what the mask hides, and the last token of a sequence predicts nothing.
+    hidden_keys = S * S - S * (S + 1) / 2
+    masked = 6 * B * config.num_hidden_layers * config.num_attention_heads * dims * hidden_keys
+    last_tokens = 6 * B * config.hidden_size * config.vocab_size
+    assert counter.get_total_flops() == B * S * flops_per_token(config, S) + masked - last_tokens
 
 
 def test_logits_equal_transformers(pair):

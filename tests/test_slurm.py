@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 from ranks import ROOT, Finished, run, smolds
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smolds_dist.config import load_config
 from smolds_dist.train.metrics import read_rows
@@ -110,6 +111,8 @@ def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, rep
     assert "continuing from" in text
     assert "validation loss" in text
     assert losses(tmp_path / "runs" / "limited") == losses(tmp_path / "runs" / "reference")
+    board = EventAccumulator(str(tmp_path / "runs" / "limited" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 201))
 
 
 @needs_slurm

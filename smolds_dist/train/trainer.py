@@ -21,7 +21,7 @@ from smolds_dist.train.guard import LossSpikeError
 from smolds_dist.train.samples import sample
 from smolds_dist.train.signals import EXIT_CODES, StopRequest
 from smolds_dist.train.step import take_step
-from smolds_dist.train.terminal import summary
+from smolds_dist.train.summary import summary
 
 
 def train(config: RunConfig) -> int:

@@ -1,0 +1,82 @@
+"""What a person sees while a run trains: in a file, in a terminal, quiet and verbose."""
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from ranks import smolds
+
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+
+STEP = re.compile(
+    r"step (\d+) of 6: loss \d\.\d{3}, [\d,]+ tokens/s, MaxVio \d\.\d\d(, \d:\d\d:\d\d left)?$", re.MULTILINE
+)
+
+
+def test_output_in_a_file_is_plain_lines_of_rank_0_alone(small_run):
+    finished = smolds(
+        "launch", "--procs=2", "--", *small_run, "--run.name=file", "--log.every=0", "--parallel.device=cpu"
+    )
+    assert finished.returncode == 0, finished.text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", finished.stdout + finished.stderr), finished.text
+    assert [match[1] for match in STEP.finditer(finished.stderr)] == list("123456"), finished.text
+    assert len(finished.stderr.splitlines()) == 6, finished.text
+    for text in (
+        "validation loss:",
+        "speed:",
+        "time of a step:",
+        "memory:",
+        "experts:",
+        "share of the tokens per expert",
+    ):
+        assert finished.stdout.count(text) == 1, finished.text
+
+
+def test_lines_come_as_often_as_asked(small_run):
+    finished = smolds("train", *small_run, "--run.name=seldom", "--log.every=1000")
+    assert [match[1] for match in STEP.finditer(finished.stderr)] == ["6"], finished.text
+
+
+def test_terminal_gets_a_bar_that_is_redrawn(small_run):
+    reading, writing = os.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--run.name=terminal"]
+    process = subprocess.Popen(command, stdout=writing, stderr=writing)
+    os.close(writing)
+    shown = b""
+    while True:
+        try:
+            data = os.read(reading, 4096)
+        except OSError:  # the other side is closed
+            break
+        if not data:
+            break
+        shown += data
+    assert process.wait(timeout=60) == 0, shown
+    assert b"6/6" in shown and b"\r" in shown and b"step 6: validation loss" in shown
+    assert not STEP.search(shown.decode())
+
+
+def test_quiet_run_says_nothing(small_run):
+    finished = smolds("train", *small_run, "--run.name=quiet", "-q")
+    assert finished.returncode == 0, finished.text
+    assert finished.stdout == finished.stderr == ""
+
+
+def test_verbose_run_shows_its_configuration_and_every_step(small_run):
+    finished = smolds("train", *small_run, "--run.name=verbose", "-v")
+    assert "num_experts: 8" in finished.stdout
+    lines = [line for line in finished.stderr.splitlines() if "gradient norm" in line and "of peak FLOP/s" in line]
+    assert len(lines) == 6, finished.text
+
+
+@pytest.mark.parametrize("steps", ["10", "5:3", "0:2", "3:7", "a:b"])
+def test_profile_of_steps_that_never_come_is_refused(small_run, steps):
+    with pytest.raises(ConfigError, match="FIRST:LAST"):
+        load_config([*small_run, f"--profile.steps={steps}"])
