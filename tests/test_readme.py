@@ -31,11 +31,13 @@ def shorter(cache):
     return {
         "smolds train": f"{training} --train.steps=2",
         "smolds train resume": f"{training} --train.steps=3",
+        "smolds train profile": f"{training} --train.steps=13",
         "smolds launch": f"{training} --train.steps=2",
         "smolds launch resume": f"{training} --train.steps=4",
         "smolds checkpoint": "",
         "smolds report": "",
-        "smolds bench": " --preset debug --repeats=1",
+        "smolds bench checkpoint": " --preset debug --repeats=1",
+        "smolds bench logging": " --preset debug --repeats=1",
         "torchrun": f"{training} --train.steps=2",
         "smolds slurm": "",
         "smolds doctor": "",
@@ -50,24 +52,28 @@ def test_uses_run_as_written(shorter, corpus, tmp_path):
     (tmp_path / "corpus").symlink_to(corpus)
     done = set()
     for command in USES:
-        if command.startswith("tensorboard"):
-            assert_board_serves(command, tmp_path)
-            done.add("tensorboard")
+        if command.startswith(("tensorboard", "smolds board")):
+            names = ("first", "pair") if "first" in command else ("first", "pair", "zero2", "mine")
+            assert_board_serves(command, tmp_path, names)
+            done.add("board")
             continue
-        program = " ".join(command.split()[: 1 if command.startswith("torchrun") else 2])
-        kind = f"{program} resume" if "--checkpoint.resume" in command else program
+        words = {"torchrun": 1, "smolds bench": 3}
+        program = next((" ".join(command.split()[:n]) for start, n in words.items() if command.startswith(start)), None)
+        program = program or " ".join(command.split()[:2])
+        kind = next((f"{program} {what}" for what in ("resume", "profile") if what in command), program)
         if "--dry-run" in command:
             assert run(["bash", "-c", command], timeout=60, cwd=tmp_path, PATH=PATH).returncode == 0
             continue
         finished = run(["bash", "-c", command + shorter[kind]], timeout=240, cwd=tmp_path, PATH=PATH)
         assert finished.returncode == 0, f"{command}\n{finished.text}"
         done.add(kind)
-    assert done == {"tensorboard", *(kind for kind in shorter if not kind.startswith("./"))}
+    assert done == {"board", *(kind for kind in shorter if not kind.startswith("./"))}
+    assert list((tmp_path / "runs" / "traced" / "profile").iterdir())
     first = read_rows(tmp_path / "runs" / "first" / "metrics.jsonl")
     assert [row["step"] for row in first if "loss" in row] == [1, 2, 3, 4]
 
 
-def assert_board_serves(command: str, cwd: Path) -> None:
+def assert_board_serves(command: str, cwd: Path, names: tuple[str, ...]) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -82,7 +88,7 @@ def assert_board_serves(command: str, cwd: Path) -> None:
                     runs = answer.read().decode()
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 runs = ""
-            if all(name in runs for name in ("first", "pair", "zero2", "mine")):
+            if all(name in runs for name in names):
                 return
             assert time.monotonic() < deadline, f"{command}: no runs shown, only {runs!r}"
             assert board.poll() is None, f"{command}: ended with exit code {board.returncode}"
@@ -99,7 +105,7 @@ def test_scripts_work(script, shorter, tmp_path):
     finished = run(["bash", "-c", script + extra], timeout=240, cwd=ROOT)
     assert finished.returncode == 0, finished.text
     if "quickstart" in script:
-        for text in ("validation loss", "share of the tokens per expert", "tensorboard --logdir", "unigram entropy"):
+        for text in ("validation loss", "share of the tokens per expert", "smolds board", "unigram entropy"):
             assert text in finished.stdout
         assert list(tmp_path.glob("quickstart-*/export/model.safetensors"))
 

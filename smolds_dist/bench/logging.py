@@ -68,6 +68,7 @@ def measure(preset: str, repeats: int, sequences: int, folder: Path) -> dict:
     steps = 10 * (repeats + 2)
     config = load_config([
         "--preset", preset, "--parallel.engine=local", "--data.source=stdlib", "--data.tokenizer=train",
+        "--data.max_tokens=1_000_000",
         f"--train.global_batch={sequences}", f"--train.micro_batch={sequences}", f"--train.steps={steps}",
         f"--run.dir={folder}", "--checkpoint.every=0", "-q",
     ])  # fmt: skip
