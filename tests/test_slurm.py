@@ -96,7 +96,13 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
 def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, repository):
     # Slow steps, so that the signal comes in their midst.
     options = [*options_of(small_run), "--train.steps=200", "--train.global_batch=16", "--train.micro_batch=1"]
-    options += ["--train.lr=5e-4", "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
+    options += [
+        "--log.tensorboard=true",
+        "--train.lr=5e-4",
+        "--train.eval_every=0",
+        "--log.sample_every=0",
+        "--checkpoint.every=0",
+    ]
     layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@100"]
     job = submit(
         [*layout, "slurm/train.sbatch", *options, "--run.name=limited", "--parallel.expert=2"], cluster, repository

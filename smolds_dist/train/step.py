@@ -62,12 +62,14 @@ def take_step(job: Job, training: Training, step: int) -> Step:
         means = {name: total / topology.world_size for name, total in zip(PHASES, phases, strict=True)}
         means["other"] = seconds - sum(means.values())
         row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
-        if whole := sum(squares):
+        details = look_closely(job, training, step)
+        if update.applied:  # else they may be NaN, which JSON has no number for
+            row |= details
+            whole = sum(squares) or 1.0
             shares = dict(zip(PARTS, squares, strict=True))
             row["grad_norms"] = {
                 part: round(update.grad_norm * math.sqrt(share / whole), 6) for part, share in shares.items() if share
             }
-        row |= look_closely(job, training, step)
     return Step(row, counts_LE if update.applied else None, asked, bool(failed), error)
 
 

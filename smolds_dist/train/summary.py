@@ -43,7 +43,7 @@ def facts(rows: list[dict]) -> dict[str, str]:
         shares = {name.replace("_", "-"): seconds / sum(phases.values()) for name, seconds in phases.items()}
         largest_first = sorted(shares.items(), key=lambda item: -item[1])
         told["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
-        told["memory"] = f"{max(row['memory_gb'] for row in measured):.2f} GB in the largest rank"
+        told["memory"] = f"{max(row.get('memory_gb', 0.0) for row in measured):.2f} GB in the largest rank"
     if balanced:
         dead = sum(share == 0 for layer in balanced["load"] for share in layer)
         violation = f"MaxVio {balanced['max_vio_window']:.2f} over the last {WINDOW} steps"
