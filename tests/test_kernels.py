@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolds_dist.model.kernels import expert_ffn, linear_cross_entropy
+from smolds_dist.model.kernels import expert_ffn, expert_ffn_reference, linear_cross_entropy
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -28,7 +28,9 @@ def test_linear_cross_entropy_equals_pytorch(chunk, ignored):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0, 0, 5], [64, 64, 64, 64]])
-def test_expert_ffn_equals_an_fp32_loop_over_rows(dtype, tolerance, counts):
+@pytest.mark.parametrize("function", [expert_ffn, expert_ffn_reference])
+@pytest.mark.parametrize("packed", [True, False])
+def test_expert_ffn_equals_an_fp32_loop_over_rows(dtype, tolerance, counts, function, packed):
     torch.manual_seed(0)
     inputs = [torch.randn(sum(counts), 24), torch.randn(4, 40, 24) / 5, torch.randn(4, 24, 20) / 5]
     inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
@@ -37,7 +39,8 @@ def test_expert_ffn_equals_an_fp32_loop_over_rows(dtype, tolerance, counts):
     expert_of_row = torch.arange(4).repeat_interleave(torch.tensor(counts))
     gate, up = torch.einsum("mh,mjh->mj", x, gate_up[expert_of_row]).chunk(2, -1)
     expected = torch.einsum("mi,mhi->mh", F.silu(gate) * up, down[expert_of_row])
-    actual = expert_ffn(inputs[0], counts, *inputs[1:])
+    packed = inputs[1:2] if packed else [half.contiguous() for half in inputs[1].chunk(2, dim=1)]
+    actual = function(inputs[0], counts, packed, inputs[2])
 
     seed = torch.randn_like(expected)
     got = [actual, *torch.autograd.grad(actual, inputs, seed.to(dtype))]

@@ -11,8 +11,9 @@ def bench(args: list[str]) -> None:
     """
     from smolds_dist.bench.checkpoint import bench_checkpoint
     from smolds_dist.bench.logging import bench_logging
+    from smolds_dist.bench.train import bench_train
 
-    benches = {"checkpoint": bench_checkpoint, "logging": bench_logging}
+    benches = {"train": bench_train, "checkpoint": bench_checkpoint, "logging": bench_logging}
     name, *rest = args or [""]
     if name not in benches:
         raise ConfigError(f"smolds bench {name!r} is unknown; use one of {', '.join(benches)}.")

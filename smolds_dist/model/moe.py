@@ -1,7 +1,7 @@
 """The mixture of experts: router, experts, and the block that joins them.
 
-Shape letters: B batch, S sequence, T = B x S tokens, K experts per token, M = T x K routed rows, H hidden, E experts,
-I expert width.
+Shape letters: B batch, S sequence, T = B x S tokens, K experts per token, M = T x K routed rows, P the same with padding,
+H hidden, E experts, I expert width.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import expert_ffn
+from smolds_dist.model.kernels import expert_ffn, row_multiple
 
 
 class TopKRouter(nn.Module):
@@ -50,11 +50,63 @@ class DeepSeekExpertLayer(nn.Module):
 
     def forward(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, counts_E: Tensor) -> Tensor:
         """Weighted sum over each token's chosen experts, [T, H]. Dropless: no expert has a capacity."""
-        T, K = chosen_TK.shape
-        order_M = chosen_TK.flatten().argsort(stable=True)
-        out_MH = expert_ffn(x_TH[order_M // K], counts_E.tolist(), self.gate_up_proj, self.down_proj)
-        per_token = torch.zeros_like(out_MH).index_copy(0, order_M, out_MH).view(T, K, -1)
-        return (per_token * weights_TK[..., None]).sum(1).to(x_TH.dtype)
+        counts, token_P, row_TK = sort_by_expert(chosen_TK, counts_E, row_multiple(x_TH))
+        rows_PH = expert_ffn(_Dispatch.apply(x_TH, token_P, row_TK), counts, (self.gate_up_proj,), self.down_proj)
+        return _Combine.apply(rows_PH, weights_TK, token_P, row_TK)
+
+
+def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[list[int], Tensor, Tensor]:
+    """Where each token goes among rows that are sorted by expert.
+
+    Args:
+        multiple: each expert's rows are padded to a multiple of it, with rows of token 0 that nobody reads.
+
+    Returns:
+        Rows of each expert, padding included; the token of each row [P]; the row of each token and place [T, K].
+    """
+    padded_E = (counts_E + multiple - 1) // multiple * multiple
+    order_M = chosen_TK.flatten().argsort(stable=True)
+    # What padding before it moves an expert's rows by.
+    shift_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
+    row_M = torch.arange(len(order_M), device=order_M.device) + shift_E.repeat_interleave(counts_E)
+    counts = padded_E.tolist()
+    token_P = order_M.new_zeros(sum(counts)).index_copy_(0, row_M, order_M // chosen_TK.shape[1])
+    row_TK = torch.empty_like(order_M).index_copy_(0, order_M, row_M).view_as(chosen_TK)
+    return counts, token_P, row_TK
+
+
+class _Dispatch(torch.autograd.Function):
+    """x [T, H] to rows [P, H]. The gradient is gathered by token, which needs no zeros and no scattered additions."""
+
+    @staticmethod
+    def forward(ctx, x_TH: Tensor, token_P: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TK)
+        return x_TH.index_select(0, token_P)
+
+    @staticmethod
+    def backward(ctx, grad_PH: Tensor):
+        (row_TK,) = ctx.saved_tensors
+        return grad_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Rows [P, H] to each token's weighted sum [T, H], in fp32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx, rows_PH: Tensor, weights_TK: Tensor, token_P: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_PH, weights_TK, token_P, row_TK)
+        rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
+        return (rows_TKH * weights_TK[..., None]).sum(1).to(rows_PH.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TH: Tensor):
+        rows_PH, weights_TK, token_P, row_TK = ctx.saved_tensors
+        # Padding has the weight 0, hence no gradient.
+        weights_P = weights_TK.new_zeros(len(token_P)).index_copy_(0, row_TK.flatten(), weights_TK.flatten())
+        grad_rows = grad_TH.index_select(0, token_P) * weights_P[:, None]
+        rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
+        grad_weights = (rows_TKH.float() * grad_TH[:, None]).sum(-1)
+        return grad_rows.to(rows_PH.dtype), grad_weights, None, None
 
 
 class SharedExpert(nn.Module):

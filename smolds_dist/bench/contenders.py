@@ -1,0 +1,315 @@
+"""What `smolds bench train` compares: each contender in processes of its own, which take steps when they are told to.
+
+Run as `python -m smolds_dist.bench.contenders JSON`, or under torchrun for several ranks. A line "N" on standard input asks
+for N steps; the answer is a line of JSON with their seconds and the peak of resident (CUDA: allocated) memory. All train the
+same decoder on the same tokens with AdamW, in the same dtype; weights are as each initialises them.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolds_dist.config import Model, RunConfig, load_config
+
+
+@dataclass
+class Task:
+    """What every contender gets."""
+
+    contender: str  # a key of CONTENDERS
+    preset: str
+    vocab_size: int
+    sequences: int  # of a step and rank
+    seq_len: int
+    dtype: str  # fp32 or bf16
+    device: str
+    variant: str = ""  # of transformers: EXPERTS_IMPLEMENTATION/PRECISION
+
+    def batch(self) -> Tensor:
+        """The same token ids [sequences, seq_len] every time: speed does not depend on them, balance hardly."""
+        generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
+        ids = torch.randint(0, self.vocab_size, (self.sequences, self.seq_len), generator=generator)
+        return ids.to(self.device)
+
+    def model_settings(self) -> dict[str, Any]:
+        return asdict(load_config(["--preset", self.preset]).model) | {"vocab_size": self.vocab_size}
+
+
+class Gate:
+    """Lets steps through as they are asked for, and times them."""
+
+    def __init__(self, task: Task):
+        self._cuda = task.device.startswith("cuda")
+        self._left = 0
+        self._seconds: list[float] = []
+        self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self._main = os.environ.get("RANK", "0") == "0"
+
+    def before(self) -> None:
+        """Before a step; ends the process where no more are asked for."""
+        if not self._left:
+            self._left = self._asked()
+        self._began = self._now()
+
+    def after(self) -> None:
+        self._seconds.append(self._now() - self._began)
+        self._left -= 1
+        if not self._left:
+            if self._main:
+                print(json.dumps({"seconds": self._seconds, "memory": self._memory()}), file=_answers, flush=True)
+            self._seconds = []
+
+    def _asked(self) -> int:
+        steps = [int((sys.stdin.readline() or "0").strip() or 0)] if self._main else [0]
+        if self._ranks > 1:
+            torch.distributed.broadcast_object_list(steps)
+        if not steps[0]:
+            sys.stdout.flush()
+            os._exit(0)
+        return steps[0]
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _memory(self) -> int:
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def repeat(gate: Gate, step: Callable[[], object]) -> None:
+    while True:
+        gate.before()
+        step()
+        gate.after()
+
+
+def smolds(task: Task, gate: Gate) -> None:
+    """Our model and engine: plain PyTorch in one process, DeepSpeed with sharded experts in several."""
+    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+    from smolds_dist.parallel.balancer import Balancer
+    from smolds_dist.parallel.engine import make_engine, start_process_group
+    from smolds_dist.parallel.ranks import rank_from_environment
+    from smolds_dist.parallel.topology import detect_machine, plan_topology
+    from smolds_dist.train.optim import make_optimizer, parameter_groups
+
+    info = rank_from_environment()
+    config: RunConfig = load_config([
+        "--preset", task.preset, f"--train.global_batch={task.sequences * info.world_size}",
+        f"--train.micro_batch={task.sequences}", f"--train.dtype={task.dtype}",
+        f"--parallel.device={task.device.partition(':')[0]}",
+    ])  # fmt: skip
+    topology = plan_topology(config, detect_machine(), info)
+    start_process_group(topology)
+    torch.manual_seed(0)
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**task.model_settings()))
+    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
+    engine = make_engine(model, config, topology, groups, optimizer)
+    balancer = Balancer(engine.model, config.train.balance_rate)
+    ids = task.batch()
+
+    def step() -> None:
+        with balancer.counting():
+            loss = engine.forward(ids, ids)
+        engine.backward(loss)
+        engine.step(1e-4)
+        balancer.step()
+
+    repeat(gate, step)
+
+
+def transformers_model(task: Task) -> tuple[Any, str]:
+    """`Ernie4_5_MoeForCausalLM` of the same shape with the variant's experts; and the variant's precision."""
+    from transformers import Ernie4_5_MoeForCausalLM
+
+    from smolds_dist.export import transformers_config
+    from smolds_dist.model import DeepSeekV3Config
+
+    experts, _, precision = task.variant.partition("/")
+    config: Any = transformers_config(DeepSeekV3Config(**task.model_settings()))
+    config._experts_implementation = experts
+    torch.manual_seed(0)
+    model: Any = Ernie4_5_MoeForCausalLM(config)
+    model = model.to(task.device).train()
+    return (model.to(torch.bfloat16) if precision == "bf16" else model), precision
+
+
+def plain_step(model: nn.Module, task: Task, precision: str, loss_of: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Forward, backward, clip and AdamW, as one would write it down."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ids = task.batch()
+    device = task.device.partition(":")[0]
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
+            loss = loss_of(ids)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def transformers_loop(task: Task, gate: Gate) -> None:
+    """transformers' model in a plain loop."""
+    model, precision = transformers_model(task)
+    step = plain_step(model, task, precision, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    repeat(gate, step)
+
+
+def transformers_trainer(task: Task, gate: Gate) -> None:
+    """transformers' model under its own Trainer."""
+    import tempfile
+
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, precision = transformers_model(task)
+
+    class AtTheGate(TrainerCallback):
+        def on_step_begin(self, *_args, **_kwargs):
+            gate.before()
+
+        def on_step_end(self, *_args, **_kwargs):
+            gate.after()
+
+    ids = task.batch().cpu()
+    samples = [{"input_ids": row, "labels": row} for row in ids] * 10_000
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=task.sequences, max_steps=10_000, learning_rate=1e-4, adam_beta2=0.95,
+            weight_decay=0.1, bf16=precision == "autocast", use_cpu=task.device == "cpu", report_to="none",
+            logging_strategy="no", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=samples, callbacks=[AtTheGate()]).train()
+
+
+class MaskedExperts(nn.Module):
+    """The mixture as a first version has it: for every expert, the tokens that chose it, by a mask."""
+
+    def __init__(self, hidden: int, width: int, experts: int, chosen: int):
+        super().__init__()
+        self.chosen = chosen
+        self.gate = nn.Linear(hidden, experts, bias=False)
+        self.experts = nn.ModuleList(SwiGLU(hidden, width) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, choice = self.gate(flat).softmax(-1).topk(self.chosen, dim=-1)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(flat.dtype)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            token, place = (choice == number).nonzero(as_tuple=True)
+            out.index_add_(0, token, expert(flat[token]) * weights[token, place, None])
+        return out.view_as(x)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def our_decoder_with(task: Task, make_mixture: Callable[[Model], nn.Module]) -> nn.Module:
+    """Our decoder with another mixture of experts, and the loss over whole logits."""
+    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+
+    settings = task.model_settings()
+    torch.manual_seed(0)
+    model: Any = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
+    for block in model.model.layers:
+        block.mlp = make_mixture(Model(**settings))
+    model = model.to(task.device).train()
+    return model.to(torch.bfloat16) if task.variant == "bf16" else model
+
+
+def whole_logits_loss(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def masked_loop(task: Task, gate: Gate) -> None:
+    """A straightforward reference: an expert loop with masks."""
+    model = our_decoder_with(
+        task, lambda m: MaskedExperts(m.hidden_size, m.intermediate_size, m.num_experts, m.num_experts_per_tok)
+    )
+    repeat(gate, plain_step(model, task, task.variant, partial(whole_logits_loss, model)))
+
+
+def deepspeed_moe(task: Task, gate: Gate) -> None:
+    """DeepSpeed's stock `deepspeed.moe.layer.MoE` in the same decoder, on its engine; no token is dropped."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    from smolds_dist.parallel.engine import start_process_group
+    from smolds_dist.parallel.ranks import rank_from_environment
+    from smolds_dist.parallel.topology import detect_machine, plan_topology
+
+    info = rank_from_environment()
+    config = load_config(["--preset", task.preset, "--parallel.engine=deepspeed", "--train.global_batch=1"])
+    start_process_group(plan_topology(config, detect_machine(), info))
+
+    class Mixture(nn.Module):
+        def __init__(self, m: Model):
+            super().__init__()
+            self.moe = MoE(
+                m.hidden_size, SwiGLU(m.hidden_size, m.intermediate_size), m.num_experts, k=m.num_experts_per_tok,
+                drop_tokens=False,
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.moe(x)[0]
+
+    model = our_decoder_with(task, Mixture)
+    groups = split_params_into_different_moe_groups_for_optimizer({
+        "name": "all", "params": list(model.parameters()), "weight_decay": 0.1
+    })  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    settings = {
+        "train_batch_size": task.sequences * info.world_size, "train_micro_batch_size_per_gpu": task.sequences,
+        "gradient_clipping": 1.0, "bf16": {"enabled": task.variant == "bf16"},
+        "zero_optimization": {"stage": 1 if task.variant == "bf16" else 0},
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    ids = task.batch()
+
+    def step() -> None:
+        engine.backward(whole_logits_loss(engine, ids))
+        engine.step()
+
+    repeat(gate, step)
+
+
+CONTENDERS: dict[str, Callable[[Task, Gate], None]] = {
+    "smolds": smolds,
+    "transformers": transformers_loop,
+    "trainer": transformers_trainer,
+    "deepspeed": deepspeed_moe,
+    "masked": masked_loop,
+}
+
+if __name__ == "__main__":
+    # Only answers go to standard output, whatever the libraries print.
+    _answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    wanted = Task(**json.loads(sys.argv[1]))
+    CONTENDERS[wanted.contender](wanted, Gate(wanted))

@@ -1,0 +1,217 @@
+"""`smolds bench train`: tokens per second of a training step, against what a user would pick instead.
+
+Contenders (`bench.contenders`) take turns: in each round every one starts anew, warms up, and takes some steps. Of
+transformers' ways to compute the experts and precisions, those that are slow in a trial are left out.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from smolds_dist.bench.contenders import CONTENDERS, Task
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+
+EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+LONGEST = 900  # seconds until an answer that does not come counts as a failure
+
+
+def bench_train(args: list[str]) -> None:
+    """Measures, prints a table and, with --json, writes all numbers.
+
+    Raises:
+        ConfigError: for options that are none.
+    """
+    parser = argparse.ArgumentParser(
+        prog="smolds bench train", description=__doc__.partition("\n")[0], exit_on_error=False
+    )
+    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model and sequence length")
+    parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
+    parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS), help="contenders")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="of smolds; several share the experts")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    try:
+        options = parser.parse_args(args)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}.") from None
+    for name in ("sequences", "rounds", "steps"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")
+    if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
+        raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
+    result = measure(options)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All contenders' seconds by round, and what follows from them."""
+    import torch
+
+    from smolds_dist.model import DeepSeekV3Config
+    from smolds_dist.model.flops import flops_per_token
+    from smolds_dist.train.build import package_versions
+    from smolds_dist.train.clock import matrix_product_peak
+
+    config = load_config(["--preset", options.preset])
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    vocab_size = config.data.tokenizer_vocab_size if config.data.tokenizer == "train" else 49_152
+    task = Task("", options.preset, vocab_size, options.sequences, config.data.seq_len, options.dtype, device)
+    chosen: dict[str, tuple[Task, int]] = {}
+    if "smolds" in options.only:
+        for ranks in options.ranks:
+            name = "smolds" if ranks == 1 else f"smolds, {ranks} ranks"
+            chosen[name] = replace(task, contender="smolds", sequences=options.sequences // ranks), ranks
+    trials: dict[str, float] = {}
+    for contender in ("transformers", "trainer", "deepspeed", "masked"):
+        if contender in options.only:
+            best = best_variant(replace(task, contender=contender), trials)
+            if best:
+                chosen[f"{contender} {best.variant}"] = best, 1
+
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    peaks = []
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    for number in range(options.rounds):
+        peaks.append(matrix_product_peak(torch.device(device), dtype, seconds=1.0))
+        for name, (wanted, ranks) in chosen.items():
+            say(f"round {number + 1} of {options.rounds}: {name}")
+            turns[name].append(take_turn(wanted, options.steps, ranks))
+    peak = median(peaks)
+    flops = flops_per_token(DeepSeekV3Config(**task.model_settings()), task.seq_len)
+    tokens = options.sequences * task.seq_len
+    results = {}
+    for name, answers in turns.items():
+        rates = [tokens / median(answer["seconds"]) for answer in answers]
+        results[name] = {
+            "tokens_per_s": median(rates),
+            "by_round": rates,
+            "memory_gb": max(answer["memory"] for answer in answers) / 1e9,
+            "flops_utilisation": median(rates) * flops / peak,
+        }
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {device}, {torch.get_num_threads()} threads",
+        "versions": package_versions(),
+        "preset": options.preset,
+        "dtype": options.dtype,
+        "tokens_per_step": tokens,
+        "flops_per_token": flops,
+        "matrix_product_peak": peak,
+        "trials_tokens_per_s": trials,
+        "contenders": results,
+    }
+
+
+def best_variant(task: Task, trials: dict[str, float]) -> Task | None:
+    """The fastest variant of a peer in a trial of two steps; None where none runs here. Adds to `trials`."""
+    precisions = ("autocast", "bf16") if task.dtype == "bf16" else ("fp32",)
+    if task.contender == "deepspeed":
+        precisions = (task.dtype,)  # its engine's own bf16
+    variants: Sequence[str] = precisions
+    if task.contender in ("transformers", "trainer"):
+        kinds: Sequence[str] = EXPERTS_IMPLEMENTATIONS
+        if task.contender == "trainer" and (
+            tried := {name: rate for name, rate in trials.items() if name.startswith("transformers ")}
+        ):
+            kinds = [max(tried, key=lambda name: tried[name]).split()[1].split("/")[0]]  # the loop's best
+        variants = [f"{kind}/{precision}" for kind in kinds for precision in precisions]
+    rates = {}
+    for variant in variants:
+        say(f"trial of {task.contender} {variant}")
+        try:
+            answer = take_turn(replace(task, variant=variant), 2, 1)
+        except ConfigError as error:
+            say(f"  {error}")
+            continue
+        rates[variant] = task.sequences * task.seq_len / min(answer["seconds"])
+        trials[f"{task.contender} {variant}"] = rates[variant]
+    return replace(task, variant=max(rates, key=lambda variant: rates[variant])) if rates else None
+
+
+def take_turn(task: Task, steps: int, ranks: int) -> dict[str, Any]:
+    """Starts a contender, lets it warm up for a step, and takes `steps`.
+
+    Raises:
+        ConfigError: where it fails, with the last thing that it said.
+    """
+    command = [sys.executable, "-m", "smolds_dist.bench.contenders", json.dumps(asdict(task))]
+    environment = dict(os.environ)
+    if ranks > 1:
+        command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdin and process.stdout and process.stderr
+    said: list[str] = []
+    errors = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+    errors.start()
+    alarm = threading.Timer(LONGEST, process.kill)
+    alarm.start()
+    try:
+        for asked in (1, steps):
+            process.stdin.write(f"{asked}\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                errors.join(timeout=5)
+                raise ConfigError(f"{task.contender} {task.variant} failed: {said[-1].strip() if said else 'killed'}")
+        return json.loads(line)
+    except BrokenPipeError:
+        errors.join(timeout=5)
+        raise ConfigError(f"{task.contender} {task.variant} failed: {said[-1].strip() if said else 'killed'}") from None
+    finally:
+        alarm.cancel()
+        process.stdin.close()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The contenders by speed, with the ratio of the first (smolds) to each."""
+    contenders = result["contenders"]
+    lines = [
+        f"{result['preset']}, {result['dtype']}, {result['tokens_per_step']:,} tokens a step, on {result['machine']}; "
+        f"matrix products {result['matrix_product_peak'] / 1e9:,.0f} GFLOP/s",
+        f"{'':34}{'tokens/s':>10}{'smolds is':>26}{'memory':>10}{'FLOPs utilisation':>20}",
+    ]
+    first = next(iter(contenders.values()))
+    for name, one in contenders.items():
+        ratios = [ours / theirs for ours, theirs in zip(first["by_round"], one["by_round"], strict=True)]
+        ratio = f"{median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(
+            f"{name:34}{one['tokens_per_s']:>10,.0f}{ratio:>26}{one['memory_gb']:>7.2f} GB{one['flops_utilisation']:>20.1%}"
+        )
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """The CPU's name, as Linux has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
