@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolds_dist.model.kernels import expert_ffn, expert_ffn_reference, linear_cross_entropy
+from smolds_dist.model.kernels import causal_attention, expert_ffn, expert_ffn_reference, linear_cross_entropy
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -24,6 +24,37 @@ def test_linear_cross_entropy_equals_pytorch(chunk, ignored):
     torch.testing.assert_close(loss, expected)
     for actual, wanted in zip(ours, torch.autograd.grad(3 * expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_linear_cross_entropy_of_hopeless_labels_is_exact():
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    weight = torch.tensor([[300.0, 0.0], [-300.0, 200.0], [0.0, 0.0]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2]))
+    expected = F.cross_entropy(hidden @ weight.T, torch.tensor([1, 2]))
+    assert loss.item() == pytest.approx(expected.item()) == 400
+    for ours, wanted in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden), strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("length", [1, 5, 128, 300])
+@pytest.mark.parametrize(("groups", "value_dim"), [(1, 16), (2, 24), (6, 16)])
+def test_causal_attention_equals_an_fp32_mask(dtype, tolerance, length, groups, value_dim):
+    torch.manual_seed(0)
+    shapes = [(2, 6, length, 16), (2, groups, length, 16), (2, groups, length, value_dim)]
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    query, key, value = exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    repeats = 6 // groups
+    scores = query @ key.repeat_interleave(repeats, 1).mT * 0.3
+    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    expected = scores.softmax(-1) @ value.repeat_interleave(repeats, 1)
+    actual = causal_attention(*inputs, 0.3)
+    seed = torch.randn_like(expected)
+    got = [actual, *torch.autograd.grad(actual, inputs, seed.to(dtype))]
+    wanted = [expected, *torch.autograd.grad(expected, exact, seed)]
+    for ours, reference in zip(got, wanted, strict=True):
+        assert ours.dtype == dtype and ours.shape == reference.shape
+        assert (ours - reference).norm() <= tolerance * reference.norm() + 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])

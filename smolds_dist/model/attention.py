@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smolds_dist.model.configuration import DeepSeekV3Config
+from smolds_dist.model.kernels import causal_attention
 from smolds_dist.model.norm import RMSNorm
 
 
@@ -88,9 +89,22 @@ class DeepSeekV3Attention(nn.Module):
     ) -> Tensor:
         project = self._latent_qkv if self.latent else self._grouped_query_qkv
         query, key, value = project(x_BSH, *rotary, cache)
+        if self._has_fast_path(query, key, attention_mask):
+            out = causal_attention(query, key, value, self.scaling).transpose(1, 2)
+            return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
         out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1))
+
+    def _has_fast_path(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whole sequences without padding, in bf16 on the CPU, unless another implementation than PyTorch's is asked for."""
+        return (
+            query.device.type == "cpu"
+            and query.dtype == torch.bfloat16
+            and attention_mask is None
+            and query.shape[2] == key.shape[2] > 1
+            and self.config._attn_implementation == "sdpa"
+        )
 
     def _grouped_query_qkv(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
         """Query [B, N, S, D], key and value [B, G, S', D], S' counting cached tokens too."""

@@ -1,9 +1,9 @@
-"""The two expensive products of the model: the experts' FFN and the linear + cross-entropy loss.
+"""What the model spends its time on: the experts' FFN, attention, and the linear + cross-entropy loss.
 
 Each has a fast path and, beside it, the plain one that it must agree with.
 
 Shape letters: T tokens, K experts per token, P rows sorted by expert and padded, H hidden, E experts, I expert width,
-V vocabulary.
+V vocabulary; B batch, N query heads, G key/value heads, S sequence, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from torch import Tensor
 # oneDNN compiles a kernel for every new matrix shape, which costs tens of milliseconds: rounding each expert's rows up
 # keeps the number of shapes small on CPU in bf16. fp32 products go to a library that has no such cost.
 CPU_ROW_MULTIPLE = 64
+ATTENTION_BLOCK = 128  # queries
+SOFTMAX_ROWS = 64  # whose fp32 softmax over the vocabulary is held at once: a few megabytes, near a CPU's cache
 
 
 def row_multiple(x: Tensor) -> int:
@@ -112,34 +114,126 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int) -> Tensor:
         needs_grad = hidden_TH.requires_grad or weight_VH.requires_grad
-        kept = labels_T >= 0
-        num_labels = kept.sum().clamp(min=1)
+        kept_T = labels_T >= 0
+        on_cpu = hidden_TH.device.type == "cpu"
+        ctx.num_labels = kept_T.sum().clamp(min=1)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        if needs_grad:
-            grad_hidden = torch.empty_like(hidden_TH)
-            grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for start in range(0, hidden_TH.shape[0], chunk_size):
+        grad_hidden = torch.empty_like(hidden_TH) if needs_grad else None
+        grad_weight: Tensor | None = None
+        for start in range(0, len(hidden_TH), chunk_size):
             part = slice(start, start + chunk_size)
-            hidden, labels, keep = hidden_TH[part], labels_T[part].clamp(min=0), kept[part]
-            logits = (hidden @ weight_VH.T).float()
-            log_norm = torch.logsumexp(logits, dim=-1)
-            picked = logits.gather(1, labels[:, None])[:, 0]
-            loss += ((log_norm - picked) * keep).sum()
-            if needs_grad:
-                # d loss / d logits = softmax - one_hot, written over the logits.
-                grad = logits.sub_(log_norm[:, None]).exp_()
-                grad.scatter_add_(1, labels[:, None], torch.full_like(picked, -1.0)[:, None])
-                grad = (grad * (keep / num_labels)[:, None]).to(hidden.dtype)
-                grad_hidden[part] = grad @ weight_VH
-                grad_weight += grad.T @ hidden
-        if needs_grad:
+            hidden, logits = hidden_TH[part], hidden_TH[part] @ weight_VH.T
+            at_once = SOFTMAX_ROWS if on_cpu else chunk_size
+            pieces = (tensor.split(at_once) for tensor in (logits, kept_T[part], labels_T[part]))
+            for rows, kept, labels in zip(*pieces, strict=True):
+                labels = labels[:, None].clamp(min=0)
+                share, losses = _softmax_and_loss(rows.float(), labels)
+                loss += (losses * kept[:, None]).sum()
+                if grad_hidden is not None:
+                    # d loss / d logits = softmax - one_hot, but for the division by the number of labels, which is left to
+                    # backward.
+                    share.scatter_add_(1, labels, torch.full_like(losses, -1.0))
+                    if not on_cpu or not kept.all():  # a GPU would have to wait for the answer
+                        share *= kept[:, None]
+                    rows.copy_(share)
+            if grad_hidden is None:
+                continue
+            torch.mm(logits, weight_VH, out=grad_hidden[part])
+            of_chunk = logits.T @ hidden
+            if grad_weight is None:
+                grad_weight = of_chunk if len(hidden_TH) <= chunk_size else of_chunk.float()
+            else:
+                grad_weight += of_chunk
+        if grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VH.dtype))
-        return loss / num_labels
+        return loss / ctx.num_labels
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None
+        scale = grad_loss / ctx.num_labels
+        return grad_hidden * scale, grad_weight * scale, None, None
+
+
+def _softmax_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension and -log of the labels' share [n, 1], in fp32."""
+    if logits.device.type == "cpu":
+        share = torch.softmax(logits, dim=-1)
+        of_label = share.gather(1, labels)
+        if (of_label > 1e-30).all():  # a smaller one has lost digits, or is 0
+            return share, -of_label.log()
+    log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+    losses = log_norm - logits.gather(1, labels)
+    return logits.sub_(log_norm).exp_(), losses
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(query key^T scale + causal mask) value, for bf16 on CPU faster than PyTorch's fused kernel there.
+
+    Blocks of queries meet only keys up to their end; heads that share keys and values are rows of one product, so these are
+    never repeated. Shares are computed again in the backward pass, in which keys' and values' gradients add up in fp32.
+
+    Args:
+        query: [B, N, S, D].
+        key: [B, G, S, D], G dividing N.
+        value: [B, G, S, D'].
+
+    Returns:
+        [B, N, S, D']. Second derivatives are not supported.
+    """
+    return _CausalAttention.apply(query, key, value, scale)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Inside: X = B x G groups, R = N / G heads of a group, C queries of a block."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        B, N, S, D = query.shape
+        X, R = B * key.shape[1], N // key.shape[1]
+        query_XRSD = (query * scale).reshape(X, R, S, D)
+        key_XSD, value_XSD = key.reshape(X, S, D), value.reshape(X, S, -1)
+        out_XRSD = query.new_empty(X, R, S, value.shape[-1])
+        for block in _blocks(S):
+            share = _attention_shares(query_XRSD[:, :, block], key_XSD[:, : block.stop], block)
+            out_XRSD[:, :, block] = torch.bmm(share, value_XSD[:, : block.stop]).view(X, R, -1, value.shape[-1])
+        ctx.save_for_backward(query_XRSD, key_XSD, value_XSD, out_XRSD)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+        return out_XRSD.view(B, N, S, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query_XRSD, key_XSD, value_XSD, out_XRSD = ctx.saved_tensors
+        X, _, S, D = query_XRSD.shape
+        grad_XRSD = grad.reshape(out_XRSD.shape)
+        # Softmax's gradient is share * (grad - sum(share * grad)), and that sum is grad * out, summed over D'.
+        inner_XRS = (grad_XRSD.float() * out_XRSD).sum(-1).to(grad.dtype)
+        grad_query = torch.empty_like(query_XRSD)
+        grad_key, grad_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key_XSD, value_XSD))
+        for block in _blocks(S):
+            keys, seen = slice(0, block.stop), query_XRSD[:, :, block]
+            share = _attention_shares(seen, key_XSD[:, keys], block)
+            grad_out = grad_XRSD[:, :, block].reshape(X, share.shape[1], -1)
+            grad_value[:, keys] += torch.bmm(share.mT, grad_out)
+            grad_share = torch.bmm(grad_out, value_XSD[:, keys].mT)
+            grad_scores = grad_share.sub_(inner_XRS[:, :, block].reshape(X, -1, 1)).mul_(share)
+            grad_query[:, :, block] = torch.bmm(grad_scores, key_XSD[:, keys]).view(seen.shape)
+            grad_key[:, keys] += torch.bmm(grad_scores.mT, seen.reshape(X, -1, D))
+        gradients = (grad_query.mul_(ctx.scale), grad_key.to(grad.dtype), grad_value.to(grad.dtype))
+        return *(gradient.view(shape) for gradient, shape in zip(gradients, ctx.shapes, strict=True)), None
+
+
+def _blocks(length: int) -> list[slice]:
+    return [slice(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
+
+
+def _attention_shares(query_XRCD: Tensor, key_XSD: Tensor, block: slice) -> Tensor:
+    """Softmax of a block's scores, [X, R x C, S] for the S keys up to the block's end."""
+    X, R, C, D = query_XRCD.shape
+    scores = torch.bmm(query_XRCD.reshape(X, R * C, D), key_XSD.mT)
+    hidden = torch.ones(C, C, dtype=torch.bool, device=scores.device).triu_(1)
+    scores.view(X, R, C, -1)[..., block.start :].masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores, dim=-1)
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int = 1024) -> Tensor:

@@ -4,6 +4,7 @@ A step is `forward` and `backward` for each of `topology.accumulation` micro bat
 same losses. Their training state goes in and out as `Fragment`s, which know no engine and no layout.
 """
 
+import ctypes
 import math
 import os
 import sys
@@ -118,11 +119,26 @@ def make_engine(
     make_optimizer: MakeOptimizer,
 ) -> Engine:
     """The engine that `topology` names, with the model on its device and in its dtype."""
+    if topology.device == "cpu":
+        keep_freed_memory()
     if topology.engine == "local":
         return LocalEngine(model, config, topology, group_parameters, make_optimizer)
     from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine  # needs deepspeed, which may not be here
 
     return DeepSpeedEngine(model, config, topology, group_parameters, make_optimizer)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed, for the next ones, in this process from now on (Linux).
+
+    Left alone, it gives every large block back to the kernel and gets new pages for the next, all zeroed: for a step's
+    temporary tensors that takes longer than what is computed in them.
+    """
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return
+    trim_threshold, mmap_max = -1, -4  # parameters' numbers in malloc.h
+    ctypes.CDLL(None).mallopt(mmap_max, 0)
+    ctypes.CDLL(None).mallopt(trim_threshold, -1)
 
 
 def start_process_group(topology: Topology) -> None:
