@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smolds_dist.parallel.cpu_experts import use_our_experts
 from smolds_dist.parallel.engine import (
     KindsOf,
     Update,
@@ -47,6 +48,8 @@ class DeepSpeedEngine:
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             # Called after AutoEP has put its own expert weights in place of ours.
+            if topology.device == "cpu":
+                use_our_experts(model)
             known = {id(parameter) for parameter in parameters}
             named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
             groups = split_params_into_different_moe_groups_for_optimizer(group_parameters(named))

@@ -1,0 +1,42 @@
+"""Our experts' kernel under DeepSpeed's AutoEP, on the CPU.
+
+Shape letters: P rows sorted by expert, H hidden, E experts of this rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolds_dist.model.kernels import expert_ffn, row_multiple
+from smolds_dist.parallel.expert_parallel import autoep_layers
+
+
+class CpuExperts(nn.Module):
+    """AutoEP's experts with our kernel, over the very same parameters.
+
+    Args:
+        experts: DeepSpeed's `GroupedExperts`, whose loop pads nothing and lets autograd fill a whole weight per expert.
+    """
+
+    def __init__(self, experts: Any):
+        super().__init__()
+        self.w1, self.w2, self.w3 = experts.w1, experts.w2, experts.w3
+
+    def forward(self, x_PH: Tensor, counts_E: Tensor) -> Tensor:
+        """As `GroupedExperts.forward`: rows [P, H] sorted by expert, P at least the sum of their numbers [E]."""
+        counts = counts_E.tolist()
+        *rows, rest = x_PH.split([*counts, len(x_PH) - sum(counts)])
+        multiple = row_multiple(x_PH)
+        padded = [F.pad(one, (0, 0, 0, -len(one) % multiple)) for one in rows] if multiple > 1 else rows
+        sizes = [len(one) for one in padded]
+        out_PH = expert_ffn(torch.cat(padded), sizes, (self.w1, self.w3), self.w2)
+        kept = [one[:count] for one, count in zip(out_PH.split(sizes), counts, strict=True)]
+        return torch.cat([*kept, torch.zeros_like(rest)])
+
+
+def use_our_experts(model: nn.Module) -> None:
+    """Puts `CpuExperts` in place of AutoEP's, after AutoEP has made its layers and before ZeRO looks at their modules."""
+    for layer in autoep_layers(model).values():
+        layer.experts = CpuExperts(layer.experts)
