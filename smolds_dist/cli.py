@@ -15,7 +15,7 @@ USAGE = """usage: smolds COMMAND [options]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure: smolds bench checkpoint | logging
+  bench      measure: smolds bench train | checkpoint | logging
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
 
 `smolds COMMAND --help` tells more."""
