@@ -1,13 +1,12 @@
 """`smolds board [RUN...]`: TensorBoard on this machine, with the experts' curves in front."""
 
-import argparse
 import os
 import sys
 import threading
 import webbrowser
 from pathlib import Path
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 
 # TensorBoard keeps few pictures and texts of each kind unless told; all of a run's are less than this.
 SAMPLES = {"images": 200, "text": 200, "histograms": 200}
@@ -19,20 +18,16 @@ def board(args: list[str]) -> None:
     Raises:
         ConfigError: where there is nothing to show, or the port is taken.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="smolds board",
         description="Opens TensorBoard on localhost for some runs, or for all in ./runs; Custom Scalars has a tab Experts.",
-        exit_on_error=False,
     )
     parser.add_argument(
         "runs", type=Path, nargs="*", metavar="RUN", help="a run's folder (runs/NAME), or one with several"
     )
     parser.add_argument("--port", type=int, help="6006 or the next that is free where not given; 0: any")
     parser.add_argument("--no-open", action="store_true", help="only print the address")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    options = parser.parse_args(args)
     runs = options.runs or [Path("runs")]
     for run in runs:
         if not any(run.rglob("*tfevents*")):

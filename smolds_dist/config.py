@@ -3,7 +3,6 @@
 Every contradiction between two settings is refused here or, where it depends on the machine, in `parallel.topology`.
 """
 
-import argparse
 import base64
 import dataclasses
 import difflib
@@ -17,7 +16,7 @@ from typing import Literal
 import jsonargparse
 import yaml
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 
 # A whole command line as base64 of JSON, for ways that lead through shells: `--encoded=...`.
 ENCODED = "--encoded="
@@ -343,15 +342,12 @@ def load_config(args: list[str], prog: str = "smolds train") -> RunConfig:
     """
     if len(args) == 1 and args[0].startswith(ENCODED):
         args = json.loads(base64.urlsafe_b64decode(args[0].removeprefix(ENCODED)))
-    base_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    base_parser = OptionParser(add_help=False, allow_abbrev=False)
     base_parser.add_argument("--preset")
     base_parser.add_argument("--config", type=Path)
     base_parser.add_argument("-q", dest="level", action="store_const", const="quiet")
     base_parser.add_argument("-v", dest="level", action="store_const", const="verbose")
-    try:
-        base, rest = base_parser.parse_known_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    base, rest = base_parser.parse_known_args(args)
     base_file = _base_file(base.preset, base.config)
     if base.level:
         rest.append(f"--log.level={base.level}")

@@ -1,4 +1,7 @@
-"""The one error type for a user's mistakes."""
+"""The one error type for a user's mistakes, and the parser that raises it."""
+
+import argparse
+from typing import NoReturn
 
 
 class ConfigError(Exception):
@@ -17,3 +20,10 @@ class TrainingStoppedError(Exception):
 
     The message is one sentence with the fix; the command line prints it once and exits with code 1.
     """
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse's parser, which tells a mistake as a `ConfigError` instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.")

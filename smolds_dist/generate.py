@@ -1,10 +1,9 @@
 """`smolds generate`: continue a prompt with the model that a run exported."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 
 
 def generate(args: list[str]) -> None:
@@ -13,7 +12,7 @@ def generate(args: list[str]) -> None:
     Raises:
         ConfigError: where the run has exported no model yet.
     """
-    parser = argparse.ArgumentParser(prog="smolds generate", description="Continue a prompt with a trained model.")
+    parser = OptionParser(prog="smolds generate", description="Continue a prompt with a trained model.")
     parser.add_argument("run", type=Path, help="a run's folder (runs/NAME) or an exported model")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--tokens", type=int, default=100, help="most tokens to add")

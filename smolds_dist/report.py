@@ -3,7 +3,6 @@
 Everything comes from the run's folder: `metrics.jsonl`, `samples.jsonl`, `config.yaml` and the checkpoints' manifests.
 """
 
-import argparse
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.train.checkpoint_files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
 from smolds_dist.train.metrics import load_table, read_rows
 from smolds_dist.train.summary import facts
@@ -33,20 +32,16 @@ def report(args: list[str]) -> None:
     Raises:
         ConfigError: where a folder holds no run, or several runs are given without a place for their picture.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="smolds report",
         description="Writes log_training.md, sample_outputs.md and training_metrics.png; several runs share a picture.",
-        exit_on_error=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder (runs/NAME)")
     parser.add_argument(
         "--rebuild-tensorboard", action="store_true", help="also write TensorBoard's files anew, from metrics.jsonl"
     )
     parser.add_argument("--to", type=Path, help="folder to write to; the run's own where there is one run")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    options = parser.parse_args(args)
     for run in options.runs:
         if not any("loss" in row for row in read_rows(run / "metrics.jsonl")):
             raise ConfigError(f"{run} holds no training steps; name a run's folder, such as runs/NAME.")

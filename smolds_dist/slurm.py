@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from smolds_dist.config import RunConfig, load_config
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, plan_topology
 
@@ -91,11 +91,10 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if "--" not in args and not {"-h", "--help"} & set(args):
         raise ConfigError("smolds slurm needs the options of the training behind `--`.")
     cut = args.index("--") if "--" in args else len(args)
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="smolds slurm",
         usage="smolds slurm --nodes N [--gpus-per-node N] --time LIMIT [options] [--submit] -- TRAIN-OPTIONS",
         description="Writes a batch script for Slurm, which checkpoints ahead of its time limit, requeues and resumes.",
-        exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1)
@@ -111,10 +110,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--job-name", help="the run's name where not given")
     parser.add_argument("--output", help="the job's output file")
     parser.add_argument("--submit", action="store_true", help="submit it and print the job's id")
-    try:
-        options, unknown = parser.parse_known_args(args[:cut])
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    options, unknown = parser.parse_known_args(args[:cut])
     if unknown:
         raise ConfigError(f"smolds slurm does not know {unknown[0]!r}; options of the training go behind `--`.")
     if not TIME.fullmatch(options.time):

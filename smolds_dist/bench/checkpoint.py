@@ -3,7 +3,6 @@
 Both save the same state of the same DeepSpeed engine (ZeRO 1, one process), in turn, to the same disk.
 """
 
-import argparse
 import json
 import platform
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 
 
 def bench_checkpoint(args: list[str]) -> None:
@@ -25,17 +24,12 @@ def bench_checkpoint(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none.
     """
-    parser = argparse.ArgumentParser(
-        prog="smolds bench checkpoint", description=__doc__.partition("\n")[0], exit_on_error=False
-    )
+    parser = OptionParser(prog="smolds bench checkpoint", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="a folder on the disk to write to")
     parser.add_argument("--json", type=Path, help="file for the result")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    options = parser.parse_args(args)
     if options.repeats < 1:
         raise ConfigError(f"--repeats {options.repeats} is out of range; it must be at least 1.")
     options.dir.mkdir(parents=True, exist_ok=True)

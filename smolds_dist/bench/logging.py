@@ -3,7 +3,6 @@
 Steps with and without close measurement alternate in one process, over the same model; rows are written as in a run.
 """
 
-import argparse
 import json
 import platform
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 
 
 def bench_logging(args: list[str]) -> None:
@@ -22,17 +21,12 @@ def bench_logging(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none.
     """
-    parser = argparse.ArgumentParser(
-        prog="smolds bench logging", description=__doc__.partition("\n")[0], exit_on_error=False
-    )
+    parser = OptionParser(prog="smolds bench logging", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
     parser.add_argument("--repeats", type=int, default=10, help="steps of each kind")
     parser.add_argument("--sequences", type=int, default=1, help="of a step; more make its share smaller")
     parser.add_argument("--json", type=Path, help="file for the result")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    options = parser.parse_args(args)
     for name in ("repeats", "sequences"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")

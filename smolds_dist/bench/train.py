@@ -20,7 +20,7 @@ from typing import Any
 
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -33,9 +33,7 @@ def bench_train(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none.
     """
-    parser = argparse.ArgumentParser(
-        prog="smolds bench train", description=__doc__.partition("\n")[0], exit_on_error=False
-    )
+    parser = OptionParser(prog="smolds bench train", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model and sequence length")
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
@@ -44,10 +42,7 @@ def bench_train(args: list[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS), help="contenders")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="of smolds; several share the experts")
     parser.add_argument("--json", type=Path, help="file for the result")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    options = parser.parse_args(args)
     for name in ("sequences", "rounds", "steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")

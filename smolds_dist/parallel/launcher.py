@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolds_dist.config import ENCODED, load_config
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.parallel.failure import exit_code_of_stop, find_dead, signal_ranks
 from smolds_dist.parallel.output import run_quietly
 from smolds_dist.parallel.ranks import RankInfo
@@ -255,21 +255,17 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if "--" in args:
         cut = args.index("--")
         args, train_args = args[:cut], args[cut + 1 :]
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="smolds launch",
         usage="smolds launch [--procs N] [--launcher NAME] [--hostfile FILE] [--dry-run] -- TRAIN-OPTIONS",
         description="Starts the ranks of `smolds train`.",
-        exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--procs", default="auto", help="ranks in all; auto: one per GPU, else one per core up to two")
     parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="program that starts the ranks")
     parser.add_argument("--hostfile", type=Path, help="several machines: a line `host slots=N` for each")
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
-    try:
-        options, unknown = parser.parse_known_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    options, unknown = parser.parse_known_args(args)
     if unknown:
         raise ConfigError(f"smolds launch does not know {unknown[0]!r}; options of the training go behind `--`.")
     return options, train_args

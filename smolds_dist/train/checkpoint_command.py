@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.train.checkpoint_files import (
     CheckpointReader,
     DamagedCheckpointError,
@@ -50,10 +50,9 @@ def checkpoint(args: list[str]) -> int:
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="smolds checkpoint",
         description="Lists, verifies, converts or removes a run's checkpoints.",
-        exit_on_error=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     texts = {
@@ -75,10 +74,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
                 "--to", type=Path, required=True, help="folder of a run to write it to, such as runs/OTHER"
             )
             command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
-    try:
-        return parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}.") from None
+    return parser.parse_args(args)
 
 
 def _folders(run: Path) -> list[Path]:
