@@ -64,6 +64,21 @@ def test_flops_are_those_that_pytorch_counts(settings):
     assert counter.get_total_flops() == B * S * flops_per_token(config, S) + masked - last_tokens
 
 
+@pytest.mark.parametrize("settings", [GQA, LATENT])
+def test_autocast_trains_fp32_weights_with_bf16_products(settings):
+    model, ids = build(settings).train(), tokens(2, 24)
+    losses, gradients = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients[1])
+    exact, rounded = (torch.cat([gradient.flatten() for gradient in one]) for one in gradients)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.98
+
+
 def test_logits_equal_transformers(pair):
     ours, peer = pair
     ids = tokens(3, 40)

@@ -24,6 +24,14 @@ def row_multiple(x: Tensor) -> int:
     return CPU_ROW_MULTIPLE if x.device.type == "cpu" and x.dtype != torch.float32 else 1
 
 
+def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """What autocast would do to a product's inputs, where it is on: it does not look into functions of our own."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+
+
 def expert_ffn(x_PH: Tensor, counts: Sequence[int], gate_up: Sequence[Tensor], down_EHI: Tensor) -> Tensor:
     """SwiGLU of each expert over its own rows: down(silu(gate(x)) * up(x)).
 
@@ -39,7 +47,9 @@ def expert_ffn(x_PH: Tensor, counts: Sequence[int], gate_up: Sequence[Tensor], d
     Returns:
         [P, H], in the order of `x_PH`. Second derivatives are not supported.
     """
-    return _ExpertFFN.apply(x_PH, tuple(counts), down_EHI, *gate_up)
+    x_PH, down_EHI, *gate_up = _in_autocast_dtype(x_PH, down_EHI, *gate_up)
+    with torch.autocast(x_PH.device.type, enabled=False):
+        return _ExpertFFN.apply(x_PH, tuple(counts), down_EHI, *gate_up)
 
 
 def expert_ffn_reference(x_PH: Tensor, counts: Sequence[int], gate_up: Sequence[Tensor], down_EHI: Tensor) -> Tensor:
@@ -244,4 +254,6 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor,
     Returns:
         An fp32 scalar; 0 where every label is negative.
     """
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, chunk_size)
+    hidden_TH, weight_VH = _in_autocast_dtype(hidden_TH, weight_VH)
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, chunk_size)
