@@ -94,8 +94,9 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
 
 @needs_slurm
 def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, repository):
-    # Slow steps, so that the signal comes in their midst.
-    options = [*options_of(small_run), "--train.steps=200", "--train.global_batch=16", "--train.micro_batch=1"]
+    # Slow steps, so that the signal comes in their midst. Slurm sends it up to half a minute ahead of the 80 seconds, which
+    # is 10 seconds after the start at the earliest: before there are processes it would reach nobody.
+    options = [*options_of(small_run), "--train.steps=240", "--train.global_batch=16", "--train.micro_batch=1"]
     options += [
         "--log.tensorboard=true",
         "--train.lr=5e-4",
@@ -103,7 +104,7 @@ def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, rep
         "--log.sample_every=0",
         "--checkpoint.every=0",
     ]
-    layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@100"]
+    layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@80"]
     job = submit(
         [*layout, "slurm/train.sbatch", *options, "--run.name=limited", "--parallel.expert=2"], cluster, repository
     )
@@ -118,7 +119,7 @@ def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, rep
     assert "validation loss" in text
     assert losses(tmp_path / "runs" / "limited") == losses(tmp_path / "runs" / "reference")
     board = EventAccumulator(str(tmp_path / "runs" / "limited" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 201))
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 241))
 
 
 @needs_slurm
