@@ -36,7 +36,7 @@ def shorter(cache):
         "smolds launch resume": f"{training} --train.steps=4",
         "smolds checkpoint": "",
         "smolds report": "",
-        "smolds bench train": " --preset debug --sequences=2 --rounds=1 --steps=1 --only smolds transformers masked",
+        "smolds bench train": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --only smolds transformers",
         "smolds bench checkpoint": " --preset debug --repeats=1",
         "smolds bench logging": " --preset debug --repeats=1",
         "torchrun": f"{training} --train.steps=2",
