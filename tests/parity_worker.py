@@ -5,7 +5,6 @@ Run by test_parity.py under torchrun, and in-process for the single-process refe
 
 import json
 import sys
-from functools import partial
 
 import torch
 
@@ -13,15 +12,16 @@ from smolds_dist.config import load_config
 from smolds_dist.data.batches import training_batch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import end_rank, make_engine, start_process_group
+from smolds_dist.parallel.engine import end_rank, start_process_group
 from smolds_dist.parallel.fragments import tensor_shapes
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.train.build import engine_for
 from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
 from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
 from smolds_dist.train.clock import StepClock
-from smolds_dist.train.optim import PARTS, learning_rate, make_optimizer, parameter_groups
+from smolds_dist.train.optim import PARTS, learning_rate
 from smolds_dist.train.step import accumulate_gradients
 
 VOCAB = 96
@@ -73,8 +73,7 @@ def train_case(
     reader = open_checkpoint(config, topology)
     if reader:
         load_weights(reader, model)
-    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
-    engine = make_engine(model, config, topology, groups, optimizer)
+    engine = engine_for(model, config, topology)
     balancer = Balancer(engine.model, config.train.balance_rate)
     routers, clock = RouterStatistics(engine.model), StepClock(engine)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
@@ -59,13 +60,12 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
 
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
-    from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine
     from smolds_dist.parallel.engine import start_process_group
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
+    from smolds_dist.train.build import engine_for
     from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
-    from smolds_dist.train.optim import make_optimizer, parameter_groups
 
     options = ["--parallel.engine=deepspeed", "--parallel.zero=1", "--train.global_batch=1", "--train.dtype=auto"]
     config = load_config(["--preset", preset, *options, f"--run.dir={folder}", "--checkpoint.keep_best=false"])
@@ -74,8 +74,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     settings = asdict(config.model) | {"vocab_size": config.model.vocab_size or 49_152}
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
-    engine = DeepSpeedEngine(model, config, topology, groups, optimizer)
+    engine: Any = engine_for(model, config, topology)
     balancer = Balancer(engine.model, config.train.balance_rate)
     ids = torch.randint(0, settings["vocab_size"], (1, 256), generator=torch.Generator().manual_seed(0))
 

@@ -101,10 +101,10 @@ def smolds(task: Task, gate: Gate) -> None:
     """Our model and engine: plain PyTorch in one process, DeepSpeed with sharded experts in several."""
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
-    from smolds_dist.parallel.engine import make_engine, start_process_group
+    from smolds_dist.parallel.engine import start_process_group
     from smolds_dist.parallel.ranks import rank_from_environment
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.train.optim import make_optimizer, parameter_groups
+    from smolds_dist.train.build import engine_for
 
     info = rank_from_environment()
     config: RunConfig = load_config([
@@ -116,8 +116,7 @@ def smolds(task: Task, gate: Gate) -> None:
     start_process_group(topology)
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**task.model_settings()))
-    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
-    engine = make_engine(model, config, topology, groups, optimizer)
+    engine = engine_for(model, config, topology)
     balancer = Balancer(engine.model, config.train.balance_rate)
     ids = task.batch()
 

@@ -126,13 +126,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         if reader.manifest.data["tokenizer"] != job.shards.identity["tokenizer"]:
             raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
         load_weights(reader, model)
-    engine = make_engine(
-        model,
-        config,
-        topology,
-        partial(parameter_groups, train=config.train),
-        partial(make_optimizer, train=config.train),
-    )
+    engine = engine_for(model, config, topology)
     engine.model.register_forward_pre_hook(lambda *_: job.beat())
     rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
     balancer = Balancer(engine.model, rate)
@@ -170,6 +164,12 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         Profiler(config, topology),
         peak,
     )
+
+
+def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topology) -> Engine:
+    """The run's engine around `model`, with its optimizer."""
+    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
+    return make_engine(model, config, topology, groups, optimizer)
 
 
 def environment(topology: Topology, num_parameters: int, peak: float) -> dict:
