@@ -1,6 +1,28 @@
 """`smolds bench NAME`: measurements, each against what a user would pick instead, alternating in one run."""
 
-from smolds_dist.errors import ConfigError
+import argparse
+from pathlib import Path
+
+from smolds_dist.errors import ConfigError, OptionParser
+
+
+def bench_parser(name: str, doc: str) -> OptionParser:
+    """The options that every benchmark has, described by the first line of its module's docstring."""
+    parser = OptionParser(prog=f"smolds bench {name}", description=doc.partition("\n")[0])
+    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    return parser
+
+
+def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """Refuses counts below 1.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")
 
 
 def bench(args: list[str]) -> None:

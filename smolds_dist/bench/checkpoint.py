@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from smolds_dist.bench import bench_parser, check_at_least_one
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError
 
 
 def bench_checkpoint(args: list[str]) -> None:
@@ -25,14 +26,11 @@ def bench_checkpoint(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none.
     """
-    parser = OptionParser(prog="smolds bench checkpoint", description=__doc__.partition("\n")[0])
-    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
+    parser = bench_parser("checkpoint", __doc__)
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="a folder on the disk to write to")
-    parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args(args)
-    if options.repeats < 1:
-        raise ConfigError(f"--repeats {options.repeats} is out of range; it must be at least 1.")
+    check_at_least_one(options, "repeats")
     options.dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.dir))
     try:

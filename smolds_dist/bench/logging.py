@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from smolds_dist.bench import bench_parser, check_at_least_one
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError, OptionParser
 
 
 def bench_logging(args: list[str]) -> None:
@@ -21,15 +21,11 @@ def bench_logging(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none.
     """
-    parser = OptionParser(prog="smolds bench logging", description=__doc__.partition("\n")[0])
-    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
+    parser = bench_parser("logging", __doc__)
     parser.add_argument("--repeats", type=int, default=10, help="steps of each kind")
     parser.add_argument("--sequences", type=int, default=1, help="of a step; more make its share smaller")
-    parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args(args)
-    for name in ("repeats", "sequences"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")
+    check_at_least_one(options, "repeats", "sequences")
     folder = Path(tempfile.mkdtemp(prefix="bench-logging-"))
     try:
         result = measure(options.preset, options.repeats, options.sequences, folder)

@@ -18,9 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from smolds_dist.bench import bench_parser, check_at_least_one
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -33,19 +34,15 @@ def bench_train(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none.
     """
-    parser = OptionParser(prog="smolds bench train", description=__doc__.partition("\n")[0])
-    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model and sequence length")
+    parser = bench_parser("train", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS), help="contenders")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="of smolds; several share the experts")
-    parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args(args)
-    for name in ("sequences", "rounds", "steps"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")
+    check_at_least_one(options, "sequences", "rounds", "steps")
     if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
     result = measure(options)
