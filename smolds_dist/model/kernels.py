@@ -1,6 +1,6 @@
 """What the model spends its time on: the experts' FFN, attention, and the linear + cross-entropy loss.
 
-Each has a fast path and, beside it, the plain one that it must agree with.
+Tests hold each to the plain formula, forward and in its gradients.
 
 Shape letters: T tokens, K experts per token, P rows sorted by expert and padded, H hidden, E experts, I expert width,
 V vocabulary; B batch, N query heads, G key/value heads, S sequence, D head dimension.
