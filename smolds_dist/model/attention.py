@@ -13,32 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.kernels import causal_attention
 from smolds_dist.model.norm import RMSNorm
-
-
-def rotary_angles(position_ids: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864, equation 34), in fp32.
-
-    Computed anew from the positions, because a stored frequency buffer would be rounded when the model is cast to bf16.
-
-    Args:
-        position_ids: [B, S].
-        dim: P, even.
-        theta: base wavelength.
-
-    Returns:
-        Two tensors [B, S, P]; both halves of the last dimension hold the same angles.
-    """
-    exponents = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
-    angles = position_ids[..., None].float() * theta**-exponents  # [B, S, P/2]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + P/2) of the last dimension of x [B, heads, S, P]; computed in fp32, returned in x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+from smolds_dist.model.rotary import apply_rotary
 
 
 class DeepSeekV3Attention(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 # keeps the number of shapes small on CPU in bf16. fp32 products go to a library that has no such cost.
 CPU_ROW_MULTIPLE = 64
 ATTENTION_BLOCK = 128  # queries
-SOFTMAX_ROWS = 64  # whose fp32 softmax over the vocabulary is held at once: a few megabytes, near a CPU's cache
+SOFTMAX_ROWS = 16  # whose fp32 softmax over the vocabulary is held at once: a few megabytes, near a CPU's cache
 
 
 def row_multiple(x: Tensor) -> int:
@@ -241,8 +241,8 @@ def _attention_shares(query_XRCD: Tensor, key_XSD: Tensor, block: slice) -> Tens
     """Softmax of a block's scores, [X, R x C, S] for the S keys up to the block's end."""
     X, R, C, D = query_XRCD.shape
     scores = torch.bmm(query_XRCD.reshape(X, R * C, D), key_XSD.mT)
-    hidden = torch.ones(C, C, dtype=torch.bool, device=scores.device).triu_(1)
-    scores.view(X, R, C, -1)[..., block.start :].masked_fill_(hidden, -torch.inf)
+    # Adding is vectorised, filling by a mask is not.
+    scores.view(X, R, C, -1)[..., block.start :] += scores.new_full((C, C), -torch.inf).triu_(1)
     return torch.softmax(scores, dim=-1)
 
 

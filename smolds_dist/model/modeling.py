@@ -13,11 +13,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from smolds_dist.model.attention import DeepSeekV3Attention, rotary_angles
+from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.kernels import linear_cross_entropy
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
 from smolds_dist.model.norm import RMSNorm
+from smolds_dist.model.rotary import rotary_angles
 
 
 class DeepSeekV3Block(GradientCheckpointingLayer):

@@ -1,6 +1,7 @@
 """Root mean square normalisation."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -13,8 +14,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * scale).to(x.dtype)
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class _RMSNorm(torch.autograd.Function):
+    """PyTorch has no RMSNorm in one pass for the CPU, but LayerNorm's gradient; it takes under half of the time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, inverse = ctx.saved_tensors
+        grad, size = grad.to(x.dtype), x.shape[-1]
+        # LayerNorm's gradient with a mean of 0 lacks one term: what it subtracts because the mean depends on x.
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [size], torch.zeros_like(inverse), inverse, weight.float(), None, [True, True, False]
+        )
+        grad_mean = (grad @ (weight.to(x.dtype) / size))[..., None]
+        return grad_x.add_((inverse * grad_mean).to(x.dtype)), grad_weight.to(weight.dtype), None
