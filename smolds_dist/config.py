@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -62,6 +62,14 @@ class Model:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    force_uniform_routing: bool = False
+    """Tokens take turns among the experts, whatever the router says; for `smolds bench` alone."""
+
+    def architecture(self) -> dict[str, Any]:
+        """What `DeepSeekV3Config` takes."""
+        fields = dataclasses.asdict(self)
+        del fields["force_uniform_routing"]
+        return fields
 
 
 @dataclass
@@ -332,10 +340,13 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
 
-def load_config(args: list[str], prog: str = "smolds train") -> RunConfig:
+def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = False) -> RunConfig:
     """The RunConfig of a command line such as `--preset debug --train.steps 50`; options override the preset.
 
     `--config FILE` (for instance another run's config.yaml) may stand instead of `--preset NAME`.
+
+    Args:
+        benchmark: allows what would spoil a model.
 
     Raises:
         ConfigError: for an unknown option, a value of the wrong type, or a contradiction.
@@ -374,6 +385,10 @@ def load_config(args: list[str], prog: str = "smolds train") -> RunConfig:
     if config.run.name is None:
         config.run.name = base.preset or "run"
     config.validate()
+    if config.model.force_uniform_routing and not benchmark:
+        raise ConfigError(
+            "--model.force_uniform_routing trains a router to which nothing listens; it is for smolds bench train and scale."
+        )
     return config
 
 

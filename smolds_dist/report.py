@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from smolds_dist.config import Model
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.train.checkpoint_files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
 from smolds_dist.train.metrics import load_table, read_rows
@@ -307,7 +308,8 @@ def _model_printout(config: dict, manifests: list[Manifest]) -> str:
 
     vocabulary = manifests[0].tensors["model.embed_tokens.weight"][0]
     with torch.device("meta"):
-        model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config["model"] | {"vocab_size": vocabulary}))
+        architecture = Model(**config["model"]).architecture()
+        model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**architecture | {"vocab_size": vocabulary}))
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{model}\n\n{count:,} parameters"
 

@@ -16,7 +16,7 @@ def test_presets_load_and_build_model_configurations():
     for name in preset_names():
         config = load_config(["--preset", name])
         assert config.run.name == name
-        DeepSeekV3Config(**(vars(config.model) | {"vocab_size": 49152}))
+        DeepSeekV3Config(**config.model.architecture() | {"vocab_size": 49152})
 
 
 def test_reference_preset_is_the_reference_model():

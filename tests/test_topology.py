@@ -128,7 +128,7 @@ def test_state_bytes_shrink_with_every_stage_and_count_what_zero_replicates():
 )
 def test_parameter_counts_are_the_models(options):
     config = load_config(["--preset", "debug", "--model.vocab_size=500", *options])
-    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**vars(config.model)))
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config.model.architecture()))
     experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
     total = sum(p.numel() for p in model.parameters())
     assert parameter_counts(config) == (total - experts, experts)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 
 
@@ -12,6 +13,17 @@ def bench_parser(name: str, doc: str) -> OptionParser:
     parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser
+
+
+def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The benchmark's own options, and settings such as --model.num_hidden_layers=4, which change the preset.
+
+    Raises:
+        ConfigError: for options that are neither.
+    """
+    options, settings = parser.parse_known_args(args)
+    load_config(["--preset", options.preset, *settings], parser.prog, benchmark=True)
+    return options, settings
 
 
 def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
@@ -31,11 +43,17 @@ def bench(args: list[str]) -> None:
     Raises:
         ConfigError: for an unknown one.
     """
+    from smolds_dist.bench.balance import bench_balance
     from smolds_dist.bench.checkpoint import bench_checkpoint
     from smolds_dist.bench.logging import bench_logging
+    from smolds_dist.bench.loss import bench_loss
+    from smolds_dist.bench.scale import bench_scale
     from smolds_dist.bench.train import bench_train
 
-    benches = {"train": bench_train, "checkpoint": bench_checkpoint, "logging": bench_logging}
+    benches = {
+        "train": bench_train, "loss": bench_loss, "balance": bench_balance, "scale": bench_scale,
+        "checkpoint": bench_checkpoint, "logging": bench_logging,
+    }  # fmt: skip
     name, *rest = args or [""]
     if name not in benches:
         raise ConfigError(f"smolds bench {name!r} is unknown; use one of {', '.join(benches)}.")

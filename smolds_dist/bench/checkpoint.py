@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -69,7 +68,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     config = load_config(["--preset", preset, *options, f"--run.dir={folder}", "--checkpoint.keep_best=false"])
     topology = plan_topology(config, detect_machine(), RankInfo())
     start_process_group(topology)
-    settings = asdict(config.model) | {"vocab_size": config.model.vocab_size or 49_152}
+    settings = config.model.architecture() | {"vocab_size": config.model.vocab_size or 49_152}
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine: Any = engine_for(model, config, topology)

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,8 @@ class Task:
     seq_len: int
     dtype: str  # fp32 or bf16
     device: str
-    variant: str = ""  # of transformers: EXPERTS_IMPLEMENTATION/PRECISION
+    variant: str = ""  # of transformers: EXPERTS_IMPLEMENTATION/PRECISION; of smolds: "traffic" tells where time goes
+    settings: tuple[str, ...] = ()  # that change the preset
 
     def batch(self) -> Tensor:
         """The same token ids [sequences, seq_len] every time: speed does not depend on them, balance hardly."""
@@ -42,7 +43,10 @@ class Task:
         return ids.to(self.device)
 
     def model_settings(self) -> dict[str, Any]:
-        return asdict(load_config(["--preset", self.preset]).model) | {"vocab_size": self.vocab_size}
+        return self.config().model.architecture() | {"vocab_size": self.vocab_size}
+
+    def config(self, *more: str) -> RunConfig:
+        return load_config(["--preset", self.preset, *self.settings, *more], benchmark=True)
 
 
 class Gate:
@@ -54,6 +58,7 @@ class Gate:
         self._seconds: list[float] = []
         self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self._main = os.environ.get("RANK", "0") == "0"
+        self.notes: list[Any] = []  # what a contender wants to tell of its steps
 
     def before(self) -> None:
         """Before a step; ends the process where no more are asked for."""
@@ -66,8 +71,9 @@ class Gate:
         self._left -= 1
         if not self._left:
             if self._main:
-                print(json.dumps({"seconds": self._seconds, "memory": self._memory()}), file=_answers, flush=True)
-            self._seconds = []
+                answer = {"seconds": self._seconds, "memory": self._memory(), "notes": self.notes}
+                print(json.dumps(answer), file=_answers, flush=True)
+            self._seconds, self.notes = [], []
 
     def _asked(self) -> int:
         steps = [int((sys.stdin.readline() or "0").strip() or 0)] if self._main else [0]
@@ -99,6 +105,7 @@ def repeat(gate: Gate, step: Callable[[], object]) -> None:
 
 def smolds(task: Task, gate: Gate) -> None:
     """Our model and engine: plain PyTorch in one process, DeepSpeed with sharded experts in several."""
+    from smolds_dist.bench.traffic import Traffic
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.engine import start_process_group
@@ -107,11 +114,10 @@ def smolds(task: Task, gate: Gate) -> None:
     from smolds_dist.train.build import engine_for
 
     info = rank_from_environment()
-    config: RunConfig = load_config([
-        "--preset", task.preset, f"--train.global_batch={task.sequences * info.world_size}",
-        f"--train.micro_batch={task.sequences}", f"--train.dtype={task.dtype}",
-        f"--parallel.device={task.device.partition(':')[0]}",
-    ])  # fmt: skip
+    config = task.config(
+        f"--train.global_batch={task.sequences * info.world_size}", f"--train.micro_batch={task.sequences}",
+        f"--train.dtype={task.dtype}", f"--parallel.device={task.device.partition(':')[0]}",
+    )  # fmt: skip
     topology = plan_topology(config, detect_machine(), info)
     start_process_group(topology)
     torch.manual_seed(0)
@@ -119,13 +125,18 @@ def smolds(task: Task, gate: Gate) -> None:
     engine = engine_for(model, config, topology)
     balancer = Balancer(engine.model, config.train.balance_rate)
     ids = task.batch()
+    traffic = Traffic(engine, topology) if task.variant == "traffic" else None
 
     def step() -> None:
         with balancer.counting():
             loss = engine.forward(ids, ids)
         engine.backward(loss)
+        if traffic:
+            traffic.wait()
         engine.step(1e-4)
         balancer.step()
+        if traffic:
+            gate.notes.append(traffic.seconds())
 
     repeat(gate, step)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one
+from smolds_dist.bench import bench_parser, check_at_least_one, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
@@ -41,29 +41,56 @@ def bench_train(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS), help="contenders")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="of smolds; several share the experts")
-    options = parser.parse_args(args)
+    options, settings = parse(parser, args)
     check_at_least_one(options, "sequences", "rounds", "steps")
     if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
-    result = measure(options)
+    result = measure(options, settings)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
+    """What all contenders get."""
+    import torch
+
+    config = load_config(["--preset", options.preset, *settings], benchmark=True)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    trained = config.data.tokenizer_vocab_size if config.data.tokenizer == "train" else 49_152
+    return Task(
+        "", options.preset, config.model.vocab_size or trained, options.sequences, config.data.seq_len, options.dtype,
+        device, settings=tuple(settings),
+    )  # fmt: skip
+
+
+def describe_machine(task: Task) -> dict[str, Any]:
+    """What a result holds for."""
+    import torch
+
+    from smolds_dist.train.build import package_versions
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, {task.device}, {torch.get_num_threads()} threads",
+        "versions": package_versions(),
+        "preset": task.preset,
+        "settings": list(task.settings),
+        "dtype": task.dtype,
+    }
+
+
+def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     """All contenders' seconds by round, and what follows from them."""
     import torch
 
     from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.model.flops import flops_per_token
-    from smolds_dist.train.build import package_versions
     from smolds_dist.train.clock import matrix_product_peak
 
-    config = load_config(["--preset", options.preset])
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    vocab_size = config.data.tokenizer_vocab_size if config.data.tokenizer == "train" else 49_152
-    task = Task("", options.preset, vocab_size, options.sequences, config.data.seq_len, options.dtype, device)
+    task = make_task(options, settings)
+    if task.config().model.force_uniform_routing and options.only != ["smolds"]:
+        raise ConfigError("--model.force_uniform_routing is smolds' alone; add --only smolds.")
     chosen: dict[str, tuple[Task, int]] = {}
     if "smolds" in options.only:
         for ranks in options.ranks:
@@ -80,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     peaks = []
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     for number in range(options.rounds):
-        peaks.append(matrix_product_peak(torch.device(device), dtype, seconds=1.0))
+        peaks.append(matrix_product_peak(torch.device(task.device), dtype, seconds=1.0))
         for name, (wanted, ranks) in chosen.items():
             say(f"round {number + 1} of {options.rounds}: {name}")
             turns[name].append(take_turn(wanted, options.steps, ranks))
@@ -96,12 +123,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "memory_gb": max(answer["memory"] for answer in answers) / 1e9,
             "flops_utilisation": median(rates) * flops / peak,
         }
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{processor()}, {device}, {torch.get_num_threads()} threads",
-        "versions": package_versions(),
-        "preset": options.preset,
-        "dtype": options.dtype,
+    return describe_machine(task) | {
         "tokens_per_step": tokens,
         "flops_per_token": flops,
         "matrix_product_peak": peak,

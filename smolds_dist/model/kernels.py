@@ -16,7 +16,7 @@ from torch import Tensor
 # keeps the number of shapes small on CPU in bf16. fp32 products go to a library that has no such cost.
 CPU_ROW_MULTIPLE = 64
 ATTENTION_BLOCK = 128  # queries
-SOFTMAX_ROWS = 16  # whose fp32 softmax over the vocabulary is held at once: a few megabytes, near a CPU's cache
+SOFTMAX_SIZE = 1 << 20  # probabilities of an fp32 softmax that are held at once: a few megabytes, near a CPU's cache
 
 
 def row_multiple(x: Tensor) -> int:
@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_TH), chunk_size):
             part = slice(start, start + chunk_size)
             hidden, logits = hidden_TH[part], hidden_TH[part] @ weight_VH.T
-            at_once = SOFTMAX_ROWS if on_cpu else chunk_size
+            at_once = max(1, SOFTMAX_SIZE // len(weight_VH)) if on_cpu else chunk_size
             pieces = (tensor.split(at_once) for tensor in (logits, kept_T[part], labels_T[part]))
             for rows, kept, labels in zip(*pieces, strict=True):
                 labels = labels[:, None].clamp(min=0)

@@ -19,7 +19,7 @@ from smolds_dist.parallel.engine import (
     squares_by_part,
 )
 from smolds_dist.parallel.expert_parallel import (
-    AllToAllClock,
+    CommunicationClock,
     consolidated_state_dict,
     deepspeed_config,
     expert_parameters,
@@ -44,7 +44,7 @@ class DeepSpeedEngine:
         self._norm = float("nan")
         self._applied = True
         self._squares: dict[str, Tensor] | None = None  # where this step's are wanted
-        self._clock = AllToAllClock()
+        self._clock = CommunicationClock("all_to_all_single")
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             # Called after AutoEP has put its own expert weights in place of ours.
@@ -130,7 +130,7 @@ class DeepSpeedEngine:
         self._clock.run(on)
 
     def all_to_all_seconds(self) -> float:
-        return self._clock.seconds()
+        return sum(self._clock.seconds().values())
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device)

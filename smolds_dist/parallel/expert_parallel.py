@@ -86,30 +86,31 @@ def autoep_section(expert: int, model: "DeepSeekV3Config") -> dict[str, Any]:
     return section
 
 
-class AllToAllClock:
-    """Times all-to-all with DeepSpeed's communication log, which waits for the device around every collective.
+class CommunicationClock:
+    """Times collectives with DeepSpeed's communication log, which waits for the device around every one.
 
     DeepSpeed 0.19 enters into the log the sum of all durations so far instead of each one's, so the log is dropped and its
     timer read. Can go when `deepspeed.comm.comm.timed_op` resets its timer: then the log has what is wanted.
+
+    Args:
+        operations: by DeepSpeed's names. Of those that DeepSpeed does not wait for at once, only the start is timed.
     """
 
-    NAME = "all_to_all_single"
-
-    def __init__(self) -> None:
+    def __init__(self, *operations: str) -> None:
         from deepspeed.comm import comm
 
-        self._comm = comm
+        self._comm, self._operations = comm, operations
         self._enabled, self._ops = comm.comms_logger.enabled, list(comm.comms_logger.prof_ops)  # the user's own wishes
 
     def run(self, on: bool) -> None:
-        ops = [*self._ops, self.NAME] if on else self._ops
+        ops = [*self._ops, *self._operations] if on else self._ops
         self._comm.configure(enabled=on or self._enabled, prof_ops=ops)
 
-    def seconds(self) -> float:
-        """Since the last call."""
+    def seconds(self) -> dict[str, float]:
+        """Of each operation, since the last call."""
         if not self._enabled:
             self._comm.reset_log()
-        return self._comm.timers(self.NAME).elapsed() / 1000
+        return {name: self._comm.timers(name).elapsed() / 1000 for name in self._operations}
 
 
 def skip_shared_memory_build() -> None:

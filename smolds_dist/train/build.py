@@ -4,7 +4,7 @@ import platform
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from smolds_dist.parallel.engine import Engine, make_engine
 from smolds_dist.parallel.fragments import tensor_shapes
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.parallel.uniform_routing import force_uniform_routing
 from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
 from smolds_dist.train.checkpoint_files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
 from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress, package_versions
@@ -98,7 +99,7 @@ def hold_run(config: RunConfig) -> Iterator[None]:
 
 def make_model_config(config: RunConfig, shards: TokenShards) -> DeepSeekV3Config:
     """The model's configuration, its vocabulary size and special tokens taken from the tokenizer."""
-    settings = asdict(config.model)
+    settings = config.model.architecture()
     vocabulary = len(shards.tokenizer)
     if settings["vocab_size"] is None:
         settings["vocab_size"] = vocabulary
@@ -169,7 +170,10 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
 def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topology) -> Engine:
     """The run's engine around `model`, with its optimizer."""
     groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
-    return make_engine(model, config, topology, groups, optimizer)
+    engine = make_engine(model, config, topology, groups, optimizer)
+    if config.model.force_uniform_routing:
+        force_uniform_routing(engine.model)
+    return engine
 
 
 def environment(topology: Topology, num_parameters: int, peak: float) -> dict:

@@ -7,6 +7,7 @@ import torch
 from smolds_dist.config import RunConfig
 from smolds_dist.data.batches import evaluation_batch
 from smolds_dist.data.shards import TokenShards
+from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
 
@@ -16,21 +17,34 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, shards: Toke
     """Mean loss over the first `train.eval_sequences` held-out sequences, the same in every topology. Collective.
 
     Returns:
-        `val_loss` in nats per token, and `val_bits_per_byte` of the text, which is comparable between tokenizers.
+        `val_loss` in nats per token; `val_bits_per_byte` of the text, which is comparable between tokenizers; and
+        `val_max_vio`, the mean over layers of MaxVio, counted over all sequences together (arXiv 2408.15664, section 4.1:
+        the global MaxVio).
     """
     seq_len = config.data.seq_len
     num_sequences = min(config.train.eval_sequences, len(shards.val) // seq_len)
     at_once = topology.world_size * topology.micro_batch
     total = torch.zeros(2, dtype=torch.float64 if topology.device == "cpu" else torch.float32)
+    layers = moe_layers(engine.model).values()
+    counts_LE = torch.zeros(len(layers), len(next(iter(layers)).tokens_per_expert))
     engine.model.eval()
     for start in range(0, num_sequences, at_once):
         first = start + topology.rank * topology.micro_batch
         ids, labels = evaluation_batch(shards.val, seq_len, range(first, first + topology.micro_batch), num_sequences)
+        for layer in layers:
+            layer.tokens_per_expert.zero_()
         loss = engine.model(input_ids=ids.to(engine.device), labels=labels.to(engine.device), use_cache=False).loss
         num_labels = (labels[:, 1:] >= 0).sum()
         total += torch.stack((loss.cpu() * num_labels, num_labels))
+        if start + at_once <= num_sequences or not counts_LE.any():  # the last batch may be filled up
+            counts_LE += torch.stack([layer.tokens_per_expert.float().cpu() for layer in layers])
     engine.model.train()
     loss_sum, num_labels = engine.sum_over_ranks(total).tolist()
     val_loss = loss_sum / num_labels
     bytes_per_token = shards.meta.val_bytes / shards.meta.val_tokens
-    return {"val_loss": val_loss, "val_bits_per_byte": val_loss / math.log(2) / bytes_per_token}
+    val_max_vio = max_violation(engine.sum_over_ranks(counts_LE).cpu()).mean().item()
+    return {
+        "val_loss": val_loss,
+        "val_bits_per_byte": val_loss / math.log(2) / bytes_per_token,
+        "val_max_vio": round(val_max_vio, 5),
+    }

@@ -62,7 +62,7 @@ class MetricsWriter:
         return self.row(row)
 
     def row(self, row: dict) -> dict:
-        """Writes any row: of training, an evaluation (`val_loss`, `val_bits_per_byte`), or an `event`; returns it."""
+        """Writes any row: of training, an evaluation (see `train.evaluation`), or an `event`; returns it."""
         row["time"] = round(time.time(), 3)
         self._file.append(json.dumps(row).encode() + b"\n")
         if self._board is not None:

@@ -66,6 +66,7 @@ class Board:
         elif "val_loss" in row:
             loss = row["val_loss"]
             values = {"loss": loss, "bits_per_byte": row["val_bits_per_byte"], "perplexity": _perplexity(loss)}
+            values["max_vio"] = row.get("val_max_vio")
             self._scalars({f"validation/{name}": value for name, value in values.items()}, step, when)
         else:
             self._training(row, step, when)
@@ -154,7 +155,7 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
 
     return {
         "Experts": {
-            "MaxVio": lines("balance/max_vio", "balance/max_vio_window"),
+            "MaxVio": lines("balance/max_vio", "balance/max_vio_window", "validation/max_vio"),
             "MaxVio by layer": lines(*(f"max_vio/layer_{layer:02}" for layer in layers)),
             "dead experts": lines("balance/dead_experts"),
             "router entropy by layer": lines(*(f"router_entropy/layer_{layer:02}" for layer in layers)),

@@ -1,0 +1,89 @@
+"""`smolds bench scale`: tokens per second on 1, 2, 4, ... ranks, and what keeps them from more.
+
+The tokens of a step stay the same. On a CPU, ranks share the machine's cores, so that more of them cannot be faster than
+one: what is to be seen is what sharing the experts costs.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from smolds_dist.bench import bench_parser, check_at_least_one, parse
+from smolds_dist.bench.contenders import Task
+from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
+from smolds_dist.errors import ConfigError
+
+PARTS = ("all_to_all", "optimizer_traffic", "waiting")
+
+
+def bench_scale(args: list[str]) -> None:
+    """Measures, prints a table and, with --json, writes all numbers.
+
+    Raises:
+        ConfigError: for options that are none, or more ranks than there are GPUs.
+    """
+    parser = bench_parser("scale", __doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each number of ranks")
+    parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
+    options, settings = parse(parser, args)
+    check_at_least_one(options, "sequences", "rounds", "steps")
+    result = measure(options, settings)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
+    """Speed without, and shares of the time with the barriers of `bench.traffic`, for each number of ranks."""
+    whole = replace(make_task(options, settings), contender="smolds")
+    for ranks in options.ranks:
+        if ranks < 1 or options.sequences % ranks:
+            raise ConfigError(
+                f"--ranks {ranks} does not divide --sequences {options.sequences}; choose divisors of it."
+            )
+    tasks: dict[int, Task] = {n: replace(whole, sequences=options.sequences // n) for n in options.ranks}
+    tokens = options.sequences * whole.seq_len
+    rates: dict[int, list[float]] = {ranks: [] for ranks in tasks}
+    shares: dict[int, list[dict[str, float]]] = {ranks: [] for ranks in tasks}
+    memory: dict[int, float] = dict.fromkeys(tasks, 0.0)
+    for number in range(options.rounds):
+        for ranks, task in tasks.items():
+            say(f"round {number + 1} of {options.rounds}: {ranks} ranks")
+            answer = take_turn(task, options.steps, ranks)
+            rates[ranks].append(tokens / median(answer["seconds"]))
+            memory[ranks] = max(memory[ranks], answer["memory"] / 1e9)
+            if ranks > 1:
+                shares[ranks] += take_turn(replace(task, variant="traffic"), options.steps, ranks)["notes"]
+    by_ranks = {}
+    for ranks in tasks:
+        notes = shares[ranks]
+        by_ranks[str(ranks)] = {
+            "tokens_per_s": median(rates[ranks]),
+            "by_round": rates[ranks],
+            "memory_gb_of_a_rank": memory[ranks],
+            "shares": {part: median([note[part] / note["step"] for note in notes] or [0.0]) for part in PARTS},
+        }
+    return describe_machine(whole) | {"tokens_per_step": tokens, "ranks": by_ranks}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Speed, as a multiple of the first's, and shares of the time, by number of ranks."""
+    lines = [
+        f"{result['preset']}, {result['dtype']}, {result['tokens_per_step']:,} tokens a step, on {result['machine']}",
+        f"{'ranks':>5}{'tokens/s':>10}{'ratio':>8}{'memory of a rank':>18}{'all-to-all':>12}{'optimizer traffic':>19}"
+        f"{'waiting':>9}",
+    ]
+    first = next(iter(result["ranks"].values()))
+    for ranks, one in result["ranks"].items():
+        ratio = median(ours / base for ours, base in zip(one["by_round"], first["by_round"], strict=True))
+        share = one["shares"]
+        lines.append(
+            f"{ranks:>5}{one['tokens_per_s']:>10,.0f}{ratio:>8.2f}{one['memory_gb_of_a_rank']:>15.2f} GB"
+            f"{share['all_to_all']:>12.1%}{share['optimizer_traffic']:>19.1%}{share['waiting']:>9.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""One training by transformers' Trainer, for `smolds bench loss`: `python -m smolds_dist.bench.trainer JSON`."""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from smolds_dist.config import load_config
+
+
+@dataclass
+class Job:
+    given: list[str]  # the smolds run's options
+    steps: int
+    learning_rate: float | None  # the Trainer's own where None
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Steps, tokens, seconds (steps times the median of one's) and validation loss of the whole schedule."""
+    from transformers import Ernie4_5_MoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from smolds_dist.data.batches import evaluation_batch
+    from smolds_dist.data.shards import prepare_shards
+    from smolds_dist.export import transformers_config
+    from smolds_dist.train.build import make_model_config
+
+    config = load_config(job.given)
+    shards, length = prepare_shards(config), config.data.seq_len
+
+    class Sequences(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(shards.train) // length
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            ids = torch.tensor(shards.train[index * length : (index + 1) * length].astype("int64"))
+            return {"input_ids": ids, "labels": ids}
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    torch.manual_seed(config.train.seed)
+    architecture: Any = transformers_config(make_model_config(config, shards))
+    model: Any = Ernie4_5_MoeForCausalLM(architecture)
+    own: Any = {} if job.learning_rate is None else {"learning_rate": job.learning_rate}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=config.train.global_batch, max_steps=job.steps, report_to="none",
+            logging_strategy="no", save_strategy="no", disable_tqdm=True, **own,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=Sequences(), callbacks=[Clock()]).train()
+
+    model.eval()
+    num_sequences = min(config.train.eval_sequences, len(shards.val) // length)
+    total = labelled = 0.0
+    with torch.no_grad():
+        for start in range(0, num_sequences, 8):
+            ids, labels = evaluation_batch(shards.val, length, range(start, start + 8), num_sequences)
+            ids, labels = ids.to(model.device), labels.to(model.device)
+            count = (labels[:, 1:] >= 0).sum().item()
+            total += model(input_ids=ids, labels=labels, use_cache=False).loss.item() * count
+            labelled += count
+    step_s = median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else float("nan")
+    tokens = job.steps * config.train.global_batch * length
+    return {"steps": job.steps, "tokens": tokens, "seconds": step_s * job.steps, "val_loss": total / labelled}
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(Job(**json.loads(sys.argv[1])))))
