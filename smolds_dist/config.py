@@ -123,7 +123,7 @@ class Train:
     """Largest gradient norm; 0 turns clipping off."""
     balance: Literal["bias", "aux_loss", "none"] = "bias"
     balance_rate: float = 1e-3
-    """Change of a selection bias per step."""
+    """Change of a selection bias per step; after the warm-up it falls with the learning rate."""
     aux_loss_coef: float = 0.01
     """Where balance is aux_loss."""
     activation_checkpointing: bool = False

@@ -43,6 +43,8 @@ def bench_balance(args: list[str]) -> None:
                     "--preset", options.preset, "--parallel.engine=local", f"--train.steps={options.steps}",
                     f"--train.balance={way}", "--train.eval_every=0", "--train.eval_sequences=1000000000",
                     f"--train.seed={seed}", "--checkpoint.every=0", "--log.sample_every=0", "--log.tensorboard=false",
+                    # Of many documents: those of a small split are not like all the others.
+                    "--data.val_fraction=0.05",
                     f"--run.dir={folder}", f"--run.name={way}-{seed}", *settings,
                 ]  # fmt: skip
                 results[way].append(train(given, folder / f"{way}-{seed}"))

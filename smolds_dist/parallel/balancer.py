@@ -48,11 +48,12 @@ class Balancer:
         self._counts += torch.stack([layer.tokens_per_expert for layer in self.layers])
 
     @torch.no_grad()
-    def step(self, applied: bool = True) -> Tensor:
+    def step(self, applied: bool = True, rate_scale: float = 1.0) -> Tensor:
         """Ends the optimizer step: b += rate * sign(mean load - load), then centres b on zero (algorithm 1).
 
         Args:
             applied: whether the optimizer made its update; a step that was skipped leaves the biases too.
+            rate_scale: factor of the rate in this step.
 
         Returns:
             The step's routed tokens per expert over all ranks, [L, E] on the CPU.
@@ -62,7 +63,7 @@ class Balancer:
         if self.rate and applied:
             direction = torch.sign(self._counts.mean(-1, keepdim=True) - self._counts)
             for bias, towards in zip(self.biases, direction, strict=True):
-                bias += self.rate * towards.to(bias.dtype)
+                bias += self.rate * rate_scale * towards.to(bias.dtype)
                 # Only differences between biases matter to the choice; centred, they cannot drift out of precision.
                 bias -= bias.mean()
         counts = self._counts.cpu()

@@ -43,7 +43,9 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     )
     with clock.phase("optimizer"):
         update = engine.step(lr, by_part=measured)
-        counts_LE = training.balancer.step(update.applied)
+        # The biases settle as the weights do: a last step's jump would show in every later forward pass.
+        settling = 1.0 if step <= config.train.warmup_steps else lr / config.train.lr
+        counts_LE = training.balancer.step(update.applied, settling)
 
     error = training.checkpoints.failure()
     # All that is a number goes through one sum over the ranks.
