@@ -8,6 +8,7 @@ from ranks import smolds
 
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer, max_violation
+from smolds_dist.parallel.uniform_routing import force_uniform_routing
 from smolds_dist.train.metrics import read_rows
 
 
@@ -73,6 +74,41 @@ def test_biases_have_the_models_names_and_are_live(model):
     assert named.keys() == {name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")}
     next(iter(named.values())).fill_(3)
     assert biases(model).max() == 3
+
+
+def test_rate_can_be_scaled_in_a_step(model):
+    balancer = Balancer(model, rate=0.1)
+    with balancer.counting():
+        model(input_ids=torch.randint(0, 50, (2, 10)))
+    counts = balancer.step(rate_scale=0.25)
+    expected = 0.025 * torch.sign(10 - counts)
+    torch.testing.assert_close(biases(model), expected - expected.mean(-1, keepdim=True))
+
+
+def test_forced_routing_is_even_and_leaves_the_weights(model):
+    ids = torch.randint(0, 50, (2, 10))
+    force_uniform_routing(model)
+    for block in model.model.layers:
+        block.mlp.tokens_per_expert.zero_()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for block in model.model.layers:
+        assert block.mlp.tokens_per_expert.tolist() == [10, 10, 10, 10]
+        assert block.mlp.gate.weight.grad.any()
+
+
+def test_forced_routing_is_even_under_autoep():
+    from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+
+    layer = torch.nn.Module()
+    layer.router = TokenChoiceTopKRouter(16, 4, None, None, 2, "softmax", True, 1.0, False)
+    layer.register_buffer("tokens_per_expert", torch.zeros(4))
+    x = torch.randn(6, 16)
+    weights, _, counts = layer.router(x)
+    force_uniform_routing(layer)
+    forced, chosen, forced_counts = layer.router(x)
+    assert torch.equal(forced, weights)
+    assert chosen.tolist() == [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1], [2, 3]]
+    assert forced_counts.tolist() == [3, 3, 3, 3] and forced_counts.dtype == counts.dtype
 
 
 def test_max_violation_is_the_busiest_expert_over_the_mean():

@@ -65,6 +65,7 @@ MISTAKES = [
     ("--model.num_key_value_heads=4", "valid values: 1, 2, 3, 6"),
     ("--model.num_experts_per_tok=9", "lower it"),
     ("--model.head_dim=33", "use 34"),
+    ("--model.force_uniform_routing=true", "smolds bench"),
     ("--run.name=../up", "folder name"),
     ("--parallel.zero=4", "0, 1, 2 or 3"),
     ("--parallel.expert=many", "'auto' or int"),

@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolds_dist.model.kernels import causal_attention, expert_ffn, expert_ffn_reference, linear_cross_entropy
+from smolds_dist.model import RMSNorm
+from smolds_dist.model.kernels import (
+    causal_attention,
+    expert_ffn,
+    expert_ffn_reference,
+    grouped_expert_ffn,
+    linear_cross_entropy,
+)
+from smolds_dist.model.moe import sort_by_expert
+from smolds_dist.model.rotary import apply_rotary, rotary_angles
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -59,11 +68,11 @@ def test_causal_attention_equals_an_fp32_mask(dtype, tolerance, length, groups, 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0, 0, 5], [64, 64, 64, 64]])
-@pytest.mark.parametrize("function", [expert_ffn, expert_ffn_reference])
+@pytest.mark.parametrize("function", [expert_ffn, expert_ffn_reference, grouped_expert_ffn])
 @pytest.mark.parametrize("packed", [True, False])
 def test_expert_ffn_equals_an_fp32_loop_over_rows(dtype, tolerance, counts, function, packed):
     torch.manual_seed(0)
-    inputs = [torch.randn(sum(counts), 24), torch.randn(4, 40, 24) / 5, torch.randn(4, 24, 20) / 5]
+    inputs = [torch.randn(sum(counts), 24), torch.randn(4, 48, 24) / 5, torch.randn(4, 24, 24) / 5]
     inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
     x, gate_up, down = exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
 
@@ -71,11 +80,60 @@ def test_expert_ffn_equals_an_fp32_loop_over_rows(dtype, tolerance, counts, func
     gate, up = torch.einsum("mh,mjh->mj", x, gate_up[expert_of_row]).chunk(2, -1)
     expected = torch.einsum("mi,mhi->mh", F.silu(gate) * up, down[expert_of_row])
     packed = inputs[1:2] if packed else [half.contiguous() for half in inputs[1].chunk(2, dim=1)]
-    actual = function(inputs[0], counts, packed, inputs[2])
+    actual = function(inputs[0], torch.tensor(counts), packed, inputs[2])
 
     seed = torch.randn_like(expected)
     got = [actual, *torch.autograd.grad(actual, inputs, seed.to(dtype))]
     wanted = [expected, *torch.autograd.grad(expected, exact, seed)]
+    for ours, reference in zip(got, wanted, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 64])
+@pytest.mark.parametrize("experts", [4, 7])  # chosen among four: the others stay empty
+def test_rows_sorted_by_expert_are_every_token_once_per_choice(multiple, experts):
+    torch.manual_seed(0)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(50)])
+    counts = torch.bincount(chosen.flatten(), minlength=experts)
+    padded, token, row = sort_by_expert(chosen, counts, multiple)
+    assert (padded % multiple == 0).all() and ((padded - counts) < multiple).all() and ((padded - counts) >= 0).all()
+    assert len(token) == padded.sum()
+    expert_of_row = torch.arange(experts).repeat_interleave(padded)
+    assert (expert_of_row[row] == chosen).all()
+    assert (token[row] == torch.arange(50)[:, None]).all()
+    assert len(row.unique()) == 100
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_norm_equals_pytorchs_in_fp32(dtype, tolerance):
+    torch.manual_seed(0)
+    x, seed = torch.randn(2, 5, 48) + 0.7, torch.randn(2, 5, 48)
+    norm = RMSNorm(48, 1e-5).to(dtype)
+    norm.weight.data.normal_()
+    x, seed = x.to(dtype).requires_grad_(), seed.to(dtype)
+    exact = [tensor.detach().float().requires_grad_() for tensor in (x, norm.weight)]
+    expected = F.rms_norm(exact[0], (48,), exact[1], 1e-5)
+    got = [actual := norm(x), *torch.autograd.grad(actual, (x, norm.weight), seed)]
+    wanted = [expected, *torch.autograd.grad(expected, exact, seed.float())]
+    for ours, reference in zip(got, wanted, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rotary_turns_pairs_as_complex_numbers(dtype, tolerance):
+    torch.manual_seed(0)
+    x, seed = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
+    x, seed = x.to(dtype).requires_grad_(), seed.to(dtype)
+    exact = x.detach().float().requires_grad_()
+    positions = torch.stack((torch.arange(7), torch.arange(7) + 11))
+    angles = positions[:, None, :, None] * 100.0 ** (-torch.arange(8) / 8)
+    turned = torch.complex(*exact.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    actual = apply_rotary(x, *rotary_angles(positions, 16, 100.0))
+    got = [actual, *torch.autograd.grad(actual, x, seed)]
+    wanted = [expected, *torch.autograd.grad(expected, exact, seed.float())]
     for ours, reference in zip(got, wanted, strict=True):
         assert ours.dtype == dtype
         assert (ours - reference).norm() <= tolerance * reference.norm()

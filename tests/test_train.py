@@ -82,6 +82,14 @@ def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, smal
     with torch.no_grad():
         loss = model(input_ids=ids, labels=labels).loss.item()
     assert loss == pytest.approx(evaluation[-1]["val_loss"], rel=1e-5)
+
+    # The last micro batch of two is filled up with a sequence that does not count, so four sequences are whole.
+    for block in model.model.layers:
+        block.mlp.tokens_per_expert.zero_()
+    with torch.no_grad():
+        model(input_ids=ids[:4])
+    violations = [block.mlp.tokens_per_expert.max() / (4 * 32 * 2 / 8) - 1 for block in model.model.layers]
+    assert evaluation[-1]["val_max_vio"] == pytest.approx(torch.stack(violations).mean().item(), abs=1e-5)
     biases = [block.mlp.gate.e_score_correction_bias for block in model.model.layers]
     assert all(bias.any() for bias in biases)
     tokenizer = AutoTokenizer.from_pretrained(finished / "export")

@@ -50,29 +50,34 @@ class DeepSeekExpertLayer(nn.Module):
 
     def forward(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, counts_E: Tensor) -> Tensor:
         """Weighted sum over each token's chosen experts, [T, H]. Dropless: no expert has a capacity."""
-        counts, token_P, row_TK = sort_by_expert(chosen_TK, counts_E, row_multiple(x_TH))
-        rows_PH = expert_ffn(_Dispatch.apply(x_TH, token_P, row_TK), counts, (self.gate_up_proj,), self.down_proj)
+        padded_E, token_P, row_TK = sort_by_expert(chosen_TK, counts_E, row_multiple(x_TH))
+        rows_PH = expert_ffn(_Dispatch.apply(x_TH, token_P, row_TK), padded_E, (self.gate_up_proj,), self.down_proj)
         return _Combine.apply(rows_PH, weights_TK, token_P, row_TK)
 
 
-def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[list[int], Tensor, Tensor]:
+def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each token goes among rows that are sorted by expert.
+
+    On the CPU there are as many rows as are needed. Elsewhere the host would have to wait to learn how many these are, so
+    there are as many as could be.
 
     Args:
         multiple: each expert's rows are padded to a multiple of it, with rows of token 0 that nobody reads.
 
     Returns:
-        Rows of each expert, padding included; the token of each row [P]; the row of each token and place [T, K].
+        Rows of each expert, padding included [E]; the token of each row [P]; the row of each token and place [T, K].
     """
     padded_E = (counts_E + multiple - 1) // multiple * multiple
     order_M = chosen_TK.flatten().argsort(stable=True)
     # What padding before it moves an expert's rows by.
     shift_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
-    row_M = torch.arange(len(order_M), device=order_M.device) + shift_E.repeat_interleave(counts_E)
-    counts = padded_E.tolist()
-    token_P = order_M.new_zeros(sum(counts)).index_copy_(0, row_M, order_M // chosen_TK.shape[1])
+    shift_M = shift_E.repeat_interleave(counts_E, output_size=len(order_M))
+    row_M = torch.arange(len(order_M), device=order_M.device) + shift_M
+    most = len(order_M) + len(counts_E) * (multiple - 1)
+    rows = int(padded_E.sum()) if chosen_TK.device.type == "cpu" else most
+    token_P = order_M.new_zeros(rows).index_copy_(0, row_M, order_M // chosen_TK.shape[1])
     row_TK = torch.empty_like(order_M).index_copy_(0, order_M, row_M).view_as(chosen_TK)
-    return counts, token_P, row_TK
+    return padded_E, token_P, row_TK
 
 
 class _Dispatch(torch.autograd.Function):
@@ -145,7 +150,9 @@ class DeepSeekMoE(nn.Module):
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         weights, chosen, scores = self.gate(x_TH)
-        counts = torch.bincount(chosen.flatten(), minlength=self.config.num_experts)
+        # Not bincount, for which the host would have to wait.
+        ones = torch.ones_like(chosen).flatten()
+        counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
         self.tokens_per_expert += counts
         if self.training and self.config.router_aux_loss_coef:
             share = counts / chosen.numel()

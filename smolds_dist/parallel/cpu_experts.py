@@ -31,7 +31,7 @@ class CpuExperts(nn.Module):
         multiple = row_multiple(x_PH)
         padded = [F.pad(one, (0, 0, 0, -len(one) % multiple)) for one in rows] if multiple > 1 else rows
         sizes = [len(one) for one in padded]
-        out_PH = expert_ffn(torch.cat(padded), sizes, (self.w1, self.w3), self.w2)
+        out_PH = expert_ffn(torch.cat(padded), torch.tensor(sizes), (self.w1, self.w3), self.w2)
         kept = [one[:count] for one, count in zip(out_PH.split(sizes), counts, strict=True)]
         return torch.cat([*kept, torch.zeros_like(rest)])
 
