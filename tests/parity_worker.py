@@ -65,7 +65,7 @@ def train_case(
     if not torch.distributed.is_initialized():
         start_process_group(topology)
     torch.manual_seed(0)
-    model_config = DeepSeekV3Config(**(vars(config.model) | {"vocab_size": VOCAB, "initializer_range": 0.2}))
+    model_config = DeepSeekV3Config(**(config.model.architecture() | {"vocab_size": VOCAB, "initializer_range": 0.2}))
     model = DeepSeekV3ForCausalLM(model_config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)

@@ -21,9 +21,9 @@ def test_presets_load_and_build_model_configurations():
 
 def test_reference_preset_is_the_reference_model():
     config = load_config(["--preset", "smollm2-deepseek-255m"])
-    model = DeepSeekV3Config(**(vars(config.model) | {"vocab_size": 49152}))
-    expected = DeepSeekV3Config()
-    assert {k: getattr(model, k) for k in vars(config.model)} == {k: getattr(expected, k) for k in vars(config.model)}
+    architecture = config.model.architecture()
+    model, expected = DeepSeekV3Config(**architecture | {"vocab_size": 49152}), DeepSeekV3Config()
+    assert {k: getattr(model, k) for k in architecture} == {k: getattr(expected, k) for k in architecture}
     assert config.train.steps == 10_000
     assert config.data.source == "hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2"
     assert config.data.tokenizer == "HuggingFaceTB/SmolLM2-135M"
