@@ -15,7 +15,9 @@ USAGE = """usage: smolds COMMAND [options]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure: smolds bench train | checkpoint | logging
+  bench      measure: smolds bench train | loss | balance | scale | checkpoint | logging
+  export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
+  import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
 
 `smolds COMMAND --help` tells more."""
@@ -25,6 +27,7 @@ def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
     commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report, "board": _board}
+    commands |= {"export": _export, "import": _import}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -108,6 +111,18 @@ def _bench(args: list[str]) -> None:
     from smolds_dist.bench import bench
 
     bench(args)
+
+
+def _export(args: list[str]) -> None:
+    from smolds_dist.export import export
+
+    export(args)
+
+
+def _import(args: list[str]) -> None:
+    from smolds_dist.import_model import import_model
+
+    import_model(args)
 
 
 def _generate(args: list[str]) -> None:

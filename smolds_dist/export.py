@@ -1,91 +1,318 @@
-"""The same model in transformers' own classes: which class and configuration, and the weights renamed.
+"""`smolds export RUN --to DIR`: a checkpoint of any layout as a folder that plain transformers loads.
 
-Grouped-query attention with softmax scores is `Ernie4_5_MoeForCausalLM`; latent attention with sigmoid scores and a
-shared expert is `DeepseekV3ForCausalLM`.
+Tensors are read from the checkpoint and written one after the other, so it takes memory for one file of the result, whatever
+the model's size, until the result is checked: then a process without smolds loads it, and its logits must be ours.
 """
 
-from torch import Tensor
-from transformers import DeepseekV3Config, Ernie4_5_MoeConfig, PreTrainedConfig
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from smolds_dist.model import DeepSeekV3Config
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.train.checkpoint_files import (
+    CheckpointReader,
+    Manifest,
+    checkpoint_name,
+    checkpoints_in,
+    find_damage,
+    read_manifest,
+)
 
-_SHARED_FIELDS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads hidden_act max_position_embeddings initializer_range "
-    "rms_norm_eps tie_word_embeddings pad_token_id bos_token_id eos_token_id"
-).split()
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+TOLERANCE = 1e-3  # of the largest logit, between transformers' logits and ours, both computed in fp32
+CHECK = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+if sys.argv[3] == "smolds":
+    import smolds_dist.model
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad():
+    logits = model(input_ids=load_file(sys.argv[2])["ids"], use_cache=False).logits
+assert sys.argv[3] == "smolds" or "smolds_dist" not in sys.modules
+save_file({"logits": logits}, sys.argv[2])
+"""
 
 
-def transformers_config(config: DeepSeekV3Config) -> PreTrainedConfig:
-    """The configuration of the transformers model that computes the same function.
+def export(args: list[str]) -> None:
+    """Writes the folder, checks it, and with --push uploads it.
 
     Raises:
-        ValueError: where there is none, naming the setting that stands in the way.
+        ConfigError: where there is no whole checkpoint, no exact counterpart in transformers, or the folder exists.
     """
-    common = {name: getattr(config, name) for name in _SHARED_FIELDS}
-    common["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.attention == "gqa" and config.scoring_func == "softmax":
-        if not config.norm_topk_prob or config.routed_scaling_factor != 1.0:
-            raise ValueError(
-                "ERNIE's router has no counterpart for norm_topk_prob=False or routed_scaling_factor != 1."
-            )
-        return Ernie4_5_MoeConfig(
-            **common,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,  # type: ignore[call-arg]  # read by the model, not declared
-            intermediate_size=config.intermediate_size,
-            moe_intermediate_size=config.intermediate_size,
-            moe_num_experts=config.num_experts,
-            moe_k=config.num_experts_per_tok,
-            moe_num_shared_experts=config.n_shared_experts,
-            moe_layer_start_index=0,
-        )
-    if config.attention == "latent" and config.scoring_func == "sigmoid":
-        if not config.n_shared_experts:
-            raise ValueError(
-                "transformers' DeepSeek-V3 always has a shared expert; n_shared_experts=0 has no counterpart."
-            )
-        if config.rms_norm_eps != 1e-6:
-            raise ValueError(
-                "transformers' DeepSeek-V3 fixes the latent norms' epsilon; only rms_norm_eps=1e-6 matches."
-            )
-        return DeepseekV3Config(
-            **common,
-            num_key_value_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            moe_intermediate_size=config.intermediate_size,
-            n_routed_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            n_shared_experts=config.n_shared_experts,
-            n_group=1,
-            topk_group=1,
-            norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor,
-            first_k_dense_replace=0,
-            q_lora_rank=config.q_lora_rank,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            rope_interleave=False,
-            num_mtp_layers=0,
-        )
-    raise ValueError(
-        f"no transformers model has attention={config.attention!r} with scoring_func={config.scoring_func!r}; "
-        "gqa needs softmax, latent needs sigmoid."
+    options = _parse(args)
+    folder = find_checkpoint(options.source, options.step)
+    if options.to.exists() and (not options.to.is_dir() or any(options.to.iterdir())):
+        raise ConfigError(f"--to {options.to} exists; choose another, or remove it.")
+    damage = find_damage(folder)
+    if damage:
+        raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
+
+    reader = CheckpointReader(folder, read_manifest(folder))
+    reader.check_coverage()
+    tokenizer = tokenizer_of(folder, reader.manifest)
+    config = model_config(reader.manifest, tokenizer)
+    part = options.to.with_name(f"{options.to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    dtype = options.dtype if options.dtype != "auto" else reader.manifest.topology["dtype"]
+    try:
+        write(reader, config, tokenizer, part, options.format, dtype, int(options.file_gb * 1e9))
+        from smolds_dist.model_card import write_card
+
+        write_card(part, folder, reader.manifest, config, options.format)
+        if options.check:
+            check(reader, config, part, options.format, dtype)
+        if options.to.exists():
+            options.to.rmdir()
+        part.rename(options.to)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{folder} is in {options.to}{', and computes the same there' if options.check else ''}")
+    if options.push:
+        push(options.to, options.push)
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    parser = OptionParser(
+        prog="smolds export",
+        description="Writes a checkpoint, of any layout, as a model that plain transformers loads.",
     )
+    parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder (runs/NAME), or a checkpoint's")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("--step", type=int, help="which checkpoint of the run; the newest where not given")
+    parser.add_argument(
+        "--format", choices=("transformers", "smolds"), default="transformers", help="whose classes are to load it"
+    )
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: what the run computed in")
+    parser.add_argument("--file-gb", type=float, default=1.0, help="largest file, in GB; also the memory this takes")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="do not load the result and compare")
+    parser.add_argument(
+        "--push", metavar="NAME", help="upload it to this repository of the Hub; HF_TOKEN says who you are"
+    )
+    options = parser.parse_args(args)
+    if options.file_gb <= 0:
+        raise ConfigError(f"--file-gb {options.file_gb} is out of range; it must be more than 0.")
+    return options
 
 
-def transformers_state_dict(state: dict[str, Tensor], config: DeepSeekV3Config) -> dict[str, Tensor]:
-    """Our parameters and selection biases under the names and row order of `transformers_config(config)`'s model."""
-    if config.attention == "latent":
-        return dict(state)
-    renamed = {}
-    for name, tensor in state.items():
-        if name.endswith("gate.e_score_correction_bias"):
-            name, tensor = name.replace("gate.e_score", "gate.moe_statics.e_score"), tensor[None]
-        elif name.endswith(("q_proj.weight", "k_proj.weight")):
-            # We turn the pairs (i, i + D/2), ERNIE the pairs (2 i, 2 i + 1).
-            halves = tensor.view(-1, 2, config.head_dim // 2, tensor.shape[-1])
-            tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        renamed[name] = tensor
-    return renamed
+def find_checkpoint(source: Path, step: int | None) -> Path:
+    """The checkpoint that `source` names: itself, or one of a run's, by default the newest that is not damaged.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    if (source / "manifest.json").is_file():
+        return source.resolve()
+    folders = checkpoints_in(source / "checkpoints")
+    if step is not None:
+        asked = source / "checkpoints" / checkpoint_name(step)
+        if asked not in folders:
+            have = ", ".join(folder.name for folder in reversed(folders)) or "none"
+            raise ConfigError(f"{source} has no checkpoint of step {step}; it has {have}.")
+        return asked
+    whole = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
+    if whole is None:
+        raise ConfigError(f"{source} holds no whole checkpoint; name a run's folder, such as runs/NAME.")
+    return whole
+
+
+def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
+    """The tokenizer that a checkpoint's run was trained with.
+
+    Raises:
+        ConfigError: where it is not in the run's folder, nor where the run had it from.
+    """
+    from smolds_dist.data.shards import tokenizer_digest
+    from smolds_dist.data.tokenizer import load_tokenizer
+
+    run, name = folder.parent.parent, manifest.config["data"]["tokenizer"]
+    places = [str(place) for place in (run / "tokenizer", run / "export") if (place / "tokenizer.json").is_file()]
+    for place in places + ([name] if name != "train" else []):
+        tokenizer = load_tokenizer(place)
+        if tokenizer_digest(tokenizer) == manifest.data["tokenizer"]:
+            return tokenizer
+    raise ConfigError(f"{run} lacks the tokenizer of its training; put it into {run / 'tokenizer'}.")
+
+
+def model_config(manifest: Manifest, tokenizer: Any) -> Any:
+    """Our configuration of a checkpoint's model."""
+    from smolds_dist.config import Model
+    from smolds_dist.model import DeepSeekV3Config
+
+    architecture = Model(**manifest.config["model"]).architecture()
+    architecture["vocab_size"] = manifest.tensors["model.embed_tokens.weight"][0]
+    return DeepSeekV3Config(**architecture, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+def write(
+    reader: CheckpointReader, config: Any, tokenizer: Any, folder: Path, kind: str, dtype: str, file_bytes: int
+) -> None:
+    """Configuration, tokenizer and weights in files of at most `file_bytes`.
+
+    Raises:
+        ConfigError: where transformers has no class that computes the same.
+    """
+    from transformers import GenerationConfig
+
+    from smolds_dist.transformers_format import transformers_config
+
+    written = config
+    if kind == "transformers":
+        try:
+            written = transformers_config(config)
+        except ValueError as error:
+            raise ConfigError(f"{str(error).rstrip('.')}; --format smolds keeps it as it is.") from None
+    name = {"ernie4_5_moe": "Ernie4_5_MoeForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+    written.architectures = [name.get(written.model_type, "DeepSeekV3ForCausalLM")]
+    written.dtype = DTYPES[dtype]
+    written.save_pretrained(folder)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors = _for_transformers(reader, config) if kind == "transformers" else _for_smolds(reader, config)
+    _write_files(tensors, folder, DTYPES[dtype], file_bytes)
+
+
+def _for_transformers(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
+    from smolds_dist.transformers_format import to_transformers
+
+    for name in reader.manifest.tensors:
+        yield to_transformers(name, reader.whole(name, "value"), config)
+    for key, bias in _biases(reader):
+        yield to_transformers(key, bias, config)
+
+
+def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
+    """Experts stacked, as our own model has them."""
+    import torch
+
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.parallel.fragments import cut, logical_shapes
+
+    with torch.device("meta"):
+        model = DeepSeekV3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        tensor = torch.empty(parameter.shape)
+        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
+            reader.fill(fragment)
+        yield name, tensor
+    yield from _biases(reader)
+
+
+def _biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
+    for key, tensor in reader.others().items():
+        if ".e_score_correction_bias:" in key:
+            yield key.split(":")[0], tensor
+
+
+def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, file_bytes: int) -> None:
+    """safetensors files as transformers names them, with an index where there are several."""
+    import torch
+    from safetensors.torch import save_file
+
+    files: list[Path] = []
+    place: dict[str, int] = {}
+    batch: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal batch, size
+        files.append(folder / f"unnamed-{len(files)}")
+        save_file(batch, files[-1], metadata={"format": "pt"})
+        files[-1].chmod(0o644)
+        batch, size = {}, 0
+
+    for name, tensor in tensors:
+        if not name.endswith("e_score_correction_bias"):
+            tensor = tensor.to(getattr(torch, dtype))
+        if batch and size + tensor.nbytes > file_bytes:
+            flush()
+        batch[name] = tensor.contiguous()
+        place[name] = len(files)
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    for file, final in zip(files, names, strict=True):
+        file.rename(folder / final)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[at] for name, at in place.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype: str) -> None:
+    """Has another process load the result and compares its logits with ours, of weights rounded alike.
+
+    Raises:
+        RuntimeError: where they differ, which no input should bring about.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.train.checkpoint import load_weights
+
+    ids = torch.randint(0, config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tensors"
+        save_file({"ids": ids}, path)
+        # Isolated, so that nothing of this project is found by chance.
+        command = [
+            sys.executable,
+            *(["-I"] if kind == "transformers" else []),
+            "-c",
+            CHECK,
+            str(folder),
+            str(path),
+            kind,
+        ]
+        finished = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        if finished.returncode:
+            raise RuntimeError(f"the export does not load: {finished.stderr.strip()[-2000:]}")
+        theirs = load_file(path)["logits"]
+    model = DeepSeekV3ForCausalLM(config).eval()
+    load_weights(reader, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
+        for name, bias in _biases(reader):
+            model.get_buffer(name).copy_(bias)
+        ours = model(input_ids=ids, use_cache=False).logits
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= TOLERANCE * ours.abs().max().item():
+        raise RuntimeError(f"the export computes other logits than the checkpoint: they differ by {difference:.2g}")
+
+
+def push(folder: Path, name: str) -> None:
+    """Uploads an export to a repository of the Hub, which is made if need be.
+
+    Raises:
+        ConfigError: where that fails; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=name)
+    except Exception as error:  # of the network, the token, the name: the Hub's client has no common type for them
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{folder} could not be pushed to {name!r} ({reason}); it is complete here: check HF_TOKEN and the network, and "
+            f"push it with `hf upload {name} {folder}`."
+        ) from None
+    print(f"pushed to {api.endpoint}/{name}")

@@ -91,16 +91,16 @@ def training_log(run: Path) -> str:
     manifests = _manifests(run)
     parts = [
         f"# Training log of {run.resolve().name}",
-        _table(("", ""), _summary(steps, rows, manifests)),
+        markdown_table(("", ""), _summary(steps, rows, manifests)),
         "## Loss",
-        _table(
+        markdown_table(
             ("step", "tokens", "loss", "validation loss", "bits per byte", "gradient norm", "MaxVio"), _losses(rows)
         ),
         "## Expert balance",
         "Share of the routed tokens per expert, last 20 steps:",
         _fenced(load_table(rows)),
         "## Checkpoints",
-        _table(("step", "written", "size", "validation loss", "layout"), [_checkpoint(m) for m in manifests])
+        markdown_table(("step", "written", "size", "validation loss", "layout"), [_checkpoint(m) for m in manifests])
         if manifests
         else "None.",
         "## Events",
@@ -314,7 +314,7 @@ def _model_printout(config: dict, manifests: list[Manifest]) -> str:
     return f"{model}\n\n{count:,} parameters"
 
 
-def _table(head: tuple, rows: list[tuple]) -> str:
+def markdown_table(head: tuple, rows: list[tuple]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 

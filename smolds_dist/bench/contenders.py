@@ -145,8 +145,8 @@ def transformers_model(task: Task) -> tuple[Any, str]:
     """`Ernie4_5_MoeForCausalLM` of the same shape with the variant's experts; and the variant's precision."""
     from transformers import Ernie4_5_MoeForCausalLM
 
-    from smolds_dist.export import transformers_config
     from smolds_dist.model import DeepSeekV3Config
+    from smolds_dist.transformers_format import transformers_config
 
     experts, _, precision = task.variant.partition("/")
     config: Any = transformers_config(DeepSeekV3Config(**task.model_settings()))

@@ -142,6 +142,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     if job.main:
         remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
+        job.shards.tokenizer.save_pretrained(config.run_dir / "tokenizer")
         metrics = MetricsWriter(config, progress.step)
         metrics.row({"step": progress.step, "event": "start"} | environment(topology, num_parameters, peak))
     terminal.say(f"{config.run.name}: {num_parameters:,} parameters, {topology}")
@@ -150,7 +151,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         terminal.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
     if reader:
         terminal.say(f"continuing from {reader.folder}")
-        if reader.manifest.data["train_tokens"] != job.shards.identity["train_tokens"]:
+        if reader.manifest.data["train_tokens"] not in (None, job.shards.identity["train_tokens"]):
             terminal.say("the corpus has changed since then: samples come in another order from here on")
     return Training(
         engine,

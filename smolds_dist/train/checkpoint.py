@@ -1,6 +1,7 @@
 """Resuming: which checkpoint a run continues from, and the way of its tensors into any layout."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -85,14 +86,14 @@ def _candidates(config: RunConfig) -> list[Path]:
 
 def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     """Refuses settings under which the run would not be the one that was interrupted. The layout may differ."""
-    if manifest.weights_only:
-        raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
     saved = manifest.config
-    for section, names in (
-        ("model", saved["model"]),
-        ("data", ("source", "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens")),
-        ("train", ("seed", "global_batch", "optimizer")),
-    ):
+    kept: dict[str, Iterable[str]] = {"model": saved["model"]}
+    if not manifest.weights_only:
+        kept["data"] = ("source", "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens")
+        kept["train"] = ("seed", "global_batch", "optimizer")
+    elif manifest.step:
+        raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
+    for section, names in kept.items():
         for name in names:
             now = getattr(getattr(config, section), name)
             if saved[section][name] != now:
@@ -163,11 +164,11 @@ def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
 def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> Progress:
     """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was."""
     manifest = reader.manifest
-    if manifest.optimizer_steps:
+    if manifest.optimizer_steps:  # else there are weights alone, which `load_weights` has put in
         engine.allocate_optimizer_state(lambda name: sorted(reader.kinds(name) - {"value"}), manifest.optimizer_steps)
-    for fragment in engine.fragments():
-        reader.fill(fragment)
-    engine.state_written()
+        for fragment in engine.fragments():
+            reader.fill(fragment)
+        engine.state_written()
     for name, bias in balancer.named_biases().items():
         reader.read(name, "value", 0, bias)
     # A rank that there was not before goes on with what it has.
