@@ -1,0 +1,229 @@
+"""Exports load in plain transformers and compute the same; imports continue from them."""
+
+import json
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import options_of_small_run
+from ranks import run, smolds
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from smolds_dist import export as export_module
+from smolds_dist.config import load_config
+from smolds_dist.data.shards import prepare_shards
+from smolds_dist.errors import ConfigError
+from smolds_dist.export import export
+from smolds_dist.import_model import import_model
+from smolds_dist.model import DeepSeekV3ForCausalLM
+from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.router_statistics import RouterStatistics
+from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.train.build import engine_for, make_model_config
+from smolds_dist.train.checkpoint import load_weights
+from smolds_dist.train.checkpoint_files import CheckpointReader, read_manifest
+from smolds_dist.train.clock import StepClock
+from smolds_dist.train.metrics import read_rows
+from smolds_dist.train.optim import learning_rate
+from smolds_dist.train.step import accumulate_gradients
+from smolds_dist.train.trainer import train
+
+LATENT = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
+GREEDY = """
+import sys, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("def add", return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=8)[0], skip_special_tokens=True))
+for absent in ("smolds_dist", "deepspeed"):
+    try:
+        __import__(absent)
+    except ImportError:
+        continue
+    sys.exit(f"{absent} can be imported")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(kept_run, tmp_path_factory):
+    """The kept run's newest checkpoint in transformers' format, checked on the way."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export([str(kept_run[0]), "--to", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers_alone(tmp_path_factory):
+    """A folder of packages that lacks ours and DeepSpeed, and all that a Python needs to use nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not package.name.startswith(("smolds", "deepspeed", "__editable__")) and package.suffix != ".pth":
+            (folder / package.name).symlink_to(package)
+    return [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(folder)!r})\n{GREEDY}"]
+
+
+def test_export_of_two_zero_3_ranks_generates_the_same_in_transformers_alone(
+    corpus, cache, tmp_path, transformers_alone
+):
+    options = [*options_of_small_run(corpus, cache, tmp_path), "--run.name=pair", "--parallel.zero=3", "-q"]
+    finished = smolds("launch", "--procs", "2", "--", *options, timeout=180)
+    assert finished.returncode == 0, finished.text
+    export([str(tmp_path / "runs" / "pair"), "--to", str(tmp_path / "model")])
+    theirs = run([*transformers_alone, str(tmp_path / "model")], timeout=120)
+    assert theirs.returncode == 0, theirs.text
+    for source in (tmp_path / "runs" / "pair", tmp_path / "model"):
+        ours = smolds("generate", str(source), "--prompt", "def add", "--temperature", "0", "--tokens", "8")
+        assert ours.returncode == 0, ours.text
+        assert ours.stdout.rstrip("\n").startswith("def add") and len(ours.stdout) > len("def add\n")
+        assert theirs.stdout == ours.stdout
+
+
+def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, exported, tmp_path):
+    run_dir, options = kept_run
+    settings = [option for option in options if not option.startswith(("--preset", "debug", "--run.", "--model."))]
+    to = tmp_path / "runs" / "back"
+    import_model([str(exported), "--to", str(to), *settings, "--train.steps=2", "--train.balance_rate=0.01"])
+    config = load_config(["--config", str(to / "config.yaml"), "--checkpoint.resume=auto"])
+    train(config)
+    losses = [row["loss"] for row in read_rows(to / "metrics.jsonl") if "loss" in row]
+
+    checkpoint = run_dir / "checkpoints" / "step_00000006"
+    reader, shards = CheckpointReader(checkpoint, read_manifest(checkpoint)), prepare_shards(config)
+    model = DeepSeekV3ForCausalLM(make_model_config(config, shards))
+    load_weights(reader, model)
+    topology = plan_topology(config, detect_machine(), RankInfo())
+    engine = engine_for(model, config, topology)
+    balancer = Balancer(engine.model, config.train.balance_rate)
+    for name, bias in balancer.named_biases().items():
+        reader.read(name, "value", 0, bias)
+        assert bias.any()
+    expected = []
+    for step in (1, 2):
+        first = (step - 1) * config.train.global_batch
+        routers, clock = RouterStatistics(engine.model), StepClock(engine)
+        loss = accumulate_gradients(config, topology, shards, first, engine, balancer, routers, clock)
+        engine.step(learning_rate(step, config.train))
+        balancer.step()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_export_has_what_a_user_looks_for(exported):
+    config = AutoConfig.from_pretrained(exported)
+    assert config.architectures == ["Ernie4_5_MoeForCausalLM"]
+    card = (exported / "README.md").read_text()
+    for text in ("library_name: transformers", "from_pretrained", "validation loss", "MaxVio", "training_metrics.png"):
+        assert text in card
+    assert {path.name for path in exported.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "training_metrics.png",
+    }  # fmt: skip
+    names = load_file(exported / "model.safetensors").keys()
+    assert "model.layers.1.mlp.experts.7.down_proj.weight" in names
+    assert "model.layers.1.mlp.moe_statics.e_score_correction_bias" in names
+
+
+def test_latent_model_and_many_files(corpus, cache, tmp_path):
+    options = options_of_small_run(corpus, cache, tmp_path)
+    train(load_config([*options, *LATENT, "--model.rms_norm_eps=1e-6", "--run.name=latent", "--train.dtype=bf16"]))
+    to = tmp_path / "model"
+    export([str(tmp_path / "runs" / "latent"), "--to", str(to), "--step", "4", "--file-gb", "0.0001"])
+    index = json.loads((to / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in to.glob("*.safetensors"))
+    assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
+    assert all(path.stat().st_size < 110_000 for path in to.glob("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(to)
+    assert type(model).__name__ == "DeepseekV3ForCausalLM" and model.dtype == torch.bfloat16
+    import_model([str(to), "--to", str(tmp_path / "runs" / "back"), "--data.seq_len=32"])
+    back = tmp_path / "runs" / "back" / "checkpoints" / "step_00000000"
+    first, second = (
+        CheckpointReader(folder, read_manifest(folder))
+        for folder in (tmp_path / "runs" / "latent" / "checkpoints" / "step_00000004", back)
+    )
+    assert first.manifest.tensors == second.manifest.tensors
+    for name in first.manifest.tensors:
+        assert torch.equal(first.whole(name, "value").bfloat16().float(), second.whole(name, "value"))
+
+
+def test_what_transformers_lacks_is_kept_in_our_own_format(corpus, cache, tmp_path):
+    options = options_of_small_run(corpus, cache, tmp_path)
+    train(load_config([*options, "--model.scoring_func=sigmoid", "--run.name=mixed", "--train.steps=2"]))
+    source, to = str(tmp_path / "runs" / "mixed"), tmp_path / "model"
+    with pytest.raises(ConfigError, match=r"gqa needs softmax.*--format smolds"):
+        export([source, "--to", str(to)])
+    assert not list(tmp_path.glob("model*"))
+    export([source, "--to", str(to), "--format", "smolds"])
+    assert isinstance(AutoModelForCausalLM.from_pretrained(to), DeepSeekV3ForCausalLM)
+    import_model([str(to), "--to", str(tmp_path / "runs" / "back"), "--data.seq_len=32"])
+
+
+def test_export_that_computes_something_else_is_found_out(kept_run, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].flip(0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = kept_run[0] / "checkpoints" / "step_00000006"
+    reader = CheckpointReader(checkpoint, read_manifest(checkpoint))
+    tokenizer = export_module.tokenizer_of(checkpoint, reader.manifest)
+    config = export_module.model_config(reader.manifest, tokenizer)
+    with pytest.raises(RuntimeError, match="other logits"):
+        export_module.check(reader, config, folder, "transformers", "fp32")
+
+
+def test_push_without_the_hub_loses_nothing(kept_run, tmp_path):
+    finished = smolds(
+        "export", str(kept_run[0]), "--to", str(tmp_path / "model"), "--no-check", "--push", "me/model",
+        HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_TOKEN="hf_none",
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert "could not be pushed" in finished.stderr and len(finished.stderr.splitlines()) == 1
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_mistakes_are_told(kept_run, exported, tmp_path):
+    source, to = str(kept_run[0]), ["--to", str(tmp_path / "model")]
+    with pytest.raises(ConfigError, match="exists"):
+        export([source, "--to", str(exported)])
+    with pytest.raises(ConfigError, match="no checkpoint of step 5; it has step_00000002"):
+        export([source, *to, "--step", "5"])
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        export([str(tmp_path), *to])
+    with pytest.raises(ConfigError, match="must be more than 0"):
+        export([source, *to, "--file-gb", "0"])
+    with pytest.raises(ConfigError, match="no model"):
+        import_model([source, *to])
+    with pytest.raises(ConfigError, match="exists"):
+        import_model([str(exported), "--to", source])
+    assert not list(tmp_path.iterdir())
+
+    def altered(name: str, change) -> str:
+        folder = shutil.copytree(exported, tmp_path / name)
+        change(folder)
+        return str(folder)
+
+    def set_config(folder: Path, **values) -> None:
+        config = json.loads((folder / "config.json").read_text()) | values
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def drop(folder: Path, name: str, instead: torch.Tensor | None = None) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors | ({name: instead} if instead is not None else {}), folder / "model.safetensors")
+
+    norm = "model.layers.0.input_layernorm.weight"
+    for name, change, words in (
+        ("llama", lambda f: set_config(f, model_type="llama"), "neither ernie4_5_moe nor deepseek_v3"),
+        ("dense", lambda f: set_config(f, moe_layer_start_index=1), "moe_layer_start_index=1"),
+        ("biased", lambda f: set_config(f, use_bias=True), "use_bias=True"),
+        ("short", lambda f: drop(f, norm), f"lacks the tensor {norm}"),
+        ("wide", lambda f: drop(f, norm, torch.zeros(5)), "another model"),
+        ("half", lambda f: (f / "model.safetensors").write_bytes(b"1234"), "damaged"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            import_model([altered(name, change), "--to", str(tmp_path / "run"), "--data.seq_len=32"])
+        assert not (tmp_path / "run").exists()
