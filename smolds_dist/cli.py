@@ -19,6 +19,7 @@ USAGE = """usage: smolds COMMAND [options]
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
+  eval       perplexity and bits per byte of a model: smolds eval runs/NAME [--data.source SOURCE]
 
 `smolds COMMAND --help` tells more."""
 
@@ -27,7 +28,7 @@ def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
     commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report, "board": _board}
-    commands |= {"export": _export, "import": _import}
+    commands |= {"export": _export, "import": _import, "eval": _eval}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -123,6 +124,12 @@ def _import(args: list[str]) -> None:
     from smolds_dist.import_model import import_model
 
     import_model(args)
+
+
+def _eval(args: list[str]) -> None:
+    from smolds_dist.eval_command import evaluate_model
+
+    evaluate_model(args)
 
 
 def _generate(args: list[str]) -> None:

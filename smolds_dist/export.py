@@ -50,12 +50,7 @@ def export(args: list[str]) -> None:
     folder = find_checkpoint(options.source, options.step)
     if options.to.exists() and (not options.to.is_dir() or any(options.to.iterdir())):
         raise ConfigError(f"--to {options.to} exists; choose another, or remove it.")
-    damage = find_damage(folder)
-    if damage:
-        raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
-
-    reader = CheckpointReader(folder, read_manifest(folder))
-    reader.check_coverage()
+    reader = open_verified(folder)
     tokenizer = tokenizer_of(folder, reader.manifest)
     config = model_config(reader.manifest, tokenizer)
     part = options.to.with_name(f"{options.to.name}.part")
@@ -123,6 +118,20 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
     return whole
 
 
+def open_verified(folder: Path) -> CheckpointReader:
+    """A reader of a checkpoint that is whole.
+
+    Raises:
+        ConfigError: where it is not.
+    """
+    damage = find_damage(folder)
+    if damage:
+        raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
+    reader = CheckpointReader(folder, read_manifest(folder))
+    reader.check_coverage()
+    return reader
+
+
 def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
     """The tokenizer that a checkpoint's run was trained with.
 
@@ -185,7 +194,7 @@ def _for_transformers(reader: CheckpointReader, config: Any) -> Iterator[tuple[s
 
     for name in reader.manifest.tensors:
         yield to_transformers(name, reader.whole(name, "value"), config)
-    for key, bias in _biases(reader):
+    for key, bias in selection_biases(reader):
         yield to_transformers(key, bias, config)
 
 
@@ -203,10 +212,11 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
         for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
             reader.fill(fragment)
         yield name, tensor
-    yield from _biases(reader)
+    yield from selection_biases(reader)
 
 
-def _biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
+def selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
+    """Name and tensor [E] of each."""
     for key, tensor in reader.others().items():
         if ".e_score_correction_bias:" in key:
             yield key.split(":")[0], tensor
@@ -289,7 +299,7 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
-        for name, bias in _biases(reader):
+        for name, bias in selection_biases(reader):
             model.get_buffer(name).copy_(bias)
         ours = model(input_ids=ids, use_cache=False).logits
     difference = (ours - theirs).abs().max().item()

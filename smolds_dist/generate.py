@@ -1,5 +1,7 @@
-"""`smolds generate`: continue a prompt with the model that a run exported."""
+"""`smolds generate`: continue prompts with a run's model, a checkpoint's or an export's."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,35 +9,93 @@ from smolds_dist.errors import ConfigError, OptionParser
 
 
 def generate(args: list[str]) -> None:
-    """Prints the prompt and its continuation.
+    """Prints the prompt and its continuation, token by token; or, for a file of prompts, a line of JSON for each.
 
     Raises:
-        ConfigError: where the run has exported no model yet.
+        ConfigError: where there is no model, or an option is out of range.
     """
-    parser = OptionParser(prog="smolds generate", description="Continue a prompt with a trained model.")
-    parser.add_argument("run", type=Path, help="a run's folder (runs/NAME) or an exported model")
+    parser = OptionParser(prog="smolds generate", description="Continue prompts with a trained model.")
+    parser.add_argument("source", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
+    parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
     parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--prompts", type=Path, help="file with a prompt in each line; answers are lines of JSON")
     parser.add_argument("--tokens", type=int, default=100, help="most tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0: among all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the fewest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="prompts of a file that are computed together")
     options = parser.parse_args(args)
-    folder = options.run / "export" if (options.run / "export").is_dir() else options.run
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{options.run} holds no exported model; let its training end, or name another folder.")
-    if options.tokens < 1 or options.temperature < 0:
-        raise ConfigError("--tokens must be at least 1 and --temperature not negative.")
+    if options.tokens < 1 or options.batch < 1 or options.temperature < 0 or options.top_k < 0:
+        raise ConfigError("--tokens and --batch must be at least 1, --temperature and --top-k not negative.")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p {options.top_p} is out of range; it must be more than 0 and at most 1.")
+    prompts = [options.prompt]
+    if options.prompts is not None:
+        if not options.prompts.is_file():
+            raise ConfigError(f"--prompts {options.prompts} is not a file; give one with a prompt in each line.")
+        prompts = options.prompts.read_text(encoding="utf-8").splitlines()
+    model, tokenizer = load_model(options.source, options.step)
+
+    from transformers import TextStreamer
+
+    from smolds_dist.train.samples import continue_prompts
+
+    for start in range(0, len(prompts), options.batch):
+        batch = prompts[start : start + options.batch]
+        streamer = None if options.prompts else TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+        texts = continue_prompts(
+            model, tokenizer, batch, options.tokens, options.seed, options.temperature, options.top_k, options.top_p,
+            streamer=streamer,
+        )  # fmt: skip
+        if options.prompts:
+            for prompt, text in zip(batch, texts, strict=True):
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+            sys.stdout.flush()
+
+
+def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
+    """Model, on the fastest device here, and tokenizer of a run, a checkpoint or an export; of a run that has ended, what it
+    exported.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    folder = source / "export" if (source / "export" / "config.json").is_file() else source
+    is_export = (folder / "config.json").is_file() and step is None
+    if not is_export and not (source / "checkpoints").is_dir() and not (source / "manifest.json").is_file():
+        raise ConfigError(f"{source} holds no model; name a run's folder, a checkpoint's, or an exported model's.")
 
     import torch
     import transformers
 
     import smolds_dist.model  # noqa: F401  registers the architecture
-    from smolds_dist.train.samples import sample
 
     transformers.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if is_export:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        model, tokenizer = model_of_checkpoint(source, step)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    text = sample(
-        model.to(device), tokenizer, options.prompt, options.tokens, options.seed, options.temperature, stop_at_end=True
-    )
-    print(text)
+    return model.to(device).eval(), tokenizer
+
+
+def model_of_checkpoint(source: Path, step: int | None) -> tuple[Any, Any]:
+    """Our model, in fp32 on the CPU, with a checkpoint's weights and selection biases; and its tokenizer.
+
+    Raises:
+        ConfigError: where the checkpoint is missing or damaged.
+    """
+    from smolds_dist.export import find_checkpoint, model_config, open_verified, selection_biases, tokenizer_of
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.train.checkpoint import load_weights
+
+    folder = find_checkpoint(source, step)
+    reader = open_verified(folder)
+    tokenizer = tokenizer_of(folder, reader.manifest)
+    model = DeepSeekV3ForCausalLM(model_config(reader.manifest, tokenizer))
+    load_weights(reader, model)
+    for name, bias in selection_biases(reader):
+        model.get_buffer(name).copy_(bias)
+    return model, tokenizer

@@ -196,7 +196,7 @@ def test_sample_puts_a_prompts_last_space_before_the_next_word(finished):
 def test_generate_without_a_model_is_refused(tmp_path):
     result = smolds("generate", str(tmp_path), "--prompt", "def ")
     assert result.returncode == 2
-    assert "holds no exported model" in result.stderr
+    assert "holds no model" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -1,9 +1,9 @@
 """`smolds bench loss`: seconds and tokens until a validation loss, against transformers' Trainer.
 
-smolds trains for --steps; the loss that it reaches is the target. The Trainer trains the same architecture (ERNIE MoE) on
-the same text, with the same tokenizer, sequences and batch: once as it comes, and with the best of several learning rates,
-for longer and longer until it reaches the target, each time with its whole schedule. Seconds are steps times the median of a
-step's seconds; evaluation and start are left out.
+smolds trains for --steps, with Muon unless told otherwise; the loss that it reaches is the target. The Trainer trains the
+same architecture (ERNIE MoE) on the same text, with the same tokenizer, sequences and batch: once as it comes, and with
+the best of several learning rates, for longer and longer until it reaches the target, each time with its whole schedule.
+Seconds are steps times the median of a step's seconds; evaluation and start are left out.
 """
 
 import json
@@ -40,7 +40,14 @@ def bench_loss(args: list[str]) -> None:
     parser.add_argument("--longest", type=float, default=4.0, help="give the Trainer up after so many times its steps")
     options, settings = parse(parser, args)
     folder = Path(tempfile.mkdtemp(prefix="bench-loss-"))
-    given = ["--preset", options.preset, *settings, f"--run.dir={folder}", "--run.name=smolds"]
+    given = [
+        "--preset",
+        options.preset,
+        "--train.optimizer=muon",
+        *settings,
+        f"--run.dir={folder}",
+        "--run.name=smolds",
+    ]
     if options.steps is not None:
         check_at_least_one(options, "steps")
         given.append(f"--train.steps={options.steps}")

@@ -1,52 +1,87 @@
-"""Text from the model, while it trains and afterwards."""
+"""Text from the model, while it trains and afterwards.
+
+Shape letters: B prompts, S tokens of the longest, V vocabulary.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 
-@torch.no_grad()
 def sample(
-    model,
+    model, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, temperature: float = 0.8
+) -> str:
+    """Continues `prompt` by exactly `tokens` tokens: expert-parallel ranks have to run the same number of forward passes."""
+    return continue_prompts(model, tokenizer, [prompt], tokens, seed, temperature, stop_at_end=False)[0]
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompts: list[str],
     tokens: int,
     seed: int,
     temperature: float = 0.8,
-    stop_at_end: bool = False,
-) -> str:
-    """Continues `prompt` by `tokens` tokens among the best 50; temperature 0 takes the best. Collective.
+    top_k: int = 50,
+    top_p: float = 1.0,
+    stop_at_end: bool = True,
+    streamer: Any = None,
+) -> list[str]:
+    """Each prompt with its continuation, all computed together. Collective.
 
-    Without `stop_at_end` the length is exact. Expert-parallel ranks need that, because they have to run the same number
-    of forward passes. The random state is the same on all ranks, and the training's is left as it was.
+    The random state is the same on all ranks, and the training's is left as it was.
+
+    Args:
+        tokens: most tokens to add.
+        temperature: 0 takes the best token each time.
+        top_k: choose among so many best tokens; 0: among all.
+        top_p: choose among the fewest best tokens that have this probability together.
+        stop_at_end: end a text at its end-of-text token.
+        streamer: of transformers, told every token of a single prompt.
     """
     device = next(model.parameters()).device
-    ids, first = _encode(tokenizer, prompt)
-    ids = ids.to(device)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    longest = max(len(ids) for ids, _ in encoded)
+    eos = tokenizer.eos_token_id
+    ids_BS = torch.tensor([[eos] * (longest - len(ids)) + ids for ids, _ in encoded], device=device)
+    mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in encoded], device=device)
+    first = FirstToken([allowed.to(device) for _, allowed in encoded], longest)
+    vocabulary = model.config.vocab_size
     # The vocabulary may have rows that no token uses: an untrained model would sample them.
-    unused = list(range(len(tokenizer), model.config.vocab_size))
+    unused = list(range(len(tokenizer), vocabulary))
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            logits_processor=[FirstToken(first.to(device), ids.shape[1])] if len(first) else [],
+            ids_BS,
+            attention_mask=mask_BS,
+            logits_processor=[first] if any(len(allowed) for allowed in first.allowed) else [],
             suppress_tokens=unused or None,
             do_sample=temperature > 0,
             temperature=temperature or None,
-            top_k=min(50, model.config.vocab_size) if temperature else None,
+            top_k=min(top_k, vocabulary) if temperature else None,
+            top_p=top_p if temperature else None,
             max_new_tokens=tokens,
-            eos_token_id=tokenizer.eos_token_id if stop_at_end else None,
-            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=eos if stop_at_end else None,
+            pad_token_id=eos,
+            streamer=streamer,
         )
     model.train(was_training)
-    return str(tokenizer.decode(output[0])).removeprefix(tokenizer.eos_token).removesuffix(tokenizer.eos_token)
+    texts = []
+    for row, (ids, _) in zip(output.tolist(), encoded, strict=True):
+        new = row[longest:]
+        if stop_at_end and eos in new:
+            new = new[: new.index(eos)]
+        texts.append(str(tokenizer.decode(ids + new)).removeprefix(tokenizer.eos_token))
+    return texts
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tensor, Tensor]:
-    """Ids [1, S] of `prompt` without a space at its end, and the ids that can follow then: those that begin with it.
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], Tensor]:
+    """Ids of `prompt` without a space at its end, and the ids that can follow then: those that begin with it.
 
     Tokenizers put a space at the beginning of the next word: after one on its own, text goes on as the model never saw.
     """
@@ -57,17 +92,23 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tensor, Te
         if len(first):
             prompt = prompt[:-1]
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return torch.tensor([ids or [tokenizer.eos_token_id]]), first
+    return ids or [tokenizer.eos_token_id], first
 
 
 class FirstToken(LogitsProcessor):
-    """Takes the first new token from `allowed`."""
+    """Takes each prompt's first new token from its `allowed`, where that names any."""
 
-    def __init__(self, allowed: Tensor, prompt_length: int):
+    def __init__(self, allowed: list[Tensor], prompt_length: int):
         self.allowed = allowed
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] of the next tokens."""
         if input_ids.shape[1] > self.prompt_length:
             return scores
-        return torch.full_like(scores, -torch.inf).index_copy(-1, self.allowed, scores[:, self.allowed])
+        scores = scores.clone()
+        for row, allowed in zip(scores, self.allowed, strict=True):
+            if len(allowed):
+                kept = row[allowed]
+                row.fill_(-torch.inf)[allowed] = kept
+        return scores
