@@ -55,6 +55,8 @@ set_up() {
         install_torch
         echo "  smolds and its other requirements"
         pip install -qq --editable ".[test]"
+        # For tests/test_trainer.py alone: beside the others it would make every import of transformers import DeepSpeed.
+        pip install -qq --no-deps --upgrade --target .venv/accelerate "accelerate>=1.1,<2"
         echo "$wanted" >.venv/installed
     else
         # shellcheck disable=SC1091

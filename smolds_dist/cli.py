@@ -60,7 +60,7 @@ def _train(args: list[str]) -> None:
     import transformers
 
     from smolds_dist.parallel.engine import end_rank
-    from smolds_dist.train.trainer import train
+    from smolds_dist.training.trainer import train
 
     transformers.logging.disable_progress_bar()
     try:
@@ -91,7 +91,7 @@ def _doctor(args: list[str]) -> None:
 
 
 def _checkpoint(args: list[str]) -> None:
-    from smolds_dist.train.checkpoint_command import checkpoint
+    from smolds_dist.training.checkpoint_command import checkpoint
 
     sys.exit(checkpoint(args))
 

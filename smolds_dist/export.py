@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.train.checkpoint_files import (
+from smolds_dist.training.checkpoint_files import (
     CheckpointReader,
     Manifest,
     checkpoint_name,
@@ -269,7 +269,7 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
     from safetensors.torch import load_file, save_file
 
     from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.train.checkpoint import load_weights
+    from smolds_dist.training.checkpoint import load_weights
 
     ids = torch.randint(0, config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:

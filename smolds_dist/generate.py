@@ -39,7 +39,7 @@ def generate(args: list[str]) -> None:
 
     from transformers import TextStreamer
 
-    from smolds_dist.train.samples import continue_prompts
+    from smolds_dist.training.samples import continue_prompts
 
     for start in range(0, len(prompts), options.batch):
         batch = prompts[start : start + options.batch]
@@ -89,7 +89,7 @@ def model_of_checkpoint(source: Path, step: int | None) -> tuple[Any, Any]:
     """
     from smolds_dist.export import find_checkpoint, model_config, open_verified, selection_biases, tokenizer_of
     from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.train.checkpoint import load_weights
+    from smolds_dist.training.checkpoint import load_weights
 
     folder = find_checkpoint(source, step)
     reader = open_verified(folder)

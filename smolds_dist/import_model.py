@@ -15,7 +15,7 @@ from typing import Any
 
 from smolds_dist.config import RunConfig, load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.train.checkpoint_files import Manifest, checkpoint_name, publish, write_tensors
+from smolds_dist.training.checkpoint_files import Manifest, checkpoint_name, publish, write_tensors
 
 FILE_BYTES = 1_000_000_000  # also the memory that importing takes
 
@@ -104,7 +104,7 @@ def write_checkpoint(folder: Path, ours: Any, config: RunConfig, tokenizer: str,
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
-    from smolds_dist.train.checkpoint_writer import Progress, package_versions
+    from smolds_dist.training.checkpoint_writer import Progress, package_versions
 
     with torch.device("meta"):
         model = DeepSeekV3ForCausalLM(ours)

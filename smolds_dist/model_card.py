@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.report import draw, markdown_table
-from smolds_dist.train.checkpoint_files import Manifest
-from smolds_dist.train.metrics import load_table, read_rows
-from smolds_dist.train.summary import facts
+from smolds_dist.training.checkpoint_files import Manifest
+from smolds_dist.training.metrics import load_table, read_rows
+from smolds_dist.training.summary import facts
 
 PICTURE = "training_metrics.png"
 

@@ -13,9 +13,9 @@ import yaml
 
 from smolds_dist.config import Model
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.train.checkpoint_files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
-from smolds_dist.train.metrics import load_table, read_rows
-from smolds_dist.train.summary import facts
+from smolds_dist.training.checkpoint_files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
+from smolds_dist.training.metrics import load_table, read_rows
+from smolds_dist.training.summary import facts
 
 NGRAM = 3
 UNIQUE_CONTENT = (
@@ -58,7 +58,7 @@ def report(args: list[str]) -> None:
             (folder / name).write_text(text, encoding="utf-8")
             written.append(folder / name)
     if options.rebuild_tensorboard:
-        from smolds_dist.train.tensorboard import rebuild
+        from smolds_dist.training.tensorboard import rebuild
 
         for run in options.runs:
             written.append(rebuild(run, read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")))

@@ -56,7 +56,7 @@ def kept_run(corpus, cache, tmp_path_factory):
         "--train.schedule=wsd", "--train.decay_fraction=0",
     ]  # fmt: skip
     from smolds_dist.config import load_config
-    from smolds_dist.train.trainer import train
+    from smolds_dist.training.trainer import train
 
     train(load_config(options))
     return folder / "runs" / "one", options

@@ -21,7 +21,7 @@ import deepspeed  # noqa: F401  imported before the fork, like the others
 import tensorboard  # noqa: F401
 
 from smolds_dist.config import load_config
-from smolds_dist.train.trainer import train
+from smolds_dist.training.trainer import train
 
 LIMIT = 60  # seconds of one attempt
 

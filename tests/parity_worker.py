@@ -17,12 +17,12 @@ from smolds_dist.parallel.fragments import tensor_shapes
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.train.build import engine_for
-from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
-from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
-from smolds_dist.train.clock import StepClock
-from smolds_dist.train.optim import PARTS, learning_rate
-from smolds_dist.train.step import accumulate_gradients
+from smolds_dist.training.build import engine_for
+from smolds_dist.training.checkpoint import load_weights, open_checkpoint, restore
+from smolds_dist.training.checkpoint_writer import CheckpointWriter, Progress
+from smolds_dist.training.clock import StepClock
+from smolds_dist.training.optim import PARTS, learning_rate
+from smolds_dist.training.step import accumulate_gradients
 
 VOCAB = 96
 SAVE_AT = 10

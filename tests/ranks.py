@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from smolds_dist.train.metrics import read_rows
+from smolds_dist.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 TIMING = {"tokens_per_s", "mfu", "seconds", "memory_gb", "time"}

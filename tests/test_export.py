@@ -24,14 +24,14 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.train.build import engine_for, make_model_config
-from smolds_dist.train.checkpoint import load_weights
-from smolds_dist.train.checkpoint_files import CheckpointReader, read_manifest
-from smolds_dist.train.clock import StepClock
-from smolds_dist.train.metrics import read_rows
-from smolds_dist.train.optim import learning_rate
-from smolds_dist.train.step import accumulate_gradients
-from smolds_dist.train.trainer import train
+from smolds_dist.training.build import engine_for, make_model_config
+from smolds_dist.training.checkpoint import load_weights
+from smolds_dist.training.checkpoint_files import CheckpointReader, read_manifest
+from smolds_dist.training.clock import StepClock
+from smolds_dist.training.metrics import read_rows
+from smolds_dist.training.optim import learning_rate
+from smolds_dist.training.step import accumulate_gradients
+from smolds_dist.training.trainer import train
 
 LATENT = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
 GREEDY = """

@@ -21,10 +21,10 @@ from smolds_dist.data.shards import _is_held_out
 from smolds_dist.errors import TrainingStoppedError
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.train.checkpoint_files import checkpoints_in, find_damage
-from smolds_dist.train.checkpoint_writer import CheckpointWriter, OtherRankError
-from smolds_dist.train.guard import LEAST, WINDOW, LossGuard, LossSpikeError
-from smolds_dist.train.metrics import read_rows
+from smolds_dist.training.checkpoint_files import checkpoints_in, find_damage
+from smolds_dist.training.checkpoint_writer import CheckpointWriter, OtherRankError
+from smolds_dist.training.guard import LEAST, WINDOW, LossGuard, LossSpikeError
+from smolds_dist.training.metrics import read_rows
 
 
 def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):

@@ -11,8 +11,8 @@ from ranks import ROOT, smolds
 from safetensors.torch import load_file
 
 from smolds_dist.config import load_config
-from smolds_dist.train.metrics import read_rows
-from smolds_dist.train.trainer import train
+from smolds_dist.training.metrics import read_rows
+from smolds_dist.training.trainer import train
 
 
 def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):

@@ -21,9 +21,9 @@ from smolds_dist.config import load_config
 from smolds_dist.parallel.launcher import launch
 from smolds_dist.parallel.output import NoiseFilter
 from smolds_dist.parallel.topology import Machine
-from smolds_dist.train.checkpoint_files import checkpoints_in
-from smolds_dist.train.metrics import read_rows
-from smolds_dist.train.trainer import train
+from smolds_dist.training.checkpoint_files import checkpoints_in
+from smolds_dist.training.metrics import read_rows
+from smolds_dist.training.trainer import train
 
 needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 MPI_REASON = "mpirun or mpi4py is not installed"

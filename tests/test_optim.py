@@ -8,7 +8,7 @@ from torch import nn
 
 from smolds_dist.config import Train
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.train.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
+from smolds_dist.training.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
 
 
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():

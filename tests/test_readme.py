@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, run
 
-from smolds_dist.train.metrics import read_rows
+from smolds_dist.training.metrics import read_rows
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -46,6 +46,10 @@ def shorter(cache):
         "smolds slurm": "",
         "smolds doctor": "",
         "smolds generate": " --tokens=4",
+        "smolds export": "",
+        "smolds import": f" --data.cache_dir={cache}",
+        "smolds train import": " --train.eval_sequences=4 --log.sample_tokens=4 --train.steps=2",
+        "smolds eval": " --tokens=1000",
         "./launch/quickstart.sh": f"{training} --train.steps=2",
         "./launch/test.sh": " -q tests/test_config.py",
     }
@@ -54,6 +58,7 @@ def shorter(cache):
 @pytest.mark.skipif(shutil.which("smolds", path=PATH) is None, reason="smolds is not installed: pip install -e .")
 def test_uses_run_as_written(shorter, corpus, tmp_path):
     (tmp_path / "corpus").symlink_to(corpus)
+    (tmp_path / "prompts.txt").write_text("def add\nfor number in")
     done = set()
     for command in USES:
         if command.startswith(("tensorboard", "smolds board")):
@@ -65,6 +70,8 @@ def test_uses_run_as_written(shorter, corpus, tmp_path):
         program = next((" ".join(command.split()[:n]) for start, n in words.items() if command.startswith(start)), None)
         program = program or " ".join(command.split()[:2])
         kind = next((f"{program} {what}" for what in ("resume", "profile") if what in command), program)
+        if "again/config" in command:
+            kind = "smolds train import"
         if "--dry-run" in command:
             assert run(["bash", "-c", command], timeout=60, cwd=tmp_path, PATH=PATH).returncode == 0
             continue

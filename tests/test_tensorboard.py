@@ -23,8 +23,8 @@ from smolds_dist.board import board, named
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.report import report
-from smolds_dist.train.metrics import is_kept, read_rows
-from smolds_dist.train.tensorboard import Board, heatmap
+from smolds_dist.training.metrics import is_kept, read_rows
+from smolds_dist.training.tensorboard import Board, heatmap
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = ROOT / "screenshots"  # not in git

@@ -15,10 +15,10 @@ from smolds_dist.config import load_config
 from smolds_dist.data.batches import evaluation_batch
 from smolds_dist.data.shards import prepare_shards
 from smolds_dist.errors import ConfigError
-from smolds_dist.train.checkpoint import check_resumable
-from smolds_dist.train.metrics import load_table, read_rows
-from smolds_dist.train.samples import sample
-from smolds_dist.train.trainer import train
+from smolds_dist.training.checkpoint import check_resumable
+from smolds_dist.training.metrics import load_table, read_rows
+from smolds_dist.training.samples import sample
+from smolds_dist.training.trainer import train
 
 
 def rows_of(run_dir):

@@ -16,7 +16,7 @@ from typing import Any
 from smolds_dist.bench import bench_parser, check_at_least_one, parse
 from smolds_dist.bench.train import processor, say
 from smolds_dist.errors import ConfigError
-from smolds_dist.train.metrics import read_rows
+from smolds_dist.training.metrics import read_rows
 
 WAYS = ("bias", "aux_loss", "none")
 

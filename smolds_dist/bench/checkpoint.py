@@ -61,8 +61,8 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.train.build import engine_for
-    from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress
+    from smolds_dist.training.build import engine_for
+    from smolds_dist.training.checkpoint_writer import CheckpointWriter, Progress
 
     options = ["--parallel.engine=deepspeed", "--parallel.zero=1", "--train.global_batch=1", "--train.dtype=auto"]
     config = load_config(["--preset", preset, *options, f"--run.dir={folder}", "--checkpoint.keep_best=false"])

@@ -111,7 +111,7 @@ def smolds(task: Task, gate: Gate) -> None:
     from smolds_dist.parallel.engine import start_process_group
     from smolds_dist.parallel.ranks import rank_from_environment
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.train.build import engine_for
+    from smolds_dist.training.build import engine_for
 
     info = rank_from_environment()
     config = task.config(

@@ -51,9 +51,9 @@ def measure(preset: str, repeats: int, sequences: int, folder: Path) -> dict:
     from smolds_dist.data.shards import prepare_shards
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.train.build import Job, build, make_model_config
-    from smolds_dist.train.signals import StopRequest
-    from smolds_dist.train.step import take_step
+    from smolds_dist.training.build import Job, build, make_model_config
+    from smolds_dist.training.signals import StopRequest
+    from smolds_dist.training.step import take_step
 
     steps = 10 * (repeats + 2)
     config = load_config([

@@ -22,7 +22,7 @@ from smolds_dist.bench.train import processor, say
 from smolds_dist.bench.trainer import Job
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
-from smolds_dist.train.metrics import read_rows
+from smolds_dist.training.metrics import read_rows
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 LONGER = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # times the steps of smolds

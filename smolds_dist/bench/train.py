@@ -68,7 +68,7 @@ def describe_machine(task: Task) -> dict[str, Any]:
     """What a result holds for."""
     import torch
 
-    from smolds_dist.train.build import package_versions
+    from smolds_dist.training.build import package_versions
 
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
 
     from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.model.flops import flops_per_token
-    from smolds_dist.train.clock import matrix_product_peak
+    from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)
     if task.config().model.force_uniform_routing and options.only != ["smolds"]:

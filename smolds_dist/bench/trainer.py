@@ -27,7 +27,7 @@ def train(job: Job) -> dict[str, Any]:
 
     from smolds_dist.data.batches import evaluation_batch
     from smolds_dist.data.shards import prepare_shards
-    from smolds_dist.train.build import make_model_config
+    from smolds_dist.training.build import make_model_config
     from smolds_dist.transformers_format import transformers_config
 
     config = load_config(job.given)

@@ -150,10 +150,13 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, S, V], or with `labels` [B, S] (negative entries ignored) the mean loss over the next tokens.
 
+        `num_items_in_batch`, which transformers' Trainer gives, is the number of labels that the loss is divided by instead
+        of those here: the labels of all micro batches and ranks of a step.
         `aux_loss` is the mean over layers of the load-balancing loss, already added to `loss` with its coefficient.
         """
         cache = self._cache_for(cache, past_key_values, use_cache)
@@ -168,6 +171,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         loss = logits = aux_loss = None
         if labels is not None:
             loss = self.lm_head(hidden, labels)
+            if num_items_in_batch is not None:
+                loss = loss * (labels[:, 1:] >= 0).sum() / num_items_in_batch
             if self.training and self.config.router_aux_loss_coef:
                 aux_loss = torch.stack([block.mlp.aux_loss for block in self.model.layers]).mean()
                 loss = loss + self.config.router_aux_loss_coef * aux_loss

@@ -71,7 +71,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
         return 0
 
     from smolds_dist.data.shards import prepare_shards
-    from smolds_dist.train.checkpoint import check_resumable
+    from smolds_dist.training.checkpoint import check_resumable
 
     _check_programs(plan)
     check_resumable(config)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smolds_dist.config import RunConfig
 from smolds_dist.parallel.balancer import max_violation
-from smolds_dist.train.append import AppendedFile
+from smolds_dist.training.append import AppendedFile
 
 WINDOW = 100  # steps of the wider MaxVio
 
@@ -36,7 +36,7 @@ class MetricsWriter:
         self._file = AppendedFile(path)
         self._board = None
         if config.log.tensorboard:
-            from smolds_dist.train.tensorboard import Board
+            from smolds_dist.training.tensorboard import Board
 
             self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config))
 
@@ -62,7 +62,7 @@ class MetricsWriter:
         return self.row(row)
 
     def row(self, row: dict) -> dict:
-        """Writes any row: of training, an evaluation (see `train.evaluation`), or an `event`; returns it."""
+        """Writes any row: of training, an evaluation (see `training.evaluation`), or an `event`; returns it."""
         row["time"] = round(time.time(), 3)
         self._file.append(json.dumps(row).encode() + b"\n")
         if self._board is not None:

@@ -15,10 +15,10 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, largest_over_ranks
 from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.train.build import Job, Training
-from smolds_dist.train.clock import PHASES, StepClock, is_measured, memory_in_use
-from smolds_dist.train.metrics import is_kept, rounded
-from smolds_dist.train.optim import PARTS, learning_rate
+from smolds_dist.training.build import Job, Training
+from smolds_dist.training.clock import PHASES, StepClock, is_measured, memory_in_use
+from smolds_dist.training.metrics import is_kept, rounded
+from smolds_dist.training.optim import PARTS, learning_rate
 
 
 class Step(NamedTuple):

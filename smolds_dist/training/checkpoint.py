@@ -13,7 +13,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, largest_over_ranks
 from smolds_dist.parallel.fragments import cut, logical_shapes
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.train.checkpoint_files import (
+from smolds_dist.training.checkpoint_files import (
     CheckpointReader,
     DamagedCheckpointError,
     Manifest,
@@ -23,7 +23,7 @@ from smolds_dist.train.checkpoint_files import (
     read_manifest,
     step_of,
 )
-from smolds_dist.train.checkpoint_writer import Progress
+from smolds_dist.training.checkpoint_writer import Progress
 
 
 def check_resumable(config: RunConfig) -> None:

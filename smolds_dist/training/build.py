@@ -20,16 +20,16 @@ from smolds_dist.parallel.fragments import tensor_shapes
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.parallel.uniform_routing import force_uniform_routing
-from smolds_dist.train.checkpoint import load_weights, open_checkpoint, restore
-from smolds_dist.train.checkpoint_files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
-from smolds_dist.train.checkpoint_writer import CheckpointWriter, Progress, package_versions
-from smolds_dist.train.clock import StepClock, matrix_product_peak
-from smolds_dist.train.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
-from smolds_dist.train.metrics import MetricsWriter, recent_losses
-from smolds_dist.train.optim import make_optimizer, parameter_groups
-from smolds_dist.train.profiling import Profiler
-from smolds_dist.train.signals import StopRequest
-from smolds_dist.train.terminal import Terminal
+from smolds_dist.training.checkpoint import load_weights, open_checkpoint, restore
+from smolds_dist.training.checkpoint_files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
+from smolds_dist.training.checkpoint_writer import CheckpointWriter, Progress, package_versions
+from smolds_dist.training.clock import StepClock, matrix_product_peak
+from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.training.metrics import MetricsWriter, recent_losses
+from smolds_dist.training.optim import make_optimizer, parameter_groups
+from smolds_dist.training.profiling import Profiler
+from smolds_dist.training.signals import StopRequest
+from smolds_dist.training.terminal import Terminal
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from smolds_dist.config import RunConfig
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.train.checkpoint_files import (
+from smolds_dist.training.checkpoint_files import (
     RANDOM,
     CheckpointReader,
     DamagedCheckpointError,

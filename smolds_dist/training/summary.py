@@ -5,7 +5,7 @@ from statistics import median
 
 from smolds_dist.config import RunConfig
 from smolds_dist.data.shards import TokenShards
-from smolds_dist.train.metrics import WINDOW, load_table, read_rows
+from smolds_dist.training.metrics import WINDOW, load_table, read_rows
 
 
 def summary(config: RunConfig, shards: TokenShards) -> str:

@@ -14,21 +14,21 @@ from smolds_dist.parallel.engine import Engine, end_process_group, largest_over_
 from smolds_dist.parallel.failure import RankReport
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.train.build import Job, Training, build, hold_run, make_model_config, roll_back
-from smolds_dist.train.checkpoint import check_resumable, open_checkpoint
-from smolds_dist.train.evaluation import evaluate
-from smolds_dist.train.guard import LossSpikeError
-from smolds_dist.train.samples import sample
-from smolds_dist.train.signals import EXIT_CODES, StopRequest
-from smolds_dist.train.step import take_step
-from smolds_dist.train.summary import summary
+from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
+from smolds_dist.training.checkpoint import check_resumable, open_checkpoint
+from smolds_dist.training.evaluation import evaluate
+from smolds_dist.training.guard import LossSpikeError
+from smolds_dist.training.samples import sample
+from smolds_dist.training.signals import EXIT_CODES, StopRequest
+from smolds_dist.training.step import take_step
+from smolds_dist.training.summary import summary
 
 
 def train(config: RunConfig) -> int:
     """Runs `config` on this rank, from a new model or a checkpoint of any layout, to the exported model.
 
     Returns:
-        The exit code: 0; that of the signal after which it stopped (`train.signals`); or 1 where the loss diverged or a
+        The exit code: 0; that of the signal after which it stopped (`training.signals`); or 1 where the loss diverged or a
         checkpoint that was needed could not be written, which has been told then.
 
     Raises:

@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.train.checkpoint_files import (
+from smolds_dist.training.checkpoint_files import (
     CheckpointReader,
     DamagedCheckpointError,
     Manifest,

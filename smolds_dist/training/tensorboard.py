@@ -23,8 +23,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram, histogram_raw, hparams, image, text
 
-from smolds_dist.train.append import AppendedFile
-from smolds_dist.train.metrics import is_kept
+from smolds_dist.training.append import AppendedFile
+from smolds_dist.training.metrics import is_kept
 
 PIXELS = 12  # of a heatmap's cell
 LARGEST_CELLS = 4096  # of a heatmap; beyond, it is left out

@@ -1,0 +1,34 @@
+"""Our model in a user's own training: transformers' Trainer, and accelerate, alone and with one of our DeepSpeed files.
+
+accelerate lies in a folder of its own, which only these tests see: where it is installed, importing transformers imports
+DeepSpeed too.
+"""
+
+import json
+import os
+import sys
+
+import pytest
+from ranks import ROOT, run
+
+ACCELERATE = ROOT / ".venv" / "accelerate"
+
+
+@pytest.mark.skipif(not ACCELERATE.is_dir(), reason="no .venv/accelerate; ./launch/test.sh makes it")
+@pytest.mark.parametrize("way", ["trainer", "accelerate"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_steps_are_those_of_transformers_model(way, ranks, tmp_path):
+    start = [sys.executable]
+    more = [way, str(tmp_path / "out")]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        more.append(str(ROOT / "ds_configs" / "zero1.json"))
+    path = os.pathsep.join((str(ACCELERATE), str(ROOT)))
+    finished = run(
+        [*start, str(ROOT / "tests" / "trainer_worker.py"), *more], timeout=180, PYTHONPATH=path, OMP_NUM_THREADS="1"
+    )
+    assert finished.returncode == 0, finished.text
+    losses = json.loads((tmp_path / "out" / "losses.json").read_text())
+    assert len(losses["ours"]) == 20
+    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-5)
+    assert losses["ours"][-1] < losses["ours"][0] / 2
