@@ -194,7 +194,7 @@ def _for_transformers(reader: CheckpointReader, config: Any) -> Iterator[tuple[s
 
     for name in reader.manifest.tensors:
         yield to_transformers(name, reader.whole(name, "value"), config)
-    for key, bias in selection_biases(reader):
+    for key, bias in _selection_biases(reader):
         yield to_transformers(key, bias, config)
 
 
@@ -212,10 +212,22 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
         for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
             reader.fill(fragment)
         yield name, tensor
-    yield from selection_biases(reader)
+    yield from _selection_biases(reader)
 
 
-def selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
+def build_model(reader: CheckpointReader, config: Any) -> Any:
+    """Our model, in fp32 on the CPU, with a checkpoint's weights and selection biases."""
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.training.checkpoint import load_weights
+
+    model = DeepSeekV3ForCausalLM(config)
+    load_weights(reader, model)
+    for name, bias in _selection_biases(reader):
+        model.get_buffer(name).copy_(bias)
+    return model
+
+
+def _selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
     """Name and tensor [E] of each."""
     for key, tensor in reader.others().items():
         if ".e_score_correction_bias:" in key:
@@ -268,9 +280,6 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.training.checkpoint import load_weights
-
     ids = torch.randint(0, config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "tensors"
@@ -294,13 +303,10 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
         if finished.returncode:
             raise RuntimeError(f"the export does not load: {finished.stderr.strip()[-2000:]}")
         theirs = load_file(path)["logits"]
-    model = DeepSeekV3ForCausalLM(config).eval()
-    load_weights(reader, model)
+    model = build_model(reader, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
-        for name, bias in selection_biases(reader):
-            model.get_buffer(name).copy_(bias)
         ours = model(input_ids=ids, use_cache=False).logits
     difference = (ours - theirs).abs().max().item()
     if not difference <= TOLERANCE * ours.abs().max().item():

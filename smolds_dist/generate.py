@@ -76,26 +76,10 @@ def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     else:
-        model, tokenizer = model_of_checkpoint(source, step)
+        from smolds_dist.export import build_model, find_checkpoint, model_config, open_verified, tokenizer_of
+
+        reader = open_verified(find_checkpoint(source, step))
+        tokenizer = tokenizer_of(reader.folder, reader.manifest)
+        model = build_model(reader, model_config(reader.manifest, tokenizer))
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
-
-
-def model_of_checkpoint(source: Path, step: int | None) -> tuple[Any, Any]:
-    """Our model, in fp32 on the CPU, with a checkpoint's weights and selection biases; and its tokenizer.
-
-    Raises:
-        ConfigError: where the checkpoint is missing or damaged.
-    """
-    from smolds_dist.export import find_checkpoint, model_config, open_verified, selection_biases, tokenizer_of
-    from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.training.checkpoint import load_weights
-
-    folder = find_checkpoint(source, step)
-    reader = open_verified(folder)
-    tokenizer = tokenizer_of(folder, reader.manifest)
-    model = DeepSeekV3ForCausalLM(model_config(reader.manifest, tokenizer))
-    load_weights(reader, model)
-    for name, bias in selection_biases(reader):
-        model.get_buffer(name).copy_(bias)
-    return model, tokenizer

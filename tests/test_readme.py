@@ -40,6 +40,7 @@ def shorter(cache):
         "smolds bench loss": " --steps=2 --longest=1",
         "smolds bench balance": f" --steps=2 --data.cache_dir={cache} --data.max_tokens=300000",
         "smolds bench scale": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
+        "smolds bench generate": " --preset debug --tokens=8 --rounds=1",
         "smolds bench checkpoint": " --preset debug --repeats=1",
         "smolds bench logging": " --preset debug --repeats=1",
         "torchrun": f"{training} --train.steps=2",
@@ -50,6 +51,7 @@ def shorter(cache):
         "smolds import": f" --data.cache_dir={cache}",
         "smolds train import": " --train.eval_sequences=4 --log.sample_tokens=4 --train.steps=2",
         "smolds eval": " --tokens=1000",
+        "pdoc smolds_dist": "",
         "./launch/quickstart.sh": f"{training} --train.steps=2",
         "./launch/test.sh": " -q tests/test_config.py",
     }

@@ -45,6 +45,7 @@ def bench(args: list[str]) -> None:
     """
     from smolds_dist.bench.balance import bench_balance
     from smolds_dist.bench.checkpoint import bench_checkpoint
+    from smolds_dist.bench.generate import bench_generate
     from smolds_dist.bench.logging import bench_logging
     from smolds_dist.bench.loss import bench_loss
     from smolds_dist.bench.scale import bench_scale
@@ -52,7 +53,7 @@ def bench(args: list[str]) -> None:
 
     benches = {
         "train": bench_train, "loss": bench_loss, "balance": bench_balance, "scale": bench_scale,
-        "checkpoint": bench_checkpoint, "logging": bench_logging,
+        "checkpoint": bench_checkpoint, "logging": bench_logging, "generate": bench_generate,
     }  # fmt: skip
     name, *rest = args or [""]
     if name not in benches:
