@@ -13,6 +13,7 @@ import psutil
 from smolds_dist.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
+ACCELERATE = ROOT / ".venv" / "accelerate"  # only what is told of it sees accelerate
 TIMING = {"tokens_per_s", "mfu", "seconds", "memory_gb", "time"}
 
 

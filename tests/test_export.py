@@ -1,10 +1,14 @@
 """Exports load in plain transformers and compute the same; imports continue from them."""
 
+import base64
 import json
 import shutil
 import sys
 import sysconfig
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -173,6 +177,59 @@ def test_export_that_computes_something_else_is_found_out(kept_run, exported, tm
     config = export_module.model_config(reader.manifest, tokenizer)
     with pytest.raises(RuntimeError, match="other logits"):
         export_module.check(reader, config, folder, "transformers", "fp32")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the Hub's client asks for when it uploads small files: a stand-in that keeps what it is sent. It says nothing of
+    how the Hub itself treats large files, names or tokens."""
+
+    committed: ClassVar[dict[str, bytes]] = {}
+    tokens: ClassVar[set[str | None]] = set()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.tokens.add(self.headers["Authorization"])
+        answer: dict = {}
+        if self.path == "/api/repos/create":
+            assert json.loads(body)["name"] == "model"
+            answer = {"url": f"http://{self.headers['Host']}/me/model"}
+        elif self.path == "/api/models/me/model/preupload/main":
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            answer = {"files": [file | {"shouldIgnore": False} for file in files]}
+        elif self.path.startswith("/api/models/me/model/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {
+                "commitUrl": f"http://{self.headers['Host']}/me/model/commit/1",
+                "commitOid": "1",
+                "success": True,
+            }
+        elif self.path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_args) -> None:
+        pass
+
+
+def test_push_sends_every_file_of_the_export(kept_run, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        finished = smolds(
+            "export", str(kept_run[0]), "--to", str(tmp_path / "model"), "--no-check", "--push", "me/model",
+            HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="0", HF_TOKEN="hf_mine",
+        )  # fmt: skip
+        hub.shutdown()
+    assert finished.returncode == 0, finished.text
+    assert Hub.committed == {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert Hub.tokens == {"Bearer hf_mine"}
+    assert "me/model" in finished.stdout
 
 
 def test_push_without_the_hub_loses_nothing(kept_run, tmp_path):

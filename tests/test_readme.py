@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, run
+from ranks import ACCELERATE, ROOT, run
 
 from smolds_dist.training.metrics import read_rows
 
@@ -37,7 +37,7 @@ def shorter(cache):
         "smolds checkpoint": "",
         "smolds report": "",
         "smolds bench train": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --only smolds transformers",
-        "smolds bench loss": " --steps=2 --longest=1",
+        "smolds bench loss": f" --steps=2 --longest=1 --learning-rates 1e-3 --data.cache_dir={cache} --data.max_tokens=300000",
         "smolds bench balance": f" --steps=2 --data.cache_dir={cache} --data.max_tokens=300000",
         "smolds bench scale": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
         "smolds bench generate": " --preset debug --tokens=8 --rounds=1",
@@ -77,7 +77,9 @@ def test_uses_run_as_written(shorter, corpus, tmp_path):
         if "--dry-run" in command:
             assert run(["bash", "-c", command], timeout=60, cwd=tmp_path, PATH=PATH).returncode == 0
             continue
-        finished = run(["bash", "-c", command + shorter[kind]], timeout=240, cwd=tmp_path, PATH=PATH)
+        # The Trainer needs accelerate, which lies apart (see test_trainer.py).
+        packages = {"PYTHONPATH": f"{ACCELERATE}{os.pathsep}{ROOT}"} if program == "smolds bench loss" else {}
+        finished = run(["bash", "-c", command + shorter[kind]], timeout=240, cwd=tmp_path, PATH=PATH, **packages)
         assert finished.returncode == 0, f"{command}\n{finished.text}"
         done.add(kind)
     assert done == {"board", *(kind for kind in shorter if not kind.startswith("./"))}

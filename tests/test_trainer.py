@@ -9,9 +9,7 @@ import os
 import sys
 
 import pytest
-from ranks import ROOT, run
-
-ACCELERATE = ROOT / ".venv" / "accelerate"
+from ranks import ACCELERATE, ROOT, run
 
 
 @pytest.mark.skipif(not ACCELERATE.is_dir(), reason="no .venv/accelerate; ./launch/test.sh makes it")

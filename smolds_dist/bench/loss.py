@@ -24,7 +24,6 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.training.metrics import read_rows
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 LONGER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # times the steps of smolds
 
 
@@ -38,6 +37,7 @@ def bench_loss(args: list[str]) -> None:
     parser.set_defaults(preset="debug")
     parser.add_argument("--steps", type=int, help="of smolds; the preset's where not given")
     parser.add_argument("--longest", type=float, default=4.0, help="give the Trainer up after so many times its steps")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of the Trainer")
     options, settings = parse(parser, args)
     folder = Path(tempfile.mkdtemp(prefix="bench-loss-"))
     given = [
@@ -52,7 +52,7 @@ def bench_loss(args: list[str]) -> None:
         check_at_least_one(options, "steps")
         given.append(f"--train.steps={options.steps}")
     try:
-        result = measure(given, folder, options.longest)
+        result = measure(given, folder, options.longest, options.learning_rates)
     finally:
         shutil.rmtree(folder)
     result = {
@@ -66,7 +66,7 @@ def bench_loss(args: list[str]) -> None:
     print(table(result))
 
 
-def measure(given: list[str], folder: Path, longest: float) -> dict[str, Any]:
+def measure(given: list[str], folder: Path, longest: float, rates: list[float]) -> dict[str, Any]:
     """The target, and what everyone needs for it."""
     from smolds_dist.data.shards import prepare_shards
 
@@ -82,7 +82,7 @@ def measure(given: list[str], folder: Path, longest: float) -> dict[str, Any]:
         say(f"  validation loss {found['val_loss']:.4f} (target {ours['val_loss']:.4f}), {found['seconds']:.0f} s")
         return found
 
-    tried = {rate: trainer(rate) for rate in LEARNING_RATES}
+    tried = {rate: trainer(rate) for rate in rates}
     best = min(tried, key=lambda rate: tried[rate]["val_loss"])
 
     def until_target(rate: float | None, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
