@@ -27,7 +27,8 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 @pytest.fixture
 def shorter(cache):
     """What each program is given in addition."""
-    training = f" --train.eval_sequences=4 --log.sample_tokens=4 --data.max_tokens=300000 --data.cache_dir={cache}"
+    text = f" --data.cache_dir={cache} --data.max_tokens=300000"
+    training = f" --train.eval_sequences=4 --log.sample_tokens=4{text}"
     return {
         "smolds train": f"{training} --train.steps=2",
         "smolds train resume": f"{training} --train.steps=3",
@@ -37,8 +38,8 @@ def shorter(cache):
         "smolds checkpoint": "",
         "smolds report": "",
         "smolds bench train": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --only smolds transformers",
-        "smolds bench loss": f" --steps=2 --longest=1 --learning-rates 1e-3 --data.cache_dir={cache} --data.max_tokens=300000",
-        "smolds bench balance": f" --steps=2 --data.cache_dir={cache} --data.max_tokens=300000",
+        "smolds bench loss": f" --steps=2 --longest=1 --learning-rates 1e-3 {text}",
+        "smolds bench balance": f" --steps=2 {text}",
         "smolds bench scale": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
         "smolds bench generate": " --preset debug --tokens=8 --rounds=1",
         "smolds bench checkpoint": " --preset debug --repeats=1",
