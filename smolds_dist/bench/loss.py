@@ -37,7 +37,7 @@ def bench_loss(args: list[str]) -> None:
     parser.set_defaults(preset="debug")
     parser.add_argument("--steps", type=int, help="of smolds; the preset's where not given")
     parser.add_argument("--longest", type=float, default=4.0, help="give the Trainer up after so many times its steps")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="of the Trainer")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the Trainer")
     options, settings = parse(parser, args)
     folder = Path(tempfile.mkdtemp(prefix="bench-loss-"))
     given = [
