@@ -10,21 +10,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolds_dist.config import RunConfig, load_config
-    from smolds_dist.errors import ConfigError
-    from smolds_dist.library import RunResult, launch, train
-    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+    from smolds_dist.config import RunConfig as RunConfig
+    from smolds_dist.config import load_config as load_config
+    from smolds_dist.errors import ConfigError as ConfigError
+    from smolds_dist.library import RunResult as RunResult
+    from smolds_dist.library import launch as launch
+    from smolds_dist.library import train as train
+    from smolds_dist.model import DeepSeekV3Config as DeepSeekV3Config
+    from smolds_dist.model import DeepSeekV3ForCausalLM as DeepSeekV3ForCausalLM
 
-__all__ = [
-    "ConfigError", "DeepSeekV3Config", "DeepSeekV3ForCausalLM", "RunConfig", "RunResult", "launch", "load_config", "train",
-]  # fmt: skip
-
-_HOME = {"ConfigError": "errors", "RunConfig": "config", "load_config": "config"}
-_HOME |= {"DeepSeekV3Config": "model", "DeepSeekV3ForCausalLM": "model"}
+# What the package offers, by the module that it is in.
+_HOME = {
+    "ConfigError": "errors", "RunConfig": "config", "load_config": "config", "RunResult": "library", "launch": "library",
+    "train": "library", "DeepSeekV3Config": "model", "DeepSeekV3ForCausalLM": "model",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for only then: torch and transformers take seconds, which no command should wait for in vain."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'library')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
