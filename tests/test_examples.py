@@ -50,5 +50,5 @@ def test_api_reference_is_built_from_the_docstrings(tmp_path):
     assert not warnings
     page = (tmp_path / "smolds_dist" / "library.html").read_text()
     assert "Trains in this process" in page and "RunResult" in page
-    for module in ("model/kernels", "parallel/balancer", "training/trainer"):
+    for module in ("model", "parallel/balancer", "training/trainer"):
         assert (tmp_path / "smolds_dist" / f"{module}.html").is_file()
