@@ -141,7 +141,7 @@ def test_browser_shows_experts_first_then_learning_heatmap_and_samples(two_ranks
             expect(headings).to_contain_text(["Experts", "Learning", "Speed"])
             assert_curves(page, "load, layer 0", [f"load_layer_00/expert_{e:02}" for e in range(8)])
             assert_curves(page, "load, layer 1", [f"load_layer_01/expert_{e:02}" for e in range(8)])
-            assert_curves(page, "MaxVio", ["balance/max_vio", "balance/max_vio_window"])
+            assert_curves(page, "MaxVio", ["balance/max_vio", "balance/max_vio_window", "validation/max_vio"])
             SCREENSHOTS.mkdir(exist_ok=True)
             page.screenshot(path=SCREENSHOTS / "experts.png")
             assert_curves(page, "loss", ["train/loss", "validation/loss"])
