@@ -7,7 +7,6 @@ the model's size, until the result is checked: then a process without smolds loa
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.new_folder import check_free, new_folder
 from smolds_dist.training.checkpoint_files import (
     CheckpointReader,
     Manifest,
@@ -47,28 +47,20 @@ def export(args: list[str]) -> None:
         ConfigError: where there is no whole checkpoint, no exact counterpart in transformers, or the folder exists.
     """
     options = _parse(args)
+
+    from smolds_dist.model_card import write_card
+
     folder = find_checkpoint(options.source, options.step)
-    if options.to.exists() and (not options.to.is_dir() or any(options.to.iterdir())):
-        raise ConfigError(f"--to {options.to} exists; choose another, or remove it.")
+    check_free(options.to)
     reader = open_verified(folder)
     tokenizer = tokenizer_of(folder, reader.manifest)
     config = model_config(reader.manifest, tokenizer)
-    part = options.to.with_name(f"{options.to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     dtype = options.dtype if options.dtype != "auto" else reader.manifest.topology["dtype"]
-    try:
+    with new_folder(options.to) as part:
         write(reader, config, tokenizer, part, options.format, dtype, int(options.file_gb * 1e9))
-        from smolds_dist.model_card import write_card
-
         write_card(part, folder, reader.manifest, config, options.format)
         if options.check:
             check(reader, config, part, options.format, dtype)
-        if options.to.exists():
-            options.to.rmdir()
-        part.rename(options.to)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     print(f"{folder} is in {options.to}{', and computes the same there' if options.check else ''}")
     if options.push:
         push(options.to, options.push)

@@ -6,7 +6,6 @@ The run begins at step 0 with a new optimizer.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any
 
 from smolds_dist.config import RunConfig, load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.new_folder import check_free, new_folder
 from smolds_dist.training.checkpoint_files import Manifest, checkpoint_name, publish, write_tensors
 
 FILE_BYTES = 1_000_000_000  # also the memory that importing takes
@@ -36,8 +36,7 @@ def import_model(args: list[str]) -> None:
     options, settings = parser.parse_known_args(args)
     if not (options.folder / "config.json").is_file():
         raise ConfigError(f"{options.folder} holds no model; name a folder with config.json and safetensors files.")
-    if options.to.exists() and (not options.to.is_dir() or any(options.to.iterdir())):
-        raise ConfigError(f"--to {options.to} exists; choose another, or remove it.")
+    check_free(options.to)
     names = [f"--run.dir={options.to.parent}", f"--run.name={options.to.name}"]
     config = load_config([*settings, *names], prog="smolds import")  # before the heavy imports
 
@@ -50,18 +49,10 @@ def import_model(args: list[str]) -> None:
         setattr(config.model, name, getattr(ours, name))
     config.data.tokenizer = str(options.to / "tokenizer")
     config.validate()
-    part = options.to.with_name(f"{options.to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(options.to) as part:
         tokenizer.save_pretrained(part / "tokenizer")
         save_config(config, part / "config.yaml")
         write_checkpoint(options.folder, ours, config, tokenizer_digest(tokenizer), part / "checkpoints")
-        if options.to.exists():
-            options.to.rmdir()
-        part.rename(options.to)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     print(
         f"{options.folder} is the run {options.to}; train it with "
         f"`smolds train --config {options.to / 'config.yaml'} --checkpoint.resume auto`"

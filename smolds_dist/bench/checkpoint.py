@@ -3,7 +3,6 @@
 Both save the same state of the same DeepSpeed engine (ZeRO 1, one process), in turn, to the same disk.
 """
 
-import json
 import platform
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one
+from smolds_dist.bench import bench_parser, check_at_least_one, keep
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 
@@ -36,8 +35,7 @@ def bench_checkpoint(args: list[str]) -> None:
         result = measure(options.preset, options.repeats, folder)
     finally:
         shutil.rmtree(folder)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options, result)
     print(f"{result['parameters']:,} parameters, {result['ours']['gigabytes']:.2f} GB of state")
     print(f"{'':22}{'training stands still':>22}{'until it is on disk':>22}")
     for name, label in (("ours", "smolds"), ("deepspeed", "DeepSpeed")):

@@ -3,13 +3,12 @@
 Beside our model, transformers' ERNIE MoE of the same shape, which has the cache too. All write greedily, one text, in turn.
 """
 
-import json
 import time
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, parse
+from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.train import describe_machine, make_task, say
 from smolds_dist.errors import ConfigError
 
@@ -33,8 +32,7 @@ def bench_generate(args: list[str]) -> None:
     if not 8 <= options.tokens <= longest:
         raise ConfigError(f"--tokens {options.tokens} is out of range; it must lie between 8 and {longest}.")
     result = describe_machine(task) | {"tokens": options.tokens, "ms": measure(task, options.tokens, options.rounds)}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options, result)
     print(f"{result['preset']}, {options.tokens} tokens after {PROMPT}, fp32, on {result['machine']}")
     print(f"{'':24}{'first quarter':>15}{'last quarter':>15}{'ratio':>8}")
     for name, (first, last) in result["ms"].items():

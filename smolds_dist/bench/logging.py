@@ -3,7 +3,6 @@
 Steps with and without close measurement alternate in one process, over the same model; rows are written as in a run.
 """
 
-import json
 import platform
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from smolds_dist.bench import bench_parser, check_at_least_one
+from smolds_dist.bench import bench_parser, check_at_least_one, keep
 from smolds_dist.config import load_config
 
 
@@ -31,8 +30,7 @@ def bench_logging(args: list[str]) -> None:
         result = measure(options.preset, options.repeats, options.sequences, folder)
     finally:
         shutil.rmtree(folder)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options, result)
     print(f"{result['parameters']:,} parameters, {result['tokens']:,} tokens a step of {result['step_s']:.2f} s")
     rows = 1e3 * result["row_s"], 1e3 * result["measured_row_s"]
     print(f"a row, with TensorBoard: {rows[0]:.2f} ms; of a measured step: {rows[1]:.2f} ms")

@@ -7,9 +7,6 @@ Seconds are steps times the median of a step's seconds; evaluation and start are
 """
 
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -17,12 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, parse
+from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse, rows_of_training, run_python
 from smolds_dist.bench.train import processor, say
 from smolds_dist.bench.trainer import Job
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError
-from smolds_dist.training.metrics import read_rows
 
 LONGER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # times the steps of smolds
 
@@ -39,30 +34,21 @@ def bench_loss(args: list[str]) -> None:
     parser.add_argument("--longest", type=float, default=4.0, help="give the Trainer up after so many times its steps")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the Trainer")
     options, settings = parse(parser, args)
-    folder = Path(tempfile.mkdtemp(prefix="bench-loss-"))
-    given = [
-        "--preset",
-        options.preset,
-        "--train.optimizer=muon",
-        *settings,
-        f"--run.dir={folder}",
-        "--run.name=smolds",
-    ]
-    if options.steps is not None:
-        check_at_least_one(options, "steps")
-        given.append(f"--train.steps={options.steps}")
-    try:
-        result = measure(given, folder, options.longest, options.learning_rates)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="bench-loss-") as folder:
+        given = [
+            "--preset", options.preset, "--train.optimizer=muon", *settings, f"--run.dir={folder}", "--run.name=smolds",
+        ]  # fmt: skip
+        if options.steps is not None:
+            check_at_least_one(options, "steps")
+            given.append(f"--train.steps={options.steps}")
+        result = measure(given, Path(folder), options.longest, options.learning_rates)
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": processor(),
         "preset": options.preset,
         "settings": settings,
     } | result
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options, result)
     print(table(result))
 
 
@@ -78,7 +64,7 @@ def measure(given: list[str], folder: Path, longest: float, rates: list[float]) 
     def trainer(rate: float | None, times: float = 1.0) -> dict[str, Any]:
         job = Job(given, max(1, round(steps * times)), rate)
         say(f"Trainer, {job.steps} steps, learning rate {rate or 'as it comes'}")
-        found = train_elsewhere(["-m", "smolds_dist.bench.trainer", json.dumps(asdict(job))])
+        found = json.loads(run_python(["-m", "smolds_dist.bench.trainer", json.dumps(asdict(job))]).splitlines()[-1])
         say(f"  validation loss {found['val_loss']:.4f} (target {ours['val_loss']:.4f}), {found['seconds']:.0f} s")
         return found
 
@@ -105,28 +91,12 @@ def measure(given: list[str], folder: Path, longest: float, rates: list[float]) 
 
 def train_smolds(given: list[str], run_dir: Path) -> dict[str, Any]:
     """Our own training, in a process of its own as the others."""
-    quiet = ["-q", "--train.eval_every=0", "--checkpoint.every=0", "--log.sample_every=0"]
-    # Of whatever the layout, the run's own numbers.
-    train_elsewhere(["-m", "smolds_dist", "train", *given, *quiet], answers=False)
-    rows = read_rows(run_dir / "metrics.jsonl")
+    rows = rows_of_training(given, run_dir)
     steps = [row for row in rows if "tokens_per_s" in row]
     tokens = steps[0]["tokens"]
     seconds = median(tokens / row["tokens_per_s"] for row in steps) * len(steps)
     val_loss = next(row["val_loss"] for row in reversed(rows) if "val_loss" in row)
     return {"steps": len(steps), "tokens": steps[-1]["tokens"], "seconds": seconds, "val_loss": val_loss}
-
-
-def train_elsewhere(arguments: list[str], answers: bool = True) -> Any:
-    """What a process of this Python answers, as JSON in its last line.
-
-    Raises:
-        ConfigError: with the last thing that it said, where it fails.
-    """
-    finished = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    if finished.returncode:
-        last = (finished.stderr.strip() or "killed").splitlines()[-1]
-        raise ConfigError(f"{' '.join(arguments[:3])} failed: {last}")
-    return json.loads(finished.stdout.splitlines()[-1]) if answers else None
 
 
 def table(result: dict[str, Any]) -> str:

@@ -5,12 +5,11 @@ one: what is to be seen is what sharing the experts costs.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, parse
+from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import Task
 from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
 from smolds_dist.errors import ConfigError
@@ -33,8 +32,7 @@ def bench_scale(args: list[str]) -> None:
     options, settings = parse(parser, args)
     check_at_least_one(options, "sequences", "rounds", "steps")
     result = measure(options, settings)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options, result)
     print(table(result))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, parse
+from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
@@ -46,8 +46,7 @@ def bench_train(args: list[str]) -> None:
     if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
     result = measure(options, settings)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options, result)
     print(table(result))
 
 
