@@ -41,6 +41,17 @@ install_torch() {
     fi
 }
 
+# accelerate and lm-evaluation-harness, for the few tests that need them, in an environment that sees the other: there,
+# accelerate would make every import of transformers import DeepSpeed, and scikit-learn would make it slow.
+install_extras() {
+    local packages
+    packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "  accelerate and lm-evaluation-harness"
+    python -m venv .venv/extras
+    echo "import site; site.addsitedir('$packages')" >"${packages/.venv/.venv/extras}/main.pth"
+    .venv/extras/bin/pip install -qq "accelerate>=1.1,<2" "lm_eval[hf]>=0.4.9,<0.5"
+}
+
 set_up() {
     local wanted
     wanted="$TORCH $(cat setup.cfg pyproject.toml | cksum)"
@@ -55,8 +66,7 @@ set_up() {
         install_torch
         echo "  smolds and its other requirements"
         pip install -qq --editable ".[test]"
-        # For tests/test_trainer.py alone: beside the others it would make every import of transformers import DeepSpeed.
-        pip install -qq --no-deps --upgrade --target .venv/accelerate "accelerate>=1.1,<2"
+        install_extras
         echo "$wanted" >.venv/installed
     else
         # shellcheck disable=SC1091

@@ -19,7 +19,7 @@ USAGE = """usage: smolds COMMAND [options]
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
-  eval       perplexity and bits per byte of a model: smolds eval runs/NAME [--data.source SOURCE]
+  eval       perplexity of a model, or its scores: smolds eval runs/NAME [--data.source SOURCE | --tasks TASK]
 
 `smolds COMMAND --help` tells more."""
 

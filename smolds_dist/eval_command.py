@@ -1,4 +1,4 @@
-"""`smolds eval MODEL`: perplexity and bits per byte on a run's held-out text, or on any source.
+"""`smolds eval MODEL`: perplexity and bits per byte on a run's held-out text, or on any source; or lm-evaluation-harness.
 
 Every token but the first of a sequence is predicted from those before it in the sequence; documents follow one another, as
 in training.
@@ -17,24 +17,39 @@ from smolds_dist.generate import load_model
 
 
 def evaluate_model(args: list[str]) -> None:
-    """Prints loss, perplexity and bits per byte; with --json writes them too.
+    """Prints loss, perplexity and bits per byte, or the tasks' table; with --json writes them too.
 
     Raises:
-        ConfigError: where there is no model, no text, or an option is out of range.
+        ConfigError: where there is no model, no text, no such task, or an option is out of range.
     """
     parser = OptionParser(
         prog="smolds eval",
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
-        "all of --data.source, or without one the held-out text of the model's run.",
+        "all of --data.source, or without one the held-out text of the model's run. With --tasks, lm-evaluation-harness's "
+        "tasks instead.",
     )
     parser.add_argument("model", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
     parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="stop after so many")
     parser.add_argument("--batch", type=int, default=8, help="sequences that are computed together")
     parser.add_argument("--json", type=Path, help="file for the result")
+    tasks = parser.add_argument_group("lm-evaluation-harness (pip install 'smolds-dist[eval]')")
+    tasks.add_argument("--tasks", nargs="+", default=[], help="of the harness, or of --task-folder")
+    tasks.add_argument("--task-folder", type=Path, help="with YAML files of tasks of your own")
+    tasks.add_argument(
+        "--few-shot", type=int, help="examples before each question; the task's own number where not given"
+    )
+    tasks.add_argument("--limit", type=int, help="questions of each task")
     options, settings = parser.parse_known_args(args)
     if options.tokens < 2 or options.batch < 1:
         raise ConfigError("--tokens must be at least 2 and --batch at least 1.")
+    if options.tasks:
+        _evaluate_tasks(options, settings)
+        return
+    if any(given is not None for given in (options.task_folder, options.few_shot, options.limit)):
+        raise ConfigError(
+            "--task-folder, --few-shot and --limit belong to --tasks; name some tasks, or leave them out."
+        )
     config, held_out = _what(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
     begin = time.perf_counter()
@@ -56,6 +71,21 @@ def evaluate_model(args: list[str]) -> None:
         f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {bits:.4f} bits per byte "
         f"({time.perf_counter() - begin:.1f} s)"
     )
+
+
+def _evaluate_tasks(options: Any, settings: list[str]) -> None:
+    from smolds_dist.harness import evaluate_tasks, find_tasks
+
+    if settings:
+        raise ConfigError(f"{settings[0]} does not go with --tasks, which bring their own text; leave one of them out.")
+    manager = find_tasks(options.tasks, options.task_folder)
+    model, tokenizer = load_model(options.model, options.step)
+    result, table = evaluate_tasks(
+        model, tokenizer, options.tasks, manager, options.few_shot, options.limit, options.batch
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table)
 
 
 def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import psutil
 from smolds_dist.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
-ACCELERATE = ROOT / ".venv" / "accelerate"  # only what is told of it sees accelerate
+# accelerate and lm-evaluation-harness, which only what is told of them sees.
+EXTRAS = Path(sysconfig.get_path("purelib", vars={"base": str(ROOT / ".venv" / "extras")}))
 TIMING = {"tokens_per_s", "mfu", "seconds", "memory_gb", "time"}
 
 

@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from ranks import ACCELERATE, ROOT, run
+from ranks import EXTRAS, ROOT, run
+from test_harness import write_task
 
 from smolds_dist.training.metrics import read_rows
 
@@ -52,6 +53,7 @@ def shorter(cache):
         "smolds import": f" --data.cache_dir={cache}",
         "smolds train import": " --train.eval_sequences=4 --log.sample_tokens=4 --train.steps=2",
         "smolds eval": " --tokens=1000",
+        "smolds eval tasks": " --limit=2",
         "pdoc smolds_dist": "",
         "./launch/quickstart.sh": f"{training} --train.steps=2",
         "./launch/test.sh": " -q tests/test_config.py",
@@ -62,6 +64,7 @@ def shorter(cache):
 def test_uses_run_as_written(shorter, corpus, tmp_path):
     (tmp_path / "corpus").symlink_to(corpus)
     (tmp_path / "prompts.txt").write_text("def add\nfor number in")
+    write_task(tmp_path / "tasks", "quiz")
     done = set()
     for command in USES:
         if command.startswith(("tensorboard", "smolds board")):
@@ -75,11 +78,13 @@ def test_uses_run_as_written(shorter, corpus, tmp_path):
         kind = next((f"{program} {what}" for what in ("resume", "profile") if what in command), program)
         if "again/config" in command:
             kind = "smolds train import"
+        if "--tasks" in command:
+            kind = "smolds eval tasks"
         if "--dry-run" in command:
             assert run(["bash", "-c", command], timeout=60, cwd=tmp_path, PATH=PATH).returncode == 0
             continue
-        # The Trainer needs accelerate, which lies apart (see test_trainer.py).
-        packages = {"PYTHONPATH": f"{ACCELERATE}{os.pathsep}{ROOT}"} if program == "smolds bench loss" else {}
+        needs_extras = program == "smolds bench loss" or "--tasks" in command
+        packages = {"PYTHONPATH": f"{EXTRAS}{os.pathsep}{ROOT}"} if needs_extras else {}
         finished = run(["bash", "-c", command + shorter[kind]], timeout=240, cwd=tmp_path, PATH=PATH, **packages)
         assert finished.returncode == 0, f"{command}\n{finished.text}"
         done.add(kind)

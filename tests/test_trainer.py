@@ -9,10 +9,10 @@ import os
 import sys
 
 import pytest
-from ranks import ACCELERATE, ROOT, run
+from ranks import EXTRAS, ROOT, run
 
 
-@pytest.mark.skipif(not ACCELERATE.is_dir(), reason="no .venv/accelerate; ./launch/test.sh makes it")
+@pytest.mark.skipif(not EXTRAS.is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
 @pytest.mark.parametrize("way", ["trainer", "accelerate"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_twenty_steps_are_those_of_transformers_model(way, ranks, tmp_path):
@@ -21,7 +21,7 @@ def test_twenty_steps_are_those_of_transformers_model(way, ranks, tmp_path):
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         more.append(str(ROOT / "ds_configs" / "zero1.json"))
-    path = os.pathsep.join((str(ACCELERATE), str(ROOT)))
+    path = os.pathsep.join((str(EXTRAS), str(ROOT)))
     finished = run(
         [*start, str(ROOT / "tests" / "trainer_worker.py"), *more], timeout=180, PYTHONPATH=path, OMP_NUM_THREADS="1"
     )

@@ -1,0 +1,95 @@
+"""lm-evaluation-harness on our models, with a task whose data is local."""
+
+import json
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+import yaml
+from ranks import EXTRAS, ROOT, smolds
+
+from smolds_dist.errors import ConfigError
+from smolds_dist.eval_command import evaluate_model
+from smolds_dist.generate import load_model
+
+QUESTIONS = [
+    {
+        "question": "the quick brown fox jumps over",
+        "choices": [" the lazy dog", " second", " print(number)"],
+        "answer": 0,
+    },
+    {"question": "def add(first, second):", "choices": [" small networks", "\n    return first + second"], "answer": 1},
+    {"question": "a mixture of experts sends", "choices": [" runs", " def", " every token to two"], "answer": 2},
+    {
+        "question": "for number in range(10):",
+        "choices": ["\n    print(number", " the dark forest and so on"],
+        "answer": 0,
+    },
+    {"question": "a mixture of", "choices": [" dogs", " forests", " experts"], "answer": 1},
+]
+
+
+def write_task(folder, name):
+    """A multiple-choice task over `QUESTIONS`."""
+    folder.mkdir()
+    data = folder / "questions.jsonl"
+    data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
+    task = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def likeliest(model, tokenizer, question):
+    """The choice whose tokens have the largest sum of log probabilities after the question."""
+    prompt = tokenizer(question["question"], add_special_tokens=False).input_ids
+    sums = []
+    for choice in question["choices"]:
+        ids = tokenizer(question["question"] + choice, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            shares = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        sums.append(sum(shares[place - 1, ids[place]].item() for place in range(len(prompt), len(ids))))
+    return sums.index(max(sums))
+
+
+@pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
+def test_a_local_task_is_scored_as_by_hand(kept_run, tmp_path):
+    run_dir, _ = kept_run
+    write_task(tmp_path / "tasks", "quiz")
+    asked = ["eval", str(run_dir), "--tasks", "quiz", "--task-folder", str(tmp_path / "tasks")]
+    answer = tmp_path / "result.json"
+    path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
+    finished = smolds(*asked, "--json", str(answer), "--batch", "3", timeout=180, **path)
+    assert finished.returncode == 0, finished.text
+    assert "quiz" in finished.stdout and "acc" in finished.stdout
+
+    model, tokenizer = load_model(run_dir)
+    right = [likeliest(model, tokenizer, question) == question["answer"] for question in QUESTIONS]
+    assert 0 < sum(right) < len(right)
+    result = json.loads(answer.read_text())
+    assert result["results"]["quiz"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    assert result["harness"]
+
+    unknown = smolds("eval", str(run_dir), "--tasks", "quiz", timeout=180, **path)
+    assert unknown.returncode == 2 and "quiz is no task" in unknown.stderr and "Traceback" not in unknown.stderr
+    elsewhere = smolds("eval", str(run_dir), "--tasks", "hellaswag", timeout=180, **path)
+    assert elsewhere.returncode == 2 and "check the network" in elsewhere.stderr and "Traceback" not in elsewhere.stderr
+
+
+def test_mistakes_are_told(kept_run):
+    run_dir = str(kept_run[0])
+    for args, words in (
+        ([run_dir, "--limit", "3"], "belong to --tasks"),
+        ([run_dir, "--tasks", "quiz", "--data.seq_len=16"], "bring their own text"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            evaluate_model(args)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="the harness is there")
+def test_without_the_harness_it_says_how_to_get_it(kept_run):
+    with pytest.raises(ConfigError, match="smolds-dist\\[eval\\]"):
+        evaluate_model([str(kept_run[0]), "--tasks", "quiz"])
