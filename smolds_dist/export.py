@@ -19,10 +19,11 @@ from smolds_dist.new_folder import check_free, new_folder
 from smolds_dist.training.checkpoint_files import (
     CheckpointReader,
     Manifest,
+    by_bytes,
     checkpoint_name,
     checkpoints_in,
     find_damage,
-    read_manifest,
+    open_verified,
 )
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -108,20 +109,6 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
     if whole is None:
         raise ConfigError(f"{source} holds no whole checkpoint; name a run's folder, such as runs/NAME.")
     return whole
-
-
-def open_verified(folder: Path) -> CheckpointReader:
-    """A reader of a checkpoint that is whole.
-
-    Raises:
-        ConfigError: where it is not.
-    """
-    damage = find_damage(folder)
-    if damage:
-        raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
-    reader = CheckpointReader(folder, read_manifest(folder))
-    reader.check_coverage()
-    return reader
 
 
 def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
@@ -231,28 +218,20 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
     import torch
     from safetensors.torch import save_file
 
+    def converted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            bias = name.endswith("e_score_correction_bias")
+            yield name, (tensor if bias else tensor.to(getattr(torch, dtype))).contiguous()
+
     files: list[Path] = []
     place: dict[str, int] = {}
-    batch: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal batch, size
+    total = 0
+    for batch in by_bytes(converted(), file_bytes):
+        place |= dict.fromkeys(batch, len(files))
+        total += sum(tensor.nbytes for tensor in batch.values())
         files.append(folder / f"unnamed-{len(files)}")
         save_file(batch, files[-1], metadata={"format": "pt"})
         files[-1].chmod(0o644)
-        batch, size = {}, 0
-
-    for name, tensor in tensors:
-        if not name.endswith("e_score_correction_bias"):
-            tensor = tensor.to(getattr(torch, dtype))
-        if batch and size + tensor.nbytes > file_bytes:
-            flush()
-        batch[name] = tensor.contiguous()
-        place[name] = len(files)
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
     names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     if len(files) == 1:
         names = ["model.safetensors"]

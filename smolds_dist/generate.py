@@ -76,7 +76,8 @@ def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     else:
-        from smolds_dist.export import build_model, find_checkpoint, model_config, open_verified, tokenizer_of
+        from smolds_dist.export import build_model, find_checkpoint, model_config, tokenizer_of
+        from smolds_dist.training.checkpoint_files import open_verified
 
         reader = open_verified(find_checkpoint(source, step))
         tokenizer = tokenizer_of(reader.folder, reader.manifest)

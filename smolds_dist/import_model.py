@@ -15,9 +15,7 @@ from typing import Any
 from smolds_dist.config import RunConfig, load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.new_folder import check_free, new_folder
-from smolds_dist.training.checkpoint_files import Manifest, checkpoint_name, publish, write_tensors
-
-FILE_BYTES = 1_000_000_000  # also the memory that importing takes
+from smolds_dist.training.checkpoint_files import Manifest, checkpoint_name, publish, write_parts
 
 
 def import_model(args: list[str]) -> None:
@@ -104,33 +102,25 @@ def write_checkpoint(folder: Path, ours: Any, config: RunConfig, tokenizer: str,
     missing = dict(shapes | biases)
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
-    files: dict[str, dict] = {}
-    batch: dict[str, torch.Tensor] = {}
 
-    def flush() -> None:
-        nonlocal batch
-        name = f"part_{len(files):05}.safetensors"
-        files[name] = write_tensors(unfinished / name, batch)
-        batch = {}
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in logical_tensors(folder, ours):
+            if name == "lm_head.weight" and ours.tie_word_embeddings:
+                continue
+            if tuple(tensor.shape) != missing.get(name):
+                wanted = f"of {list(missing[name])}" if name in missing else "that has no counterpart"
+                raise ConfigError(
+                    f"{folder} has a tensor {name} of shape {list(tensor.shape)}, {wanted}; it is another model."
+                )
+            del missing[name]
+            yield f"{name}:value:0", tensor.float().flatten().contiguous()
+        for name in biases:
+            if missing.pop(name, None):  # a model that was balanced in another way
+                yield f"{name}:value:0", torch.zeros(ours.num_experts)
+        if missing:
+            raise ConfigError(f"{folder} lacks the tensor {next(iter(missing))}; it is not complete.")
 
-    for name, tensor in logical_tensors(folder, ours):
-        if name == "lm_head.weight" and ours.tie_word_embeddings:
-            continue
-        if tuple(tensor.shape) != missing.get(name):
-            wanted = f"of {list(missing[name])}" if name in missing else "that has no counterpart"
-            raise ConfigError(
-                f"{folder} has a tensor {name} of shape {list(tensor.shape)}, {wanted}; it is another model."
-            )
-        del missing[name]
-        batch[f"{name}:value:0"] = tensor.float().flatten().contiguous()
-        if sum(one.nbytes for one in batch.values()) > FILE_BYTES:
-            flush()
-    for name in biases:
-        if missing.pop(name, None):  # a model that was balanced in another way
-            batch[f"{name}:value:0"] = torch.zeros(ours.num_experts)
-    if missing:
-        raise ConfigError(f"{folder} lacks the tensor {next(iter(missing))}; it is not complete.")
-    flush()
+    files = write_parts(unfinished, tensors())
     topology: Topology = plan_topology(config, detect_machine(), RankInfo())
     manifest = Manifest(
         **asdict(Progress()),

@@ -28,6 +28,7 @@ from smolds_dist.training.checkpoint_files import (
     Manifest,
     checkpoints_in,
     find_damage,
+    open_verified,
     publish,
     read_manifest,
     write_tensors,
@@ -179,10 +180,15 @@ def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
         del pieces["norm:value:5"]
     else:
         pieces["norm:value:3"] = torch.ones(2)
-    entry = write_tensors(tmp_path / "f.safetensors", pieces)
-    reader = CheckpointReader(tmp_path, manifest_of({"norm": (10,)}, {"f.safetensors": entry}))
+    unfinished = tmp_path / "unfinished_step_00000001"
+    unfinished.mkdir()
+    entry = write_tensors(unfinished / "f.safetensors", pieces)
+    folder = publish(unfinished, manifest_of({"norm": (10,)}, {"f.safetensors": entry}))
+    reader = CheckpointReader(folder, read_manifest(folder))
     with pytest.raises(DamagedCheckpointError, match="whole and once"):
         reader.check_coverage()
+    with pytest.raises(ConfigError, match=r"damaged: .* whole and once; choose another --step"):
+        open_verified(folder)
 
 
 def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():

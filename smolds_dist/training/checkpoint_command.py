@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +17,13 @@ from smolds_dist.training.checkpoint_files import (
     checkpoint_name,
     checkpoints_in,
     find_damage,
+    open_verified,
     publish,
     read_manifest,
     remove,
     step_of,
-    write_tensors,
+    write_parts,
 )
-
-FILE_BYTES = 1_000_000_000  # of a converted checkpoint; also the memory that converting takes
 
 
 def checkpoint(args: list[str]) -> int:
@@ -142,34 +142,21 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
     Raises:
         ConfigError: where the source is damaged or the target exists.
     """
-    damage = find_damage(folder)
-    if damage:
-        raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
     root = run / "checkpoints"
     if (root / folder.name).exists():
         raise ConfigError(f"{root / folder.name} exists; choose another --to.")
-    reader = CheckpointReader(folder, read_manifest(folder))
+    reader = open_verified(folder)
     unfinished = root / f"unfinished_{folder.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    files: dict[str, dict] = {}
-    batch: dict[str, Tensor] = {}
-    size = 0
 
-    def write() -> None:
-        nonlocal batch, size
-        name = f"part_{len(files):05}.safetensors"
-        files[name] = write_tensors(unfinished / name, batch)
-        batch, size = {}, 0
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in reader.manifest.tensors:
+            for kind in ["value"] if weights_only else sorted(reader.kinds(name)):
+                yield f"{name}:{kind}:0", reader.whole(name, kind).view(-1)
+        yield from reader.others().items()
 
-    for name in reader.manifest.tensors:
-        for kind in ["value"] if weights_only else sorted(reader.kinds(name)):
-            batch[f"{name}:{kind}:0"] = tensor = reader.whole(name, kind).view(-1)
-            size += tensor.nbytes
-            if size >= FILE_BYTES:
-                write()
-    batch |= reader.others()
-    write()
+    files = write_parts(unfinished, tensors())
     written = publish(unfinished, replace(reader.manifest, files=files, weights_only=weights_only))
     print(f"wrote {written}")
     return written

@@ -15,6 +15,7 @@ import re
 import shutil
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Size, Tensor
 
+from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.fragments import Fragment
 
 FORMAT = 1  # raise it when the layout or the meaning of a file changes
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
+FILE_BYTES = 1_000_000_000  # of a converted or imported checkpoint; also the memory that this takes
 RANDOM = "random."  # names of random states, which belong to a rank and not to the model
 _FILE_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 
@@ -90,6 +93,29 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     path.chmod(0o644)  # safetensors keeps its files to their owner; colleagues read checkpoints
     _flush(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def by_bytes(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors in their order, so many at once as fit into `most` bytes; a larger one alone."""
+    batch: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if batch and size + tensor.nbytes > most:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = tensor
+        size += tensor.nbytes
+    if batch:
+        yield batch
+
+
+def write_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Writes tensors into files of `FILE_BYTES` and returns the manifest's entries."""
+    files = {}
+    for number, part in enumerate(by_bytes(tensors, FILE_BYTES)):
+        name = f"part_{number:05}.safetensors"
+        files[name] = write_tensors(folder / name, part)
+    return files
 
 
 def publish(unfinished: Path, manifest: Manifest) -> Path:
@@ -297,3 +323,20 @@ class CheckpointReader:
             for pieces in kinds.values()
             for piece in pieces
         }
+
+
+def open_verified(folder: Path) -> CheckpointReader:
+    """A reader of a checkpoint that is whole.
+
+    Raises:
+        ConfigError: where it is not.
+    """
+    damage = find_damage(folder)
+    if not damage:
+        try:
+            reader = CheckpointReader(folder, read_manifest(folder))
+            reader.check_coverage()
+            return reader
+        except DamagedCheckpointError as error:
+            damage = [str(error)]
+    raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
