@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import causal_attention
+from smolds_dist.model.kernels import ATTENTION_BLOCK, causal_attention
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import apply_rotary
 
@@ -72,10 +72,10 @@ class DeepSeekV3Attention(nn.Module):
         return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1))
 
     def _has_fast_path(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whole sequences without padding, in bf16 on the CPU, unless another implementation than PyTorch's is asked for."""
+        """Whole sequences without padding, on the CPU, unless another implementation than PyTorch's is asked for."""
         return (
             query.device.type == "cpu"
-            and query.dtype == torch.bfloat16
+            and query.dtype in ATTENTION_BLOCK
             and attention_mask is None
             and query.shape[2] == key.shape[2] > 1
             and self.config._attn_implementation == "sdpa"
