@@ -11,11 +11,12 @@ USAGE = """usage: smolds COMMAND [options]
   train      train in this process, or as one rank of a torchrun, deepspeed, mpirun or srun job
   launch     start the ranks that fit this machine or allocation: smolds launch [--procs N] -- TRAIN-OPTIONS
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
+  plan       memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
   doctor     check this machine: smolds doctor [--fix]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure: smolds bench train | loss | balance | scale | generate | checkpoint | logging
+  bench      measure: smolds bench train | loss | balance | scale | plan | generate | checkpoint | logging
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
@@ -28,7 +29,7 @@ def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
     commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report, "board": _board}
-    commands |= {"export": _export, "import": _import, "eval": _eval}
+    commands |= {"export": _export, "import": _import, "eval": _eval, "plan": _plan}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -82,6 +83,12 @@ def _slurm(args: list[str]) -> None:
     from smolds_dist.slurm import slurm
 
     slurm(args)
+
+
+def _plan(args: list[str]) -> None:
+    from smolds_dist.planner.command import plan
+
+    plan(args)
 
 
 def _doctor(args: list[str]) -> None:

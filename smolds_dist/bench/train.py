@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     import torch
 
     from smolds_dist.model import DeepSeekV3Config
-    from smolds_dist.model.flops import flops_per_token
+    from smolds_dist.planner.flops import flops_per_token
     from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)

@@ -149,9 +149,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_grad else None
         grad_weight: Tensor | None = None
+        room = hidden_TH.new_empty(min(chunk_size, len(hidden_TH)), len(weight_VH))
         for start in range(0, len(hidden_TH), chunk_size):
             part = slice(start, start + chunk_size)
-            hidden, logits = hidden_TH[part], hidden_TH[part] @ weight_VH.T
+            hidden = hidden_TH[part]
+            logits = torch.mm(hidden, weight_VH.T, out=room[: len(hidden)])
             at_once = max(1, SOFTMAX_SIZE // len(weight_VH)) if on_cpu else chunk_size
             pieces = (tensor.split(at_once) for tensor in (logits, kept_T[part], labels_T[part]))
             for rows, kept, labels in zip(*pieces, strict=True):

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.planner.layout import Layout
+from smolds_dist.planner.memory import PROCESS_BYTES, rank_memory, with_vocabulary
 
 # Tokens of one forward pass that keep the device busy without filling its memory with activations.
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
-# Share of a device's memory that weights, gradients and optimizer state may take; activations need the rest.
-STATE_SHARE = 0.6
+# Share of a device's memory that a plan may fill: estimates err, and others may use it too.
+MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,22 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     memory = machine.memory if device == machine.devices[0] else None
     if memory is not None and device == "cpu":
         memory = memory // rank.ranks_per_node
-    zero, why_zero = _zero_stage(config, engine, world, expert, dtype, memory)
+    stages = _zero_stages(config, engine)
+    batches = _micro_batches(config, world, device)
+    layouts = [
+        Layout(
+            world, rank.ranks_per_node, expert, zero, batch, train.global_batch // (world * batch), config.data.seq_len,
+            dtype, device, engine, train.activation_checkpointing, train.optimizer,
+        )
+        for batch in batches
+        for zero in stages
+    ]  # fmt: skip
+    layout, why_layout = _first_that_fits(config, layouts, memory)
     if train.balance == "aux_loss" and engine == "deepspeed":
         raise ConfigError(
             "--train.balance aux_loss needs the router's scores, which DeepSpeed's expert-parallel layer keeps to itself; "
             "use --train.balance bias, or one process with --parallel.engine local."
         )
-    micro_batch = _micro_batch(config, world, device)
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,
@@ -125,12 +136,12 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         backend=None if engine == "local" else "nccl" if device == "cuda" else "gloo",
         engine=engine,
         expert=expert,
-        zero=zero,
+        zero=layout.zero,
         dtype=dtype,
-        micro_batch=micro_batch,
-        accumulation=train.global_batch // (world * micro_batch),
+        micro_batch=layout.micro_batch,
+        accumulation=layout.accumulation,
         nodes=-(-world // rank.ranks_per_node),
-        reason=f"{why_expert}; {why_zero}." if world > 1 else f"{why_zero}.",
+        reason=f"{why_expert}; {why_layout}." if world > 1 else f"{why_layout}.",
     )
 
 
@@ -169,60 +180,11 @@ def _expert_size(config: RunConfig, world: int, per_node: int) -> tuple[int, str
     return wanted, f"{experts} experts are shared by {wanted} ranks as asked{where}"
 
 
-def parameter_counts(config: RunConfig) -> tuple[int, int]:
-    """Parameters outside and inside the routed experts; where the vocabulary is the tokenizer's, an estimate of it."""
-    m = config.model
-    trained = config.data.tokenizer == "train"
-    vocabulary = m.vocab_size or (config.data.tokenizer_vocab_size if trained else 49_152)
-    if m.attention == "gqa":
-        attention = 2 * m.hidden_size * m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
-    else:
-        q_dim = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
-        query = m.hidden_size * q_dim if m.q_lora_rank is None else m.q_lora_rank * (m.hidden_size + q_dim + 1)
-        kv_out = m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
-        latent = m.hidden_size * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank * (kv_out + 1)
-        attention = query + latent + m.num_attention_heads * m.v_head_dim * m.hidden_size
-    expert = 3 * m.hidden_size * m.intermediate_size
-    block = attention + 2 * m.hidden_size + m.hidden_size * m.num_experts + m.n_shared_experts * expert
-    embeddings = vocabulary * m.hidden_size * (1 if m.tie_word_embeddings else 2)
-    return embeddings + m.hidden_size + m.num_hidden_layers * block, m.num_hidden_layers * m.num_experts * expert
-
-
-def state_bytes(dense: int, experts: int, world: int, expert: int, zero: int, dtype: str) -> int:
-    """Bytes of weights, gradients and optimizer state on one rank (ZeRO, arXiv 1910.02054, section 5).
-
-    Dense parameters are replicated over all ranks, an expert's over world / expert; ZeRO cuts what is replicated. Per
-    parameter: weight and fp32 gradient, and for Adam two moments, in bf16 also a master copy, all in fp32.
-    """
-    weight, gradient, optimizer = (4, 4, 8) if dtype == "fp32" else (2, 4, 12)
-    total = 0
-    for parameters, replicas in ((dense, world), (experts // expert, world // expert)):
-        total += parameters * weight // (replicas if zero >= 3 else 1)
-        total += parameters * gradient // (replicas if zero >= 2 else 1)
-        total += parameters * optimizer // (replicas if zero >= 1 else 1)
-    return total
-
-
-def _zero_stage(
-    config: RunConfig, engine: str, world: int, expert: int, dtype: str, memory: int | None
-) -> tuple[int, str]:
-    """The ZeRO stage and why: the lowest from 1 on whose state leaves room for activations."""
+def _zero_stages(config: RunConfig, engine: str) -> list[int]:
+    """The ZeRO stages that may be taken, the preferred first."""
     wanted, muon = config.parallel.zero, config.train.optimizer == "muon"
     if wanted == "auto":
-        if engine == "local":
-            return 0, "one process needs neither ZeRO nor a process group"
-        if muon:
-            return 0, "no ZeRO, because Muon needs whole matrices"
-        counts = parameter_counts(config)
-        sizes = {zero: state_bytes(*counts, world, expert, zero, dtype) for zero in (1, 2, 3)}
-        room = None if memory is None else STATE_SHARE * memory
-        zero = next((stage for stage, size in sizes.items() if room is None or size <= room), 3)
-        state = f"ZeRO {zero} keeps {sizes[zero] / 1e9:,.2g} GB of state on a rank"
-        if memory is None:
-            return zero, f"{state}, the device's memory is unknown"
-        if room is not None and sizes[zero] > room:
-            return zero, f"{state}, the least there is, yet more than {STATE_SHARE:.0%} of {memory / 1e9:,.0f} GB"
-        return zero, f"{state}, the lowest stage to leave room in {memory / 1e9:,.0f} GB"
+        return [0] if engine == "local" or muon else [1, 2, 3]
     if engine == "local" and wanted:
         raise ConfigError(f"--parallel.zero {wanted} needs DeepSpeed; use --parallel.engine deepspeed, or zero 0.")
     if muon and wanted:
@@ -230,10 +192,11 @@ def _zero_stage(
             f"--train.optimizer muon needs whole matrices, which ZeRO {wanted} cuts into pieces; "
             "use --parallel.zero 0, or --train.optimizer adamw."
         )
-    return wanted, f"ZeRO {wanted} as asked"
+    return [wanted]
 
 
-def _micro_batch(config: RunConfig, world: int, device: str) -> int:
+def _micro_batches(config: RunConfig, world: int, device: str) -> list[int]:
+    """The micro batches that may be taken, the preferred first."""
     batch, wanted = config.train.global_batch, config.train.micro_batch
     if batch % world:
         raise ConfigError(
@@ -244,10 +207,39 @@ def _micro_batch(config: RunConfig, world: int, device: str) -> int:
     valid = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
     if wanted is None:
         most = max(1, TOKENS_PER_PASS[device] // config.data.seq_len)
-        return max(size for size in valid if size <= most)
+        return [size for size in reversed(valid) if size <= most]
     if wanted not in valid:
         raise ConfigError(
             f"--train.micro_batch {wanted} does not divide the {per_rank} sequences that each of {world} ranks has per "
             f"step; valid values: {', '.join(map(str, valid))}."
         )
-    return wanted
+    return [wanted]
+
+
+def _first_that_fits(config: RunConfig, layouts: list[Layout], memory: int | None) -> tuple[Layout, str]:
+    """The first layout that fits into a device's memory, by `planner.memory`, and why; else the one that needs least."""
+    zero, asked, local = layouts[0].zero, config.parallel.zero != "auto", layouts[0].engine == "local"
+    if local:
+        why = "one process needs neither ZeRO nor a process group"
+    elif asked:
+        why = f"ZeRO {zero} as asked"
+    else:
+        why = "no ZeRO, because Muon needs whole matrices" if config.train.optimizer == "muon" else f"ZeRO {zero}"
+    if memory is None:
+        return layouts[0], f"{why}; the device's memory is unknown"
+    model, process = with_vocabulary(config), PROCESS_BYTES[layouts[0].device]
+    needs = [rank_memory(model, layout, process).total for layout in layouts]
+    place = next((i for i, need in enumerate(needs) if need <= MEMORY_SHARE * memory), None)
+    if place is None:
+        place = needs.index(min(needs))
+        fits = "the least there is, yet more than may be filled"
+    else:
+        fits = (
+            "as planned"
+            if asked or local or len({layout.zero for layout in layouts}) == 1
+            else "the lowest stage that fits"
+        )
+    chosen = layouts[place]
+    if why.startswith("ZeRO") and not asked:
+        why = f"ZeRO {chosen.zero}"
+    return chosen, f"{why}, {needs[place] / 1e9:,.2g} of {memory / 1e9:,.2g} GB on a rank, {fits}"

@@ -9,11 +9,11 @@ from smolds_dist.config import RunConfig
 from smolds_dist.data.shards import TokenShards, prepare_shards
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.model.flops import flops_per_token
 from smolds_dist.parallel.engine import Engine, end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.failure import RankReport
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.planner.flops import flops_per_token
 from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
 from smolds_dist.training.checkpoint import check_resumable, open_checkpoint
 from smolds_dist.training.evaluation import evaluate

@@ -1,0 +1,126 @@
+"""`smolds bench plan`: the planner's predictions against measured memory, measured time, and published throughput.
+
+Memory: every number of ranks, ZeRO stage and size, of which a process's peak is measured over real steps. Time: the machine
+is calibrated with one process, then steps of several ranks are measured and predicted. Published: `planner/published.yaml`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from smolds_dist.bench import keep
+from smolds_dist.bench.train import processor, say
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.planner.calibrate import SEQ_LEN, SEQUENCES, measure_machine, measure_step, model_of, predict
+from smolds_dist.planner.hardware import parse_hardware
+from smolds_dist.planner.layout import Layout
+from smolds_dist.planner.memory import PROCESS_BYTES, parameter_counts, rank_memory
+from smolds_dist.planner.published import WITHIN, compare
+
+# Large enough that the model and not the process is what is measured.
+MEMORY_SIZES = (
+    dict(hidden_size=384, intermediate_size=512, num_hidden_layers=4, vocab_size=16384),
+    dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, vocab_size=16384),
+    dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, vocab_size=32768),
+)
+TIME_SIZES = (
+    dict(hidden_size=192, intermediate_size=256, num_hidden_layers=4, vocab_size=8192),
+    dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, vocab_size=8192),
+    dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=3, vocab_size=16384),
+)
+
+
+def bench_plan(args: list[str]) -> None:
+    """Measures, prints a table for each kind, and with --json writes all numbers.
+
+    Raises:
+        ConfigError: for options that are none, or where a measured process fails.
+    """
+    parser = OptionParser(prog="smolds bench plan", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--what", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages whose memory is measured")
+    parser.add_argument("--sizes", type=int, default=3, help="models, the smallest first")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    options = parser.parse_args(args)
+    if not 1 <= options.sizes <= 3 or any(SEQUENCES % ranks for ranks in options.ranks):
+        raise ConfigError(f"--sizes must lie between 1 and 3, and --ranks divide {SEQUENCES}.")
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
+    for kind in options.what:
+        result[kind], text = KINDS[kind](options)
+        print(text)
+    keep(options, result)
+
+
+def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Predicted and measured peak of a rank's resident memory."""
+    rows = []
+    for size in MEMORY_SIZES[: options.sizes]:
+        for ranks in options.ranks:
+            for zero in options.zero:
+                say(f"memory: hidden {size['hidden_size']}, {ranks} ranks, ZeRO {zero}")
+                rows.append(compare_memory(size, ranks, zero))
+    text = [f"{'parameters':>10} {'ranks':>5} {'zero':>4} {'predicted':>10} {'measured':>10} {'ratio':>6}"]
+    for row in rows:
+        text.append(
+            f"{row['parameters'] / 1e6:>8,.0f} M {row['ranks']:>5} {row['zero']:>4} {row['predicted'] / 1e9:>7,.2f} GB "
+            f"{row['measured'] / 1e9:>7,.2f} GB {row['predicted'] / row['measured']:>6.2f}"
+        )
+    return rows, "\n".join(text)
+
+
+def compare_memory(size: dict[str, int], ranks: int, zero: int) -> dict[str, Any]:
+    """One layout, predicted and measured, less what a process has before there is a model."""
+    engine = "deepspeed" if ranks > 1 or zero else "local"
+    layout = Layout(ranks, ranks, ranks, zero, SEQUENCES // ranks, 1, SEQ_LEN, "fp32", device="cpu", engine=engine)
+    settings = (f"--parallel.zero={zero}", f"--parallel.engine={engine}")
+    _, measured = measure_step(size, ranks, settings)
+    predicted = rank_memory(model_of(size), layout, PROCESS_BYTES["cpu"])
+    parameters = sum(parameter_counts(model_of(size)))
+    return {
+        "parameters": parameters, "ranks": ranks, "zero": zero, "predicted": predicted.total, "measured": measured,
+        "parts": dict(predicted.parts()),
+    }  # fmt: skip
+
+
+def against_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Predicted and measured seconds of a step, by a machine that one process was measured on."""
+    entry = measure_machine()
+    machine = parse_hardware("here", entry)
+    rows = []
+    for size in TIME_SIZES[: options.sizes]:
+        for ranks in options.ranks:
+            say(f"time: hidden {size['hidden_size']}, {ranks} ranks")
+            seconds, _ = measure_step(size, ranks, ("--parallel.zero=1",))
+            rows.append(
+                {"size": size, "ranks": ranks, "predicted": predict(size, machine, ranks), "measured": median(seconds)}
+            )
+    text = [f"{'hidden':>6} {'layers':>6} {'ranks':>5} {'predicted':>10} {'measured':>10} {'ratio':>6}"]
+    for row in rows:
+        at = row["size"]
+        text.append(
+            f"{at['hidden_size']:>6} {at['num_hidden_layers']:>6} {row['ranks']:>5} {row['predicted'] * 1e3:>7,.0f} ms "
+            f"{row['measured'] * 1e3:>7,.0f} ms {row['predicted'] / row['measured']:>6.2f}"
+        )
+    return {"hardware": entry, "steps": rows}, "\n".join(text)
+
+
+def against_published(_options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Predicted and published tokens per second and device; what is off by more than `WITHIN` is marked."""
+    found = compare()
+    text = [f"{'':46} {'published':>9} {'predicted':>9} {'ratio':>6}"]
+    for one in found:
+        mark = "" if one.hit else "  missed"
+        text.append(f"{one.name:46} {one.published:>9,.0f} {one.predicted:>9,.0f} {one.ratio:>6.2f}{mark}")
+    hits = sum(one.hit for one in found)
+    text.append(f"{hits} of {len(found)} within {WITHIN:.0%}")
+    rows = [
+        {"run": one.name, "source": one.source, "published": one.published, "predicted": one.predicted, "hit": one.hit}
+        for one in found
+    ]
+    return rows, "\n".join(text)
+
+
+KINDS = {"memory": against_memory, "time": against_time, "published": against_published}

@@ -1,0 +1,222 @@
+"""`smolds plan`: whether a run fits machines not yet paid for, its best layout, how long it takes, and what limits it."""
+
+import argparse
+import json
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.config import RunConfig, load_config
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.planner.flops import flops_per_token
+from smolds_dist.planner.hardware import Hardware, load_hardware
+from smolds_dist.planner.memory import checkpoint_bytes, with_vocabulary
+from smolds_dist.planner.search import Candidate, best_first, candidates, why_not
+from smolds_dist.planner.simulator import loads_of_run, simulate_step
+from smolds_dist.planner.step_time import RunTime, StepTime, run_time
+
+MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
+
+
+def plan(args: list[str]) -> None:
+    """Prints the plan; with --json and --picture writes it too. With --calibrate measures this machine instead.
+
+    Raises:
+        ConfigError: where an option is out of range, no layout fits, or the run goes over its budget.
+    """
+    options, train_args = _parse(args)
+    if options.calibrate:
+        from smolds_dist.planner.calibrate import calibrate
+
+        calibrate(options.calibrate)
+        return
+    config = load_config(train_args, prog="smolds plan --")
+    machine = load_hardware(options.hardware)
+    per_node = options.devices_per_node or machine.per_node
+    machine = machine.shared_by(per_node)
+    loads = loads_of_run(options.loads) if options.loads else None
+    max_vio = _max_vio(loads) if loads else options.max_vio
+    found = list(candidates(config, machine, options.nodes, per_node, max_vio))
+    ranking = best_first(found, machine)
+    best = ranking[0]
+    steps = config.train.steps
+    if options.target_tokens:
+        steps = -(-int(options.target_tokens) // best.layout.tokens_per_step)
+    saved = checkpoint_bytes(with_vocabulary(config), best.layout)
+    run = run_time(best.time.total, steps, best.layout, machine, config.checkpoint.every, saved)
+    if options.budget_gpu_hours and run.device_hours > options.budget_gpu_hours:
+        affordable = int(options.budget_gpu_hours / run.device_hours * steps * best.layout.tokens_per_step)
+        raise ConfigError(
+            f"the run takes {run.device_hours:,.1f} device hours, over --budget-gpu-hours {options.budget_gpu_hours:,.1f}; "
+            f"train at most {affordable:,} tokens, or a smaller model."
+        )
+    print(report(config, machine, found, ranking, run, steps, options.top))
+    print(f"\nstart it with\n  {command_line(best, config, run, train_args, options.nodes, per_node)}")
+    if loads and best.layout.world > MOST_SIMULATED:
+        print(f"\nnot simulated: more than {MOST_SIMULATED:,} ranks")
+    elif loads:
+        simulated = simulate_step(
+            with_vocabulary(config), best.layout, machine, _fit(loads, config), options.straggling
+        )
+        print(
+            f"\nsimulated with the loads of {options.loads}: {simulated.seconds:,.3f} s a step, the ranks wait "
+            f"{sum(simulated.waiting) / len(simulated.waiting) / simulated.seconds:.1%} of it for each other"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(as_json(machine, ranking, run, steps), indent=1) + "\n")
+    if options.picture:
+        from smolds_dist.planner.picture import draw
+
+        draw(config, machine, per_node, max_vio, options.picture)
+
+
+def report(
+    config: RunConfig,
+    machine: Hardware,
+    found: list[Candidate],
+    ranking: list[Candidate],
+    run: RunTime,
+    steps: int,
+    top: int,
+) -> str:
+    """The plan in words and tables."""
+    best, model = ranking[0], with_vocabulary(config)
+    layout, time = best.layout, best.time
+    flops = flops_per_token(model, layout.seq_len)
+    mfu = best.tokens_per_s * flops / layout.world / machine.peak[layout.dtype]
+    lines = [
+        f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {layout.tokens_per_step:,} tokens a step",
+        f"{len(found)} layouts, {len(ranking)} fit; the best: {' '.join(best.options)}",
+        "",
+        f"  {best.tokens_per_s:,.0f} tokens/s, {time.total * 1e3:,.1f} ms a step, {mfu:.1%} of the peak",
+        "  " + ", ".join(f"{name} {share:.0%}" for name, share in shares(time)),
+        f"  memory of a rank: {best.memory.total / 1e9:,.2f} of {machine.memory / 1e9:,.0f} GB: "
+        + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in best.memory.parts()),
+        f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected are "
+        f"{run.expected_failures:,.2f} failures, which cost {duration(run.failures)}; checkpoints stall "
+        f"{duration(run.checkpoints)}",
+        "",
+        f"{'expert':>6} {'zero':>4} {'micro':>5} {'recompute':>9} {'tokens/s':>12} {'memory':>9}  loses by",
+    ]
+    for one in [*ranking[:1], *alternatives(found, best, machine)[:top]]:
+        at = one.layout
+        verdict = "the best" if one is best else why_not(one, best, machine)
+        lines.append(
+            f"{at.expert:>6} {at.zero:>4} {at.micro_batch:>5} {'yes' if at.recompute else 'no':>9} "
+            f"{one.tokens_per_s:>12,.0f} {one.memory.total / 1e9:>6,.1f} GB  {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> list[Candidate]:
+    """For every other expert-parallel size and ZeRO stage the best that fits, or else the one that comes closest."""
+    groups: dict[tuple[int, int], list[Candidate]] = {}
+    for one in found:
+        groups.setdefault((one.layout.expert, one.layout.zero), []).append(one)
+    del groups[best.layout.expert, best.layout.zero]
+    chosen = []
+    for group in groups.values():
+        fitting = [one for one in group if one.memory.total <= machine.memory]
+        if fitting:
+            chosen.append(max(fitting, key=lambda one: one.tokens_per_s))
+        else:
+            chosen.append(min(group, key=lambda one: one.memory.total))
+    return sorted(chosen, key=lambda one: (one.memory.total > machine.memory, -one.tokens_per_s))
+
+
+def shares(time: StepTime) -> list[tuple[str, float]]:
+    """Causes of a step's time, the largest first, those under half a percent left out."""
+    parts = [(field.name.replace("_", " "), getattr(time, field.name) / time.total) for field in fields(time)]
+    return sorted((part for part in parts if part[1] >= 0.005), key=lambda part: -part[1])
+
+
+def duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:,.1f} seconds"
+
+
+def command_line(
+    best: Candidate, config: RunConfig, run: RunTime, train_args: list[str], nodes: int, per_node: int
+) -> str:
+    """What starts the best layout: `smolds launch` on one node, `smolds slurm` on several."""
+    asked = {name for name in best.settings if any(arg.partition("=")[0] == f"--{name}" for arg in train_args)}
+    settings = [option for name, option in zip(best.settings, best.options, strict=True) if name not in asked]
+    train = shlex.join([*train_args, *settings])
+    if nodes == 1:
+        return f"smolds launch --procs {per_node} -- {train}"
+    hours = max(1, round(run.seconds * 1.2 / 3600 + 0.5))
+    devices = f"--gpus-per-node {per_node}" if best.layout.device == "cuda" else f"--tasks-per-node {per_node}"
+    return f"smolds slurm --nodes {nodes} {devices} --time {hours}:00:00 -- {train}"
+
+
+def as_json(machine: Hardware, ranking: list[Candidate], run: RunTime, steps: int) -> dict[str, Any]:
+    return {
+        "hardware": asdict(machine),
+        "steps": steps,
+        "run": asdict(run),
+        "layouts": [
+            {
+                "settings": one.settings,
+                "tokens_per_s": one.tokens_per_s,
+                "seconds": asdict(one.time) | {"total": one.time.total},
+                "memory": asdict(one.memory) | {"total": one.memory.total},
+            }
+            for one in ranking
+        ],
+    }
+
+
+def _max_vio(loads: list[list[float]]) -> float:
+    """The mean over layers of the fullest expert's excess."""
+    return sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
+
+
+def _fit(loads: list[list[float]], config: RunConfig) -> list[list[float]]:
+    """Loads of a run for a model of another depth, its layers taken in turn.
+
+    Raises:
+        ConfigError: where the run has another number of experts.
+    """
+    experts = config.model.num_experts
+    if len(loads[0]) != experts:
+        raise ConfigError(f"--loads has {len(loads[0])} experts, the model {experts}; name a run with as many.")
+    return [loads[i % len(loads)] for i in range(config.model.num_hidden_layers)]
+
+
+def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    cut = args.index("--") if "--" in args else len(args)
+    parser = OptionParser(
+        prog="smolds plan",
+        usage="smolds plan --hardware NAME --nodes N [options] -- TRAIN-OPTIONS | smolds plan --calibrate FILE",
+        description="Memory, time and traffic of a run on any machines, and its best layout; nothing is started.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--hardware", default="h100", help="a key of planner/hardware.yaml, or a file that --calibrate wrote"
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--devices-per-node", type=int, help="the hardware's usual number where not given")
+    parser.add_argument("--max-vio", type=float, default=0.1, help="the fullest expert's rows over the mean, minus 1")
+    parser.add_argument(
+        "--loads", type=Path, help="a run's folder, whose recorded loads replace --max-vio and are simulated"
+    )
+    parser.add_argument("--straggling", type=float, default=0.0, help="of simulated ranks: deviation of their slowness")
+    parser.add_argument("--target-tokens", type=float, help="train so many instead of --train.steps")
+    parser.add_argument("--budget-gpu-hours", type=float, help="refuse a run that takes more")
+    parser.add_argument("--top", type=int, default=8, help="other layouts to show")
+    parser.add_argument("--json", type=Path, help="file for all layouts that fit")
+    parser.add_argument("--picture", type=Path, help="file for step time against the number of ranks, up to 16,384")
+    parser.add_argument("--calibrate", type=Path, help="measure this machine and write it to a file for --hardware")
+    options, unknown = parser.parse_known_args(args[:cut])
+    if unknown:
+        raise ConfigError(f"smolds plan does not know {unknown[0]!r}; options of the training go behind `--`.")
+    for name in ("nodes", "devices_per_node", "top", "target_tokens", "budget_gpu_hours"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} is out of range; it must be at least 1.")
+    if options.max_vio < 0 or options.straggling < 0:
+        raise ConfigError("--max-vio and --straggling must not be negative.")
+    return options, args[cut + 1 :]

@@ -1,0 +1,46 @@
+"""How much a token costs.
+
+All functions take the model's configuration, `config.Model` with its vocabulary filled in or `DeepSeekV3Config`.
+"""
+
+from typing import Any
+
+
+def product_weights(model: Any) -> tuple[int, int]:
+    """Weights that a token meets in matrix products: outside the routed experts, and in those that it chose."""
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    if model.attention == "latent":
+        key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+        rank = model.q_lora_rank
+        attention = hidden * heads * key if rank is None else rank * (hidden + heads * key)
+        attention += hidden * (model.kv_lora_rank + model.qk_rope_head_dim)
+        attention += model.kv_lora_rank * heads * (model.qk_nope_head_dim + value)
+    else:
+        value = model.head_dim
+        attention = hidden * value * (heads + 2 * model.num_key_value_heads)
+    attention += heads * value * hidden
+    expert = 3 * hidden * model.intermediate_size
+    layer = attention + hidden * model.num_experts + model.n_shared_experts * expert
+    routed = model.num_hidden_layers * model.num_experts_per_tok * expert
+    return model.num_hidden_layers * layer + hidden * model.vocab_size, routed
+
+
+def attention_flops(model: Any, seq_len: int) -> float:
+    """Of scores and their products with values, forward, for an average token.
+
+    2 x heads x (dimensions of a key + of a value) for each of the (seq_len + 1) / 2 keys that the causal mask leaves."""
+    if model.attention == "latent":
+        dims = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    else:
+        dims = 2 * model.head_dim
+    return model.num_hidden_layers * 2 * model.num_attention_heads * dims * (seq_len + 1) / 2
+
+
+def flops_per_token(model: Any, seq_len: int) -> float:
+    """Floating-point operations that the model needs for one training token, of sequences of `seq_len` tokens.
+
+    Two for every weight that a token meets in a matrix product, and those of attention; three times that, because the
+    backward pass needs twice the forward's (PaLM, arXiv 2204.02311, appendix B, which counts masked keys too). What is
+    computed again under activation checkpointing does not count, nor do norms and softmax.
+    """
+    return 3 * (2 * sum(product_weights(model)) + attention_flops(model, seq_len))

@@ -1,0 +1,70 @@
+"""What memory and time depend on besides the model: how many ranks there are, and what each does in a step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run a training step.
+
+    The fields from `tensor` on describe published runs that the planner is checked against; smolds has none of these, and
+    leaves them as they are.
+    """
+
+    world: int
+    per_node: int  # ranks of a node
+    expert: int  # ranks that share one set of experts
+    zero: int
+    micro_batch: int  # sequences of a forward pass of one rank
+    accumulation: int  # forward passes of a step
+    seq_len: int
+    dtype: str  # fp32 or bf16; of published runs also fp8
+    device: str = "cuda"
+    engine: str = "deepspeed"
+    recompute: bool = False  # activations, in the backward pass
+    optimizer: str = "adamw"
+    gradient_bytes: int = 0  # of a number as ranks add them up; 0: as wide as the weights
+    tensor: int = 1
+    pipeline: int = 1
+    interleave: int = 1  # virtual pipeline stages of a rank
+    once_per_node: bool = False  # a row travels to a node once, however many of its experts are there (DeepEP)
+    hides_all_to_all: bool = False  # behind another micro batch's products (DualPipe)
+
+    @property
+    def tokens(self) -> int:
+        """Of one forward pass of a rank."""
+        return self.micro_batch * self.seq_len
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that see different tokens."""
+        return self.world // (self.tensor * self.pipeline)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks."""
+        return self.replicas * self.accumulation * self.tokens
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return {"fp32": 4, "bf16": 2, "fp8": 2}[self.dtype]  # fp8 training keeps bf16 activations and weights
+
+
+def layout_of(config: Any, topology: Any) -> Layout:
+    """Of a `RunConfig` and its `Topology`."""
+    return Layout(
+        world=topology.world_size,
+        per_node=-(-topology.world_size // topology.nodes),
+        expert=topology.expert,
+        zero=topology.zero,
+        micro_batch=topology.micro_batch,
+        accumulation=topology.accumulation,
+        seq_len=config.data.seq_len,
+        dtype=topology.dtype,
+        device=topology.device,
+        engine=topology.engine,
+        recompute=config.train.activation_checkpointing,
+        optimizer=config.train.optimizer,
+    )

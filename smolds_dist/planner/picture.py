@@ -1,0 +1,74 @@
+"""Step time against the number of ranks, split by cause."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from smolds_dist.config import RunConfig
+from smolds_dist.errors import ConfigError
+from smolds_dist.planner.hardware import Hardware
+from smolds_dist.planner.search import Candidate, best_first, candidates
+from smolds_dist.planner.step_time import StepTime
+
+MOST_RANKS = 16_384
+
+
+def best_by_ranks(config: RunConfig, machine: Hardware, per_node: int, max_vio: float) -> dict[int, Candidate | None]:
+    """The best layout of 1, 2, 4, ... up to `MOST_RANKS` ranks; None where none fits. The global batch grows with the ranks
+    where there would not be a sequence for each."""
+    found: dict[int, Candidate | None] = {}
+    ranks = 1
+    while ranks <= MOST_RANKS:
+        batch = -(-max(config.train.global_batch, ranks) // ranks) * ranks
+        given = replace(config, train=replace(config.train, global_batch=batch))
+        on_node = min(ranks, per_node)
+        try:
+            tried = list(candidates(given, machine, ranks // on_node, on_node, max_vio))
+            found[ranks] = best_first(tried, machine)[0]
+        except ConfigError:
+            found[ranks] = None
+        ranks *= 2
+    return found
+
+
+def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, path: Path) -> None:
+    """Writes the picture.
+
+    Raises:
+        ConfigError: where no number of ranks has a layout that fits.
+    """
+    found = best_by_ranks(config, machine, per_node, max_vio)
+    if not any(found.values()):
+        raise ConfigError(f"no number of ranks up to {MOST_RANKS:,} has a layout that fits {machine.name}.")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(10, 8), sharex=True, height_ratios=(3, 2))
+    places = range(len(found))
+    bottom = [0.0] * len(found)
+    for field in fields(StepTime):
+        # Of a token, so that numbers of ranks with another global batch compare.
+        heights = [
+            getattr(one.time, field.name) * one.layout.world / one.layout.tokens_per_step * 1e6 if one else 0.0
+            for one in found.values()
+        ]
+        if any(heights):
+            above.bar(places, heights, 0.8, bottom, label=field.name.replace("_", " "))
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for place, one in zip(places, found.values(), strict=True):
+        text = f"ep {one.layout.expert}\nZeRO {one.layout.zero}" if one else "does\nnot fit"
+        above.text(place, bottom[place], text, ha="center", va="bottom", fontsize=7)
+    above.set_ylabel("device time of a token (µs)")
+    above.set_ylim(0, max(bottom) * 1.2)
+    above.set_title(f"{config.run.name} on {machine.name}: the best layout of each number of ranks")
+    above.legend(fontsize=8)
+    below.plot(places, [one.time.total if one else None for one in found.values()], marker="o")
+    below.set_yscale("log")
+    below.set_ylabel("step (s)")
+    below.set_xlabel(f"ranks; from {config.train.global_batch:,} on, the global batch grows with them")
+    below.set_xticks(list(places), [f"{ranks:,}" for ranks in found], rotation=45)
+    below.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

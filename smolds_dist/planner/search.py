@@ -1,0 +1,115 @@
+"""All layouts that a run could have on given nodes, what each needs and takes, and the best of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from smolds_dist.config import RunConfig
+from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
+from smolds_dist.planner.hardware import Hardware
+from smolds_dist.planner.layout import Layout, layout_of
+from smolds_dist.planner.memory import Memory, rank_memory, with_vocabulary
+from smolds_dist.planner.step_time import StepTime, step_time
+
+MOST_SEQUENCES = 64  # of a micro batch that is tried
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its settings and what it comes to."""
+
+    settings: dict[str, Any]  # what differs from "auto", by the option's name
+    layout: Layout
+    memory: Memory
+    time: StepTime
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all ranks."""
+        return self.layout.tokens_per_step / self.time.total
+
+    @property
+    def options(self) -> list[str]:
+        """As the command line has them."""
+        return [f"--{name}={value}" for name, value in self.settings.items()]
+
+
+def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, max_vio: float) -> Iterator[Candidate]:
+    """Every layout that the topology admits: expert-parallel sizes, ZeRO stages, micro batches, with and without
+    recomputation; what the configuration sets, rather than leaves to "auto", is kept.
+
+    Raises:
+        ConfigError: where none is admitted, with the topology's reason.
+    """
+    world = nodes * per_node
+    model = with_vocabulary(config)
+    here = Machine((machine.device,), per_node, machine.device == "cuda", int(machine.memory))
+    rank = RankInfo(0, 0, world, per_node)
+    base = replace(config, parallel=replace(config.parallel, device="auto"))
+    plan_topology(base, here, rank)  # refuses what no layout mends
+    local = world == 1 and config.parallel.engine != "deepspeed"
+    sizes = (
+        [config.parallel.expert] if config.parallel.expert != "auto" else expert_sizes(world, config.model.num_experts)
+    )
+    stages = [config.parallel.zero] if config.parallel.zero != "auto" else [0, 1, 2, 3]
+    if local or config.train.optimizer == "muon":
+        stages = [0]
+    per_rank = config.train.global_batch // world
+    batches = [config.train.micro_batch] if config.train.micro_batch else _divisors(per_rank)
+    recomputed = {config.train.activation_checkpointing, True}
+    for size in sizes:
+        for zero in stages:
+            for batch in batches:
+                for recompute in sorted(recomputed):
+                    settings = {
+                        "parallel.expert": size, "parallel.zero": zero, "train.micro_batch": batch,
+                        "train.activation_checkpointing": str(recompute).lower(),
+                    }  # fmt: skip
+                    tried = replace(
+                        base,
+                        parallel=replace(base.parallel, expert=size, zero=zero),
+                        train=replace(base.train, micro_batch=batch, activation_checkpointing=recompute),
+                    )
+                    layout = layout_of(tried, plan_topology(tried, here, rank))
+                    yield Candidate(
+                        settings,
+                        layout,
+                        rank_memory(model, layout, machine.process),
+                        step_time(model, layout, machine, max_vio),
+                    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, min(number, MOST_SEQUENCES) + 1) if number % size == 0]
+
+
+def best_first(found: list[Candidate], machine: Hardware) -> list[Candidate]:
+    """Those that fit, the fastest first, of equals the one with the lowest ZeRO stage.
+
+    Raises:
+        ConfigError: where none fits.
+    """
+    fitting = [one for one in found if one.memory.total <= machine.memory]
+    if not fitting:
+        least = min(found, key=lambda one: one.memory.total)
+        raise ConfigError(
+            f"no layout fits into the {machine.memory / 1e9:,.0f} GB of {machine.name}: the least, "
+            f"{' '.join(least.options)}, needs {least.memory.total / 1e9:,.1f} GB, most of it {least.memory.largest}; "
+            "use more nodes, shorter sequences or a smaller model."
+        )
+    return sorted(fitting, key=lambda one: (-one.tokens_per_s, one.layout.zero))
+
+
+def why_not(one: Candidate, best: Candidate, machine: Hardware) -> str:
+    """In a few words, what another layout loses by."""
+    if one.memory.total > machine.memory:
+        return f"needs {one.memory.total / 1e9:,.1f} GB, most of it {one.memory.largest}"
+    scale = one.layout.tokens_per_step / best.layout.tokens_per_step
+    lost = {name: getattr(one.time, name) - scale * getattr(best.time, name) for name in StepTime.__dataclass_fields__}
+    cause = max(lost, key=lambda name: lost[name])
+    slower = one.time.total / (scale * best.time.total) - 1
+    if slower < 0.005:
+        return "nothing: it is as fast"
+    return f"{slower:.0%} slower, most of it {cause.replace('_', ' ')} ({lost[cause] * 1e3:+,.0f} ms a step)"

@@ -1,0 +1,184 @@
+"""A step and a run as events: what the closed formulas cannot say about uneven experts, stragglers and failures.
+
+Every rank is a program of work and meetings. In a meeting (all-to-all, reduction) a rank waits for its whole group, then
+takes as long as its own links need for its own rows. Where loads are even and all ranks alike, a step takes what
+`step_time.step_time` says. It stands for machines that none of this has run on.
+
+Shape letters: L layers, E experts.
+"""
+
+import heapq
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.errors import ConfigError
+from smolds_dist.planner.hardware import Hardware
+from smolds_dist.planner.layout import Layout
+from smolds_dist.planner.step_time import (
+    LINK_SHARE,
+    RESTART_SECONDS,
+    elementwise_seconds,
+    product_seconds,
+    step_time,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A rank computes."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A rank waits for `group` (its first rank and size), then takes `seconds`."""
+
+    group: tuple[int, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Of one step."""
+
+    seconds: float  # until the last rank is done
+    waiting: tuple[float, ...]  # of each rank, for others
+
+
+def loads_of_run(run: Path) -> list[list[float]]:
+    """Every expert's share of the rows in the last step that a run has recorded, [L, E].
+
+    Raises:
+        ConfigError: where the run has recorded none.
+    """
+    file = run / "metrics.jsonl"
+    loads = None
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
+            loads = row.get("load", loads)
+    if loads is None:
+        raise ConfigError(f"{run} has no recorded expert loads; name a run's folder that has trained a step.")
+    return loads
+
+
+def simulate_step(
+    model: Any,
+    layout: Layout,
+    machine: Hardware,
+    loads: list[list[float]] | None = None,
+    straggling: float = 0.0,
+    seed: int = 0,
+) -> Simulation:
+    """One step of all ranks.
+
+    Args:
+        loads: every expert's share of a layer's rows, [L, E], sums 1; even where not given.
+        straggling: standard deviation of a rank's slowness, as a share; a rank is never faster than the machine.
+    """
+    chance = random.Random(seed)
+    if loads is None:
+        loads = [[1 / model.num_experts] * model.num_experts] * model.num_hidden_layers
+    slowness = [1 + abs(chance.gauss(0, straggling)) for _ in range(layout.world)]
+    programs = [_program(rank, model, layout, machine, loads, slowness[rank]) for rank in range(layout.world)]
+    return run_programs(programs)
+
+
+def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
+    """Runs every rank's program to its end; the heart of the simulator."""
+    clock = [0.0] * len(programs)
+    waiting = [0.0] * len(programs)
+    present: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
+    events = [(0.0, rank) for rank in range(len(programs))]
+    while events:
+        now, rank = heapq.heappop(events)
+        clock[rank] = now
+        event = next(programs[rank], None)
+        if isinstance(event, Work):
+            heapq.heappush(events, (now + event.seconds, rank))
+        elif event is not None:
+            there = present.setdefault(event.group, [])
+            there.append((rank, now, event.seconds))
+            if len(there) == event.group[1]:
+                for other, since, seconds in present.pop(event.group):
+                    waiting[other] += now - since
+                    heapq.heappush(events, (now + seconds, other))
+    if present:
+        raise RuntimeError(f"ranks wait for ever in {sorted(present)}")
+    return Simulation(max(clock), tuple(waiting))
+
+
+def _program(
+    rank: int, model: Any, layout: Layout, machine: Hardware, loads: list[list[float]], slow: float
+) -> Iterator[Work | Meeting]:
+    """One step of a rank; forward, backward and recomputation share a pass's work as 1 : 2 : 1."""
+    size, own = layout.expert, model.num_experts // layout.expert
+    group, place = (rank // size * size, size), rank % size
+    dense, experts = (seconds / len(loads) for seconds in product_seconds(model, layout, machine))
+    other = elementwise_seconds(model, layout, machine) / len(loads)
+    other += machine.overhead * (4 / 3 if layout.recompute else 1)
+    # Of the rows of each layer, relative to the mean rank.
+    share = [sum(load[place * own : (place + 1) * own]) * size for load in loads]
+    turns = [(1, range(len(loads))), (2, range(len(loads) - 1, -1, -1))]
+    if layout.recompute:
+        turns.insert(1, (1, range(len(loads))))
+    parts = sum(part for part, _ in turns)
+    for _ in range(layout.accumulation):
+        for part, layers in turns:
+            for layer in layers:
+                yield Work((dense + other) * slow * part / parts)
+                if size > 1:
+                    yield Meeting(group, exchange_seconds(model, layout, machine, share[layer]))
+                yield Work(experts * share[layer] * slow * part / parts)
+                if size > 1:
+                    yield Meeting(group, exchange_seconds(model, layout, machine, share[layer]))
+    closed = step_time(model, layout, machine)
+    if layout.world > 1:
+        yield Meeting((0, layout.world), closed.gradients)
+    yield Work(closed.optimizer)
+
+
+def exchange_seconds(model: Any, layout: Layout, machine: Hardware, share: float) -> float:
+    """Of one all-to-all, on a rank whose experts have `share` of the mean rank's rows: it sends its own and gets theirs."""
+    size, near = layout.expert, min(layout.expert, layout.per_node)
+    to_each = (
+        layout.tokens * model.num_experts_per_tok / size * model.hidden_size * layout.element_bytes * max(1.0, share)
+    )
+    inside = (near - 1) * to_each / (LINK_SHARE * machine.link.bandwidth)
+    outside = (size - near) * to_each / (LINK_SHARE * machine.fabric.bandwidth)
+    return (near - 1) * machine.link.latency + (size - near) * machine.fabric.latency + max(inside, outside)
+
+
+@dataclass(frozen=True)
+class SimulatedRun:
+    seconds: float
+    failures: int
+    repeated_steps: int
+
+
+def simulate_run(step: float, steps: int, layout: Layout, machine: Hardware, every: int, seed: int = 0) -> SimulatedRun:
+    """A run with failures that come at random, each of which throws it back to its last checkpoint.
+
+    Args:
+        step: seconds of a step.
+        every: steps between checkpoints; 0: none.
+    """
+    chance = random.Random(seed)
+    rate = layout.world / (machine.failures * 3600)
+    now, done, failures, repeated = 0.0, 0, 0, 0
+    next_failure = chance.expovariate(rate)
+    while done < steps:
+        # Nothing happens until the failure: as many steps as fit.
+        fit = min(steps - done, int((next_failure - now) // step))
+        now, done = now + fit * step, done + fit
+        if done < steps:
+            saved = done // every * every if every else 0
+            failures, repeated, done = failures + 1, repeated + done - saved, saved
+            now = next_failure + RESTART_SECONDS
+            next_failure = now + chance.expovariate(rate)
+    return SimulatedRun(now, failures, repeated)

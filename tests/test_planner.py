@@ -1,0 +1,304 @@
+"""The planner: its counts against the model's own, its formulas against hand calculation, simulation and published runs."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from statistics import mean
+
+import pytest
+import torch
+from ranks import smolds
+
+from smolds_dist.config import Model, load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
+from smolds_dist.parallel.launcher import launch
+from smolds_dist.planner.command import plan
+from smolds_dist.planner.flops import flops_per_token
+from smolds_dist.planner.hardware import FILE, Link, load_hardware
+from smolds_dist.planner.layout import Layout
+from smolds_dist.planner.memory import (
+    activation_bytes,
+    parameter_counts,
+    rank_memory,
+    saved_elements,
+    state_bytes,
+    with_vocabulary,
+)
+from smolds_dist.planner.published import compare
+from smolds_dist.planner.search import best_first, candidates
+from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_run, simulate_step
+from smolds_dist.planner.step_time import all_to_all_seconds, run_time, step_time, stretch
+
+MODEL = with_vocabulary(load_config(["--preset", "smollm2-deepseek-255m"]))
+H100 = load_hardware("h100")
+LAYOUT = Layout(16, 8, 8, 1, 4, 2, 1024, "bf16")
+SMALL = dict(vocab_size=512, hidden_size=96, intermediate_size=64, num_hidden_layers=4, num_attention_heads=6)
+GQA = dict(SMALL, num_key_value_heads=2, head_dim=16)
+LATENT = dict(
+    SMALL, attention="latent", scoring_func="sigmoid", q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=16, n_shared_experts=1,
+)  # fmt: skip
+
+
+# Memory
+
+
+@pytest.mark.parametrize("settings", [GQA, LATENT])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_what_autograd_keeps(settings, recompute):
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings)).train()
+    if recompute:
+        enable_activation_checkpointing(model)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.randint(0, 512, (4, 256))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    for tensor in model.parameters():
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert loss.requires_grad
+    vocabulary = 512 * 96 * 4  # its weight's gradient, which counts as the logits'
+    layout = Layout(1, 1, 1, 0, 4, 1, 256, "fp32", device="cpu", engine="local", recompute=recompute)
+    predicted = activation_bytes(Model(**settings), layout)
+    if recompute:  # one block's insides exist later, in the backward pass
+        predicted -= saved_elements(Model(**settings), "cpu") / 4 * 1024 * 4
+    assert sum(kept.values()) - vocabulary == pytest.approx(predicted, rel=0.05)
+
+
+def test_state_shrinks_with_every_stage_and_counts_what_zero_replicates():
+    dense, experts = parameter_counts(MODEL)
+
+    def state(world: int, expert: int, zero: int, dtype: str) -> tuple[float, ...]:
+        engine = "deepspeed" if world > 1 else "local"
+        return state_bytes(MODEL, Layout(world, world, expert, zero, 1, 1, 1024, dtype, engine=engine))
+
+    every = dense + experts
+    assert state(1, 1, 0, "fp32") == (every * 4, every * 4, every * 8)
+    assert state(1, 1, 0, "bf16") == (every * 2, every * 4, every * 12)
+    own, shared = dense + experts / 8, dense / 8 + experts / 8
+    assert state(8, 8, 0, "fp32") == (own * 4, own * 4, own * 8)
+    assert state(8, 8, 2, "bf16") == pytest.approx((own * 2, shared * 4, shared * 12))
+    assert state(8, 2, 3, "bf16") == pytest.approx((shared * 2, shared * 4, shared * 12))
+    sizes = [rank_memory(MODEL, replace(LAYOUT, expert=4, zero=zero)).total for zero in (0, 1, 2)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--model.attention=latent", "--model.n_shared_experts=1", "--model.q_lora_rank=24")]
+)
+def test_parameter_counts_are_the_models(options):
+    config = load_config(["--preset", "debug", "--model.vocab_size=500", *options])
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config.model.architecture()))
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    total = sum(p.numel() for p in model.parameters())
+    assert parameter_counts(config.model) == (total - experts, experts)
+
+
+def test_memory_grows_with_what_needs_it():
+    base = rank_memory(MODEL, LAYOUT, 1e9).total
+    assert rank_memory(MODEL, replace(LAYOUT, micro_batch=8), 1e9).total > base
+    assert rank_memory(MODEL, replace(LAYOUT, recompute=True), 1e9).total < base
+    assert rank_memory(MODEL, replace(LAYOUT, expert=1), 1e9).total > base
+    assert rank_memory(MODEL, replace(LAYOUT, dtype="fp32"), 1e9).activations > rank_memory(MODEL, LAYOUT).activations
+    assert rank_memory(MODEL, replace(LAYOUT, optimizer="muon", zero=0)).optimizer < (
+        rank_memory(MODEL, replace(LAYOUT, zero=0)).optimizer
+    )
+
+
+# Time
+
+
+def test_a_machine_without_costs_takes_what_its_products_take():
+    free = replace(H100, bandwidth=1e30, overhead=0.0, utilisation=1.0, link=Link(1e30, 0.0), fabric=Link(1e30, 0.0))
+    time = step_time(MODEL, LAYOUT, free)
+    flops = flops_per_token(MODEL, 1024) * LAYOUT.tokens_per_step / LAYOUT.world
+    assert time.total == pytest.approx(flops / 989e12)
+    assert step_time(MODEL, replace(LAYOUT, recompute=True), free).total == pytest.approx(time.total * 4 / 3)
+
+
+def test_all_to_all_by_hand():
+    machine = replace(H100, link=Link(100e9, 1e-5), fabric=Link(10e9, 1e-4))
+    row = 384 * 2  # bytes
+    rows = 4 * 1024 * 2
+    inside = 24 * 4 * (7e-5 + rows * row * 7 / 8 / (0.75 * 100e9))
+    assert all_to_all_seconds(MODEL, LAYOUT, machine) == pytest.approx(inside)
+    crossing = replace(LAYOUT, per_node=2)
+    outside = 24 * 4 * (1e-5 + 6e-4 + rows * row * 6 / 8 / (0.75 * 10e9))
+    assert all_to_all_seconds(MODEL, crossing, machine) == pytest.approx(outside)
+    assert all_to_all_seconds(MODEL, replace(LAYOUT, expert=1), machine) == 0
+    assert all_to_all_seconds(MODEL, replace(LAYOUT, recompute=True), machine) == pytest.approx(inside * 1.5)
+
+
+def test_imbalance_stretches_only_what_experts_on_a_rank_do_not_even_out():
+    assert stretch(0.4, 8, 8) == pytest.approx(0.4)
+    assert stretch(0.4, 8, 1) == 0
+    assert 0.4 > stretch(0.4, 64, 32) > stretch(0.4, 64, 8) > 0
+    even, uneven = (step_time(MODEL, LAYOUT, H100, vio) for vio in (0.0, 0.5))
+    assert uneven.imbalance > even.imbalance == 0 and uneven.all_to_all > even.all_to_all
+
+
+def test_traffic_of_zero_stages():
+    slow = replace(H100, link=Link(1e8, 0.0), fabric=Link(1e8, 0.0))
+    times = [
+        step_time(MODEL, replace(LAYOUT, expert=1, zero=zero, accumulation=1), slow).gradients for zero in (1, 2, 3)
+    ]
+    assert times[0] == times[1] < times[2]
+    assert step_time(MODEL, replace(LAYOUT, world=1, per_node=1, expert=1), slow).gradients == 0
+    per_pass = [step_time(MODEL, replace(LAYOUT, zero=zero, accumulation=4), slow).gradients for zero in (1, 2)]
+    assert per_pass[0] < per_pass[1]
+
+
+# Simulation
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        LAYOUT,
+        replace(LAYOUT, expert=1, zero=3),
+        replace(LAYOUT, per_node=4, recompute=True),
+        replace(LAYOUT, world=1, per_node=1, expert=1, zero=0),
+    ],
+)
+def test_even_ranks_take_what_the_closed_formulas_say(layout):
+    simulated = simulate_step(MODEL, layout, H100)
+    assert simulated.seconds == pytest.approx(step_time(MODEL, layout, H100).total)
+    assert max(simulated.waiting) == pytest.approx(0, abs=1e-9)
+
+
+def test_uneven_loads_and_stragglers_cost_time_and_make_ranks_wait():
+    even = simulate_step(MODEL, LAYOUT, H100)
+    share = [0.3, *[0.1] * 7]
+    uneven = simulate_step(MODEL, LAYOUT, H100, [share] * 24)
+    assert uneven.seconds > even.seconds and mean(uneven.waiting) > 0
+    # The fullest expert decides in every layer, as the closed formula has it for its MaxVio of 8 x 0.3 - 1.
+    assert uneven.seconds == pytest.approx(step_time(MODEL, LAYOUT, H100, 1.4).total)
+    slow = simulate_step(MODEL, LAYOUT, H100, straggling=0.1, seed=1)
+    assert slow.seconds > even.seconds
+    assert slow == simulate_step(MODEL, LAYOUT, H100, straggling=0.1, seed=1)
+
+
+def test_ranks_that_wait_for_ever_are_an_error():
+    with pytest.raises(RuntimeError, match="for ever"):
+        run_programs([iter([Meeting((0, 2), 1.0)]), iter([Work(1.0)])])
+
+
+def test_simulated_failures_cost_what_the_formula_expects():
+    layout = replace(LAYOUT, world=16_384)
+    expected = run_time(2.0, 50_000, layout, H100, 500, 0.0)
+    runs = [simulate_run(2.0, 50_000, layout, H100, 500, seed=seed) for seed in range(60)]
+    assert mean(run.failures for run in runs) == pytest.approx(expected.expected_failures, rel=0.2)
+    lost = mean(run.seconds for run in runs) - expected.training
+    assert lost == pytest.approx(expected.failures, rel=0.3)
+    assert all(run.seconds > 100_000 for run in runs)
+
+
+# Published runs, and figures
+
+
+def test_published_throughput():
+    """At least eight cases, from each of the kinds of source that are named, within a quarter of what is published."""
+    found = compare()
+    hits = [one for one in found if one.hit]
+    assert len(hits) >= 16
+    sources = " ".join(one.source for one in hits)
+    for name in ("Megatron", "DeepSpeed-MoE", "DeepSeek-V3", "DeepSeek-V2", "OLMoE"):
+        assert name in sources
+    assert all(one.source and 0 < one.predicted < math.inf for one in found)
+
+
+def test_every_hardware_entry_is_complete_and_has_sources():
+    import yaml
+
+    for key in yaml.safe_load(FILE.read_text()):
+        machine = load_hardware(key)
+        assert machine.sources and 0 < machine.utilisation <= 1 and machine.memory > 1e9
+
+
+# The command
+
+
+def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, capsys):
+    result = tmp_path / "plan.json"
+    picture = tmp_path / "plan.png"
+    options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--picture", str(picture)]
+    plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"])
+    text = capsys.readouterr().out
+    found = json.loads(result.read_text())
+    rates = [one["tokens_per_s"] for one in found["layouts"]]
+    assert rates == sorted(rates, reverse=True) and len(rates) > 10
+    best = found["layouts"][0]["settings"]
+    assert f"--parallel.expert={best['parallel.expert']}" in text and "loses by" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    line = text.strip().splitlines()[-1].split()
+    assert line[:2] == ["smolds", "launch"]
+    assert launch([*line[2:4], "--dry-run", *line[4:]]) == 0
+
+
+def test_plan_for_several_nodes_ends_in_a_batch_script(capsys):
+    from smolds_dist.slurm import slurm
+
+    plan(["--hardware", "h100", "--nodes", "4", "--target-tokens", "1e10", "--", "--preset", "moe-1b-a200m"])
+    line = capsys.readouterr().out.strip().splitlines()[-1].split()
+    slurm(line[2:])
+    script = capsys.readouterr().out
+    assert "#SBATCH --nodes=4" in script and "--parallel.expert=" in script
+
+
+def test_recorded_loads_are_simulated(kept_run, capsys):
+    model = ["--model.num_hidden_layers=3", "--train.global_batch=16"]
+    plan(["--hardware", "a100", "--loads", str(kept_run[0]), "--", "--preset", "debug", *model])
+    assert "simulated with the loads" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="8 experts, the model 16"):
+        plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"])
+
+
+def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
+    huge = ["--preset", "moe-7b-a1b", "--model.hidden_size=8192", "--model.intermediate_size=16384"]
+    for args, words in (
+        (["--nodes", "1", "--", *huge], "no layout fits"),
+        (["--budget-gpu-hours", "1", "--", "--preset", "moe-7b-a1b"], "over --budget-gpu-hours"),
+        (["--hardware", "abacus", "--", "--preset", "debug"], "unknown"),
+        (["--nodes", "0", "--", "--preset", "debug"], "at least 1"),
+        (["--nodes", "3", "--", "--preset", "debug"], "multiple of the world size"),
+        (["--loads", str(tmp_path), "--", "--preset", "debug"], "no recorded expert loads"),
+        (["--fast"], "does not know"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            plan(args)
+    finished = smolds("plan", "--", *huge)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.text
+
+
+def test_the_number_of_tokens_changes_the_choice():
+    """Sharing experts saves gradient traffic, once a step, and costs all-to-all, for every token."""
+    chosen = []
+    for batch in (16, 4096):
+        config = load_config(["--preset", "moe-7b-a1b", "--parallel.zero=0", f"--train.global_batch={batch}"])
+        machine = replace(H100, memory=1e12)
+        chosen.append(best_first(list(candidates(config, machine, 1, 8, 0.0)), machine)[0].layout.expert)
+    assert chosen[0] > chosen[1] == 1
+
+
+# Against measurement
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 2)])
+def test_predicted_memory_is_what_a_process_takes(ranks, zero):
+    from smolds_dist.bench.plan import MEMORY_SIZES, compare_memory
+
+    row = compare_memory(MEMORY_SIZES[1], ranks, zero)
+    assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
+
+
+def test_this_machines_link_is_measured():
+    from smolds_dist.planner.calibrate import _link
+
+    latency, bandwidth = _link("cpu", os.cpu_count() or 1)
+    assert 1e-6 < latency < 1 and 1e6 < bandwidth < 1e12
