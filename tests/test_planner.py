@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
-from ranks import smolds
+from ranks import ROOT, smolds
 
 from smolds_dist.config import Model, load_config
 from smolds_dist.errors import ConfigError
@@ -109,6 +109,21 @@ def test_memory_grows_with_what_needs_it():
     assert rank_memory(MODEL, replace(LAYOUT, optimizer="muon", zero=0)).optimizer < (
         rank_memory(MODEL, replace(LAYOUT, zero=0)).optimizer
     )
+
+
+def test_offloading_is_read_from_the_runs_own_file(tmp_path, capsys):
+    file = tmp_path / "offload.json"
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    file.write_text(json.dumps(settings))
+    asked = ["--preset", "moe-7b-a1b", "--parallel.zero=2", "--parallel.expert=8"]
+    found = []
+    for more in ([], [f"--parallel.ds_config={file}"]):
+        plan(["--json", str(tmp_path / "plan.json"), "--", *asked, *more])
+        found.append(json.loads((tmp_path / "plan.json").read_text())["layouts"][0])
+    capsys.readouterr()
+    assert found[0]["memory"]["optimizer"] > found[1]["memory"]["optimizer"] == 0
+    assert found[0]["seconds"]["optimizer"] < found[1]["seconds"]["optimizer"]
 
 
 # Time

@@ -72,12 +72,16 @@ def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], s
 
 
 def compare_memory(size: dict[str, int], ranks: int, zero: int) -> dict[str, Any]:
-    """One layout, predicted and measured, less what a process has before there is a model."""
+    """One layout, predicted and measured."""
+    import torch
+
     engine = "deepspeed" if ranks > 1 or zero else "local"
-    layout = Layout(ranks, ranks, ranks, zero, SEQUENCES // ranks, 1, SEQ_LEN, "fp32", device="cpu", engine=engine)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layout = Layout(ranks, ranks, ranks, zero, SEQUENCES // ranks, 1, SEQ_LEN, "fp32", device=device, engine=engine)
     settings = (f"--parallel.zero={zero}", f"--parallel.engine={engine}")
     _, measured = measure_step(size, ranks, settings)
-    predicted = rank_memory(model_of(size), layout, PROCESS_BYTES["cpu"])
+    # Of a GPU, what is measured is what the model has allocated.
+    predicted = rank_memory(model_of(size), layout, PROCESS_BYTES["cpu"] if device == "cpu" else 0.0)
     parameters = sum(parameter_counts(model_of(size)))
     return {
         "parameters": parameters, "ranks": ranks, "zero": zero, "predicted": predicted.total, "measured": measured,

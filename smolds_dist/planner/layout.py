@@ -1,6 +1,8 @@
 """What memory and time depend on besides the model: how many ranks there are, and what each does in a step."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +26,7 @@ class Layout:
     engine: str = "deepspeed"
     recompute: bool = False  # activations, in the backward pass
     optimizer: str = "adamw"
+    offload: bool = False  # the optimizer's state in the host's memory
     gradient_bytes: int = 0  # of a number as ranks add them up; 0: as wide as the weights
     tensor: int = 1
     pipeline: int = 1
@@ -67,4 +70,16 @@ def layout_of(config: Any, topology: Any) -> Layout:
         engine=topology.engine,
         recompute=config.train.activation_checkpointing,
         optimizer=config.train.optimizer,
+        offload=offloads(config),
     )
+
+
+def offloads(config: Any) -> bool:
+    """Whether the run's own DeepSpeed file moves the optimizer to the host."""
+    if config.parallel.ds_config is None:
+        return False
+    try:
+        zero = json.loads(Path(config.parallel.ds_config).read_text(encoding="utf-8")).get("zero_optimization", {})
+    except ValueError:
+        return False  # the training says what is wrong with the file
+    return zero.get("offload_optimizer", {}).get("device", "none") != "none"

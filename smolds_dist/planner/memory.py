@@ -115,7 +115,7 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
 
     Per parameter: the weight; its gradient, fp32 where it is added up; for Adam two moments, for Muon one on matrices; in
     bf16 also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too. ZeRO 1 cuts what the optimizer has over the
-    ranks that hold the same, 2 the gradients too, 3 all.
+    ranks that hold the same, 2 the gradients too, 3 all. Offloading leaves the optimizer's to the host.
     """
     weight = layout.element_bytes
     moments = 8.0
@@ -129,7 +129,8 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
         found[1] += parameters * 4 / (replicas if layout.zero >= 1 else 1)
         if layout.zero == 1 or (layout.zero == 0 and layout.engine == "deepspeed" and weight == 2):
             found[1] += parameters * weight  # as the backward pass leaves them, until the step
-        found[2] += parameters * optimizer / (replicas if layout.zero >= 1 else 1)
+        if not layout.offload:
+            found[2] += parameters * optimizer / (replicas if layout.zero >= 1 else 1)
     return found[0], found[1], found[2]
 
 

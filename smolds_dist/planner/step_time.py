@@ -20,6 +20,7 @@ OVERLAP = 0.8
 # How often a saved activation's bytes move in elementwise work, forward and backward: five times if every operation were
 # fused with its neighbours (written and read; read, its gradient written and read), twice that by published runs.
 ELEMENTWISE_PASSES = 10
+HOST_BANDWIDTH = 40e9  # bytes/s of a host's memory for each of its devices; typical of eight on a node
 RESTART_SECONDS = 600.0  # until a failed job trains again: detection, queue, start, loading
 
 
@@ -133,9 +134,10 @@ def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: f
 def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     """Of a step's reductions and gatherings, hidden or not (ZeRO, arXiv 1910.02054, section 7).
 
-    A ring over n ranks moves (n - 1) / n of the bytes for a reduction to slices, the same for gathering slices, and both
-    for a reduction to all. Dense weights are reduced over all replicas, an expert's over those that hold it. ZeRO 2 and 3
-    reduce in every pass; ZeRO 3 also gathers weights, before the forward and before the backward pass.
+    Over n ranks, (n - 1) / n of the bytes move for a reduction to slices, the same for gathering slices, and both for a
+    reduction to all; latencies add up along a tree of depth log2(n), as in NCCL's double binary trees. Dense weights are
+    reduced over all replicas, an expert's over those that hold it. ZeRO 2 and 3 reduce in every pass; ZeRO 3 also gathers
+    weights, before the forward and before the backward pass.
     """
     width = layout.gradient_bytes or layout.element_bytes
     total = 0.0
@@ -150,29 +152,32 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
             2: passes * reduced + gathered,
             3: passes * (reduced + (3 if layout.recompute else 2) * gathered),
         }[layout.zero]
-        bandwidth, latency = ring(near, replicas, machine)
-        total += (replicas - 1) / replicas * volume / bandwidth + 2 * (replicas - 1) * latency
+        bandwidth, latency = way_out(near, replicas, machine)
+        total += (replicas - 1) / replicas * volume / bandwidth + 2 * math.log2(replicas) * latency
     return total
 
 
-def ring(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:
-    """Bandwidth and latency of a ring over `ranks`, `near` of them in each node.
+def way_out(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:
+    """Bandwidth and latency of a collective over `ranks`, `near` of them in each node.
 
     Where it leaves nodes, all its ranks of a node share their ways out, up to what links inside carry.
     """
     if ranks <= near:
         return LINK_SHARE * machine.link.bandwidth, machine.link.latency
     out = min(machine.link.bandwidth, near * machine.fabric.bandwidth)
-    return LINK_SHARE * out, machine.fabric.latency / near
+    return LINK_SHARE * out, machine.fabric.latency
 
 
 def optimizer_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     """Of the update: what AdamW reads and writes of the slice that this rank keeps, over memory bandwidth.
 
-    Read: gradient, weight, two moments; written: weight and moments; all fp32, and a bf16 copy where weights are bf16.
+    Read: gradient, weight, two moments; written: weight and moments; all fp32, and a bf16 copy where weights are bf16. An
+    offloaded optimizer gets its gradients over the host's link, sends weights back, and works at `HOST_BANDWIDTH`.
     """
     width = 28 + (2 if layout.element_bytes == 2 else 0)
     kept = sum(n / (replicas if layout.zero else 1) for n, replicas, _ in rank_parameters(model, layout))
+    if layout.offload:
+        return kept * (2 * layout.element_bytes / machine.host_link + width / HOST_BANDWIDTH)
     return kept * width / machine.bandwidth
 
 
