@@ -14,12 +14,10 @@ from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.planner.layout import Layout, offloads
-from smolds_dist.planner.memory import PROCESS_BYTES, rank_memory, with_vocabulary
+from smolds_dist.planner.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, with_vocabulary
 
 # Tokens of one forward pass that keep the device busy without filling its memory with activations.
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
-# Share of a device's memory that a plan may fill: estimates err, and others may use it too.
-MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -217,29 +215,26 @@ def _micro_batches(config: RunConfig, world: int, device: str) -> list[int]:
 
 
 def _first_that_fits(config: RunConfig, layouts: list[Layout], memory: int | None) -> tuple[Layout, str]:
-    """The first layout that fits into a device's memory, by `planner.memory`, and why; else the one that needs least."""
-    zero, asked, local = layouts[0].zero, config.parallel.zero != "auto", layouts[0].engine == "local"
-    if local:
-        why = "one process needs neither ZeRO nor a process group"
-    elif asked:
-        why = f"ZeRO {zero} as asked"
-    else:
-        why = "no ZeRO, because Muon needs whole matrices" if config.train.optimizer == "muon" else f"ZeRO {zero}"
+    """The first layout that fits into a device's memory, by `planner.memory`, else the one that needs least; and why."""
     if memory is None:
-        return layouts[0], f"{why}; the device's memory is unknown"
+        why = _why_stage(config, layouts[0]).removesuffix(" is the lowest stage that fits")
+        return layouts[0], f"{why}, the device's memory is unknown"
     model, process = with_vocabulary(config), PROCESS_BYTES[layouts[0].device]
     needs = [rank_memory(model, layout, process).total for layout in layouts]
     place = next((i for i, need in enumerate(needs) if need <= MEMORY_SHARE * memory), None)
+    warning = ""
     if place is None:
         place = needs.index(min(needs))
-        fits = "the least there is, yet more than may be filled"
-    else:
-        fits = (
-            "as planned"
-            if asked or local or len({layout.zero for layout in layouts}) == 1
-            else "the lowest stage that fits"
-        )
-    chosen = layouts[place]
-    if why.startswith("ZeRO") and not asked:
-        why = f"ZeRO {chosen.zero}"
-    return chosen, f"{why}, {needs[place] / 1e9:,.2g} of {memory / 1e9:,.2g} GB on a rank, {fits}"
+        warning = f", which is the least there is, yet more than {MEMORY_SHARE:.0%}"
+    amount = f"a rank needs {needs[place] / 1e9:,.2g} of {memory / 1e9:,.2g} GB{warning}"
+    return layouts[place], f"{_why_stage(config, layouts[place])}, {amount}"
+
+
+def _why_stage(config: RunConfig, layout: Layout) -> str:
+    if layout.engine == "local":
+        return "one process needs neither ZeRO nor a process group"
+    if config.parallel.zero != "auto":
+        return f"ZeRO {layout.zero} as asked"
+    if config.train.optimizer == "muon":
+        return "no ZeRO, because Muon needs whole matrices"
+    return f"ZeRO {layout.zero} is the lowest stage that fits"

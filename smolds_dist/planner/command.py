@@ -12,7 +12,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.flops import flops_per_token
 from smolds_dist.planner.hardware import Hardware, load_hardware
 from smolds_dist.planner.memory import checkpoint_bytes, with_vocabulary
-from smolds_dist.planner.search import Candidate, best_first, candidates, why_not
+from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
 from smolds_dist.planner.step_time import RunTime, StepTime, run_time
 
@@ -117,12 +117,12 @@ def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> 
     del groups[best.layout.expert, best.layout.zero]
     chosen = []
     for group in groups.values():
-        fitting = [one for one in group if one.memory.total <= machine.memory]
+        fitting = [one for one in group if fits(one, machine)]
         if fitting:
             chosen.append(max(fitting, key=lambda one: one.tokens_per_s))
         else:
             chosen.append(min(group, key=lambda one: one.memory.total))
-    return sorted(chosen, key=lambda one: (one.memory.total > machine.memory, -one.tokens_per_s))
+    return sorted(chosen, key=lambda one: (not fits(one, machine), -one.tokens_per_s))
 
 
 def shares(time: StepTime) -> list[tuple[str, float]]:

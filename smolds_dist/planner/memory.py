@@ -8,6 +8,8 @@ from typing import Any
 
 from smolds_dist.planner.layout import Layout
 
+# Share of a device's memory that a plan may fill: estimates err, and others may use it too.
+MEMORY_SHARE = 0.9
 # Of what comes and goes in a step: an allocator keeps more than is in use, in pieces that fit nobody.
 FRAGMENTATION = 0.05
 # Gradients come while activations go. What of the smaller of both takes the other's place, in one process in plain PyTorch;
@@ -20,6 +22,7 @@ LOGITS_CHUNK = 1024
 # Of a process before there is a model, where nothing has been measured: Python's libraries, or CUDA's context and NCCL.
 PROCESS_BYTES = {"cpu": 0.4e9, "mps": 1e9, "cuda": 1.5e9}
 CPU_BF16_KERNELS = 90e6  # bytes that oneDNN compiles
+CPU_RANKS = 50e6  # bytes that gloo and its threads take
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
@@ -127,8 +130,8 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
     for parameters, replicas, _ in rank_parameters(model, layout):
         found[0] += parameters * weight / (replicas if layout.zero >= 3 else 1)
         found[1] += parameters * 4 / (replicas if layout.zero >= 1 else 1)
-        if layout.zero == 1 or (layout.zero == 0 and layout.engine == "deepspeed" and weight == 2):
-            found[1] += parameters * weight  # as the backward pass leaves them, until the step
+        if layout.zero in (1, 2) or (layout.zero == 0 and layout.engine == "deepspeed" and weight == 2):
+            found[1] += parameters * weight  # as the backward pass leaves them; measured with ZeRO 2 as well
         if not layout.offload:
             found[2] += parameters * optimizer / (replicas if layout.zero >= 1 else 1)
     return found[0], found[1], found[2]
@@ -154,21 +157,26 @@ def logits_bytes(model: Any, layout: Layout) -> float:
 
 
 def buffer_bytes(model: Any, layout: Layout) -> float:
-    """What DeepSpeed's ZeRO reduces and gathers in, and kernels that are compiled.
+    """What DeepSpeed's ZeRO reduces and gathers in, and on a CPU what else the libraries take.
 
     Two buckets of gradients, one filled while the other travels; an fp32 gradient of the rank's slice for the step; with
     ZeRO 3 the gathered weights, of which DeepSpeed lets a billion live.
     """
-    kernels = CPU_BF16_KERNELS if layout.device == "cpu" and layout.element_bytes == 2 else 0.0
-    if not layout.zero:
-        return kernels
     held = rank_parameters(model, layout)
     own = sum(parameters for parameters, _, _ in held)
-    bucket = min(own, BUCKET) if layout.device == "cpu" else BUCKET  # of a CPU's, only what is written to is there
-    buffers = 2 * bucket * layout.element_bytes + 4 * sum(parameters / replicas for parameters, replicas, _ in held)
+    buffers = 0.0
+    if layout.device == "cpu":
+        buffers += CPU_BF16_KERNELS if layout.element_bytes == 2 else 0.0
+        buffers += CPU_RANKS if layout.world > 1 else 0.0
+        # Every rank builds the whole model before it keeps its own experts; what it gives back is used again in part.
+        buffers += (1 - REUSED) * 4 * (sum(parameter_counts(model)) - own)
+    if layout.zero:
+        bucket = min(own, BUCKET) if layout.device == "cpu" else BUCKET  # of a CPU's, only what is written to is there
+        slices = sum(parameters / replicas for parameters, replicas, _ in held)
+        buffers += 2 * bucket * layout.element_bytes + 4 * slices
     if layout.zero == 3:
         buffers += min(own, 1e9) * layout.element_bytes
-    return buffers + kernels
+    return buffers
 
 
 def checkpoint_bytes(model: Any, layout: Layout) -> float:

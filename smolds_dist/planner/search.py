@@ -10,7 +10,7 @@ from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
 from smolds_dist.planner.hardware import Hardware
 from smolds_dist.planner.layout import Layout, layout_of
-from smolds_dist.planner.memory import Memory, rank_memory, with_vocabulary
+from smolds_dist.planner.memory import MEMORY_SHARE, Memory, rank_memory, with_vocabulary
 from smolds_dist.planner.step_time import StepTime, step_time
 
 MOST_SEQUENCES = 64  # of a micro batch that is tried
@@ -85,17 +85,21 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, min(number, MOST_SEQUENCES) + 1) if number % size == 0]
 
 
+def fits(one: Candidate, machine: Hardware) -> bool:
+    return one.memory.total <= MEMORY_SHARE * machine.memory
+
+
 def best_first(found: list[Candidate], machine: Hardware) -> list[Candidate]:
     """Those that fit, the fastest first, of equals the one with the lowest ZeRO stage.
 
     Raises:
         ConfigError: where none fits.
     """
-    fitting = [one for one in found if one.memory.total <= machine.memory]
+    fitting = [one for one in found if fits(one, machine)]
     if not fitting:
         least = min(found, key=lambda one: one.memory.total)
         raise ConfigError(
-            f"no layout fits into the {machine.memory / 1e9:,.0f} GB of {machine.name}: the least, "
+            f"no layout fits into {MEMORY_SHARE:.0%} of the {machine.memory / 1e9:,.0f} GB of {machine.name}: the least, "
             f"{' '.join(least.options)}, needs {least.memory.total / 1e9:,.1f} GB, most of it {least.memory.largest}; "
             "use more nodes, shorter sequences or a smaller model."
         )
@@ -104,7 +108,7 @@ def best_first(found: list[Candidate], machine: Hardware) -> list[Candidate]:
 
 def why_not(one: Candidate, best: Candidate, machine: Hardware) -> str:
     """In a few words, what another layout loses by."""
-    if one.memory.total > machine.memory:
+    if not fits(one, machine):
         return f"needs {one.memory.total / 1e9:,.1f} GB, most of it {one.memory.largest}"
     scale = one.layout.tokens_per_step / best.layout.tokens_per_step
     lost = {name: getattr(one.time, name) - scale * getattr(best.time, name) for name in StepTime.__dataclass_fields__}
