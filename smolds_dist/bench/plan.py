@@ -99,7 +99,12 @@ def against_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             say(f"time: hidden {size['hidden_size']}, {ranks} ranks")
             seconds, _ = measure_step(size, ranks, ("--parallel.zero=1",))
             rows.append(
-                {"size": size, "ranks": ranks, "predicted": predict(size, machine, ranks), "measured": median(seconds)}
+                {
+                    "size": size,
+                    "ranks": ranks,
+                    "predicted": predict(model_of(size), machine, ranks),
+                    "measured": median(seconds),
+                }
             )
     text = [f"{'hidden':>6} {'layers':>6} {'ranks':>5} {'predicted':>10} {'measured':>10} {'ratio':>6}"]
     for row in rows:

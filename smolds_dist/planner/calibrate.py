@@ -89,13 +89,13 @@ def measure_machine() -> dict[str, Any]:
 
 def fit(entry: dict[str, Any], measured: list[float]) -> tuple[float, float]:
     """Utilisation and overhead that come closest to the measured steps of `SIZES`: least squares of the ratio, on a grid."""
+    models = [model_of(size) for size in SIZES]
     best = (float("inf"), 1.0, 0.0)
     for utilisation in (share / 100 for share in range(20, 121, 2)):
         for overhead in (tenth / 1e4 for tenth in range(0, 101)):
             machine = parse_hardware("here", entry | {"utilisation": utilisation, "overhead": overhead})
-            error = sum(
-                (predict(size, machine) / seconds - 1) ** 2 for size, seconds in zip(SIZES, measured, strict=True)
-            )
+            pairs = zip(models, measured, strict=True)
+            error = sum((predict(model, machine) / seconds - 1) ** 2 for model, seconds in pairs)
             best = min(best, (error, utilisation, overhead))
     return best[1], best[2]
 
@@ -109,12 +109,12 @@ def model_of(size: dict[str, int]) -> Model:
     return load_config(["--preset", "debug", *settings_of(size)]).model
 
 
-def predict(size: dict[str, int], machine: Hardware, ranks: int = 1) -> float:
+def predict(model: Model, machine: Hardware, ranks: int = 1) -> float:
     """Seconds of a step of one of the measured models, its sequences shared by `ranks`."""
     layout = Layout(
         ranks, ranks, ranks, 1 if ranks > 1 else 0, SEQUENCES // ranks, 1, SEQ_LEN, "fp32", device=machine.device
     )
-    return step_time(model_of(size), layout, machine.shared_by(ranks)).total
+    return step_time(model, layout, machine.shared_by(ranks)).total
 
 
 def measure_step(size: dict[str, int], ranks: int = 1, settings: tuple[str, ...] = ()) -> tuple[list[float], int]:
