@@ -92,7 +92,7 @@ def fit(entry: dict[str, Any], measured: list[float]) -> tuple[float, float]:
     models = [model_of(size) for size in SIZES]
     best = (float("inf"), 1.0, 0.0)
     for utilisation in (share / 100 for share in range(20, 121, 2)):
-        for overhead in (tenth / 1e4 for tenth in range(0, 101)):
+        for overhead in (step / 5e3 for step in range(0, 151)):
             machine = parse_hardware("here", entry | {"utilisation": utilisation, "overhead": overhead})
             pairs = zip(models, measured, strict=True)
             error = sum((predict(model, machine) / seconds - 1) ** 2 for model, seconds in pairs)
