@@ -148,7 +148,7 @@ def _state(size: dict[str, int]) -> float:
     """Bytes that a small model's training holds, to tell them from the process's own."""
     from smolds_dist.planner.memory import rank_memory
 
-    layout = Layout(1, 1, 1, 0, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
+    layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
     return rank_memory(model_of(size), layout, 0.0).total
 
 

@@ -130,11 +130,20 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
     for parameters, replicas, _ in rank_parameters(model, layout):
         found[0] += parameters * weight / (replicas if layout.zero >= 3 else 1)
         found[1] += parameters * 4 / (replicas if layout.zero >= 1 else 1)
-        if layout.zero in (1, 2) or (layout.zero == 0 and layout.engine == "deepspeed" and weight == 2):
-            found[1] += parameters * weight  # as the backward pass leaves them; measured with ZeRO 2 as well
+        if keeps_whole_gradients(layout):
+            found[1] += parameters * weight
         if not layout.offload:
             found[2] += parameters * optimizer / (replicas if layout.zero >= 1 else 1)
     return found[0], found[1], found[2]
+
+
+def keeps_whole_gradients(layout: Layout) -> bool:
+    """Whether gradients stay as the backward pass leaves them, beside those in fp32.
+
+    ZeRO 2 lets go of them bucket by bucket; measured on CPUs, their memory is not used again before the step's end.
+    """
+    unsharded = layout.zero == 0 and layout.engine == "deepspeed" and layout.element_bytes == 2
+    return unsharded or layout.zero == 1 or (layout.zero == 2 and layout.device == "cpu")
 
 
 def activation_bytes(model: Any, layout: Layout) -> float:
