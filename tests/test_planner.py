@@ -17,7 +17,7 @@ from smolds_dist.parallel.launcher import launch
 from smolds_dist.planner.command import plan
 from smolds_dist.planner.flops import flops_per_token
 from smolds_dist.planner.hardware import FILE, Link, load_hardware
-from smolds_dist.planner.layout import Layout
+from smolds_dist.planner.layout import Layout, stretch
 from smolds_dist.planner.memory import (
     activation_bytes,
     parameter_counts,
@@ -29,7 +29,7 @@ from smolds_dist.planner.memory import (
 from smolds_dist.planner.published import compare
 from smolds_dist.planner.search import best_first, candidates
 from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_run, simulate_step
-from smolds_dist.planner.step_time import all_to_all_seconds, run_time, step_time, stretch
+from smolds_dist.planner.step_time import all_to_all_seconds, run_time, step_time
 
 MODEL = with_vocabulary(load_config(["--preset", "smollm2-deepseek-255m"]))
 H100 = load_hardware("h100")
@@ -105,6 +105,7 @@ def test_memory_grows_with_what_needs_it():
     assert rank_memory(MODEL, replace(LAYOUT, micro_batch=8), 1e9).total > base
     assert rank_memory(MODEL, replace(LAYOUT, recompute=True), 1e9).total < base
     assert rank_memory(MODEL, replace(LAYOUT, expert=1), 1e9).total > base
+    assert rank_memory(MODEL, LAYOUT, 1e9, max_vio=0.5).total > base
     assert rank_memory(MODEL, replace(LAYOUT, dtype="fp32"), 1e9).activations > rank_memory(MODEL, LAYOUT).activations
     assert rank_memory(MODEL, replace(LAYOUT, optimizer="muon", zero=0)).optimizer < (
         rank_memory(MODEL, replace(LAYOUT, zero=0)).optimizer

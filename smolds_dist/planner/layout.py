@@ -1,6 +1,7 @@
 """What memory and time depend on besides the model: how many ranks there are, and what each does in a step."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ class Layout:
     def element_bytes(self) -> int:
         """Of a weight or an activation."""
         return {"fp32": 4, "bf16": 2, "fp8": 2}[self.dtype]  # fp8 training keeps bf16 activations and weights
+
+
+def stretch(max_vio: float, num_experts: int, expert: int) -> float:
+    """How much longer than the mean the fullest rank's experts take, as a share.
+
+    With one expert on a rank it is MaxVio itself. Several even each other out: the mean of n drawn out of E without
+    replacement deviates by sqrt((E - n) / (n (E - 1))) of what one does; with all experts on a rank, nothing is left.
+    """
+    own = num_experts // expert
+    return max_vio * math.sqrt((num_experts - own) / (own * (num_experts - 1))) if num_experts > 1 else 0.0
 
 
 def layout_of(config: Any, topology: Any) -> Layout:

@@ -6,7 +6,7 @@ Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K e
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from smolds_dist.planner.layout import Layout
+from smolds_dist.planner.layout import Layout, stretch
 
 # Share of a device's memory that a plan may fill: estimates err, and others may use it too.
 MEMORY_SHARE = 0.9
@@ -55,8 +55,12 @@ def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
     ]  # fmt: skip
 
 
-def saved_elements(model: Any, device: str) -> float:
-    """Numbers that the forward pass keeps for the backward pass, for one token and all layers together."""
+def saved_elements(model: Any, device: str, fuller: float = 1.0) -> float:
+    """Numbers that the forward pass keeps for the backward pass, for one token and all layers together.
+
+    Args:
+        fuller: rows of the rank's experts over the mean rank's.
+    """
     m = model
     H, K, width = m.hidden_size, m.num_experts_per_tok, m.intermediate_size
     if m.attention == "latent":
@@ -68,7 +72,7 @@ def saved_elements(model: Any, device: str) -> float:
         attention = m.head_dim * (3 * m.num_attention_heads + 2 * m.num_key_value_heads)  # q, out twice, k, v
     # SwiGLU in one function of our own keeps gate and up; as separate operations also silu(gate) and the product.
     swiglu = 2 if device == "cpu" else 4
-    experts = K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
+    experts = fuller * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
     return m.num_hidden_layers * (4 * H + attention + experts)  # two norms' inputs and outputs
 
 
@@ -97,16 +101,18 @@ class Memory:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
-def rank_memory(model: Any, layout: Layout, process: float = 0.0) -> Memory:
-    """What a rank needs.
+def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float = 0.0) -> Memory:
+    """What the rank with the fullest experts needs.
 
     Args:
         model: `config.Model` with its vocabulary filled in.
         process: bytes that the process has anyway, `Hardware.process`.
+        max_vio: the fullest expert's rows over the mean, minus 1.
     """
     weights, gradients, optimizer = state_bytes(model, layout)
-    activations, logits = activation_bytes(model, layout), logits_bytes(model, layout)
-    buffers = buffer_bytes(model, layout)
+    fuller = 1 + stretch(max_vio, model.num_experts, layout.expert)
+    activations, logits = activation_bytes(model, layout, fuller), logits_bytes(model, layout)
+    buffers = buffer_bytes(model, layout, fuller)
     allowance = FRAGMENTATION * (activations + gradients + logits + buffers)
     if layout.engine == "local" and layout.accumulation == 1:
         activations -= REUSED * min(activations, gradients)
@@ -146,10 +152,10 @@ def keeps_whole_gradients(layout: Layout) -> bool:
     return unsharded or layout.zero == 1 or (layout.zero == 2 and layout.device == "cpu")
 
 
-def activation_bytes(model: Any, layout: Layout) -> float:
+def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
     """Of what the forward pass keeps; under recomputation a block's input each, and one block's insides."""
     tokens, width = layout.tokens, layout.element_bytes
-    kept = saved_elements(model, layout.device)
+    kept = saved_elements(model, layout.device, fuller)
     if layout.recompute:
         layers = model.num_hidden_layers
         kept = layers * model.hidden_size + kept / layers
@@ -165,8 +171,8 @@ def logits_bytes(model: Any, layout: Layout) -> float:
     return logits + weight * (layout.element_bytes + (4 if layout.tokens > chunk else 0))
 
 
-def buffer_bytes(model: Any, layout: Layout) -> float:
-    """What DeepSpeed's ZeRO reduces and gathers in, and on a CPU what else the libraries take.
+def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
+    """What tokens are exchanged in, what DeepSpeed's ZeRO reduces and gathers in, and on a CPU what else libraries take.
 
     Two buckets of gradients, one filled while the other travels; an fp32 gradient of the rank's slice for the step; with
     ZeRO 3 the gathered weights, of which DeepSpeed lets a billion live.
@@ -174,6 +180,8 @@ def buffer_bytes(model: Any, layout: Layout) -> float:
     held = rank_parameters(model, layout)
     own = sum(parameters for parameters, _, _ in held)
     buffers = 0.0
+    if layout.expert > 1:  # rows as they are sent and as they come, of one layer
+        buffers += (1 + fuller) * layout.tokens * model.num_experts_per_tok * model.hidden_size * layout.element_bytes
     if layout.device == "cpu":
         buffers += CPU_BF16_KERNELS if layout.element_bytes == 2 else 0.0
         buffers += CPU_RANKS if layout.world > 1 else 0.0

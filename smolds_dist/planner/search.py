@@ -76,7 +76,7 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
                     yield Candidate(
                         settings,
                         layout,
-                        rank_memory(model, layout, machine.process),
+                        rank_memory(model, layout, machine.process, max_vio),
                         step_time(model, layout, machine, max_vio),
                     )
 

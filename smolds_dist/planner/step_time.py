@@ -10,7 +10,7 @@ from typing import Any
 
 from smolds_dist.planner.flops import attention_flops, product_weights
 from smolds_dist.planner.hardware import Hardware
-from smolds_dist.planner.layout import Layout
+from smolds_dist.planner.layout import Layout, stretch
 from smolds_dist.planner.memory import rank_parameters, saved_elements
 
 # Of a link's bandwidth that collectives reach; NCCL's own tests show 70 to 85 %.
@@ -85,16 +85,6 @@ def product_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[floa
     factor = (4 if layout.recompute else 3) * layout.tokens / (layout.tensor * layout.pipeline)
     flops = machine.flops(layout.dtype)
     return factor * (2 * dense + attention_flops(model, layout.seq_len)) / flops, factor * 2 * experts / flops
-
-
-def stretch(max_vio: float, num_experts: int, expert: int) -> float:
-    """How much longer than the mean the fullest rank's experts take, as a share.
-
-    With one expert on a rank it is MaxVio itself. Several even each other out: the mean of n drawn out of E without
-    replacement deviates by sqrt((E - n) / (n (E - 1))) of what one does; with all experts on a rank, nothing is left.
-    """
-    own = num_experts // expert
-    return max_vio * math.sqrt((num_experts - own) / (own * (num_experts - 1))) if num_experts > 1 else 0.0
 
 
 def elementwise_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
