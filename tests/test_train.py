@@ -45,7 +45,8 @@ def test_run_folder_is_complete(finished, small_run, capsys):
             assert sum(layer) == pytest.approx(1, abs=1e-3)
         violations = [max(layer) * 8 - 1 for layer in row["load"]]
         assert row["max_vio"] == pytest.approx(sum(violations) / 2, abs=1e-3)
-        assert sum(row["seconds"].values()) == pytest.approx(8 * 32 / row["tokens_per_s"], rel=1e-3)
+        # Written with one decimal, which is more than a thousandth where a loaded machine is slow.
+        assert row["tokens_per_s"] == pytest.approx(8 * 32 / sum(row["seconds"].values()), rel=1e-3, abs=0.06)
         assert math.hypot(*row["grad_norms"].values()) == pytest.approx(row["grad_norm"], rel=1e-3)
         assert set(row["grad_norms"]) == {"embeddings", "attention", "routers", "experts", "norms"}
         assert all(0 < entropy <= math.log(8) + 1e-5 for entropy in row["router_entropy"])
