@@ -27,3 +27,15 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.")
+
+    def parse_before_training(self, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """This command's options, and those of the training behind `--`.
+
+        Raises:
+            ConfigError: for an option before `--` that is none of this command's.
+        """
+        cut = args.index("--") if "--" in args else len(args)
+        options, unknown = self.parse_known_args(args[:cut])
+        if unknown:
+            raise ConfigError(f"{self.prog} does not know {unknown[0]!r}; options of the training go behind `--`.")
+        return options, args[cut + 1 :]

@@ -90,7 +90,6 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if "--" not in args and not {"-h", "--help"} & set(args):
         raise ConfigError("smolds slurm needs the options of the training behind `--`.")
-    cut = args.index("--") if "--" in args else len(args)
     parser = OptionParser(
         prog="smolds slurm",
         usage="smolds slurm --nodes N [--gpus-per-node N] --time LIMIT [options] [--submit] -- TRAIN-OPTIONS",
@@ -110,13 +109,11 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--job-name", help="the run's name where not given")
     parser.add_argument("--output", help="the job's output file")
     parser.add_argument("--submit", action="store_true", help="submit it and print the job's id")
-    options, unknown = parser.parse_known_args(args[:cut])
-    if unknown:
-        raise ConfigError(f"smolds slurm does not know {unknown[0]!r}; options of the training go behind `--`.")
+    options, train_args = parser.parse_before_training(args)
     if not TIME.fullmatch(options.time):
         raise ConfigError(f"--time {options.time!r} is no time limit; give one as minutes, H:MM:SS or D-HH:MM:SS.")
     for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "warn"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
-    return options, args[cut + 1 :]
+    return options, train_args

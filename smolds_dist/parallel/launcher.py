@@ -251,10 +251,6 @@ def _cause(ranks: Path, began: float, code: int, hidden: list[str]) -> str:
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    train_args = []
-    if "--" in args:
-        cut = args.index("--")
-        args, train_args = args[:cut], args[cut + 1 :]
     parser = OptionParser(
         prog="smolds launch",
         usage="smolds launch [--procs N] [--launcher NAME] [--hostfile FILE] [--dry-run] -- TRAIN-OPTIONS",
@@ -265,10 +261,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="program that starts the ranks")
     parser.add_argument("--hostfile", type=Path, help="several machines: a line `host slots=N` for each")
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
-    options, unknown = parser.parse_known_args(args)
-    if unknown:
-        raise ConfigError(f"smolds launch does not know {unknown[0]!r}; options of the training go behind `--`.")
-    return options, train_args
+    return parser.parse_before_training(args)
 
 
 def _free_port() -> int:

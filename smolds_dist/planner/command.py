@@ -187,7 +187,6 @@ def _fit(loads: list[list[float]], config: RunConfig) -> list[list[float]]:
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    cut = args.index("--") if "--" in args else len(args)
     parser = OptionParser(
         prog="smolds plan",
         usage="smolds plan --hardware NAME --nodes N [options] -- TRAIN-OPTIONS | smolds plan --calibrate FILE",
@@ -210,13 +209,11 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", type=Path, help="file for all layouts that fit")
     parser.add_argument("--picture", type=Path, help="file for step time against the number of ranks, up to 16,384")
     parser.add_argument("--calibrate", type=Path, help="measure this machine and write it to a file for --hardware")
-    options, unknown = parser.parse_known_args(args[:cut])
-    if unknown:
-        raise ConfigError(f"smolds plan does not know {unknown[0]!r}; options of the training go behind `--`.")
+    options, train_args = parser.parse_before_training(args)
     for name in ("nodes", "devices_per_node", "top", "target_tokens", "budget_gpu_hours"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g} is out of range; it must be at least 1.")
     if options.max_vio < 0 or options.straggling < 0:
         raise ConfigError("--max-vio and --straggling must not be negative.")
-    return options, args[cut + 1 :]
+    return options, train_args

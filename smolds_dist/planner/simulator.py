@@ -19,9 +19,9 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.planner.hardware import Hardware
 from smolds_dist.planner.layout import Layout
 from smolds_dist.planner.step_time import (
-    LINK_SHARE,
     RESTART_SECONDS,
     elementwise_seconds,
+    exchange_seconds,
     product_seconds,
     step_time,
 )
@@ -122,7 +122,7 @@ def _program(
     dense, experts = (seconds / len(loads) for seconds in product_seconds(model, layout, machine))
     other = elementwise_seconds(model, layout, machine) / len(loads)
     other += machine.overhead * (4 / 3 if layout.recompute else 1)
-    # Of the rows of each layer, relative to the mean rank.
+    # Of the rows of each layer, relative to the mean rank; it sends its own, however few it gets.
     share = [sum(load[place * own : (place + 1) * own]) * size for load in loads]
     turns = [(1, range(len(loads))), (2, range(len(loads) - 1, -1, -1))]
     if layout.recompute:
@@ -133,25 +133,14 @@ def _program(
             for layer in layers:
                 yield Work((dense + other) * slow * part / parts)
                 if size > 1:
-                    yield Meeting(group, exchange_seconds(model, layout, machine, share[layer]))
+                    yield Meeting(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))
                 yield Work(experts * share[layer] * slow * part / parts)
                 if size > 1:
-                    yield Meeting(group, exchange_seconds(model, layout, machine, share[layer]))
+                    yield Meeting(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))
     closed = step_time(model, layout, machine)
     if layout.world > 1:
         yield Meeting((0, layout.world), closed.gradients)
     yield Work(closed.optimizer)
-
-
-def exchange_seconds(model: Any, layout: Layout, machine: Hardware, share: float) -> float:
-    """Of one all-to-all, on a rank whose experts have `share` of the mean rank's rows: it sends its own and gets theirs."""
-    size, near = layout.expert, min(layout.expert, layout.per_node)
-    to_each = (
-        layout.tokens * model.num_experts_per_tok / size * model.hidden_size * layout.element_bytes * max(1.0, share)
-    )
-    inside = (near - 1) * to_each / (LINK_SHARE * machine.link.bandwidth)
-    outside = (size - near) * to_each / (LINK_SHARE * machine.fabric.bandwidth)
-    return (near - 1) * machine.link.latency + (size - near) * machine.fabric.latency + max(inside, outside)
 
 
 @dataclass(frozen=True)

@@ -95,18 +95,23 @@ def elementwise_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
 
 def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.0) -> float:
     """Of a pass: in every layer rows go to their experts and come back, and their gradients the same way (GShard, arXiv
-    2006.16668, section 3.3); recomputation sends them once more.
+    2006.16668, section 3.3); recomputation sends them once more."""
+    if layout.expert == 1:
+        return 0.0
+    once = exchange_seconds(model, layout, machine, 1 + stretch(max_vio, model.num_experts, layout.expert))
+    return model.num_hidden_layers / layout.pipeline * once * (6 if layout.recompute else 4)
+
+
+def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: float) -> float:
+    """Of one all-to-all, on a rank whose experts have `fuller` times the mean rank's rows.
 
     Alpha-beta model: a latency for each peer, and bytes over bandwidth, to peers of the node and to others at the same time.
     A rank has tokens x K rows of H numbers, of which (ep - 1) / ep have their expert elsewhere; the fullest rank gets more.
     """
     size = layout.expert
-    if size == 1:
-        return 0.0
     rows = layout.tokens / layout.tensor * model.num_experts_per_tok
     row_bytes = model.hidden_size * layout.element_bytes
     near = min(size, layout.per_node)
-    fuller = 1 + stretch(max_vio, model.num_experts, size)
     to_each = rows * row_bytes / size * fuller
     inside = (near - 1) * to_each / (LINK_SHARE * machine.link.bandwidth)
     outside = (size - near) * to_each / (LINK_SHARE * machine.fabric.bandwidth)
@@ -117,8 +122,7 @@ def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: f
         copies = (nodes - 1) * (1 - (1 - 1 / nodes) ** model.num_experts_per_tok)
         sent = layout.tokens / layout.tensor * row_bytes * copies * fuller
         outside = sent / (LINK_SHARE * machine.fabric.bandwidth)
-    once = latency + max(inside, outside)
-    return model.num_hidden_layers / layout.pipeline * once * (6 if layout.recompute else 4)
+    return latency + max(inside, outside)
 
 
 def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
