@@ -13,7 +13,7 @@ from typing import Any
 from smolds_dist.bench import keep
 from smolds_dist.bench.train import processor, say
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.planner.calibrate import SEQ_LEN, SEQUENCES, measure_machine, measure_step, model_of, predict
+from smolds_dist.planner.calibrate import SEQ_LEN, SEQUENCES, STEPS, measure_machine, measure_step, model_of, predict
 from smolds_dist.planner.hardware import parse_hardware
 from smolds_dist.planner.layout import Layout
 from smolds_dist.planner.memory import PROCESS_BYTES, parameter_counts, rank_memory
@@ -42,9 +42,17 @@ def bench_plan(args: list[str]) -> None:
     parser.add_argument("--what", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages whose memory is measured")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the runs whose memory is measured"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="before memory is read; glibc's heap grows for about 20"
+    )
     parser.add_argument("--sizes", type=int, default=3, help="models, the smallest first")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args(args)
+    if options.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, not {options.steps}.")
     if not 1 <= options.sizes <= 3 or any(SEQUENCES % ranks for ranks in options.ranks):
         raise ConfigError(f"--sizes must lie between 1 and 3, and --ranks divide {SEQUENCES}.")
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
@@ -60,8 +68,10 @@ def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], s
     for size in MEMORY_SIZES[: options.sizes]:
         for ranks in options.ranks:
             for zero in options.zero:
-                say(f"memory: hidden {size['hidden_size']}, {ranks} ranks, ZeRO {zero}")
-                rows.append(compare_memory(size, ranks, zero))
+                row = compare_memory(size, ranks, zero, options.dtype, options.steps)
+                ratio = row["predicted"] / row["measured"]
+                say(f"memory: hidden {size['hidden_size']}, {ranks} ranks, ZeRO {zero}: {ratio:.3f} of the measured")
+                rows.append(row)
     text = [f"{'parameters':>10} {'ranks':>5} {'zero':>4} {'predicted':>10} {'measured':>10} {'ratio':>6}"]
     for row in rows:
         text.append(
@@ -71,21 +81,23 @@ def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], s
     return rows, "\n".join(text)
 
 
-def compare_memory(size: dict[str, int], ranks: int, zero: int) -> dict[str, Any]:
+def compare_memory(
+    size: dict[str, int], ranks: int, zero: int, dtype: str = "fp32", steps: int = STEPS
+) -> dict[str, Any]:
     """One layout, predicted and measured."""
     import torch
 
     engine = "deepspeed" if ranks > 1 or zero else "local"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layout = Layout(ranks, ranks, ranks, zero, SEQUENCES // ranks, 1, SEQ_LEN, "fp32", device=device, engine=engine)
+    layout = Layout(ranks, ranks, ranks, zero, SEQUENCES // ranks, 1, SEQ_LEN, dtype, device=device, engine=engine)
     settings = (f"--parallel.zero={zero}", f"--parallel.engine={engine}")
-    _, measured = measure_step(size, ranks, settings)
+    _, measured = measure_step(size, ranks, settings, dtype, steps)
     # Of a GPU, what is measured is what the model has allocated.
     predicted = rank_memory(model_of(size), layout, PROCESS_BYTES["cpu"] if device == "cpu" else 0.0)
     parameters = sum(parameter_counts(model_of(size)))
     return {
-        "parameters": parameters, "ranks": ranks, "zero": zero, "predicted": predicted.total, "measured": measured,
-        "parts": dict(predicted.parts()),
+        "parameters": parameters, "ranks": ranks, "zero": zero, "dtype": dtype, "steps": steps,
+        "predicted": predicted.total, "measured": measured, "parts": dict(predicted.parts()),
     }  # fmt: skip
 
 

@@ -117,8 +117,10 @@ def predict(model: Model, machine: Hardware, ranks: int = 1) -> float:
     return step_time(model, layout, machine.shared_by(ranks)).total
 
 
-def measure_step(size: dict[str, int], ranks: int = 1, settings: tuple[str, ...] = ()) -> tuple[list[float], int]:
-    """Seconds of steps, and the peak of memory, of `ranks` processes, tokens spread evenly over the experts."""
+def measure_step(
+    size: dict[str, int], ranks: int = 1, settings: tuple[str, ...] = (), dtype: str = "fp32", steps: int = STEPS
+) -> tuple[list[float], int]:
+    """Seconds of `steps` steps, and the peak of memory, of `ranks` processes, tokens spread evenly over the experts."""
     from smolds_dist.bench.contenders import Task
     from smolds_dist.bench.train import take_turn
 
@@ -136,11 +138,11 @@ def measure_step(size: dict[str, int], ranks: int = 1, settings: tuple[str, ...]
         config.model.vocab_size or 0,
         SEQUENCES // ranks,
         SEQ_LEN,
-        "fp32",
+        dtype,
         device,
         settings=tuple(given),
     )
-    answer = take_turn(task, STEPS, ranks)
+    answer = take_turn(task, steps, ranks)
     return answer["seconds"], answer["memory"]
 
 
