@@ -4,6 +4,8 @@ import pytest
 
 # A laptop's tests and CI's must not depend on the number of cores, nor on the Hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two workers share the cores: of more threads for models this small, most would wait in a loop for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs into the dark forest",

@@ -15,8 +15,6 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import deepspeed  # noqa: F401  imported before the fork, like the others
 import tensorboard  # noqa: F401
 

@@ -62,6 +62,6 @@ def smolds(*args: str, timeout: float = 120, cwd: Path | None = None, **environm
 def run_ranks(world: int, script: str, *args: str, timeout: float = 240) -> Finished:
     """Starts `world` ranks of a script of this folder under torchrun, on a free port."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    finished = run([*start, str(ROOT / "tests" / script), *args], timeout, OMP_NUM_THREADS="1")
+    finished = run([*start, str(ROOT / "tests" / script), *args], timeout)
     assert finished.returncode == 0, finished.text
     return finished

@@ -38,7 +38,7 @@ def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):
         folder = tmp_path / f"part{number}"
         command = [sys.executable, str(ROOT / "tests" / "kill_worker.py"), json.dumps(options), str(folder)]
         command += [str(runs), str(world), str(seed)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         workers.append((folder, world, subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)))
     killed, while_saving, finished = 0, 0, 0
     for folder, world, worker in workers:
@@ -95,7 +95,7 @@ def on_file_system(folder: Path, mount_options: str, script: str, timeout: float
     """Runs a shell script with a file system at `folder` that nobody else sees and that ends with it."""
     folder.mkdir()
     mount = f"mount -t tmpfs -o {mount_options} tmpfs {shlex.quote(str(folder))}"
-    return run(["unshare", "--mount", "sh", "-c", f"{mount}\n{script}"], timeout, OMP_NUM_THREADS="1")
+    return run(["unshare", "--mount", "sh", "-c", f"{mount}\n{script}"], timeout)
 
 
 @needs_mount

@@ -3,6 +3,7 @@
 import json
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 from parity_worker import SAVE_AT, train_case
@@ -30,9 +31,14 @@ DISTURBED = {
     "latent": case(*LATENT, CHECKPOINTING, expert=2, zero=3, disturb=True),
 }
 WITH_MUON = case(MUON, expert=2, zero=0)
+# No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers.
+SMALL_BUCKETS = [
+    case(f"--parallel.ds_config={Path(__file__).with_name('small_buckets.json')}", expert=2, zero=zero)
+    for zero in (1, 3)
+]
 IN_BF16 = [case(BF16, expert=2, zero=zero) for zero in (0, 1, 2, 3)]
 # What the ranks of a world size train one after the other; they are started once.
-CASES = {1: LAYOUTS[1], 2: [*LAYOUTS[2], *DISTURBED.values(), WITH_MUON, *IN_BF16], 4: LAYOUTS[4]}
+CASES = {1: LAYOUTS[1], 2: [*LAYOUTS[2], *DISTURBED.values(), WITH_MUON, *SMALL_BUCKETS, *IN_BF16], 4: LAYOUTS[4]}
 
 # Checkpoints go from the first layout (world size, case) to the second; world size 0 is one process in plain PyTorch.
 LOCAL = (0, case())
@@ -183,6 +189,11 @@ def test_counts_leave_out_evaluation_sampling_and_recomputation(saved, attention
 
 def test_muon_gives_the_single_process_run(saved):
     assert_same_run(results_of(2, saved)[WITH_MUON], reference(MUON))
+
+
+@pytest.mark.parametrize("one", SMALL_BUCKETS, ids=("zero1", "zero3"))
+def test_gradients_in_many_pieces_give_the_single_process_run(saved, one):
+    assert_same_run(results_of(2, saved)[one], reference())
 
 
 def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32(saved):

@@ -13,6 +13,7 @@ from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.fragments import logical_name
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.planner.memory import BUCKET
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
@@ -52,6 +53,8 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         "expert_parallel": autoep_section(topology.expert, model),
     }
     zero.setdefault("stage", "auto")
+    if zero.get("reduce_bucket_size") == "auto":
+        zero["reduce_bucket_size"] = BUCKET[topology.device]
     for name, value in known.items():
         section, _, key = name.rpartition(".")
         target = settings.setdefault(section, {}) if section else settings
