@@ -93,6 +93,23 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
     assert "remove it" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "is no DeepSpeed configuration"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": "large"}}',
+            "reduce_bucket_size: Input should be a valid integer",
+        ),
+    ],
+)
+def test_own_deepspeed_configuration_that_is_none_is_one_sentence(small_run, tmp_path, text, complaint):
+    (tmp_path / "ds.json").write_text(text)
+    result = smolds("train", *small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}")
+    assert result.returncode == 2, result.text
+    assert complaint in result.stderr and "Traceback" not in result.stderr
+
+
 def test_own_deepspeed_configuration_is_used(small_run, tmp_path):
     settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     settings["zero_optimization"]["overlap_comm"] = False

@@ -112,10 +112,10 @@ def test_memory_grows_with_what_needs_it():
     )
 
 
-def test_offloading_is_read_from_the_runs_own_file(tmp_path, capsys):
+def test_offloading_and_buckets_are_read_from_the_runs_own_file(tmp_path, capsys):
     file = tmp_path / "offload.json"
     settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
-    settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    settings["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 2e8}
     file.write_text(json.dumps(settings))
     asked = ["--preset", "moe-7b-a1b", "--parallel.zero=2", "--parallel.expert=8"]
     found = []
@@ -124,6 +124,7 @@ def test_offloading_is_read_from_the_runs_own_file(tmp_path, capsys):
         found.append(json.loads((tmp_path / "plan.json").read_text())["layouts"][0])
     capsys.readouterr()
     assert found[0]["memory"]["optimizer"] > found[1]["memory"]["optimizer"] == 0
+    assert found[1]["memory"]["buffers"] - found[0]["memory"]["buffers"] == pytest.approx(2 * 150e6 * 2)
     assert found[0]["seconds"]["optimizer"] < found[1]["seconds"]["optimizer"]
 
 
@@ -309,7 +310,7 @@ def test_the_number_of_tokens_changes_the_choice():
 def test_predicted_memory_is_what_a_process_takes(ranks, zero):
     from smolds_dist.bench.plan import MEMORY_SIZES, compare_memory
 
-    row = compare_memory(MEMORY_SIZES[1], ranks, zero)
+    row = compare_memory(MEMORY_SIZES[1], ranks, zero, steps=10)
     assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
 
 

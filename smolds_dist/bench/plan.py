@@ -13,7 +13,7 @@ from typing import Any
 from smolds_dist.bench import keep
 from smolds_dist.bench.train import processor, say
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.planner.calibrate import SEQ_LEN, SEQUENCES, STEPS, measure_machine, measure_step, model_of, predict
+from smolds_dist.planner.calibrate import SEQ_LEN, SEQUENCES, measure_machine, measure_step, model_of, predict
 from smolds_dist.planner.hardware import parse_hardware
 from smolds_dist.planner.layout import Layout
 from smolds_dist.planner.memory import PROCESS_BYTES, parameter_counts, rank_memory
@@ -25,6 +25,7 @@ MEMORY_SIZES = (
     dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, vocab_size=16384),
     dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, vocab_size=32768),
 )
+MEMORY_STEPS = 20  # for so long glibc's heap grows
 TIME_SIZES = (
     dict(hidden_size=192, intermediate_size=256, num_hidden_layers=4, vocab_size=8192),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, vocab_size=8192),
@@ -45,9 +46,7 @@ def bench_plan(args: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the runs whose memory is measured"
     )
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help="before memory is read; glibc's heap grows for about 20"
-    )
+    parser.add_argument("--steps", type=int, default=MEMORY_STEPS, help="before memory is read")
     parser.add_argument("--sizes", type=int, default=3, help="models, the smallest first")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args(args)
@@ -82,7 +81,7 @@ def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], s
 
 
 def compare_memory(
-    size: dict[str, int], ranks: int, zero: int, dtype: str = "fp32", steps: int = STEPS
+    size: dict[str, int], ranks: int, zero: int, dtype: str = "fp32", steps: int = MEMORY_STEPS
 ) -> dict[str, Any]:
     """One layout, predicted and measured."""
     import torch

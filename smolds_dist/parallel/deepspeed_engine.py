@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.cpu_experts import use_our_experts
 from smolds_dist.parallel.engine import (
     KindsOf,
@@ -58,13 +60,18 @@ class DeepSpeedEngine:
             built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
             return built
 
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, topology, model.config),
-            model_parameters=list(model.parameters()),
-            dist_init_required=False,
-        )
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config, topology, model.config),
+                model_parameters=list(model.parameters()),
+                dist_init_required=False,
+            )
+        except ValidationError as error:  # pydantic's, which DeepSpeed checks its configuration with
+            wrong = error.errors()[0]
+            name = ".".join(map(str, wrong["loc"]))
+            raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; mend it.") from None
         self.model = self.engine.module
         self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
         if topology.dtype == "bf16":

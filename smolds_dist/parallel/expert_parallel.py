@@ -13,7 +13,7 @@ from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.fragments import logical_name
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.planner.memory import BUCKET
+from smolds_dist.planner.memory import BUCKET, PREFETCHED
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
@@ -32,10 +32,12 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); mend it.") from None
+    if not isinstance(settings, dict) or not isinstance(settings.setdefault("zero_optimization", {}), dict):
+        raise ConfigError(f"{path} is no DeepSpeed configuration, whose sections are JSON objects; mend it.")
+    zero = settings["zero_optimization"]
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
-    zero = settings.setdefault("zero_optimization", {})
     for section in ("offload_optimizer", "offload_param"):
         if topology.zero == 3 and zero.get(section, {}).get("device", "none") != "none":
             raise ConfigError(
@@ -53,8 +55,8 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         "expert_parallel": autoep_section(topology.expert, model),
     }
     zero.setdefault("stage", "auto")
-    if zero.get("reduce_bucket_size") == "auto":
-        zero["reduce_bucket_size"] = BUCKET[topology.device]
+    sizes = {"reduce_bucket_size": BUCKET[topology.device], "stage3_prefetch_bucket_size": PREFETCHED}
+    zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
     for name, value in known.items():
         section, _, key = name.rpartition(".")
         target = settings.setdefault(section, {}) if section else settings

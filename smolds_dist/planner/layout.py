@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+DEEPSPEED_BUCKET = 500_000_000  # `reduce_bucket_size` where a file does not set it
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -28,6 +30,7 @@ class Layout:
     recompute: bool = False  # activations, in the backward pass
     optimizer: str = "adamw"
     offload: bool = False  # the optimizer's state in the host's memory
+    bucket: int | None = None  # numbers of one of DeepSpeed's buffers for gradients; None: what "auto" stands for
     gradient_bytes: int = 0  # of a number as ranks add them up; 0: as wide as the weights
     tensor: int = 1
     pipeline: int = 1
@@ -81,16 +84,20 @@ def layout_of(config: Any, topology: Any) -> Layout:
         engine=topology.engine,
         recompute=config.train.activation_checkpointing,
         optimizer=config.train.optimizer,
-        offload=offloads(config),
+        **own_settings(config),
     )
 
 
-def offloads(config: Any) -> bool:
-    """Whether the run's own DeepSpeed file moves the optimizer to the host."""
+def own_settings(config: Any) -> dict[str, Any]:
+    """The fields of a `Layout` that the run's own DeepSpeed file sets, if it has one."""
     if config.parallel.ds_config is None:
-        return False
+        return {}
     try:
         zero = json.loads(Path(config.parallel.ds_config).read_text(encoding="utf-8")).get("zero_optimization", {})
-    except ValueError:
-        return False  # the training says what is wrong with the file
-    return zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)
+        return {
+            "offload": zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            "bucket": None if bucket == "auto" else int(bucket),
+        }
+    except (AttributeError, TypeError, ValueError):
+        return {}  # the training says what is wrong with the file

@@ -19,12 +19,14 @@ REUSED = 0.5
 # no gradient travels while others are computed: smaller buffers are no slower, and a step of 26 million parameters in two
 # ranks needs 1.2 instead of 1.5 GB, for what the heap takes from the buffers between two steps.
 BUCKET = {"cpu": 4_000_000, "mps": 50_000_000, "cuda": 50_000_000}
+# Numbers of the weights that ZeRO 3 gathers ahead in one piece, `stage3_prefetch_bucket_size` in ds_configs.
+PREFETCHED = 10_000_000
 # Tokens whose logits exist at a time: `linear_cross_entropy`'s chunk.
 LOGITS_CHUNK = 1024
 # Of a process before there is a model, where nothing has been measured: Python's libraries, or CUDA's context and NCCL.
 PROCESS_BYTES = {"cpu": 0.4e9, "mps": 1e9, "cuda": 1.5e9}
 CPU_BF16_KERNELS = 90e6  # bytes that oneDNN compiles
-CPU_RANKS = 50e6  # bytes that gloo and its threads take
+CPU_RANKS = 100e6  # bytes that gloo, its threads and the holes in the heap take, which grow for about twenty steps
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
@@ -148,10 +150,10 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
 def keeps_whole_gradients(layout: Layout) -> bool:
     """Whether gradients stay as the backward pass leaves them, beside those in fp32.
 
-    ZeRO 2 lets go of them bucket by bucket; measured on CPUs, their memory is not used again before the step's end.
+    ZeRO 2 and 3 let go of them bucket by bucket; measured on CPUs, their memory is not used again before the step's end.
     """
     unsharded = layout.zero == 0 and layout.engine == "deepspeed" and layout.element_bytes == 2
-    return unsharded or layout.zero == 1 or (layout.zero == 2 and layout.device == "cpu")
+    return unsharded or layout.zero == 1 or (layout.zero >= 2 and layout.device == "cpu")
 
 
 def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
@@ -177,7 +179,7 @@ def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
     """What tokens are exchanged in, what DeepSpeed's ZeRO reduces and gathers in, and on a CPU what else libraries take.
 
     Two buckets of gradients, one filled while the other travels; an fp32 gradient of the rank's slice for the step; with
-    ZeRO 3 the gathered weights, of which DeepSpeed lets a billion live.
+    ZeRO 3 the gathered weights, of which DeepSpeed lets a billion live, and the piece that they are copied out of.
     """
     held = rank_parameters(model, layout)
     own = sum(parameters for parameters, _, _ in held)
@@ -190,13 +192,13 @@ def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
         # Every rank builds the whole model before it keeps its own experts; what it gives back is used again in part.
         buffers += (1 - REUSED) * 4 * (sum(parameter_counts(model)) - own)
     if layout.zero:
-        bucket: float = BUCKET[layout.device]
+        bucket: float = layout.bucket or BUCKET[layout.device]
         if layout.device == "cpu":
             bucket = min(own, bucket)  # only what is written to is there
         slices = sum(parameters / replicas for parameters, replicas, _ in held)
         buffers += 2 * bucket * layout.element_bytes + 4 * slices
     if layout.zero == 3:
-        buffers += min(own, 1e9) * layout.element_bytes
+        buffers += (min(own, 1e9) + min(own, PREFETCHED)) * layout.element_bytes
     return buffers
 
 
