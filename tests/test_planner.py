@@ -106,6 +106,11 @@ def test_memory_grows_with_what_needs_it():
     assert rank_memory(MODEL, replace(LAYOUT, recompute=True), 1e9).total < base
     assert rank_memory(MODEL, replace(LAYOUT, expert=1), 1e9).total > base
     assert rank_memory(MODEL, LAYOUT, 1e9, max_vio=0.5).total > base
+    assert rank_memory(MODEL, replace(LAYOUT, copies=True), 1e9).total == base  # of a GPU's, to the host's memory
+    on_cpu = replace(LAYOUT, device="cpu", expert=1, zero=0)
+    assert rank_memory(MODEL, replace(on_cpu, copies=True)).checkpoint * LAYOUT.world == 12 * sum(
+        parameter_counts(MODEL)
+    )
     assert rank_memory(MODEL, replace(LAYOUT, dtype="fp32"), 1e9).activations > rank_memory(MODEL, LAYOUT).activations
     assert rank_memory(MODEL, replace(LAYOUT, optimizer="muon", zero=0)).optimizer < (
         rank_memory(MODEL, replace(LAYOUT, zero=0)).optimizer

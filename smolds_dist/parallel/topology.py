@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from smolds_dist.config import RunConfig
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
-from smolds_dist.planner.layout import Layout, own_settings
+from smolds_dist.planner.layout import Layout, configured
 from smolds_dist.planner.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, with_vocabulary
 
 # Tokens of one forward pass that keep the device busy without filling its memory with activations.
@@ -115,7 +115,7 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     layouts = [
         Layout(
             world, rank.ranks_per_node, expert, zero, batch, train.global_batch // (world * batch), config.data.seq_len,
-            dtype, device, engine, train.activation_checkpointing, train.optimizer, **own_settings(config),
+            dtype, device, engine, **configured(config),
         )
         for batch in batches
         for zero in stages

@@ -30,6 +30,7 @@ class Layout:
     recompute: bool = False  # activations, in the backward pass
     optimizer: str = "adamw"
     offload: bool = False  # the optimizer's state in the host's memory
+    copies: bool = False  # to host memory of what a checkpoint holds, which is written from there in the background
     bucket: int | None = None  # numbers of one of DeepSpeed's buffers for gradients; None: what "auto" stands for
     gradient_bytes: int = 0  # of a number as ranks add them up; 0: as wide as the weights
     tensor: int = 1
@@ -82,22 +83,25 @@ def layout_of(config: Any, topology: Any) -> Layout:
         dtype=topology.dtype,
         device=topology.device,
         engine=topology.engine,
-        recompute=config.train.activation_checkpointing,
-        optimizer=config.train.optimizer,
-        **own_settings(config),
+        **configured(config),
     )
 
 
-def own_settings(config: Any) -> dict[str, Any]:
-    """The fields of a `Layout` that the run's own DeepSpeed file sets, if it has one."""
+def configured(config: Any) -> dict[str, Any]:
+    """The fields of a `Layout` that a `RunConfig` sets whatever the topology, and the DeepSpeed file of its own, if any."""
+    fields = {
+        "recompute": config.train.activation_checkpointing,
+        "optimizer": config.train.optimizer,
+        "copies": bool(config.checkpoint.every and config.checkpoint.background),
+    }
     if config.parallel.ds_config is None:
-        return {}
+        return fields
     try:
         zero = json.loads(Path(config.parallel.ds_config).read_text(encoding="utf-8")).get("zero_optimization", {})
         bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)
-        return {
+        return fields | {
             "offload": zero.get("offload_optimizer", {}).get("device", "none") != "none",
             "bucket": None if bucket == "auto" else int(bucket),
         }
     except (AttributeError, TypeError, ValueError):
-        return {}  # the training says what is wrong with the file
+        return fields  # the training says what is wrong with the file

@@ -91,6 +91,7 @@ class Memory:
     activations: float
     logits: float  # of a chunk of tokens, and the vocabulary's gradient
     buffers: float  # that DeepSpeed reduces, gathers and exchanges in
+    checkpoint: float  # its copy, where the device's memory is the host's
     allowance: float  # for what the allocator cannot use again
 
     @property
@@ -120,7 +121,8 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
     allowance = FRAGMENTATION * (activations + gradients + logits + buffers)
     if layout.engine == "local" and layout.accumulation == 1:
         activations -= REUSED * min(activations, gradients)
-    return Memory(process, weights, gradients, optimizer, activations, logits, buffers, allowance)
+    copy = checkpoint_bytes(model, layout) if layout.copies and layout.device != "cuda" else 0.0
+    return Memory(process, weights, gradients, optimizer, activations, logits, buffers, copy, allowance)
 
 
 def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
