@@ -315,6 +315,8 @@ def test_the_number_of_tokens_changes_the_choice():
 def test_predicted_memory_is_what_a_process_takes(ranks, zero):
     from smolds_dist.bench.plan import MEMORY_SIZES, compare_memory
 
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs, or none")
     row = compare_memory(MEMORY_SIZES[1], ranks, zero, steps=10)
     assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
 
