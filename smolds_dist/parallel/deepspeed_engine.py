@@ -69,6 +69,8 @@ class DeepSpeedEngine:
                 dist_init_required=False,
             )
         except ValidationError as error:  # pydantic's, which DeepSpeed checks its configuration with
+            if config.parallel.ds_config is None:
+                raise
             wrong = error.errors()[0]
             name = ".".join(map(str, wrong["loc"]))
             raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; mend it.") from None
