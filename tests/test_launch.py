@@ -97,6 +97,7 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
     ("text", "complaint"),
     [
         ("[]", "is no DeepSpeed configuration"),
+        ('{"bf16": true}', "is no DeepSpeed configuration"),
         (
             '{"zero_optimization": {"reduce_bucket_size": "large"}}',
             "reduce_bucket_size: Input should be a valid integer",

@@ -32,7 +32,8 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); mend it.") from None
-    if not isinstance(settings, dict) or not isinstance(settings.setdefault("zero_optimization", {}), dict):
+    sections = ("zero_optimization", "bf16", "data_types")
+    if not isinstance(settings, dict) or not all(isinstance(settings.setdefault(key, {}), dict) for key in sections):
         raise ConfigError(f"{path} is no DeepSpeed configuration, whose sections are JSON objects; mend it.")
     zero = settings["zero_optimization"]
     for section in ("optimizer", "scheduler"):

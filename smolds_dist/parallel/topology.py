@@ -112,10 +112,11 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         memory = memory // rank.ranks_per_node
     stages = _zero_stages(config, engine)
     batches = _micro_batches(config, world, device)
+    settings = configured(config)
     layouts = [
         Layout(
             world, rank.ranks_per_node, expert, zero, batch, train.global_batch // (world * batch), config.data.seq_len,
-            dtype, device, engine, **configured(config),
+            dtype, device, engine, **settings,
         )
         for batch in batches
         for zero in stages
