@@ -93,7 +93,7 @@ class Data:
     val_fraction: float = 0.005
     """Share of the documents held out."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"
-    """What to do with a file that is empty or damaged; either way it is named."""
+    """What to do with a file that is empty or damaged, or a row whose text is no string; either way it is named."""
     cache_dir: str = "~/.cache/smolds"
 
 

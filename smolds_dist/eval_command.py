@@ -114,11 +114,13 @@ def _held_out(config: RunConfig, tokenizer: Any) -> tuple[Any, int]:
 def _whole(config: RunConfig, tokenizer: Any, limit: int) -> tuple[list[int], int]:
     """Token ids of a source's documents, each closed by the end-of-text token, and how many bytes they stand for."""
     from smolds_dist.data.corpus import documents
+    from smolds_dist.data.tokenizer import text_encoder
 
+    encoder = text_encoder(tokenizer)
     ids: list[int] = []
     num_bytes = 0
     for text in documents(config.data):
-        ids += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids += [*encoder.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
         num_bytes += len(text.encode(errors="replace"))
         if len(ids) >= limit:
             break

@@ -74,6 +74,106 @@ def test_bad_source_is_refused_with_the_fix(tmp_path, monkeypatch, source, conte
         prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"))
 
 
+def write_rows(folder, kind: str, values: list) -> str:
+    """The source of one file of that kind with these values in its column `text`; None in a parquet or hf source is null."""
+    folder = folder / "source"
+    folder.mkdir()
+    rows = [{"text": value} for value in values]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+        return f"parquet:{folder}/rows.parquet"
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"hf:{folder}" if kind == "hf" else f"jsonl:{folder}/rows.jsonl"
+
+
+def documents_of(shards) -> list[str]:
+    """The documents of both splits, whose order is that of the corpus within each."""
+    texts = []
+    for tokens in (shards.train, shards.val):
+        ends = np.flatnonzero(tokens == shards.tokenizer.eos_token_id)
+        texts += [shards.tokenizer.decode(part) for part in np.split(tokens, ends + 1)[:-1]]
+    return [text.removesuffix(shards.tokenizer.eos_token) for text in texts]
+
+
+LINES = [f"row {number}: a text that is long enough to be some tokens, and no longer" for number in range(60)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
+def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys, kind):
+    source = write_rows(tmp_path, kind, [None, "", *LINES, " \n\t", None])
+    shards = prepare_shards(configure(tmp_path / "cache", f"--data.source={source}", "--data.val_fraction=0.2"))
+    assert sorted(documents_of(shards)) == sorted(LINES)
+    assert f"{source}: 4 of 64 rows hold no text (null, empty or blank); left out.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
+@pytest.mark.parametrize("value", [7, 1.5, True, ["a", "list"], {"an": "object"}], ids=repr)
+def test_row_that_holds_no_string_is_refused(tmp_path, kind, value):
+    source = write_rows(tmp_path, kind, [value, None])
+    name = rf"{'' if kind == 'hf' else 'rows.'}\S* has in (line|row) 1 a value of type {type(value).__name__} "
+    with pytest.raises(ConfigError, match=name):
+        prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"))
+
+
+def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path):
+    rows = [
+        json.dumps({"text": "kept"}).encode(),
+        b"no json",
+        b'{"text": "\xe9"}',
+        b'{"body": "a"}',
+        b'{"text": [1]}',
+        b"5",
+    ]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(rows))
+    (tmp_path / "one.jsonl").write_bytes(b"\n".join(rows[:2]))
+    data = configure(tmp_path, f"--data.source=jsonl:{tmp_path}/*.jsonl", "--data.on_bad_file=skip").data
+    said: list[str] = []
+    assert list(documents(data, said.append)) == ["kept", "kept"]
+    assert said == [
+        f"{tmp_path}/bad.jsonl has in line 2 no JSON object; this and 4 more rows were left out.",
+        f"{tmp_path}/one.jsonl has in line 2 no JSON object; this row was left out.",
+    ]
+    for number, why in enumerate(
+        ("no JSON", "no UTF-8 text", "no field 'text'.* one of body", "type list", "no JSON"), 1
+    ):
+        (tmp_path / "one.jsonl").write_bytes(rows[0] + b"\n\n" + rows[number])
+        data = configure(tmp_path, f"--data.source=jsonl:{tmp_path}/one.jsonl").data
+        with pytest.raises(ConfigError, match=f"one.jsonl has in line 3 .*{why}.*on_bad_file skip"):
+            list(documents(data))
+
+
+def test_byte_order_marks_and_windows_line_ends_are_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"of an editor")
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "first"}\r\n{"text": "\\ufeffsecond \\ufeff"}\r\n')
+    for source, texts in (("text:*.txt", ["of an editor"]), ("jsonl:*.jsonl", ["first", "second \ufeff"])):
+        kind, pattern = source.split(":")
+        assert list(documents(configure(tmp_path, f"--data.source={kind}:{tmp_path}/{pattern}").data)) == texts
+
+
+def test_text_that_spells_a_control_token_is_text(tmp_path):
+    lines = [line.replace("long", "<|endoftext|>") for line in LINES]
+    source = write_rows(tmp_path, "jsonl", lines)
+    shards = prepare_shards(configure(tmp_path / "cache", f"--data.source={source}", "--data.val_fraction=0.2"))
+    assert sorted(documents_of(shards)) == sorted(lines)
+    assert shards.meta.val_bytes == sum(len(line) for line in documents_of(shards)[-int((shards.val == 0).sum()) :])
+    # a prompt may hold control tokens
+    assert shards.tokenizer("<|endoftext|>").input_ids == [shards.tokenizer.eos_token_id]
+
+
+def test_tokenizer_that_truncates_and_pads_encodes_whole_documents(corpus, cache, tmp_path):
+    source = f"--data.source=text:{corpus}/*.txt"
+    tokenizer = prepare_shards(configure(cache, source)).tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(16)
+    backend.enable_padding(length=16)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shards = prepare_shards(
+        configure(tmp_path, source, f"--data.tokenizer={tmp_path / 'tokenizer'}", "--data.val_fraction=0.2")
+    )
+    assert sorted(documents_of(shards)) == sorted(path.read_text() for path in corpus.glob("*.txt"))
+
+
 GOOD = "a text that is long enough to be tokenised, and that goes on for a while. " * 60
 DAMAGED = [
     ("text", "empty.txt", b" \n", "is empty"),
@@ -97,7 +197,8 @@ def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys,
         prepare_shards(configure(tmp_path / "cache", source))
     skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
     tokens = prepare_shards(skipping).meta.train_tokens
-    assert re.search(f"{name} {what}.*left out", capsys.readouterr().out)
+    left_out = "this row was left out" if content.startswith(b'{"text"') else "left out"
+    assert re.search(f"{name} {what}.*; {left_out}", capsys.readouterr().out)
     rows = 2 if content.startswith(b'{"text"') else 1  # the good line of a damaged file counts
     alone = configure(tmp_path / "cache", source.replace("*.", "0."))
     assert tokens >= 0.8 * rows * prepare_shards(alone).meta.train_tokens

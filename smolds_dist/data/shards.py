@@ -22,12 +22,12 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import Data, RunConfig
-from smolds_dist.data.corpus import documents, fingerprint
-from smolds_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from smolds_dist.data.corpus import RowCount, documents, fingerprint
+from smolds_dist.data.tokenizer import load_tokenizer, text_encoder, train_tokenizer
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import ProgressBar
 
-FORMAT = 1  # part of every key: raise it when the layout or the meaning of a file changes
+FORMAT = 2  # part of every key: raise it when the layout or the meaning of a file changes
 DOCUMENTS_AT_ONCE = 512
 SMALLEST_VAL_TOKENS = 16_384  # or a tenth of the corpus, whichever is less
 
@@ -196,14 +196,17 @@ def _train_tokenizer(data: Data, folder: Path, progress: bool) -> None:
 def _write_shards(
     folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, limit: int | None, progress: bool
 ) -> None:
-    vocab_size = len(tokenizer)
+    encoder, vocab_size = text_encoder(tokenizer), len(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     counts = {"train": 0, "val": 0}
     val_bytes = 0
+    rows = RowCount()
     bar = ProgressBar(f"Tokenising {data.source}: token", shown=progress)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for texts in _batched(documents(data, say=lambda text: bar.write(text, sys.stdout)), DOCUMENTS_AT_ONCE):
-            encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for texts in _batched(
+            documents(data, say=lambda text: bar.write(text, sys.stdout), count=rows), DOCUMENTS_AT_ONCE
+        ):
+            encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
             for text, encoding in zip(texts, encodings, strict=True):
                 held_out = _is_held_out(text, data.val_fraction)
                 tokens = np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype=dtype)
@@ -215,13 +218,15 @@ def _write_shards(
             bar.show(sum(counts.values()))
             if limit and sum(counts.values()) >= limit:
                 break
+    if rows.without_text:
+        bar.write(f"{data.source}: {rows}", sys.stdout)
     bar.close()
     total = sum(counts.values())
     wanted = max(int(data.val_fraction * total), min(SMALLEST_VAL_TOKENS, total // 10))
     if counts["val"] < wanted / 2:
         # A few long documents may all fall on the training side: its last tokens become held-out text.
         moved = _move_tail(folder, dtype, wanted - counts["val"])
-        val_bytes += len(str(tokenizer.decode(moved)).encode())
+        val_bytes += len(str(tokenizer.decode(moved, skip_special_tokens=True)).encode())
         counts = {"train": counts["train"] - len(moved), "val": counts["val"] + len(moved)}
 
     frequency = np.bincount(np.fromfile(folder / "val.bin", dtype=dtype), minlength=vocab_size) / max(counts["val"], 1)

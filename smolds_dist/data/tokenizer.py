@@ -36,6 +36,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Encodes documents whole and as text: a control token that a text spells is characters like any others.
+
+    A copy, because a prompt may well hold control tokens.
+    """
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Trains a byte-level BPE on the first 32 million characters and saves it to `folder` in Hugging Face format."""
     tokenizer = Tokenizer(models.BPE())
@@ -56,7 +68,7 @@ def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
     documents = iter(documents)
     first = next(documents, None)
     if first is None:
-        raise ConfigError("the corpus holds no text; check --data.source.")
+        raise ConfigError("the corpus holds no text; check --data.source and --data.text_field.")
     for text in chain([first], documents):
         yield text[:limit]
         limit -= len(text)
