@@ -41,20 +41,32 @@ install_torch() {
     fi
 }
 
-# accelerate and lm-evaluation-harness, for the few tests that need them, in an environment that sees the other: there,
-# accelerate would make every import of transformers import DeepSpeed, and scikit-learn would make it slow.
-install_extras() {
-    local packages
+# An environment beside the other, whose packages it sees, for what only a few tests need.
+install_beside() {
+    local name=$1 packages
+    shift
     packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    python -m venv ".venv/$name"
+    echo "import site; site.addsitedir('$packages')" >"${packages/.venv/.venv/$name}/main.pth"
+    # pip tells on standard error what of the other environment these packages don't go with.
+    ".venv/$name/bin/pip" install -qq "$@" 2>.venv/pip.log || {
+        cat .venv/pip.log >&2
+        exit 1
+    }
+}
+
+install_extras() {
+    # In the environment itself, accelerate would make every import of transformers import DeepSpeed, and scikit-learn
+    # would make it slow.
     echo "  accelerate and lm-evaluation-harness"
-    python -m venv .venv/extras
-    echo "import site; site.addsitedir('$packages')" >"${packages/.venv/.venv/extras}/main.pth"
-    .venv/extras/bin/pip install -qq "accelerate>=1.1,<2" "lm_eval[hf]>=0.4.9,<0.5"
+    install_beside extras "accelerate>=1.1,<2" "lm_eval[hf]>=0.4.9,<0.5"
+    echo "  transformers 4, which has to read what is exported"
+    install_beside transformers4 "transformers>=4.57,<4.58"
 }
 
 set_up() {
     local wanted
-    wanted="$TORCH $(cat setup.cfg pyproject.toml | cksum)"
+    wanted="$TORCH $(cat setup.cfg pyproject.toml launch/setup_env.sh | cksum)"
     if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         local python
         python=$(find_python)

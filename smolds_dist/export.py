@@ -149,6 +149,7 @@ def write(
     """
     from transformers import GenerationConfig
 
+    from smolds_dist.data.tokenizer import save_tokenizer
     from smolds_dist.transformers_format import transformers_config
 
     written = config
@@ -163,7 +164,7 @@ def write(
     written.save_pretrained(folder)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     tensors = _for_transformers(reader, config) if kind == "transformers" else _for_smolds(reader, config)
     _write_files(tensors, folder, DTYPES[dtype], file_bytes)
 

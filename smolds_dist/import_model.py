@@ -39,7 +39,7 @@ def import_model(args: list[str]) -> None:
     config = load_config([*settings, *names], prog="smolds import")  # before the heavy imports
 
     from smolds_dist.data.shards import tokenizer_digest
-    from smolds_dist.data.tokenizer import load_tokenizer
+    from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 
     ours = read_config(options.folder)
     tokenizer = load_tokenizer(str(options.folder))
@@ -48,7 +48,7 @@ def import_model(args: list[str]) -> None:
     config.data.tokenizer = str(options.to / "tokenizer")
     config.validate()
     with new_folder(options.to) as part:
-        tokenizer.save_pretrained(part / "tokenizer")
+        save_tokenizer(tokenizer, part / "tokenizer")
         save_config(config, part / "config.yaml")
         write_checkpoint(options.folder, ours, config, tokenizer_digest(tokenizer), part / "checkpoints")
     print(

@@ -25,6 +25,13 @@ def transformers_config(config: DeepSeekV3Config) -> PreTrainedConfig:
     Raises:
         ValueError: where there is none, naming the setting that stands in the way.
     """
+    theirs = _counterpart(config)
+    # transformers 4 and mlx-lm look for it here alone, and take a default of their own where they don't find it.
+    theirs.rope_theta = config.rope_theta
+    return theirs
+
+
+def _counterpart(config: DeepSeekV3Config) -> PreTrainedConfig:
     common = {name: getattr(config, name) for name in _SHARED_FIELDS}
     common["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.attention == "gqa" and config.scoring_func == "softmax":

@@ -16,6 +16,8 @@ from smolds_dist.training.metrics import read_rows
 ROOT = Path(__file__).parents[1]
 # accelerate and lm-evaluation-harness, which only what is told of them sees.
 EXTRAS = Path(sysconfig.get_path("purelib", vars={"base": str(ROOT / ".venv" / "extras")}))
+# A Python that has transformers 4.57, and the rest from here.
+TRANSFORMERS4 = ROOT / ".venv" / "transformers4" / "bin" / "python"
 TIMING = {"tokens_per_s", "mfu", "seconds", "memory_gb", "time"}
 
 

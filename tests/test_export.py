@@ -13,13 +13,14 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import options_of_small_run
-from ranks import run, smolds
+from ranks import TRANSFORMERS4, run, smolds
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smolds_dist import export as export_module
 from smolds_dist.config import load_config
 from smolds_dist.data.shards import prepare_shards
+from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
 from smolds_dist.export import export
 from smolds_dist.import_model import import_model
@@ -50,6 +51,17 @@ for absent in ("smolds_dist", "deepspeed"):
     except ImportError:
         continue
     sys.exit(f"{absent} can be imported")
+"""
+
+
+LOGITS = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+texts = ["def add(first): äöü and 😀 of the quick brown fox", "a<|endoftext|>b<|im_start|>"]
+ids = [transformers.AutoTokenizer.from_pretrained(folder)(texts).input_ids for folder in sys.argv[1:3]]
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([ids[0][0]]), use_cache=False).logits
+torch.save((transformers.__version__, ids, logits), sys.argv[3])
 """
 
 
@@ -130,6 +142,45 @@ def test_export_has_what_a_user_looks_for(exported):
     names = load_file(exported / "model.safetensors").keys()
     assert "model.layers.1.mlp.experts.7.down_proj.weight" in names
     assert "model.layers.1.mlp.moe_statics.e_score_correction_bias" in names
+
+
+@pytest.mark.skipif(not TRANSFORMERS4.exists(), reason="no .venv/transformers4; ./launch/test.sh makes it")
+@pytest.mark.parametrize("attention", ["gqa", "latent"])
+def test_transformers_4_reads_an_export_as_5_does(kept_run, exported, corpus, cache, tmp_path, attention):
+    run_dir, model = kept_run[0], exported
+    if attention == "latent":
+        run_dir, model = tmp_path / "runs" / "latent", tmp_path / "model"
+        options = options_of_small_run(corpus, cache, tmp_path)
+        train(load_config([*options, *LATENT, "--model.rms_norm_eps=1e-6", "--run.name=latent"]))
+        export([str(run_dir), "--to", str(model)])
+    seen = {}
+    for name, python in (("4.57", TRANSFORMERS4), ("5.", sys.executable)):
+        command = [str(python), "-c", LOGITS, str(model), str(run_dir / "export"), str(tmp_path / name)]
+        finished = run(command, timeout=120)
+        assert finished.returncode == 0, finished.text
+        version, *seen[name] = torch.load(tmp_path / name)
+        assert version.startswith(name)
+    assert seen["4.57"][0] == seen["5."][0]
+    torch.testing.assert_close(seen["4.57"][1], seen["5."][1], rtol=0, atol=1e-5)
+    assert len(seen["5."][0][0][0]) > 40 and seen["5."][1].abs().max() > 0.1
+
+
+@pytest.mark.skipif(not TRANSFORMERS4.exists(), reason="no .venv/transformers4; ./launch/test.sh makes it")
+def test_transformers_4_reads_further_control_tokens(exported, tmp_path):
+    tokenizer = load_tokenizer(str(exported))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"], "pad_token": "<|pad|>"})
+    save_tokenizer(tokenizer, tmp_path)
+    show = (
+        "import sys, transformers; t = transformers.AutoTokenizer.from_pretrained(sys.argv[1]); "
+        "print(t.convert_tokens_to_ids(t.all_special_tokens), t('a<|im_start|>b').input_ids)"
+    )
+    theirs, ours = (run([str(python), "-c", show, str(tmp_path)], 60) for python in (TRANSFORMERS4, sys.executable))
+    assert theirs.returncode == 0, theirs.text
+    assert (
+        theirs.stdout
+        == ours.stdout
+        == f"[0, {len(tokenizer) - 1}, {len(tokenizer) - 2}] [65, {len(tokenizer) - 2}, 66]\n"
+    )
 
 
 def test_latent_model_and_many_files(corpus, cache, tmp_path):

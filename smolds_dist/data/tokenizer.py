@@ -1,5 +1,6 @@
 """The tokenizer: from the Hub, from a folder, or a byte-level BPE trained on the corpus."""
 
+import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -48,6 +49,24 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return encoder
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves to `folder` in Hugging Face format, in the spelling that transformers 4 and converters read as well as 5.
+
+    transformers 5 writes its own name for the class, `TokenizersBackend`, which others don't know, and lists further
+    control tokens under a key that stands for something else in transformers 4.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for how_it_was_found in ("is_local", "local_files_only"):
+        settings.pop(how_it_was_found, None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Trains a byte-level BPE on the first 32 million characters and saves it to `folder` in Hugging Face format."""
     tokenizer = Tokenizer(models.BPE())
@@ -61,7 +80,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> 
     )
     tokenizer.train_from_iterator(_first_characters(documents, TRAINING_CHARACTERS), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    fast.save_pretrained(folder)
+    save_tokenizer(fast, folder)
 
 
 def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from smolds_dist.config import RunConfig, save_config
 from smolds_dist.data.shards import TokenShards
+from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
@@ -142,7 +143,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     if job.main:
         remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
-        job.shards.tokenizer.save_pretrained(config.run_dir / "tokenizer")
+        save_tokenizer(job.shards.tokenizer, config.run_dir / "tokenizer")
         metrics = MetricsWriter(config, progress.step)
         metrics.row({"step": progress.step, "event": "start"} | environment(topology, num_parameters, peak))
     terminal.say(f"{config.run.name}: {num_parameters:,} parameters, {topology}")

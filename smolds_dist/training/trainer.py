@@ -7,6 +7,7 @@ import torch
 
 from smolds_dist.config import RunConfig
 from smolds_dist.data.shards import TokenShards, prepare_shards
+from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.engine import Engine, end_process_group, largest_over_ranks, start_process_group
@@ -206,4 +207,4 @@ def export_model(
         folder = config.run_dir / "export"
         skeleton.config.dtype = state["lm_head.weight"].dtype
         skeleton.save_pretrained(folder, state_dict=state)
-        shards.tokenizer.save_pretrained(folder)
+        save_tokenizer(shards.tokenizer, folder)
