@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     peaks = []
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     for number in range(options.rounds):
-        peaks.append(matrix_product_peak(torch.device(task.device), dtype, seconds=1.0))
+        peaks.append(matrix_product_peak(torch.device(task.device), dtype, seconds=0.5))
         for name, (wanted, ranks) in chosen.items():
             say(f"round {number + 1} of {options.rounds}: {name}")
             turns[name].append(take_turn(wanted, options.steps, ranks))

@@ -54,7 +54,7 @@ def measure_machine() -> dict[str, Any]:
 
     here = detect_machine()
     device = torch.device(here.devices[0])
-    peaks = {name: matrix_product_peak(device, dtype, 2.0) for name, dtype in _dtypes().items()}
+    peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in _dtypes().items()}
     _say("memory")
     bandwidth = _copy_bandwidth(device)
     _say("links")

@@ -1,7 +1,7 @@
 """Where a step's time and memory go."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -10,6 +10,9 @@ from torch.profiler import record_function
 
 from smolds_dist.parallel.engine import Engine
 
+# [M, K] x [K, N]. With AMX, large and tall ones reach twice the rate of the first; GPUs want the last.
+PRODUCTS = ((1024, 1024, 1024), (8192, 384, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))
+LONGEST_PRODUCT = 0.2  # seconds
 PHASES = ("data", "forward", "backward", "all_to_all", "optimizer", "logging")
 
 
@@ -85,20 +88,41 @@ def memory_in_use(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-@torch.no_grad()
 def matrix_product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """FLOP/s of the fastest of several products of square matrices, [N, N] x [N, N]; what FLOPs utilisation is a share of.
+    """FLOP/s of the fastest of several matrix products; what FLOPs utilisation is a share of.
 
     A measured peak, unlike a data sheet's, is there for every device, and no model can pass it by much.
+
+    Args:
+        seconds: how long each product is repeated.
     """
-    size = 1024 if device.type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    return fastest_rate(lambda M, K, N: _product_seconds(M, K, N, device, dtype, seconds))
+
+
+def fastest_rate(product_seconds: Callable[[int, int, int], float]) -> float:
+    """The most FLOP/s among `PRODUCTS`, without those that would take too long even at the rate found before.
+
+    Args:
+        product_seconds: of one product [M, K] x [K, N].
+    """
+    rate = 0.0
+    for M, K, N in PRODUCTS:
+        flops = 2 * M * K * N
+        if not rate or flops / rate < LONGEST_PRODUCT:
+            rate = max(rate, flops / product_seconds(M, K, N))
+    return rate
+
+
+@torch.no_grad()
+def _product_seconds(M: int, K: int, N: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    left, right = torch.randn(M, K, device=device, dtype=dtype), torch.randn(K, N, device=device, dtype=dtype)
+    out = torch.empty(M, N, device=device, dtype=dtype)
     best, end, repeat = torch.inf, time.perf_counter() + seconds, 0
-    while repeat < 3 or time.perf_counter() < end:
+    while repeat < 2 or time.perf_counter() < end:
         begin = time.perf_counter()
-        torch.mm(matrix, matrix)
+        torch.mm(left, right, out=out)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - begin)
         repeat += 1
-    return 2 * size**3 / best
+    return best
