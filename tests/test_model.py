@@ -87,6 +87,83 @@ def test_logits_equal_transformers(pair):
     torch.testing.assert_close(ours(input_ids=ids).logits, peer(input_ids=ids).logits, atol=1e-4, rtol=0)
 
 
+def test_outputs_that_are_asked_for_equal_transformers(pair):
+    ours, peer = pair
+    peer.set_attn_implementation("eager")
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    asked = dict(output_hidden_states=True, output_attentions=True, output_router_logits=True)
+    for inputs in (dict(input_ids=ids), dict(input_ids=ids, attention_mask=mask)):
+        actual, expected = ours(**inputs, **asked), peer(**inputs, **asked)
+        real = mask.bool() if "attention_mask" in inputs else torch.ones_like(mask, dtype=torch.bool)
+        assert len(actual.hidden_states) == len(actual.attentions) + 1 == len(actual.router_logits) + 1 == 4
+        for one, other in zip(actual.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(one[real], other[real], atol=1e-4, rtol=0)
+        for one, other in zip(actual.attentions, expected.attentions, strict=True):
+            torch.testing.assert_close(one.transpose(1, 2)[real], other.transpose(1, 2)[real], atol=1e-5, rtol=0)
+        if ours.config.attention == "gqa":  # transformers' DeepSeek-V3 keeps its routers' logits to itself
+            for one, other in zip(actual.router_logits, expected.router_logits, strict=True):
+                torch.testing.assert_close(one[real.flatten()], other[real.flatten()], atol=1e-4, rtol=0)
+        torch.testing.assert_close(actual.logits[real], ours(**inputs).logits[real], atol=1e-4, rtol=0)
+    for block, logits in zip(ours.model.layers, actual.router_logits, strict=True):
+        assert logits.shape == (2 * 12, block.mlp.gate.config.num_experts)
+    # nothing of it where nobody asks, and beside a loss where somebody does
+    plain = ours(input_ids=ids)
+    assert plain.hidden_states is plain.attentions is plain.router_logits is None
+    with_loss = ours(input_ids=ids, labels=ids, output_hidden_states=True)
+    assert with_loss.loss is not None and len(with_loss.hidden_states) == 4
+
+
+def test_outputs_that_the_configuration_asks_for(pair):
+    ours, _ = pair
+    settings = ours.config.to_dict() | dict(output_hidden_states=True, output_router_logits=True, return_dict=False)
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings)).eval()
+    model.load_state_dict(ours.state_dict())
+    logits, _cache, hidden, router_logits = model(input_ids=tokens(2, 12))
+    expected = ours(input_ids=tokens(2, 12), output_hidden_states=True, output_router_logits=True)
+    assert torch.equal(logits, expected.logits)
+    assert all(map(torch.equal, hidden, expected.hidden_states))
+    assert all(map(torch.equal, router_logits, expected.router_logits))
+
+
+def test_return_dict_false_gives_a_tuple_without_what_is_absent(pair):
+    ours, peer = pair
+    ids = tokens(2, 12)
+    for inputs in (dict(use_cache=False), dict(use_cache=False, output_hidden_states=True)):
+        actual, expected = (model(input_ids=ids, return_dict=False, **inputs) for model in (ours, peer))
+        assert type(actual) is type(expected) is tuple
+        assert [type(part) for part in actual] == [type(part) for part in expected]
+        torch.testing.assert_close(actual[0], expected[0], atol=1e-4, rtol=0)
+    (loss,) = ours(input_ids=ids, labels=ids, use_cache=False, return_dict=False)
+    assert torch.equal(loss, ours(input_ids=ids, labels=ids).loss)
+
+
+def test_generation_hands_out_what_each_step_computed(pair):
+    ours, peer = pair
+    peer.set_attn_implementation("eager")
+    options = dict(
+        max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
+        output_hidden_states=True, output_attentions=True,
+    )  # fmt: skip
+    actual, expected = ours.generate(tokens(2, 7), **options), peer.generate(tokens(2, 7), **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    for name in ("hidden_states", "attentions"):
+        for one, other in zip(getattr(actual, name), getattr(expected, name), strict=True):
+            for mine, theirs in zip(one, other, strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [GQA, LATENT])
+def test_every_attention_computes_the_same(settings):
+    model, ids = build(settings), tokens(2, 20)
+    logits = model(input_ids=ids).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(input_ids=ids).logits, logits, atol=1e-4, rtol=0)
+    cache = DynamicCache(config=model.config)
+    parts = [model(input_ids=part, cache=cache).logits for part in ids.split([7, 12, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), logits, atol=1e-4, rtol=0)
+
+
 def test_selection_bias_changes_the_choice(pair):
     ours, _ = pair
     ids = tokens(1, 40)

@@ -60,16 +60,22 @@ class DeepSeekV3Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
+        output_attentions: bool = False,
         **kwargs,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, S, H], and the weights [B, N, S, S'] where `output_attentions` asks for them or the implementation is
+        eager; the others never hold them."""
         project = self._latent_qkv if self.latent else self._grouped_query_qkv
         query, key, value = project(x_BSH, *rotary, cache)
-        if self._has_fast_path(query, key, attention_mask):
+        weights = None
+        if output_attentions or self.config._attn_implementation == "eager":
+            out, weights = eager_attention(query, key, value, attention_mask, self.scaling)
+        elif self._has_fast_path(query, key, attention_mask):
             out = causal_attention(query, key, value, self.scaling).transpose(1, 2)
-            return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
-        out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1))
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
+            out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1)), weights
 
     def _has_fast_path(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
         """Whole sequences without padding, on the CPU, unless another implementation than PyTorch's is asked for."""
@@ -116,3 +122,27 @@ class DeepSeekV3Attention(nn.Module):
         query = torch.cat((q_nope, apply_rotary(q_rope, cos, sin)), dim=-1)
         key = torch.cat((k_nope, k_rope.expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
         return query, key, value
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention that holds all its weights, for those who want to see them, and the reference for every other one.
+
+    Args:
+        query: [B, N, S, D].
+        key, value: [B, G, S', D] and [B, G, S', D'], S' counting cached tokens too.
+        mask: [B, 1, S, S'], True or 0 where a token is seen; None stands for the causal mask.
+
+    Returns:
+        [B, S, N, D'] and the weights [B, N, S, S'].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * scaling
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - query.shape[2])
+    mask = mask[..., : key.shape[2]]
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights

@@ -40,6 +40,7 @@ class DeepSeekV3Config(PreTrainedConfig):
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router_aux_loss_coef: float = 0.0
+    output_router_logits: bool = False
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     rope_theta: float = 100000.0

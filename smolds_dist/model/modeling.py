@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
@@ -32,7 +34,8 @@ class DeepSeekV3Block(GradientCheckpointingLayer):
         self.mlp = DeepSeekMoE(config)
 
     def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
-        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
+        attended, _ = self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
+        x_BSH = x_BSH + attended
         return x_BSH + self.mlp(self.post_attention_layernorm(x_BSH))
 
 
@@ -63,6 +66,12 @@ class DeepSeekV3PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    # What transformers' `output_...` arguments collect, by hooks that it sets when they are first asked for.
+    _can_record_outputs = {
+        "hidden_states": DeepSeekV3Block,
+        "attentions": OutputRecorder(DeepSeekV3Attention, index=1),
+        "router_logits": OutputRecorder(TopKRouter, index=2),
+    }
 
     def _cache_for(self, cache: Cache | None, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The key/value cache that the caller gave, or a new one where one is wanted.
@@ -102,6 +111,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -113,6 +123,8 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
+        """Hidden states [B, S, H], and what transformers' `output_hidden_states`, `output_attentions` and
+        `output_router_logits` ask for."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -123,8 +135,13 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         # By position, here and in the outputs, because the cache's keyword depends on transformers' version.
         mask = create_causal_mask(self.config, x_BSH, attention_mask, cache, position_ids)
         rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta)
+        attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if attentions and self.config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} has no attention weights; use 'eager'."
+            )
         for block in self.layers:
-            x_BSH = block(x_BSH, rotary=rotary, attention_mask=mask, cache=cache)
+            x_BSH = block(x_BSH, rotary=rotary, attention_mask=mask, cache=cache, output_attentions=attentions)
         return MoeModelOutputWithPast(self.norm(x_BSH), cache)
 
 
@@ -139,6 +156,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         self.lm_head = LMHead(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -158,16 +176,22 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         `num_items_in_batch`, which transformers' Trainer gives, is the number of labels that the loss is divided by instead
         of those here: the labels of all micro batches and ranks of a step.
         `aux_loss` is the mean over layers of the load-balancing loss, already added to `loss` with its coefficient.
+        `output_hidden_states`, `output_attentions`, `output_router_logits` and `return_dict` are transformers': hidden
+        states [B, S, H] of the embedding and after every layer, the last one normed; attention weights [B, N, S, S'], for
+        which attention is computed the eager way; and router logits [B x S, E], each a tuple over layers.
         """
         cache = self._cache_for(cache, past_key_values, use_cache)
-        hidden = self.model(
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=False,  # only what `cache` says
-        ).last_hidden_state
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
         loss = logits = aux_loss = None
         if labels is not None:
             loss = self.lm_head(hidden, labels)
@@ -179,7 +203,15 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        return MoeCausalLMOutputWithPast(loss, aux_loss, logits, cache)
+        return MoeCausalLMOutputWithPast(
+            loss,
+            aux_loss,
+            logits,
+            cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
 
 
 def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM) -> None:

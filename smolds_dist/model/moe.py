@@ -28,15 +28,20 @@ class TopKRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns weights [T, K] (fp32), chosen experts [T, K] and all scores [T, E] (fp32)."""
+        """Returns weights [T, K] (fp32), chosen experts [T, K] and logits [T, E] (fp32), before softmax or sigmoid."""
         with torch.autocast(x_TH.device.type, enabled=False):
             logits = F.linear(x_TH.float(), self.weight.float())
-        scores = logits.softmax(-1) if self.config.scoring_func == "softmax" else logits.sigmoid()
+        scores = router_scores(logits, self.config.scoring_func)
         chosen = (scores + self.e_score_correction_bias).topk(self.config.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * self.config.routed_scaling_factor, chosen, scores
+        return weights * self.config.routed_scaling_factor, chosen, logits
+
+
+def router_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:
+    """Every expert's score for every token, [T, E]; `scoring_func` is softmax or sigmoid."""
+    return logits_TE.softmax(-1) if scoring_func == "softmax" else logits_TE.sigmoid()
 
 
 class DeepSeekExpertLayer(nn.Module):
@@ -149,13 +154,14 @@ class DeepSeekMoE(nn.Module):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
-        weights, chosen, scores = self.gate(x_TH)
+        weights, chosen, logits = self.gate(x_TH)
         # Not bincount, for which the host would have to wait.
         ones = torch.ones_like(chosen).flatten()
         counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
         self.tokens_per_expert += counts
         if self.training and self.config.router_aux_loss_coef:
             share = counts / chosen.numel()
+            scores = router_scores(logits, self.config.scoring_func)
             self.aux_loss = self.config.num_experts * (share * scores.mean(0)).sum()
         out = self.experts(x_TH, weights, chosen, counts)
         if self.shared_experts is not None:

@@ -3,7 +3,7 @@
 Shape letters: T tokens, L layers, E experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolds_dist.model.moe import router_scores
 from smolds_dist.parallel.balancer import moe_layers
 
 BINS = 20  # of equal width, for probabilities from 0 to 1
@@ -31,10 +32,10 @@ class RouterStatistics:
         for number, layer in enumerate(layers.values()):
             router = getattr(layer, "router", None)
             if router is None:
-                layer.gate.register_forward_hook(partial(self._note, number, _scores_of_ours))
+                gate, scoring = layer.gate, layer.gate.config.scoring_func
             else:  # AutoEP keeps the scores to itself, but not the Linear that they come from
-                scores_of = torch.sigmoid if router.score_func == "sigmoid" else partial(torch.softmax, dim=-1)
-                router.gate.register_forward_hook(partial(self._note, number, scores_of))
+                gate, scoring = router.gate, router.score_func
+            gate.register_forward_hook(partial(self._note, number, scoring))
 
     @contextmanager
     def watching(self, on: bool = True) -> Iterator[None]:
@@ -44,10 +45,11 @@ class RouterStatistics:
         self._on = False
 
     @torch.no_grad()
-    def _note(self, layer: int, scores_of: Callable[[Any], Tensor], _module: Any, _inputs: Any, output: Any) -> None:
+    def _note(self, layer: int, scoring: str, _module: Any, _inputs: Any, output: Any) -> None:
         if not self._on:
             return
-        scores_TE = scores_of(output).float()
+        logits_TE = output[2] if isinstance(output, tuple) else output
+        scores_TE = router_scores(logits_TE, scoring).float()
         share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         sums = self._sums[layer]
         sums[0] += len(share_TE)
@@ -58,10 +60,6 @@ class RouterStatistics:
         """This rank's sums since the last call, [L, 2 + BINS]; see `entropy_and_histogram`."""
         sums, self._sums = self._sums, torch.zeros_like(self._sums)
         return sums
-
-
-def _scores_of_ours(output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    return output[2]
 
 
 def entropy_and_histogram(sums: Tensor) -> tuple[Tensor, Tensor]:

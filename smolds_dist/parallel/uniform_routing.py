@@ -25,8 +25,8 @@ def force_uniform_routing(model: nn.Module) -> None:
 
 
 def _ours(router: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    weights, chosen, scores = output
-    return weights, _turns(chosen, router.config.num_experts), scores
+    weights, chosen, logits = output
+    return weights, _turns(chosen, router.config.num_experts), logits
 
 
 def _of_autoep(router: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
