@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from smolds_dist.errors import ConfigError, RankFailedError
+from smolds_dist.errors import ConfigError, RankError, RankFailedError
 
 USAGE = """usage: smolds COMMAND [options]
 
@@ -41,8 +41,10 @@ def main() -> None:
             raise ConfigError(f"smolds {name!r} is no command; use one of {', '.join(commands)}.")
         commands[name](args)
     except ConfigError as error:
+        from smolds_dist.parallel.ranks import is_first_rank
+
         # Every rank finds the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(error, RankError) or is_first_rank(os.environ):
             print(f"smolds: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -55,8 +57,8 @@ def _train(args: list[str]) -> None:
 
     # Slurm's warning may come before the training listens; it waits until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    info = join_ranks()  # first of all work, because it says which rank speaks
     config = load_config(args, prog="smolds train")  # before the heavy imports, so that a mistake shows at once
+    info = join_ranks(config.parallel.timeout)
     share_cores(info)
 
     # Almost all that imports make stays for good: looking for garbage in it is a quarter of the time in which a run starts.
@@ -70,7 +72,7 @@ def _train(args: list[str]) -> None:
     gc.enable()
     transformers.logging.disable_progress_bar()
     try:
-        code = train(config)
+        code = train(config, info)
     except RankFailedError:
         code = 1
     if info.world_size > 1:

@@ -11,6 +11,10 @@ class ConfigError(Exception):
     """
 
 
+class RankError(ConfigError):
+    """What is wrong with the ranks themselves; whoever raises it tells it, for it may be the only one."""
+
+
 class RankFailedError(Exception):
     """A rank's training ended in an error that has been told and logged already."""
 

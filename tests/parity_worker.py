@@ -61,9 +61,10 @@ def train_case(
     """
     options = [*options, f"--run.dir={save or 'unused'}", "--run.name=run"]
     config = load_config([*BASE, *options, *([f"--checkpoint.resume={resume}"] if resume else [])])
-    topology = plan_topology(config, detect_machine(), rank_from_environment())
+    info = rank_from_environment()
+    topology = plan_topology(config, detect_machine(), info)
     if not torch.distributed.is_initialized():
-        start_process_group(topology)
+        start_process_group(topology, info)
     # Under some seeds a token's second and third expert have the same score but for rounding, and runs part there.
     torch.manual_seed(3)
     model_config = DeepSeekV3Config(**(config.model.architecture() | {"vocab_size": VOCAB, "initializer_range": 0.2}))

@@ -77,7 +77,7 @@ def test_combinations_of_options_are_refused():
 
 
 def test_rank_comes_from_the_environment(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert rank_from_environment() == RankInfo(0, 0, 1)
     monkeypatch.setenv("RANK", "3")
@@ -85,6 +85,10 @@ def test_rank_comes_from_the_environment(monkeypatch):
         rank_from_environment()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="MASTER_PORT"):
+        rank_from_environment()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert rank_from_environment() == RankInfo(3, 1, 4)
 
 

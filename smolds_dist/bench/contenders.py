@@ -119,7 +119,7 @@ def smolds(task: Task, gate: Gate) -> None:
         f"--train.dtype={task.dtype}", f"--parallel.device={task.device.partition(':')[0]}",
     )  # fmt: skip
     topology = plan_topology(config, detect_machine(), info)
-    start_process_group(topology)
+    start_process_group(topology, info)
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**task.model_settings()))
     engine = engine_for(model, config, topology)
@@ -276,7 +276,7 @@ def deepspeed_moe(task: Task, gate: Gate) -> None:
 
     info = rank_from_environment()
     config = load_config(["--preset", task.preset, "--parallel.engine=deepspeed", "--train.global_batch=1"])
-    start_process_group(plan_topology(config, detect_machine(), info))
+    start_process_group(plan_topology(config, detect_machine(), info), info)
 
     class Mixture(nn.Module):
         def __init__(self, m: Model):

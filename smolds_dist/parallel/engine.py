@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from smolds_dist.config import RunConfig
 from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
 from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
-from smolds_dist.parallel.ranks import interface_towards
+from smolds_dist.parallel.meeting import Patience, meet
+from smolds_dist.parallel.ranks import RankInfo, interface_towards
 from smolds_dist.parallel.topology import Topology
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
@@ -141,21 +142,19 @@ def keep_freed_memory() -> None:
     ctypes.CDLL(None).mallopt(trim_threshold, -1)
 
 
-def start_process_group(topology: Topology) -> None:
-    """Joins the other ranks, if the topology has a process group."""
+def start_process_group(topology: Topology, info: RankInfo, patience: Patience | None = None) -> bool:
+    """Joins the other ranks, if the topology has a process group; False where `patience` ended the waiting for them.
+
+    Raises:
+        ConfigError: where ranks are missing.
+    """
     if topology.device == "cuda":
         torch.cuda.set_device(topology.local_rank)
     if topology.engine != "deepspeed":
-        return
+        return True
     # One process with DeepSpeed has no launcher that tells it where to meet.
-    if "RANK" not in os.environ:
-        os.environ |= {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-        }
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {name: os.environ.get(name, value) for name, value in alone.items()}
     if topology.device == "cpu":
         # DeepSpeed would pick an installed GPU's accelerator whatever the run asked for.
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -164,6 +163,10 @@ def start_process_group(topology: Topology) -> None:
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # Held until the end of this function: torch's own store is the same server's.
+    store = meet(info, patience or Patience()) if topology.world_size > 1 else None
+    if store is None and topology.world_size > 1:
+        return False
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
@@ -171,6 +174,7 @@ def start_process_group(topology: Topology) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
     deepspeed.init_distributed(dist_backend=topology.backend, verbose=False)
+    return True
 
 
 def end_process_group() -> None:

@@ -79,6 +79,10 @@ class RankReport:
     def beat(self) -> None:
         """A sign of life: another forward pass begins."""
         self.passes += 1
+        self.alive()
+
+    def alive(self) -> None:
+        """A sign of life without a forward pass."""
         self._last_beat = time.monotonic()
 
     def end(self, state: str = "done", code: int = 0) -> None:

@@ -29,7 +29,7 @@ from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.parallel.failure import exit_code_of_stop, find_dead, signal_ranks
 from smolds_dist.parallel.output import run_quietly
-from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.ranks import RankInfo, started_by
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
 
 LAUNCHERS = ("auto", "none", "torchrun", "deepspeed", "mpi", "slurm")
@@ -95,9 +95,8 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
     on_cpu = device == "cpu" or machine.devices[0] == "cpu"
     hosts = read_hostfile(options.hostfile) if options.hostfile else {}
     launcher = options.launcher
-    is_rank = "RANK" in env or any(int(env.get(n, 1)) > 1 for n in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     if launcher == "auto":
-        if is_rank:
+        if started_by(env):
             return Plan("none", 1, 1)
         if hosts:
             launcher = "deepspeed"

@@ -6,14 +6,19 @@ MASTER_ADDR, MASTER_PORT), so that nothing else has to know who started the rank
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import socket
 import subprocess
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, RankError
 
 
 @dataclass(frozen=True)
@@ -24,43 +29,81 @@ class RankInfo:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int | None = None  # ranks on this node; None: all
+    size_from: str = "WORLD_SIZE"  # the variable that says how many there are
 
     @property
     def ranks_per_node(self) -> int:
         return self.local_world_size or self.world_size
 
 
-def join_ranks() -> RankInfo:
+# Beside torchrun and deepspeed: the variable that says how many ranks there are, and the one that says which this is.
+MPI_VARIABLES = {"OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
+SLURM_VARIABLES = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID"}
+
+
+def started_by(environment: Mapping[str, str]) -> str | None:
+    """The variable that says how many ranks there are, if any does; RANK and WORLD_SIZE count before the others'."""
+    if "RANK" in environment:
+        return "WORLD_SIZE"
+    for size in MPI_VARIABLES | SLURM_VARIABLES:
+        value = environment.get(size, "")
+        if value.isdecimal() and int(value) > 1:
+            return size
+    return None
+
+
+def is_first_rank(environment: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, or a single one; known before the ranks have joined."""
+    size = started_by(environment)
+    return size is None or environment.get((MPI_VARIABLES | SLURM_VARIABLES).get(size, "RANK"), "0") == "0"
+
+
+def how_to_train_alone(info: RankInfo) -> str:
+    """What to do, as a part of a sentence."""
+    variables = "RANK WORLD_SIZE" if info.size_from == "WORLD_SIZE" else info.size_from
+    return f"`unset {variables}` to train in this process alone"
+
+
+def join_ranks(timeout: float = 0.0) -> RankInfo:
     """This process's rank; a single one where no launcher started it. Afterwards the environment says the same.
 
+    Args:
+        timeout: seconds to wait for the ranks of an MPI job to start; 0: for ever.
+
     Raises:
-        ConfigError: where a launcher's variables are incomplete or mpi4py is missing.
+        ConfigError: where a launcher's variables are incomplete or wrong, or mpi4py is missing.
     """
-    if "RANK" not in os.environ:
-        if int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) > 1:
-            os.environ |= _ranks_of_mpi()
-        elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-            os.environ |= _ranks_of_slurm()
-        else:
-            return RankInfo()
-    return rank_from_environment()
+    size = started_by(os.environ)
+    if size is None:
+        return RankInfo()
+    if size in MPI_VARIABLES:
+        os.environ |= _ranks_of_mpi(size, timeout)
+    elif size in SLURM_VARIABLES:
+        os.environ |= _ranks_of_slurm()
+    return replace(rank_from_environment(), size_from=size)
+
+
+ALONE = "start ranks with `smolds launch`, or `unset RANK WORLD_SIZE` to train in this process alone"
 
 
 def rank_from_environment() -> RankInfo:
     """The rank that the environment names; a single one where it names none.
 
     Raises:
-        ConfigError: where RANK is set but its companions are not.
+        RankError: where RANK is set but its companions are not, or they contradict each other.
     """
     if "RANK" not in os.environ:
         return RankInfo()
     try:
         rank, local_rank, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"RANK is set in the environment but {error} is missing or no number; start ranks with `smolds launch`, "
-            "or unset RANK for a single process."
-        ) from None
+        raise RankError(f"RANK is set in the environment but {error} is missing or no number; {ALONE}.") from None
+    if not 0 <= rank < world:
+        raise RankError(f"RANK={rank} in the environment is none of WORLD_SIZE={world} ranks; {ALONE}.")
+    if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise RankError(
+            f"WORLD_SIZE={world} in the environment, but no MASTER_ADDR and MASTER_PORT, where the ranks meet; {ALONE}."
+        )
     # torchrun's name, then deepspeed's
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return RankInfo(rank, local_rank, world, int(local_world) if local_world else None)
@@ -104,15 +147,31 @@ def _first_slurm_host(nodes: str) -> str:
         ) from None
 
 
-def _ranks_of_mpi() -> dict[str, str]:
-    """From MPI itself: the local rank through a shared-memory split, the address proved by a connection of every rank."""
+def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
+    """From MPI itself: the local rank through a shared-memory split, the address proved by a connection of every rank.
+
+    Args:
+        size: the variable that says that this is an MPI job, and of how many ranks.
+        timeout: seconds to wait for them to start; 0: for ever.
+    """
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
         from mpi4py import MPI
     except ImportError as error:
         raise ConfigError(
             f"mpirun started these ranks, but mpi4py cannot be loaded ({error}); pip install 'smolds-dist[mpi]'."
         ) from None
+    info = RankInfo(int(os.environ.get(MPI_VARIABLES[size], "0")), 0, int(os.environ[size]), size_from=size)
+    with _waiting_told(info, timeout):
+        _initialize_mpi(MPI)
     world = MPI.COMM_WORLD
+    if world.size != info.world_size:
+        raise RankError(
+            f"{size} says that there are {info.world_size} ranks, but MPI knows of {world.size}; "
+            f"{how_to_train_alone(info)}, or where mpirun did start this, install an mpi4py that was built for its MPI."
+        )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     with socket.create_server(("0.0.0.0", 0)) as server:
         offered = world.bcast((_own_addresses(), server.getsockname()[1]) if world.rank == 0 else None)
@@ -137,6 +196,44 @@ def _ranks_of_mpi() -> dict[str, str]:
     local.Free()
     MPI.Finalize()  # torch and DeepSpeed do the rest; a rank that ends without this would look like a crash to mpirun
     return answer
+
+
+@contextlib.contextmanager
+def _waiting_told(info: RankInfo, timeout: float) -> Iterator[None]:
+    """Says after ten seconds what this process waits for, and after `timeout` ends it."""
+    over = threading.Event()
+    text = (
+        f"rank {info.rank} has waited {{}} s for the other ranks of its MPI job, because {info.size_from} says that there "
+        f"are {info.world_size}; {how_to_train_alone(info)}, or start them all with mpirun."
+    )
+
+    def watch() -> None:
+        first = min(10.0, timeout or 10.0)
+        if over.wait(first):
+            return
+        print(f"smolds: {text.format(round(first))}", file=sys.stderr, flush=True)
+        if timeout and not over.wait(timeout - first):
+            print(f"smolds: {text.format(round(timeout))}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    threading.Thread(target=watch, name="watch-mpi", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _initialize_mpi(mpi: Any) -> None:
+    """MPI_Init_thread, while which other threads run.
+
+    mpi4py 4.1's own holds the interpreter's lock as long as ranks are missing, so that nothing could be said. Can go when it
+    lets go of it.
+    """
+    function = getattr(ctypes.CDLL(mpi.__file__), "MPI_Init_thread", None)
+    if function is None:
+        mpi.Init_thread()
+    elif not mpi.Is_initialized():
+        function(None, None, int(mpi.THREAD_MULTIPLE), ctypes.byref(ctypes.c_int()))
 
 
 def _own_addresses() -> list[str]:

@@ -1,5 +1,7 @@
 """The training loop: read from top to bottom, it is what a run does."""
 
+import math
+import signal
 import sys
 from contextlib import nullcontext
 
@@ -12,7 +14,8 @@ from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedErro
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.engine import Engine, end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.failure import RankReport
-from smolds_dist.parallel.ranks import rank_from_environment
+from smolds_dist.parallel.meeting import Patience
+from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.planner.flops import flops_per_token
 from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
@@ -25,8 +28,11 @@ from smolds_dist.training.step import take_step
 from smolds_dist.training.summary import summary
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, info: RankInfo | None = None) -> int:
     """Runs `config` on this rank, from a new model or a checkpoint of any layout, to the exported model.
+
+    Args:
+        info: this process among the ranks; what the environment says where not given.
 
     Returns:
         The exit code: 0; that of the signal after which it stopped (`training.signals`); or 1 where the loss diverged or a
@@ -35,7 +41,7 @@ def train(config: RunConfig) -> int:
     Raises:
         ConfigError: where the run cannot start; nothing has been written then.
     """
-    info = rank_from_environment()
+    info = info or rank_from_environment()
     topology = plan_topology(config, detect_machine(), info)
     check_resumable(config)
     shards = prepare_shards(config)
@@ -44,8 +50,14 @@ def train(config: RunConfig) -> int:
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         flops = flops_per_token(model_config, config.data.seq_len)
         job = Job(config, topology, shards, model_config, flops, stop, report.beat if report else lambda: None)
+        patience = Patience(
+            timeout=config.parallel.timeout or math.inf,
+            stopped=lambda: stop.asked is not None,
+            alive=report.alive if report else lambda: None,
+        )
         try:
-            code = run(job)
+            met = start_process_group(topology, info, patience)
+            code = run(job) if met else EXIT_CODES[signal.Signals(stop.asked or 0)]
             outcome = "stopped" if code else "done"
         except ConfigError:
             if report:
@@ -68,7 +80,6 @@ def train(config: RunConfig) -> int:
 def run(job: Job) -> int:
     """Trains to the end, going back to a checkpoint where the loss has spiked; returns the exit code."""
     config, topology = job.config, job.topology
-    start_process_group(topology)
     if largest_over_ranks(topology, not (config.run_dir / "lock").exists()):
         raise ConfigError(
             f"{config.run_dir} is not seen by all ranks; choose a --run.dir on a file system that all nodes share."

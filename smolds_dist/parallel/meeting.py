@@ -1,0 +1,119 @@
+"""Where the ranks of a job meet: a store at MASTER_ADDR:MASTER_PORT, which rank 0 or torchrun's agent keeps.
+
+torch waits there for half an hour without a word, deaf to signals. Here a rank says after ten seconds for whom it waits and
+what it believes that from: most often the variables are left over in a shell, and nobody else will come.
+"""
+
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import DistError, DistNetworkError, TCPStore
+
+from smolds_dist.errors import ConfigError, RankError
+from smolds_dist.parallel.ranks import RankInfo, how_to_train_alone
+
+TELL_AFTER = 10.0  # seconds
+EVERYONE = "smolds/everyone"  # the key that whoever comes last sets
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a rank waits for the others."""
+
+    timeout: float = math.inf  # seconds until it gives up
+    stopped: Callable[[], bool] = lambda: False  # whether it has been asked to stop waiting
+    alive: Callable[[], None] = lambda: None  # called while it waits
+
+
+def meet(info: RankInfo, patience: Patience) -> TCPStore | None:
+    """The store that all ranks have come to, or None where `patience.stopped` ended the waiting.
+
+    Raises:
+        RankError: on the first of the ranks that did come, after `patience.timeout` seconds.
+        ConfigError: on the others.
+    """
+    begun, told, pause = time.monotonic(), False, 0.01
+    store: TCPStore | None = None
+    while not patience.stopped():
+        patience.alive()
+        try:
+            store = store or _store(info)
+            if store and store.check([EVERYONE]):
+                return store
+        except DistError:  # whoever keeps the store has gone
+            store = None
+        waited = time.monotonic() - begun
+        if (waited > TELL_AFTER and not told) or waited > patience.timeout:
+            told = True
+            missing, first = _missing(info, store)
+            text = (
+                f"rank {info.rank} has waited {waited:.0f} s for {missing} at {_place()}, because {info.size_from} says "
+                f"that there are {info.world_size}; {how_to_train_alone(info)}, or start all ranks with `smolds launch`."
+            )
+            if waited > patience.timeout:
+                raise RankError(text) if first else ConfigError(text)
+            if first:
+                print(f"smolds: {text}", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        pause = min(0.5, 1.2 * pause)
+    return None
+
+
+def _place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _key(rank: int) -> str:
+    return f"smolds/rank/{rank}"
+
+
+def _store(info: RankInfo) -> TCPStore | None:
+    """Connects, if there is something to connect to, and tells the others.
+
+    Beside this store, torch and DeepSpeed open their own at the same port.
+
+    Raises:
+        RankError: where another program has the port.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not keeps:
+        # torch would print pages about a refused connection.
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+        except OSError:
+            return None
+    try:
+        store = TCPStore(
+            host, port, is_master=keeps, timeout=timedelta(seconds=10), wait_for_workers=False, multi_tenant=True
+        )
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise RankError(
+            f"{_place()}, where the ranks should meet, is taken by another program; set MASTER_PORT to a free port, or "
+            f"{how_to_train_alone(info)}."
+        ) from None
+    if not store.check([_key(info.rank)]):
+        store.set(_key(info.rank), "")
+        if store.add("smolds/count", 1) == info.world_size:
+            store.set(EVERYONE, "")
+    return store
+
+
+def _missing(info: RankInfo, store: TCPStore | None) -> tuple[str, bool]:
+    """Which ranks have not come, in words, and whether this one is the first of those that have."""
+    try:
+        absent = [rank for rank in range(info.world_size) if store and not store.check([_key(rank)])]
+    except DistError:
+        absent = []
+    if not absent:
+        return "rank 0", True
+    numbers = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} others" if len(absent) > 8 else "")
+    return f"rank{'s' if len(absent) > 1 else ''} {numbers}", set(range(info.rank)) <= set(absent)

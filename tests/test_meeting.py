@@ -1,0 +1,179 @@
+"""Ranks that wait for others: they say so, name what they believe it from, and come to an end."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from ranks import ROOT, Finished, run, smolds
+
+from smolds_dist.errors import ConfigError, RankError
+from smolds_dist.parallel import meeting
+from smolds_dist.parallel.meeting import Patience, meet
+from smolds_dist.parallel.ranks import RankInfo
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """A free port, and in the environment as the place where ranks meet."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    return port
+
+
+def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object]:
+    """What `meet` gave to each of these ranks of `world`, or its error."""
+
+    def one(rank: int):
+        try:
+            return meet(RankInfo(rank, rank, world), Patience(timeout))
+        except ConfigError as error:
+            return error
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return dict(zip(ranks, pool.map(one, ranks), strict=True))
+
+
+def test_ranks_that_all_come_meet_without_a_word(place, capsys):
+    stores = come([2, 0, 1, 3], 4, timeout=30)
+    stores[1].set("from 1", "here")
+    assert stores[3].get("from 1") == b"here"
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_ranks_are_named_by_the_first_that_came(place, capsys, monkeypatch):
+    monkeypatch.setattr(meeting, "TELL_AFTER", 0.3)
+    errors = come([0, 1, 4], 6)
+    words = f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{place}, because WORLD_SIZE says that there are 6; "
+    assert str(errors[0]).startswith(words)
+    assert "`unset RANK WORLD_SIZE`" in str(errors[0])
+    assert [type(errors[rank]) for rank in (0, 1, 4)] == [RankError, ConfigError, ConfigError]
+    said = capsys.readouterr().err
+    assert said.count("smolds: ") == 1 and "rank 0 has waited 0 s for ranks 2, 3, 5 at" in said
+
+
+def test_every_rank_says_that_rank_0_is_missing(place, capsys, monkeypatch):
+    monkeypatch.setattr(meeting, "TELL_AFTER", 0.3)
+    errors = come([1], 2)
+    assert isinstance(errors[1], RankError)
+    assert f"rank 1 has waited 1 s for rank 0 at 127.0.0.1:{place}" in str(errors[1])
+    assert capsys.readouterr().err.count("for rank 0 at") == 1
+
+
+def test_taken_port_is_told(place):
+    with socket.create_server(("", int(place))):
+        (error,) = come([0], 2).values()
+    assert isinstance(error, RankError)
+    assert f"127.0.0.1:{place}" in str(error) and "set MASTER_PORT to a free port" in str(error)
+
+
+def test_waiting_ends_when_asked_to(place):
+    begun = time.monotonic()
+    assert meet(RankInfo(0, 0, 2), Patience(stopped=lambda: time.monotonic() > begun + 0.5)) is None
+    assert time.monotonic() < begun + 5
+
+
+def left_over(rank: int, port: str) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
+def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, place):
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": place}
+    cases = {
+        "first": left_over(0, place),
+        "second": left_over(1, str(int(place) - 1)),
+        "slurm": slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(int(place) - 2)},
+    }
+
+    def train(name: str) -> Finished:
+        options = [*small_run, f"--run.name={name}", "--parallel.timeout=12"]
+        return smolds("train", *options, timeout=90, **cases[name])
+
+    with ThreadPoolExecutor() as pool:
+        finished = dict(zip(cases, pool.map(train, cases), strict=True))
+    for name, (rank, other, variable, unset) in {
+        "first": (0, 1, "WORLD_SIZE", "RANK WORLD_SIZE"),
+        "second": (1, 0, "WORLD_SIZE", "RANK WORLD_SIZE"),
+        "slurm": (1, 0, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_TASKS"),
+    }.items():
+        assert finished[name].returncode == 2, finished[name].text
+        told = [line for line in finished[name].stderr.splitlines() if line.startswith("smolds: ")]
+        for line, seconds in zip(told, (10, 12), strict=True):
+            assert line.startswith(f"smolds: rank {rank} has waited {seconds} s for rank {other} at 127.0.0.1:"), line
+            assert f"because {variable} says that there are 2; `unset {unset}` to train in this process alone" in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "'LOCAL_RANK' is missing"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "no MASTER_ADDR and MASTER_PORT"),
+        (
+            {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+            "RANK=2 in the environment is none of WORLD_SIZE=2 ranks",
+        ),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused_at_once(small_run, tmp_path, variables, words):
+    finished = smolds("train", *small_run, timeout=30, **variables)
+    assert finished.returncode == 2, finished.text
+    assert words in finished.stderr and "`unset RANK WORLD_SIZE`" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path, rank):
+    pytest.importorskip("mpi4py")
+    variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": rank}
+    finished = smolds("train", *small_run, timeout=30, **variables)
+    assert finished.returncode == 2, finished.text
+    assert "OMPI_COMM_WORLD_SIZE says that there are 2 ranks, but MPI knows of 1; `unset OMPI_COMM" in finished.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no Open MPI here")
+def test_rank_of_mpirun_says_that_the_others_do_not_come(small_run):
+    pytest.importorskip("mpi4py")
+    train = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--parallel.timeout=11"]
+    script = 'if [ "$OMPI_COMM_WORLD_RANK" = 0 ]; then exec "$@"; else sleep 60; fi'
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    finished = run([*mpirun, "bash", "-c", script, "bash", *train], timeout=50)
+    assert finished.returncode == 2, finished.text
+    for seconds in (10, 11):
+        assert (
+            f"smolds: rank 0 has waited {seconds} s for the other ranks of its MPI job, because OMPI" in finished.stderr
+        )
+    assert "`unset OMPI_COMM_WORLD_SIZE` to train in this process alone" in finished.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_ends_the_waiting_at_once(small_run, tmp_path, place, number, code):
+    command = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--run.name=waiting"]
+    environment = os.environ | left_over(1, place) | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    entry = tmp_path / "runs" / "waiting" / "ranks" / "rank_00001.json"
+    try:
+        deadline = time.monotonic() + 60
+        while not entry.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(30) == code, process.stderr.read()
+        assert time.monotonic() < begun + 10
+    finally:
+        process.kill()
