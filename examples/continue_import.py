@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from smolds_dist import load_config, train
-from smolds_dist.export import export
-from smolds_dist.import_model import import_model
+from smolds_dist.interchange.export import export
+from smolds_dist.interchange.import_model import import_model
 
 
 def main(run: Path, source: str, args: list[str]) -> None:

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from smolds_dist.config import RunConfig as RunConfig
     from smolds_dist.config import load_config as load_config
     from smolds_dist.errors import ConfigError as ConfigError
-    from smolds_dist.library import RunResult as RunResult
-    from smolds_dist.library import launch as launch
-    from smolds_dist.library import train as train
     from smolds_dist.model import DeepSeekV3Config as DeepSeekV3Config
     from smolds_dist.model import DeepSeekV3ForCausalLM as DeepSeekV3ForCausalLM
+    from smolds_dist.training.library import RunResult as RunResult
+    from smolds_dist.training.library import launch as launch
+    from smolds_dist.training.library import train as train
 
 # What the package offers, by the module that it is in.
 _HOME = {
-    "ConfigError": "errors", "RunConfig": "config", "load_config": "config", "RunResult": "library", "launch": "library",
-    "train": "library", "DeepSeekV3Config": "model", "DeepSeekV3ForCausalLM": "model",
+    "ConfigError": "errors", "RunConfig": "config", "load_config": "config", "RunResult": "training.library",
+    "launch": "training.library", "train": "training.library", "DeepSeekV3Config": "model", "DeepSeekV3ForCausalLM": "model",
 }  # fmt: skip
 
 

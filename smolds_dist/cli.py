@@ -65,7 +65,7 @@ def _train(args: list[str]) -> None:
     gc.disable()
     import transformers
 
-    from smolds_dist.parallel.engine import end_rank
+    from smolds_dist.parallel.process_group import end_rank
     from smolds_dist.training.trainer import train
 
     gc.freeze()
@@ -81,72 +81,73 @@ def _train(args: list[str]) -> None:
 
 
 def _launch(args: list[str]) -> None:
-    from smolds_dist.parallel.launcher import launch
+    from smolds_dist.launching.launcher import launch
 
     sys.exit(launch(args))
 
 
 def _slurm(args: list[str]) -> None:
-    from smolds_dist.slurm import slurm
+    from smolds_dist.launching.slurm import slurm
 
     slurm(args)
 
 
 def _plan(args: list[str]) -> None:
+    from smolds_dist.bench.calibrate import calibrate
     from smolds_dist.planner.command import plan
 
-    plan(args)
+    plan(args, calibrate)
 
 
 def _doctor(args: list[str]) -> None:
-    from smolds_dist.doctor import doctor
+    from smolds_dist.launching.doctor import doctor
 
     sys.exit(doctor(args))
 
 
 def _checkpoint(args: list[str]) -> None:
-    from smolds_dist.training.checkpoint_command import checkpoint
+    from smolds_dist.checkpoint.command import checkpoint
 
     sys.exit(checkpoint(args))
 
 
 def _report(args: list[str]) -> None:
-    from smolds_dist.report import report
+    from smolds_dist.observe.report import report
 
     report(args)
 
 
 def _board(args: list[str]) -> None:
-    from smolds_dist.board import board
+    from smolds_dist.observe.board import board
 
     board(args)
 
 
 def _bench(args: list[str]) -> None:
-    from smolds_dist.bench import bench
+    from smolds_dist.bench.command import bench
 
     bench(args)
 
 
 def _export(args: list[str]) -> None:
-    from smolds_dist.export import export
+    from smolds_dist.interchange.export import export
 
     export(args)
 
 
 def _import(args: list[str]) -> None:
-    from smolds_dist.import_model import import_model
+    from smolds_dist.interchange.import_model import import_model
 
     import_model(args)
 
 
 def _eval(args: list[str]) -> None:
-    from smolds_dist.eval_command import evaluate_model
+    from smolds_dist.inference.evaluate import evaluate_model
 
     evaluate_model(args)
 
 
 def _generate(args: list[str]) -> None:
-    from smolds_dist.generate import generate
+    from smolds_dist.inference.generate import generate
 
     generate(args)

@@ -8,18 +8,18 @@ import sys
 
 import torch
 
+from smolds_dist.checkpoint.resume import load_weights, open_checkpoint, restore
+from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
 from smolds_dist.config import load_config
 from smolds_dist.data.batches import training_batch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import end_rank, start_process_group
 from smolds_dist.parallel.fragments import tensor_shapes
+from smolds_dist.parallel.process_group import end_rank, start_process_group
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import engine_for
-from smolds_dist.training.checkpoint import load_weights, open_checkpoint, restore
-from smolds_dist.training.checkpoint_writer import CheckpointWriter, Progress
 from smolds_dist.training.clock import StepClock
 from smolds_dist.training.optim import PARTS, learning_rate
 from smolds_dist.training.step import accumulate_gradients

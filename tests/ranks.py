@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from smolds_dist.training.metrics import read_rows
+from smolds_dist.observe.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 # accelerate and lm-evaluation-harness, which only what is told of them sees.

@@ -7,9 +7,9 @@ import torch
 from ranks import smolds
 
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.balancer import Balancer, max_violation
 from smolds_dist.parallel.uniform_routing import force_uniform_routing
-from smolds_dist.training.metrics import read_rows
 
 
 @pytest.fixture

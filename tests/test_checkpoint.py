@@ -15,14 +15,8 @@ import pytest
 import torch
 from ranks import ROOT, smolds
 
-from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError
-from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
-from smolds_dist.parallel.ranks import RankInfo
-from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.checkpoint import check_resumable, open_checkpoint
-from smolds_dist.training.checkpoint_command import checkpoint
-from smolds_dist.training.checkpoint_files import (
+from smolds_dist.checkpoint.command import checkpoint
+from smolds_dist.checkpoint.files import (
     CheckpointReader,
     DamagedCheckpointError,
     Manifest,
@@ -33,7 +27,13 @@ from smolds_dist.training.checkpoint_files import (
     read_manifest,
     write_tensors,
 )
-from smolds_dist.training.metrics import read_rows
+from smolds_dist.checkpoint.resume import check_resumable, open_checkpoint
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.observe.rows import read_rows
+from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.trainer import train
 
 FILES = ["rank_00000.safetensors", "manifest.json", "manifest.json.sha256"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from ranks import smolds
 
-import smolds_dist.doctor as doctor_module
-from smolds_dist.doctor import LOCK_AGE, check_folder, check_locks
-from smolds_dist.doctor_probes import Probe
+import smolds_dist.launching.doctor as doctor_module
+from smolds_dist.launching.doctor_checks import LOCK_AGE, check_folder, check_locks
+from smolds_dist.launching.doctor_probes import Probe
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc shows the processes")
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from ranks import ROOT, run
 
-from smolds_dist.training.metrics import read_rows
+from smolds_dist.observe.rows import read_rows
 
 SMALL = ["--train.eval_sequences=4", "--log.sample_tokens=4", "--data.max_tokens=60000"]
 

@@ -17,23 +17,23 @@ from ranks import TRANSFORMERS4, run, smolds
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from smolds_dist import export as export_module
+from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
+from smolds_dist.checkpoint.resume import load_weights
 from smolds_dist.config import load_config
 from smolds_dist.data.shards import prepare_shards
 from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
-from smolds_dist.export import export
-from smolds_dist.import_model import import_model
+from smolds_dist.interchange import export as export_module
+from smolds_dist.interchange.export import export
+from smolds_dist.interchange.import_model import import_model
 from smolds_dist.model import DeepSeekV3ForCausalLM
+from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import engine_for, make_model_config
-from smolds_dist.training.checkpoint import load_weights
-from smolds_dist.training.checkpoint_files import CheckpointReader, read_manifest
 from smolds_dist.training.clock import StepClock
-from smolds_dist.training.metrics import read_rows
 from smolds_dist.training.optim import learning_rate
 from smolds_dist.training.step import accumulate_gradients
 from smolds_dist.training.trainer import train

@@ -16,15 +16,15 @@ from ranks import ROOT, rows_without_timing, run, smolds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launchers import end, start_launch
 
+from smolds_dist.checkpoint.files import checkpoints_in, find_damage
+from smolds_dist.checkpoint.writer import CheckpointWriter, OtherRankError
 from smolds_dist.config import load_config
 from smolds_dist.data.shards import _is_held_out
 from smolds_dist.errors import TrainingStoppedError
+from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.checkpoint_files import checkpoints_in, find_damage
-from smolds_dist.training.checkpoint_writer import CheckpointWriter, OtherRankError
 from smolds_dist.training.guard import LEAST, WINDOW, LossGuard, LossSpikeError
-from smolds_dist.training.metrics import read_rows
 
 
 def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):

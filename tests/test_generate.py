@@ -11,10 +11,10 @@ from smolds_dist.config import load_config
 from smolds_dist.data.corpus import documents
 from smolds_dist.data.shards import prepare_shards
 from smolds_dist.errors import ConfigError
-from smolds_dist.eval_command import evaluate_model
-from smolds_dist.generate import generate, load_model
-from smolds_dist.training.metrics import read_rows
-from smolds_dist.training.samples import continue_prompts
+from smolds_dist.inference.evaluate import evaluate_model
+from smolds_dist.inference.generate import generate, load_model
+from smolds_dist.inference.samples import continue_prompts
+from smolds_dist.observe.rows import read_rows
 
 PROMPTS = ["def add", "a mixture of experts", "for number in range(10):", "x"]
 

@@ -10,8 +10,8 @@ import yaml
 from ranks import EXTRAS, ROOT, smolds
 
 from smolds_dist.errors import ConfigError
-from smolds_dist.eval_command import evaluate_model
-from smolds_dist.generate import load_model
+from smolds_dist.inference.evaluate import evaluate_model
+from smolds_dist.inference.generate import load_model
 
 QUESTIONS = [
     {

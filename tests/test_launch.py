@@ -11,7 +11,7 @@ from ranks import ROOT, smolds
 from safetensors.torch import load_file
 
 from smolds_dist.config import load_config
-from smolds_dist.training.metrics import read_rows
+from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
 

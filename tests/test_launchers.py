@@ -17,12 +17,12 @@ import pytest
 import two_hosts
 from ranks import ROOT, Finished, run, smolds
 
+from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.config import load_config
-from smolds_dist.parallel.launcher import launch
-from smolds_dist.parallel.output import NoiseFilter
+from smolds_dist.launching.launcher import launch
+from smolds_dist.launching.output import NoiseFilter
+from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.topology import Machine
-from smolds_dist.training.checkpoint_files import checkpoints_in
-from smolds_dist.training.metrics import read_rows
 from smolds_dist.training.trainer import train
 
 needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")

@@ -5,12 +5,12 @@ import torch
 from transformers import Ernie4_5_MoeForCausalLM
 
 from smolds_dist.config import load_config
+from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import engine_for
 from smolds_dist.training.optim import parameter_groups
-from smolds_dist.transformers_format import transformers_config, transformers_state_dict
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 200, 3, 160, 64  # more than one block of causal_attention
 

@@ -6,9 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache, Ernie4_5_MoeForCausalLM
 
+from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
-from smolds_dist.planner.flops import flops_per_token
-from smolds_dist.transformers_format import transformers_config, transformers_state_dict
 
 SMALL = dict(vocab_size=160, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6)
 GQA = dict(SMALL, num_key_value_heads=2, head_dim=8)

@@ -10,15 +10,12 @@ import pytest
 import torch
 from ranks import ROOT, smolds
 
+from smolds_dist.bench.calibrate import calibrate
 from smolds_dist.config import Model, load_config
-from smolds_dist.errors import ConfigError
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
-from smolds_dist.parallel.launcher import launch
-from smolds_dist.planner.command import plan
-from smolds_dist.planner.flops import flops_per_token
-from smolds_dist.planner.hardware import FILE, Link, load_hardware
-from smolds_dist.planner.layout import Layout, stretch
-from smolds_dist.planner.memory import (
+from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.costs.hardware import FILE, Link, load_hardware
+from smolds_dist.costs.layout import Layout, stretch
+from smolds_dist.costs.memory import (
     activation_bytes,
     parameter_counts,
     rank_memory,
@@ -26,10 +23,14 @@ from smolds_dist.planner.memory import (
     state_bytes,
     with_vocabulary,
 )
+from smolds_dist.costs.step_time import all_to_all_seconds, run_time, step_time
+from smolds_dist.errors import ConfigError
+from smolds_dist.launching.launcher import launch
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
+from smolds_dist.planner.command import plan
 from smolds_dist.planner.published import compare
 from smolds_dist.planner.search import best_first, candidates
 from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_run, simulate_step
-from smolds_dist.planner.step_time import all_to_all_seconds, run_time, step_time
 
 MODEL = with_vocabulary(load_config(["--preset", "smollm2-deepseek-255m"]))
 H100 = load_hardware("h100")
@@ -125,7 +126,7 @@ def test_offloading_and_buckets_are_read_from_the_runs_own_file(tmp_path, capsys
     asked = ["--preset", "moe-7b-a1b", "--parallel.zero=2", "--parallel.expert=8"]
     found = []
     for more in ([], [f"--parallel.ds_config={file}"]):
-        plan(["--json", str(tmp_path / "plan.json"), "--", *asked, *more])
+        plan(["--json", str(tmp_path / "plan.json"), "--", *asked, *more], calibrate)
         found.append(json.loads((tmp_path / "plan.json").read_text())["layouts"][0])
     capsys.readouterr()
     assert found[0]["memory"]["optimizer"] > found[1]["memory"]["optimizer"] == 0
@@ -250,7 +251,7 @@ def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, ca
     result = tmp_path / "plan.json"
     picture = tmp_path / "plan.png"
     options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--picture", str(picture)]
-    plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"])
+    plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"], calibrate)
     text = capsys.readouterr().out
     found = json.loads(result.read_text())
     rates = [one["tokens_per_s"] for one in found["layouts"]]
@@ -264,9 +265,9 @@ def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, ca
 
 
 def test_plan_for_several_nodes_ends_in_a_batch_script(capsys):
-    from smolds_dist.slurm import slurm
+    from smolds_dist.launching.slurm import slurm
 
-    plan(["--hardware", "h100", "--nodes", "4", "--target-tokens", "1e10", "--", "--preset", "moe-1b-a200m"])
+    plan(["--hardware", "h100", "--nodes", "4", "--target-tokens", "1e10", "--", "--preset", "moe-1b-a200m"], calibrate)
     line = capsys.readouterr().out.strip().splitlines()[-1].split()
     slurm(line[2:])
     script = capsys.readouterr().out
@@ -275,10 +276,10 @@ def test_plan_for_several_nodes_ends_in_a_batch_script(capsys):
 
 def test_recorded_loads_are_simulated(kept_run, capsys):
     model = ["--model.num_hidden_layers=3", "--train.global_batch=16"]
-    plan(["--hardware", "a100", "--loads", str(kept_run[0]), "--", "--preset", "debug", *model])
+    plan(["--hardware", "a100", "--loads", str(kept_run[0]), "--", "--preset", "debug", *model], calibrate)
     assert "simulated with the loads" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="8 experts, the model 16"):
-        plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"])
+        plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"], calibrate)
 
 
 def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
@@ -293,7 +294,7 @@ def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
         (["--fast"], "does not know"),
     ):
         with pytest.raises(ConfigError, match=words):
-            plan(args)
+            plan(args, calibrate)
     finished = smolds("plan", "--", *huge)
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.text
 
@@ -322,7 +323,7 @@ def test_predicted_memory_is_what_a_process_takes(ranks, zero):
 
 
 def test_this_machines_link_is_measured():
-    from smolds_dist.planner.calibrate import _link
+    from smolds_dist.bench.calibrate import _link
 
     latency, bandwidth = _link("cpu", os.cpu_count() or 1)
     assert 1e-6 < latency < 1 and 1e6 < bandwidth < 1e12

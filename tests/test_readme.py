@@ -15,7 +15,7 @@ import pytest
 from ranks import EXTRAS, ROOT, run
 from test_harness import write_task
 
-from smolds_dist.training.metrics import read_rows
+from smolds_dist.observe.rows import read_rows
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)

@@ -9,8 +9,8 @@ import pytest
 from ranks import smolds
 
 from smolds_dist.errors import ConfigError
-from smolds_dist.report import report, sample_log, training_log, unique_content
-from smolds_dist.training.metrics import read_rows
+from smolds_dist.observe.report import report, sample_log, training_log, unique_content
+from smolds_dist.observe.rows import read_rows
 
 
 @pytest.fixture

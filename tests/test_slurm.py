@@ -17,7 +17,7 @@ from ranks import ROOT, Finished, run, smolds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smolds_dist.config import load_config
-from smolds_dist.training.metrics import read_rows
+from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
 needs_slurm = pytest.mark.skipif(bool(slurm_cluster.available()), reason=str(slurm_cluster.available()))

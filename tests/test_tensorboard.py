@@ -19,12 +19,12 @@ from conftest import options_of_small_run
 from ranks import ROOT, smolds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from smolds_dist.board import board, named
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
-from smolds_dist.report import report
-from smolds_dist.training.metrics import is_kept, read_rows
-from smolds_dist.training.tensorboard import Board, heatmap
+from smolds_dist.observe.board import board, named
+from smolds_dist.observe.report import report
+from smolds_dist.observe.rows import is_kept, read_rows
+from smolds_dist.observe.tensorboard import Board, heatmap
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = ROOT / "screenshots"  # not in git

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from smolds_dist.config import load_config
+from smolds_dist.costs.layout import layout_of
+from smolds_dist.costs.memory import PROCESS_BYTES, rank_memory, with_vocabulary
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
-from smolds_dist.planner.layout import layout_of
-from smolds_dist.planner.memory import PROCESS_BYTES, rank_memory, with_vocabulary
 
 CPU = Machine(("cpu",), 4, False)
 GPUS = Machine(("cuda", "cpu"), 8, True)

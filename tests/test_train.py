@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smolds_dist.checkpoint.resume import check_resumable
 from smolds_dist.config import load_config
 from smolds_dist.data.batches import evaluation_batch
 from smolds_dist.data.shards import prepare_shards
 from smolds_dist.errors import ConfigError
-from smolds_dist.training.checkpoint import check_resumable
-from smolds_dist.training.metrics import load_table, read_rows
-from smolds_dist.training.samples import sample
+from smolds_dist.inference.samples import sample
+from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.training.trainer import train
 
 

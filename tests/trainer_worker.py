@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Ernie4_5_MoeForCausalLM
 
+from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.transformers_format import transformers_config, transformers_state_dict
 
 STEPS, BATCH = 20, 2
 SETTINGS = dict(

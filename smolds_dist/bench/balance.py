@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse, rows_of_training
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse, rows_of_training
 from smolds_dist.bench.train import processor, say
 
 WAYS = ("bias", "aux_loss", "none")

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, keep
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 
@@ -53,14 +53,14 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     """Medians of `repeats` saves of each kind; see the table's words for what they are."""
     import torch
 
+    from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
-    from smolds_dist.parallel.engine import start_process_group
     from smolds_dist.parallel.fragments import tensor_shapes
+    from smolds_dist.parallel.process_group import start_process_group
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
     from smolds_dist.training.build import engine_for
-    from smolds_dist.training.checkpoint_writer import CheckpointWriter, Progress
 
     options = ["--parallel.engine=deepspeed", "--parallel.zero=1", "--train.global_batch=1", "--train.dtype=auto"]
     config = load_config(["--preset", preset, *options, f"--run.dir={folder}", "--checkpoint.keep_best=false"])

@@ -108,7 +108,7 @@ def smolds(task: Task, gate: Gate) -> None:
     from smolds_dist.bench.traffic import Traffic
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
-    from smolds_dist.parallel.engine import start_process_group
+    from smolds_dist.parallel.process_group import start_process_group
     from smolds_dist.parallel.ranks import rank_from_environment
     from smolds_dist.parallel.topology import detect_machine, plan_topology
     from smolds_dist.training.build import engine_for
@@ -145,8 +145,8 @@ def transformers_model(task: Task) -> tuple[Any, str]:
     """`Ernie4_5_MoeForCausalLM` of the same shape with the variant's experts; and the variant's precision."""
     from transformers import Ernie4_5_MoeForCausalLM
 
+    from smolds_dist.interchange.transformers_format import transformers_config
     from smolds_dist.model import DeepSeekV3Config
-    from smolds_dist.transformers_format import transformers_config
 
     experts, _, precision = task.variant.partition("/")
     config: Any = transformers_config(DeepSeekV3Config(**task.model_settings()))
@@ -270,7 +270,7 @@ def deepspeed_moe(task: Task, gate: Gate) -> None:
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    from smolds_dist.parallel.engine import start_process_group
+    from smolds_dist.parallel.process_group import start_process_group
     from smolds_dist.parallel.ranks import rank_from_environment
     from smolds_dist.parallel.topology import detect_machine, plan_topology
 

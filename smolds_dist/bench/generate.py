@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.train import describe_machine, make_task, say
 from smolds_dist.errors import ConfigError
 
@@ -44,8 +44,8 @@ def measure(task: Any, tokens: int, rounds: int) -> dict[str, tuple[float, float
     import torch
     import transformers
 
+    from smolds_dist.interchange.transformers_format import transformers_config
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-    from smolds_dist.transformers_format import transformers_config
 
     torch.manual_seed(0)
     config = DeepSeekV3Config(**task.model_settings())

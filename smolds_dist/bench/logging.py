@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from smolds_dist.bench import bench_parser, check_at_least_one, keep
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep
 from smolds_dist.config import load_config
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse, rows_of_training, run_python
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse, rows_of_training, run_python
 from smolds_dist.bench.train import processor, say
 from smolds_dist.bench.trainer import Job
 from smolds_dist.config import load_config

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import keep
+from smolds_dist.bench.calibrate import SEQ_LEN, SEQUENCES, measure_machine, measure_step, model_of, predict
+from smolds_dist.bench.common import keep
 from smolds_dist.bench.train import processor, say
+from smolds_dist.costs.hardware import parse_hardware
+from smolds_dist.costs.layout import Layout
+from smolds_dist.costs.memory import PROCESS_BYTES, parameter_counts, rank_memory
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.planner.calibrate import SEQ_LEN, SEQUENCES, measure_machine, measure_step, model_of, predict
-from smolds_dist.planner.hardware import parse_hardware
-from smolds_dist.planner.layout import Layout
-from smolds_dist.planner.memory import PROCESS_BYTES, parameter_counts, rank_memory
 from smolds_dist.planner.published import WITHIN, compare
 
 # Large enough that the model and not the process is what is measured.

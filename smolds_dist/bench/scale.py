@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import Task
 from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
 from smolds_dist.errors import ConfigError

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench import bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
@@ -83,8 +83,8 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     """All contenders' seconds by round, and what follows from them."""
     import torch
 
+    from smolds_dist.costs.flops import flops_per_token
     from smolds_dist.model import DeepSeekV3Config
-    from smolds_dist.planner.flops import flops_per_token
     from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)

@@ -27,8 +27,8 @@ def train(job: Job) -> dict[str, Any]:
 
     from smolds_dist.data.batches import evaluation_batch
     from smolds_dist.data.shards import prepare_shards
+    from smolds_dist.interchange.transformers_format import transformers_config
     from smolds_dist.training.build import make_model_config
-    from smolds_dist.transformers_format import transformers_config
 
     config = load_config(job.given)
     shards, length = prepare_shards(config), config.data.seq_len

@@ -4,12 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.modeling import (
-    DeepSeekV3ForCausalLM,
-    DeepSeekV3Model,
-    RMSNorm,
-    enable_activation_checkpointing,
-)
+from smolds_dist.model.modeling import DeepSeekV3ForCausalLM, DeepSeekV3Model, RMSNorm, enable_activation_checkpointing
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
 
 AutoConfig.register(DeepSeekV3Config.model_type, DeepSeekV3Config, exist_ok=True)

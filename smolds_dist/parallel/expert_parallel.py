@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolds_dist.config import RunConfig
+from smolds_dist.costs.memory import BUCKET, PREFETCHED
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.fragments import logical_name
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.planner.memory import BUCKET, PREFETCHED
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config

@@ -11,10 +11,10 @@ import os
 from dataclasses import dataclass
 
 from smolds_dist.config import RunConfig
+from smolds_dist.costs.layout import Layout, configured
+from smolds_dist.costs.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, with_vocabulary
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
-from smolds_dist.planner.layout import Layout, configured
-from smolds_dist.planner.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, with_vocabulary
 
 # Tokens of one forward pass that keep the device busy without filling its memory with activations.
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
@@ -216,7 +216,7 @@ def _micro_batches(config: RunConfig, world: int, device: str) -> list[int]:
 
 
 def _first_that_fits(config: RunConfig, layouts: list[Layout], memory: int | None) -> tuple[Layout, str]:
-    """The first layout that fits into a device's memory, by `planner.memory`, else the one that needs least; and why."""
+    """The first layout that fits into a device's memory, by `costs.memory`, else the one that needs least; and why."""
     if memory is None:
         why = _why_stage(config, layouts[0]).removesuffix(" is the lowest stage that fits")
         return layouts[0], f"{why}, the device's memory is unknown"

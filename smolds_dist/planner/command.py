@@ -3,32 +3,34 @@
 import argparse
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from smolds_dist.config import RunConfig, load_config
+from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.costs.hardware import Hardware, load_hardware
+from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
+from smolds_dist.costs.step_time import RunTime, StepTime, run_time
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.planner.flops import flops_per_token
-from smolds_dist.planner.hardware import Hardware, load_hardware
-from smolds_dist.planner.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
-from smolds_dist.planner.step_time import RunTime, StepTime, run_time
 
 MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
 
 
-def plan(args: list[str]) -> None:
+def plan(args: list[str], calibrate: Callable[[Path], None]) -> None:
     """Prints the plan; with --json and --picture writes it too. With --calibrate measures this machine instead.
+
+    Args:
+        calibrate: measures this machine and writes it to a file; it stands among the benchmarks, a floor above.
 
     Raises:
         ConfigError: where an option is out of range, no layout fits, or the run goes over its budget.
     """
     options, train_args = _parse(args)
     if options.calibrate:
-        from smolds_dist.planner.calibrate import calibrate
-
         calibrate(options.calibrate)
         return
     config = load_config(train_args, prog="smolds plan --")
@@ -194,7 +196,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--hardware", default="h100", help="a key of planner/hardware.yaml, or a file that --calibrate wrote"
+        "--hardware", default="h100", help="a key of costs/hardware.yaml, or a file that --calibrate wrote"
     )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--devices-per-node", type=int, help="the hardware's usual number where not given")

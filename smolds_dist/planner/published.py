@@ -6,10 +6,10 @@ from pathlib import Path
 import yaml
 
 from smolds_dist.config import Model
-from smolds_dist.planner.flops import flops_per_token
-from smolds_dist.planner.hardware import load_hardware
-from smolds_dist.planner.layout import Layout
-from smolds_dist.planner.step_time import StepTime, step_time
+from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.costs.hardware import load_hardware
+from smolds_dist.costs.layout import Layout
+from smolds_dist.costs.step_time import StepTime, step_time
 
 FILE = Path(__file__).with_name("published.yaml")
 WITHIN = 0.25  # of the published figure counts as a hit

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from smolds_dist.config import RunConfig
+from smolds_dist.costs.hardware import Hardware
+from smolds_dist.costs.layout import Layout, layout_of
+from smolds_dist.costs.memory import MEMORY_SHARE, Memory, rank_memory, with_vocabulary
+from smolds_dist.costs.step_time import StepTime, step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
-from smolds_dist.planner.hardware import Hardware
-from smolds_dist.planner.layout import Layout, layout_of
-from smolds_dist.planner.memory import MEMORY_SHARE, Memory, rank_memory, with_vocabulary
-from smolds_dist.planner.step_time import StepTime, step_time
 
 MOST_SEQUENCES = 64  # of a micro batch that is tried
 

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.errors import ConfigError
-from smolds_dist.planner.hardware import Hardware
-from smolds_dist.planner.layout import Layout
-from smolds_dist.planner.step_time import (
+from smolds_dist.costs.hardware import Hardware
+from smolds_dist.costs.layout import Layout
+from smolds_dist.costs.step_time import (
     RESTART_SECONDS,
     elementwise_seconds,
     exchange_seconds,
     product_seconds,
     step_time,
 )
+from smolds_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)

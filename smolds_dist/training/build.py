@@ -10,27 +10,29 @@ from functools import partial
 import torch
 from filelock import FileLock, Timeout
 
+from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
+from smolds_dist.checkpoint.resume import load_weights, open_checkpoint, restore
+from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
 from smolds_dist.config import RunConfig, save_config
 from smolds_dist.data.shards import TokenShards
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
+from smolds_dist.observe.metrics import MetricsWriter
+from smolds_dist.observe.rows import recent_losses
+from smolds_dist.observe.terminal import Terminal
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine, make_engine
+from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.fragments import tensor_shapes
+from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.parallel.uniform_routing import force_uniform_routing
-from smolds_dist.training.checkpoint import load_weights, open_checkpoint, restore
-from smolds_dist.training.checkpoint_files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
-from smolds_dist.training.checkpoint_writer import CheckpointWriter, Progress, package_versions
 from smolds_dist.training.clock import StepClock, matrix_product_peak
 from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
-from smolds_dist.training.metrics import MetricsWriter, recent_losses
 from smolds_dist.training.optim import make_optimizer, parameter_groups
 from smolds_dist.training.profiling import Profiler
 from smolds_dist.training.signals import StopRequest
-from smolds_dist.training.terminal import Terminal
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import torch
 from smolds_dist.config import RunConfig
 from smolds_dist.data.batches import training_batch
 from smolds_dist.data.shards import TokenShards
+from smolds_dist.observe.rows import is_kept, rounded
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine, largest_over_ranks
+from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.training.build import Job, Training
 from smolds_dist.training.clock import PHASES, StepClock, is_measured, memory_in_use
-from smolds_dist.training.metrics import is_kept, rounded
 from smolds_dist.training.optim import PARTS, learning_rate
 
 

@@ -7,25 +7,26 @@ from contextlib import nullcontext
 
 import torch
 
+from smolds_dist.checkpoint.resume import check_resumable, open_checkpoint
 from smolds_dist.config import RunConfig
+from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.shards import TokenShards, prepare_shards
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
+from smolds_dist.inference.held_out import evaluate
+from smolds_dist.inference.samples import sample
+from smolds_dist.launching.failure import RankReport
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.parallel.engine import Engine, end_process_group, largest_over_ranks, start_process_group
-from smolds_dist.parallel.failure import RankReport
+from smolds_dist.observe.summary import summary
+from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.meeting import Patience
+from smolds_dist.parallel.process_group import end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.planner.flops import flops_per_token
 from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
-from smolds_dist.training.checkpoint import check_resumable, open_checkpoint
-from smolds_dist.training.evaluation import evaluate
 from smolds_dist.training.guard import LossSpikeError
-from smolds_dist.training.samples import sample
 from smolds_dist.training.signals import EXIT_CODES, StopRequest
 from smolds_dist.training.step import take_step
-from smolds_dist.training.summary import summary
 
 
 def train(config: RunConfig, info: RankInfo | None = None) -> int:

@@ -1,0 +1,238 @@
+"""`smolds plan --calibrate FILE`: this machine as an entry of `hardware.yaml`, from measurements.
+
+Matrix products and memory are measured alone, links by all-to-all between two processes, and how much of the peak a model
+reaches by training steps of three sizes in one process, on DeepSpeed's engine, as several ranks have it. Measured on CPUs;
+the same code is there for CUDA, not tested.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from smolds_dist.config import Model, load_config
+from smolds_dist.costs.hardware import Hardware, parse_hardware
+from smolds_dist.costs.layout import Layout
+from smolds_dist.costs.step_time import step_time
+from smolds_dist.errors import ConfigError
+
+# Three sizes whose time is spent differently: in many small products, in the vocabulary's, in large ones.
+SIZES = (
+    dict(hidden_size=192, intermediate_size=128, num_hidden_layers=6, vocab_size=4096),
+    dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=16384),
+    dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=2, vocab_size=8192),
+)
+SEQUENCES, SEQ_LEN, STEPS = 4, 512, 4
+EXCHANGED = (4_096, 16_777_216)  # bytes to a peer, for the latency and the bandwidth
+
+
+def calibrate(path: Path) -> None:
+    """Measures, writes the entry, and prints it.
+
+    Raises:
+        ConfigError: where something cannot be measured here.
+    """
+    machine = measure_machine()
+    path.write_text(yaml.safe_dump({path.stem: machine}, sort_keys=False))
+    print(path.read_text(), end="")
+
+
+def measure_machine() -> dict[str, Any]:
+    """The entry, as plain values."""
+    import torch
+
+    from smolds_dist.parallel.topology import available_cores, detect_machine
+    from smolds_dist.training.build import package_versions
+    from smolds_dist.training.clock import matrix_product_peak
+
+    here = detect_machine()
+    device = torch.device(here.devices[0])
+    peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in _dtypes().items()}
+    _say("memory")
+    bandwidth = _copy_bandwidth(device)
+    _say("links")
+    latency, link = _link(device.type, here.device_count)
+    entry: dict[str, Any] = {
+        "name": _name(device.type),
+        "device": device.type,
+        "peak": {name: float(f"{peak:.3g}") for name, peak in peaks.items()},
+        "memory": float(here.memory or 0),
+        "bandwidth": float(f"{bandwidth:.3g}"),
+        "per_node": here.device_count if device.type == "cuda" else available_cores(),
+        "link": {"bandwidth": float(f"{link:.3g}"), "latency": float(f"{latency:.3g}")},
+        "fabric": {"bandwidth": 1.25e9, "latency": 1e-4},
+        "host_link": float(f"{bandwidth:.3g}"),
+        "utilisation": 1.0,
+        "overhead": 0.0,
+        "process": 0.0,
+        "failures": 50700.0,
+        "sources": [
+            f"smolds plan --calibrate, {time.strftime('%Y-%m-%d')}, {json.dumps(package_versions())}",
+            "fabric (10 Gb/s Ethernet) and failures - typical, not measured",
+        ],
+    }
+    steps = []
+    for number, size in enumerate(SIZES):
+        _say(f"steps of model {number + 1} of {len(SIZES)}")
+        steps.append(measure_step(size, settings=("--parallel.engine=deepspeed",)))
+    entry["process"] = float(f"{steps[0][1] - _state(SIZES[0]):.3g}")
+    entry["utilisation"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
+    return entry
+
+
+def fit(entry: dict[str, Any], measured: list[float]) -> tuple[float, float]:
+    """Utilisation and overhead that come closest to the measured steps of `SIZES`: least squares of the ratio, on a grid."""
+    models = [model_of(size) for size in SIZES]
+    best = (float("inf"), 1.0, 0.0)
+    for utilisation in (share / 100 for share in range(20, 121, 2)):
+        for overhead in (step / 5e3 for step in range(0, 151)):
+            machine = parse_hardware("here", entry | {"utilisation": utilisation, "overhead": overhead})
+            pairs = zip(models, measured, strict=True)
+            error = sum((predict(model, machine) / seconds - 1) ** 2 for model, seconds in pairs)
+            best = min(best, (error, utilisation, overhead))
+    return best[1], best[2]
+
+
+def settings_of(size: dict[str, int]) -> list[str]:
+    """What makes the preset `debug` one of the measured models."""
+    return [f"--model.{name}={value}" for name, value in size.items()]
+
+
+def model_of(size: dict[str, int]) -> Model:
+    return load_config(["--preset", "debug", *settings_of(size)]).model
+
+
+def predict(model: Model, machine: Hardware, ranks: int = 1) -> float:
+    """Seconds of a step of one of the measured models, its sequences shared by `ranks`."""
+    layout = Layout(
+        ranks, ranks, ranks, 1 if ranks > 1 else 0, SEQUENCES // ranks, 1, SEQ_LEN, "fp32", device=machine.device
+    )
+    return step_time(model, layout, machine.shared_by(ranks)).total
+
+
+def measure_step(
+    size: dict[str, int], ranks: int = 1, settings: tuple[str, ...] = (), dtype: str = "fp32", steps: int = STEPS
+) -> tuple[list[float], int]:
+    """Seconds of `steps` steps, and the peak of memory, of `ranks` processes, tokens spread evenly over the experts."""
+    from smolds_dist.bench.contenders import Task
+    from smolds_dist.bench.train import take_turn
+
+    given = [f"--model.{name}={value}" for name, value in size.items()]
+    given += [
+        f"--data.seq_len={SEQ_LEN}", "--parallel.engine=deepspeed", "--model.force_uniform_routing=true", *settings,
+    ]  # fmt: skip
+    config = load_config(["--preset", "debug", *given], benchmark=True)
+    import torch
+
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    task = Task(
+        "smolds",
+        "debug",
+        config.model.vocab_size or 0,
+        SEQUENCES // ranks,
+        SEQ_LEN,
+        dtype,
+        device,
+        settings=tuple(given),
+    )
+    answer = take_turn(task, steps, ranks)
+    return answer["seconds"], answer["memory"]
+
+
+def _state(size: dict[str, int]) -> float:
+    """Bytes that a small model's training holds, to tell them from the process's own."""
+    from smolds_dist.costs.memory import rank_memory
+
+    layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
+    return rank_memory(model_of(size), layout, 0.0).total
+
+
+def _dtypes() -> dict[str, Any]:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _copy_bandwidth(device: Any) -> float:
+    """Bytes read and written per second by a copy of 256 MB."""
+    import torch
+
+    source = torch.ones(64_000_000, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * source.nbytes / best
+
+
+def _link(device: str, devices: int) -> tuple[float, float]:
+    """Latency and bandwidth of an exchange between two ranks; of a copy, where there is one device that takes one rank."""
+    if device != "cpu" and devices < 2:
+        return 1e-5, 1e9
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*command, "-m", "smolds_dist.bench.calibrate", device], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    if finished.returncode:
+        raise ConfigError(f"the link between two ranks cannot be measured: {finished.stderr.strip().splitlines()[-1]}.")
+    latency, bandwidth = json.loads(finished.stdout.strip().splitlines()[-1])
+    return latency, bandwidth
+
+
+def _exchange(device: str) -> None:
+    """What two ranks do for `_link`: all-to-all of few and of many bytes; rank 0 prints latency and bandwidth."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_rank())
+    seconds = []
+    for size in EXCHANGED:
+        sent = torch.ones(2 * size, dtype=torch.uint8, device=device)
+        got = torch.empty_like(sent)
+        times = []
+        for _ in range(12):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_to_all_single(got, sent)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        seconds.append(median(times))
+    if dist.get_rank() == 0:
+        print(json.dumps([seconds[0], (EXCHANGED[1] - EXCHANGED[0]) / (seconds[1] - seconds[0])]), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _name(device: str) -> str:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(0)
+    from smolds_dist.bench.train import processor
+
+    return processor()
+
+
+def _say(text: str) -> None:
+    print(f"measuring {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("device")
+    _exchange(parser.parse_args().device)

@@ -1,0 +1,29 @@
+"""`smolds bench NAME`: measurements, each against what a user would pick instead, alternating in one run."""
+
+from smolds_dist.errors import ConfigError
+
+
+def bench(args: list[str]) -> None:
+    """Runs one benchmark.
+
+    Raises:
+        ConfigError: for an unknown one.
+    """
+    from smolds_dist.bench.balance import bench_balance
+    from smolds_dist.bench.checkpoint import bench_checkpoint
+    from smolds_dist.bench.generate import bench_generate
+    from smolds_dist.bench.logging import bench_logging
+    from smolds_dist.bench.loss import bench_loss
+    from smolds_dist.bench.plan import bench_plan
+    from smolds_dist.bench.scale import bench_scale
+    from smolds_dist.bench.train import bench_train
+
+    benches = {
+        "train": bench_train, "loss": bench_loss, "balance": bench_balance, "scale": bench_scale,
+        "checkpoint": bench_checkpoint, "logging": bench_logging, "generate": bench_generate,
+        "plan": bench_plan,
+    }  # fmt: skip
+    name, *rest = args or [""]
+    if name not in benches:
+        raise ConfigError(f"smolds bench {name!r} is unknown; use one of {', '.join(benches)}.")
+    benches[name](rest)

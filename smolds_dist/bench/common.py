@@ -1,0 +1,73 @@
+"""What benchmarks share: options, processes, rows and results."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError, OptionParser
+
+
+def bench_parser(name: str, doc: str) -> OptionParser:
+    """The options that every benchmark has, described by the first line of its module's docstring."""
+    parser = OptionParser(prog=f"smolds bench {name}", description=doc.partition("\n")[0])
+    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    return parser
+
+
+def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The benchmark's own options, and settings such as --model.num_hidden_layers=4, which change the preset.
+
+    Raises:
+        ConfigError: for options that are neither.
+    """
+    options, settings = parser.parse_known_args(args)
+    load_config(["--preset", options.preset, *settings], parser.prog, benchmark=True)
+    return options, settings
+
+
+def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Writes a result to the file that --json names, if it does."""
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_python(arguments: list[str]) -> str:
+    """What another process of this Python prints.
+
+    Raises:
+        ConfigError: with the last thing that it said, where it fails.
+    """
+    finished = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if finished.returncode:
+        last = (finished.stderr.strip() or "killed").splitlines()[-1]
+        raise ConfigError(f"{' '.join(arguments[:3])} failed: {last}")
+    return finished.stdout
+
+
+def rows_of_training(given: list[str], run_dir: Path) -> list[dict[str, Any]]:
+    """What a run of `smolds train` writes that saves, evaluates and samples nothing on its way.
+
+    Raises:
+        ConfigError: where it fails.
+    """
+    from smolds_dist.observe.rows import read_rows
+
+    quiet = ["-q", "--train.eval_every=0", "--checkpoint.every=0", "--log.sample_every=0"]
+    run_python(["-m", "smolds_dist", "train", *given, *quiet])
+    return read_rows(run_dir / "metrics.jsonl")
+
+
+def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """Refuses counts below 1.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")

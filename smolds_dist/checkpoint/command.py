@@ -1,0 +1,186 @@
+"""`smolds checkpoint ls|verify|convert|rm RUN`: what a run has saved, whether it is whole, and what may go."""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from smolds_dist.checkpoint.files import (
+    CheckpointReader,
+    DamagedCheckpointError,
+    Manifest,
+    checkpoint_name,
+    checkpoints_in,
+    find_damage,
+    open_verified,
+    publish,
+    read_manifest,
+    remove,
+    step_of,
+    write_parts,
+)
+from smolds_dist.errors import ConfigError, OptionParser
+
+
+def checkpoint(args: list[str]) -> int:
+    """Runs one of the commands; returns the exit code: 1 where `verify` finds damage.
+
+    Raises:
+        ConfigError: where a run or a step is not there, or nothing whole would be left.
+    """
+    options = _parse(args)
+    folders = _folders(options.run)
+    if options.command == "ls":
+        _list(folders)
+    elif options.command == "verify":
+        return _verify(_chosen(folders, options.step) if options.step else folders)
+    elif options.command == "convert":
+        (folder,) = _chosen(folders, [options.step] if options.step is not None else [step_of(folders[0])])
+        convert(folder, options.to, options.weights_only)
+    else:
+        if not options.step and options.after is None:
+            raise ConfigError("smolds checkpoint rm needs --step N, or --after N for all later ones.")
+        later = [f for f in folders if options.after is not None and step_of(f) > options.after]
+        _remove(options.run, folders, list(dict.fromkeys([*_chosen(folders, options.step or []), *later])))
+    return 0
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    parser = OptionParser(
+        prog="smolds checkpoint",
+        description="Lists, verifies, converts or removes a run's checkpoints.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    texts = {
+        "ls": "what there is: step, age, size, layout, validation loss",
+        "verify": "read every file and compare it with the manifest",
+        "convert": "write one anew, with every tensor in one piece: to keep, to carry elsewhere, to resume from",
+        "rm": "remove checkpoints; the last whole one stays",
+    }
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("run", type=Path, help="a run's folder (runs/NAME)")
+        if name in ("verify", "rm"):
+            command.add_argument("--step", type=int, nargs="+", help="which of them")
+        if name == "rm":
+            command.add_argument("--after", type=int, help="all of later steps")
+        if name == "convert":
+            command.add_argument("--step", type=int, help="which; the newest where not given")
+            command.add_argument(
+                "--to", type=Path, required=True, help="folder of a run to write it to, such as runs/OTHER"
+            )
+            command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
+    return parser.parse_args(args)
+
+
+def _folders(run: Path) -> list[Path]:
+    folders = checkpoints_in(run / "checkpoints")
+    if not folders:
+        raise ConfigError(f"{run} holds no checkpoint; name a run's folder, such as runs/NAME.")
+    return folders
+
+
+def _chosen(folders: list[Path], steps: list[int]) -> list[Path]:
+    by_step = {step_of(folder): folder for folder in folders}
+    for step in steps:
+        if step not in by_step:
+            have = ", ".join(map(str, sorted(by_step)))
+            raise ConfigError(f"{folders[0].parent} has no checkpoint of step {step}; it has {have}.")
+    return [by_step[step] for step in steps]
+
+
+def _list(folders: list[Path]) -> None:
+    manifests: dict[Path, Manifest] = {}
+    for folder in folders:
+        if not find_damage(folder, contents=False):
+            manifests[folder] = read_manifest(folder)
+    losses = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
+    best = min(losses, key=lambda folder: losses[folder]) if losses else None
+    print(f"{'step':>9}  {'saved':16}  {'size':>9}  {'val loss':>8}  layout")
+    for folder in reversed(folders):
+        manifest = manifests.get(folder)
+        if manifest is None:
+            print(f"{step_of(folder):>9}  damaged: {find_damage(folder, contents=False)[0]}")
+            continue
+        size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
+        loss = "-" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
+        marks = [name for name, at in (("newest", next(iter(manifests))), ("best", best)) if at == folder]
+        print(
+            f"{manifest.step:>9}  {manifest.created[:16].replace('T', ' ')}  {size:>6.3f} GB  {loss:>8}  "
+            f"{manifest.layout}{' (' + ', '.join(marks) + ')' if marks else ''}"
+        )
+
+
+def _verify(folders: list[Path]) -> int:
+    damaged = 0
+    for folder in reversed(folders):
+        damage = find_damage(folder)
+        if not damage:
+            try:
+                manifest = read_manifest(folder)
+                CheckpointReader(folder, manifest).check_coverage()
+            except DamagedCheckpointError as error:
+                damage = [str(error)]
+        damaged += bool(damage)
+        for line in damage:
+            print(f"{folder.name}  damaged  {line}")
+        if not damage:
+            listed = {*manifest.files, "manifest.json", "manifest.json.sha256"}
+            extra = sorted(path.name for path in folder.iterdir() if path.name not in listed)
+            note = f"; not part of it and never read: {', '.join(extra)}" if extra else ""
+            print(f"{folder.name}  ok  {len(manifest.files)} files, {len(manifest.tensors)} tensors{note}")
+    return 1 if damaged else 0
+
+
+def convert(folder: Path, run: Path, weights_only: bool) -> Path:
+    """Writes a checkpoint anew under `run`/checkpoints, every logical tensor in one piece, a gigabyte at a time.
+
+    Raises:
+        ConfigError: where the source is damaged or the target exists.
+    """
+    root = run / "checkpoints"
+    if (root / folder.name).exists():
+        raise ConfigError(f"{root / folder.name} exists; choose another --to.")
+    reader = open_verified(folder)
+    unfinished = root / f"unfinished_{folder.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in reader.manifest.tensors:
+            for kind in ["value"] if weights_only else sorted(reader.kinds(name)):
+                yield f"{name}:{kind}:0", reader.whole(name, kind).view(-1)
+        yield from reader.others().items()
+
+    files = write_parts(unfinished, tensors())
+    written = publish(unfinished, replace(reader.manifest, files=files, weights_only=weights_only))
+    print(f"wrote {written}")
+    return written
+
+
+def _remove(run: Path, folders: list[Path], doomed: list[Path]) -> None:
+    lock = FileLock(run / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{run} is being trained; wait for its end.") from None
+    with lock:
+        left = [folder for folder in folders if folder not in doomed]
+        whole = [folder for folder in doomed if not find_damage(folder, contents=False)]
+        if whole and not any(not find_damage(folder) for folder in left):
+            raise ConfigError(
+                f"{checkpoint_name(step_of(whole[0]))} is the last whole checkpoint of {run}; delete the folder yourself "
+                "if you mean it."
+            )
+        for folder in doomed:
+            remove(folder)
+            print(f"removed {folder}")
+        latest = folders[0].parent / "latest"
+        if not latest.exists():
+            latest.unlink(missing_ok=True)
+            if left:
+                latest.symlink_to(left[0].name)

@@ -1,0 +1,181 @@
+"""Resuming: which checkpoint a run continues from, and the way of its tensors into any layout."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from smolds_dist.checkpoint.files import (
+    CheckpointReader,
+    DamagedCheckpointError,
+    Manifest,
+    checkpoint_name,
+    checkpoints_in,
+    find_damage,
+    read_manifest,
+    step_of,
+)
+from smolds_dist.checkpoint.writer import Progress
+from smolds_dist.config import RunConfig
+from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.fragments import cut, logical_shapes
+from smolds_dist.parallel.process_group import largest_over_ranks
+from smolds_dist.parallel.topology import Topology
+
+
+def check_resumable(config: RunConfig) -> None:
+    """Refuses, before any rank starts, a run that exists but is not to be resumed, or cannot be resumed like this.
+
+    Looks at manifests alone; contents are verified by `open_checkpoint`.
+
+    Raises:
+        ConfigError: naming the setting and the fix.
+    """
+    own = checkpoints_in(config.run_dir / "checkpoints")
+    metrics = config.run_dir / "metrics.jsonl"
+    resume = config.checkpoint.resume
+    exists = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
+    candidates = _candidates(config)
+    inside = bool(candidates) and candidates[0].resolve().parent == (config.run_dir / "checkpoints").resolve()
+    if exists and resume != "auto" and not inside:
+        raise ConfigError(
+            f"{config.run_dir} already holds a run; continue it with --checkpoint.resume auto, choose another "
+            "--run.name, or delete the folder."
+        )
+    if resume not in ("never", "auto"):
+        if inside and own[0].resolve() != candidates[0].resolve():
+            raise ConfigError(
+                f"{config.run_dir} has newer checkpoints than {candidates[0].name}, up to {own[0].name}; remove them with "
+                f"`smolds checkpoint rm {config.run_dir} --after {step_of(candidates[0])}`, or continue under another "
+                f"--run.name with --checkpoint.resume {candidates[0]}."
+            )
+        damage = find_damage(candidates[0], contents=False)
+        if damage:
+            raise ConfigError(f"{candidates[0]} is damaged: {damage[0]}; choose another checkpoint.")
+    for folder in candidates:
+        if not find_damage(folder, contents=False):
+            _check_compatible(config, folder, read_manifest(folder))
+            return
+
+
+def _candidates(config: RunConfig) -> list[Path]:
+    """The checkpoints that could be resumed from, best first."""
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return []
+    own = checkpoints_in(config.run_dir / "checkpoints")
+    if resume == "auto":
+        return own
+    if resume.isdecimal():
+        asked = config.run_dir / "checkpoints" / checkpoint_name(int(resume))
+    else:
+        asked = Path(resume)
+        if (asked / "checkpoints").is_dir():
+            asked = next(iter(checkpoints_in(asked / "checkpoints")), asked)
+    if not asked.is_dir() or not re.fullmatch(r"step_\d+", asked.resolve().name):
+        have = ", ".join(str(step_of(folder)) for folder in reversed(own)) or "none"
+        raise ConfigError(
+            f"--checkpoint.resume {resume!r} is no checkpoint; give never, auto, a step of this run ({have}), or a "
+            "folder such as runs/NAME/checkpoints/step_00001000."
+        )
+    return [asked.resolve()]
+
+
+def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
+    """Refuses settings under which the run would not be the one that was interrupted. The layout may differ."""
+    saved = manifest.config
+    kept: dict[str, Iterable[str]] = {"model": saved["model"]}
+    if not manifest.weights_only:
+        kept["data"] = ("source", "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens")
+        kept["train"] = ("seed", "global_batch", "optimizer")
+    elif manifest.step:
+        raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
+    for section, names in kept.items():
+        for name in names:
+            now = getattr(getattr(config, section), name)
+            if saved[section][name] != now:
+                raise ConfigError(
+                    f"{folder} was written with --{section}.{name} {saved[section][name]}, this run has {now}; "
+                    "resume with the same value, or start a new --run.name."
+                )
+
+
+def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = None) -> CheckpointReader | None:
+    """The newest whole checkpoint to continue from, or None for a new run. Collective: ranks share the verification.
+
+    Args:
+        before: only a checkpoint of an earlier step than this one, of this run.
+
+    Raises:
+        ConfigError: where there are checkpoints but none is whole, or the one asked for is not.
+    """
+    candidates = _candidates(config)
+    if before is not None:
+        candidates = [f for f in checkpoints_in(config.run_dir / "checkpoints") if step_of(f) < before]
+    passed_over = []
+    for folder in candidates:
+        reader, damage = _verified(folder, topology)
+        if reader:
+            if before is None:
+                _check_compatible(config, folder, reader.manifest)
+            return reader
+        passed_over.append(f"{folder} is damaged: {damage}")
+        if topology.rank == 0:
+            print(f"{passed_over[-1]}; it is not used.")
+    if passed_over and before is None:
+        raise ConfigError(
+            f"no checkpoint of {config.run_dir} is whole ({'; '.join(passed_over)}); restore one from a copy, or start a "
+            "new --run.name."
+        )
+    return None
+
+
+def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None, str]:
+    """A reader of a whole checkpoint, or what is wrong with it, on all ranks alike. Every rank reads its share of files."""
+    reader, message, place = None, "", 0
+    try:
+        manifest = read_manifest(folder)
+        for number in range(topology.rank, len(manifest.files), topology.world_size):
+            if find_damage(folder, part=slice(number, number + 1)):
+                place = number + 1
+                break
+        else:
+            reader = CheckpointReader(folder, manifest)
+            reader.check_coverage()
+    except (DamagedCheckpointError, OSError) as error:  # all ranks see the same manifest
+        message, place = str(error), 2**20
+    place = largest_over_ranks(topology, place)
+    if not place:
+        return reader, ""
+    return None, message or "; ".join(find_damage(folder, part=slice(place - 1, place))) or "a rank cannot read it"
+
+
+def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
+    """Fills a model without ranks, in fp32, before an engine cuts it up: so every layout's weights come out right."""
+    for name, parameter in model.named_parameters():
+        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": parameter.detach().view(-1)}):
+            reader.fill(fragment)
+
+
+@torch.no_grad()
+def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> Progress:
+    """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was."""
+    manifest = reader.manifest
+    if manifest.optimizer_steps:  # else there are weights alone, which `load_weights` has put in
+        engine.allocate_optimizer_state(lambda name: sorted(reader.kinds(name) - {"value"}), manifest.optimizer_steps)
+        for fragment in engine.fragments():
+            reader.fill(fragment)
+        engine.state_written()
+    for name, bias in balancer.named_biases().items():
+        reader.read(name, "value", 0, bias)
+    # A rank that there was not before goes on with what it has.
+    states = reader.random_states(topology.rank)
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and topology.device == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])
+    return Progress(manifest.step, manifest.skipped_samples, manifest.rollbacks)

@@ -1,0 +1,255 @@
+"""Saving: a run's checkpoints, written beside the training.
+
+Training stands still only while the state is copied to host memory. A thread of every rank then writes that rank's file;
+rank 0's waits for all, adds the manifest and gives the folder its name. Ranks need one file system for it.
+"""
+
+import contextlib
+import json
+import platform
+import re
+import shutil
+import threading
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolds_dist.checkpoint.files import (
+    RANDOM,
+    CheckpointReader,
+    DamagedCheckpointError,
+    Manifest,
+    checkpoint_name,
+    checkpoints_in,
+    publish,
+    read_manifest,
+    remove,
+    step_of,
+    write_tensors,
+)
+from smolds_dist.config import RunConfig
+from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.topology import Topology
+
+PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
+
+
+@dataclass
+class Progress:
+    """Where a run is, beyond its tensors."""
+
+    step: int = 0
+    skipped_samples: int = 0  # of the token order, by rollbacks
+    rollbacks: int = 0
+
+
+class OtherRankError(Exception):
+    """What another rank says of its part of a checkpoint."""
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time.
+
+    Args:
+        tensors: shapes of all logical tensors of the model.
+        data: what the token order depends on (`TokenShards.identity`).
+    """
+
+    def __init__(
+        self, config: RunConfig, topology: Topology, tensors: dict[str, tuple[int, ...]], data: dict[str, Any]
+    ):
+        self.config = config
+        self.topology = topology
+        self.tensors = tensors
+        self.data = data
+        self.root = config.run_dir / "checkpoints"
+        self._host: dict[str, Tensor] = {}  # where the state is copied to, the same memory each time
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self.failed_step = 0
+
+    def prepare(self, engine: Engine) -> None:
+        """Makes the host memory in the background, once the optimizer has state.
+
+        The first use of fresh memory can take ten times as long as a copy into it.
+        """
+        if self.config.checkpoint.every and self.config.checkpoint.background:
+            wanted = {key: (t.shape, t.dtype, t.device) for key, t in self._live(engine, None).items()}
+            self._thread = threading.Thread(target=self._make_room, args=(wanted,), name="checkpoint", daemon=True)
+            self._thread.start()
+
+    def _make_room(self, wanted: dict[str, tuple]) -> None:
+        for key, (shape, dtype, device) in wanted.items():
+            if key not in self._host or self._host[key].shape != shape:
+                self._host[key] = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda").zero_()
+
+    def save(
+        self, engine: Engine, balancer: Balancer, progress: Progress, val_loss: float | None, wait: bool = False
+    ) -> None:
+        """Begins to write `checkpoints/step_N`, after the one before it is done. Collective.
+
+        Args:
+            wait: come back when all of it is done.
+        """
+        self.wait()
+        unfinished = self.root / f"unfinished_{checkpoint_name(progress.step)}"
+        if self.topology.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        engine.barrier()  # so that no other rank's file is deleted
+        tensors = self._live(engine, balancer)
+        if self.config.checkpoint.background and not wait:
+            tensors = self._copied(tensors)
+        else:
+            tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
+        manifest = self._manifest(engine, progress, val_loss)
+        self._thread = threading.Thread(
+            target=self._write, args=(unfinished, tensors, manifest), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if wait or not self.config.checkpoint.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> str | None:
+        """Why rank 0's last checkpoint was not written, the first time it is asked; other ranks' errors reach rank 0."""
+        error, self._error = self._error, None
+        return error if self.topology.rank == 0 else None
+
+    def _live(self, engine: Engine, balancer: Balancer | None) -> dict[str, Tensor]:
+        """This rank's share of the state by key: views of what training works on."""
+        tensors: dict[str, Tensor] = {}
+        for fragment in engine.fragments():
+            share = fragment.share()
+            if len(share.tensors["value"]):
+                tensors |= {f"{share.name}:{kind}:{share.start}": t for kind, t in share.tensors.items()}
+        if self.topology.rank == 0 and balancer is not None:
+            tensors |= {f"{name}:value:0": bias for name, bias in balancer.named_biases().items()}
+        for kind, state in random_states(self.topology).items():
+            tensors[f"{RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
+        return tensors
+
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._make_room({key: (t.shape, t.dtype, t.device) for key, t in tensors.items()})
+        for key, tensor in tensors.items():
+            self._host[key].copy_(tensor, non_blocking=True)
+        if self.topology.device == "cuda":
+            torch.cuda.synchronize()
+        return {key: self._host[key] for key in tensors}
+
+    def _manifest(self, engine: Engine, progress: Progress, val_loss: float | None) -> Manifest:
+        return Manifest(
+            **asdict(progress),
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            optimizer_steps=engine.optimizer_steps,
+            val_loss=val_loss,
+            config=asdict(self.config),
+            topology=asdict(self.topology),
+            data=self.data,
+            versions=package_versions(),
+            tensors={name: list(shape) for name, shape in self.tensors.items()},
+            files={},
+        )
+
+    def _write(self, unfinished: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        """The background's work. Its outcome is the folder's name, or `failure()`."""
+        path = unfinished / f"rank_{self.topology.rank:05}.safetensors"
+        entry = path.with_suffix(".json")
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            written = write_tensors(path, tensors)
+            _write_json(entry, written)
+            if self.topology.rank == 0:
+                manifest.files.update(self._files_of_all_ranks(unfinished))
+                CheckpointReader(unfinished, manifest).check_coverage()
+                self._retain(publish(unfinished, manifest))
+        except Exception as error:  # whatever it was, the user must hear of it
+            said = isinstance(error, OtherRankError)
+            self._error = str(error) if said else f"rank {self.topology.rank}: {_reason(error)}"
+            self.failed_step = manifest.step
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # makes room for the next line
+                _write_json(entry, {"error": self._error})
+            if self.topology.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _files_of_all_ranks(self, unfinished: Path) -> dict[str, dict[str, Any]]:
+        """Each rank's file with its entry, as soon as it is there.
+
+        Raises:
+            OtherRankError: where a rank could not write its own, or takes too long.
+        """
+        files = {}
+        deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
+        for rank in range(self.topology.world_size):
+            path = unfinished / f"rank_{rank:05}.json"
+            while not path.exists():
+                if time.monotonic() > deadline:
+                    raise OtherRankError(
+                        f"rank {rank} has not written its file, or to a folder that rank 0 does not see"
+                    )
+                time.sleep(0.02)
+            entry = json.loads(path.read_text())
+            if "error" in entry:
+                raise OtherRankError(entry["error"])
+            files[path.with_suffix(".safetensors").name] = entry
+            path.unlink()
+        return files
+
+    def _retain(self, newest: Path) -> None:
+        """Deletes the checkpoints that nothing asks for any more. The one just written is whole, so one always stays."""
+        settings = self.config.checkpoint
+        manifests = {}
+        for folder in checkpoints_in(self.root):
+            with contextlib.suppress(DamagedCheckpointError):  # a person should look at those
+                manifests[folder] = read_manifest(folder)
+        kept = {newest, *list(manifests)[: settings.keep]}
+        if settings.keep_every:
+            kept |= {folder for folder in manifests if step_of(folder) % settings.keep_every == 0}
+        evaluated = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
+        if settings.keep_best and evaluated:
+            kept.add(min(evaluated, key=lambda folder: evaluated[folder]))
+        for folder in manifests:
+            if folder not in kept:
+                remove(folder)
+
+
+def random_states(topology: Topology) -> dict[str, Tensor]:
+    """State of torch's generators by device type. Training draws nothing from them once the model is made."""
+    states = {"cpu": torch.get_rng_state()}
+    if topology.device == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def package_versions() -> dict[str, str]:
+    """Of Python and the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(path)
+
+
+def _reason(error: Exception) -> str:
+    """Without the wrapping: "No space left on device"."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    match = re.search(r"I/O error: (.*?)(?: \(os error \d+\))?$", str(error))
+    return match.group(1) if match else str(error)

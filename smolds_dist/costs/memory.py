@@ -1,0 +1,216 @@
+"""What a rank's memory holds, counted from the configuration; nothing is allocated.
+
+Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K experts per token, I expert width.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from smolds_dist.costs.layout import Layout, stretch
+
+# Share of a device's memory that a plan may fill: estimates err, and others may use it too.
+MEMORY_SHARE = 0.9
+# Of what comes and goes in a step: an allocator keeps more than is in use, in pieces that fit nobody.
+FRAGMENTATION = 0.05
+# Gradients come while activations go. What of the smaller of both takes the other's place, in one process in plain PyTorch;
+# under DeepSpeed nothing does. Measured on the CPU, assumed on CUDA.
+REUSED = 0.5
+# Numbers of one of DeepSpeed's buffers for gradients, what "auto" stands for as `reduce_bucket_size` in ds_configs. On CPUs
+# no gradient travels while others are computed: smaller buffers are no slower, and a step of 26 million parameters in two
+# ranks needs 1.2 instead of 1.5 GB, for what the heap takes from the buffers between two steps.
+BUCKET = {"cpu": 4_000_000, "mps": 50_000_000, "cuda": 50_000_000}
+# Numbers of the weights that ZeRO 3 gathers ahead in one piece, `stage3_prefetch_bucket_size` in ds_configs.
+PREFETCHED = 10_000_000
+# Tokens whose logits exist at a time: `linear_cross_entropy`'s chunk.
+LOGITS_CHUNK = 1024
+# Of a process before there is a model, where nothing has been measured: Python's libraries, or CUDA's context and NCCL.
+PROCESS_BYTES = {"cpu": 0.4e9, "mps": 1e9, "cuda": 1.5e9}
+CPU_BF16_KERNELS = 90e6  # bytes that oneDNN compiles
+CPU_RANKS = 100e6  # bytes that gloo, its threads and the holes in the heap take, which grow for about twenty steps
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Parameters outside and inside the routed experts of a `config.Model` with its vocabulary filled in."""
+    m = model
+    if m.attention == "gqa":
+        attention = 2 * m.hidden_size * m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
+    else:
+        q_dim = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
+        query = m.hidden_size * q_dim if m.q_lora_rank is None else m.q_lora_rank * (m.hidden_size + q_dim + 1)
+        kv_out = m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
+        latent = m.hidden_size * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank * (kv_out + 1)
+        attention = query + latent + m.num_attention_heads * m.v_head_dim * m.hidden_size
+    expert = 3 * m.hidden_size * m.intermediate_size
+    block = attention + 2 * m.hidden_size + m.hidden_size * m.num_experts + m.n_shared_experts * expert
+    embeddings = m.vocab_size * m.hidden_size * (1 if m.tie_word_embeddings else 2)
+    return embeddings + m.hidden_size + m.num_hidden_layers * block, m.num_hidden_layers * m.num_experts * expert
+
+
+def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
+    """Of a rank without ZeRO, outside and inside the routed experts: parameters, ranks that hold the same, and how many of
+    these are in one node. DeepSpeed's expert groups are consecutive ranks."""
+    dense, experts = parameter_counts(model)
+    shards = layout.tensor * layout.pipeline
+    dense_near = max(1, layout.per_node // layout.tensor)
+    return [
+        (dense / shards, layout.replicas, min(dense_near, layout.replicas)),
+        (experts / layout.pipeline / layout.expert, layout.world // layout.pipeline // layout.expert,
+         max(1, layout.per_node // layout.expert)),
+    ]  # fmt: skip
+
+
+def saved_elements(model: Any, device: str, fuller: float = 1.0) -> float:
+    """Numbers that the forward pass keeps for the backward pass, for one token and all layers together.
+
+    Args:
+        fuller: rows of the rank's experts over the mean rank's.
+    """
+    m = model
+    H, K, width = m.hidden_size, m.num_experts_per_tok, m.intermediate_size
+    if m.attention == "latent":
+        key, value = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
+        heads = m.num_attention_heads
+        query_in = 0 if m.q_lora_rank is None else 2 * m.q_lora_rank
+        attention = query_in + 2 * m.kv_lora_rank + heads * (2 * key + 3 * value)
+    else:
+        attention = m.head_dim * (3 * m.num_attention_heads + 2 * m.num_key_value_heads)  # q, out twice, k, v
+    # SwiGLU in one function of our own keeps gate and up; as separate operations also silu(gate) and the product.
+    swiglu = 2 if device == "cpu" else 4
+    experts = fuller * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
+    return m.num_hidden_layers * (4 * H + attention + experts)  # two norms' inputs and outputs
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at the moment of a step when it holds most."""
+
+    process: float  # before there is a model
+    weights: float
+    gradients: float
+    optimizer: float  # moments, and the fp32 copy of bf16 weights
+    activations: float
+    logits: float  # of a chunk of tokens, and the vocabulary's gradient
+    buffers: float  # that DeepSpeed reduces, gathers and exchanges in
+    checkpoint: float  # its copy, where the device's memory is the host's
+    allowance: float  # for what the allocator cannot use again
+
+    @property
+    def total(self) -> float:
+        return sum(size for _, size in self.parts())
+
+    @property
+    def largest(self) -> str:
+        return max(self.parts(), key=lambda part: part[1])[0]
+
+    def parts(self) -> list[tuple[str, float]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float = 0.0) -> Memory:
+    """What the rank with the fullest experts needs.
+
+    Args:
+        model: `config.Model` with its vocabulary filled in.
+        process: bytes that the process has anyway, `Hardware.process`.
+        max_vio: the fullest expert's rows over the mean, minus 1.
+    """
+    weights, gradients, optimizer = state_bytes(model, layout)
+    fuller = 1 + stretch(max_vio, model.num_experts, layout.expert)
+    activations, logits = activation_bytes(model, layout, fuller), logits_bytes(model, layout)
+    buffers = buffer_bytes(model, layout, fuller)
+    allowance = FRAGMENTATION * (activations + gradients + logits + buffers)
+    if layout.engine == "local" and layout.accumulation == 1:
+        activations -= REUSED * min(activations, gradients)
+    copy = checkpoint_bytes(model, layout) if layout.copies and layout.device != "cuda" else 0.0
+    return Memory(process, weights, gradients, optimizer, activations, logits, buffers, copy, allowance)
+
+
+def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer state (ZeRO, arXiv 1910.02054, section 5).
+
+    Per parameter: the weight; its gradient, fp32 where it is added up; for Adam two moments, for Muon one on matrices; in
+    bf16 also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too. ZeRO 1 cuts what the optimizer has over the
+    ranks that hold the same, 2 the gradients too, 3 all. Offloading leaves the optimizer's to the host.
+    """
+    weight = layout.element_bytes
+    moments = 8.0
+    if layout.optimizer == "muon":
+        embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        moments = 4 + 4 * embeddings / sum(parameter_counts(model))
+    optimizer = moments + (4 if weight == 2 or layout.zero else 0)
+    found = [0.0, 0.0, 0.0]
+    for parameters, replicas, _ in rank_parameters(model, layout):
+        found[0] += parameters * weight / (replicas if layout.zero >= 3 else 1)
+        found[1] += parameters * 4 / (replicas if layout.zero >= 1 else 1)
+        if keeps_whole_gradients(layout):
+            found[1] += parameters * weight
+        if not layout.offload:
+            found[2] += parameters * optimizer / (replicas if layout.zero >= 1 else 1)
+    return found[0], found[1], found[2]
+
+
+def keeps_whole_gradients(layout: Layout) -> bool:
+    """Whether gradients stay as the backward pass leaves them, beside those in fp32.
+
+    ZeRO 2 and 3 let go of them bucket by bucket; measured on CPUs, their memory is not used again before the step's end.
+    """
+    unsharded = layout.zero == 0 and layout.engine == "deepspeed" and layout.element_bytes == 2
+    return unsharded or layout.zero == 1 or (layout.zero >= 2 and layout.device == "cpu")
+
+
+def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
+    """Of what the forward pass keeps; under recomputation a block's input each, and one block's insides."""
+    tokens, width = layout.tokens, layout.element_bytes
+    kept = saved_elements(model, layout.device, fuller)
+    if layout.recompute:
+        layers = model.num_hidden_layers
+        kept = layers * model.hidden_size + kept / layers
+    kept += 2 * model.hidden_size  # the last norm's input, and the loss's gradient
+    return kept * tokens * width
+
+
+def logits_bytes(model: Any, layout: Layout) -> float:
+    """A chunk's logits, its gradient of the vocabulary's weight, and the sum of these in fp32, where there are several."""
+    chunk = min(LOGITS_CHUNK, layout.tokens)
+    logits = chunk * model.vocab_size * layout.element_bytes
+    weight = model.vocab_size * model.hidden_size
+    return logits + weight * (layout.element_bytes + (4 if layout.tokens > chunk else 0))
+
+
+def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
+    """What tokens are exchanged in, what DeepSpeed's ZeRO reduces and gathers in, and on a CPU what else libraries take.
+
+    Two buckets of gradients, one filled while the other travels; an fp32 gradient of the rank's slice for the step; with
+    ZeRO 3 the gathered weights, of which DeepSpeed lets a billion live, and the piece that they are copied out of.
+    """
+    held = rank_parameters(model, layout)
+    own = sum(parameters for parameters, _, _ in held)
+    buffers = 0.0
+    if layout.expert > 1:  # rows as they are sent and as they come, of one layer
+        buffers += (1 + fuller) * layout.tokens * model.num_experts_per_tok * model.hidden_size * layout.element_bytes
+    if layout.device == "cpu":
+        buffers += CPU_BF16_KERNELS if layout.element_bytes == 2 else 0.0
+        buffers += CPU_RANKS if layout.world > 1 else 0.0
+        # Every rank builds the whole model before it keeps its own experts; what it gives back is used again in part.
+        buffers += (1 - REUSED) * 4 * (sum(parameter_counts(model)) - own)
+    if layout.zero:
+        bucket: float = layout.bucket or BUCKET[layout.device]
+        if layout.device == "cpu":
+            bucket = min(own, bucket)  # only what is written to is there
+        slices = sum(parameters / replicas for parameters, replicas, _ in held)
+        buffers += 2 * bucket * layout.element_bytes + 4 * slices
+    if layout.zero == 3:
+        buffers += (min(own, 1e9) + min(own, PREFETCHED)) * layout.element_bytes
+    return buffers
+
+
+def checkpoint_bytes(model: Any, layout: Layout) -> float:
+    """Of what a rank writes into a checkpoint: its share of fp32 weights and the optimizer's state."""
+    return sum(parameters * 12 / replicas for parameters, replicas, _ in rank_parameters(model, layout))
+
+
+def with_vocabulary(config: Any) -> Any:
+    """A `RunConfig`'s model; where its vocabulary is the tokenizer's, with an estimate of it."""
+    trained = config.data.tokenizer == "train"
+    vocabulary = config.model.vocab_size or (config.data.tokenizer_vocab_size if trained else 49_152)
+    return replace(config.model, vocab_size=vocabulary)

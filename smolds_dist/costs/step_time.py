@@ -1,0 +1,203 @@
+"""How long a training step takes, and a whole run: closed formulas over a model, a layout and a machine.
+
+Every cause of time is one function, whose docstring has its formula and where it is from. What they leave out: input, the
+host's jitter, and congestion of a shared fabric. Seconds and bytes are of one rank throughout.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from smolds_dist.costs.flops import attention_flops, product_weights
+from smolds_dist.costs.hardware import Hardware
+from smolds_dist.costs.layout import Layout, stretch
+from smolds_dist.costs.memory import rank_parameters, saved_elements
+
+# Of a link's bandwidth that collectives reach; NCCL's own tests show 70 to 85 %.
+LINK_SHARE = 0.75
+# Of the backward pass that gradient traffic can hide behind, where it overlaps (ZeRO 1 to 3 with `overlap_comm`).
+OVERLAP = 0.8
+# How often a saved activation's bytes move in elementwise work, forward and backward: five times if every operation were
+# fused with its neighbours (written and read; read, its gradient written and read), twice that by published runs.
+ELEMENTWISE_PASSES = 10
+HOST_BANDWIDTH = 40e9  # bytes/s of a host's memory for each of its devices; typical of eight on a node
+RESTART_SECONDS = 600.0  # until a failed job trains again: detection, queue, start, loading
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by cause, on the slowest rank."""
+
+    products: float  # matrix products
+    imbalance: float  # of the products, because the fullest rank's experts have more than their share
+    elementwise: float
+    overhead: float
+    all_to_all: float
+    gradients: float  # what of reduction and gathering is not hidden behind the backward pass
+    optimizer: float
+    bubble: float  # of a pipeline, which published runs have
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def step_time(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.0) -> StepTime:
+    """Of a step of all ranks.
+
+    Args:
+        model: `config.Model` with its vocabulary filled in.
+        max_vio: the fullest expert's rows over the mean, minus 1 (arXiv 2408.15664).
+    """
+    passes = layout.accumulation
+    dense, experts = (passes * seconds for seconds in product_seconds(model, layout, machine))
+    stretched = experts * stretch(max_vio, model.num_experts, layout.expert)
+    elementwise = passes * elementwise_seconds(model, layout, machine)
+    overhead = (
+        passes * model.num_hidden_layers / layout.pipeline * machine.overhead * (4 / 3 if layout.recompute else 1)
+    )
+    exchange = passes * all_to_all_seconds(model, layout, machine, max_vio)
+    if layout.hides_all_to_all:
+        exchange = max(0.0, exchange - dense - experts)
+    busy = dense + experts + stretched + elementwise + overhead + exchange
+    bubble = busy * (layout.pipeline - 1) / (layout.interleave * passes) if layout.pipeline > 1 else 0.0
+    backward = (dense + experts) * 2 / 3 / (passes if layout.zero < 2 else 1)  # without partitions, only the last pass
+    traffic = gradient_seconds(model, layout, machine)
+    hidden = OVERLAP * backward if layout.zero and layout.device == "cuda" else 0.0
+    return StepTime(
+        products=dense + experts,
+        imbalance=stretched,
+        elementwise=elementwise,
+        overhead=overhead,
+        all_to_all=exchange,
+        gradients=max(0.0, traffic - hidden),
+        optimizer=optimizer_seconds(model, layout, machine),
+        bubble=bubble,
+    )
+
+
+def product_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[float, float]:
+    """Of a forward and backward pass, outside and inside the routed experts: FLOPs over the reachable share of the peak.
+
+    2 FLOPs per weight and token, three times over (PaLM, arXiv 2204.02311, appendix B); recomputation adds a forward pass.
+    """
+    dense, experts = product_weights(model)
+    factor = (4 if layout.recompute else 3) * layout.tokens / (layout.tensor * layout.pipeline)
+    flops = machine.flops(layout.dtype)
+    return factor * (2 * dense + attention_flops(model, layout.seq_len)) / flops, factor * 2 * experts / flops
+
+
+def elementwise_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
+    """Of norms, rotary embedding, SwiGLU, sorting and combining in a pass: bytes moved over memory bandwidth."""
+    moved = ELEMENTWISE_PASSES * saved_elements(model, "cuda") * layout.element_bytes * layout.tokens
+    return moved / (layout.tensor * layout.pipeline) / machine.bandwidth
+
+
+def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.0) -> float:
+    """Of a pass: in every layer rows go to their experts and come back, and their gradients the same way (GShard, arXiv
+    2006.16668, section 3.3); recomputation sends them once more."""
+    if layout.expert == 1:
+        return 0.0
+    once = exchange_seconds(model, layout, machine, 1 + stretch(max_vio, model.num_experts, layout.expert))
+    return model.num_hidden_layers / layout.pipeline * once * (6 if layout.recompute else 4)
+
+
+def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: float) -> float:
+    """Of one all-to-all, on a rank whose experts have `fuller` times the mean rank's rows.
+
+    Alpha-beta model: a latency for each peer, and bytes over bandwidth, to peers of the node and to others at the same time.
+    A rank has tokens x K rows of H numbers, of which (ep - 1) / ep have their expert elsewhere; the fullest rank gets more.
+    """
+    size = layout.expert
+    rows = layout.tokens / layout.tensor * model.num_experts_per_tok
+    row_bytes = model.hidden_size * layout.element_bytes
+    near = min(size, layout.per_node)
+    to_each = rows * row_bytes / size * fuller
+    inside = (near - 1) * to_each / (LINK_SHARE * machine.link.bandwidth)
+    outside = (size - near) * to_each / (LINK_SHARE * machine.fabric.bandwidth)
+    latency = (near - 1) * machine.link.latency + (size - near) * machine.fabric.latency
+    if layout.once_per_node and size > near:
+        nodes = size // near
+        # Of the other nodes, those that at least one of a row's K experts is on.
+        copies = (nodes - 1) * (1 - (1 - 1 / nodes) ** model.num_experts_per_tok)
+        sent = layout.tokens / layout.tensor * row_bytes * copies * fuller
+        outside = sent / (LINK_SHARE * machine.fabric.bandwidth)
+    return latency + max(inside, outside)
+
+
+def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
+    """Of a step's reductions and gatherings, hidden or not (ZeRO, arXiv 1910.02054, section 7).
+
+    Over n ranks, (n - 1) / n of the bytes move for a reduction to slices, the same for gathering slices, and both for a
+    reduction to all; latencies add up along a tree of depth log2(n), as in NCCL's double binary trees. Dense weights are
+    reduced over all replicas, an expert's over those that hold it. ZeRO 2 and 3 reduce in every pass; ZeRO 3 also gathers
+    weights, before the forward and before the backward pass.
+    """
+    width = layout.gradient_bytes or layout.element_bytes
+    total = 0.0
+    passes = layout.accumulation
+    for parameters, replicas, near in rank_parameters(model, layout):
+        if replicas == 1:
+            continue
+        reduced, gathered = parameters * width, parameters * layout.element_bytes
+        volume = {
+            0: 2 * reduced,
+            1: reduced + gathered,
+            2: passes * reduced + gathered,
+            3: passes * (reduced + (3 if layout.recompute else 2) * gathered),
+        }[layout.zero]
+        bandwidth, latency = way_out(near, replicas, machine)
+        total += (replicas - 1) / replicas * volume / bandwidth + 2 * math.log2(replicas) * latency
+    return total
+
+
+def way_out(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:
+    """Bandwidth and latency of a collective over `ranks`, `near` of them in each node.
+
+    Where it leaves nodes, all its ranks of a node share their ways out, up to what links inside carry.
+    """
+    if ranks <= near:
+        return LINK_SHARE * machine.link.bandwidth, machine.link.latency
+    out = min(machine.link.bandwidth, near * machine.fabric.bandwidth)
+    return LINK_SHARE * out, machine.fabric.latency
+
+
+def optimizer_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
+    """Of the update: what AdamW reads and writes of the slice that this rank keeps, over memory bandwidth.
+
+    Read: gradient, weight, two moments; written: weight and moments; all fp32, and a bf16 copy where weights are bf16. An
+    offloaded optimizer gets its gradients over the host's link, sends weights back, and works at `HOST_BANDWIDTH`.
+    """
+    width = 28 + (2 if layout.element_bytes == 2 else 0)
+    kept = sum(n / (replicas if layout.zero else 1) for n, replicas, _ in rank_parameters(model, layout))
+    if layout.offload:
+        return kept * (2 * layout.element_bytes / machine.host_link + width / HOST_BANDWIDTH)
+    return kept * width / machine.bandwidth
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """What a whole run takes."""
+
+    seconds: float  # with stalls and failures
+    training: float  # without
+    checkpoints: float
+    failures: float  # lost work and restarts, expected
+    expected_failures: float
+    device_hours: float
+
+
+def run_time(step: float, steps: int, layout: Layout, machine: Hardware, every: int, saved_bytes: float) -> RunTime:
+    """Of `steps` steps, with a checkpoint after each `every` (0: none).
+
+    A checkpoint stalls a rank while its `saved_bytes` are copied to the host; writing goes on beside the training. Failures
+    come at random: one costs half the time between two checkpoints and a restart (Young, CACM 17(9), 1974).
+    """
+    training = steps * step
+    stalls = steps // every * saved_bytes / machine.host_link if every else 0.0
+    rate = layout.world / (machine.failures * 3600)  # per second
+    expected = (training + stalls) * rate
+    lost = min(every or steps, steps) * step / 2 + RESTART_SECONDS
+    failed = expected * lost
+    seconds = training + stalls + failed
+    return RunTime(seconds, training, stalls, failed, expected, seconds * layout.world / 3600)

@@ -1,0 +1,153 @@
+"""`smolds eval MODEL`: perplexity and bits per byte on a run's held-out text, or on any source; or lm-evaluation-harness.
+
+Every token but the first of a sequence is predicted from those before it in the sequence; documents follow one another, as
+in training.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.config import RunConfig, load_config
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.inference.generate import load_model
+
+
+def evaluate_model(args: list[str]) -> None:
+    """Prints loss, perplexity and bits per byte, or the tasks' table; with --json writes them too.
+
+    Raises:
+        ConfigError: where there is no model, no text, no such task, or an option is out of range.
+    """
+    parser = OptionParser(
+        prog="smolds eval",
+        description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
+        "all of --data.source, or without one the held-out text of the model's run. With --tasks, lm-evaluation-harness's "
+        "tasks instead.",
+    )
+    parser.add_argument("model", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
+    parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="stop after so many")
+    parser.add_argument("--batch", type=int, default=8, help="sequences that are computed together")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    tasks = parser.add_argument_group("lm-evaluation-harness (pip install 'smolds-dist[eval]')")
+    tasks.add_argument("--tasks", nargs="+", default=[], help="of the harness, or of --task-folder")
+    tasks.add_argument("--task-folder", type=Path, help="with YAML files of tasks of your own")
+    tasks.add_argument(
+        "--few-shot", type=int, help="examples before each question; the task's own number where not given"
+    )
+    tasks.add_argument("--limit", type=int, help="questions of each task")
+    options, settings = parser.parse_known_args(args)
+    if options.tokens < 2 or options.batch < 1:
+        raise ConfigError("--tokens must be at least 2 and --batch at least 1.")
+    if options.tasks:
+        _evaluate_tasks(options, settings)
+        return
+    if any(given is not None for given in (options.task_folder, options.few_shot, options.limit)):
+        raise ConfigError(
+            "--task-folder, --few-shot and --limit belong to --tasks; name some tasks, or leave them out."
+        )
+    config, held_out = _what(options.model, settings)
+    model, tokenizer = load_model(options.model, options.step)
+    begin = time.perf_counter()
+    ids, num_bytes = _held_out(config, tokenizer) if held_out else _whole(config, tokenizer, options.tokens)
+    loss, counted = mean_loss(model, ids[: options.tokens], config.data.seq_len, options.batch)
+    bits = loss / math.log(2) * len(ids) / num_bytes
+    result = {
+        "text": f"{config.data.source}{', held out' if held_out else ''}",
+        "tokens": counted,
+        "sequence_length": config.data.seq_len,
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": bits,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{result['text']}: {counted:,} tokens in sequences of {config.data.seq_len:,}\n"
+        f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {bits:.4f} bits per byte "
+        f"({time.perf_counter() - begin:.1f} s)"
+    )
+
+
+def _evaluate_tasks(options: Any, settings: list[str]) -> None:
+    from smolds_dist.inference.harness import evaluate_tasks, find_tasks
+
+    if settings:
+        raise ConfigError(f"{settings[0]} does not go with --tasks, which bring their own text; leave one of them out.")
+    manager = find_tasks(options.tasks, options.task_folder)
+    model, tokenizer = load_model(options.model, options.step)
+    result, table = evaluate_tasks(
+        model, tokenizer, options.tasks, manager, options.few_shot, options.limit, options.batch
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table)
+
+
+def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
+    """The settings of the text, and whether it is a run's held-out split."""
+    run = next((f for f in (model, model.parent, *model.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
+    base = ["--config", str(run / "config.yaml")] if run else ["--run.name=eval"]
+    wrong = next((s for s in settings if s.startswith("--") and not s.startswith("--data.")), None)
+    if wrong:
+        raise ConfigError(f"{wrong} is no option of smolds eval; `smolds eval --help` lists them.")
+    config = load_config([*base, *settings], prog="smolds eval")
+    own = any(setting.partition("=")[0] == "--data.source" for setting in settings)
+    if not own and run is None:
+        raise ConfigError(f"{model} is no run, so there is no held-out text; say on what with --data.source.")
+    return config, not own
+
+
+def _held_out(config: RunConfig, tokenizer: Any) -> tuple[Any, int]:
+    from smolds_dist.data.shards import prepare_shards, tokenizer_digest
+
+    shards = prepare_shards(config)
+    if shards.identity["tokenizer"] != tokenizer_digest(tokenizer):
+        raise ConfigError("the run's corpus has changed, and with it its tokenizer; say on what with --data.source.")
+    return shards.val, shards.meta.val_bytes
+
+
+def _whole(config: RunConfig, tokenizer: Any, limit: int) -> tuple[list[int], int]:
+    """Token ids of a source's documents, each closed by the end-of-text token, and how many bytes they stand for."""
+    from smolds_dist.data.corpus import documents
+    from smolds_dist.data.tokenizer import text_encoder
+
+    encoder = text_encoder(tokenizer)
+    ids: list[int] = []
+    num_bytes = 0
+    for text in documents(config.data):
+        ids += [*encoder.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
+        num_bytes += len(text.encode(errors="replace"))
+        if len(ids) >= limit:
+            break
+    if len(ids) < 2:
+        raise ConfigError(f"{config.data.source!r} has too little text to measure on; give more.")
+    return ids, num_bytes
+
+
+def mean_loss(model: Any, ids: Any, length: int, batch: int) -> tuple[float, int]:
+    """Mean loss in nats over all predicted tokens of `ids`, and their number; a last, shorter sequence included."""
+    import numpy as np
+    import torch
+
+    total, counted = 0.0, 0
+    for sequences in _batches(np.asarray(ids, dtype=np.int64), length, batch):
+        tokens = torch.from_numpy(sequences).to(next(model.parameters()).device)
+        with torch.no_grad():
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
+        predicted = tokens[:, 1:].numel()
+        total, counted = total + loss * predicted, counted + predicted
+    return total / counted, counted
+
+
+def _batches(ids: Any, length: int, batch: int) -> Iterator[Any]:
+    whole = len(ids) // length
+    for start in range(0, whole, batch):
+        end = min(whole, start + batch)
+        yield ids[start * length : end * length].reshape(-1, length)
+    if len(ids) - whole * length > 1:
+        yield ids[None, whole * length :]

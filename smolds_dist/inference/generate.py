@@ -1,0 +1,86 @@
+"""`smolds generate`: continue prompts with a run's model, a checkpoint's or an export's."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.errors import ConfigError, OptionParser
+
+
+def generate(args: list[str]) -> None:
+    """Prints the prompt and its continuation, token by token; or, for a file of prompts, a line of JSON for each.
+
+    Raises:
+        ConfigError: where there is no model, or an option is out of range.
+    """
+    parser = OptionParser(prog="smolds generate", description="Continue prompts with a trained model.")
+    parser.add_argument("source", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
+    parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--prompts", type=Path, help="file with a prompt in each line; answers are lines of JSON")
+    parser.add_argument("--tokens", type=int, default=100, help="most tokens to add")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0: among all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the fewest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="prompts of a file that are computed together")
+    options = parser.parse_args(args)
+    if options.tokens < 1 or options.batch < 1 or options.temperature < 0 or options.top_k < 0:
+        raise ConfigError("--tokens and --batch must be at least 1, --temperature and --top-k not negative.")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p {options.top_p} is out of range; it must be more than 0 and at most 1.")
+    prompts = [options.prompt]
+    if options.prompts is not None:
+        if not options.prompts.is_file():
+            raise ConfigError(f"--prompts {options.prompts} is not a file; give one with a prompt in each line.")
+        prompts = options.prompts.read_text(encoding="utf-8").splitlines()
+    model, tokenizer = load_model(options.source, options.step)
+
+    from transformers import TextStreamer
+
+    from smolds_dist.inference.samples import continue_prompts
+
+    for start in range(0, len(prompts), options.batch):
+        batch = prompts[start : start + options.batch]
+        streamer = None if options.prompts else TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+        texts = continue_prompts(
+            model, tokenizer, batch, options.tokens, options.seed, options.temperature, options.top_k, options.top_p,
+            streamer=streamer,
+        )  # fmt: skip
+        if options.prompts:
+            for prompt, text in zip(batch, texts, strict=True):
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+            sys.stdout.flush()
+
+
+def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
+    """Model, on the fastest device here, and tokenizer of a run, a checkpoint or an export; of a run that has ended, what it
+    exported.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    folder = source / "export" if (source / "export" / "config.json").is_file() else source
+    is_export = (folder / "config.json").is_file() and step is None
+    if not is_export and not (source / "checkpoints").is_dir() and not (source / "manifest.json").is_file():
+        raise ConfigError(f"{source} holds no model; name a run's folder, a checkpoint's, or an exported model's.")
+
+    import torch
+    import transformers
+
+    import smolds_dist.model  # noqa: F401  registers the architecture
+
+    transformers.logging.disable_progress_bar()
+    if is_export:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        from smolds_dist.checkpoint.files import open_verified
+        from smolds_dist.interchange.export import build_model, find_checkpoint, model_config, tokenizer_of
+
+        reader = open_verified(find_checkpoint(source, step))
+        tokenizer = tokenizer_of(reader.folder, reader.manifest)
+        model = build_model(reader, model_config(reader.manifest, tokenizer))
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer

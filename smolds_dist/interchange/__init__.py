@@ -1,0 +1,1 @@
+"""Models out of here into other programs, and back."""

@@ -1,0 +1,306 @@
+"""`smolds export RUN --to DIR`: a checkpoint of any layout as a folder that plain transformers loads.
+
+Tensors are read from the checkpoint and written one after the other, so it takes memory for one file of the result, whatever
+the model's size, until the result is checked: then a process without smolds loads it, and its logits must be ours.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.checkpoint.files import (
+    CheckpointReader,
+    Manifest,
+    by_bytes,
+    checkpoint_name,
+    checkpoints_in,
+    find_damage,
+    open_verified,
+)
+from smolds_dist.checkpoint.new_folder import check_free, new_folder
+from smolds_dist.errors import ConfigError, OptionParser
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+TOLERANCE = 1e-3  # of the largest logit, between transformers' logits and ours, both computed in fp32
+CHECK = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+if sys.argv[3] == "smolds":
+    import smolds_dist.model
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad():
+    logits = model(input_ids=load_file(sys.argv[2])["ids"], use_cache=False).logits
+assert sys.argv[3] == "smolds" or "smolds_dist" not in sys.modules
+save_file({"logits": logits}, sys.argv[2])
+"""
+
+
+def export(args: list[str]) -> None:
+    """Writes the folder, checks it, and with --push uploads it.
+
+    Raises:
+        ConfigError: where there is no whole checkpoint, no exact counterpart in transformers, or the folder exists.
+    """
+    options = _parse(args)
+
+    from smolds_dist.interchange.model_card import write_card
+
+    folder = find_checkpoint(options.source, options.step)
+    check_free(options.to)
+    reader = open_verified(folder)
+    tokenizer = tokenizer_of(folder, reader.manifest)
+    config = model_config(reader.manifest, tokenizer)
+    dtype = options.dtype if options.dtype != "auto" else reader.manifest.topology["dtype"]
+    with new_folder(options.to) as part:
+        write(reader, config, tokenizer, part, options.format, dtype, int(options.file_gb * 1e9))
+        write_card(part, folder, reader.manifest, config, options.format)
+        if options.check:
+            check(reader, config, part, options.format, dtype)
+    print(f"{folder} is in {options.to}{', and computes the same there' if options.check else ''}")
+    if options.push:
+        push(options.to, options.push)
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    parser = OptionParser(
+        prog="smolds export",
+        description="Writes a checkpoint, of any layout, as a model that plain transformers loads.",
+    )
+    parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder (runs/NAME), or a checkpoint's")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("--step", type=int, help="which checkpoint of the run; the newest where not given")
+    parser.add_argument(
+        "--format", choices=("transformers", "smolds"), default="transformers", help="whose classes are to load it"
+    )
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: what the run computed in")
+    parser.add_argument("--file-gb", type=float, default=1.0, help="largest file, in GB; also the memory this takes")
+    parser.add_argument("--no-check", dest="check", action="store_false", help="do not load the result and compare")
+    parser.add_argument(
+        "--push", metavar="NAME", help="upload it to this repository of the Hub; HF_TOKEN says who you are"
+    )
+    options = parser.parse_args(args)
+    if options.file_gb <= 0:
+        raise ConfigError(f"--file-gb {options.file_gb} is out of range; it must be more than 0.")
+    return options
+
+
+def find_checkpoint(source: Path, step: int | None) -> Path:
+    """The checkpoint that `source` names: itself, or one of a run's, by default the newest that is not damaged.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    if (source / "manifest.json").is_file():
+        return source.resolve()
+    folders = checkpoints_in(source / "checkpoints")
+    if step is not None:
+        asked = source / "checkpoints" / checkpoint_name(step)
+        if asked not in folders:
+            have = ", ".join(folder.name for folder in reversed(folders)) or "none"
+            raise ConfigError(f"{source} has no checkpoint of step {step}; it has {have}.")
+        return asked
+    whole = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
+    if whole is None:
+        raise ConfigError(f"{source} holds no whole checkpoint; name a run's folder, such as runs/NAME.")
+    return whole
+
+
+def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
+    """The tokenizer that a checkpoint's run was trained with.
+
+    Raises:
+        ConfigError: where it is not in the run's folder, nor where the run had it from.
+    """
+    from smolds_dist.data.shards import tokenizer_digest
+    from smolds_dist.data.tokenizer import load_tokenizer
+
+    run, name = folder.parent.parent, manifest.config["data"]["tokenizer"]
+    places = [str(place) for place in (run / "tokenizer", run / "export") if (place / "tokenizer.json").is_file()]
+    for place in places + ([name] if name != "train" else []):
+        tokenizer = load_tokenizer(place)
+        if tokenizer_digest(tokenizer) == manifest.data["tokenizer"]:
+            return tokenizer
+    raise ConfigError(f"{run} lacks the tokenizer of its training; put it into {run / 'tokenizer'}.")
+
+
+def model_config(manifest: Manifest, tokenizer: Any) -> Any:
+    """Our configuration of a checkpoint's model."""
+    from smolds_dist.config import Model
+    from smolds_dist.model import DeepSeekV3Config
+
+    architecture = Model(**manifest.config["model"]).architecture()
+    architecture["vocab_size"] = manifest.tensors["model.embed_tokens.weight"][0]
+    return DeepSeekV3Config(**architecture, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+def write(
+    reader: CheckpointReader, config: Any, tokenizer: Any, folder: Path, kind: str, dtype: str, file_bytes: int
+) -> None:
+    """Configuration, tokenizer and weights in files of at most `file_bytes`.
+
+    Raises:
+        ConfigError: where transformers has no class that computes the same.
+    """
+    from transformers import GenerationConfig
+
+    from smolds_dist.data.tokenizer import save_tokenizer
+    from smolds_dist.interchange.transformers_format import transformers_config
+
+    written = config
+    if kind == "transformers":
+        try:
+            written = transformers_config(config)
+        except ValueError as error:
+            raise ConfigError(f"{str(error).rstrip('.')}; --format smolds keeps it as it is.") from None
+    name = {"ernie4_5_moe": "Ernie4_5_MoeForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+    written.architectures = [name.get(written.model_type, "DeepSeekV3ForCausalLM")]
+    written.dtype = DTYPES[dtype]
+    written.save_pretrained(folder)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    tensors = _for_transformers(reader, config) if kind == "transformers" else _for_smolds(reader, config)
+    _write_files(tensors, folder, DTYPES[dtype], file_bytes)
+
+
+def _for_transformers(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
+    from smolds_dist.interchange.transformers_format import to_transformers
+
+    for name in reader.manifest.tensors:
+        yield to_transformers(name, reader.whole(name, "value"), config)
+    for key, bias in _selection_biases(reader):
+        yield to_transformers(key, bias, config)
+
+
+def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
+    """Experts stacked, as our own model has them."""
+    import torch
+
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.parallel.fragments import cut, logical_shapes
+
+    with torch.device("meta"):
+        model = DeepSeekV3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        tensor = torch.empty(parameter.shape)
+        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
+            reader.fill(fragment)
+        yield name, tensor
+    yield from _selection_biases(reader)
+
+
+def build_model(reader: CheckpointReader, config: Any) -> Any:
+    """Our model, in fp32 on the CPU, with a checkpoint's weights and selection biases."""
+    from smolds_dist.checkpoint.resume import load_weights
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+
+    model = DeepSeekV3ForCausalLM(config)
+    load_weights(reader, model)
+    for name, bias in _selection_biases(reader):
+        model.get_buffer(name).copy_(bias)
+    return model
+
+
+def _selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
+    """Name and tensor [E] of each."""
+    for key, tensor in reader.others().items():
+        if ".e_score_correction_bias:" in key:
+            yield key.split(":")[0], tensor
+
+
+def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, file_bytes: int) -> None:
+    """safetensors files as transformers names them, with an index where there are several."""
+    import torch
+    from safetensors.torch import save_file
+
+    def converted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            bias = name.endswith("e_score_correction_bias")
+            yield name, (tensor if bias else tensor.to(getattr(torch, dtype))).contiguous()
+
+    files: list[Path] = []
+    place: dict[str, int] = {}
+    total = 0
+    for batch in by_bytes(converted(), file_bytes):
+        place |= dict.fromkeys(batch, len(files))
+        total += sum(tensor.nbytes for tensor in batch.values())
+        files.append(folder / f"unnamed-{len(files)}")
+        save_file(batch, files[-1], metadata={"format": "pt"})
+        files[-1].chmod(0o644)
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    for file, final in zip(files, names, strict=True):
+        file.rename(folder / final)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[at] for name, at in place.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype: str) -> None:
+    """Has another process load the result and compares its logits with ours, of weights rounded alike.
+
+    Raises:
+        RuntimeError: where they differ, which no input should bring about.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    ids = torch.randint(0, config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tensors"
+        save_file({"ids": ids}, path)
+        # Isolated, so that nothing of this project is found by chance.
+        command = [
+            sys.executable,
+            *(["-I"] if kind == "transformers" else []),
+            "-c",
+            CHECK,
+            str(folder),
+            str(path),
+            kind,
+        ]
+        finished = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        if finished.returncode:
+            raise RuntimeError(f"the export does not load: {finished.stderr.strip()[-2000:]}")
+        theirs = load_file(path)["logits"]
+    model = build_model(reader, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
+        ours = model(input_ids=ids, use_cache=False).logits
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= TOLERANCE * ours.abs().max().item():
+        raise RuntimeError(f"the export computes other logits than the checkpoint: they differ by {difference:.2g}")
+
+
+def push(folder: Path, name: str) -> None:
+    """Uploads an export to a repository of the Hub, which is made if need be.
+
+    Raises:
+        ConfigError: where that fails; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=name)
+    except Exception as error:  # of the network, the token, the name: the Hub's client has no common type for them
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{folder} could not be pushed to {name!r} ({reason}); it is complete here: check HF_TOKEN and the network, and "
+            f"push it with `hf upload {name} {folder}`."
+        ) from None
+    print(f"pushed to {api.endpoint}/{name}")

@@ -1,0 +1,75 @@
+"""The model card of an export: what was trained on what, how it went, how to load it."""
+
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.checkpoint.files import Manifest
+from smolds_dist.observe.report import draw, markdown_table
+from smolds_dist.observe.rows import load_table, read_rows
+from smolds_dist.observe.summary import facts
+
+PICTURE = "training_metrics.png"
+
+
+def write_card(folder: Path, checkpoint: Path, manifest: Manifest, config: Any, kind: str) -> None:
+    """README.md, and the picture of the run where the checkpoint is in its run's folder."""
+    run = checkpoint.parent.parent
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= manifest.step]
+    steps = [row for row in rows if "loss" in row]
+    if steps:
+        draw([run], folder / PICTURE)
+    (folder / "README.md").write_text(card(run.resolve().name, rows, manifest, config, kind), encoding="utf-8")
+
+
+def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str) -> str:
+    """The card as Markdown, with the metadata that the Hub reads at its top."""
+    from torch import Size
+
+    parameters = sum(Size(shape).numel() for shape in manifest.tensors.values())
+    train, data = manifest.config["train"], manifest.config["data"]
+    tokens = manifest.step * train["global_batch"] * data["seq_len"]
+    experts = (
+        f"{config.num_experts} in each of {config.num_hidden_layers} layers, {config.num_experts_per_tok} for a token"
+    )
+    table: list[tuple[str, str]] = [
+        ("parameters", f"{parameters:,}"),
+        ("experts", experts),
+        ("attention", "multi-head latent" if config.attention == "latent" else "grouped-query"),
+        ("text", f"`{data['source']}`"),
+        ("steps", f"{manifest.step:,}"),
+        ("tokens", f"{tokens:,}"),
+        ("sequence length", f"{data['seq_len']:,}"),
+        ("optimizer", f"{train['optimizer']}, learning rate {train['lr']:g}, {train['schedule']}"),
+        ("trained on", manifest.layout),
+    ]  # fmt: skip
+    evaluation = next((row for row in reversed(rows) if "val_loss" in row), None)
+    if evaluation:
+        told = f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte"
+        table.append(("validation loss", f"{told} (step {evaluation['step']:,})"))
+    table += facts(rows).items()
+    metadata = (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n- smolds\n---"
+    )
+    import_line = "import smolds_dist.model  # registers the architecture\n" if kind == "smolds" else ""
+    parts = [
+        metadata,
+        f"# {name}",
+        "A mixture-of-experts language model, pre-trained with smolds. It has seen nothing but its training text: it "
+        "continues text, and follows no instructions.",
+        "## How to load it",
+        f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{import_line}\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_NAME")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")\n'
+        'inputs = tokenizer("Once", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```",
+        "## Training",
+        markdown_table(("", ""), table),
+    ]
+    if any("load" in row for row in rows):
+        parts += [
+            f"![Loss, balance and samples]({PICTURE})",
+            "## Expert balance",
+            "Share of the routed tokens per expert, last 20 steps:",
+            f"```\n{load_table(rows)}\n```",
+        ]
+    return "\n\n".join(parts) + "\n"

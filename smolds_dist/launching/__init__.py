@@ -1,0 +1,1 @@
+"""How ranks are started, watched and ended, and whether a machine can."""

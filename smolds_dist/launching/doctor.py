@@ -1,0 +1,106 @@
+"""`smolds doctor`: does this machine have what smolds needs? One line per check, each with what to do where it fails.
+
+Like its checks, it imports nothing but the standard library, so that it still speaks where the installation is broken.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import sys
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.launching.doctor_checks import (
+    MPI_OPTIONS,
+    Finding,
+    check_all_to_all,
+    check_compilers,
+    check_deepspeed,
+    check_environment,
+    check_folder,
+    check_gpu,
+    check_hub,
+    check_launchers,
+    check_locks,
+    check_system,
+    check_versions,
+    extensions_dir,
+    is_offline,
+    version_of,
+)
+from smolds_dist.launching.doctor_probes import PROBE_LIMITS, Probe, probe_args
+
+
+def doctor(args: list[str]) -> int:
+    """Prints the report; 1 where a check failed, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="smolds doctor", description="Checks this machine, one line per check; exit code 1 where one fails."
+    )
+    parser.add_argument("--fix", action="store_true", help="remove build locks that dead processes left")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="what to train on")
+    parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    options = parser.parse_args(args)
+    failed = False
+    with contextlib.ExitStack() as stack:
+        for finding in _findings(options, stack):
+            print(_without_secrets(str(finding)), flush=True)
+            failed |= finding.level == "fail"
+    return int(failed)
+
+
+def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Finding]:
+    """All checks in order. Probes start first and together; the all-to-all runs alone, because it measures."""
+
+    commands = {name: [sys.executable, *probe_args(name)] for name in ("torch", "deepspeed")}
+    if not is_offline():
+        commands["hub"] = [sys.executable, *probe_args("hub")]
+    if shutil.which("mpirun") and version_of("mpi4py"):
+        commands["mpi"] = ["mpirun", *MPI_OPTIONS, "-n", "2", sys.executable, *probe_args("mpi")]
+    if shutil.which("scontrol"):
+        commands["slurm"] = ["scontrol", "ping"]
+    probes = {name: stack.enter_context(Probe(command, PROBE_LIMITS[name])) for name, command in commands.items()}
+
+    yield from _guarded("system", check_system)
+    found, error = probes["torch"].answer()
+    torch: dict[str, Any] = found or {"gpus": [], "mps": False}
+    yield from _guarded("gpu", check_gpu, torch, options.device)
+    yield from _guarded("versions", check_versions)
+    if error:
+        yield Finding("fail", "torch import", error, "see `python -c 'import torch'`")
+    yield from _guarded("deepspeed import", check_deepspeed, probes["deepspeed"])
+    yield from _guarded("launchers", check_launchers, not error, probes)
+    if not error:
+        gpus = len(torch["gpus"]) if options.device in ("auto", "cuda") else 0
+        yield from _guarded("all-to-all", check_all_to_all, "nccl" if gpus > 1 else "gloo")
+    yield from _guarded("compilers", check_compilers, bool(torch["gpus"]))
+    folders = {"runs": options.dir, "data cache": Path("~/.cache/smolds").expanduser(), "extensions": extensions_dir()}
+    for name, folder in folders.items():
+        yield from _guarded(name, check_folder, name, folder)
+    yield from _guarded("build locks", check_locks, extensions_dir(), options.fix)
+    yield from _guarded("hub", check_hub, probes.get("hub"))
+    yield from _guarded("environment", check_environment)
+
+
+def _guarded(name: str, check: Callable[..., Iterator[Finding]], *args: Any) -> Iterator[Finding]:
+    """A check that breaks is a line of the report and not the end of it."""
+    try:
+        yield from check(*args)
+    except Exception as error:
+        yield Finding("warn", name, f"the check itself broke ({type(error).__name__}: {error})", "report this")
+
+
+def _without_secrets(text: str) -> str:
+    """Blanks tokens and the credentials of URLs, should an error message repeat them."""
+    secrets = {os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+    for name, value in os.environ.items():
+        match = re.match(r"(?:.*?://)?(.+)@", value)
+        if match and (name == "HF_ENDPOINT" or name.lower().endswith("_proxy")):
+            parts = [match[1], *(part for part in match[1].split(":", 1) if len(part) > 3)]
+            secrets.update(parts, map(urllib.parse.unquote, parts))
+    for secret in sorted(secrets - {""}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return re.sub(r"://[^\s/]*@", "://***@", text)

@@ -1,0 +1,446 @@
+"""The checks of `smolds doctor`.
+
+This module imports nothing but the standard library, so that it still speaks where the installation is broken. Whatever
+can hang or crash (importing torch or deepspeed, the network, MPI, the all-to-all) runs as a probe (`doctor_probes`).
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.launching.doctor_probes import PROBE_LIMITS, Probe, hub_endpoint, probe_args
+
+GB = 1e9
+LOCK_AGE = 600  # seconds without a written file after which a build that no process here holds counts as dead
+NETWORK_FILE_SYSTEMS = set("nfs nfs4 lustre gpfs beegfs ceph cifs smb3 9p virtiofs afs orangefs pvfs2".split())
+# As `smolds launch --launcher mpi` starts ranks on a CPU
+MPI_OPTIONS = ["--oversubscribe", *(["--allow-run-as-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    level: str  # ok, warn or fail
+    name: str
+    detail: str
+    advice: str = ""  # what to do about it
+
+    def __str__(self) -> str:
+        return f"{self.level:4}  {self.name:16}  {self.detail}{'; ' if self.advice else ''}{self.advice}"
+
+
+def _output(*command: str) -> str:
+    """Everything that a short command prints, "" where it is missing or hangs."""
+    try:
+        with Probe(list(command), 10) as probe:
+            return probe.result()[1]
+    except OSError:
+        return ""
+
+
+# Hardware
+
+
+def check_system() -> Iterator[Finding]:
+    """Python, cores and memory, as the process may use them and as a container's limits leave them."""
+    python, system = platform.python_version(), f"{platform.system()} {platform.release()} {platform.machine()}"
+    old = sys.version_info < (3, 11)
+    yield Finding("fail" if old else "ok", "python", f"{python} on {system}", "use Python 3.11 or later" if old else "")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text, quota = f"{cores} of {os.cpu_count()} cores usable", _core_quota()
+    if quota and quota < cores:
+        text, threads = f"{text}, but the container grants the time of {quota:.3g}", max(1, int(quota))
+        yield Finding("warn", "cpu", text, f"OMP_NUM_THREADS={threads} for a single process keeps threads from waiting")
+    else:
+        yield Finding("ok", "cpu", text)
+
+    memory = _memory()
+    if memory is None:
+        yield Finding("ok", "memory", "size unknown on this system")
+    else:
+        total, free = memory
+        text, low = f"{total / GB:.1f} GB, {free / GB:.1f} GB free", free < 2 * GB
+        yield Finding("warn" if low else "ok", "memory", text, "end other programs" if low else "")
+
+
+def _memory() -> tuple[float, float] | None:
+    """Total and free bytes; the smaller of the machine's and of the control group's."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {name: int(size.split()[0]) * 1024.0 for name, size in (line.split(":", 1) for line in lines)}
+        total, free = sizes["MemTotal"], sizes["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        try:
+            import psutil
+        except ImportError:
+            return None
+        total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    for folder in _control_groups("memory"):
+        for limit_name, used_name, cache_name in (
+            ("memory.max", "memory.current", "inactive_file "),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+        ):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limit, used = int((folder / limit_name).read_text()), int((folder / used_name).read_text())
+                stat = (folder / "memory.stat").read_text().splitlines()
+                used -= sum(int(line.split()[1]) for line in stat if line.startswith(cache_name))
+                total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+def _core_quota() -> float | None:
+    """Cores whose time the control group grants; None without a limit."""
+    quotas = []
+    for folder in _control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            quotas.append(quota / period)
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            quotas += [quota / period] if quota > 0 else []
+    return min(quotas, default=None)
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """This process's control group and those above it, of version 2 and of version 1."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or controller in controllers.split(","):
+                root = Path("/sys/fs/cgroup") / controllers
+                group = root / path.lstrip("/")
+                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+
+
+def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
+    """GPUs as torch sees them; a GPU that only the driver sees is the usual reason for a slow first run."""
+    driver = Path("/proc/driver/nvidia/gpus").is_dir()
+    for index, gpu in enumerate(torch["gpus"]):
+        name, text = f"gpu {index}", f"{gpu['name']}, {gpu['total'] / GB:.0f} GB, {gpu['free'] / GB:.0f} GB free"
+        if gpu["error"]:
+            level, advice = "warn" if device == "cpu" else "fail", "install the torch build for this GPU and driver"
+            yield Finding(level, name, f"{text}, but {gpu['error']}", advice)
+        else:
+            yield Finding("ok", name, text + ("" if gpu["bf16"] else ", no bf16"))
+    if torch["gpus"]:
+        yield Finding("ok", "cuda", f"CUDA {torch['cuda']}, NCCL {torch['nccl']}")
+    elif device == "cuda" or (device == "auto" and driver):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = f"torch is built for CUDA {torch['cuda']}" if torch.get("cuda") else "torch is built without CUDA"
+        reason += f", CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else ""
+        advice = "install the torch build for the driver (https://pytorch.org/get-started), or use --device cpu"
+        yield Finding("fail" if device == "cuda" else "warn", "gpu", f"none that torch can use: {reason}", advice)
+    elif torch["mps"]:
+        yield Finding("ok", "gpu", "Apple GPU (MPS), for one process")
+    elif device != "mps":
+        yield Finding("ok", "gpu", "none; training runs on the CPU")
+    if device == "mps" and not torch["mps"]:
+        yield Finding("fail", "gpu", "no Apple GPU that torch can use", "use --device cpu")
+
+
+# Software
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements() -> list[str]:
+    """smolds' requirements from its installed metadata, or from setup.cfg where only PYTHONPATH leads here."""
+    try:
+        return importlib.metadata.requires("smolds-dist") or []
+    except importlib.metadata.PackageNotFoundError:
+        import configparser
+
+        parser = configparser.ConfigParser()
+        parser.read(Path(__file__).parents[2] / "setup.cfg")
+        mpi = parser.get("options.extras_require", "mpi", fallback="").split("\n")
+        lines = parser.get("options", "install_requires", fallback="").split("\n")
+        return [line for line in lines if line] + [f'{line}; extra == "mpi"' for line in mpi if line]
+
+
+def check_versions() -> Iterator[Finding]:
+    """Every requirement of setup.cfg against what is installed."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield Finding("fail", "packaging", "not installed", "pip install -e . in smolds' folder installs everything")
+        return
+    requirements = [Requirement(line) for line in _requirements()]
+    if not requirements:
+        yield Finding("warn", "smolds-dist", "not installed, so the versions it needs are unknown", "pip install -e .")
+    for requirement in requirements:
+        if requirement.marker and not requirement.marker.evaluate({"extra": "mpi"}):
+            continue
+        name, version, optional = requirement.name, version_of(requirement.name), "extra" in str(requirement.marker)
+        needed = ",".join(sorted(str(requirement.specifier).split(","), reverse=True))
+        if version is None and optional:
+            yield Finding("ok", name, "not installed, needed only for the mpi launcher")
+        elif version is None:
+            yield Finding("fail", name, "not installed", f"pip install '{name}{needed}'")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            level = "warn" if optional else "fail"
+            yield Finding(level, name, f"{version} is outside {needed}", f"pip install '{name}{needed}'")
+        else:
+            yield Finding("ok", name, f"{version} ({needed})")
+
+
+def check_deepspeed(probe: Probe) -> Iterator[Finding]:
+    """Whether `import deepspeed` works, which needs more than the package: it looks for the accelerator and CUDA."""
+    if version_of("deepspeed") is None:
+        return  # the versions say whether it should be here
+    seconds, error = probe.answer()
+    if error:
+        advice = "see `python -c 'import deepspeed'`; one process trains without it"
+        yield Finding("fail", "deepspeed import", error, advice)
+    else:
+        yield Finding("ok", "deepspeed import", f"took {seconds:.1f} s")
+
+
+def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Finding]:
+    """Which programs can start ranks from here. None but torchrun is needed, so a missing one is no problem."""
+    works = torch_works and version_of("deepspeed")
+    yield Finding("ok", "torchrun", "works, as part of torch" if torch_works else "needs torch")
+    yield Finding("ok", "deepspeed run", "works, as part of deepspeed" if works else "needs deepspeed")
+    yield _mpirun(probes.get("mpi"))
+    yield _slurm(probes.get("slurm"))
+    pdsh, ssh = shutil.which("pdsh"), shutil.which("ssh")
+    if not ssh:
+        yield Finding("ok", "pdsh, ssh", "ssh not installed, needed only for deepspeed on several nodes")
+    elif not pdsh:
+        yield Finding("ok", "pdsh, ssh", "pdsh not installed, needed only for deepspeed on several nodes")
+    elif not re.search(r"rcmd modules:.*\bssh\b", modules := _output("pdsh", "-V")):
+        yield Finding("warn", "pdsh, ssh", "pdsh lacks its module for ssh", "build pdsh with ssh")
+    else:
+        version = _output("ssh", "-V").split(",")[0].split(" ")[0]
+        yield Finding("ok", "pdsh, ssh", f"{modules.splitlines()[0].split(' ')[0]}, {version}")
+
+
+def _mpirun(probe: Probe | None) -> Finding:
+    """Two real ranks, because an mpirun of another MPI than mpi4py's starts, and each rank believes to be alone."""
+    if not shutil.which("mpirun"):
+        return Finding("ok", "mpirun", "not installed, needed only for the mpi launcher")
+    version = next(iter(_output("mpirun", "--version").splitlines()), "unknown version")
+    if probe is None:
+        return Finding("ok", "mpirun", f"{version}; mpi4py is missing, needed only for the mpi launcher")
+    size, error = probe.answer()
+    if error:
+        return Finding("warn", "mpirun", f"{version}, but two ranks did not start: {error}", "use another launcher")
+    if size != 2:
+        advice = "pip install --force-reinstall --no-binary mpi4py mpi4py"
+        return Finding("warn", "mpirun", f"{version}, but mpi4py uses another MPI, so ranks stay alone", advice)
+    return Finding("ok", "mpirun", f"works with mpi4py, {version}")
+
+
+def _slurm(probe: Probe | None) -> Finding:
+    missing = [name for name in ("srun", "sbatch", "scontrol") if not shutil.which(name)]
+    if len(missing) == 3:
+        return Finding("ok", "srun, sbatch", "not installed, needed only for Slurm")
+    if missing or probe is None:
+        return Finding("warn", "srun, sbatch", f"{', '.join(missing)} not found", "install Slurm's client commands")
+    code, output = probe.result()
+    up = [line for line in output.splitlines() if re.search(r"\bUP\b", line)]
+    if code == 0 and up:
+        return Finding("ok", "srun, sbatch", f"{_output('srun', '--version')}, {up[0]}")
+    reason = "no answer within 5 s" if code is None else (output.splitlines() or [f"exit code {code}"])[-1][:200]
+    advice = "start slurmctld or point SLURM_CONF to the cluster's file, if you want Slurm"
+    return Finding("warn", "srun, sbatch", f"installed, but no controller: {reason}", advice)
+
+
+def check_compilers(cuda: bool) -> Iterator[Finding]:
+    """On a CPU nothing compiles: smolds skips DeepSpeed's shared-memory op. On CUDA, Triton needs a C compiler."""
+    wanted = [os.environ.get("CC") or "gcc", os.environ.get("CXX") or "g++", "ninja", "nvcc"]
+    found, missing = [], []
+    for command in wanted:
+        program = command.split()[0]
+        if shutil.which(program):
+            release = re.search(r"\d+(\.\d+)+", _output(program, "--version"))
+            found.append(f"{program} {release[0]}" if release else program)
+        elif cuda or program != "nvcc":
+            missing.append(program)
+    text = ", ".join(found + [f"no {program}" for program in missing])
+    if cuda and not any(shutil.which(name.split()[0]) for name in (wanted[0], "cc", "clang")):
+        advice = "install gcc: on CUDA, the expert layers' Triton kernels are compiled on first use"
+        yield Finding("warn", "compilers", text, advice)
+    else:
+        yield Finding("ok", "compilers", text if cuda else f"{text} (on a CPU, smolds compiles nothing)")
+
+
+def check_all_to_all(backend: str) -> Iterator[Finding]:
+    """Two real ranks exchange tensors, as experts on different ranks do."""
+    limit, where = PROBE_LIMITS["all-to-all"], "GPUs" if backend == "nccl" else "CPU processes"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with Probe([*start, *probe_args("all-to-all", backend)], limit, OMP_NUM_THREADS="1") as probe:
+        found, error = probe.answer()
+    if error:
+        variable = "NCCL_DEBUG=INFO" if backend == "nccl" else "GLOO_SOCKET_IFNAME=lo"
+        yield Finding("fail", "all-to-all", f"two ranks over {backend}: {error}", f"try again with {variable}")
+    else:
+        speed = f"{found['latency'] * 1e6:.0f} us median latency, {found['bandwidth'] / GB:.2f} GB/s per rank"
+        yield Finding("ok", "all-to-all", f"two {where} over {backend}: {speed}")
+
+
+# Folders
+
+
+def check_folder(name: str, folder: Path) -> Iterator[Finding]:
+    """Room and right to write, tried at the nearest folder that exists: the check itself makes none."""
+    folder = folder.absolute()
+    nearest = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+        free = shutil.disk_usage(nearest).free
+    except OSError as error:
+        reason = f"{nearest}: {error.strerror}"
+        yield Finding("fail", name, f"{folder} cannot be written ({reason})", "choose another folder")
+        return
+    level = "fail" if free < 1 * GB else "warn" if free < 20 * GB else "ok"
+    yield Finding(level, name, f"{folder}, {free / GB:.1f} GB free", "" if level == "ok" else "free some disk space")
+
+
+def extensions_dir() -> Path:
+    """Where torch, and DeepSpeed through it, builds extensions: one folder per extension, with a `lock` in a build."""
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    cache = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "torch_extensions"
+
+
+def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
+    """Build locks that nobody will ever release, on which every later build of that extension waits for ever.
+
+    torch makes the file `lock` in an extension's folder, keeps it open during the build and removes it afterwards. So a
+    build is alive while a process has its lock open, or while ninja, perhaps an orphan of it, works in the folder. A lock
+    without either may still belong to another node where the folder is on a network file system, or to another user's
+    process. Those can't be seen from here, but their build writes files: there, only after ten minutes without one does
+    the lock count as stale. `fix` removes stale locks, never others.
+    """
+    locks = sorted(path for path in root.rglob("lock") if path.is_file())
+    if not locks:
+        yield Finding("ok", "build locks", f"none below {root}")
+    for lock in locks:
+        try:
+            holder = _builder_of(lock)
+            idle = time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir() if path.is_file())
+        except (FileNotFoundError, ValueError):  # released meanwhile
+            continue
+        if holder:
+            yield Finding("ok", "build lock", f"{lock} is held by process {holder}, which builds right now")
+        elif idle < LOCK_AGE and _may_be_held_unseen(lock):
+            text = f"{lock} is {max(0.0, idle) / 60:.0f} minutes old, and no process here holds it"
+            advice = f"if nobody else builds there, run this again after {LOCK_AGE // 60} minutes"
+            yield Finding("warn", "build lock", text, advice)
+        elif fix:
+            try:
+                lock.unlink(missing_ok=True)
+                yield Finding("ok", "build lock", f"removed {lock}, left by a dead process")
+            except OSError as error:
+                yield Finding("fail", "build lock", f"{lock} cannot be removed ({error.strerror})", "ask its owner")
+        else:
+            text = f"{lock} was left by a dead process, every later build would wait for it"
+            yield Finding("fail", "build lock", text, "`smolds doctor --fix` removes it")
+
+
+def _may_be_held_unseen(lock: Path) -> bool:
+    """Whether another node or user could be building there."""
+    with contextlib.suppress(OSError):
+        if os.geteuid() not in (0, lock.stat().st_uid):
+            return True
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+        here = max((m for m in mounts if lock.resolve().is_relative_to(m[0])), key=lambda m: len(m[0]))
+        return here[1] in NETWORK_FILE_SYSTEMS or here[1].startswith("fuse")
+    return True
+
+
+def _builder_of(lock: Path) -> int | None:
+    """A living process that has the lock open, or a ninja in its folder."""
+    held, folder = os.stat(lock), os.stat(lock.parent)
+
+    def same(link: Path, file: os.stat_result) -> bool:
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            return os.path.samestat(os.stat(link), file)
+        return False
+
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(same(link, held) for link in (process / "fd").iterdir()):
+                return int(process.name)
+            if (process / "comm").read_text().strip().startswith("ninja") and same(process / "cwd", folder):
+                return int(process.name)
+    return None
+
+
+# Network and environment
+
+
+def check_hub(probe: Probe | None) -> Iterator[Finding]:
+    """Whether the Hub answers, and whether a token is set: never the token. Without a probe, offline by choice."""
+    token = f"HF_TOKEN {'set' if os.environ.get('HF_TOKEN') else 'not set'}"
+    if probe is None:
+        yield Finding("ok", "hub", f"offline by choice, {token}")
+        return
+    host = urllib.parse.urlsplit(hub_endpoint()).hostname or "HF_ENDPOINT"
+    found, error = probe.answer()
+    problem = error or found["problem"]
+    if problem:
+        advice = "the sources stdlib, text, jsonl and parquet work without it"
+        yield Finding("warn", "hub", f"{host} is not reachable ({problem}), {token}", advice)
+    else:
+        yield Finding("ok", "hub", f"{host} answers, {token}")
+
+
+def is_offline() -> bool:
+    """As the Hub's client decides it."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def check_environment() -> Iterator[Finding]:
+    """Variables and limits that change how ranks run."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    present, missing = ([n for n in ranks if (n in os.environ) == here] for here in (True, False))
+    if "RANK" in present and missing:
+        advice = "unset RANK, or start ranks with `smolds launch`"
+        yield Finding("warn", "ranks", f"RANK is set without {' and '.join(missing)}", advice)
+    else:
+        here = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if "RANK" in present else "none set"
+        yield Finding("ok", "ranks", f"{here} in the environment")
+
+    threads = os.environ.get("OMP_NUM_THREADS")
+    note = ", so a single process uses one core" if threads == "1" and (os.cpu_count() or 1) > 1 else ""
+    yield Finding("ok", "threads", f"OMP_NUM_THREADS={threads}{note}" if threads else "OMP_NUM_THREADS not set")
+
+    with contextlib.suppress(ImportError):  # no Unix
+        import resource
+
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 0 <= files < 1024:
+            yield Finding("warn", "open files", f"at most {files}", "`ulimit -n 4096` before the start")
+        else:
+            yield Finding("ok", "open files", f"at most {files}" if files >= 0 else "no limit")
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        size = shutil.disk_usage(shm).total
+        if size < 64e6:
+            advice = "start the container with --shm-size 1g; NCCL keeps its buffers there"
+            yield Finding("warn", "/dev/shm", f"{size / 1e6:.0f} MB", advice)
+        else:
+            yield Finding("ok", "/dev/shm", f"{size / GB:.1f} GB")

@@ -1,0 +1,199 @@
+"""The doctor's probes: whatever can hang or crash runs in another process, with a time limit.
+
+`python -m smolds_dist.launching.doctor_probes NAME` is such a process. Like the doctor itself, this module imports nothing
+but the standard library until a probe runs.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+PROBE_LIMITS = {"torch": 60, "deepspeed": 90, "hub": 8, "mpi": 20, "slurm": 5, "all-to-all": 60}  # seconds
+ANSWER = "smolds-doctor-answer: "  # what a probe found, as JSON behind this
+
+
+class Probe:
+    """A command that runs in the background, in a process group of its own, and ends at its time limit."""
+
+    def __init__(self, command: list[str], limit: float, **environment: str) -> None:
+        self.limit, self.end = limit, time.monotonic() + limit
+        self.output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by __exit__
+        # A probe is no rank of the job that this process may belong to.
+        ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        env = {name: value for name, value in os.environ.items() if name not in ranks}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, text=True,
+            env=env | environment, start_new_session=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Probe":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Ends the whole group; SIGTERM first, because torchrun and mpirun pass it on to ranks outside the group."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(3)
+        self.output.close()
+
+    def result(self) -> tuple[int | None, str]:
+        """Exit code, None where the time was over, and everything it printed."""
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(max(0.0, self.end - time.monotonic()))
+        self.output.seek(0)
+        return code, self.output.read().strip()
+
+    def answer(self) -> tuple[Any, str]:
+        """What a probe of this module found and "", or None and what went wrong."""
+        code, output = self.result()
+        lines = output.splitlines()
+        answers = [line.split(ANSWER, 1)[1] for line in lines if ANSWER in line]
+        if answers and code == 0:
+            return json.loads(answers[-1]), ""
+        if code is None or code == -signal.SIGALRM:
+            return None, f"no answer after {self.limit:g} s"
+        # A rank's error rather than torchrun's own, which only says that a rank failed
+        pattern = r"^\s*(?:\[rank\d+\]:)?\s*([\w.]*(?:Error|Exception)\b(?<!ChildFailedError).*)"
+        errors = re.findall(pattern, output, re.MULTILINE)
+        lines = [line for line in lines if re.search(r"\w", line)]
+        return None, (errors or lines or [f"exit code {code}"])[-1].strip()[:300]
+
+
+def probe_args(name: str, *args: str) -> list[str]:
+    return ["-m", "smolds_dist.launching.doctor_probes", name, *args]
+
+
+def hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _probe_torch() -> dict[str, Any]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = {"name": torch.cuda.get_device_name(index), "total": 0, "free": 0, "bf16": False, "error": ""}
+        try:
+            gpu["free"], gpu["total"] = torch.cuda.mem_get_info(index)
+            with torch.cuda.device(index):
+                gpu["bf16"] = torch.cuda.is_bf16_supported()
+            assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8
+        except Exception as error:
+            gpu["error"] = (str(error).splitlines() or [type(error).__name__])[0]
+        gpus.append(gpu)
+    nccl = torch.cuda.nccl.version() if gpus and torch.distributed.is_nccl_available() else ("missing",)
+    versions = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl))}
+    return {"gpus": gpus, "mps": torch.backends.mps.is_available(), **versions}
+
+
+def _probe_deepspeed() -> float:
+    begin = time.monotonic()
+    import deepspeed  # noqa: F401
+
+    return time.monotonic() - begin
+
+
+def _probe_mpi() -> int:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.size
+
+
+def _probe_hub() -> dict[str, str]:
+    """Any answer of the Hub's will do, so credentials in HF_ENDPOINT are not sent, and no message can hold them."""
+    import ssl
+
+    context = ssl.create_default_context()
+    with contextlib.suppress(ImportError):  # the Hub's own client trusts these, whatever the system trusts
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    try:
+        url = urllib.parse.urlsplit(hub_endpoint())
+        url = url._replace(netloc=url.netloc.rpartition("@")[2])
+        request = urllib.request.Request(url.geturl(), method="HEAD", headers={"User-Agent": "smolds-doctor"})
+        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
+        with opener.open(request, timeout=5) as response:
+            status = response.status
+    except urllib.error.HTTPError as error:
+        status = error.code
+    except urllib.error.URLError as error:
+        return {"problem": str(error.reason)}
+    except Exception as error:  # a malformed address, which the message would repeat
+        return {"problem": "timed out" if isinstance(error, TimeoutError) else type(error).__name__}
+    return {"problem": f"HTTP status {status}" if status >= 500 or status == 407 else ""}
+
+
+def _probe_all_to_all(backend: str) -> dict[str, float] | None:
+    """One of the ranks: median seconds of a small exchange, and bytes per second to the other ranks of a large one."""
+    import torch
+    import torch.distributed as dist
+
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
+    world = dist.get_world_size()
+
+    def exchange(size: int, repeats: int) -> list[float]:
+        """Seconds of each repetition; `size` numbers per rank."""
+        sent = torch.full((size,), float(rank), device=device)
+        received = torch.empty_like(sent)
+        seconds = []
+        for _ in range(repeats):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_to_all_single(received, sent)
+            if backend == "nccl":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        expected = torch.arange(world, device=device, dtype=sent.dtype).repeat_interleave(size // world)
+        if not torch.equal(received, expected):
+            raise RuntimeError("the ranks received wrong numbers")
+        return seconds
+
+    large = 2**26 if backend == "nccl" else 2**23
+    exchange(256, 20)
+    latency = statistics.median(exchange(256, 300))
+    exchange(large, 1)
+    bandwidth = 4 * large * (world - 1) / world / statistics.median(exchange(large, 5))
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"latency": latency, "bandwidth": bandwidth} if rank == 0 else None
+
+
+def _probe(name: str, *args: str) -> None:
+    """Runs one probe. The alarm ends it at its limit whatever it hangs in and even if nobody is left to kill it."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(PROBE_LIMITS[name])
+    probes: dict[str, Callable[..., Any]] = {
+        "torch": _probe_torch,
+        "deepspeed": _probe_deepspeed,
+        "hub": _probe_hub,
+        "mpi": _probe_mpi,
+        "all-to-all": _probe_all_to_all,
+    }
+    answer = probes[name](*args)
+    if answer is not None:
+        print(f"{ANSWER}{json.dumps(answer)}", flush=True)
+
+
+if __name__ == "__main__":
+    _probe(*sys.argv[1:])

@@ -1,0 +1,225 @@
+"""What became of every rank, so that a job's bad end is told in one line: which rank, on which host, and why.
+
+Every rank keeps `RUN/ranks/rank_00003.json` and watches those of the others, whichever program started them. Who finds
+the cause first puts it into `RUN/ranks/cause.txt` and prints it; the others leave in silence. Ranks on several hosts
+need the run folder on a shared file system for that, as checkpoints do.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from smolds_dist.config import Parallel
+from smolds_dist.launching import hang
+from smolds_dist.parallel.ranks import RankInfo, host_name, process_state, system_name
+
+LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
+
+
+def job_token() -> str:
+    """The same on all ranks of a job and another for the next one."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    return ":".join(os.environ.get(name, "") for name in names)
+
+
+class RankReport:
+    """This rank's entry, and the thread that watches the other ranks' entries.
+
+    Args:
+        settings: `grace`, the seconds from another rank's death until this one leaves by force, because collectives may
+            never return; and `timeout`, the seconds without a sign of life after which the ranks hang.
+    """
+
+    def __init__(self, run_dir: Path, info: RankInfo, settings: Parallel):
+        self.folder = run_dir / "ranks"
+        self.grace = settings.grace
+        self.timeout = settings.timeout or float("inf")
+        self.rank = info.rank
+        self.passes = 0
+        self._last_beat = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob(f"rank_{info.rank:05}.*"):
+            old.unlink(missing_ok=True)
+        self._forget_earlier_jobs()
+        self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
+        faulthandler.enable(self._fault_file)  # a segmentation fault leaves its name there
+        self.entry: dict[str, Any] = {
+            "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": system_name(), "job": job_token(),
+            "started": time.time(), "out_of_memory_kills": _out_of_memory_kills(), "state": "running",
+        }  # fmt: skip
+        self._write()
+        if info.world_size > 1:
+            threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
+
+    def _forget_earlier_jobs(self) -> None:
+        """Every rank does, because each begins to watch at once: only what is older than this process is of another job."""
+        import psutil
+
+        begun = psutil.Process().create_time()
+        for name in ("cause.txt", hang.SIGN, hang.STACKS):
+            with contextlib.suppress(FileNotFoundError):
+                if (self.folder / name).stat().st_mtime < begun:
+                    (self.folder / name).unlink()
+
+    def _write(self) -> None:
+        path = self.folder / f"rank_{self.rank:05}.json"
+        part = path.with_suffix(".part")
+        with contextlib.suppress(OSError):  # a full disk must not end a rank
+            part.write_text(json.dumps(self.entry))
+            part.replace(path)
+
+    def beat(self) -> None:
+        """A sign of life: another forward pass begins."""
+        self.passes += 1
+        self.alive()
+
+    def alive(self) -> None:
+        """A sign of life without a forward pass."""
+        self._last_beat = time.monotonic()
+
+    def end(self, state: str = "done", code: int = 0) -> None:
+        """The rank's work has ended as it should, with this exit code."""
+        self.entry |= {"state": state, "code": code}
+        self._write()
+        faulthandler.enable()
+        self._fault_file.close()
+
+    def fail(self, error: BaseException) -> None:
+        """Notes the error, its traceback in `rank_N.log`, and tells the job's cause if nobody has."""
+        log = self.folder / f"rank_{self.rank:05}.log"
+        log.write_text("".join(traceback.format_exception(error)))
+        last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+        self.entry["state"] = "failed"
+        self._write()
+        if isinstance(error, RuntimeError | OSError) and LOST_CONTACT.search(str(error)):
+            # The other end of a broken connection is the cause; its host's ranks see it best.
+            deadline = time.monotonic() + min(3.0, self.grace)
+            while time.monotonic() < deadline:
+                if (self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"]):
+                    return
+                time.sleep(0.2)
+            others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
+            gone = [e for e in others if e["state"] == "running"]
+            if gone:
+                ranks = ", ".join(str(e["rank"]) for e in gone)
+                word = "rank" if len(gone) == 1 else "one of the ranks"
+                _tell(
+                    self.folder,
+                    f"{word} {ranks} on host {gone[0]['host']} was killed or lost its network ({last_line})",
+                )
+                return
+        _tell(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
+
+    def _watch(self) -> None:
+        while self.entry["state"] == "running":
+            time.sleep(1)
+            idle = time.monotonic() - self._last_beat
+            if idle > self.timeout or (self.folder / hang.SIGN).exists():
+                entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
+                cause = hang.give_up(self.folder, self.entry, entries, idle, self.passes)
+                if self.entry["state"] == "running":
+                    _tell(self.folder, cause)
+                    hang.kill_silent(self.folder, entries)
+                    sys.stderr.flush()
+                    os._exit(1)
+            if not ((self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"])):
+                continue
+            time.sleep(self.grace)
+            if self.entry["state"] == "running":
+                sys.stderr.flush()
+                os._exit(1)
+
+
+def tell_dead(folder: Path, job: str) -> bool:
+    """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
+    if find_dead(folder, job):
+        print(
+            f"\nsmolds: {(folder / 'cause.txt').read_text().strip()}; the other ranks stop.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return (folder / "cause.txt").exists()
+
+
+def find_dead(folder: Path, job: str | None = None, since: float = 0.0) -> bool:
+    """Notes a rank of this host that ended without a word as the cause; whether it has, as the first."""
+    for entry in _entries(folder, job):
+        if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
+            crash = folder / f"rank_{entry['rank']:05}.crash"
+            fault = crash.read_text().splitlines() if crash.exists() else []
+            if fault:
+                why = f"crashed: {fault[0]} (stack: {crash})"
+            else:  # every other end leaves a word
+                memory = _out_of_memory_kills() > entry["out_of_memory_kills"]
+                why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
+            return _note(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
+    return False
+
+
+def signal_ranks(folder: Path, number: int, since: float) -> bool:
+    """Sends a signal to the running ranks of this machine; whether there were any."""
+    mine = [
+        e
+        for e in _entries(folder)
+        if e["started"] >= since and e["state"] == "running" and e["system"] == system_name()
+    ]
+    for entry in mine:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry["pid"], number)
+    return bool(mine)
+
+
+def exit_code_of_stop(folder: Path, since: float) -> int | None:
+    """The exit code of ranks that a signal stopped, or that could not begin; None where that is not how they ended."""
+    entries = [entry for entry in _entries(folder) if entry["started"] >= since]
+    stopped = [entry["code"] for entry in entries if entry["state"] in ("stopped", "refused")]
+    return stopped[0] if stopped and len(stopped) == len(entries) else None
+
+
+def _note(folder: Path, cause: str) -> bool:
+    """Writes the cause down unless there is one already; whether it has."""
+    try:
+        with (folder / "cause.txt").open("x") as file:
+            file.write(cause + "\n")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _tell(folder: Path, cause: str) -> None:
+    """Notes the cause and prints it, unless there is one already."""
+    if _note(folder, cause):
+        print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
+
+
+def _entries(folder: Path, job: str | None = None) -> list[dict[str, Any]]:
+    entries = []
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            entry = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue  # just being replaced
+        if job is None or entry["job"] == job:
+            entries.append(entry)
+    return entries
+
+
+def _is_dead(entry: dict[str, Any]) -> bool:
+    return entry["system"] == system_name() and process_state(entry["pid"]) in "ZX"
+
+
+def _out_of_memory_kills() -> int:
+    """The kernel's count of processes killed for memory, since boot."""
+    try:
+        match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        return int(match.group(1)) if match else 0
+    except OSError:
+        return 0

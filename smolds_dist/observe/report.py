@@ -1,0 +1,325 @@
+"""`smolds report RUN...`: a training log, the samples and a picture, made anew from what a run has written.
+
+Everything comes from the run's folder: `metrics.jsonl`, `samples.jsonl`, `config.yaml` and the checkpoints' manifests.
+"""
+
+import re
+from collections import Counter, defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolds_dist.checkpoint.files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
+from smolds_dist.config import Model
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.observe.rows import load_table, read_rows
+from smolds_dist.observe.summary import facts
+
+NGRAM = 3
+UNIQUE_CONTENT = (
+    f"Unique content is the share of distinct {NGRAM}-grams among all {NGRAM}-grams of a sample: words and single marks, "
+    "spaces left out, the prompt included. 1 means that nothing is said twice; text that goes round in circles comes near 0 "
+    "(distinct-n, arXiv 1510.03055, section 5.3)."
+)
+LOSS_ROWS = 25
+SMOOTHING = 0.9  # weight of what was before, in the picture's thick loss curves
+
+
+def report(args: list[str]) -> None:
+    """Writes the reports and prints their paths.
+
+    Raises:
+        ConfigError: where a folder holds no run, or several runs are given without a place for their picture.
+    """
+    parser = OptionParser(
+        prog="smolds report",
+        description="Writes log_training.md, sample_outputs.md and training_metrics.png; several runs share a picture.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder (runs/NAME)")
+    parser.add_argument(
+        "--rebuild-tensorboard", action="store_true", help="also write TensorBoard's files anew, from metrics.jsonl"
+    )
+    parser.add_argument("--to", type=Path, help="folder to write to; the run's own where there is one run")
+    options = parser.parse_args(args)
+    for run in options.runs:
+        if not any("loss" in row for row in read_rows(run / "metrics.jsonl")):
+            raise ConfigError(f"{run} holds no training steps; name a run's folder, such as runs/NAME.")
+    if len(options.runs) > 1 and options.to is None:
+        raise ConfigError("several runs share a picture; name a folder for it with --to.")
+    folder = options.to or options.runs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "training_metrics.png"]
+    draw(options.runs, written[0])
+    if len(options.runs) == 1:
+        texts = {"log_training.md": training_log(options.runs[0]), "sample_outputs.md": sample_log(options.runs[0])}
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            written.append(folder / name)
+    if options.rebuild_tensorboard:
+        from smolds_dist.observe.tensorboard import rebuild
+
+        for run in options.runs:
+            written.append(rebuild(run, read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")))
+    for path in written:
+        print(path)
+
+
+def unique_content(text: str) -> float | None:
+    """See `UNIQUE_CONTENT`; None for a text with fewer than `NGRAM` words and marks."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    grams = Counter(tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
+    return len(grams) / grams.total() if grams else None
+
+
+def unique_content_by_step(run: Path) -> dict[int, float]:
+    """Mean over the samples of each step that has any long enough."""
+    shares = defaultdict(list)
+    for row in read_rows(run / "samples.jsonl"):
+        share = unique_content(row["text"])
+        if share is not None:
+            shares[row["step"]].append(share)
+    return {step: sum(values) / len(values) for step, values in shares.items()}
+
+
+def training_log(run: Path) -> str:
+    """The run as Markdown: configuration, model, loss at regular steps, expert balance, checkpoints, events."""
+    rows = read_rows(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    manifests = _manifests(run)
+    parts = [
+        f"# Training log of {run.resolve().name}",
+        markdown_table(("", ""), _summary(steps, rows, manifests)),
+        "## Loss",
+        markdown_table(
+            ("step", "tokens", "loss", "validation loss", "bits per byte", "gradient norm", "MaxVio"), _losses(rows)
+        ),
+        "## Expert balance",
+        "Share of the routed tokens per expert, last 20 steps:",
+        _fenced(load_table(rows)),
+        "## Checkpoints",
+        markdown_table(("step", "written", "size", "validation loss", "layout"), [_checkpoint(m) for m in manifests])
+        if manifests
+        else "None.",
+        "## Events",
+        "\n".join(f"- {event}" for event in _events(rows)) or "None.",
+        "## Configuration",
+        _fenced(yaml.safe_dump(config, sort_keys=False).strip(), "yaml"),
+        "## Model",
+        _fenced(_model_printout(config, manifests)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def sample_log(run: Path) -> str:
+    """Prompts and samples at each interval as Markdown, each with its unique content."""
+    parts = [f"# Samples of {run.resolve().name}", UNIQUE_CONTENT]
+    rows = read_rows(run / "samples.jsonl")
+    for before, row in pairwise([{"step": None}, *rows]):
+        if row["step"] != before["step"]:
+            parts.append(f"## Step {row['step']}")
+        share = unique_content(row["text"])
+        ratio = "too short for a ratio" if share is None else f"unique content {share:.2f}"
+        parts += [f"Prompt `{row['prompt']}`, {ratio}:", _fenced(row["text"])]
+    return "\n\n".join(parts if rows else [*parts, "None."]) + "\n"
+
+
+def draw(runs: list[Path], path: Path) -> None:
+    """Loss and unique content over steps, expert balance beside them; a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # An opaque light ground reads the same on light and dark pages.
+    figure, ((loss_axes, balance_axes), (unique_axes, last_axes)) = pyplot.subplots(
+        2, 2, figsize=(12, 7.5), dpi=110, facecolor="white", layout="constrained"
+    )
+    colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    for number, run in enumerate(runs):
+        colour, name = colours[number % len(colours)], run.resolve().name
+        rows = read_rows(run / "metrics.jsonl")
+        steps = [row for row in rows if row.get("loss") is not None]
+        x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
+        loss_axes.plot(x, losses, color=colour, alpha=0.25, linewidth=0.8)
+        loss_axes.plot(x, _smooth(losses), color=colour, linewidth=1.6, label=f"{name}, training")
+        held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        if held_out:
+            line = dict(color=colour, marker="o", markersize=5, linestyle="--", markeredgecolor="black")
+            loss_axes.plot(*zip(*held_out, strict=True), label=f"{name}, held out", **line)
+        balanced = [(row["step"], row["max_vio"]) for row in steps if "max_vio" in row]
+        if balanced:
+            at, violations = zip(*balanced, strict=True)
+            balance_axes.plot(at, violations, color=colour, alpha=0.25, linewidth=0.8)
+            balance_axes.plot(at, _smooth(list(violations)), color=colour, linewidth=1.6, label=name)
+        shares = unique_content_by_step(run)
+        unique_axes.plot(list(shares), list(shares.values()), color=colour, marker="o", label=name)
+    _finish(loss_axes, "Loss", "nats per token")
+    _finish(
+        balance_axes, "Expert imbalance (MaxVio of a batch, mean of layers)", "busiest expert over the mean, minus 1"
+    )
+    balance_axes.set_ylim(bottom=0)
+    _finish(unique_axes, f"Unique content of the samples (distinct {NGRAM}-grams)", "share")
+    unique_axes.set(ylim=(0, 1.05), xlim=loss_axes.get_xlim())
+    if len(runs) == 1:
+        _draw_load(figure, last_axes, read_rows(runs[0] / "metrics.jsonl"))
+    else:
+        for number, run in enumerate(runs):
+            speed = [(row["step"], row["tokens_per_s"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+            last_axes.plot(*zip(*speed, strict=True), color=colours[number % len(colours)], label=run.resolve().name)
+        _finish(last_axes, "Speed", "tokens per second")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _draw_load(figure: Any, axes: Any, rows: list[dict]) -> None:
+    loads = [row["load"] for row in rows if "load" in row][-20:]
+    if not loads:
+        axes.set_axis_off()
+        return
+    layers, experts = len(loads[0]), len(loads[0][0])
+    mean = [
+        [sum(load[layer][e] for load in loads) / len(loads) * experts for e in range(experts)]
+        for layer in range(layers)
+    ]
+    picture = axes.imshow(mean, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    axes.set_title("Load of every expert, last 20 steps (1: its even share)")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
+    axes.set_yticks(range(layers) if layers <= 12 else range(0, layers, 4))
+    figure.colorbar(picture, ax=axes)
+
+
+def _finish(axes: Any, title: str, unit: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average, without the start's pull towards the first value."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + 1 - SMOOTHING
+        smooth.append(total / weight)
+    return smooth
+
+
+def _summary(steps: list[dict], rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
+    last = steps[-1]
+    seconds = sum((after["tokens"] - before["tokens"]) / after["tokens_per_s"] for before, after in pairwise(steps))
+    table: list[tuple] = [("steps", f"{last['step']:,}"), ("tokens", f"{last['tokens']:,}")]
+    unit, size = next(
+        (u, n) for u, n in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if seconds >= 2 * n or n == 1
+    )
+    table.append(("time in steps", f"{seconds / size:.1f} {unit}"))
+    if last["loss"] is not None:
+        table.append(("last training loss", f"{last['loss']:.4f}"))
+    evaluations = [row for row in rows if "val_loss" in row]
+    if evaluations:
+        best = min(evaluations, key=lambda row: row["val_loss"])
+        table.append(("best validation loss", f"{best['val_loss']:.4f} at step {best['step']}"))
+    table += facts(rows).items()
+    if manifests:
+        table.append(("parameters", f"{_parameters(manifests[0]):,}"))
+        table.append(("versions", _versions(manifests[0].versions)))
+    return table
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def _losses(rows: list[dict]) -> list[tuple]:
+    """About `LOSS_ROWS` training steps at regular distances, and every evaluated one."""
+    steps = {row["step"]: row for row in rows if "loss" in row}
+    evaluated = {row["step"]: row for row in rows if "val_loss" in row}
+    every = max(1, len(steps) // LOSS_ROWS)
+    chosen = sorted({*list(steps)[::every], *evaluated, max(steps)} & set(steps))
+
+    def cell(row: dict, name: str, digits: int = 4) -> str:
+        return "" if row.get(name) is None else f"{row[name]:.{digits}f}"
+
+    table = []
+    for step in chosen:
+        row, held_out = steps[step], evaluated.get(step, {})
+        table.append((
+            step, f"{row['tokens']:,}", cell(row, "loss") or "not finite", cell(held_out, "val_loss"),
+            cell(held_out, "val_bits_per_byte", 3), cell(row, "grad_norm", 3), cell(row, "max_vio", 2),
+        ))  # fmt: skip
+    return table
+
+
+def _events(rows: list[dict]) -> list[str]:
+    events = []
+    for row in rows:
+        if row.get("event") == "start":
+            events.append(
+                f"after step {row['step']}: started on {row['host']}, {row['topology']} ({_versions(row['versions'])})"
+            )
+        elif row.get("event") == "rollback":
+            events.append(
+                f"step {row['step']}: back here from a loss spike in steps {row['spike_begin']} to {row['spike_end']}, "
+                f"{row['skipped_samples']} samples left out"
+            )
+        elif row.get("skipped"):
+            events.append(f"step {row['step']}: loss or gradient not finite, update skipped")
+    return events
+
+
+def _manifests(run: Path) -> list[Manifest]:
+    """Of the checkpoints that have a sound one, oldest first."""
+    found = []
+    for folder in reversed(checkpoints_in(run / "checkpoints")):
+        try:
+            found.append(read_manifest(folder))
+        except DamagedCheckpointError:
+            continue
+    return found
+
+
+def _checkpoint(manifest: Manifest) -> tuple:
+    size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
+    loss = "" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
+    return manifest.step, manifest.created[:16].replace("T", " "), f"{size:.3f} GB", loss, manifest.layout
+
+
+def _parameters(manifest: Manifest) -> int:
+    from torch import Size
+
+    return sum(Size(shape).numel() for shape in manifest.tensors.values())
+
+
+def _model_printout(config: dict, manifests: list[Manifest]) -> str:
+    """What PyTorch prints of the model, which is built without memory."""
+    if not manifests:
+        return "(known from the first checkpoint on)"
+    import torch
+
+    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+
+    vocabulary = manifests[0].tensors["model.embed_tokens.weight"][0]
+    with torch.device("meta"):
+        architecture = Model(**config["model"]).architecture()
+        model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**architecture | {"vocab_size": vocabulary}))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"{model}\n\n{count:,} parameters"
+
+
+def markdown_table(head: tuple, rows: list[tuple]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

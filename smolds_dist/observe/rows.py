@@ -1,0 +1,63 @@
+"""The rows of a run's files, metrics.jsonl and samples.jsonl: written, read and put together."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+WINDOW = 100  # steps of the wider MaxVio
+
+
+def is_kept(step: int, digits: int) -> bool:
+    """Steps with nothing but zeros after their first `digits` digits: 9 x 10^(digits - 1) of them per power of ten."""
+    return step % max(1, 10 ** (len(str(step)) - digits)) == 0
+
+
+def rounded(values: Tensor, digits: int = 5) -> list:
+    """Nested lists of numbers that are short in JSON."""
+    scale = 10**digits
+    return ((values.double().cpu() * scale).round() / scale).tolist()
+
+
+def keep_rows(path: Path, last_step: int) -> list[dict]:
+    """Removes the rows of later steps, and a line that a killed writer left unfinished; returns the others.
+
+    The file is never half there.
+    """
+    if not path.exists():
+        return []
+    part = path.with_suffix(".part")
+    kept = [row for row in read_rows(path) if row["step"] <= last_step]
+    part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    part.replace(path)
+    return kept
+
+
+def recent_losses(path: Path, last_step: int) -> list[float]:
+    """The losses of the steps up to `last_step` that were trained on."""
+    return [row["loss"] for row in read_rows(path) if row["step"] <= last_step and row.get("loss") is not None]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line that a killed writer left unfinished is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def load_table(rows: list[dict], last: int = 20) -> str:
+    """Each expert's share of the routed tokens per layer, over the last training rows, as text."""
+    loads = [row["load"] for row in rows if "load" in row][-last:]
+    if not loads:
+        return "(no training steps)"
+    layers, experts = len(loads[0]), len(loads[0][0])
+    lines = ["layer " + "".join(f"{f'e{expert}':>7}" for expert in range(experts)) + "  MaxVio"]
+    for layer in range(layers):
+        shares = [sum(load[layer][expert] for load in loads) / len(loads) for expert in range(experts)]
+        cells = "".join(f"{share:>7.1%}" for share in shares)
+        lines.append(f"{layer:>5} {cells}  {max(shares) * experts - 1:>6.2f}")
+    return "\n".join(lines)

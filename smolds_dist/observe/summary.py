@@ -1,0 +1,55 @@
+"""The end of a run in words."""
+
+import shlex
+from statistics import median
+
+from smolds_dist.config import RunConfig
+from smolds_dist.data.shards import TokenShards
+from smolds_dist.observe.rows import WINDOW, load_table, read_rows
+
+
+def summary(config: RunConfig, shards: TokenShards) -> str:
+    """What a run learned, where its time and tokens went, and where to look."""
+    rows = read_rows(config.run_dir / "metrics.jsonl")
+    lines = {}
+    evaluation = next((row for row in reversed(rows) if "val_loss" in row), None)
+    if evaluation:
+        lines["validation loss"] = (
+            f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte; "
+            f"a model that ignores context reaches {shards.meta.val_unigram_entropy:.4f} (unigram entropy)"
+        )
+    prompt = config.log.sample_prompts[0] if config.log.sample_prompts else ""
+    after = {
+        "model": f"{config.run_dir}/export",
+        "try it": f"smolds generate {config.run_dir} --prompt {shlex.quote(prompt)}",
+    }
+    if config.log.tensorboard:
+        after["curves"] = f"smolds board {config.run_dir}"
+    table = f"share of the tokens per expert, last 20 steps:\n{load_table(rows)}"
+    return "\n".join(["", *_aligned(lines | facts(rows)), "", table, "", *_aligned(after)])
+
+
+def facts(rows: list[dict]) -> dict[str, str]:
+    """Speed, memory and balance from the rows of a `metrics.jsonl`; what they do not tell is left out."""
+    steps = [row for row in rows if "mfu" in row]
+    measured = [row for row in steps if "seconds" in row]
+    balanced = next((row for row in reversed(steps) if "load" in row), None)
+    told = {}
+    if steps:
+        speed, share = (median(row[name] for row in steps) for name in ("tokens_per_s", "mfu"))
+        told["speed"] = f"{speed:,.0f} tokens/s, {share:.1%} of the peak in matrix products"
+    if measured:
+        phases = {name: median(row["seconds"][name] for row in measured) for name in measured[-1]["seconds"]}
+        shares = {name.replace("_", "-"): seconds / sum(phases.values()) for name, seconds in phases.items()}
+        largest_first = sorted(shares.items(), key=lambda item: -item[1])
+        told["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
+        told["memory"] = f"{max(row.get('memory_gb', 0.0) for row in measured):.2f} GB in the largest rank"
+    if balanced:
+        dead = sum(share == 0 for layer in balanced["load"] for share in layer)
+        violation = f"MaxVio {balanced['max_vio_window']:.2f} over the last {WINDOW} steps"
+        told["experts"] = f"{violation}, {dead or 'none'} without a token in the last step"
+    return told
+
+
+def _aligned(lines: dict[str, str]) -> list[str]:
+    return [f"{name + ':':<17}{text}" for name, text in lines.items()]

@@ -1,0 +1,218 @@
+"""TensorBoard's view of a run: a pure function of its configuration, `metrics.jsonl` and `samples.jsonl`.
+
+torch's SummaryWriter hands events to a thread that dies, with a traceback, when the disk is full; the file written here
+waits until there is room. Messages and records are TensorBoard's own.
+
+TensorBoard draws a thousand points of a curve. So that a long run's files stay small, later steps are thinned out: curves of
+single experts from step 1,000 on, others from step 10,000 on, by ten each time that the step gains a digit.
+
+Shape letters: L layers, E experts.
+"""
+
+import math
+import os
+import socket
+import time
+from io import BytesIO
+from pathlib import Path
+
+import torch
+import yaml
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import custom_scalars, histogram, histogram_raw, hparams, image, text
+
+from smolds_dist.observe.append import AppendedFile
+from smolds_dist.observe.rows import is_kept
+
+PIXELS = 12  # of a heatmap's cell
+LARGEST_CELLS = 4096  # of a heatmap; beyond, it is left out
+TRAIN = ("loss", "lr", "grad_norm")
+SPEED = ("tokens_per_s", "mfu", "memory_gb")
+# What a run is judged by, in the table of hyperparameters.
+FINAL = ("train/loss", "validation/loss", "validation/bits_per_byte", "balance/max_vio_window", "speed/tokens_per_s")
+
+
+class Board:
+    """One event file in `folder`.
+
+    Args:
+        purge_step: TensorBoard forgets what older files say of this step and later ones, which are trained again.
+        config: the run's settings.
+    """
+
+    def __init__(self, folder: Path, purge_step: int, config: dict):
+        folder.mkdir(parents=True, exist_ok=True)
+        seconds, fraction = divmod(time.time_ns(), 10**9)
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{seconds:010}.{fraction:09}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendedFile(folder / name)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._add(custom_scalars(layout(config)), purge_step - 1)
+        self._add(text("configuration", _as_yaml(config)), purge_step - 1)
+        experiment, start, self._end = hparams(_settings(config), dict.fromkeys(FINAL, 0.0))
+        self._add(experiment, purge_step - 1)
+        self._add(start, purge_step - 1)
+        self._last_step = config["train"]["steps"]
+
+    def show(self, row: dict) -> None:
+        """Adds a row of `metrics.jsonl`."""
+        step, when = row["step"], row.get("time")
+        if "event" in row:
+            name = "environment" if row["event"] == "start" else "events"
+            self._add(text(name, _as_yaml(row)), step, when)
+        elif "val_loss" in row:
+            loss = row["val_loss"]
+            values = {"loss": loss, "bits_per_byte": row["val_bits_per_byte"], "perplexity": _perplexity(loss)}
+            values["max_vio"] = row.get("val_max_vio")
+            self._scalars({f"validation/{name}": value for name, value in values.items()}, step, when)
+        else:
+            self._training(row, step, when)
+            if step == self._last_step:
+                self._add(self._end, step, when)
+
+    def show_sample(self, row: dict) -> None:
+        """Adds a row of `samples.jsonl`."""
+        self._add(text(f"samples/{row['prompt'].strip() or 'no prompt'}", f"````\n{row['text']}\n````"), row["step"])
+
+    def _training(self, row: dict, step: int, when: float | None) -> None:
+        scalars: dict[str, float | None] = {}
+        if is_kept(step, digits=4) or step == self._last_step:
+            scalars |= {f"train/{name}": row[name] for name in TRAIN}
+            scalars |= {f"speed/{name}": row.get(name) for name in SPEED}
+            if row["loss"] is not None:
+                scalars["train/perplexity"] = _perplexity(row["loss"])
+            scalars |= {f"grad_norm/{part}": norm for part, norm in row.get("grad_norms", {}).items()}
+            scalars |= {f"seconds/{phase}": seconds for phase, seconds in row.get("seconds", {}).items()}
+            if "load" in row:
+                scalars["balance/max_vio"] = row["max_vio"]
+                scalars["balance/max_vio_window"] = row["max_vio_window"]
+                scalars["balance/dead_experts"] = sum(share == 0 for layer in row["load"] for share in layer)
+            if "router_entropy" in row:
+                scalars["balance/router_entropy"] = sum(row["router_entropy"]) / len(row["router_entropy"])
+        if is_kept(step, digits=3):
+            for layer, shares in enumerate(row.get("load", ())):
+                scalars[f"max_vio/layer_{layer:02}"] = max(shares) * len(shares) - 1
+                scalars |= {f"load_layer_{layer:02}/expert_{e:02}": share for e, share in enumerate(shares)}
+            for layer, biases in enumerate(row.get("bias", ())):
+                scalars |= {f"bias_layer_{layer:02}/expert_{e:02}": bias for e, bias in enumerate(biases)}
+            scalars |= {f"router_entropy/layer_{i:02}": value for i, value in enumerate(row.get("router_entropy", ()))}
+        self._scalars(scalars, step, when)
+        if is_kept(step, digits=1):
+            self._pictures(row, step, when)
+
+    def _pictures(self, row: dict, step: int, when: float | None) -> None:
+        load_LE = torch.tensor(row.get("load", ()))
+        if 0 < load_LE.numel() <= LARGEST_CELLS:
+            self._add(image("balance/load", heatmap(load_LE), dataformats="CHW"), step, when)
+        for layer, biases in enumerate(row.get("bias", ())):
+            self._add(histogram(f"selection_bias/layer_{layer:02}", torch.tensor(biases).numpy(), "auto"), step, when)
+        for layer, counts in enumerate(row.get("router_histogram", ())):
+            self._add(_histogram(f"router_probability/layer_{layer:02}", counts), step, when)
+
+    def _scalars(self, values: dict[str, float | None], step: int, when: float | None) -> None:
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
+        if points:
+            self._add(Summary(value=points), step, when)
+
+    def _add(self, summary: Summary, step: int, when: float | None = None) -> None:
+        self._write(Event(wall_time=when or time.time(), step=step, summary=summary))
+
+    def _write(self, event: Event) -> None:
+        record = BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def heatmap(load_LE: torch.Tensor) -> torch.Tensor:
+    """Layers from top to bottom, experts from left to right, [3, L x PIXELS, E x PIXELS] in 0..1.
+
+    White is an even share, red more (full at twice the share), blue less (full at none).
+    """
+    excess = (load_LE * load_LE.shape[1] - 1).clamp(-1, 1)
+    red, blue = 1 + excess.clamp(max=0), 1 - excess.clamp(min=0)
+    picture = torch.stack((red, torch.minimum(red, blue), blue))
+    return picture.repeat_interleave(PIXELS, 1).repeat_interleave(PIXELS, 2)
+
+
+def layout(config: dict) -> dict[str, dict[str, list]]:
+    """Tabs of the custom scalars, as tab -> chart -> kind and tags; what a mixture of experts lives by comes first."""
+    layers, experts = range(config["model"]["num_hidden_layers"]), range(config["model"]["num_experts"])
+
+    def lines(*tags: str) -> list:
+        return ["Multiline", list(tags)]
+
+    def of_experts(what: str) -> dict[str, list]:
+        return {
+            f"{what}, layer {layer}": lines(*(f"{what}_layer_{layer:02}/expert_{e:02}" for e in experts))
+            for layer in layers
+        }
+
+    return {
+        "Experts": {
+            "MaxVio": lines("balance/max_vio", "balance/max_vio_window", "validation/max_vio"),
+            "MaxVio by layer": lines(*(f"max_vio/layer_{layer:02}" for layer in layers)),
+            "dead experts": lines("balance/dead_experts"),
+            "router entropy by layer": lines(*(f"router_entropy/layer_{layer:02}" for layer in layers)),
+            **of_experts("load"),
+            **of_experts("bias"),
+        },
+        "Learning": {
+            "loss": lines("train/loss", "validation/loss"),
+            "perplexity": lines("train/perplexity", "validation/perplexity"),
+            "bits per byte": lines("validation/bits_per_byte"),
+            "learning rate": lines("train/lr"),
+            "gradient norm": lines("train/grad_norm", "grad_norm/.*"),
+        },
+        "Speed": {
+            "tokens per second": lines("speed/tokens_per_s"),
+            "model FLOPs utilisation": lines("speed/mfu"),
+            "seconds of a step": lines("seconds/.*"),
+            "memory of the largest rank, GB": lines("speed/memory_gb"),
+        },
+    }
+
+
+def _as_yaml(values: dict) -> str:
+    return f"```yaml\n{yaml.safe_dump(values, sort_keys=False)}```"
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 50.0))
+
+
+def _settings(config: dict) -> dict[str, float | str | bool]:
+    """The settings that a run may be compared by, with their dotted names."""
+    return {
+        f"{section}.{name}": value
+        for section in ("train", "model", "data", "parallel")
+        for name, value in config[section].items()
+        if isinstance(value, int | float | str)
+    }
+
+
+def _histogram(tag: str, counts: list[float]) -> Summary:
+    """A histogram of shares from 0 to 1, as TensorBoard wants it: with moments, here of the bins' middles."""
+    width, total = 1 / len(counts), sum(counts)
+    middles = [(i + 0.5) * width for i in range(len(counts))]
+    first, second = (sum(n * x**power for n, x in zip(counts, middles, strict=True)) for power in (1, 2))
+    return histogram_raw(tag, 0.0, 1.0, total, first, second, [(i + 1) * width for i in range(len(counts))], counts)
+
+
+def rebuild(run: Path, metrics: list[dict], samples: list[dict]) -> Path:
+    """Writes a run's event files anew from its rows, in place of those that are there; returns the folder."""
+    folder = run / "tensorboard"
+    for old in folder.glob("*tfevents*"):
+        old.unlink()
+    board = Board(folder, 1, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    for row in metrics:
+        board.show(row)
+    for row in samples:
+        board.show_sample(row)
+    board.close()
+    return folder

@@ -1,0 +1,114 @@
+"""One process in plain PyTorch."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from smolds_dist.parallel.engine import (
+    KindsOf,
+    Update,
+    allocate_state,
+    nan_unless_finite,
+    optimizer_step_count,
+    same_shape,
+    squares_by_part,
+)
+from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
+
+
+class LocalEngine:
+    """One process in plain PyTorch on CPU, CUDA or MPS. Needs neither a process group nor deepspeed.
+
+    In bf16 the model's weights are bf16, and the optimizer works on fp32 copies, into which gradients are accumulated.
+    MPS runs the same code, but has not been tested on Apple hardware.
+    """
+
+    def __init__(self, model, config, topology, group_parameters, make_optimizer):
+        self.device = torch.device(topology.torch_device)
+        self.model = model.to(self.device).train()
+        self.accumulation = topology.accumulation
+        self.grad_clip = config.train.grad_clip
+        # (model's parameter, optimizer's fp32 copy); the same tensor twice in fp32.
+        self.pairs = [(parameter, parameter) for parameter in model.parameters()]
+        groups = group_parameters(model.named_parameters())
+        if topology.dtype == "bf16":
+            master_of = {p: nn.Parameter(p.detach().float().clone()) for p in model.parameters()}
+            groups = [group | {"params": [master_of[p] for p in group["params"]]} for group in groups]
+            self.pairs = list(master_of.items())
+            for parameter, master in self.pairs:
+                # Parameters only: buffers hold selection biases, which stay fp32.
+                parameter.data = parameter.data.to(torch.bfloat16)
+                parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._move_grad(p, m))
+        self.optimizer = make_optimizer(groups)
+        self.masters = dict(zip((name for name, _ in model.named_parameters()), self.pairs, strict=True))
+
+    @staticmethod
+    def _move_grad(parameter: nn.Parameter, master: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if master.grad is None:
+            master.grad = gradient.float()
+        else:
+            master.grad += gradient
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return self.model(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * nan_unless_finite(loss) / self.accumulation).backward()
+
+    def step(self, lr: float, by_part: bool = False) -> Update:
+        squares = squares_by_part(self.optimizer)
+        total = torch.stack(list(squares.values())).sum().sqrt()
+        norm = total.item()
+        applied = math.isfinite(norm)
+        if self.grad_clip and applied:
+            nn.utils.clip_grads_with_norm_([master for _, master in self.pairs], self.grad_clip, total)
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if applied:
+            self.state_written()
+        return Update(norm, applied, squares if by_part else {})
+
+    def time_all_to_all(self, on: bool) -> None:
+        pass
+
+    def all_to_all_seconds(self) -> float:
+        return 0.0
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, (parameter, master) in self.masters.items():
+            tensors = {"value": master} | same_shape(self.optimizer.state[master], master)
+            flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
+            yield from cut(logical_shapes(name, parameter.shape), 0, flat)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return optimizer_step_count(self.optimizer)
+
+    def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
+        for name, (parameter, master) in self.masters.items():
+            allocate_state(self.optimizer, master, kinds_of(next(iter(logical_shapes(name, parameter.shape)))), steps)
+
+    @torch.no_grad()
+    def state_written(self) -> None:
+        for parameter, master in self.pairs:
+            if parameter is not master:
+                parameter.copy_(master)
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,71 @@
+"""Training from Python: what `smolds train` and `smolds launch` do, with a result to go on with."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolds_dist.config import RunConfig, save_config
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run has ended."""
+
+    run_dir: Path
+    exit_code: int  # 0, or as README.md's table of what can go wrong says
+    steps: int
+    loss: float | None  # of the last step, in nats per token
+    val_loss: float | None  # of the last evaluation, in nats per token
+    val_bits_per_byte: float | None
+    export: Path | None  # the model in Hugging Face format, once the run is complete
+
+
+def train(config: RunConfig) -> RunResult:
+    """Trains in this process, or as this rank of those that a launcher has started.
+
+    Raises:
+        ConfigError: where the run cannot start; nothing has been written then.
+    """
+    from smolds_dist.training.trainer import train as run
+
+    config.validate()
+    return _result(config, run(config))
+
+
+def launch(config: RunConfig, procs: int | None = None, launcher: str = "auto") -> RunResult:
+    """Starts ranks, those that fit this machine unless told otherwise, and waits for their end.
+
+    Args:
+        procs: how many.
+        launcher: none, torchrun, deepspeed, mpi or slurm.
+
+    Raises:
+        ConfigError: where the run cannot start.
+    """
+    from smolds_dist.launching.launcher import launch as start
+
+    config.validate()
+    options = ["--launcher", launcher] + ([] if procs is None else ["--procs", str(procs)])
+    # In the run's parent folder, which all nodes see.
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=config.run.dir) as file:
+        save_config(config, Path(file.name))
+        return _result(config, start([*options, "--", "--config", str(Path(file.name).resolve())]))
+
+
+def _result(config: RunConfig, code: int) -> RunResult:
+    from smolds_dist.observe.rows import read_rows
+
+    rows = read_rows(config.run_dir / "metrics.jsonl")
+    last: dict = next((row for row in reversed(rows) if "loss" in row), {})
+    evaluation: dict = next((row for row in reversed(rows) if "val_loss" in row), {})
+    export = config.run_dir / "export"
+    return RunResult(
+        run_dir=config.run_dir,
+        exit_code=code,
+        steps=last.get("step", 0),
+        loss=last.get("loss"),
+        val_loss=evaluation.get("val_loss"),
+        val_bits_per_byte=evaluation.get("val_bits_per_byte"),
+        export=export if (export / "config.json").is_file() else None,
+    )

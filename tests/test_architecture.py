@@ -1,0 +1,121 @@
+"""Imports point one way: from each folder only to those below it, and in no circle."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from ranks import ROOT
+
+PACKAGE = ROOT / "smolds_dist"
+# From the top floor down. What stands on one line may not import each other.
+FLOORS = (
+    ("__main__",),
+    ("cli", "__init__"),
+    ("bench",),
+    ("planner",),
+    ("training",),
+    ("inference",),
+    ("interchange",),
+    ("observe",),
+    ("launching",),
+    ("checkpoint",),
+    ("parallel",),
+    ("costs",),
+    ("data",),
+    ("config",),
+    ("model",),
+    ("errors", "progress"),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports(path: Path, package: Path) -> Iterator[tuple[str, int]]:
+    """Modules of `package` that a file imports anywhere, in functions and for type checkers too, each with its line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # `from package.folder import name`, where the name is a module or something in the folder's __init__
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != package.name:
+                continue
+            while len(parts) > 1 and not (package.parent / Path(*parts)).with_suffix(".py").exists():
+                if (package.parent / Path(*parts) / "__init__.py").exists():
+                    break
+                parts.pop()
+            yield ".".join(parts[1:]) or "__init__", node.lineno
+
+
+def module_of(path: Path, package: Path) -> str:
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def mistakes(package: Path = PACKAGE) -> list[str]:
+    """Each import against the order, and each circle of modules, in words."""
+    found, graph = [], {}
+    for path in sorted(package.rglob("*.py")):
+        module = module_of(path, package)
+        room = module.split(".")[0]
+        graph[module] = {}
+        for target, line in imports(path, package):
+            graph[module].setdefault(target, line)
+            there = target.split(".")[0]
+            if room == there and "." in module + target:
+                continue
+            if FLOOR[there] <= FLOOR[room]:
+                found.append(
+                    f"{path.relative_to(package.parent)}:{line}: {room} stands below {there} and imports {target}"
+                )
+    return found + circles(graph)
+
+
+def circles(graph: dict[str, dict[str, int]]) -> list[str]:
+    """One sentence for every import that closes a circle."""
+    found, done = [], set()
+
+    def visit(module: str, way: list[str]) -> None:
+        for target, line in graph.get(module, {}).items():
+            if target in way:
+                found.append(f"{module} line {line}: circle {' -> '.join([*way[way.index(target) :], target])}")
+            elif target not in done:
+                visit(target, [*way, target])
+        done.add(module)
+
+    for module in graph:
+        if module not in done:
+            visit(module, [module])
+    return found
+
+
+def test_every_folder_has_its_floor():
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == FLOOR.keys()
+
+
+def test_imports_point_down_and_in_no_circle():
+    assert not mistakes()
+
+
+def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
+    package = tmp_path / "smolds_dist"
+    for path, text in {
+        "costs/memory.py": "import math\n\n\ndef f():\n    from smolds_dist.parallel.topology import Topology\n",
+        "parallel/topology.py": "from smolds_dist.costs import memory\nfrom smolds_dist.errors import ConfigError\n",
+        "parallel/ranks.py": "import smolds_dist.parallel.meeting\n",
+        "parallel/meeting.py": "from smolds_dist.parallel.ranks import RankInfo\n",
+        "errors.py": "from smolds_dist import progress\n",
+        "progress.py": "",
+    }.items():
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text(text)
+        (package / path).with_name("__init__.py").touch()
+    assert mistakes(package) == [
+        "smolds_dist/costs/memory.py:5: costs stands below parallel and imports parallel.topology",
+        "smolds_dist/errors.py:1: errors stands below progress and imports progress",
+        "parallel.topology line 1: circle costs.memory -> parallel.topology -> costs.memory",
+        "parallel.ranks line 1: circle parallel.meeting -> parallel.ranks -> parallel.meeting",
+    ]
