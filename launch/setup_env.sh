@@ -1,4 +1,4 @@
-# Makes .venv with everything the project needs. Sourced by quickstart.sh and test.sh; leaves the shell in the
+# Makes .venv with what a run needs, and offers set_up_tests for the rest. Sourced by quickstart.sh and test.sh; leaves the shell in the
 # repository's root with .venv on the PATH. A second time it only compares a checksum.
 
 set -euo pipefail
@@ -64,26 +64,36 @@ install_extras() {
     install_beside transformers4 "transformers>=4.57,<4.58"
 }
 
+# Whether something has been installed as these files say, and the note that it has.
+is_installed() { [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$TORCH $(cat setup.cfg pyproject.toml launch/setup_env.sh | cksum)" ]; }
+note_installed() { echo "$TORCH $(cat setup.cfg pyproject.toml launch/setup_env.sh | cksum)" >".venv/installed-$1"; }
+
+# What a run needs.
 set_up() {
-    local wanted
-    wanted="$TORCH $(cat setup.cfg pyproject.toml launch/setup_env.sh | cksum)"
-    if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+    if [ ! -f .venv/bin/activate ] || ! is_installed run; then
         local python
         python=$(find_python)
         echo "Setting up .venv (a few minutes the first time)"
         "$python" -m venv .venv
-        # shellcheck disable=SC1091
-        source .venv/bin/activate
-        export PIP_DISABLE_PIP_VERSION_CHECK=1
-        install_torch
-        echo "  smolds and its other requirements"
-        pip install -qq --editable ".[test]"
-        install_extras
-        echo "$wanted" >.venv/installed
-    else
-        # shellcheck disable=SC1091
-        source .venv/bin/activate
     fi
+    # shellcheck disable=SC1091
+    source .venv/bin/activate
+    is_installed run && return
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    install_torch
+    echo "  smolds and its other requirements"
+    pip install -qq --editable .
+    note_installed run
+}
+
+# What only tests need, on top.
+set_up_tests() {
+    is_installed tests && return
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    echo "  what tests need"
+    pip install -qq --editable ".[test]"
+    install_extras
+    note_installed tests
 }
 
 set_up
