@@ -121,7 +121,7 @@ def assert_board_serves(command: str, cwd: Path, names: tuple[str, ...]) -> None
         board.wait()
 
 
-@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="no .venv; ./launch/test.sh makes it")
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed-tests").exists(), reason="no .venv; ./launch/test.sh makes it")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_work(script, shorter, tmp_path):
     extra = shorter[script] + (f" --run.dir={tmp_path}" if "quickstart" in script else "")
