@@ -1,4 +1,4 @@
-"""Every command of README.md, in its order, shortened by options at its end."""
+"""Every command of README.md and docs/, in the order of the pages, shortened by options at its end."""
 
 import os
 import re
@@ -17,9 +17,15 @@ from test_harness import write_task
 
 from smolds_dist.observe.rows import read_rows
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+# In an order in which each page has what the ones before it made.
+PAGES = (
+    "getting-started training data launching slurm checkpoints watching export-and-import planning benchmarks architecture "
+    "support troubleshooting"
+).split()
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
+BLOCKS = [block for file in FILES for block in re.findall(r"```bash\n(.*?)```", file.read_text(), re.DOTALL)]
+# A command that stands on two pages runs once.
+COMMANDS = list(dict.fromkeys(line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()))
 SCRIPTS = [command for command in COMMANDS if command.startswith("./")]
 USES = [command for command in COMMANDS if not command.startswith(("./", "sbatch"))]  # sbatch: see test_slurm.py
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -131,6 +137,24 @@ def test_scripts_work(script, shorter, tmp_path):
         for text in ("validation loss", "share of the tokens per expert", "smolds board", "unigram entropy"):
             assert text in finished.stdout
         assert list(tmp_path.glob("quickstart-*/export/model.safetensors"))
+
+
+def test_python_on_the_pages_runs(shorter, tmp_path):
+    (code,) = [block for file in FILES for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)]
+    options = "".join(f", {option!r}" for option in shorter["smolds train"].split())
+    assert '"first"]' in code
+    finished = run([sys.executable, "-c", code.replace('"first"]', f'"first"{options}]')], timeout=120, cwd=tmp_path)
+    assert finished.returncode == 0, finished.text
+    loss, export = finished.stdout.split()[-2:]
+    assert float(loss) > 0 and (tmp_path / export / "model.safetensors").exists()
+
+
+def test_pages_are_all_here_and_every_link_leads_somewhere():
+    assert {file.stem for file in (ROOT / "docs").glob("*.md")} == set(PAGES)
+    assert len((ROOT / "README.md").read_text().splitlines()) < 180
+    for file in FILES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", file.read_text()):
+            assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
 def test_two_commands_are_in_the_readme():

@@ -12,7 +12,7 @@ class RunResult:
     """How a run has ended."""
 
     run_dir: Path
-    exit_code: int  # 0, or as README.md's table of what can go wrong says
+    exit_code: int  # 0, or as the table in docs/training.md says
     steps: int
     loss: float | None  # of the last step, in nats per token
     val_loss: float | None  # of the last evaluation, in nats per token
