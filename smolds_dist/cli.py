@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from importlib.metadata import version
 
 from smolds_dist.errors import ConfigError, RankError, RankFailedError
 
@@ -23,7 +24,7 @@ USAGE = """usage: smolds COMMAND [options]
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
   eval       perplexity of a model, or its scores: smolds eval runs/NAME [--data.source SOURCE | --tasks TASK]
 
-`smolds COMMAND --help` tells more."""
+`smolds COMMAND --help` tells more, `smolds --version` the version."""
 
 
 def main() -> None:
@@ -36,6 +37,9 @@ def main() -> None:
     if name in ("", "-h", "--help"):
         print(USAGE)
         sys.exit(0 if name else 2)
+    if name == "--version":
+        print(f"smolds {version('smolds-dist')}")
+        return
     try:
         if name not in commands:
             raise ConfigError(f"smolds {name!r} is no command; use one of {', '.join(commands)}.")

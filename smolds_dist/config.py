@@ -343,7 +343,7 @@ def preset_names() -> list[str]:
 def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = False) -> RunConfig:
     """The RunConfig of a command line such as `--preset debug --train.steps 50`; options override the preset.
 
-    `--config FILE` (for instance another run's config.yaml) may stand instead of `--preset NAME`.
+    `--config FILE` (for instance another run's config.yaml) goes over `--preset NAME` where both are given.
 
     Args:
         benchmark: allows what would spoil a model.
@@ -359,21 +359,21 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     base_parser.add_argument("-q", dest="level", action="store_const", const="quiet")
     base_parser.add_argument("-v", dest="level", action="store_const", const="verbose")
     base, rest = base_parser.parse_known_args(args)
-    base_file = _base_file(base.preset, base.config)
+    base_files = _base_files(base.preset, base.config)
     if base.level:
         rest.append(f"--log.level={base.level}")
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} [--preset NAME | --config FILE] [--SECTION.FIELD VALUE ...]",
+        usage=f"{prog} [--preset NAME] [--config FILE] [--SECTION.FIELD VALUE ...]",
         exit_on_error=False,
         allow_abbrev=False,
-        default_config_files=[base_file] if base_file else [],
+        default_config_files=[*base_files],
     )
     # Only for --help: these were read above, because the preset is the ground that the other options stand on.
     parser.add_argument("--preset", help=f"settings to start from: {', '.join(preset_names())}")
-    parser.add_argument("--config", help="YAML file to start from, for instance runs/NAME/config.yaml")
+    parser.add_argument("--config", help="YAML file that goes over the preset, for instance runs/NAME/config.yaml")
     parser.add_argument("-q", action="store_true", help="the same as --log.level quiet")
     parser.add_argument("-v", action="store_true", help="the same as --log.level verbose")
     parser.add_class_arguments(RunConfig)
@@ -397,14 +397,13 @@ def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
 
 
-def _base_file(preset: str | None, config: Path | None) -> str | None:
-    if preset and config:
-        raise ConfigError("--preset and --config both name the settings to start from; give one of them.")
+def _base_files(preset: str | None, config: Path | None) -> list[str]:
+    """The settings to start from, each file over those before it."""
     if preset and preset not in preset_names():
         raise ConfigError(f"--preset {preset!r} is unknown; use one of {', '.join(preset_names())}.")
     if config and not config.is_file():
         raise ConfigError(f"--config {str(config)!r} is not a file; give a YAML file such as runs/NAME/config.yaml.")
-    return str(PRESET_DIR / f"{preset}.yaml") if preset else str(config) if config else None
+    return ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + ([str(config)] if config else [])
 
 
 def _one_sentence(message: str, parser: jsonargparse.ArgumentParser) -> str:

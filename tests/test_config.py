@@ -1,5 +1,7 @@
 """Presets load, options override them, and every mistake is one sentence with the fix."""
 
+import re
+
 import pytest
 import yaml
 from ranks import smolds
@@ -104,3 +106,21 @@ def test_help_describes_the_options():
     assert finished.returncode == 0
     assert "Sequences per step, the same in every topology" in finished.stdout
     assert "--train.global_batch" in finished.stdout
+
+
+def test_config_file_goes_over_the_preset_and_options_over_both(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train:\n  steps: 7\n  lr: 0.5\nmodel:\n  num_hidden_layers: 3\n")
+    given = ["--config", str(tmp_path / "mine.yaml"), "--train.lr=0.25"]
+    config = load_config(["--preset", "debug", *given])
+    preset = load_config(["--preset", "debug"])
+    assert (config.train.steps, config.train.lr, config.model.num_hidden_layers) == (7, 0.25, 3)
+    assert config.train.warmup_steps == preset.train.warmup_steps == 20
+    assert config.model.hidden_size == preset.model.hidden_size == 192
+    assert load_config([*given, "--preset=debug"]) == config
+    assert load_config([*given, "--run.name=alone"]).model.hidden_size == 384
+
+
+def test_version_is_told():
+    finished = smolds("--version", timeout=30)
+    assert finished.returncode == 0
+    assert re.fullmatch(r"smolds \d+\.\d+\.\d+\n", finished.stdout)

@@ -93,7 +93,7 @@ def test_export_of_two_zero_3_ranks_generates_the_same_in_transformers_alone(
     theirs = run([*transformers_alone, str(tmp_path / "model")], timeout=120)
     assert theirs.returncode == 0, theirs.text
     for source in (tmp_path / "runs" / "pair", tmp_path / "model"):
-        ours = smolds("generate", str(source), "--prompt", "def add", "--temperature", "0", "--tokens", "8")
+        ours = smolds("generate", str(source), "--prompt", "def add", "--temperature", "0", "--max-new-tokens", "8")
         assert ours.returncode == 0, ours.text
         assert ours.stdout.rstrip("\n").startswith("def add") and len(ours.stdout) > len("def add\n")
         assert theirs.stdout == ours.stdout

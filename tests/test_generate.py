@@ -64,10 +64,20 @@ def test_command_streams_one_prompt_and_writes_json_for_many(kept_run, exported_
     run_dir, _ = kept_run
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     for source in ([str(run_dir)], [str(run_dir), "--step", "6"], [str(run_dir / "checkpoints" / "latest")]):
-        generate([*source, "--prompt", PROMPTS[0], "--temperature", "0", "--tokens", "6"])
+        generate([*source, "--prompt", PROMPTS[0], "--temperature", "0", "--max-new-tokens", "6"])
         streamed = capsys.readouterr().out
         generate(
-            [*source, "--prompts", str(tmp_path / "prompts.txt"), "--temperature", "0", "--tokens", "6", "--batch", "3"]
+            [
+                *source,
+                "--prompts",
+                str(tmp_path / "prompts.txt"),
+                "--temperature",
+                "0",
+                "--max-new-tokens",
+                "6",
+                "--batch-size",
+                "3",
+            ]
         )
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["prompt"] for row in rows] == PROMPTS
@@ -85,7 +95,9 @@ def test_mistakes_are_told(kept_run, tmp_path):
     run_dir = str(kept_run[0])
     for args, words in (
         ([run_dir, "--top-p", "0"], "more than 0"),
-        ([run_dir, "--tokens", "0"], "at least 1"),
+        ([run_dir, "--max-new-tokens", "0"], "at least 1"),
+        ([run_dir, "--tokens", "5"], "--tokens is --max-new-tokens now"),
+        ([run_dir, "--batch=5"], "--batch is --batch-size now"),
         ([run_dir, "--prompts", str(tmp_path / "none")], "not a file"),
         ([run_dir, "--step", "5"], "no checkpoint of step 5"),
         ([str(tmp_path)], "holds no model"),
@@ -138,6 +150,8 @@ def test_eval_of_another_source_counts_every_token(kept_run, corpus, tmp_path):
 
 
 def test_the_command_prints_a_text(kept_run):
-    finished = smolds("generate", str(kept_run[0]), "--prompt", "def add", "--tokens", "3", "--temperature", "0")
+    finished = smolds(
+        "generate", str(kept_run[0]), "--prompt", "def add", "--max-new-tokens", "3", "--temperature", "0"
+    )
     assert finished.returncode == 0, finished.text
     assert finished.stdout.startswith("def add") and finished.stderr == ""

@@ -56,7 +56,7 @@ def shorter(cache):
         "torchrun": f"{training} --train.steps=2",
         "smolds slurm": "",
         "smolds doctor": "",
-        "smolds generate": " --tokens=4",
+        "smolds generate": " --max-new-tokens=4",
         "smolds export": "",
         "smolds import": f" --data.cache_dir={cache}",
         "smolds train import": " --train.eval_sequences=4 --log.sample_tokens=4 --train.steps=2",

@@ -169,7 +169,7 @@ def test_seed_changes_the_run_and_nothing_else_does(small_run, tmp_path):
 def test_generate_continues_a_prompt(finished):
     texts = []
     for _ in range(2):
-        result = smolds("generate", str(finished), "--prompt", "def ", "--tokens", "5", "--seed", "3")
+        result = smolds("generate", str(finished), "--prompt", "def ", "--max-new-tokens", "5", "--seed", "3")
         assert result.returncode == 0, result.text
         texts.append(result.stdout)
     assert texts[0] == texts[1]

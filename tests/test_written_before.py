@@ -49,6 +49,8 @@ def test_exports_load_and_compute_the_same():
 
 @pytest.mark.parametrize("folder", ["run", "run/export", "exported"])
 def test_every_form_of_the_model_generates(folder):
-    finished = smolds("generate", str(BEFORE / folder), "--prompt", "def add", "--temperature", "0", "--tokens", "4")
+    finished = smolds(
+        "generate", str(BEFORE / folder), "--prompt", "def add", "--temperature", "0", "--max-new-tokens", "4"
+    )
     assert finished.returncode == 0, finished.text
     assert finished.stdout.startswith("def add") and len(finished.stdout) > len("def add\n")

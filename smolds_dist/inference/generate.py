@@ -14,20 +14,27 @@ def generate(args: list[str]) -> None:
     Raises:
         ConfigError: where there is no model, or an option is out of range.
     """
-    parser = OptionParser(prog="smolds generate", description="Continue prompts with a trained model.")
+    parser = OptionParser(
+        prog="smolds generate",
+        description="Continue prompts with a trained model.",
+        example="smolds generate runs/first --prompt 'def ' --max-new-tokens 50 --temperature 0.7",
+        renamed={"--tokens": "--max-new-tokens", "--batch": "--batch-size"},
+    )
     parser.add_argument("source", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
     parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--prompts", type=Path, help="file with a prompt in each line; answers are lines of JSON")
-    parser.add_argument("--tokens", type=int, default=100, help="most tokens to add")
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="most tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0: among all")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the fewest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16, help="prompts of a file that are computed together")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts of a file that are computed together")
     options = parser.parse_args(args)
-    if options.tokens < 1 or options.batch < 1 or options.temperature < 0 or options.top_k < 0:
-        raise ConfigError("--tokens and --batch must be at least 1, --temperature and --top-k not negative.")
+    if options.max_new_tokens < 1 or options.batch_size < 1 or options.temperature < 0 or options.top_k < 0:
+        raise ConfigError(
+            "--max-new-tokens and --batch-size must be at least 1, --temperature and --top-k not negative."
+        )
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p {options.top_p} is out of range; it must be more than 0 and at most 1.")
     prompts = [options.prompt]
@@ -41,11 +48,11 @@ def generate(args: list[str]) -> None:
 
     from smolds_dist.inference.samples import continue_prompts
 
-    for start in range(0, len(prompts), options.batch):
-        batch = prompts[start : start + options.batch]
+    for start in range(0, len(prompts), options.batch_size):
+        batch = prompts[start : start + options.batch_size]
         streamer = None if options.prompts else TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
         texts = continue_prompts(
-            model, tokenizer, batch, options.tokens, options.seed, options.temperature, options.top_k, options.top_p,
+            model, tokenizer, batch, options.max_new_tokens, options.seed, options.temperature, options.top_k, options.top_p,
             streamer=streamer,
         )  # fmt: skip
         if options.prompts:

@@ -113,7 +113,7 @@ def _missing(info: RankInfo, store: TCPStore | None) -> tuple[str, bool]:
         absent = [rank for rank in range(info.world_size) if store and not store.check([_key(rank)])]
     except DistError:
         absent = []
-    if not absent:
-        return "rank 0", True
+    if not absent:  # nobody answers there
+        return "rank 0" if info.rank else "this host to answer", True
     numbers = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} others" if len(absent) > 8 else "")
     return f"rank{'s' if len(absent) > 1 else ''} {numbers}", set(range(info.rank)) <= set(absent)

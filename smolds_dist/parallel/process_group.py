@@ -26,7 +26,8 @@ def start_process_group(topology: Topology, info: RankInfo, patience: Patience |
         return True
     # One process with DeepSpeed has no launcher that tells it where to meet.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ |= {name: os.environ.get(name, value) for name, value in alone.items()}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     if topology.device == "cpu":
         # DeepSpeed would pick an installed GPU's accelerator whatever the run asked for.
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -35,10 +36,11 @@ def start_process_group(topology: Topology, info: RankInfo, patience: Patience |
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # Held until the end of this function: torch's own store is the same server's.
-    store = meet(info, patience or Patience()) if topology.world_size > 1 else None
-    if store is None and topology.world_size > 1:
-        return False
+    if topology.world_size > 1:
+        # Held until the end of this function: torch's own store is the same server's.
+        store = meet(info, patience or Patience())
+        if store is None:
+            return False
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
