@@ -40,7 +40,8 @@ def rows_without_timing(run_dir: Path) -> list[dict]:
 
 def run(command: list[str], timeout: float, cwd: Path | None = None, **environment: str) -> Finished:
     """Runs a command; past `timeout` seconds it and all its children are killed and the test fails."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | environment
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | environment
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, start_new_session=True
     )

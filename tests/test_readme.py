@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import EXTRAS, ROOT, run
 from test_harness import write_task
 
@@ -159,3 +160,11 @@ def test_pages_are_all_here_and_every_link_leads_somewhere():
 
 def test_two_commands_are_in_the_readme():
     assert SCRIPTS == ["./launch/quickstart.sh", "./launch/test.sh"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_the_gpus_script_says_where_there_is_none(tmp_path):
+    finished = run([str(ROOT / "launch" / "gpu.sh"), str(tmp_path / "results")], 60, PYTHON=sys.executable)
+    assert finished.returncode == 2
+    assert "sees no NVIDIA GPU" in finished.stderr and len(finished.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

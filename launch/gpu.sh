@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# What has to be tried on a machine with an NVIDIA GPU: all tests that need one and a short benchmark, in under ten minutes,
+# without network. Installs nothing: packages have to be importable by python3, or by PYTHON. Results go to one folder:
+#   ./launch/gpu.sh [FOLDER]
+# This script has not run on a GPU yet.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+results=${1:-gpu-results}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu.sh: $python sees no NVIDIA GPU; start it on a machine that has one, with a CUDA build of torch." >&2
+    exit 2
+fi
+mkdir -p "$results"
+nvidia-smi >"$results/nvidia-smi.txt" 2>&1
+timeout 420 "$python" -m pytest -m gpu -q --durations=10 --junitxml="$results/tests.xml" tests/test_gpu.py tests/test_checkpoint.py 2>&1 |
+    tee "$results/tests.txt"
+status=$?
+for dtype in bf16 fp32; do
+    timeout 80 "$python" -m smolds_dist bench train --preset debug --dtype "$dtype" --sequences 8 --rounds 2 --steps 10 \
+        --only smolds transformers --json "$results/train_debug_$dtype.json" 2>&1 | tee "$results/train_debug_$dtype.txt" || status=1
+done
+echo "results are in $results"
+exit "$status"

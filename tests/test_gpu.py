@@ -1,0 +1,219 @@
+"""On an NVIDIA GPU: kernels against plain formulas, models and runs against the CPU's. `pytest -m gpu` runs these alone.
+
+None of it has run on a GPU yet. The same lines were run with DEVICE = "cpu" where a CPU can stand in.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import smolds
+
+from smolds_dist.config import load_config
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.model.kernels import expert_ffn, linear_cross_entropy
+from smolds_dist.observe.rows import read_rows
+from smolds_dist.parallel.make_engine import make_engine
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.training.clock import matrix_product_peak
+from smolds_dist.training.optim import make_optimizer, parameter_groups
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() and DEVICE == "cuda", reason="no CUDA device here"),
+]
+GQA = dict(hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+GQA |= dict(head_dim=32, vocab_size=512)
+LATENT = GQA | dict(attention="latent", scoring_func="sigmoid", n_shared_experts=1)
+ATTENTION = pytest.mark.parametrize("settings", [GQA, LATENT], ids=["gqa", "latent"])
+DTYPE = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
+)
+
+
+def pair(settings: dict) -> tuple[DeepSeekV3ForCausalLM, DeepSeekV3ForCausalLM]:
+    """The same model on the CPU and on the GPU, with selection biases that matter."""
+    torch.manual_seed(0)
+    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings, initializer_range=0.1)).eval()
+    for block in model.model.layers:
+        block.mlp.gate.e_score_correction_bias.normal_().mul_(0.1)
+    return model, copy.deepcopy(model).to(DEVICE)
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    actual, expected = actual.detach().float().cpu(), expected.detach().float().cpu()
+    assert actual.isfinite().all()
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@DTYPE
+@pytest.mark.parametrize("counts", [[8, 0, 64, 24], [0, 0, 0, 16], [64, 64, 64, 64]], ids=str)
+def test_experts_equal_an_fp32_loop(dtype, tolerance, counts):
+    torch.manual_seed(0)
+    exact = [torch.randn(sum(counts), 64), torch.randn(4, 128, 64) / 8, torch.randn(4, 64, 64) / 8]
+    exact = [tensor.to(dtype).float().requires_grad_() for tensor in exact]
+    given = [tensor.detach().to(DEVICE, dtype).requires_grad_() for tensor in exact]
+    x, gate_up, down = exact
+    expert = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    gate, up = torch.einsum("mh,mjh->mj", x, gate_up[expert]).chunk(2, -1)
+    expected = torch.einsum("mi,mhi->mh", F.silu(gate) * up, down[expert])
+    actual = expert_ffn(given[0], torch.tensor(counts, device=DEVICE), (given[1],), given[2])
+    seed = torch.randn_like(expected)
+    gradients = torch.autograd.grad(actual, given, seed.to(DEVICE, dtype))
+    for ours, wanted in zip([actual, *gradients], [expected, *torch.autograd.grad(expected, exact, seed)], strict=True):
+        assert ours.dtype == dtype
+        assert_near(ours, wanted, tolerance)
+
+
+@DTYPE
+def test_loss_at_49_152_words_equals_pytorchs(dtype, tolerance):
+    torch.manual_seed(0)
+    exact = [torch.randn(2000, 64), torch.randn(49_152, 64) / 8]
+    exact = [tensor.to(dtype).float().requires_grad_() for tensor in exact]
+    given = [tensor.detach().to(DEVICE, dtype).requires_grad_() for tensor in exact]
+    labels = torch.randint(0, 49_152, (2000,))
+    labels[:100] = -100
+    expected = F.cross_entropy(exact[0] @ exact[1].T, labels)
+    actual = linear_cross_entropy(*given, labels.to(DEVICE))
+    assert actual.item() == pytest.approx(expected.item(), rel=tolerance)
+    for ours, wanted in zip(torch.autograd.grad(actual, given), torch.autograd.grad(expected, exact), strict=True):
+        assert_near(ours, wanted, tolerance)
+
+
+@ATTENTION
+@DTYPE
+def test_logits_equal_the_cpus(settings, dtype, tolerance):
+    on_cpu, on_gpu = pair(settings)
+    with torch.no_grad():
+        expected = on_cpu(input_ids=ids(2, 100)).logits
+        actual = on_gpu.to(dtype)(input_ids=ids(2, 100).to(DEVICE)).logits
+    # In bf16 some tokens choose another expert.
+    assert_near(actual, expected, tolerance if dtype == torch.float32 else 0.2)
+
+
+@ATTENTION
+def test_padded_batch_and_gradients_equal_the_cpus(settings):
+    models = pair(settings)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :15] = 0
+    logits, gradients = [], []
+    for model in models:
+        device = next(model.parameters()).device
+        out = model(input_ids=ids(2, 40).to(device), attention_mask=mask.to(device)).logits
+        logits.append(out.cpu()[mask.bool()])
+        loss = model(input_ids=ids(2, 40).to(device), labels=ids(2, 40).to(device)).loss
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert_near(logits[1], logits[0], 1e-4)
+    for expected, actual in zip(*gradients, strict=True):
+        assert_near(actual, expected, 1e-3)
+
+
+@ATTENTION
+def test_generation_with_a_cache_is_the_cpus(settings):
+    on_cpu, on_gpu = pair(settings)
+    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = on_cpu.generate(ids(2, 9), **options)
+    for use_cache in (True, False):
+        assert torch.equal(on_gpu.generate(ids(2, 9).to(DEVICE), use_cache=use_cache, **options).cpu(), expected)
+
+
+@ATTENTION
+def test_forward_and_backward_never_wait_for_the_device(settings):
+    config = load_config(
+        ["--preset=debug", "--train.global_batch=2", f"--parallel.device={DEVICE}", "--train.dtype=bf16"]
+    )
+    topology = plan_topology(config, detect_machine(), RankInfo())
+    groups = lambda parameters: parameter_groups(parameters, config.train)  # noqa: E731
+    engine = make_engine(pair(settings)[0], config, topology, groups, lambda g: make_optimizer(g, config.train))
+    batch = ids(2, 64).to(DEVICE)
+    engine.backward(engine.forward(batch, batch))  # the first makes what later ones use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.backward(engine.forward(batch, batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def losses_of(small_run: list[str], tmp_path, name: str, *options: str) -> list[float]:
+    finished = smolds("train", *small_run, f"--run.name={name}", "--train.dtype=fp32", *options, timeout=300)
+    assert finished.returncode == 0, finished.text
+    return [row["loss"] for row in read_rows(tmp_path / "runs" / name / "metrics.jsonl") if "loss" in row]
+
+
+TWENTY = (
+    "--train.steps=20",
+    "--train.schedule=wsd",
+    "--train.decay_fraction=0",
+    "--train.eval_every=0",
+    "--log.sample_every=0",
+)
+LATENT_RUN = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--parallel.engine=local",),
+        ("--parallel.engine=local", *LATENT_RUN),
+        ("--parallel.engine=local", "--train.activation_checkpointing=true"),
+        *((f"--parallel.zero={zero}", "--parallel.engine=deepspeed") for zero in range(4)),
+        ("--parallel.zero=1", "--parallel.engine=deepspeed", *LATENT_RUN),
+    ],
+    ids=["local", "latent", "checkpointing", "zero 0", "zero 1", "zero 2", "zero 3", "zero 1 latent"],
+)
+def test_twenty_steps_are_the_cpus(small_run, tmp_path, options):
+    model = [option for option in options if option.startswith("--model.")]
+    expected = losses_of(
+        small_run, tmp_path, "cpu", *TWENTY, *model, "--parallel.device=cpu", "--parallel.engine=local"
+    )
+    actual = losses_of(small_run, tmp_path, "gpu", *TWENTY, *options, f"--parallel.device={DEVICE}")
+    assert len(actual) == 20
+    assert actual == pytest.approx(expected, rel=1e-3)
+
+
+def test_checkpoint_goes_from_the_cpu_to_the_gpu_and_back(small_run, tmp_path):
+    steady = ("--train.schedule=wsd", "--train.decay_fraction=0")
+    expected = losses_of(small_run, tmp_path, "cpu", *steady, "--parallel.device=cpu")
+    for device, steps in (("cpu", 2), (DEVICE, 4), ("cpu", 6)):
+        part = (f"--parallel.device={device}", f"--train.steps={steps}", "--checkpoint.resume=auto")
+        actual = losses_of(small_run, tmp_path, "both", *steady, *part)
+    assert actual == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_checkpoint_written_beside_training_is_the_one_that_it_waits_for(small_run, tmp_path, background):
+    options = (f"--parallel.device={DEVICE}", f"--checkpoint.background={background}")
+    losses_of(small_run, tmp_path, "whole", *options)
+    assert smolds("checkpoint", "verify", str(tmp_path / "runs" / "whole")).returncode == 0
+    for steps in (2, 6):
+        part = losses_of(small_run, tmp_path, "parts", *options, f"--train.steps={steps}", "--checkpoint.resume=auto",
+                         "--train.schedule=wsd", "--train.decay_fraction=0")  # fmt: skip
+    assert len(part) == 6
+
+
+def test_profile_has_the_kernels_and_a_memory_snapshot(small_run, tmp_path):
+    losses_of(small_run, tmp_path, "traced", f"--parallel.device={DEVICE}", "--profile.steps=3:4")
+    names = {path.name for path in (tmp_path / "runs" / "traced" / "profile").iterdir()}
+    assert names == {"steps_3-4.rank_0.pt.trace.json.gz", "steps_3-4.rank_0.memory.pickle"}
+
+
+def test_bf16_learns_and_tells_where_its_time_went(small_run, tmp_path):
+    options = [*small_run, "--run.name=bf16", "--train.dtype=bf16", f"--parallel.device={DEVICE}", "--train.steps=40"]
+    finished = smolds("train", *options, timeout=300)
+    assert finished.returncode == 0, finished.text
+    rows = [row for row in read_rows(tmp_path / "runs" / "bf16" / "metrics.jsonl") if "loss" in row]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert {"forward", "backward", "optimizer"} <= rows[-1]["seconds"].keys()
+    assert rows[-1]["memory_gb"] > 0 and 0 < rows[-1]["mfu"] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_is_that_of_a_gpu(dtype):
+    assert 1e12 < matrix_product_peak(torch.device(DEVICE), dtype) < 1e16
