@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ranks import smolds
 
-import smolds_dist.launching.doctor as doctor_module
+import smolds_dist.launching.doctor_checks as doctor_module
 from smolds_dist.launching.doctor_checks import LOCK_AGE, check_folder, check_locks
 from smolds_dist.launching.doctor_probes import Probe
 

@@ -188,7 +188,7 @@ def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, cluster
 
 @needs_slurm
 def test_readmes_sbatch_command_runs(small_run, tmp_path, cluster, repository):
-    commands = re.findall(r"^sbatch .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    commands = re.findall(r"^sbatch .*$", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
     assert len(commands) == 1
     # Slurm's own options go first; the training's, at the end, make it short.
     shorter = shlex.join([*options_of(small_run)[2:], "--train.steps=2"])
