@@ -1,9 +1,10 @@
-# Makes .venv with what a run needs, and offers set_up_tests for the rest. Sourced by quickstart.sh and test.sh; leaves the shell in the
-# repository's root with .venv on the PATH. A second time it only compares a checksum.
+# Makes .venv with what a run needs, and offers set_up_tests for the rest. Sourced by quickstart.sh and test.sh; leaves the
+# shell in the repository's root with .venv on the PATH. A second time it only compares a checksum.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 TORCH="torch==2.13.0" # the newest release that setup.cfg admits
 
 find_python() {
@@ -65,8 +66,9 @@ install_extras() {
 }
 
 # Whether something has been installed as these files say, and the note that it has.
-is_installed() { [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$TORCH $(cat setup.cfg pyproject.toml launch/setup_env.sh | cksum)" ]; }
-note_installed() { echo "$TORCH $(cat setup.cfg pyproject.toml launch/setup_env.sh | cksum)" >".venv/installed-$1"; }
+WANTED="$TORCH $(cat setup.cfg pyproject.toml launch/setup_env.sh | cksum)"
+is_installed() { [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$WANTED" ]; }
+note_installed() { echo "$WANTED" >".venv/installed-$1"; }
 
 # What a run needs.
 set_up() {
@@ -79,7 +81,6 @@ set_up() {
     # shellcheck disable=SC1091
     source .venv/bin/activate
     is_installed run && return
-    export PIP_DISABLE_PIP_VERSION_CHECK=1
     install_torch
     echo "  smolds and its other requirements"
     pip install -qq --editable .
@@ -89,7 +90,6 @@ set_up() {
 # What only tests need, on top.
 set_up_tests() {
     is_installed tests && return
-    export PIP_DISABLE_PIP_VERSION_CHECK=1
     echo "  what tests need"
     pip install -qq --editable ".[test]"
     install_extras

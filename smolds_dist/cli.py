@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import sys
-from importlib.metadata import version
 
 from smolds_dist.errors import ConfigError, RankError, RankFailedError
 
@@ -38,6 +37,8 @@ def main() -> None:
         print(USAGE)
         sys.exit(0 if name else 2)
     if name == "--version":
+        from importlib.metadata import version
+
         print(f"smolds {version('smolds-dist')}")
         return
     try:

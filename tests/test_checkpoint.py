@@ -308,15 +308,3 @@ def test_secrets_reach_no_file_of_a_run(small_run, tmp_path):
     assert not [path for path in files if secret.encode() in path.read_bytes()]
     script = smolds("slurm", "--time", "5", "--", *small_run, HF_TOKEN=secret)
     assert script.returncode == 0 and secret not in script.stdout
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_run_goes_from_the_gpu_to_the_cpu_and_back(small_run, tmp_path):
-    options = [*small_run, "--train.dtype=fp32", "--train.schedule=wsd", "--train.decay_fraction=0"]
-    train(load_config([*options, "--run.name=cpu", "--parallel.device=cpu"]))
-    for device, steps in (("cuda", 2), ("cpu", 4), ("cuda", 6)):
-        part = ["--run.name=both", f"--parallel.device={device}", f"--train.steps={steps}", "--checkpoint.resume=auto"]
-        train(load_config([*options, *part]))
-    ours, expected = (losses(tmp_path / "runs" / name) for name in ("both", "cpu"))
-    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in expected], rel=1e-3)

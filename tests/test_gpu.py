@@ -178,10 +178,13 @@ def test_twenty_steps_are_the_cpus(small_run, tmp_path, options):
     assert actual == pytest.approx(expected, rel=1e-3)
 
 
-def test_checkpoint_goes_from_the_cpu_to_the_gpu_and_back(small_run, tmp_path):
+@pytest.mark.parametrize(
+    "devices", [("cpu", DEVICE, "cpu"), (DEVICE, "cpu", DEVICE)], ids=["from the cpu", "from the gpu"]
+)
+def test_checkpoint_goes_to_the_other_device_and_back(small_run, tmp_path, devices):
     steady = ("--train.schedule=wsd", "--train.decay_fraction=0")
     expected = losses_of(small_run, tmp_path, "cpu", *steady, "--parallel.device=cpu")
-    for device, steps in (("cpu", 2), (DEVICE, 4), ("cpu", 6)):
+    for device, steps in zip(devices, (2, 4, 6), strict=True):
         part = (f"--parallel.device={device}", f"--train.steps={steps}", "--checkpoint.resume=auto")
         actual = losses_of(small_run, tmp_path, "both", *steady, *part)
     assert actual == pytest.approx(expected, rel=1e-3)

@@ -66,8 +66,7 @@ def documents(data: Data, say: Callable[[str], None] = lambda _: None, count: Ro
                 if isinstance(text, str):
                     text = text.removeprefix(BYTE_ORDER_MARK)
                     if text.strip():
-                        # JSON can spell half a surrogate pair, which no tokenizer takes.
-                        yield text.encode(errors="replace").decode()
+                        yield text
                     else:
                         count.without_text += 1
                 elif text is None:
@@ -171,7 +170,9 @@ def _field_of(line: bytes, field: str) -> Any:
         return _BadRow("no JSON object")
     if field not in row:
         return _BadRow(f"no field {field!r}; set --data.text_field to one of {', '.join(row)}")
-    return row[field]
+    value = row[field]
+    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _read_parquet(path: str, data: Data) -> Rows:

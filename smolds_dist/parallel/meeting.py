@@ -16,9 +16,8 @@ from datetime import timedelta
 from torch.distributed import DistError, DistNetworkError, TCPStore
 
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel.ranks import RankInfo, how_to_train_alone
+from smolds_dist.parallel.ranks import TELL_AFTER, RankInfo, how_to_train_alone, still_waiting
 
-TELL_AFTER = 10.0  # seconds
 EVERYONE = "smolds/everyone"  # the key that whoever comes last sets
 
 
@@ -52,10 +51,7 @@ def meet(info: RankInfo, patience: Patience) -> TCPStore | None:
         if (waited > TELL_AFTER and not told) or waited > patience.timeout:
             told = True
             missing, first = _missing(info, store)
-            text = (
-                f"rank {info.rank} has waited {waited:.0f} s for {missing} at {_place()}, because {info.size_from} says "
-                f"that there are {info.world_size}; {how_to_train_alone(info)}, or start all ranks with `smolds launch`."
-            )
+            text = still_waiting(info, waited, f"{missing} at {_place()}")
             if waited > patience.timeout:
                 raise RankError(text) if first else ConfigError(text)
             if first:

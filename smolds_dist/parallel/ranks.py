@@ -20,6 +20,8 @@ from typing import Any
 
 from smolds_dist.errors import ConfigError, RankError
 
+TELL_AFTER = 10.0  # seconds that a rank waits for others in silence
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -64,6 +66,14 @@ def how_to_train_alone(info: RankInfo) -> str:
     return f"`unset {variables}` to train in this process alone"
 
 
+def still_waiting(info: RankInfo, seconds: float, whom: str) -> str:
+    """The sentence of a rank that has waited so long, which it says after `TELL_AFTER` seconds and when it gives up."""
+    return (
+        f"rank {info.rank} has waited {seconds:.0f} s for {whom}, because {info.size_from} says that there are "
+        f"{info.world_size}; {how_to_train_alone(info)}, or start all ranks with `smolds launch`."
+    )
+
+
 def join_ranks(timeout: float = 0.0) -> RankInfo:
     """This process's rank; a single one where no launcher started it. Afterwards the environment says the same.
 
@@ -83,7 +93,7 @@ def join_ranks(timeout: float = 0.0) -> RankInfo:
     return replace(rank_from_environment(), size_from=size)
 
 
-ALONE = "start ranks with `smolds launch`, or `unset RANK WORLD_SIZE` to train in this process alone"
+ALONE = f"start ranks with `smolds launch`, or {how_to_train_alone(RankInfo())}"
 
 
 def rank_from_environment() -> RankInfo:
@@ -200,20 +210,19 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _waiting_told(info: RankInfo, timeout: float) -> Iterator[None]:
-    """Says after ten seconds what this process waits for, and after `timeout` ends it."""
+    """Says after `TELL_AFTER` seconds what this process waits for, and after `timeout` ends it."""
     over = threading.Event()
-    text = (
-        f"rank {info.rank} has waited {{}} s for the other ranks of its MPI job, because {info.size_from} says that there "
-        f"are {info.world_size}; {how_to_train_alone(info)}, or start them all with mpirun."
-    )
+
+    def tell(seconds: float) -> None:
+        print(f"smolds: {still_waiting(info, seconds, 'the other ranks of its MPI job')}", file=sys.stderr, flush=True)
 
     def watch() -> None:
-        first = min(10.0, timeout or 10.0)
+        first = min(TELL_AFTER, timeout or TELL_AFTER)
         if over.wait(first):
             return
-        print(f"smolds: {text.format(round(first))}", file=sys.stderr, flush=True)
+        tell(first)
         if timeout and not over.wait(timeout - first):
-            print(f"smolds: {text.format(round(timeout))}", file=sys.stderr, flush=True)
+            tell(timeout)
             os._exit(2)
 
     threading.Thread(target=watch, name="watch-mpi", daemon=True).start()
