@@ -15,7 +15,9 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 mkdir -p "$results"
 nvidia-smi >"$results/nvidia-smi.txt" 2>&1
-timeout 420 "$python" -m pytest -m gpu -q --durations=10 --junitxml="$results/tests.xml" tests/test_gpu.py 2>&1 |
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(--numprocesses 6); fi # most of a test's time is a process that starts
+timeout 420 "$python" -m pytest -m gpu -q --durations=10 "${workers[@]}" --junitxml="$results/tests.xml" tests/test_gpu.py 2>&1 |
     tee "$results/tests.txt"
 status=$?
 for dtype in bf16 fp32; do

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from ranks import smolds
 
+from smolds_dist.bench.plan import MEMORY_SIZES, compare_memory
+from smolds_dist.checkpoint.files import RANDOM
+from smolds_dist.checkpoint.writer import CheckpointWriter
 from smolds_dist.config import load_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.kernels import expert_ffn, linear_cross_entropy
@@ -17,6 +20,7 @@ from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.training.build import engine_for
 from smolds_dist.training.clock import matrix_product_peak
 from smolds_dist.training.optim import make_optimizer, parameter_groups
 
@@ -220,3 +224,26 @@ def test_bf16_learns_and_tells_where_its_time_went(small_run, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_is_that_of_a_gpu(dtype):
     assert 1e12 < matrix_product_peak(torch.device(DEVICE), dtype) < 1e16
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", range(4))
+def test_peak_memory_is_the_planners(zero, dtype):
+    row = compare_memory(MEMORY_SIZES[2], 1, zero, dtype, steps=3)
+    assert row["predicted"] == pytest.approx(row["measured"], rel=0.2), row
+
+
+def test_checkpoint_is_copied_to_pinned_memory(small_run):
+    """Only then does a copy not hold up the host, and run at the link's full speed."""
+    config = load_config([*small_run, f"--parallel.device={DEVICE}", "--parallel.engine=local"])
+    topology = plan_topology(config, detect_machine(), RankInfo())
+    engine = engine_for(pair(GQA)[0], config, topology)
+    batch = ids(2, 64).to(DEVICE)
+    engine.backward(engine.forward(batch, batch))
+    engine.step(1e-3)
+    writer = CheckpointWriter(config, topology, {}, {})
+    writer.prepare(engine)
+    writer.wait()
+    staged = writer.staging
+    assert staged and all(tensor.is_pinned() for name, tensor in staged.items() if not name.startswith(RANDOM))
+    assert sum(tensor.nbytes for tensor in staged.values()) >= 12 * sum(p.numel() for p in engine.model.parameters())

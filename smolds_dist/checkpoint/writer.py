@@ -69,7 +69,7 @@ class CheckpointWriter:
         self.tensors = tensors
         self.data = data
         self.root = config.run_dir / "checkpoints"
-        self._host: dict[str, Tensor] = {}  # where the state is copied to, the same memory each time
+        self.staging: dict[str, Tensor] = {}  # where the state is copied to, the same memory each time
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self.failed_step = 0
@@ -86,8 +86,8 @@ class CheckpointWriter:
 
     def _make_room(self, wanted: dict[str, tuple]) -> None:
         for key, (shape, dtype, device) in wanted.items():
-            if key not in self._host or self._host[key].shape != shape:
-                self._host[key] = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda").zero_()
+            if key not in self.staging or self.staging[key].shape != shape:
+                self.staging[key] = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda").zero_()
 
     def save(
         self, engine: Engine, balancer: Balancer, progress: Progress, val_loss: float | None, wait: bool = False
@@ -142,10 +142,10 @@ class CheckpointWriter:
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self._make_room({key: (t.shape, t.dtype, t.device) for key, t in tensors.items()})
         for key, tensor in tensors.items():
-            self._host[key].copy_(tensor, non_blocking=True)
+            self.staging[key].copy_(tensor, non_blocking=True)
         if self.topology.device == "cuda":
             torch.cuda.synchronize()
-        return {key: self._host[key] for key in tensors}
+        return {key: self.staging[key] for key in tensors}
 
     def _manifest(self, engine: Engine, progress: Progress, val_loss: float | None) -> Manifest:
         return Manifest(
