@@ -129,11 +129,12 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache_for(cache, past_key_values, use_cache)
+        # Only positions that somebody gives can tell of packed sequences. A GPU's host would wait to hear that ours do not.
+        # By position, here and in the outputs, because the cache's keyword depends on transformers' version.
+        mask = create_causal_mask(self.config, x_BSH, attention_mask, cache, position_ids)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
-        # By position, here and in the outputs, because the cache's keyword depends on transformers' version.
-        mask = create_causal_mask(self.config, x_BSH, attention_mask, cache, position_ids)
         rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta)
         attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if attentions and self.config._attn_implementation not in ("eager", "sdpa"):

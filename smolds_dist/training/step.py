@@ -60,7 +60,8 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     step_tokens = config.train.global_batch * config.data.seq_len
     row = {"step": step, "tokens": step * step_tokens, "loss": loss_sum / topology.world_size, "lr": lr}
     row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
-    row["mfu"] = round(job.flops_per_token * step_tokens / seconds / training.peak, 5)
+    share = job.flops_per_token * step_tokens / seconds / training.peak
+    row["mfu"] = float(f"{share:.4g}")  # digits, not decimals: a small model's share of a large GPU is tiny
     if measured:
         means = {name: total / topology.world_size for name, total in zip(PHASES, phases, strict=True)}
         means["other"] = seconds - sum(means.values())
