@@ -1,6 +1,6 @@
 """On an NVIDIA GPU: kernels against plain formulas, models and runs against the CPU's. `pytest -m gpu` runs these alone.
 
-None of it has run on a GPU yet. The same lines were run with DEVICE = "cpu" where a CPU can stand in.
+Run on one NVIDIA H200 (torch 2.11, CUDA 13, DeepSpeed 0.19.8). Nothing here needs more than one GPU.
 """
 
 import copy
@@ -230,7 +230,7 @@ def test_peak_is_that_of_a_gpu(dtype):
 @pytest.mark.parametrize("zero", range(4))
 def test_peak_memory_is_the_planners(zero, dtype):
     row = compare_memory(MEMORY_SIZES[2], 1, zero, dtype, steps=3)
-    assert row["predicted"] == pytest.approx(row["measured"], rel=0.2), row
+    assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
 
 
 def test_checkpoint_is_copied_to_pinned_memory(small_run):

@@ -89,7 +89,7 @@ def product_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[floa
 
 def elementwise_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     """Of norms, rotary embedding, SwiGLU, sorting and combining in a pass: bytes moved over memory bandwidth."""
-    moved = ELEMENTWISE_PASSES * saved_elements(model, "cuda") * layout.element_bytes * layout.tokens
+    moved = ELEMENTWISE_PASSES * saved_elements(model, swiglu=4) * layout.element_bytes * layout.tokens
     return moved / (layout.tensor * layout.pipeline) / machine.bandwidth
 
 
