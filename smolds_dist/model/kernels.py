@@ -61,7 +61,7 @@ def expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_E
 
 
 def grouped_expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_EHI: Tensor) -> Tensor:
-    """`expert_ffn` as two or three grouped products. Tested on the CPU against the others; not tested on CUDA yet."""
+    """`expert_ffn` as two or three grouped products."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     inner = [F.grouped_mm(x_PH, weight.mT, offs=ends_E) for weight in gate_up]
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)

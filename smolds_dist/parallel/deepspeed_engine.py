@@ -33,7 +33,8 @@ from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0 to 3 and AutoEP, over nccl or gloo.
 
-    Tested on gloo, several ranks on one machine. NCCL on several GPUs runs the same code, but has not been tested.
+    Tested on gloo, several ranks on one machine, and over NCCL with one rank on one GPU. NCCL on several GPUs runs the same
+    code, but has not been tested.
     """
 
     def __init__(self, model, config, topology, group_parameters, make_optimizer):

@@ -14,7 +14,7 @@ class Profiler:
     """Traces the configured steps on each rank of the first node, into `profile/` of the run.
 
     A trace is Chrome's JSON, which Perfetto (ui.perfetto.dev) and TensorBoard's profile plugin open. On CUDA there is a
-    memory snapshot beside it, for pytorch.org/memory_viz; that part has not been tested on a GPU yet.
+    memory snapshot beside it, for pytorch.org/memory_viz.
     """
 
     def __init__(self, config: RunConfig, topology: Topology):
