@@ -12,7 +12,7 @@ from ranks import smolds
 
 import smolds_dist.launching.doctor_checks as doctor_module
 from smolds_dist.launching.doctor_checks import LOCK_AGE, check_folder, check_locks
-from smolds_dist.launching.doctor_probes import Probe
+from smolds_dist.launching.doctor_probes import ANSWER, Probe
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc shows the processes")
 
@@ -65,6 +65,13 @@ def test_stale_lock_fails_until_it_is_fixed_and_no_secret_is_printed(stale_lock,
         assert name in found
     assert "offline by choice" in fixed.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_answers_of_two_ranks_may_share_a_line():
+    """mpirun passes on what each rank has written so far, newline or not; seen in one of six starts on a busy machine."""
+    answer = ANSWER + '{"size": 2}'
+    with Probe([sys.executable, "-c", f"print({answer!r} + {answer!r} + 2 * chr(10) + 'a warning')"], 20) as probe:
+        assert probe.answer() == ({"size": 2}, "")
 
 
 @needs_proc

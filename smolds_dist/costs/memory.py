@@ -12,8 +12,8 @@ from smolds_dist.costs.layout import Layout, stretch
 MEMORY_SHARE = 0.9
 # Of what comes and goes in a step: an allocator keeps more than is in use, in pieces that fit nobody.
 FRAGMENTATION = 0.05
-# Gradients come while activations go. What of the smaller of both takes the other's place: on the CPU in one process in plain
-# PyTorch, while under DeepSpeed nothing does; on a GPU with both.
+# Gradients come while activations go. What of the smaller of both takes the other's place: on the CPU in one process in
+# plain PyTorch, while under DeepSpeed nothing does; on a GPU with both.
 REUSED = 0.5
 # Numbers of one of DeepSpeed's buffers for gradients, what "auto" stands for as `reduce_bucket_size` in ds_configs. On CPUs
 # no gradient travels while others are computed: smaller buffers are no slower, and a step of 26 million parameters in two

@@ -62,16 +62,15 @@ class Probe:
     def answer(self) -> tuple[Any, str]:
         """What a probe of this module found and "", or None and what went wrong."""
         code, output = self.result()
-        lines = output.splitlines()
-        answers = [line.split(ANSWER, 1)[1] for line in lines if ANSWER in line]
-        if answers and code == 0:
-            return json.loads(answers[-1]), ""
+        if ANSWER in output and code == 0:
+            # What follows may be another rank's line: mpirun passes on what each rank has written so far, newline or not.
+            return json.JSONDecoder().raw_decode(output.rpartition(ANSWER)[2])[0], ""
         if code is None or code == -signal.SIGALRM:
             return None, f"no answer after {self.limit:g} s"
         # A rank's error rather than torchrun's own, which only says that a rank failed
         pattern = r"^\s*(?:\[rank\d+\]:)?\s*([\w.]*(?:Error|Exception)\b(?<!ChildFailedError).*)"
         errors = re.findall(pattern, output, re.MULTILINE)
-        lines = [line for line in lines if re.search(r"\w", line)]
+        lines = [line for line in output.splitlines() if re.search(r"\w", line)]
         return None, (errors or lines or [f"exit code {code}"])[-1].strip()[:300]
 
 
