@@ -10,7 +10,7 @@ from smolds_dist.errors import ConfigError, RankError, RankFailedError
 USAGE = """usage: smolds COMMAND [options]
 
   train      train in this process, or as one rank of a torchrun, deepspeed, mpirun or srun job
-  launch     start the ranks that fit this machine or allocation: smolds launch [--procs N] -- TRAIN-OPTIONS
+  launch     start the ranks that fit this machine or allocation: smolds launch -- TRAIN-OPTIONS
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
   plan       memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
   doctor     check this machine: smolds doctor [--fix]

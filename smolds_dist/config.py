@@ -343,7 +343,8 @@ def preset_names() -> list[str]:
 def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = False) -> RunConfig:
     """The RunConfig of a command line such as `--preset debug --train.steps 50`; options override the preset.
 
-    `--config FILE` (for instance another run's config.yaml) goes over `--preset NAME` where both are given.
+    `--config FILE` (for instance another run's config.yaml) goes over `--preset NAME`, or over the preset that the file
+    itself names as `preset: NAME`.
 
     Args:
         benchmark: allows what would spoil a model.
@@ -359,7 +360,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     base_parser.add_argument("-q", dest="level", action="store_const", const="quiet")
     base_parser.add_argument("-v", dest="level", action="store_const", const="verbose")
     base, rest = base_parser.parse_known_args(args)
-    base_files = _base_files(base.preset, base.config)
+    preset, base_files = _base(base.preset, base.config)
     if base.level:
         rest.append(f"--log.level={base.level}")
 
@@ -367,13 +368,17 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [--preset NAME] [--config FILE] [--SECTION.FIELD VALUE ...]",
+        epilog=f"example: {prog} --preset debug --run.name first --data.source text:'corpus/*.txt' --train.steps 200",
         exit_on_error=False,
         allow_abbrev=False,
         default_config_files=[*base_files],
     )
     # Only for --help: these were read above, because the preset is the ground that the other options stand on.
     parser.add_argument("--preset", help=f"settings to start from: {', '.join(preset_names())}")
-    parser.add_argument("--config", help="YAML file that goes over the preset, for instance runs/NAME/config.yaml")
+    parser.add_argument(
+        "--config",
+        help="YAML file that goes over the preset, which it may name (preset: NAME); runs/NAME/config.yaml is one",
+    )
     parser.add_argument("-q", action="store_true", help="the same as --log.level quiet")
     parser.add_argument("-v", action="store_true", help="the same as --log.level verbose")
     parser.add_class_arguments(RunConfig)
@@ -383,7 +388,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
         raise ConfigError(_one_sentence(str(error), parser)) from None
     config = RunConfig(**{f.name: settings[f.name] for f in dataclasses.fields(RunConfig)})
     if config.run.name is None:
-        config.run.name = base.preset or "run"
+        config.run.name = preset or "run"
     config.validate()
     if config.model.force_uniform_routing and not benchmark:
         raise ConfigError(
@@ -397,13 +402,20 @@ def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
 
 
-def _base_files(preset: str | None, config: Path | None) -> list[str]:
-    """The settings to start from, each file over those before it."""
-    if preset and preset not in preset_names():
-        raise ConfigError(f"--preset {preset!r} is unknown; use one of {', '.join(preset_names())}.")
+def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str]]:
+    """The preset to start from, and the files, each over those before it."""
+    said_by = "--preset"
     if config and not config.is_file():
         raise ConfigError(f"--config {str(config)!r} is not a file; give a YAML file such as runs/NAME/config.yaml.")
-    return ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + ([str(config)] if config else [])
+    if config and not preset:
+        try:
+            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            settings = None  # whoever reads the file as settings says what is wrong with it
+        preset, said_by = (settings.get("preset") if isinstance(settings, dict) else None), f"{config}: preset"
+    if preset and preset not in preset_names():
+        raise ConfigError(f"{said_by} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
+    return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + ([str(config)] if config else [])
 
 
 def _one_sentence(message: str, parser: jsonargparse.ArgumentParser) -> str:

@@ -1,11 +1,13 @@
 """Presets load, options override them, and every mistake is one sentence with the fix."""
 
+import contextlib
 import re
 
 import pytest
 import yaml
 from ranks import smolds
 
+from smolds_dist.cli import main
 from smolds_dist.config import load_config, preset_names, save_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.model import DeepSeekV3Config
@@ -118,6 +120,50 @@ def test_config_file_goes_over_the_preset_and_options_over_both(tmp_path):
     assert config.model.hidden_size == preset.model.hidden_size == 192
     assert load_config([*given, "--preset=debug"]) == config
     assert load_config([*given, "--run.name=alone"]).model.hidden_size == 384
+
+
+def test_config_file_may_name_its_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: debug\ntrain:\n  steps: 7\n")
+    assert load_config(["--config", str(file)]) == load_config(["--preset", "debug", "--train.steps=7"])
+    assert load_config(["--config", str(file), "--preset=moe-1b-a200m"]).run.name == "moe-1b-a200m"
+    file.write_text("preset: debux\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: preset 'debux' is unknown; use one of debug"):
+        load_config(["--config", str(file)])
+
+
+COMMANDS = "train launch slurm plan doctor report board export import generate eval".split()
+COMMANDS += [f"checkpoint {name}" for name in ("", "ls", "verify", "convert", "rm")]
+COMMANDS += [f"bench {name}" for name in ("", *"train loss balance scale plan generate checkpoint logging".split())]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_help_has_an_example(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["smolds", *command.split(), "--help"])
+    with contextlib.suppress(SystemExit):
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"example: smolds {command}".strip() in shown and len(shown) > 100
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("launch --procs 2", "--nproc-per-node"),
+        ("eval runs/first --tokens=5", "--max-tokens"),
+        ("eval runs/first --batch 5", "--batch-size"),
+        ("eval runs/first --few-shot 5", "--num-fewshot"),
+        ("eval runs/first --task-folder tasks", "--include-path"),
+        ("export runs/first --to exported --file-gb 2", "--max-shard-size"),
+        ("generate runs/first --tokens 5", "--max-new-tokens"),
+        ("bench generate --tokens 5", "--max-new-tokens"),
+    ],
+)
+def test_an_options_old_name_is_answered_with_the_new_one(old, new, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["smolds", *old.split()])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"is {new} now" in capsys.readouterr().err
 
 
 def test_version_is_told():

@@ -87,7 +87,7 @@ def test_export_of_two_zero_3_ranks_generates_the_same_in_transformers_alone(
     corpus, cache, tmp_path, transformers_alone
 ):
     options = [*options_of_small_run(corpus, cache, tmp_path), "--run.name=pair", "--parallel.zero=3", "-q"]
-    finished = smolds("launch", "--procs", "2", "--", *options, timeout=180)
+    finished = smolds("launch", "--nproc-per-node", "2", "--", *options, timeout=180)
     assert finished.returncode == 0, finished.text
     export([str(tmp_path / "runs" / "pair"), "--to", str(tmp_path / "model")])
     theirs = run([*transformers_alone, str(tmp_path / "model")], timeout=120)
@@ -187,7 +187,7 @@ def test_latent_model_and_many_files(corpus, cache, tmp_path):
     options = options_of_small_run(corpus, cache, tmp_path)
     train(load_config([*options, *LATENT, "--model.rms_norm_eps=1e-6", "--run.name=latent", "--train.dtype=bf16"]))
     to = tmp_path / "model"
-    export([str(tmp_path / "runs" / "latent"), "--to", str(to), "--step", "4", "--file-gb", "0.0001"])
+    export([str(tmp_path / "runs" / "latent"), "--to", str(to), "--step", "4", "--max-shard-size", "100KB"])
     index = json.loads((to / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in to.glob("*.safetensors"))
     assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
@@ -302,7 +302,7 @@ def test_mistakes_are_told(kept_run, exported, tmp_path):
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         export([str(tmp_path), *to])
     with pytest.raises(ConfigError, match="must be more than 0"):
-        export([source, *to, "--file-gb", "0"])
+        export([source, *to, "--max-shard-size", "0GB"])
     with pytest.raises(ConfigError, match="no model"):
         import_model([source, *to])
     with pytest.raises(ConfigError, match="exists"):

@@ -200,7 +200,7 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
         "--train.spike_threshold=8", "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3",
         "--data.val_fraction=0.01",
     ]  # fmt: skip
-    finished = smolds("launch", "--procs=2", "--", *options, "--parallel.device=cpu", timeout=120)
+    finished = smolds("launch", "--nproc-per-node=2", "--", *options, "--parallel.device=cpu", timeout=120)
     assert finished.returncode == 0, finished.text
     rows = read_rows(tmp_path / "runs" / "spiky" / "metrics.jsonl")
     events = [row for row in rows if row.get("event") == "rollback"]

@@ -106,7 +106,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
             generate(args)
     for args, words in (
         ([run_dir, "--train.steps=3"], "no option of smolds eval"),
-        ([run_dir, "--tokens", "1"], "at least 2"),
+        ([run_dir, "--max-tokens", "1"], "at least 2"),
         ([str(tmp_path)], "--data.source"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -116,7 +116,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
 def test_eval_of_held_out_text_is_the_trainings_own(kept_run, tmp_path, capsys):
     run_dir, options = kept_run
     evaluated = [row for row in read_rows(run_dir / "metrics.jsonl") if "val_loss" in row][-1]
-    evaluate_model([str(run_dir), "--tokens", str(5 * 32), "--json", str(tmp_path / "eval.json")])
+    evaluate_model([str(run_dir), "--max-tokens", str(5 * 32), "--json", str(tmp_path / "eval.json")])
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["tokens"] == 5 * 31
     assert result["loss"] == pytest.approx(evaluated["val_loss"], rel=1e-5)

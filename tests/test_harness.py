@@ -59,10 +59,10 @@ def likeliest(model, tokenizer, question):
 def test_a_local_task_is_scored_as_by_hand(kept_run, tmp_path):
     run_dir, _ = kept_run
     write_task(tmp_path / "tasks", "quiz")
-    asked = ["eval", str(run_dir), "--tasks", "quiz", "--task-folder", str(tmp_path / "tasks")]
+    asked = ["eval", str(run_dir), "--tasks", "quiz", "--include-path", str(tmp_path / "tasks")]
     answer = tmp_path / "result.json"
     path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
-    finished = smolds(*asked, "--json", str(answer), "--batch", "3", timeout=180, **path)
+    finished = smolds(*asked, "--json", str(answer), "--batch-size", "3", timeout=180, **path)
     assert finished.returncode == 0, finished.text
     assert "quiz" in finished.stdout and "acc" in finished.stdout
 

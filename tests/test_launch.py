@@ -25,7 +25,7 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
     train(load_config([*options, "--run.name=single"]))
 
     options += ["--run.name=pair", "--parallel.zero=3", "--parallel.expert=2"]
-    begun = smolds("launch", "--procs=2", "--", *options, "--train.steps=4", timeout=180)
+    begun = smolds("launch", "--nproc-per-node=2", "--", *options, "--train.steps=4", timeout=180)
     assert begun.returncode == 0, begun.text
     for text in ("2 ranks over gloo", "expert parallel size 2", "share of the tokens per expert"):
         assert text in begun.stdout
@@ -36,7 +36,7 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
     resume = ["--launcher=deepspeed", "--", *options, "--checkpoint.resume=auto"]
-    resumed = smolds("launch", "--procs=2", *resume, timeout=180)
+    resumed = smolds("launch", "--nproc-per-node=2", *resume, timeout=180)
     assert resumed.returncode == 0, resumed.text
     assert f"{newest} is damaged: rank_00001.safetensors is not what was written" in resumed.stdout
     assert re.search("continuing from .*step_00000002\n", resumed.stdout)
@@ -57,14 +57,14 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "fix"),
     [
-        (["--procs=2", "--", "--parallel.expert=3"], "valid values: 1, 2"),
-        (["--procs=3", "--"], "use 6 or 9"),
-        (["--procs=2", "--", "--train.balance=aux_loss"], "use --train.balance bias"),
-        (["--procs=0", "--"], "1 or more"),
-        (["--procs=two", "--"], "1 or more"),
+        (["--nproc-per-node=2", "--", "--parallel.expert=3"], "valid values: 1, 2"),
+        (["--nproc-per-node=3", "--"], "use 6 or 9"),
+        (["--nproc-per-node=2", "--", "--train.balance=aux_loss"], "use --train.balance bias"),
+        (["--nproc-per-node=0", "--"], "1 or more"),
+        (["--nproc-per-node=two", "--"], "1 or more"),
         (["--launcher=mpich", "--"], "torchrun"),
         (["--train.steps=3"], "behind `--`"),
-        (["--procs=2", "--", "--data.source=text:/nowhere/*"], "check the pattern"),
+        (["--nproc-per-node=2", "--", "--data.source=text:/nowhere/*"], "check the pattern"),
     ],
 )
 def test_mistake_is_one_sentence_before_any_rank_starts(small_run, tmp_path, options, fix):
@@ -78,7 +78,7 @@ def test_mistake_is_one_sentence_before_any_rank_starts(small_run, tmp_path, opt
 
 
 def test_dry_run_prints_a_command_that_works(small_run):
-    result = smolds("launch", "--procs=1", "--dry-run", "--", *small_run, "--run.name=dry run")
+    result = smolds("launch", "--nproc-per-node=1", "--dry-run", "--", *small_run, "--run.name=dry run")
     assert result.returncode == 0, result.text
     command = shlex.split(result.stdout)
     assert command[1:4] == ["-m", "smolds_dist", "train"]
@@ -88,7 +88,7 @@ def test_dry_run_prints_a_command_that_works(small_run):
 def test_failing_rank_fails_the_launch(small_run, tmp_path):
     ds_config = tmp_path / "ds.json"
     ds_config.write_text(json.dumps({"zero_optimization": {"stage": 1}, "no_such_section": 1, "optimizer": {}}))
-    result = smolds("launch", "--procs=2", "--", *small_run, f"--parallel.ds_config={ds_config}", timeout=180)
+    result = smolds("launch", "--nproc-per-node=2", "--", *small_run, f"--parallel.ds_config={ds_config}", timeout=180)
     assert result.returncode != 0
     assert "remove it" in result.stderr
 

@@ -54,7 +54,16 @@ def long_run(options):
 
 
 def start_launch(launcher: str, arguments: list[str], run_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "smolds_dist", "launch", "--procs=2", f"--launcher={launcher}", "--", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "smolds_dist",
+        "launch",
+        "--nproc-per-node=2",
+        f"--launcher={launcher}",
+        "--",
+        *arguments,
+    ]
     return start_and_wait_for_steps(command, run_dir)
 
 
@@ -170,7 +179,9 @@ def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
         pytest.skip(MPI_REASON)
     train(load_config([*options, "--run.name=single"]))
     options += ["--parallel.expert=2"]
-    finished = smolds("launch", "--procs=2", "--launcher=mpi", "--", *options, "--run.name=launched", timeout=120)
+    finished = smolds(
+        "launch", "--nproc-per-node=2", "--launcher=mpi", "--", *options, "--run.name=launched", timeout=120
+    )
     assert finished.returncode == 0, finished.text
     assert "expert parallel size 2" in finished.stdout
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
@@ -189,7 +200,9 @@ def test_locks_that_a_dead_build_left_stop_no_run(options, tmp_path):
         (extensions / name / "lock").touch()
     before = sorted(extensions.rglob("*"))
     arguments = [*options, "--run.name=locked", "--train.steps=1"]
-    finished = smolds("launch", "--procs=2", "--", *arguments, timeout=90, TORCH_EXTENSIONS_DIR=str(extensions))
+    finished = smolds(
+        "launch", "--nproc-per-node=2", "--", *arguments, timeout=90, TORCH_EXTENSIONS_DIR=str(extensions)
+    )
     assert finished.returncode == 0, finished.text
     assert sorted(extensions.rglob("*")) == before  # no build begins, so none can be killed in its middle
 
@@ -248,7 +261,7 @@ CPU = Machine(("cpu",), 2, False, int(16e9))
         (GPUS, [], "-m torch.distributed.run --standalone --nproc-per-node 8 -m smolds_dist train"),
         (CPU, [], "-m torch.distributed.run --standalone --nproc-per-node 2 -m smolds_dist train"),
         (GPUS, ["--launcher=deepspeed"], "--num_gpus 8"),
-        (GPUS, ["--launcher=mpi", "--procs=4"], "mpirun -n 4"),
+        (GPUS, ["--launcher=mpi", "--nproc-per-node=4"], "mpirun -n 4"),
         (GPUS, ["--hostfile=HOSTS"], "--launcher pdsh --module smolds_dist train --encoded="),
         (GPUS, ["--hostfile=HOSTS", "--launcher=mpi"], "mpirun -n 32 --bind-to none --hostfile"),
     ],

@@ -109,7 +109,9 @@ def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, rep
         [*layout, "slurm/train.sbatch", *options, "--run.name=limited", "--parallel.expert=2"], cluster, repository
     )
     # The reference has the same topology: over this many steps another one's rounding would show.
-    launched = smolds("launch", "--procs=2", "--", *options, "--run.name=reference", "--parallel.expert=2", timeout=240)
+    launched = smolds(
+        "launch", "--nproc-per-node=2", "--", *options, "--run.name=reference", "--parallel.expert=2", timeout=240
+    )
     assert launched.returncode == 0, launched.text
     output = repository / f"slurm-{job}.out"
     wait_for(lambda: is_gone(job, cluster), 400, "end of the job")

@@ -35,7 +35,9 @@ def two_ranks(corpus, cache, tmp_path_factory):
     """The folder of a finished run of two ranks with sharded experts. To be copied, not changed."""
     folder = tmp_path_factory.mktemp("board")
     options = [*options_of_small_run(corpus, cache, folder), "--run.name=two", "--parallel.device=cpu"]
-    finished = smolds("launch", "--procs=2", "--", *options, "--train.steps=12", "--profile.steps=4:5", timeout=120)
+    finished = smolds(
+        "launch", "--nproc-per-node=2", "--", *options, "--train.steps=12", "--profile.steps=4:5", timeout=120
+    )
     assert finished.returncode == 0, finished.text
     assert "all-to-all" in finished.stdout and "profile/steps_4-5.rank_0.pt.trace.json.gz" in finished.stdout
     return folder / "runs" / "two"

@@ -21,7 +21,7 @@ STEP = re.compile(
 
 def test_output_in_a_file_is_plain_lines_of_rank_0_alone(small_run):
     finished = smolds(
-        "launch", "--procs=2", "--", *small_run, "--run.name=file", "--log.every=0", "--parallel.device=cpu"
+        "launch", "--nproc-per-node=2", "--", *small_run, "--run.name=file", "--log.every=0", "--parallel.device=cpu"
     )
     assert finished.returncode == 0, finished.text
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", finished.stdout + finished.stderr), finished.text

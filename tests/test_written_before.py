@@ -23,7 +23,7 @@ def test_checkpoint_resumes_with_the_losses_that_the_run_had(corpus, tmp_path, r
     before = {row["step"]: row["loss"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row}
     (tmp_path / "corpus").symlink_to(corpus)  # the name that the run knows it by
     options = ["--config", "runs/gqa/config.yaml", "--checkpoint.resume", "auto"]
-    start = ["train"] if ranks == 1 else ["launch", "--procs", str(ranks), "--"]
+    start = ["train"] if ranks == 1 else ["launch", "--nproc-per-node", str(ranks), "--"]
     finished = smolds(*start, *options, timeout=180, cwd=tmp_path)
     assert finished.returncode == 0, finished.text
     rows = read_rows(run_dir / "metrics.jsonl")

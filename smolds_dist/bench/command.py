@@ -24,6 +24,9 @@ def bench(args: list[str]) -> None:
         "plan": bench_plan,
     }  # fmt: skip
     name, *rest = args or [""]
+    if name in ("-h", "--help"):
+        print(f"usage: smolds bench {{{','.join(benches)}}} [options]\n\nexample: smolds bench train --preset debug")
+        return
     if name not in benches:
         raise ConfigError(f"smolds bench {name!r} is unknown; use one of {', '.join(benches)}.")
     benches[name](rest)

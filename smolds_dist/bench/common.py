@@ -11,9 +11,14 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 
 
-def bench_parser(name: str, doc: str) -> OptionParser:
+def bench_parser(name: str, doc: str, renamed: dict[str, str] | None = None) -> OptionParser:
     """The options that every benchmark has, described by the first line of its module's docstring."""
-    parser = OptionParser(prog=f"smolds bench {name}", description=doc.partition("\n")[0])
+    parser = OptionParser(
+        prog=f"smolds bench {name}",
+        description=doc.partition("\n")[0],
+        renamed=renamed,
+        example=f"smolds bench {name} --preset debug --json {name}.json",
+    )
     parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser

@@ -21,19 +21,24 @@ def bench_generate(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none, or a text that is too short to have quarters or too long for the model.
     """
-    parser = bench_parser("generate", __doc__)
-    parser.add_argument("--tokens", type=int, default=512, help="of a text")
+    parser = bench_parser("generate", __doc__, {"--tokens": "--max-new-tokens"})
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="of a text")
     parser.add_argument("--rounds", type=int, default=3, help="texts of each")
     options, settings = parse(parser, args)
     check_at_least_one(options, "rounds")
     options.sequences, options.dtype = 1, "fp32"
     task = make_task(options, settings)
     longest = task.model_settings()["max_position_embeddings"] - PROMPT
-    if not 8 <= options.tokens <= longest:
-        raise ConfigError(f"--tokens {options.tokens} is out of range; it must lie between 8 and {longest}.")
-    result = describe_machine(task) | {"tokens": options.tokens, "ms": measure(task, options.tokens, options.rounds)}
+    if not 8 <= options.max_new_tokens <= longest:
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens} is out of range; it must lie between 8 and {longest}."
+        )
+    result = describe_machine(task) | {
+        "tokens": options.max_new_tokens,
+        "ms": measure(task, options.max_new_tokens, options.rounds),
+    }
     keep(options, result)
-    print(f"{result['preset']}, {options.tokens} tokens after {PROMPT}, fp32, on {result['machine']}")
+    print(f"{result['preset']}, {options.max_new_tokens} tokens after {PROMPT}, fp32, on {result['machine']}")
     print(f"{'':24}{'first quarter':>15}{'last quarter':>15}{'ratio':>8}")
     for name, (first, last) in result["ms"].items():
         print(f"{name:24}{first:>12.2f} ms{last:>12.2f} ms{last / first:>8.2f}")

@@ -39,7 +39,11 @@ def bench_plan(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none, or where a measured process fails.
     """
-    parser = OptionParser(prog="smolds bench plan", description=(__doc__ or "").partition("\n")[0])
+    parser = OptionParser(
+        prog="smolds bench plan",
+        description=(__doc__ or "").partition("\n")[0],
+        example="smolds bench plan --what memory published --sizes 1 --json plan.json",
+    )
     parser.add_argument("--what", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages whose memory is measured")

@@ -53,6 +53,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="smolds checkpoint",
         description="Lists, verifies, converts or removes a run's checkpoints.",
+        example="smolds checkpoint ls runs/first",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     texts = {
@@ -61,8 +62,10 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "convert": "write one anew, with every tensor in one piece: to keep, to carry elsewhere, to resume from",
         "rm": "remove checkpoints; the last whole one stays",
     }
+    more = {"convert": " --to runs/kept", "rm": " --step 100"}
     for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        example = f"smolds checkpoint {name} runs/first{more.get(name, '')}"
+        command = commands.add_parser(name, help=text, description=text, example=example, allow_abbrev=False)
         command.add_argument("run", type=Path, help="a run's folder (runs/NAME)")
         if name in ("verify", "rm"):
             command.add_argument("--step", type=int, nargs="+", help="which of them")

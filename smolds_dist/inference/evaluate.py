@@ -27,34 +27,41 @@ def evaluate_model(args: list[str]) -> None:
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
         "all of --data.source, or without one the held-out text of the model's run. With --tasks, lm-evaluation-harness's "
         "tasks instead.",
+        renamed={
+            "--tokens": "--max-tokens",
+            "--batch": "--batch-size",
+            "--few-shot": "--num-fewshot",
+            "--task-folder": "--include-path",
+        },
+        example="smolds eval runs/first --data.source text:'corpus/*.txt' --max-tokens 100000",
     )
     parser.add_argument("model", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
     parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="stop after so many")
-    parser.add_argument("--batch", type=int, default=8, help="sequences that are computed together")
+    parser.add_argument("--max-tokens", type=int, default=1_000_000, help="stop after so many")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences that are computed together")
     parser.add_argument("--json", type=Path, help="file for the result")
     tasks = parser.add_argument_group("lm-evaluation-harness (pip install 'smolds-dist[eval]')")
-    tasks.add_argument("--tasks", nargs="+", default=[], help="of the harness, or of --task-folder")
-    tasks.add_argument("--task-folder", type=Path, help="with YAML files of tasks of your own")
+    tasks.add_argument("--tasks", nargs="+", default=[], help="of the harness, or of --include-path")
+    tasks.add_argument("--include-path", type=Path, help="with YAML files of tasks of your own")
     tasks.add_argument(
-        "--few-shot", type=int, help="examples before each question; the task's own number where not given"
+        "--num-fewshot", type=int, help="examples before each question; the task's own number where not given"
     )
     tasks.add_argument("--limit", type=int, help="questions of each task")
     options, settings = parser.parse_known_args(args)
-    if options.tokens < 2 or options.batch < 1:
-        raise ConfigError("--tokens must be at least 2 and --batch at least 1.")
+    if options.max_tokens < 2 or options.batch_size < 1:
+        raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
     if options.tasks:
         _evaluate_tasks(options, settings)
         return
-    if any(given is not None for given in (options.task_folder, options.few_shot, options.limit)):
+    if any(given is not None for given in (options.include_path, options.num_fewshot, options.limit)):
         raise ConfigError(
-            "--task-folder, --few-shot and --limit belong to --tasks; name some tasks, or leave them out."
+            "--include-path, --num-fewshot and --limit belong to --tasks; name some tasks, or leave them out."
         )
     config, held_out = _what(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
     begin = time.perf_counter()
-    ids, num_bytes = _held_out(config, tokenizer) if held_out else _whole(config, tokenizer, options.tokens)
-    loss, counted = mean_loss(model, ids[: options.tokens], config.data.seq_len, options.batch)
+    ids, num_bytes = _held_out(config, tokenizer) if held_out else _whole(config, tokenizer, options.max_tokens)
+    loss, counted = mean_loss(model, ids[: options.max_tokens], config.data.seq_len, options.batch_size)
     bits = loss / math.log(2) * len(ids) / num_bytes
     result = {
         "text": f"{config.data.source}{', held out' if held_out else ''}",
@@ -78,10 +85,10 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> None:
 
     if settings:
         raise ConfigError(f"{settings[0]} does not go with --tasks, which bring their own text; leave one of them out.")
-    manager = find_tasks(options.tasks, options.task_folder)
+    manager = find_tasks(options.tasks, options.include_path)
     model, tokenizer = load_model(options.model, options.step)
     result, table = evaluate_tasks(
-        model, tokenizer, options.tasks, manager, options.few_shot, options.limit, options.batch
+        model, tokenizer, options.tasks, manager, options.num_fewshot, options.limit, options.batch_size
     )
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -23,13 +23,13 @@ def find_tasks(names: list[str], folder: Path | None) -> Any:
             "--tasks needs lm-evaluation-harness, which is not installed; run `pip install 'smolds-dist[eval]'`."
         ) from None
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--task-folder {folder} is not a folder; give one with the YAML files of tasks.")
+        raise ConfigError(f"--include-path {folder} is not a folder; give one with the YAML files of tasks.")
     manager = TaskManager(include_path=folder)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(
             f"{', '.join(unknown)} is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them, "
-            "--task-folder adds your own."
+            "--include-path adds your own."
         )
     return manager
 

@@ -7,6 +7,7 @@ the model's size, until the result is checked: then a process without smolds loa
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def export(args: list[str]) -> None:
     config = model_config(reader.manifest, tokenizer)
     dtype = options.dtype if options.dtype != "auto" else reader.manifest.topology["dtype"]
     with new_folder(options.to) as part:
-        write(reader, config, tokenizer, part, options.format, dtype, int(options.file_gb * 1e9))
+        write(reader, config, tokenizer, part, options.format, dtype, options.max_shard_bytes)
         write_card(part, folder, reader.manifest, config, options.format)
         if options.check:
             check(reader, config, part, options.format, dtype)
@@ -71,6 +72,8 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="smolds export",
         description="Writes a checkpoint, of any layout, as a model that plain transformers loads.",
+        renamed={"--file-gb": "--max-shard-size"},
+        example="smolds export runs/first --to exported --dtype bf16",
     )
     parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder (runs/NAME), or a checkpoint's")
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
@@ -79,15 +82,32 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "--format", choices=("transformers", "smolds"), default="transformers", help="whose classes are to load it"
     )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: what the run computed in")
-    parser.add_argument("--file-gb", type=float, default=1.0, help="largest file, in GB; also the memory this takes")
+    parser.add_argument(
+        "--max-shard-size",
+        default="1GB",
+        metavar="SIZE",
+        help="largest file, such as 500MB; also the memory this takes",
+    )
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not load the result and compare")
     parser.add_argument(
         "--push", metavar="NAME", help="upload it to this repository of the Hub; HF_TOKEN says who you are"
     )
     options = parser.parse_args(args)
-    if options.file_gb <= 0:
-        raise ConfigError(f"--file-gb {options.file_gb} is out of range; it must be more than 0.")
+    options.max_shard_bytes = size_in_bytes(options.max_shard_size)
     return options
+
+
+def size_in_bytes(size: str) -> int:
+    """Of a size as transformers' `max_shard_size` has it, such as 5GB or 500MB.
+
+    Raises:
+        ConfigError: where it is none, or 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([KMGT])B", size.upper())
+    found = int(float(match[1]) * 1000 ** (" KMGT".index(match[2]))) if match else 0
+    if not found:
+        raise ConfigError(f"--max-shard-size {size!r} is no size of a file; give one such as 5GB or 500MB.")
+    return found
 
 
 def find_checkpoint(source: Path, step: int | None) -> Path:

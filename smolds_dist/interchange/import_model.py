@@ -28,6 +28,7 @@ def import_model(args: list[str]) -> None:
         prog="smolds import",
         description="Makes a run of a model in Hugging Face format, to continue training from. Further options are those of "
         "smolds train, such as --data.source; they become the run's settings.",
+        example="smolds import exported --to runs/again --data.source text:'corpus/*.txt'",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the model's folder")
     parser.add_argument("--to", type=Path, required=True, help="the run's folder, such as runs/NAME")

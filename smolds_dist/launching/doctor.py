@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.errors import OptionParser
 from smolds_dist.launching.doctor_checks import (
     MPI_OPTIONS,
     Finding,
@@ -37,8 +38,10 @@ from smolds_dist.launching.doctor_probes import PROBE_LIMITS, Probe, probe_args
 
 def doctor(args: list[str]) -> int:
     """Prints the report; 1 where a check failed, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="smolds doctor", description="Checks this machine, one line per check; exit code 1 where one fails."
+    parser = OptionParser(
+        prog="smolds doctor",
+        description="Checks this machine, one line per check; exit code 1 where one fails.",
+        example="smolds doctor --fix",
     )
     parser.add_argument("--fix", action="store_true", help="remove build locks that dead processes left")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="what to train on")

@@ -117,28 +117,29 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         if len(slots) > 1:
             raise ConfigError(f"{options.hostfile} gives its hosts different slots ({sorted(slots)}); make them equal.")
         nodes, here = len(hosts), slots.pop()
-    procs = nodes * here
-    if options.procs != "auto":
-        if not options.procs.isdecimal() or int(options.procs) < 1:
-            raise ConfigError(f"--procs {options.procs!r} is no number of ranks; give auto, or 1 or more.")
-        procs = int(options.procs)
-        if procs % nodes:
-            raise ConfigError(f"--procs {procs} does not spread evenly over {nodes} nodes; use a multiple of {nodes}.")
-        if nodes > 1 and launcher == "deepspeed" and procs != nodes * here:
+    if options.nproc_per_node != "auto":
+        if not options.nproc_per_node.isdecimal() or int(options.nproc_per_node) < 1:
             raise ConfigError(
-                f"--procs {procs} is not the {nodes * here} slots of {options.hostfile}; leave it out, or change the slots."
+                f"--nproc-per-node {options.nproc_per_node!r} is no number of ranks; give auto, or 1 or more."
             )
-        here = procs // nodes
+        asked = int(options.nproc_per_node)
+        if nodes > 1 and launcher == "deepspeed" and asked != here:
+            raise ConfigError(
+                f"--nproc-per-node {asked} is not the {here} slots that {options.hostfile} gives each host; leave it out, "
+                "or change the slots."
+            )
+        here = asked
+    procs = nodes * here
     on_gpu = not on_cpu and machine.devices[0] == "cuda"
     if on_gpu and nodes == 1 and launcher != "slurm" and procs > machine.device_count:
         raise ConfigError(
-            f"--procs {procs} exceeds the {machine.device_count} GPUs of this machine; lower it, or use "
+            f"--nproc-per-node {procs} exceeds the {machine.device_count} GPUs of this machine; lower it, or use "
             "--parallel.device cpu."
         )
     if launcher == "auto":
         launcher = "torchrun" if procs > 1 else "none"
     if launcher == "none" and procs > 1:
-        if options.procs != "auto":
+        if options.nproc_per_node != "auto":
             raise ConfigError(f"--launcher none starts one process, not {procs}; use --launcher torchrun.")
         procs = here = 1
     if procs == 1 and launcher in ("torchrun", "deepspeed"):
@@ -252,11 +253,18 @@ def _cause(ranks: Path, began: float, code: int, hidden: list[str]) -> str:
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OptionParser(
         prog="smolds launch",
-        usage="smolds launch [--procs N] [--launcher NAME] [--hostfile FILE] [--dry-run] -- TRAIN-OPTIONS",
+        usage="smolds launch [--nproc-per-node N] [--launcher NAME] [--hostfile FILE] [--dry-run] -- TRAIN-OPTIONS",
         description="Starts the ranks of `smolds train`.",
+        renamed={"--procs": "--nproc-per-node"},
+        example="smolds launch --nproc-per-node 2 -- --preset debug --run.name pair --data.source text:'corpus/*.txt'",
         allow_abbrev=False,
     )
-    parser.add_argument("--procs", default="auto", help="ranks in all; auto: one per GPU, else one per core up to two")
+    parser.add_argument(
+        "--nproc-per-node",
+        default="auto",
+        metavar="N",
+        help="ranks on each machine; auto: its slots or tasks, or one per GPU, or one per core up to two",
+    )
     parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="program that starts the ranks")
     parser.add_argument("--hostfile", type=Path, help="several machines: a line `host slots=N` for each")
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")

@@ -94,6 +94,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="smolds slurm",
         usage="smolds slurm --nodes N [--gpus-per-node N] --time LIMIT [options] [--submit] -- TRAIN-OPTIONS",
         description="Writes a batch script for Slurm, which checkpoints ahead of its time limit, requeues and resumes.",
+        example="smolds slurm --nodes 2 --gpus-per-node 8 --time 4:00:00 -- --preset moe-1b-a200m --run.name big",
         allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1)

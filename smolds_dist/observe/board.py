@@ -21,6 +21,7 @@ def board(args: list[str]) -> None:
     parser = OptionParser(
         prog="smolds board",
         description="Opens TensorBoard on localhost for some runs, or for all in ./runs; Custom Scalars has a tab Experts.",
+        example="smolds board runs/first --port 6007",
     )
     parser.add_argument(
         "runs", type=Path, nargs="*", metavar="RUN", help="a run's folder (runs/NAME), or one with several"

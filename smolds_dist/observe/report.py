@@ -36,6 +36,7 @@ def report(args: list[str]) -> None:
     parser = OptionParser(
         prog="smolds report",
         description="Writes log_training.md, sample_outputs.md and training_metrics.png; several runs share a picture.",
+        example="smolds report runs/first runs/second --to comparison",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder (runs/NAME)")
     parser.add_argument(

@@ -4,19 +4,22 @@ import shlex
 from statistics import median
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data.shards import TokenShards
 from smolds_dist.observe.rows import WINDOW, load_table, read_rows
 
 
-def summary(config: RunConfig, shards: TokenShards) -> str:
-    """What a run learned, where its time and tokens went, and where to look."""
+def summary(config: RunConfig, unigram_entropy: float) -> str:
+    """What a run learned, where its time and tokens went, and where to look.
+
+    Args:
+        unigram_entropy: of the held-out text, in nats per token.
+    """
     rows = read_rows(config.run_dir / "metrics.jsonl")
     lines = {}
     evaluation = next((row for row in reversed(rows) if "val_loss" in row), None)
     if evaluation:
         lines["validation loss"] = (
             f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte; "
-            f"a model that ignores context reaches {shards.meta.val_unigram_entropy:.4f} (unigram entropy)"
+            f"a model that ignores context reaches {unigram_entropy:.4f} (unigram entropy)"
         )
     prompt = config.log.sample_prompts[0] if config.log.sample_prompts else ""
     after = {

@@ -148,7 +148,7 @@ def command_line(
     settings = [option for name, option in zip(best.settings, best.options, strict=True) if name not in asked]
     train = shlex.join([*train_args, *settings])
     if nodes == 1:
-        return f"smolds launch --procs {per_node} -- {train}"
+        return f"smolds launch --nproc-per-node {per_node} -- {train}"
     hours = max(1, round(run.seconds * 1.2 / 3600 + 0.5))
     devices = f"--gpus-per-node {per_node}" if best.layout.device == "cuda" else f"--tasks-per-node {per_node}"
     return f"smolds slurm --nodes {nodes} {devices} --time {hours}:00:00 -- {train}"
@@ -193,6 +193,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="smolds plan",
         usage="smolds plan --hardware NAME --nodes N [options] -- TRAIN-OPTIONS | smolds plan --calibrate FILE",
         description="Memory, time and traffic of a run on any machines, and its best layout; nothing is started.",
+        example="smolds plan --hardware h100 --nodes 8 -- --preset moe-7b-a1b",
         allow_abbrev=False,
     )
     parser.add_argument(

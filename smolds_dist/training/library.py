@@ -36,7 +36,7 @@ def launch(config: RunConfig, procs: int | None = None, launcher: str = "auto") 
     """Starts ranks, those that fit this machine unless told otherwise, and waits for their end.
 
     Args:
-        procs: how many.
+        procs: how many, on each machine.
         launcher: none, torchrun, deepspeed, mpi or slurm.
 
     Raises:
@@ -45,7 +45,7 @@ def launch(config: RunConfig, procs: int | None = None, launcher: str = "auto") 
     from smolds_dist.launching.launcher import launch as start
 
     config.validate()
-    options = ["--launcher", launcher] + ([] if procs is None else ["--procs", str(procs)])
+    options = ["--launcher", launcher] + ([] if procs is None else ["--nproc-per-node", str(procs)])
     # In the run's parent folder, which all nodes see.
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=config.run.dir) as file:

@@ -149,7 +149,7 @@ def run_steps(job: Job, training: Training) -> int:
 
     export_model(config, training.engine, job.model_config, job.shards, job.main)
     if terminal.shown:
-        terminal.say(summary(config, job.shards))
+        terminal.say(summary(config, job.shards.meta.val_unigram_entropy))
     return 0
 
 
