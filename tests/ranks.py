@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import warm
 
 from smolds_dist.observe.rows import read_rows
 
@@ -38,10 +39,19 @@ def rows_without_timing(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row.get("event") != "start"]
 
 
-def run(command: list[str], timeout: float, cwd: Path | None = None, **environment: str) -> Finished:
-    """Runs a command; past `timeout` seconds it and all its children are killed and the test fails."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | environment
+def run(
+    command: list[str], timeout: float, cwd: Path | None = None, cold: bool = False, **environment: str
+) -> Finished:
+    """Runs a command; past `timeout` seconds it and all its children are killed and the test fails.
+
+    Args:
+        command: `sys.executable` stands for a Python that has imported everything, `warm.programs`.
+        cold: nothing is imported yet, as where a user starts it.
+    """
+    env = warm.environment() | environment
+    if not cold and (folder := warm.programs()):
+        command = [str(folder / "python") if command[0] == sys.executable else command[0], *command[1:]]
+        env["PATH"] = f"{folder}{os.pathsep}{env['PATH']}"
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, start_new_session=True
     )
@@ -57,9 +67,11 @@ def run(command: list[str], timeout: float, cwd: Path | None = None, **environme
     return Finished(process.returncode, stdout, stderr)
 
 
-def smolds(*args: str, timeout: float = 120, cwd: Path | None = None, **environment: str) -> Finished:
+def smolds(
+    *args: str, timeout: float = 120, cwd: Path | None = None, cold: bool = False, **environment: str
+) -> Finished:
     """The `smolds` command."""
-    return run([sys.executable, "-m", "smolds_dist", *args], timeout, cwd, **environment)
+    return run([sys.executable, "-m", "smolds_dist", *args], timeout, cwd, cold, **environment)
 
 
 def run_ranks(world: int, script: str, *args: str, timeout: float = 240) -> Finished:

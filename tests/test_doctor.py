@@ -43,7 +43,7 @@ def test_stale_lock_fails_until_it_is_fixed_and_no_secret_is_printed(stale_lock,
     }
     place = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "RANK": "0"}
     options = ["--device=cpu", f"--dir={tmp_path / 'runs'}"]
-    broken = smolds("doctor", *options, HF_HUB_OFFLINE="0", **secrets, **place)
+    broken = smolds("doctor", *options, cold=True, HF_HUB_OFFLINE="0", **secrets, **place)
     assert broken.returncode == 1, broken.text
     assert [name for name, level in levels(broken.stdout).items() if level == "fail"] == ["build lock"]
     assert levels(broken.stdout)["hub"] == levels(broken.stdout)["ranks"] == "warn"
@@ -53,7 +53,7 @@ def test_stale_lock_fails_until_it_is_fixed_and_no_secret_is_printed(stale_lock,
         assert secret not in broken.stdout + broken.stderr
     assert stale_lock.exists()
 
-    fixed = smolds("doctor", "--fix", *options, **place)
+    fixed = smolds("doctor", "--fix", *options, cold=True, **place)
     assert fixed.returncode == 0, fixed.text
     assert f"removed {stale_lock}" in fixed.stdout
     assert not stale_lock.exists()

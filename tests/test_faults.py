@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from filelock import FileLock
 from ranks import ROOT, rows_without_timing, run, smolds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,7 +37,7 @@ def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):
     workers = []
     for number, (runs, world, seed) in enumerate(parts):
         folder = tmp_path / f"part{number}"
-        command = [sys.executable, str(ROOT / "tests" / "kill_worker.py"), json.dumps(options), str(folder)]
+        command = [warm.python(), str(ROOT / "tests" / "kill_worker.py"), json.dumps(options), str(folder)]
         command += [str(runs), str(world), str(seed)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         workers.append((folder, world, subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import two_hosts
+import warm
 from ranks import ROOT, Finished, run, smolds
 
 from smolds_dist.checkpoint.files import checkpoints_in
@@ -53,24 +54,15 @@ def long_run(options):
     return [*options, "--train.steps=100000", "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
 
 
-def start_launch(launcher: str, arguments: list[str], run_dir: Path) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "smolds_dist",
-        "launch",
-        "--nproc-per-node=2",
-        f"--launcher={launcher}",
-        "--",
-        *arguments,
-    ]
-    return start_and_wait_for_steps(command, run_dir)
+def start_launch(launcher: str, arguments: list[str], run_dir: Path, python: str | None = None) -> subprocess.Popen:
+    start = [python or warm.python(), "-m", "smolds_dist", "launch", "--nproc-per-node=2", f"--launcher={launcher}"]
+    return start_and_wait_for_steps([*start, "--", *arguments], run_dir)
 
 
 def start_and_wait_for_steps(command: list[str], run_dir: Path, **options) -> subprocess.Popen:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, **options,
+        env=warm.environment(), **options,
     )  # fmt: skip
     deadline = time.monotonic() + 90
     while not losses(run_dir):
@@ -108,7 +100,7 @@ def test_killed_rank_ends_the_job_and_is_named(long_run, tmp_path, launcher):
 
 def test_killed_launch_leaves_no_ranks_behind(long_run, tmp_path):
     run_dir = tmp_path / "runs" / "orphans"
-    process = start_launch("torchrun", [*long_run, "--run.name=orphans"], run_dir)
+    process = start_launch("torchrun", [*long_run, "--run.name=orphans"], run_dir, sys.executable)
     pids = [json.loads(path.read_text())["pid"] for path in (run_dir / "ranks").glob("*.json")]
     process.kill()
     process.communicate(timeout=30)  # returns when nobody holds its pipes any more

@@ -1,0 +1,262 @@
+"""Python that starts in milliseconds: most of what a test waits for is processes that import torch, transformers and deepspeed.
+
+One process imports them once; each start forks it. `programs()` makes a folder with `python`, `smolds` and `torchrun` that
+do so. They pass on arguments, environment, folder, files and signals, and end as what they started ends. What reads its
+environment while it is imported, or runs `-c` or `-I`, starts for real, as do the tests that start `sys.executable` themselves.
+
+This file is the program that forks; CLIENT is what stands in the folder.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import random
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parents[1]
+# Starts of variables that some library reads while it is imported, but those that start like the second group.
+READ_ON_IMPORT = (
+    "CUDA DS_ HF_ HOME KMP LC_ LD_ MKL MPL NUMEXPR OMP OPENBLAS PYTHON TOKENIZERS TORCH TRANSFORMERS TRITON USE_ XDG"
+)
+READ_LATER = "TORCHELASTIC TORCH_NCCL TORCH_EXTENSIONS_DIR PYTHON_EXEC PYTHONUNBUFFERED"
+
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+
+args, name = sys.argv[1:], os.path.basename(sys.argv[0])
+args = {{"smolds": ["-m", "smolds_dist"], "torchrun": ["-m", "torch.distributed.run"]}}.get(name, []) + args
+
+
+def read_on_import(environment):
+    kept = [n for n in environment if n.startswith({read}) and not n.startswith({later})]
+    return {{n: environment[n] for n in kept}}
+
+
+target = args[1:] if args[:1] == ["-u"] else args
+if target and (target[0] == "-m" or target[0].endswith(".py")):
+    try:
+        server = socket.socket(socket.AF_UNIX)
+        server.connect({address!r})
+    except OSError:
+        target = []
+else:
+    target = []
+if not target or read_on_import(os.environ) != read_on_import({environment!r}):
+    os.execv({python!r}, [{python!r}, *args])
+
+passed_on = [s for s in signal.Signals if s not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD)]
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # until there is somebody to pass them on to
+request = dict(args=target, cwd=os.getcwd(), environment=dict(os.environ), mask=[int(s) for s in mask])
+request = json.dumps(request).encode()
+socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(request)
+pid = int.from_bytes(server.recv(8), "big")
+for number in passed_on:
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+for stream in (0, 1, 2):
+    os.close(stream)
+status = server.recv(8)
+code = os.waitstatus_to_exitcode(int.from_bytes(status, "big")) if status else -signal.SIGKILL
+if code < 0:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if -code not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+def environment() -> dict[str, str]:
+    """What every process of a test gets, before what the test adds."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def python() -> str:
+    """The Python that has imported everything, or the usual one."""
+    folder = programs()
+    return str(folder / "python") if folder else sys.executable
+
+
+@functools.cache
+def programs() -> Path | None:
+    """The folder to put in front of PATH; None where this system can't (no `pidfd_open`). Starts what forks, once."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="smolds-warm-"))
+    address = str(folder / "socket")
+    client = CLIENT.format(
+        python=sys.executable, address=address, environment=environment(), read=tuple(READ_ON_IMPORT.split()),
+        later=tuple(READ_LATER.split()),
+    )  # fmt: skip
+    for name in ("python", "smolds", "torchrun"):
+        (folder / name).write_text(client)
+        (folder / name).chmod(0o755)
+    command = [sys.executable, __file__, address, str(folder / "python")]
+    process = subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    atexit.register(process.kill)
+    assert process.stdin and process.stdout
+    if b"ready\n" not in iter(process.stdout.readline, b""):  # after what imports print
+        raise RuntimeError("what tests fork their processes from did not start")
+    return folder
+
+
+def import_all() -> None:
+    """All that a process of ours may need, but what runs by `-m`, and what starts MPI or, as datasets does, a thread."""
+    import smolds_dist
+
+    for module in pkgutil.walk_packages(smolds_dist.__path__, "smolds_dist."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in """deepspeed deepspeed.moe.utils deepspeed.runtime.zero.muon.muon_optimizer matplotlib.pyplot tensorboard.compat.proto.event_pb2
+            torch.distributed.elastic.multiprocessing torch.distributed.launcher.api torch.utils.data transformers
+            transformers.generation transformers.models.auto.tokenization_auto""".split():
+        importlib.import_module(name)
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "GenerationMixin", "PreTrainedTokenizerFast"):
+        getattr(importlib.import_module("transformers"), name)
+
+
+def serve(address: str) -> dict:
+    """Forks for every request. Comes back in the fork alone, with the request."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ, None)
+    selector.register(0, selectors.EVENT_READ, None)  # ends with whoever started this
+    os.write(1, b"ready\n")
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj == 0:
+                sys.exit()
+            if key.fileobj is listener:
+                if request := accept(listener, selector):
+                    return request
+            else:
+                ended, (client, pid, pidfd) = key.fileobj == key.data[2], key.data
+                if not ended:  # the client was killed
+                    kill_tree(pid)
+                selector.unregister(pidfd)
+                selector.unregister(client)
+                os.close(pidfd)
+                _, status = os.waitpid(pid, 0)
+                with contextlib.suppress(OSError):
+                    client.sendall(status.to_bytes(8, "big"))
+                client.close()
+                break  # the other event, of the same process, may be in this list too
+
+
+def accept(listener: socket.socket, selector: selectors.BaseSelector) -> dict | None:
+    """Reads a request and forks; the fork gets the request."""
+    client, _ = listener.accept()
+    header, streams, *_ = socket.recv_fds(client, 8, 3)
+    size, text = int.from_bytes(header, "big"), b""
+    while len(text) < size and (more := client.recv(size - len(text))):
+        text += more
+    if not header or len(text) < size:  # whoever asked was killed meanwhile
+        for stream in streams:
+            os.close(stream)
+        client.close()
+        return None
+    request = json.loads(text)
+    pid = os.fork()
+    if pid:
+        for stream in streams:
+            os.close(stream)
+        with contextlib.suppress(OSError):
+            client.sendall(pid.to_bytes(8, "big"))
+        pidfd = os.pidfd_open(pid)
+        selector.register(client, selectors.EVENT_READ, (client, pid, pidfd))
+        selector.register(pidfd, selectors.EVENT_READ, (client, pid, pidfd))
+        return None
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.closerange(3, max(streams) + 64)
+    selector.close()
+    return request
+
+
+def kill_tree(pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def become(request: dict, python: str) -> NoReturn:
+    """Runs a module or file as `python` would have, and ends with its exit code.
+
+    Without freeing what was imported, which would copy all of its memory first.
+    """
+    code: object = 0
+    try:
+        run_as_main(request, python)
+    except SystemExit as stop:
+        code = stop.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def run_as_main(request: dict, python: str) -> None:
+    import numpy as np
+
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["mask"])
+    for stream, terminal in ((sys.stdout, os.isatty(1)), (sys.stderr, True)):
+        at_once = bool(os.environ.get("PYTHONUNBUFFERED"))
+        stream.reconfigure(line_buffering=terminal or at_once, write_through=at_once)
+    random.seed()
+    np.random.seed()
+    sys.executable = python  # what starts more processes like itself finds them warm
+    first, *args = request["args"]
+    if first == "-m":
+        if not hasattr(sys.modules.get(args[0]), "__path__"):
+            sys.modules.pop(args[0], None)  # else runpy warns that it runs twice
+        sys.argv, sys.path[0] = args, os.getcwd()
+        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = [first, *args], str(Path(first).parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    import_all()
+    gc.collect()
+    gc.freeze()
+    threads = os.listdir("/proc/self/task")
+    if len(threads) > 1:
+        sys.exit(f"{len(threads)} threads after the imports, so no fork would be sound")
+    become(serve(sys.argv[1]), sys.argv[2])
