@@ -15,7 +15,7 @@ SENTENCES = [
 ]
 
 
-LONGEST = ("test_readme.py", "test_parity.py", "test_slurm.py", "test_launchers.py")
+LONGEST = "test_slurm.py test_readme.py test_parity.py test_balancer.py test_launchers.py test_faults.py test_export.py".split()
 
 
 def pytest_collection_modifyitems(items):

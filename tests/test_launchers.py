@@ -16,7 +16,7 @@ import psutil
 import pytest
 import two_hosts
 import warm
-from ranks import ROOT, Finished, run, smolds
+from ranks import Finished, run, smolds
 
 from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.config import load_config
