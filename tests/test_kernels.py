@@ -1,10 +1,12 @@
 """Each kernel against the plain formula, in forward and gradients."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from smolds_dist.model import RMSNorm
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, RMSNorm, device
 from smolds_dist.model.kernels import (
     causal_attention,
     expert_ffn,
@@ -137,3 +139,32 @@ def test_rotary_turns_pairs_as_complex_numbers(dtype, tolerance):
     for ours, reference in zip(got, wanted, strict=True):
         assert ours.dtype == dtype
         assert (ours - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["gqa", "latent"])
+def test_what_a_gpu_computes_otherwise_is_the_same(attention, dtype, tolerance, kind, monkeypatch):
+    """The other branch of every choice by device, on the CPU: grouped products, rows that the host does not count, fused
+    attention and norm, a softmax in one go. Many experts for each token, so that rounding changes no routing."""
+    torch.manual_seed(0)
+    config = DeepSeekV3Config(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        vocab_size=97, num_experts=4, num_experts_per_tok=4, attention=attention, initializer_range=0.1,
+    )  # fmt: skip
+    model = DeepSeekV3ForCausalLM(config).to(dtype)
+    ids = torch.randint(0, 97, (2, 33))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.1, -100)
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        loss = model(input_ids=ids, labels=labels).loss
+        return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+    asked = set()
+    expected = loss_and_gradients()
+    monkeypatch.setattr(device, "family", lambda x: asked.add(inspect.stack()[1].function) or kind)
+    actual = loss_and_gradients()
+    assert asked == {"row_multiple", "expert_ffn", "sort_by_expert", "_has_fast_path", "_softmax_and_loss", "forward"}
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert ours.isfinite().all()
+        assert (ours.float() - wanted.float()).norm() <= tolerance * wanted.float().norm() + 1e-7

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from smolds_dist.model import device
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.kernels import ATTENTION_BLOCK, causal_attention
 from smolds_dist.model.norm import RMSNorm
@@ -80,7 +81,7 @@ class DeepSeekV3Attention(nn.Module):
     def _has_fast_path(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
         """Whole sequences without padding, on the CPU, unless another implementation than PyTorch's is asked for."""
         return (
-            query.device.type == "cpu"
+            device.family(query) == "cpu"
             and query.dtype in ATTENTION_BLOCK
             and attention_mask is None
             and query.shape[2] == key.shape[2] > 1

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolds_dist.model import device
+
 # oneDNN compiles a kernel for every new matrix shape, which costs tens of milliseconds: rounding each expert's rows up
 # keeps the number of shapes small on CPU in bf16. fp32 products go to a library that has no such cost.
 CPU_ROW_MULTIPLE = 64
@@ -26,9 +28,9 @@ SOFTMAX_SIZE = 1 << 20  # probabilities of an fp32 softmax that are held at once
 
 def row_multiple(x: Tensor) -> int:
     """What each expert's rows should be padded to a multiple of."""
-    if x.device.type == "cuda":
+    if device.family(x) == "cuda":
         return CUDA_ROW_MULTIPLE
-    return CPU_ROW_MULTIPLE if x.device.type == "cpu" and x.dtype != torch.float32 else 1
+    return CPU_ROW_MULTIPLE if device.family(x) == "cpu" and x.dtype != torch.float32 else 1
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
@@ -55,7 +57,7 @@ def expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_E
     """
     x_PH, down_EHI, *gate_up = _in_autocast_dtype(x_PH, down_EHI, *gate_up)
     with torch.autocast(x_PH.device.type, enabled=False):
-        if x_PH.device.type == "cuda" and x_PH.dtype == torch.bfloat16:
+        if device.family(x_PH) == "cuda" and x_PH.dtype == torch.bfloat16:
             return grouped_expert_ffn(x_PH, counts_E, gate_up, down_EHI)
         return _ExpertFFN.apply(x_PH, tuple(counts_E.tolist()), down_EHI, *gate_up)
 
@@ -144,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int) -> Tensor:
         needs_grad = hidden_TH.requires_grad or weight_VH.requires_grad
         kept_T = labels_T >= 0
-        on_cpu = hidden_TH.device.type == "cpu"
+        on_cpu = device.family(hidden_TH) == "cpu"
         ctx.num_labels = kept_T.sum().clamp(min=1)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_grad else None
@@ -188,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _softmax_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last dimension and -log of the labels' share [n, 1], in fp32."""
-    if logits.device.type == "cpu":
+    if device.family(logits) == "cpu":
         share = torch.softmax(logits, dim=-1)
         of_label = share.gather(1, labels)
         if (of_label > 1e-30).all():  # a smaller one has lost digits, or is 0

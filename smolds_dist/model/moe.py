@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smolds_dist.model import device
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.kernels import expert_ffn, row_multiple
 
@@ -79,7 +80,7 @@ def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[
     shift_M = shift_E.repeat_interleave(counts_E, output_size=len(order_M))
     row_M = torch.arange(len(order_M), device=order_M.device) + shift_M
     most = len(order_M) + len(counts_E) * (multiple - 1)
-    rows = int(padded_E.sum()) if chosen_TK.device.type == "cpu" else most
+    rows = int(padded_E.sum()) if device.family(chosen_TK) == "cpu" else most
     token_P = order_M.new_zeros(rows).index_copy_(0, row_M, order_M // chosen_TK.shape[1])
     row_TK = torch.empty_like(order_M).index_copy_(0, order_M, row_M).view_as(chosen_TK)
     return padded_E, token_P, row_TK
