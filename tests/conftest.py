@@ -15,7 +15,7 @@ SENTENCES = [
 ]
 
 
-LONGEST = "test_slurm.py test_readme.py test_parity.py test_balancer.py test_launchers.py test_faults.py test_export.py".split()
+LONGEST = [f"test_{name}.py" for name in "slurm readme parity balancer launchers faults export".split()]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,9 @@
-"""Python that starts in milliseconds: most of what a test waits for is processes that import torch, transformers and deepspeed.
+"""Python that starts in milliseconds: most of what a test waits for is processes that import torch and the like.
 
-One process imports them once; each start forks it. `programs()` makes a folder with `python`, `smolds` and `torchrun` that
-do so. They pass on arguments, environment, folder, files and signals, and end as what they started ends. What reads its
-environment while it is imported, or runs `-c` or `-I`, starts for real, as do the tests that start `sys.executable` themselves.
+One process imports everything once; each start forks it. `programs()` makes a folder with `python`, `smolds` and `torchrun`
+that do so. They pass on arguments, environment, folder, files and signals, and end as what they started ends. What still
+starts for real: `-c` and `-I`, whatever has another environment where libraries read it while they are imported, and what a
+test asks for by `cold=True` or `sys.executable`.
 
 This file is the program that forks; CLIENT is what stands in the folder.
 """
@@ -127,9 +128,9 @@ def import_all() -> None:
     for module in pkgutil.walk_packages(smolds_dist.__path__, "smolds_dist."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    for name in """deepspeed deepspeed.moe.utils deepspeed.runtime.zero.muon.muon_optimizer matplotlib.pyplot tensorboard.compat.proto.event_pb2
-            torch.distributed.elastic.multiprocessing torch.distributed.launcher.api torch.utils.data transformers
-            transformers.generation transformers.models.auto.tokenization_auto""".split():
+    for name in """deepspeed deepspeed.moe.utils deepspeed.runtime.zero.muon.muon_optimizer matplotlib.pyplot
+            tensorboard.compat.proto.event_pb2 torch.distributed.elastic.multiprocessing torch.distributed.launcher.api
+            torch.utils.data transformers.generation transformers.models.auto.tokenization_auto""".split():
         importlib.import_module(name)
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "GenerationMixin", "PreTrainedTokenizerFast"):
         getattr(importlib.import_module("transformers"), name)
