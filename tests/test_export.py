@@ -301,7 +301,7 @@ def test_mistakes_are_told(kept_run, exported, tmp_path):
         export([source, *to, "--step", "5"])
     with pytest.raises(ConfigError, match="no whole checkpoint"):
         export([str(tmp_path), *to])
-    with pytest.raises(ConfigError, match="must be more than 0"):
+    with pytest.raises(ConfigError, match="is no size of a file"):
         export([source, *to, "--max-shard-size", "0GB"])
     with pytest.raises(ConfigError, match="no model"):
         import_model([source, *to])

@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import ranks
 import slurm_cluster
-from ranks import ROOT, Finished, run, smolds
+from ranks import ROOT, Finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smolds_dist.config import load_config
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
+# Slurm's daemons watch, signal and kill the processes that they started.
+run, smolds = partial(ranks.run, cold=True), partial(ranks.smolds, cold=True)
 needs_slurm = pytest.mark.skipif(bool(slurm_cluster.available()), reason=str(slurm_cluster.available()))
 BIN = str(Path(sys.executable).parent)
 
@@ -109,7 +113,7 @@ def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, rep
         [*layout, "slurm/train.sbatch", *options, "--run.name=limited", "--parallel.expert=2"], cluster, repository
     )
     # The reference has the same topology: over this many steps another one's rounding would show.
-    launched = smolds(
+    launched = ranks.smolds(
         "launch", "--nproc-per-node=2", "--", *options, "--run.name=reference", "--parallel.expert=2", timeout=240
     )
     assert launched.returncode == 0, launched.text
