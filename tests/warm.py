@@ -19,6 +19,7 @@ import pkgutil
 import random
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -98,10 +99,14 @@ def python() -> str:
 
 @functools.cache
 def programs() -> Path | None:
-    """The folder to put in front of PATH; None where this system can't (no `pidfd_open`). Starts what forks, once."""
-    if not hasattr(os, "pidfd_open"):
+    """The folder to put in front of PATH; None where there is no `pidfd_open`, and where there is a GPU, which no fork can use
+    once DeepSpeed has looked for it. Starts what forks, once."""
+    import torch
+
+    if not hasattr(os, "pidfd_open") or torch.cuda.is_available():
         return None
-    folder = Path(tempfile.mkdtemp(prefix="smolds-warm-"))
+    folder = Path(tempfile.mkdtemp(prefix="smolds-warm-", dir="/tmp"))  # the path of a Unix socket must be short
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address = str(folder / "socket")
     client = CLIENT.format(
         python=sys.executable, address=address, environment=environment(), read=tuple(READ_ON_IMPORT.split()),
