@@ -99,8 +99,10 @@ def python() -> str:
 
 @functools.cache
 def programs() -> Path | None:
-    """The folder to put in front of PATH; None where there is no `pidfd_open`, and where there is a GPU, which no fork can use
-    once DeepSpeed has looked for it. Starts what forks, once."""
+    """The folder to put in front of PATH. Starts what forks, once.
+
+    None where there is no `pidfd_open`, and where there is a GPU, which no fork can use once DeepSpeed has looked for it.
+    """
     import torch
 
     if not hasattr(os, "pidfd_open") or torch.cuda.is_available():
