@@ -33,6 +33,13 @@ class Finished:
         return f"exit code {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-6000:]}"
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended unnoticed."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def rows_without_timing(run_dir: Path) -> list[dict]:
     """What a run has written that another of the same kind must repeat: all but times, memory, and its starts."""
     rows = read_rows(run_dir / "metrics.jsonl")

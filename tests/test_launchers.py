@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import two_hosts
 import warm
@@ -105,7 +104,7 @@ def test_killed_launch_leaves_no_ranks_behind(long_run, tmp_path):
     process.kill()
     process.communicate(timeout=30)  # returns when nobody holds its pipes any more
     deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+    while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "ranks are still there"
         time.sleep(0.2)
 
