@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import two_hosts
 import warm
-from ranks import Finished, run, smolds
+from ranks import Finished, is_running, run, smolds
 
 from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.config import load_config
