@@ -10,7 +10,11 @@ import pytest
 import warm
 from ranks import is_running
 
-pytestmark = pytest.mark.skipif(warm.programs() is None, reason="tests start all their processes for real here")
+
+@pytest.fixture(autouse=True)
+def forks():
+    if warm.programs() is None:
+        pytest.skip("tests start all their processes for real here")
 
 
 def start(tmp_path: Path, code: str, *args: str, **environment: str) -> subprocess.Popen:
