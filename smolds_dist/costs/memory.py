@@ -249,9 +249,9 @@ def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
             bucket = min(own, bucket)  # only what is written to is there
         slices = sum(parameters / replicas for parameters, replicas, _ in held)
         buffers += 2 * bucket * layout.element_bytes + 4 * slices
-    if layout.zero == 3 and layout.device == "cuda" and layout.replicas == 1:  # nothing to gather
-        buffers += BUCKET["cuda"] * layout.element_bytes
-    elif layout.zero == 3:
+    if layout.zero == 3 and layout.device == "cuda":  # one bucket, which outlives the step
+        buffers += (layout.bucket or BUCKET["cuda"]) * layout.element_bytes
+    if layout.zero == 3 and (layout.device != "cuda" or layout.replicas > 1):  # else there is nothing to gather
         buffers += (min(own, 1e9) + min(own, PREFETCHED)) * layout.element_bytes
     return buffers
 

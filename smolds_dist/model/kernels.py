@@ -28,9 +28,10 @@ SOFTMAX_SIZE = 1 << 20  # probabilities of an fp32 softmax that are held at once
 
 def row_multiple(x: Tensor) -> int:
     """What each expert's rows should be padded to a multiple of."""
-    if device.family(x) == "cuda":
+    kind = device.family(x)
+    if kind == "cuda":
         return CUDA_ROW_MULTIPLE
-    return CPU_ROW_MULTIPLE if device.family(x) == "cpu" and x.dtype != torch.float32 else 1
+    return CPU_ROW_MULTIPLE if kind == "cpu" and x.dtype != torch.float32 else 1
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
