@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from smolds_dist import DeepSeekV3ForCausalLM, load_config
-from smolds_dist.data.batches import training_batch
-from smolds_dist.data.shards import prepare_shards
+from smolds_dist.data.prepare import prepare_data
 from smolds_dist.model import TopKRouter
 from smolds_dist.parallel.balancer import Balancer, max_violation
 from smolds_dist.parallel.ranks import RankInfo
@@ -35,9 +34,9 @@ class JitterRouter(TopKRouter):
 
 def main(args: list[str]) -> None:
     config = load_config(["--preset", "debug", "--parallel.engine=local", *args])
-    shards = prepare_shards(config)
+    data = prepare_data(config)
     torch.manual_seed(config.train.seed)
-    model = DeepSeekV3ForCausalLM(make_model_config(config, shards))
+    model = DeepSeekV3ForCausalLM(make_model_config(config, data))
     for block in model.model.layers:
         router = JitterRouter(model.config)
         router.load_state_dict(block.mlp.gate.state_dict())
@@ -50,8 +49,7 @@ def main(args: list[str]) -> None:
         for start in range(
             (step - 1) * config.train.global_batch, step * config.train.global_batch, topology.micro_batch
         ):
-            samples = range(start, start + topology.micro_batch)
-            ids = training_batch(shards.train, config.data.seq_len, config.train.seed, samples)
+            ids = data.batch(range(start, start + topology.micro_batch))
             with balancer.counting():
                 loss = engine.forward(ids, ids)
             engine.backward(loss)

@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,28 +73,93 @@ class Model:
 
 
 @dataclass
+class Source:
+    """One of a mixture's sources."""
+
+    source: str
+    """As data.source."""
+    weight: float = 1.0
+    """Its share of the tokens, beside the others' weights; 0 where it has one in a later stage only."""
+    max_epochs: float | None = None
+    """How often the run may go through it; as often as it needs where not given."""
+    text_field: str | None = None
+    """As data.text_field, which counts where this is not given."""
+    split: str | None = None
+    """As data.split, likewise."""
+    token_dtype: str | None = None
+    """As data.token_dtype, likewise."""
+
+
+@dataclass
+class Stage:
+    """A part of the run with weights of its own."""
+
+    until: float
+    """Where it ends, as a share of the steps; the last stage ends at 1."""
+    weights: dict[str, float] | None = None
+    """By source, 0 where not named; those of the sources themselves where not given."""
+
+
+SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrow", "tokens", "hf")
+
+
+@dataclass
 class Data:
     """Corpus, tokenizer and sequence length."""
 
     source: str = "stdlib"
-    """Stdlib | text:GLOB | jsonl:GLOB | parquet:GLOB | hf:NAME[:CONFIG]."""
+    """Stdlib | text:GLOB | jsonl:GLOB | parquet:GLOB | arrow:GLOB | tokens:GLOB | hf:NAME[:CONFIG]."""
+    sources: dict[str, Source] | None = None
+    """A mixture in place of source: a name for each, with its source, weight, max_epochs, text_field and split."""
+    stages: list[Stage] | None = None
+    """Weights that change on the way: a list of until (a share of the steps) and weights (by source)."""
     text_field: str = "text"
-    """Column of jsonl, parquet and hf sources that holds the text."""
+    """Column of jsonl, parquet, arrow and hf sources that holds the text; doc.text is the field text of the field doc."""
     split: str = "train"
     """Of an hf source."""
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Of a tokens source's flat .bin files."""
     tokenizer: str = "train"
     """"train" (byte-level BPE on the corpus), a folder, or a name on the Hub."""
     tokenizer_vocab_size: int = 8192
     """Of a trained tokenizer."""
+    allow_control_tokens: bool = False
+    """Text that spells a control token such as <|endoftext|> becomes that token."""
     seq_len: int = 1024
     """Tokens of a sequence."""
     max_tokens: int | None = None
-    """Stop reading the corpus there; an hf source stops after what the run needs."""
+    """Stop reading a source there; an hf source stops after what the run needs."""
     val_fraction: float = 0.005
     """Share of the documents held out."""
+    window_tokens: int = 2**28
+    """Samples are shuffled within so many tokens, files among each other."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"
-    """What to do with a file that is empty or damaged, or a row whose text is no string; either way it is named."""
+    """What to do with a file that is empty or damaged; either way it is named."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """What to do with a row that cannot be read or whose text is no string; skipped ones are named in bad_rows.jsonl."""
     cache_dir: str = "~/.cache/smolds"
+
+    @property
+    def mixed(self) -> dict[str, Source]:
+        """The sources by name, with every field filled in; a single one is named after its kind."""
+        given = self.sources or {self.source.partition(":")[0]: Source(self.source)}
+        return {
+            name: dataclasses.replace(
+                one,
+                text_field=one.text_field or self.text_field,
+                split=one.split or self.split,
+                token_dtype=one.token_dtype or self.token_dtype,
+            )
+            for name, one in given.items()
+        }
+
+    @property
+    def described(self) -> str:
+        """The sources in a few words, with their shares where there are several."""
+        if not self.sources:
+            return self.source
+        total = sum(one.weight for one in self.sources.values())
+        return ", ".join(f"{one.weight / total:.1%} {name} ({one.source})" for name, one in self.sources.items())
 
 
 @dataclass
@@ -236,13 +301,7 @@ class RunConfig:
             raise ConfigError(
                 f"--run.name {self.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
             )
-        kind = self.data.source.partition(":")[0]
-        if kind not in ("stdlib", "text", "jsonl", "parquet", "hf"):
-            raise ConfigError(
-                f"--data.source {self.data.source!r} is unknown; use stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB or hf:NAME."
-            )
-        if kind != "stdlib" and not self.data.source.partition(":")[2]:
-            raise ConfigError(f"--data.source {self.data.source!r} names nothing to read; write it as {kind}:...")
+        _check_data(self.data)
         if self.profile.steps is not None:
             match = re.fullmatch(r"(\d+):(\d+)", self.profile.steps)
             if not match or not 1 <= int(match[1]) <= int(match[2]) <= self.train.steps:
@@ -273,8 +332,8 @@ def _divisors(n: int) -> str:
 
 
 _AT_LEAST_ONE = (
-    "data.seq_len data.tokenizer_vocab_size train.steps train.global_batch train.eval_sequences checkpoint.keep "
-    "train.nonfinite_limit train.spike_steps "
+    "data.seq_len data.window_tokens data.tokenizer_vocab_size train.steps train.global_batch train.eval_sequences "
+    "checkpoint.keep train.nonfinite_limit train.spike_steps "
     "log.sample_tokens model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads "
     "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.kv_lora_rank "
     "model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.max_position_embeddings"
@@ -318,6 +377,64 @@ def _check_numbers(config: RunConfig) -> None:
         raise refuse("data.val_fraction", "it must lie between 0 and 0.5")
     if max(config.train.beta1, config.train.beta2) == 1:
         raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
+
+
+def _check_data(data: Data) -> None:
+    if data.sources is not None and data.source != "stdlib":
+        raise ConfigError(
+            f"--data.source {data.source!r} and data.sources are both given; leave one out (--data.sources null)."
+        )
+    if data.sources == {}:
+        raise ConfigError("data.sources is empty; name at least one source, or leave it out.")
+    for name, one in data.mixed.items():
+        option = f"data.sources.{name}.source" if data.sources else "--data.source"
+        kind, _, rest = one.source.partition(":")
+        if kind not in SOURCE_KINDS:
+            kinds = ", ".join(f"{kind}:GLOB" for kind in SOURCE_KINDS[1:-1])
+            raise ConfigError(f"{option} {one.source!r} is unknown; use stdlib, {kinds} or hf:NAME.")
+        if kind != "stdlib" and not rest:
+            raise ConfigError(f"{option} {one.source!r} names nothing to read; write it as {kind}:...")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"data.sources: the name {name!r} is no word; use letters, digits, '.', '-' and '_'.")
+        if not 0 <= one.weight < math.inf:
+            raise ConfigError(f"data.sources.{name}.weight {one.weight} is out of range; it must be 0 or more.")
+        if one.max_epochs is not None and not 0 < one.max_epochs < math.inf:
+            raise ConfigError(
+                f"data.sources.{name}.max_epochs {one.max_epochs} is out of range; it must be more than 0."
+            )
+        if kind == "tokens" and data.tokenizer == "train":
+            raise ConfigError(
+                f"{option} {one.source!r} holds tokens, on which no tokenizer can be trained; give the one that made them "
+                "with --data.tokenizer."
+            )
+    _check_stages(data)
+
+
+def _check_stages(data: Data) -> None:
+    names = ", ".join(data.mixed)
+    before = 0.0
+    for number, stage in enumerate(data.stages or [], 1):
+        if not before < stage.until <= 1:
+            raise ConfigError(
+                f"data.stages: stage {number} ends at {stage.until}; until must grow from stage to stage, up to 1."
+            )
+        before = stage.until
+        for name, weight in (stage.weights or {}).items():
+            if name not in data.mixed:
+                raise ConfigError(
+                    f"data.stages: stage {number} weighs {name!r}, which is no source; there are {names}."
+                )
+            if not 0 <= weight < math.inf:
+                raise ConfigError(
+                    f"data.stages: the weight {weight} of {name!r} is out of range; it must be 0 or more."
+                )
+    if data.stages is not None and before != 1:
+        raise ConfigError("data.stages must end at 1; give the last stage `until: 1.0`.")
+    for number, stage in enumerate(data.stages or [Stage(1.0)], 1):
+        weights = stage.weights if stage.weights is not None else {n: one.weight for n, one in data.mixed.items()}
+        if not sum(weights.values()):
+            where = f"stage {number} of data.stages" if data.stages else "data.sources"
+            raise ConfigError(f"{where} has no source with a weight; give at least one more than 0.")
 
 
 def _check_model(config: RunConfig) -> None:
@@ -418,10 +535,18 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
     return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + ([str(config)] if config else [])
 
 
+_SHAPES = {
+    "data.sources": "give for each name a `source`, and if need be " + ", ".join(f.name for f in fields(Source)[1:]),
+    "data.stages": "give a list, each with `until` and if need be `weights` by source",
+}
+
+
 def _one_sentence(message: str, parser: jsonargparse.ArgumentParser) -> str:
     """jsonargparse's message, which may be a paragraph, as one sentence that says what to do."""
     if match := re.match(r'Parser key "([^"]+)":.*(?:Got value|Given value): (.*)$', message, re.DOTALL):
         key, value = match.groups()
+        if key in _SHAPES:
+            return f"--{key} is not valid; {_SHAPES[key]}."
         kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])", message)
         return f"--{key} {value} is not valid; give {' or '.join(name or values for name, values in kinds)}."
     if match := re.match(r"(?:unrecognized arguments: |Group '(\w+)' does not accept option ')([^\s'=]+)", message):

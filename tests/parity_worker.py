@@ -11,7 +11,6 @@ import torch
 from smolds_dist.checkpoint.resume import load_weights, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
 from smolds_dist.config import load_config
-from smolds_dist.data.batches import training_batch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.fragments import tensor_shapes
@@ -45,7 +44,10 @@ class Shards:
         for choice in choices.tolist():
             token = int(successors[token, choice])
             tokens.append(token)
-        self.train = torch.tensor(tokens).numpy()
+        self.tokens = torch.tensor(tokens)
+
+    def batch(self, indices: range) -> torch.Tensor:
+        return torch.stack([self.tokens[(start := 32 * (index % 600)) : start + 32] for index in indices])
 
 
 def train_case(
@@ -84,7 +86,7 @@ def train_case(
     shares, entropies, histograms, seconds = [], [], [], []
     for step in range(progress.step + 1, steps + 1):
         if disturb:
-            evaluation_pass(engine, config, shards)
+            evaluation_pass(engine, shards)
         poisoned = poison is not None and step == SAVE_AT and topology.rank == topology.world_size - 1
         forward = engine.forward
         if poisoned:
@@ -92,7 +94,7 @@ def train_case(
             engine.forward = lambda ids, labels, forward=forward, factor=factor: forward(ids, labels) * factor
         first_sample = (step - 1) * config.train.global_batch
         clock.begin(measured=True)
-        loss = accumulate_gradients(config, topology, shards, first_sample, engine, balancer, routers, clock)
+        loss, _ = accumulate_gradients(config, topology, shards, first_sample, engine, balancer, routers, clock)
         engine.forward = forward
         with clock.phase("optimizer"):
             norm, updated, squares = engine.step(learning_rate(step, config.train), by_part=True)
@@ -133,8 +135,8 @@ def train_case(
 
 
 @torch.no_grad()
-def evaluation_pass(engine, config, shards) -> None:
-    ids = training_batch(shards.train, config.data.seq_len, 1, range(2)).to(engine.device)
+def evaluation_pass(engine, shards) -> None:
+    ids = shards.batch(range(100, 102)).to(engine.device)
     engine.model.eval()
     engine.model(input_ids=ids, labels=ids, use_cache=False)
     engine.model.train()

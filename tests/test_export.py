@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
 from smolds_dist.checkpoint.resume import load_weights
 from smolds_dist.config import load_config
-from smolds_dist.data.shards import prepare_shards
+from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
 from smolds_dist.interchange import export as export_module
@@ -109,8 +109,8 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
     losses = [row["loss"] for row in read_rows(to / "metrics.jsonl") if "loss" in row]
 
     checkpoint = run_dir / "checkpoints" / "step_00000006"
-    reader, shards = CheckpointReader(checkpoint, read_manifest(checkpoint)), prepare_shards(config)
-    model = DeepSeekV3ForCausalLM(make_model_config(config, shards))
+    reader, data = CheckpointReader(checkpoint, read_manifest(checkpoint)), prepare_data(config)
+    model = DeepSeekV3ForCausalLM(make_model_config(config, data))
     load_weights(reader, model)
     topology = plan_topology(config, detect_machine(), RankInfo())
     engine = engine_for(model, config, topology)
@@ -122,7 +122,7 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
     for step in (1, 2):
         first = (step - 1) * config.train.global_batch
         routers, clock = RouterStatistics(engine.model), StepClock(engine)
-        loss = accumulate_gradients(config, topology, shards, first, engine, balancer, routers, clock)
+        loss, _ = accumulate_gradients(config, topology, data, first, engine, balancer, routers, clock)
         engine.step(learning_rate(step, config.train))
         balancer.step()
         expected.append(loss.item())

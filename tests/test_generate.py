@@ -8,8 +8,9 @@ import torch
 from ranks import smolds
 
 from smolds_dist.config import load_config
-from smolds_dist.data.corpus import documents
-from smolds_dist.data.shards import prepare_shards
+from smolds_dist.data.prepare import prepare_data
+from smolds_dist.data.source import files_of
+from smolds_dist.data.text import documents
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import evaluate_model
 from smolds_dist.inference.generate import generate, load_model
@@ -123,7 +124,7 @@ def test_eval_of_held_out_text_is_the_trainings_own(kept_run, tmp_path, capsys):
     assert result["bits_per_byte"] == pytest.approx(evaluated["val_bits_per_byte"], rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert f"{result['loss']:.4f} nats per token" in capsys.readouterr().out
-    assert prepare_shards(load_config(options)).meta.val_tokens > 5 * 32
+    assert prepare_data(load_config(options)).sources["text"].meta.val_tokens > 5 * 32
 
 
 def test_eval_of_another_source_counts_every_token(kept_run, corpus, tmp_path):
@@ -135,7 +136,8 @@ def test_eval_of_another_source_counts_every_token(kept_run, corpus, tmp_path):
     result = json.loads((tmp_path / "e").read_text())
     model, tokenizer = load_model(run_dir / "export")
     config = load_config([f"--data.source={source}", "--run.name=x"])
-    texts = list(documents(config.data))
+    source = config.data.mixed["text"]
+    texts = [document.text for document in documents(source, files_of(source), config.data)]
     ids = [token for text in texts for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     total = 0.0
     for start in range(0, len(ids), 48):

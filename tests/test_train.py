@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolds_dist.checkpoint.resume import check_resumable
 from smolds_dist.config import load_config
-from smolds_dist.data.batches import evaluation_batch
-from smolds_dist.data.shards import prepare_shards
+from smolds_dist.data.batch import evaluation_batch
+from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.samples import sample
 from smolds_dist.observe.rows import load_table, read_rows
@@ -78,7 +78,7 @@ def test_run_folder_is_complete(finished, small_run, capsys):
 def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, small_run):
     _, evaluation = rows_of(finished)
     model = AutoModelForCausalLM.from_pretrained(finished / "export")
-    shards = prepare_shards(load_config(small_run))
+    (shards,) = prepare_data(load_config(small_run)).sources.values()
     ids, labels = evaluation_batch(shards.val, 32, range(5), 5)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=labels).loss.item()

@@ -46,7 +46,7 @@ def measure(preset: str, repeats: int, sequences: int, folder: Path) -> dict:
     """Medians of `repeats` steps of each kind, in seconds."""
     import torch
 
-    from smolds_dist.data.shards import prepare_shards
+    from smolds_dist.data.prepare import prepare_data
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
     from smolds_dist.training.build import Job, build, make_model_config
@@ -63,11 +63,11 @@ def measure(preset: str, repeats: int, sequences: int, folder: Path) -> dict:
     if load_config(["--preset", preset]).data.tokenizer != "train":
         config.model.vocab_size = 49_152  # of the Hub's tokenizer, which is not needed here
     topology = plan_topology(config, detect_machine(), RankInfo())
-    shards = prepare_shards(config)
+    data = prepare_data(config)
     config.run_dir.mkdir(parents=True)
     times: dict[str, list[float]] = {name: [] for name in ("step", "row", "measured_step", "measured_row")}
     with StopRequest() as stop:
-        job = Job(config, topology, shards, make_model_config(config, shards), 0.0, stop, lambda: None)
+        job = Job(config, topology, data, make_model_config(config, data), 0.0, stop, lambda: None)
         training = build(job, None)
         assert training.metrics is not None
         take_step(job, training, 1)

@@ -54,10 +54,10 @@ def bench_loss(args: list[str]) -> None:
 
 def measure(given: list[str], folder: Path, longest: float, rates: list[float]) -> dict[str, Any]:
     """The target, and what everyone needs for it."""
-    from smolds_dist.data.shards import prepare_shards
+    from smolds_dist.data.prepare import prepare_data
 
     steps = load_config(given).train.steps
-    prepare_shards(load_config(given))
+    prepare_data(load_config(given))
     say(f"smolds, {steps} steps")
     ours = train_smolds(given, folder / "smolds")
 

@@ -25,13 +25,14 @@ def train(job: Job) -> dict[str, Any]:
     """Steps, tokens, seconds (steps times the median of one's) and validation loss of the whole schedule."""
     from transformers import Ernie4_5_MoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from smolds_dist.data.batches import evaluation_batch
-    from smolds_dist.data.shards import prepare_shards
+    from smolds_dist.data.batch import evaluation_batch
+    from smolds_dist.data.prepare import prepare_data
     from smolds_dist.interchange.transformers_format import transformers_config
     from smolds_dist.training.build import make_model_config
 
     config = load_config(job.given)
-    shards, length = prepare_shards(config), config.data.seq_len
+    data, length = prepare_data(config), config.data.seq_len
+    (shards,) = data.sources.values()
 
     class Sequences(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -48,7 +49,7 @@ def train(job: Job) -> dict[str, Any]:
             ends.append(time.perf_counter())
 
     torch.manual_seed(config.train.seed)
-    architecture: Any = transformers_config(make_model_config(config, shards))
+    architecture: Any = transformers_config(make_model_config(config, data))
     model: Any = Ernie4_5_MoeForCausalLM(architecture)
     own: Any = {} if job.learning_rate is None else {"learning_rate": job.learning_rate}
     with tempfile.TemporaryDirectory() as folder:

@@ -302,7 +302,10 @@ class CheckpointReader:
 
     def random_states(self, rank: int) -> dict[str, Tensor]:
         """Generator states by device type that a rank of this number wrote; none if there was no such rank."""
-        name = f"{RANDOM}rank_{rank:05}"
+        return self.stored(f"{RANDOM}rank_{rank:05}")
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """By kind, what was stored in one piece under a name; nothing where there is none."""
         return {
             kind: self._files[pieces[0].file].get_tensor(pieces[0].key)
             for kind, pieces in self._index.get(name, {}).items()

@@ -18,7 +18,10 @@ from smolds_dist.checkpoint.files import (
     step_of,
 )
 from smolds_dist.checkpoint.writer import Progress
-from smolds_dist.config import RunConfig
+from smolds_dist.config import Data, RunConfig, Source
+from smolds_dist.data.batch import TrainingData
+from smolds_dist.data.mixture import mixture_of
+from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -26,11 +29,33 @@ from smolds_dist.parallel.fragments import cut, logical_shapes
 from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.topology import Topology
 
+UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.unique.UniqueTexts`
 
-def check_resumable(config: RunConfig) -> None:
+
+def prepare_resumed(config: RunConfig) -> TrainingData:
+    """The run's data, in the order and with the tokenizer of the checkpoint that it continues from, if it does.
+
+    Raises:
+        ConfigError: as `check_resumable` and `prepare_data` do.
+    """
+    found = check_resumable(config)
+    if found is None or found[1].weights_only:
+        return prepare_data(config)
+    folder, manifest = found
+    tokenizer = folder.parent.parent / "tokenizer"
+    known = config.data.tokenizer == "train" and (tokenizer / "tokenizer.json").is_file()
+    # Runs began in the first order before checkpoints named one.
+    order, limits = manifest.data.get("order", 1), manifest.data.get("limits")
+    return prepare_data(config, order, tokenizer if known else None, limits)
+
+
+def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
     """Refuses, before any rank starts, a run that exists but is not to be resumed, or cannot be resumed like this.
 
     Looks at manifests alone; contents are verified by `open_checkpoint`.
+
+    Returns:
+        The checkpoint that it would continue from.
 
     Raises:
         ConfigError: naming the setting and the fix.
@@ -58,8 +83,10 @@ def check_resumable(config: RunConfig) -> None:
             raise ConfigError(f"{candidates[0]} is damaged: {damage[0]}; choose another checkpoint.")
     for folder in candidates:
         if not find_damage(folder, contents=False):
-            _check_compatible(config, folder, read_manifest(folder))
-            return
+            manifest = read_manifest(folder)
+            _check_compatible(config, folder, manifest)
+            return folder, manifest
+    return None
 
 
 def _candidates(config: RunConfig) -> list[Path]:
@@ -90,18 +117,93 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
     saved = manifest.config
     kept: dict[str, Iterable[str]] = {"model": saved["model"]}
     if not manifest.weights_only:
-        kept["data"] = ("source", "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens")
+        kept["data"] = (
+            "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens", "window_tokens",
+            "allow_control_tokens",
+        )  # fmt: skip
         kept["train"] = ("seed", "global_batch", "optimizer")
     elif manifest.step:
         raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
     for section, names in kept.items():
         for name in names:
             now = getattr(getattr(config, section), name)
-            if saved[section][name] != now:
+            if saved[section].get(name, now) != now:  # older versions had fewer settings
                 raise ConfigError(
                     f"{folder} was written with --{section}.{name} {saved[section][name]}, this run has {now}; "
                     "resume with the same value, or start a new --run.name."
                 )
+    if not manifest.weights_only:
+        _check_mixture(config, folder, manifest)
+
+
+def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
+    """What has been trained on must have come from the sources and in the shares that the settings say now.
+
+    Stages that begin later may be others.
+    """
+    samples = manifest.skipped_samples + manifest.step * config.train.global_batch
+    saved = _saved_sources(manifest.config["data"])
+    whole = [(samples, dict.fromkeys(saved, 1.0))]
+    before = [(min(end, samples), shares) for end, shares in manifest.data.get("schedule", whole)]
+    before = before[: 1 + next((n for n, (end, _) in enumerate(before) if end >= samples), len(before))]
+    now = mixture_of(config).schedule(samples)
+    advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
+    for name in {name for _, shares in before for name in shares}:
+        old, new = saved[name], config.data.mixed.get(name)
+        for setting in ("source", "text_field", "split", "token_dtype"):
+            if new and getattr(old, setting) != getattr(new, setting):
+                raise ConfigError(
+                    f"{folder} was trained with {setting} {getattr(old, setting)} of the source {name!r}, this run has "
+                    f"{getattr(new, setting)}; {advice}."
+                )
+    if before != now:
+        batch = config.train.global_batch
+        raise ConfigError(
+            f"{folder} was trained on {_told(before, batch)}; this run would have begun with {_told(now, batch)}; {advice}."
+        )
+
+
+def _saved_sources(data: dict) -> dict[str, Source]:
+    """The sources of a saved configuration, whose version may be older."""
+    sources = data.get("sources")
+    named = {name: Source(**one) for name, one in sources.items()} if sources else None
+    known = {name: data[name] for name in ("source", "text_field", "split", "token_dtype") if name in data}
+    return Data(**known, sources=named).mixed
+
+
+def _told(schedule: list[tuple[int, dict[str, float]]], batch: int) -> str:
+    return ", then ".join(
+        f"{' + '.join(f'{share:.4g} {name}' for name, share in shares.items())} until step {end // batch}"
+        for end, shares in schedule
+    )
+
+
+def check_contents(reader: CheckpointReader, identity: dict) -> None:
+    """Refuses a source whose text has changed since it was trained on.
+
+    Args:
+        identity: `TrainingData.identity` of now.
+    """
+    saved = reader.manifest.data
+    advice = (
+        "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
+    )
+    samples = reader.manifest.skipped_samples + reader.manifest.step * reader.manifest.config["train"]["global_batch"]
+    trained_on, first = set(), 0
+    for end, shares in saved.get("schedule", []):
+        if first < samples:
+            trained_on |= set(shares)
+        first = end
+    for name in sorted(trained_on):
+        if saved["contents"][name] != identity["contents"][name]:
+            raise ConfigError(
+                f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."
+            )
+    if "contents" not in saved and saved["train_tokens"] not in (None, identity["train_tokens"]):
+        raise ConfigError(
+            f"the corpus has changed since {reader.folder} was written: it had {saved['train_tokens']:,} training tokens, "
+            f"now it has {identity['train_tokens']:,}; {advice}."
+        )
 
 
 def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = None) -> CheckpointReader | None:

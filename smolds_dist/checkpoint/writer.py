@@ -58,7 +58,7 @@ class CheckpointWriter:
 
     Args:
         tensors: shapes of all logical tensors of the model.
-        data: what the token order depends on (`TokenShards.identity`).
+        data: what the token order depends on (`TrainingData.identity`).
     """
 
     def __init__(
@@ -90,11 +90,18 @@ class CheckpointWriter:
                 self.staging[key] = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda").zero_()
 
     def save(
-        self, engine: Engine, balancer: Balancer, progress: Progress, val_loss: float | None, wait: bool = False
+        self,
+        engine: Engine,
+        balancer: Balancer,
+        progress: Progress,
+        val_loss: float | None,
+        others: dict[str, Tensor] | None = None,
+        wait: bool = False,
     ) -> None:
         """Begins to write `checkpoints/step_N`, after the one before it is done. Collective.
 
         Args:
+            others: what this rank stores beside its share of the state, by key.
             wait: come back when all of it is done.
         """
         self.wait()
@@ -102,7 +109,7 @@ class CheckpointWriter:
         if self.topology.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         engine.barrier()  # so that no other rank's file is deleted
-        tensors = self._live(engine, balancer)
+        tensors = self._live(engine, balancer) | (others or {})
         if self.config.checkpoint.background and not wait:
             tensors = self._copied(tensors)
         else:

@@ -1,1 +1,1 @@
-"""Corpus -> tokenizer -> packed token shards -> (global sample index -> batch). Knows nothing of ranks or models."""
+"""Source -> rows -> text -> tokens -> shards -> order -> batch, a module each. Knows nothing of ranks or models."""

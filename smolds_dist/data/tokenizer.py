@@ -1,7 +1,8 @@
 """The tokenizer: from the Hub, from a folder, or a byte-level BPE trained on the corpus."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from smolds_dist.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 32_000_000
+LONGEST_TOKEN = 64  # bytes: a corpus without spaces would make whole lines tokens
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -37,13 +39,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Encodes documents whole and as text: a control token that a text spells is characters like any others.
+def text_encoder(tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False) -> Tokenizer:
+    """Encodes documents whole and as text: a control token that a text spells is characters like any others, unless allowed.
 
     A copy, because a prompt may well hold control tokens.
     """
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.encode_special_tokens = True
+    encoder.encode_special_tokens = not allow_control_tokens
     encoder.no_truncation()
     encoder.no_padding()
     return encoder
@@ -67,8 +69,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains a byte-level BPE on the first 32 million characters and saves it to `folder` in Hugging Face format."""
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that the tokenizer does."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def train_tokenizer(sources: Sequence[Iterable[str]], vocab_size: int, folder: Path) -> None:
+    """Trains a byte-level BPE and saves it to `folder` in Hugging Face format.
+
+    Args:
+        sources: texts; the first 32 million characters are used, as many of each source where there are several.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,9 +87,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> 
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_characters(documents, TRAINING_CHARACTERS), trainer)
+    texts = chain.from_iterable(_first_characters(texts, TRAINING_CHARACTERS // len(sources)) for texts in sources)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     save_tokenizer(fast, folder)
 

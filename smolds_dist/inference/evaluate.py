@@ -59,25 +59,27 @@ def evaluate_model(args: list[str]) -> None:
         )
     config, held_out = _what(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
-    begin = time.perf_counter()
-    ids, num_bytes = _held_out(config, tokenizer) if held_out else _whole(config, tokenizer, options.max_tokens)
-    loss, counted = mean_loss(model, ids[: options.max_tokens], config.data.seq_len, options.batch_size)
-    bits = loss / math.log(2) * len(ids) / num_bytes
-    result = {
-        "text": f"{config.data.source}{', held out' if held_out else ''}",
-        "tokens": counted,
-        "sequence_length": config.data.seq_len,
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": bits,
-    }
+    results = []
+    for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
+        begin = time.perf_counter()
+        loss, counted = mean_loss(model, ids[: options.max_tokens], config.data.seq_len, options.batch_size)
+        result = {
+            "text": f"{source}{', held out' if held_out else ''}",
+            "tokens": counted,
+            "sequence_length": config.data.seq_len,
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": loss / math.log(2) * len(ids) / num_bytes,
+        }
+        results.append(result)
+        print(
+            f"{result['text']}: {counted:,} tokens in sequences of {config.data.seq_len:,}\n"
+            f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per "
+            f"byte ({time.perf_counter() - begin:.1f} s)",
+            flush=True,
+        )
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"{result['text']}: {counted:,} tokens in sequences of {config.data.seq_len:,}\n"
-        f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {bits:.4f} bits per byte "
-        f"({time.perf_counter() - begin:.1f} s)"
-    )
+        options.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
 
 
 def _evaluate_tasks(options: Any, settings: list[str]) -> None:
@@ -102,38 +104,56 @@ def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
     wrong = next((s for s in settings if s.startswith("--") and not s.startswith("--data.")), None)
     if wrong:
         raise ConfigError(f"{wrong} is no option of smolds eval; `smolds eval --help` lists them.")
+    own = any(setting.partition("=")[0] in ("--data.source", "--data.sources") for setting in settings)
+    if own:  # in place of the run's
+        base += ["--data.sources=null", "--data.stages=null", "--data.source=stdlib"]
     config = load_config([*base, *settings], prog="smolds eval")
-    own = any(setting.partition("=")[0] == "--data.source" for setting in settings)
     if not own and run is None:
         raise ConfigError(f"{model} is no run, so there is no held-out text; say on what with --data.source.")
     return config, not own
 
 
-def _held_out(config: RunConfig, tokenizer: Any) -> tuple[Any, int]:
-    from smolds_dist.data.shards import prepare_shards, tokenizer_digest
+# Of each source: its name, token ids, and how many bytes of text they stand for.
+Texts = Iterator[tuple[str, Any, int]]
 
-    shards = prepare_shards(config)
-    if shards.identity["tokenizer"] != tokenizer_digest(tokenizer):
+
+def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Texts:
+    """As the run holds it out; the caller uses so much of it."""
+    from smolds_dist.data.prepare import prepare_data
+    from smolds_dist.data.tokenizer import tokenizer_digest
+
+    data = prepare_data(config)
+    if data.identity["tokenizer"] != tokenizer_digest(tokenizer):
         raise ConfigError("the run's corpus has changed, and with it its tokenizer; say on what with --data.source.")
-    return shards.val, shards.meta.val_bytes
+    for name, shards in data.sources.items():
+        yield config.data.mixed[name].source, shards.val, shards.meta.val_bytes
 
 
-def _whole(config: RunConfig, tokenizer: Any, limit: int) -> tuple[list[int], int]:
-    """Token ids of a source's documents, each closed by the end-of-text token, and how many bytes they stand for."""
-    from smolds_dist.data.corpus import documents
-    from smolds_dist.data.tokenizer import text_encoder
+def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
+    """A source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
+    import numpy as np
 
-    encoder = text_encoder(tokenizer)
-    ids: list[int] = []
-    num_bytes = 0
-    for text in documents(config.data):
-        ids += [*encoder.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
-        num_bytes += len(text.encode(errors="replace"))
-        if len(ids) >= limit:
-            break
-    if len(ids) < 2:
-        raise ConfigError(f"{config.data.source!r} has too little text to measure on; give more.")
-    return ids, num_bytes
+    from smolds_dist.data.source import files_of
+    from smolds_dist.data.text import Tally, documents
+    from smolds_dist.data.tokens import decoded_bytes, tokenize
+
+    for source in config.data.mixed.values():
+        tally = Tally(say=print)
+        parts, count, num_bytes = [], 0, 0
+        texts = documents(source, files_of(source), config.data, tally)
+        for batch in tokenize(texts, tokenizer, config.data.allow_control_tokens):
+            for document in batch:
+                if count < limit:
+                    parts.append(np.frombuffer(document.ids, "<u4"))
+                    count += len(parts[-1])
+                    num_bytes += document.length or decoded_bytes(document, tokenizer)
+            if count >= limit:
+                break
+        for line in tally.lines(source.source):
+            print(line)
+        if count < 2:
+            raise ConfigError(f"{source.source!r} has too little text to measure on; give more.")
+        yield source.source, np.concatenate(parts), num_bytes
 
 
 def mean_loss(model: Any, ids: Any, length: int, batch: int) -> tuple[float, int]:

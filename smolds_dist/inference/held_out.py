@@ -1,26 +1,50 @@
-"""Loss on held-out text."""
+"""Loss on held-out text.
+
+Shape letters: L layers, E experts.
+"""
 
 import math
 
 import torch
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data.batches import evaluation_batch
-from smolds_dist.data.shards import TokenShards
+from smolds_dist.data.batch import TrainingData, evaluation_batch
+from smolds_dist.data.shards import SourceShards
 from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
 
 
-@torch.no_grad()
-def evaluate(config: RunConfig, topology: Topology, engine: Engine, shards: TokenShards) -> dict[str, float]:
-    """Mean loss over the first `train.eval_sequences` held-out sequences, the same in every topology. Collective.
+def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: TrainingData) -> dict[str, float]:
+    """Mean loss over the first `train.eval_sequences` held-out sequences of each source. Collective.
+
+    It is the same in every topology.
 
     Returns:
         `val_loss` in nats per token; `val_bits_per_byte` of the text, which is comparable between tokenizers; and
         `val_max_vio`, the mean over layers of MaxVio, counted over all sequences together (arXiv 2408.15664, section 4.1:
-        the global MaxVio).
+        the global MaxVio). Of several sources each one's own too (`val_loss/web`); then the first two are their means,
+        weighted by the sources' shares of the run.
     """
+    result = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
+    counts_LE = torch.zeros(())
+    for name, weight in data.val_weights.items():
+        shards = data.sources[name]
+        loss, of_source_LE = evaluate_source(config, topology, engine, shards)
+        bits = loss / math.log(2) / (shards.meta.val_bytes / shards.meta.val_tokens)
+        result["val_loss"] += weight * loss
+        result["val_bits_per_byte"] += weight * bits
+        if len(data.sources) > 1:
+            result |= {f"val_loss/{name}": loss, f"val_bits_per_byte/{name}": bits}
+        counts_LE = counts_LE + of_source_LE
+    return result | {"val_max_vio": round(max_violation(counts_LE).mean().item(), 5)}
+
+
+@torch.no_grad()
+def evaluate_source(
+    config: RunConfig, topology: Topology, engine: Engine, shards: SourceShards
+) -> tuple[float, torch.Tensor]:
+    """Mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective."""
     seq_len = config.data.seq_len
     num_sequences = min(config.train.eval_sequences, len(shards.val) // seq_len)
     at_once = topology.world_size * topology.micro_batch
@@ -40,11 +64,4 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, shards: Toke
             counts_LE += torch.stack([layer.tokens_per_expert.float().cpu() for layer in layers])
     engine.model.train()
     loss_sum, num_labels = engine.sum_over_ranks(total).tolist()
-    val_loss = loss_sum / num_labels
-    bytes_per_token = shards.meta.val_bytes / shards.meta.val_tokens
-    val_max_vio = max_violation(engine.sum_over_ranks(counts_LE).cpu()).mean().item()
-    return {
-        "val_loss": val_loss,
-        "val_bits_per_byte": val_loss / math.log(2) / bytes_per_token,
-        "val_max_vio": round(val_max_vio, 5),
-    }
+    return loss_sum / num_labels, engine.sum_over_ranks(counts_LE).cpu()

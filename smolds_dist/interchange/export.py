@@ -137,8 +137,7 @@ def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
     Raises:
         ConfigError: where it is not in the run's folder, nor where the run had it from.
     """
-    from smolds_dist.data.shards import tokenizer_digest
-    from smolds_dist.data.tokenizer import load_tokenizer
+    from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest
 
     run, name = folder.parent.parent, manifest.config["data"]["tokenizer"]
     places = [str(place) for place in (run / "tokenizer", run / "export") if (place / "tokenizer.json").is_file()]

@@ -39,8 +39,7 @@ def import_model(args: list[str]) -> None:
     names = [f"--run.dir={options.to.parent}", f"--run.name={options.to.name}"]
     config = load_config([*settings, *names], prog="smolds import")  # before the heavy imports
 
-    from smolds_dist.data.shards import tokenizer_digest
-    from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
+    from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest
 
     ours = read_config(options.folder)
     tokenizer = load_tokenizer(str(options.folder))

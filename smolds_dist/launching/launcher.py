@@ -70,12 +70,10 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
         print(shlex.join(command))
         return 0
 
-    from smolds_dist.checkpoint.resume import check_resumable
-    from smolds_dist.data.shards import prepare_shards
+    from smolds_dist.checkpoint.resume import prepare_resumed
 
     _check_programs(plan)
-    check_resumable(config)
-    prepare_shards(config)
+    prepare_resumed(config)
 
     environment = dict(os.environ)
     if plan.launcher in ("torchrun", "deepspeed") and plan.nodes == 1:

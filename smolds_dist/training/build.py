@@ -11,11 +11,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
-from smolds_dist.checkpoint.resume import load_weights, open_checkpoint, restore
+from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, check_contents, load_weights, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
 from smolds_dist.config import RunConfig, save_config
-from smolds_dist.data.shards import TokenShards
+from smolds_dist.data.batch import TrainingData
+from smolds_dist.data.prepare import told_epochs
 from smolds_dist.data.tokenizer import save_tokenizer
+from smolds_dist.data.unique import UniqueTexts
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.observe.metrics import MetricsWriter
@@ -41,7 +43,7 @@ class Job:
 
     config: RunConfig
     topology: Topology
-    shards: TokenShards
+    data: TrainingData
     model_config: DeepSeekV3Config
     flops_per_token: float
     stop: StopRequest
@@ -63,6 +65,7 @@ class Training:
     guard: LossGuard
     checkpoints: CheckpointWriter
     metrics: MetricsWriter | None  # on rank 0
+    texts: UniqueTexts | None  # on rank 0
     terminal: Terminal
     clock: StepClock
     profiler: Profiler
@@ -100,10 +103,10 @@ def hold_run(config: RunConfig) -> Iterator[None]:
         lock.release()
 
 
-def make_model_config(config: RunConfig, shards: TokenShards) -> DeepSeekV3Config:
+def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
     """The model's configuration, its vocabulary size and special tokens taken from the tokenizer."""
     settings = config.model.architecture()
-    vocabulary = len(shards.tokenizer)
+    vocabulary = len(data.tokenizer)
     if settings["vocab_size"] is None:
         settings["vocab_size"] = vocabulary
     if settings["vocab_size"] < vocabulary:
@@ -113,7 +116,7 @@ def make_model_config(config: RunConfig, shards: TokenShards) -> DeepSeekV3Confi
         )
     if config.train.balance == "aux_loss":
         settings["router_aux_loss_coef"] = config.train.aux_loss_coef
-    tokenizer = shards.tokenizer
+    tokenizer = data.tokenizer
     return DeepSeekV3Config(**settings, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
@@ -127,35 +130,43 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     tensors = tensor_shapes(model)
     if reader:
-        if reader.manifest.data["tokenizer"] != job.shards.identity["tokenizer"]:
+        if reader.manifest.data["tokenizer"] != job.data.identity["tokenizer"]:
             raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
+        check_contents(reader, job.data.identity)
         load_weights(reader, model)
     engine = engine_for(model, config, topology)
     engine.model.register_forward_pre_hook(lambda *_: job.beat())
     rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
     balancer = Balancer(engine.model, rate)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
-    checkpoints = CheckpointWriter(config, topology, tensors, job.shards.identity)
+    checkpoints = CheckpointWriter(config, topology, tensors, job.data.identity)
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
     peak = engine.sum_over_ranks(torch.tensor(matrix_product_peak(engine.device, dtype))).item()
     terminal = Terminal(config.log, config.train.steps, progress.step, job.main)
     history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
 
-    metrics = None
+    metrics = texts = None
     if job.main:
+        texts = UniqueTexts(job.data)
+        seen = progress.skipped_samples + progress.step * config.train.global_batch
+        state = reader.stored(UNIQUE_TEXTS) if reader else {}
+        for kind, content in state.items():
+            texts.restore(kind, content.numpy())
+        if not state:  # a checkpoint from before there was one
+            texts.see(range(seen))
         remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
-        save_tokenizer(job.shards.tokenizer, config.run_dir / "tokenizer")
+        save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")
         metrics = MetricsWriter(config, progress.step)
         metrics.row({"step": progress.step, "event": "start"} | environment(topology, num_parameters, peak))
     terminal.say(f"{config.run.name}: {num_parameters:,} parameters, {topology}")
     terminal.say(topology.reason)
+    for line in told_epochs(config, job.data):
+        terminal.say(line)
     if terminal.verbose:
         terminal.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
     if reader:
         terminal.say(f"continuing from {reader.folder}")
-        if reader.manifest.data["train_tokens"] not in (None, job.shards.identity["train_tokens"]):
-            terminal.say("the corpus has changed since then: samples come in another order from here on")
     return Training(
         engine,
         balancer,
@@ -164,6 +175,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         LossGuard(config.train, history),
         checkpoints,
         metrics,
+        texts,
         terminal,
         StepClock(engine),
         Profiler(config, topology),
@@ -185,6 +197,7 @@ def environment(topology: Topology, num_parameters: int, peak: float) -> dict:
     device = torch.cuda.get_device_name(topology.local_rank) if topology.device == "cuda" else platform.machine()
     return {
         "topology": str(topology),
+        "world_size": topology.world_size,
         "reason": topology.reason,
         "parameters": num_parameters,
         "host": socket.gethostname(),

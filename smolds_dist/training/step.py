@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data.batches import training_batch
-from smolds_dist.data.shards import TokenShards
+from smolds_dist.data.batch import TrainingData, batch_digest
 from smolds_dist.observe.rows import is_kept, rounded
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -39,8 +38,8 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     clock.begin(measured)
     lr = learning_rate(step, config.train)
     first_sample = training.progress.skipped_samples + (step - 1) * config.train.global_batch
-    loss_part = accumulate_gradients(
-        config, topology, job.shards, first_sample, engine, training.balancer, training.routers, clock
+    loss_part, digest = accumulate_gradients(
+        config, topology, job.data, first_sample, engine, training.balancer, training.routers, clock
     )
     with clock.phase("optimizer"):
         update = engine.step(lr, by_part=measured)
@@ -50,11 +49,14 @@ def take_step(job: Job, training: Training, step: int) -> Step:
 
     error = training.checkpoints.failure()
     # All that is a number goes through one sum over the ranks.
-    mine: list[list] = [[loss_part], job.stop.counts(), [error is not None], [], []]
+    # A digest goes as four bytes: single precision adds them up exactly over up to 65,536 ranks.
+    mine: list[list] = [[loss_part], job.stop.counts(), [error is not None], list(digest.to_bytes(4, "little")), [], []]
     if measured:
-        mine[3:] = list(clock.seconds.values()), [update.squares.get(part, 0.0) for part in PARTS]
+        mine[4:] = list(clock.seconds.values()), [update.squares.get(part, 0.0) for part in PARTS]
     sums = engine.sum_over_ranks(torch.tensor([float(value) for values in mine for value in values]))
-    (loss_sum,), asked, (failed,), phases, squares = (part.tolist() for part in sums.split([len(v) for v in mine]))
+    (loss_sum,), asked, (failed,), digest_bytes, phases, squares = (
+        part.tolist() for part in sums.split([len(v) for v in mine])
+    )
     seconds = clock.lap()
 
     step_tokens = config.train.global_batch * config.data.seq_len
@@ -62,6 +64,8 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
     share = job.flops_per_token * step_tokens / seconds / training.peak
     row["mfu"] = float(f"{share:.4g}")  # digits, not decimals: a small model's share of a large GPU is tiny
+    digest = sum(int(byte) << 8 * place for place, byte in enumerate(digest_bytes)) % 2**32
+    row |= {"batch": f"{digest:08x}"} | data_row(job, training, first_sample)
     if measured:
         means = {name: total / topology.world_size for name, total in zip(PHASES, phases, strict=True)}
         means["other"] = seconds - sum(means.values())
@@ -75,6 +79,16 @@ def take_step(job: Job, training: Training, step: int) -> Step:
                 part: round(update.grad_norm * math.sqrt(share / whole), 6) for part, share in shares.items() if share
             }
     return Step(row, counts_LE if update.applied else None, asked, bool(failed), error)
+
+
+def data_row(job: Job, training: Training, first_sample: int) -> dict:
+    """How far the data has gone after the batch that begins with that sample of the run; on rank 0."""
+    end = first_sample + job.config.train.global_batch
+    if training.texts is None:
+        return {}
+    training.texts.see(range(first_sample, end))
+    epochs = {name: round(epochs, 6) for name, epochs in job.data.epochs(end).items()}
+    return {"seen_texts": training.texts.seen, "unique_texts": training.texts.unique, "epochs": epochs}
 
 
 def look_closely(job: Job, training: Training, step: int) -> dict:
@@ -91,31 +105,32 @@ def look_closely(job: Job, training: Training, step: int) -> dict:
 def accumulate_gradients(
     config: RunConfig,
     topology: Topology,
-    shards: TokenShards,
+    data: TrainingData,
     first_sample: int,
     engine: Engine,
     balancer: Balancer,
     routers: RouterStatistics,
     clock: StepClock,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, int]:
     """Forward and backward over this rank's part of a global batch.
 
     Args:
         first_sample: global index of the batch's first sample.
 
     Returns:
-        The mean loss of this rank's part.
+        The mean loss of this rank's part, and the digest of its tokens (`data.batch.batch_digest`).
     """
     first = first_sample + topology.rank * topology.per_rank
-    total = torch.zeros((), device=engine.device)
+    total, digest = torch.zeros((), device=engine.device), 0
     for micro_step in range(topology.accumulation):
         start = first + micro_step * topology.micro_batch
         indices = range(start, start + topology.micro_batch)
         with clock.phase("data"):
-            ids = training_batch(shards.train, config.data.seq_len, config.train.seed, indices)
+            ids = data.batch(indices)
+            digest += batch_digest(ids, indices)
         with clock.phase("forward"), balancer.counting(), routers.watching(clock.measured):
             loss = engine.forward(ids, ids)
         with clock.phase("backward"):
             engine.backward(loss)
         total += loss.detach()
-    return total / topology.accumulation
+    return total / topology.accumulation, digest % 2**32

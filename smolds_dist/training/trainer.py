@@ -6,11 +6,11 @@ import sys
 from contextlib import nullcontext
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.checkpoint.resume import check_resumable, open_checkpoint
+from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, prepare_resumed
 from smolds_dist.config import RunConfig
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.data.shards import TokenShards, prepare_shards
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.inference.held_out import evaluate
@@ -44,13 +44,12 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     """
     info = info or rank_from_environment()
     topology = plan_topology(config, detect_machine(), info)
-    check_resumable(config)
-    shards = prepare_shards(config)
-    model_config = make_model_config(config, shards)
+    data = prepare_resumed(config)
+    model_config = make_model_config(config, data)
     with hold_run(config) if topology.rank == 0 else nullcontext(), StopRequest() as stop:
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         flops = flops_per_token(model_config, config.data.seq_len)
-        job = Job(config, topology, shards, model_config, flops, stop, report.beat if report else lambda: None)
+        job = Job(config, topology, data, model_config, flops, stop, report.beat if report else lambda: None)
         patience = Patience(
             timeout=config.parallel.timeout or math.inf,
             stopped=lambda: stop.asked is not None,
@@ -131,12 +130,14 @@ def run_steps(job: Job, training: Training) -> int:
                 val_loss = evaluate_and_tell(job, training, step)
         if last or (config.log.sample_every and step % config.log.sample_every == 0):
             with clock.paused():
-                write_samples(config, training, job.shards, step)
+                write_samples(config, training, job.data.tokenizer, step)
         signal = None if last else job.stop.agreed(done.asked)
         if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
             ending = bool(signal) or last
             with clock.paused():
-                training.checkpoints.save(training.engine, training.balancer, progress, val_loss, wait=ending)
+                training.checkpoints.save(
+                    training.engine, training.balancer, progress, val_loss, seen_so_far(training), wait=ending
+                )
             if ending and not is_saved(training, step):
                 return 1
         if signal:
@@ -147,10 +148,18 @@ def run_steps(job: Job, training: Training) -> int:
             return EXIT_CODES[signal]
     terminal.close()
 
-    export_model(config, training.engine, job.model_config, job.shards, job.main)
+    export_model(config, training.engine, job.model_config, job.data.tokenizer, job.main)
     if terminal.shown:
-        terminal.say(summary(config, job.shards.meta.val_unigram_entropy))
+        terminal.say(summary(config, job.data.val_unigram_entropy))
     return 0
+
+
+def seen_so_far(training: Training) -> dict[str, torch.Tensor]:
+    """What rank 0 adds to a checkpoint."""
+    if training.texts is None:
+        return {}
+    kind, content = training.texts.state()
+    return {f"{UNIQUE_TEXTS}:{kind}:0": torch.from_numpy(content)}
 
 
 def heed_failure(config: RunConfig, training: Training, error: str | None) -> None:
@@ -186,7 +195,7 @@ def is_saved(training: Training, step: int) -> bool:
 
 def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
     """The validation loss after `step`, which rank 0 writes down. Collective."""
-    result = evaluate(job.config, job.topology, training.engine, job.shards)
+    result = evaluate(job.config, job.topology, training.engine, job.data)
     if training.metrics is not None:
         tokens = step * job.config.train.global_batch * job.config.data.seq_len
         training.metrics.row({"step": step, "tokens": tokens, **result})
@@ -196,11 +205,11 @@ def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
     return result["val_loss"]
 
 
-def write_samples(config: RunConfig, training: Training, shards: TokenShards, step: int) -> None:
+def write_samples(config: RunConfig, training: Training, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
     """Samples every prompt on all ranks; rank 0 keeps and shows the texts."""
     seed = config.train.seed + step
     texts = {
-        prompt: sample(training.engine.model, shards.tokenizer, prompt, config.log.sample_tokens, seed)
+        prompt: sample(training.engine.model, tokenizer, prompt, config.log.sample_tokens, seed)
         for prompt in config.log.sample_prompts
     }
     if training.metrics is not None and texts:
@@ -209,7 +218,7 @@ def write_samples(config: RunConfig, training: Training, shards: TokenShards, st
 
 
 def export_model(
-    config: RunConfig, engine: Engine, model_config: DeepSeekV3Config, shards: TokenShards, main: bool
+    config: RunConfig, engine: Engine, model_config: DeepSeekV3Config, tokenizer: PreTrainedTokenizerBase, main: bool
 ) -> None:
     """Saves model and tokenizer in Hugging Face format to `export/`. Collective."""
     state = engine.state_dict()
@@ -219,4 +228,4 @@ def export_model(
         folder = config.run_dir / "export"
         skeleton.config.dtype = state["lm_head.weight"].dtype
         skeleton.save_pretrained(folder, state_dict=state)
-        save_tokenizer(shards.tokenizer, folder)
+        save_tokenizer(tokenizer, folder)

@@ -1,0 +1,104 @@
+"""Batch: the tokens of any sample of the run, from sources, mixture and orders together.
+
+No topology enters, so every world size trains on the same global batches and a resumed run goes on at the exact sample.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from smolds_dist.data.mixture import Mixture
+from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
+from smolds_dist.data.shards import SourceShards
+from smolds_dist.data.tokenizer import tokenizer_digest
+
+
+class Sample(NamedTuple):
+    """Where a sample's tokens are."""
+
+    source: SourceShards
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All that a run is trained on and measured by."""
+
+    tokenizer: PreTrainedTokenizerBase
+    sources: dict[str, SourceShards]
+    orders: dict[str, SourceOrder | FirstOrder]
+    mixture: Mixture
+    seq_len: int
+    limits: dict[str, int | None]  # tokens after which the reading of a source stopped
+
+    def samples(self, indices: np.ndarray) -> list[Sample]:
+        """The samples at those places of the run [n]."""
+        source, number = self.mixture.look_up(indices)
+        found: list[Sample | None] = [None] * len(indices)
+        for at, (name, order) in enumerate(self.orders.items()):
+            here = np.flatnonzero(source == at)
+            for place, pieces in zip(here.tolist(), order.pieces(number[here]), strict=True):
+                found[place] = Sample(self.sources[name], pieces)
+        return [sample for sample in found if sample]
+
+    def batch(self, indices: range) -> Tensor:
+        """Token ids [len(indices), seq_len] (int64) at those places of the run."""
+        ids = np.empty((len(indices), self.seq_len), dtype=np.int64)
+        for row, sample in zip(ids, self.samples(np.asarray(indices)), strict=True):
+            at = 0
+            for start, length in sample.pieces:
+                row[at : at + length] = sample.source.train[start : start + length]
+                at += length
+        return torch.from_numpy(ids)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the first `samples` samples of the run go through each source."""
+        totals = self.mixture.totals(samples).tolist()
+        return {
+            name: total / order.num_samples for (name, order), total in zip(self.orders.items(), totals, strict=True)
+        }
+
+    @property
+    def val_weights(self) -> dict[str, float]:
+        """Each source's part in the validation loss: its share of the run, so that it stays the same from step to step."""
+        totals = self.mixture.totals(self.mixture.stages[-1].end)
+        return {name: float(part) for name, part in zip(self.sources, totals / totals.sum(), strict=True)}
+
+    @property
+    def val_unigram_entropy(self) -> float:
+        """Nats per token of held-out text: the loss of the best model that ignores context."""
+        return sum(self.sources[n].meta.val_unigram_entropy * w for n, w in self.val_weights.items())
+
+    @property
+    def identity(self) -> dict:
+        """What the token order depends on, for checkpoints."""
+        return {
+            "order": next(iter(self.orders.values())).version,
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "train_tokens": sum(shards.meta.train_tokens for shards in self.sources.values()),
+            "contents": {name: shards.meta.content for name, shards in self.sources.items()},
+            "limits": self.limits,
+            "schedule": self.mixture.schedule(),
+        }
+
+
+def batch_digest(ids: Tensor, indices: range) -> int:
+    """32 bits of the sequences [n, seq_len] at those places of the run; those of a batch's parts add up, modulo 2^32."""
+    rows = ids.numpy().astype("<u4")
+    return sum(zlib.crc32(row.tobytes(), index % 2**32) for row, index in zip(rows, indices, strict=True)) % 2**32
+
+
+def evaluation_batch(tokens: np.ndarray, seq_len: int, indices: range, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """Token ids and labels [len(indices), seq_len] of held-out sequences; past `num_sequences` the labels are -100.
+
+    Every rank has to run as many forward passes as the others, so the last batch is filled with sequences that do not count.
+    """
+    sequences = [tokens[i * seq_len : (i + 1) * seq_len] for i in (min(index, num_sequences - 1) for index in indices)]
+    ids = torch.from_numpy(np.stack(sequences).astype(np.int64))
+    counted = torch.tensor([index < num_sequences for index in indices])
+    return ids, ids.masked_fill(~counted[:, None], -100)

@@ -1,0 +1,155 @@
+"""Mixture: which source each sample of the run comes from, so that every prefix of the run has the stated shares.
+
+A source with share w is due at a steady pace: after t samples, w x t of them should be its own. Each sample goes to the
+source that would first fall a whole sample behind, among those that are not a whole sample ahead: earliest deadline first,
+as in proportionate fairness (S. Baruah et al., Algorithmica 15, 1996). The pattern repeats, so that any sample's source can
+be looked up.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor, lcm
+
+import numpy as np
+
+from smolds_dist.config import Data, RunConfig, Stage
+
+FINEST = 100_000  # weights are kept to one part in so many, exactly where they have up to five digits
+
+
+@dataclass(frozen=True)
+class StageOrder:
+    """The samples of a stage. Letters: S sources."""
+
+    first: int  # sample of the run
+    end: int
+    shares: dict[str, Fraction]
+    taken: np.ndarray  # [S] samples of each source before the stage
+    source: np.ndarray  # of the stage's first samples; from `repeats_from` on they repeat
+    count: np.ndarray  # how many of the same source are before each of them, in the stage
+    repeats_from: int
+    period: np.ndarray  # [S] samples of each source in what repeats
+
+    def look_up(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and number among its samples, of samples counted from the stage's first."""
+        length = len(self.source) - self.repeats_from
+        turn = np.maximum(place - self.repeats_from, 0) // length
+        row = place - turn * length
+        source = self.source[row]
+        return source, self.taken[source] + self.count[row] + turn * self.period[source]
+
+
+class Mixture:
+    """Sources by global sample index.
+
+    Args:
+        stages: last sample (exclusive) and weights by source of each stage; the last stage goes on for ever.
+    """
+
+    def __init__(self, names: list[str], stages: list[tuple[int, dict[str, float]]]):
+        self.names = names
+        self.stages: list[StageOrder] = []
+        first, taken = 0, np.zeros(len(names), dtype=np.int64)
+        due = [Fraction(0)] * len(names)  # of each source so far
+        for end, weights in stages:
+            shares = exact_shares({name: weights.get(name, 0.0) for name in names})
+            ahead = [due[at] - int(taken[at]) for at in range(len(names))]
+            source, count, repeats_from, period = _pattern(list(shares.values()), ahead)
+            self.stages.append(StageOrder(first, end, shares, taken, source, count, repeats_from, period))
+            due = [due[at] + share * (end - first) for at, share in enumerate(shares.values())]
+            first, taken = end, self.totals(end)
+
+    def look_up(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For global sample indices [n]: each one's source, and how many samples of that source come before it."""
+        source, number = np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
+        for at, stage in enumerate(self.stages):
+            end = stage.end if at + 1 < len(self.stages) else np.iinfo(np.int64).max
+            here = (indices >= stage.first) & (indices < end)
+            if here.any():
+                source[here], number[here] = stage.look_up(indices[here] - stage.first)
+        return source, number
+
+    def totals(self, samples: int) -> np.ndarray:
+        """How many of the first `samples` samples each source has [S]."""
+        stage = next((s for s in self.stages if samples <= s.end), self.stages[-1])
+        place = samples - stage.first
+        length = len(stage.source) - stage.repeats_from
+        turn = max(0, place - stage.repeats_from) // length
+        rest = np.bincount(stage.source[: place - turn * length], minlength=len(self.names))
+        return stage.taken + rest + turn * stage.period
+
+    def schedule(self, samples: int | None = None) -> list[tuple[int, dict[str, float]]]:
+        """Where each stage ends, and the shares in it; of the first `samples` samples. Neighbours that are alike are one."""
+        ends: list[tuple[int, dict[str, float]]] = []
+        for stage in self.stages:
+            if samples is not None and stage.first >= samples:
+                break
+            shares = {name: float(share) for name, share in stage.shares.items() if share}
+            end = stage.end if samples is None else min(stage.end, samples)
+            if ends and ends[-1][1] == shares:
+                ends.pop()
+            ends.append((end, shares))
+        return ends
+
+
+def mixture_of(config: RunConfig) -> Mixture:
+    """The mixture that a run's settings ask for."""
+    return Mixture(list(config.data.mixed), stage_weights(config.data, config.train.steps, config.train.global_batch))
+
+
+def stage_weights(data: Data, steps: int, global_batch: int) -> list[tuple[int, dict[str, float]]]:
+    """For each stage the sample at which it ends, which is the end of a step, and its weights."""
+    own = {name: one.weight for name, one in data.mixed.items()}
+    return [
+        (round(Fraction(str(stage.until)) * steps) * global_batch, own if stage.weights is None else stage.weights)
+        for stage in data.stages or [Stage(1.0)]
+    ]
+
+
+def exact_shares(weights: dict[str, float]) -> dict[str, Fraction]:
+    """Weights as fractions that sum to 1: as they are written, or kept to one part in `FINEST`."""
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+    total = sum(exact.values())
+    shares = {name: weight / total for name, weight in exact.items()}
+    if lcm(*(share.denominator for share in shares.values())) <= FINEST:
+        return shares
+    parts = {name: floor(share * FINEST) for name, share in shares.items()}
+    largest_rest = sorted(shares, key=lambda name: parts[name] - shares[name] * FINEST)
+    for name in largest_rest[: FINEST - sum(parts.values())]:
+        parts[name] += 1
+    return {name: Fraction(part, FINEST) for name, part in parts.items()}
+
+
+def _pattern(shares: list[Fraction], behind: list[Fraction]) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """Which source each sample comes from, for as long as it takes until that repeats.
+
+    Args:
+        behind: what each source is short of at the beginning, in samples.
+    """
+    period = lcm(*(share.denominator for share in shares))
+    scale = lcm(period, *(lag.denominator for lag in behind))
+    rates, lags = [int(share * scale) for share in shares], [int(lag * scale) for lag in behind]
+    taken = [0] * len(shares)
+    order: list[int] = []
+    counts: list[int] = []
+    at_turn = [tuple(taken)]
+    while True:
+        for _ in range(period):
+            time = len(order)
+            best, best_deadline = -1, 0
+            for source, rate in enumerate(rates):
+                # What it is behind after this sample, without it, in 1/scale: above -scale it may be next.
+                if not rate or lags[source] + rate * (time + 1) - taken[source] * scale <= 0:
+                    continue
+                deadline = -((lags[source] - (taken[source] + 1) * scale) // rate)  # rounded up
+                if best < 0 or deadline < best_deadline:
+                    best, best_deadline = source, deadline
+            if best < 0:
+                best = max(range(len(rates)), key=lambda s: lags[s] + rates[s] * (time + 1) - taken[s] * scale)
+            order.append(best)
+            counts.append(taken[best])
+            taken[best] += 1
+        turn = np.subtract(taken, at_turn[-1])
+        if [int(n) for n in turn] == [int(share * period) for share in shares]:
+            return np.array(order), np.array(counts), len(order) - period, turn
+        at_turn.append(tuple(taken))

@@ -1,0 +1,256 @@
+"""Rows: what a file of each kind holds, one after the other, with the row's number; nothing is judged or changed here."""
+
+import codecs
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from smolds_dist.config import Source
+from smolds_dist.data.source import BadFileError, File, first_line, open_file
+from smolds_dist.data.token_files import read_tokens
+from smolds_dist.errors import ConfigError
+
+# What a row is called where one is named.
+PLACES = {"jsonl": "line", "parquet": "row", "arrow": "row", "hf": "row", "tokens": "document"}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands where a row's text should be."""
+
+    kind: str  # for counting
+    why: str  # the end of a sentence that begins with the row's place
+
+
+# A row's number in its file, from 1, and its text: a string, None, whatever else stands there, or an array of token ids.
+Rows = Iterator[tuple[int, Any]]
+
+
+def rows_of(file: File, source: Source) -> Rows:
+    """The rows of a file.
+
+    Raises:
+        BadFileError: where it is damaged, once the rows before the damage are given.
+        ConfigError: where the text's column is not there, or an `hf` source cannot be read.
+    """
+    kind = source.source.partition(":")[0]
+    if kind == "hf":
+        yield from _hub_rows(source)
+        return
+    try:
+        yield from READERS[kind](file.path, source)
+    except _damage_errors() as error:
+        strerror = getattr(error, "strerror", None)
+        why = "cannot be read" if strerror else "is damaged"
+        raise BadFileError(f"{why} ({strerror or first_line(error)})") from None
+
+
+def _damage_errors() -> tuple[type[Exception], ...]:
+    """What readers and decompressors raise."""
+    import pyarrow
+    import zstandard
+
+    return OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException
+
+
+def _read_source(path: str, _source: Source) -> Rows:
+    # Python's own tests hold files that are empty or in no encoding, on purpose.
+    with open(path, encoding="utf-8", errors="replace") as file:
+        yield 1, file.read()
+
+
+def _read_text(path: str, _source: Source) -> Rows:
+    with open_file(path) as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFileError(f"is not UTF-8 text (byte {error.start})") from None
+    if text.removeprefix("\ufeff").strip():
+        yield 1, text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_jsonl(path: str, source: Source) -> Rows:
+    with open_file(path) as lines:
+        # Only b"\n" ends a line here: U+2028 and U+0085 may stand in a JSON string as they are.
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield number, _field_of(line, str(source.text_field))
+
+
+def _field_of(line: bytes, field: str) -> Any:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return BadRow("no UTF-8", "bytes that are no UTF-8 text")
+    except (json.JSONDecodeError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        return BadRow("no JSON object", "no JSON object")
+    found, value = _look_up(row, field)
+    if not found:
+        return BadRow("no field", f"no field {field!r}; {_advice(_text_fields(row))}")
+    if isinstance(value, str):
+        # JSON can spell half a surrogate pair, which no tokenizer takes.
+        return value.encode(errors="replace").decode()
+    return value if value is None else not_text(value, field, _text_fields(row))
+
+
+def not_text(value: Any, field: str, fields: list[str]) -> BadRow:
+    """For a value that is no string; `fields` are those that hold text."""
+    kind = type(value).__name__
+    where = f"a value of type {kind} in the field {field!r}, where a string should be"
+    return BadRow(f"type {kind}", f"{where}; {_advice(fields)}")
+
+
+def _advice(fields: list[str]) -> str:
+    if not fields:
+        return "no field holds text"
+    return f"set --data.text_field to {'one of ' if len(fields) > 1 else ''}{', '.join(fields)}"
+
+
+def _look_up(row: dict, field: str) -> tuple[bool, Any]:
+    """Whether the row has a field, and its value; `a.b` is the field of that name, or else the field b of the field a."""
+    if field in row:
+        return True, row[field]
+    value: Any = row
+    for part in field.split("."):
+        if value is None:
+            return True, None
+        if not isinstance(value, dict) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
+
+
+def _text_fields(row: dict, prefix: str = "") -> list[str]:
+    found = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found += _text_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            found.append(prefix + name)
+    return found
+
+
+def _read_parquet(path: str, source: Source) -> Rows:
+    import pyarrow.parquet as parquet
+
+    with open_file(path, seekable=True) as content:
+        file = parquet.ParquetFile(content)
+        column = _column(path, file.schema_arrow, str(source.text_field))
+        yield from _column_rows(file.iter_batches(columns=[".".join(column)], batch_size=4096), column)
+
+
+def _read_arrow(path: str, source: Source) -> Rows:
+    import pyarrow
+
+    with open_file(path, seekable=True) as content:
+        try:
+            file = pyarrow.ipc.open_file(content)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        except pyarrow.ArrowInvalid:  # then it is a stream, as the `datasets` library writes it
+            content.seek(0)
+            file = batches = pyarrow.ipc.open_stream(content)
+        yield from _column_rows(batches, _column(path, file.schema, str(source.text_field)))
+
+
+def _column(path: str, schema: Any, field: str) -> list[str]:
+    """The way to a column of text: its name, or those of the structs around it.
+
+    Raises:
+        ConfigError: where there is none, or it holds something else than text.
+    """
+    import pyarrow.types as types
+
+    way = [field] if field in schema.names else field.split(".")
+    place: Any = schema
+    for number, name in enumerate(way):
+        inside = place if number == 0 else place.type
+        if number and not types.is_struct(inside):
+            place = None
+        else:
+            place = inside.field(name) if inside.get_field_index(name) >= 0 else None
+        if place is None:
+            raise ConfigError(f"{path} has no column {field!r}; {_advice(_text_columns(schema))}.")
+    if not (_is_text(place.type) or types.is_null(place.type)):
+        raise ConfigError(
+            f"{path} has values of type {place.type} in the column {field!r}, where text should be; "
+            f"{_advice(_text_columns(schema))}."
+        )
+    return way
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _text_columns(fields: Any, prefix: str = "") -> list[str]:
+    import pyarrow.types as types
+
+    found = []
+    for field in fields:
+        if _is_text(field.type):
+            found.append(prefix + field.name)
+        elif types.is_struct(field.type):
+            found += _text_columns(field.type, f"{prefix}{field.name}.")
+    return found
+
+
+def _column_rows(batches: Any, way: list[str]) -> Rows:
+    import pyarrow.compute
+
+    number = 0
+    for batch in batches:
+        column = batch.column(way[0])
+        for name in way[1:]:
+            column = pyarrow.compute.struct_field(column, name)  # null where the struct is
+        for text in column.to_pylist():
+            number += 1
+            yield number, text
+
+
+def _hub_rows(source: Source) -> Rows:
+    import datasets
+
+    name, _, config_name = source.source.removeprefix("hf:").partition(":")
+    field = str(source.text_field)
+    try:
+        rows = datasets.load_dataset(name, config_name or None, split=source.split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            found, value = _look_up(row, field)
+            if not found:
+                raise ConfigError(f"{source.source!r} has no column {field!r}; {_advice(_text_fields(row))}.")
+            yield (
+                number,
+                value if value is None or isinstance(value, str) else not_text(value, field, _text_fields(row)),
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # of the network, the name, the files: datasets has no common type for them
+        raise ConfigError(
+            f"--data.source {source.source!r} could not be read ({first_line(error)}); "
+            "check the name, the network, and HF_TOKEN for a gated data set."
+        ) from None
+
+
+def _read_tokens(path: str, source: Source) -> Rows:
+    return read_tokens(path, str(source.token_dtype))
+
+
+READERS: dict[str, Callable[[str, Source], Rows]] = {
+    "stdlib": _read_source,
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "tokens": _read_tokens,
+}

@@ -1,0 +1,150 @@
+"""Source: the files that one names, here or on any file system that fsspec knows, plain or compressed."""
+
+import glob
+import io
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from smolds_dist.config import Data, Source
+from smolds_dist.errors import ConfigError
+
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+# What a folder of that kind is searched for; any file of a text source.
+ENDINGS = {
+    "jsonl": (".jsonl", ".json", ".ndjson"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather", ".ipc"),
+    "tokens": (".bin", ".npy", ".ds"),
+}
+
+
+class BadFileError(Exception):
+    """What is wrong with a file, as the end of a sentence that begins with its path."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source, as it is now."""
+
+    path: str
+    size: int  # bytes
+    version: str  # changes when the content does, as far as the file system tells
+
+
+def files_of(source: Source) -> list[File]:
+    """The files of a source in the order of their names; an `hf` source counts as one.
+
+    Raises:
+        ConfigError: where there is none, or the file system does not answer.
+    """
+    kind, _, pattern = source.source.partition(":")
+    if kind == "hf":
+        return [File(source.source, 0, "")]
+    if kind == "stdlib":
+        # Several machines with the same Python share these shards: installation times don't count.
+        return [File(path, os.path.getsize(path), sys.version) for path in _stdlib_files()]
+    found = _remote_files(source, kind, pattern) if "://" in pattern else _local_files(kind, pattern)
+    if kind == "tokens":
+        found = [file for file in found if not file.path.endswith((".idx", ".index", ".metadata"))]
+    if not found:
+        raise ConfigError(
+            f"--data.source {source.source!r} matches no file; check the pattern and the folder it is read from."
+        )
+    return found
+
+
+def _local_files(kind: str, pattern: str) -> list[File]:
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        paths = [path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _belongs(path, kind)]
+    else:
+        paths = glob.glob(pattern, recursive=True)
+    status = {path: os.stat(path) for path in sorted(paths) if os.path.isfile(path)}
+    return [File(path, s.st_size, f"{os.path.abspath(path)} {s.st_mtime_ns}") for path, s in status.items()]
+
+
+def _belongs(path: str, kind: str) -> bool:
+    name = path
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return kind not in ENDINGS or name.endswith(ENDINGS[kind])
+
+
+def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        if any(sign in path for sign in "*?["):
+            paths = system.glob(path)
+        elif system.isdir(path) and not system.isfile(path):
+            paths = [found for found in system.find(path) if _belongs(found, kind)]
+        else:
+            paths = [path] if system.exists(path) else []
+        described = [(found, system.info(found)) for found in sorted(paths)]
+    except Exception as error:  # each file system has errors of its own, and some have to be installed first
+        raise ConfigError(
+            f"--data.source {source.source!r} could not be listed ({first_line(error)}); check the address, the network and "
+            "the credentials."
+        ) from None
+    return [
+        File(system.unstrip_protocol(found), int(info.get("size") or 0), _version(info))
+        for found, info in described
+        if info.get("type", "file") == "file"
+    ]
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What a file system says of a file's content, by the names that file systems have for it."""
+    for name in ("ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
+        if info.get(name):
+            return str(info[name])
+    return ""
+
+
+def fingerprint(source: Source, data: Data) -> dict:
+    """What the documents of a source depend on, without reading them: it changes when a file is added, removed or edited."""
+    described: dict[str, Any] = {"source": source.source}
+    files = files_of(source)
+    if source.source == "stdlib":
+        return described | {"python": sys.version, "sizes": [file.size for file in files]}
+    described |= {"text_field": source.text_field, "split": source.split}
+    for name in ("on_bad_file", "on_bad_row"):
+        if getattr(data, name) == "skip":
+            described[name] = "skip"
+    if source.source.startswith("tokens:"):
+        described["token_dtype"] = source.token_dtype
+    return described | {"files": [(file.path, file.size, file.version) for file in files]}
+
+
+def _stdlib_files() -> list[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (f for f in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(f.relative_to(root).parts))
+    return [str(f) for f in sorted(files)]
+
+
+def open_file(path: str, seekable: bool = False) -> BinaryIO:
+    """The decompressed content of a file.
+
+    Args:
+        seekable: one can go back and forth in it; costs the memory of a compressed file's content.
+    """
+    import fsspec
+
+    compression = COMPRESSED.get(os.path.splitext(path)[1])
+    if compression is None and "://" not in path:
+        return open(path, "rb")
+    file: Any = fsspec.open(path, "rb", compression=compression).open()
+    if not (seekable and compression):
+        return file
+    with file:
+        return io.BytesIO(file.read())
+
+
+def first_line(error: Exception) -> str:
+    """An error's message in a sentence of ours."""
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,0 +1,166 @@
+"""The order of samples in a source, and the mixture of sources: pure functions of settings and global sample index."""
+
+import random
+import tracemalloc
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from smolds_dist.data.mixture import Mixture, exact_shares
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, FirstOrder, SourceOrder, permuted
+
+
+def keys_of(number: int) -> np.ndarray:
+    return np.arange(number, number + ROUNDS, dtype=np.uint64)[None] * np.uint64(0x9E3779B97F4A7C15)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_permutation_hits_every_place_once(size):
+    places = np.arange(size)
+    sizes = np.full(size, size)
+    one, other = permuted(places, sizes, keys_of(1)), permuted(places, sizes, keys_of(2))
+    assert sorted(one.tolist()) == sorted(other.tolist()) == list(range(size))
+    assert size < 16 or (one != other).any()
+
+
+def test_permutation_is_an_even_one():
+    """Each of eight things comes to each of eight places equally often, and every pair stays in order half the time."""
+    rounds = 4000
+    places = np.stack([permuted(np.arange(8), np.full(8, 8), keys_of(key)) for key in range(rounds)])
+    counts = np.stack([np.bincount(places[:, thing], minlength=8) for thing in range(8)])
+    assert ((counts - rounds / 8) ** 2 / (rounds / 8)).sum() < 100  # chi-square, 49 degrees of freedom: above 1 in 10^4
+    assert abs((places[:, 0] < places[:, 1]).mean() - 0.5) < 0.04
+
+
+def test_order_stays_what_it_was():
+    """Recorded when the order was made: a run goes on in it, on any machine, with any version of any library."""
+    order = SourceOrder([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100)
+    epochs, starts = order.starts(np.arange(70))
+    assert epochs.tolist() == [0] * 33 + [1] * 33 + [2] * 4
+    assert starts.tolist() == RECORDED
+    assert order.pieces(np.array([0, 24])) == RECORDED_PIECES
+    large = SourceOrder([0], 10**13, seq_len=1000, seed=2**40, window_tokens=2**28)
+    assert large.starts(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1].tolist() == RECORDED_LARGE
+    first = FirstOrder(320, seq_len=32, seed=0)
+    assert [piece.start // 32 for (piece,) in first.pieces(np.arange(10))] == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
+    assert FirstOrder(320, 32, 2**32).pieces(np.arange(10)) == first.pieces(np.arange(10))
+
+
+RECORDED = [
+    20, 250, 140, 120, 210, 160, 130, 60, 30, 110, 150, 270, 280, 0, 80, 230, 200, 10, 260, 240, 290, 40, 170, 50,
+    70, 100, 90, 220, 180, 190, 300, 320, 310, 190, 110, 220, 210, 40, 90, 140, 0, 30, 50, 130, 200, 150, 120, 160,
+    170, 20, 60, 70, 80, 180, 100, 10, 300, 310, 290, 260, 280, 320, 230, 250, 240, 270, 70, 200, 50, 160,
+]  # fmt: skip
+RECORDED_PIECES = [[(20, 10)], [(70, 5), (100, 5)]]
+RECORDED_LARGE = [7561775650000, 9080268589000, 9011089762000, 7296580008000, 5647225277000]
+
+
+def test_every_epoch_has_each_token_once_in_a_new_order():
+    order = SourceOrder([0, 700, 710, 2000], 3000, seq_len=10, seed=1, window_tokens=2**20)
+    epochs = []
+    for epoch in range(3):
+        pieces = order.pieces(np.arange(300) + 300 * epoch)
+        assert all(sum(piece.length for piece in sample) == 10 for sample in pieces)
+        tokens = [token for sample in pieces for start, length in sample for token in range(start, start + length)]
+        assert sorted(tokens) == list(range(3000))
+        epochs.append(tokens)
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = SourceOrder([0, 700, 710, 2000], 3000, seq_len=10, seed=2, window_tokens=2**20)
+    assert other.pieces(np.arange(300)) != order.pieces(np.arange(300))
+
+
+def test_sample_reads_on_in_the_next_unit():
+    order = SourceOrder([0, 5, 11], 30, seq_len=10, seed=0, window_tokens=100)
+    units = {0: range(0, 5), 5: range(5, 11), 11: range(11, 30)}
+    for sample in order.pieces(np.arange(3)):
+        for before, after in pairwise(sample):
+            end_of = next(unit for unit in units.values() if before.start in unit)
+            assert before.start + before.length == end_of.stop and after.start in units
+
+
+def test_windows_double_in_the_first_epoch_and_are_whole_later():
+    tokens, window = 40 * FIRST_WINDOW, 8 * FIRST_WINDOW
+    units = list(range(0, tokens, FIRST_WINDOW // 4))
+    order = SourceOrder(units, tokens, seq_len=1024, seed=0, window_tokens=window)
+    samples = FIRST_WINDOW // 1024
+    for epoch, ends in ((0, [1, 3, 7, 15, 23, 31, 39, 40]), (1, [8, 16, 24, 32, 40])):
+        _, starts = order.starts(np.arange(40 * samples) + epoch * 40 * samples)
+        for begin, end in pairwise([0, *ends]):
+            inside = starts[begin * samples : end * samples] // 1024
+            assert inside.min() == begin * samples and inside.max() == end * samples - 1
+            assert len(set(inside.tolist())) == len(inside)
+    # within one window, places are shuffled
+    assert abs(np.corrcoef(np.arange(samples), order.starts(np.arange(samples))[1])[0, 1]) < 0.1
+
+
+def test_ten_billion_samples_take_no_more_memory_than_few():
+    samples, seq_len = 10**10, 1024
+    units = list(range(0, samples * seq_len, 2**30))
+    chance = np.random.RandomState(0)
+    places = np.unique(np.concatenate(([0, samples - 1], chance.randint(0, samples, 1_000_000))))
+    tracemalloc.start()
+    order = SourceOrder(units, samples * seq_len, seq_len, seed=3, window_tokens=2**28)
+    order.pieces(np.array([0, samples // 2, samples - 1]))
+    assert tracemalloc.get_traced_memory()[1] < 50 * 10**6
+    tracemalloc.stop()
+    assert order.num_samples == samples
+    _, starts = order.starts(places)
+    assert len(np.unique(starts)) == len(places) > 999_000
+    assert starts.min() >= 0 and starts.max() <= (samples - 1) * seq_len and not (starts % seq_len).any()
+
+
+def random_stages(chance: random.Random) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
+    names = [f"s{number}" for number in range(chance.randint(1, 6))]
+    stages, end = [], 0
+    for _ in range(chance.randint(1, 4)):
+        end += chance.randint(1, 400)
+        digits = chance.randint(1, 3)
+        weights = {name: round(chance.choice([0, chance.random(), 3 * chance.random()]), digits) for name in names}
+        stages.append((end, weights if sum(weights.values()) else {names[0]: 1.0}))
+    return names, stages
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_prefix_has_the_shares_to_within_one_sequence(seed):
+    names, stages = random_stages(random.Random(seed))
+    mixture = Mixture(names, stages)
+    length = stages[-1][0] + 300
+    source, number = mixture.look_up(np.arange(length))
+    due, counts = [Fraction(0)] * len(names), [0] * len(names)
+    for index in range(length):
+        at = next((n for n, (end, _) in enumerate(stages) if index < end), len(stages) - 1)
+        assert number[index] == counts[source[index]]
+        counts[source[index]] += 1
+        for place, share in enumerate(exact_shares({name: stages[at][1].get(name, 0) for name in names}).values()):
+            due[place] += share
+            assert abs(due[place] - counts[place]) < 1
+        if index % 50 == 0:
+            assert mixture.totals(index + 1).tolist() == counts
+    # looked up one by one and in any order it is the same
+    some = np.random.RandomState(0).permutation(length)[:100]
+    assert (mixture.look_up(some)[0] == source[some]).all() and (mixture.look_up(some)[1] == number[some]).all()
+
+
+def test_shares_are_exact_as_written_or_to_a_hundred_thousandth():
+    assert exact_shares({"web": 0.7, "code": 0.3}) == {"web": Fraction(7, 10), "code": Fraction(3, 10)}
+    assert exact_shares({"a": 2, "b": 1}) == {"a": Fraction(2, 3), "b": Fraction(1, 3)}
+    fine = exact_shares({"a": 0.1234567, "b": 0.7654321, "c": 0.1111112})
+    assert sum(fine.values()) == 1 and abs(fine["a"] - Fraction(1234567, 10**7)) <= Fraction(1, 10**5)
+
+
+def test_far_samples_are_found_without_counting():
+    mixture = Mixture(["a", "b"], [(10**10, {"a": 0.7, "b": 0.3}), (2 * 10**10, {"a": 1, "b": 3})])
+    assert mixture.totals(10**10).tolist() == [7 * 10**9, 3 * 10**9]
+    assert mixture.totals(2 * 10**10).tolist() == [7 * 10**9 + 25 * 10**8, 3 * 10**9 + 75 * 10**8]
+    source, number = mixture.look_up(np.array([10**10 - 1, 2 * 10**10 - 1]))
+    totals = [mixture.totals(10**10), mixture.totals(2 * 10**10)]
+    assert [int(total[s]) for total, s in zip(totals, source, strict=True)] == (number + 1).tolist()
+
+
+def test_schedule_joins_stages_that_are_alike():
+    mixture = Mixture(["a", "b"], [(80, {"a": 1, "b": 1}), (100, {"a": 2, "b": 2}), (200, {"b": 1})])
+    assert mixture.schedule() == [(100, {"a": 0.5, "b": 0.5}), (200, {"b": 1.0})]
+    assert mixture.schedule(90) == [(90, {"a": 0.5, "b": 0.5})]
+    assert mixture.schedule(100) == [(100, {"a": 0.5, "b": 0.5})]
