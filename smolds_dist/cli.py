@@ -15,6 +15,7 @@ USAGE = """usage: smolds COMMAND [options]
   plan       memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
   doctor     check this machine: smolds doctor [--fix]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
+  data       ask what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
   bench      measure: smolds bench train | loss | balance | scale | plan | generate | checkpoint | logging
@@ -30,7 +31,7 @@ def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
     commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report, "board": _board}
-    commands |= {"export": _export, "import": _import, "eval": _eval, "plan": _plan}
+    commands |= {"export": _export, "import": _import, "eval": _eval, "plan": _plan, "data": _data}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -108,6 +109,12 @@ def _doctor(args: list[str]) -> None:
     from smolds_dist.launching.doctor import doctor
 
     sys.exit(doctor(args))
+
+
+def _data(args: list[str]) -> None:
+    from smolds_dist.observe.data_command import data
+
+    sys.exit(data(args))
 
 
 def _checkpoint(args: list[str]) -> None:

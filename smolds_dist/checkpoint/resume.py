@@ -20,7 +20,7 @@ from smolds_dist.checkpoint.files import (
 from smolds_dist.checkpoint.writer import Progress
 from smolds_dist.config import Data, RunConfig, Source
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.mixture import mixture_of
+from smolds_dist.data.mixture import first_part, in_words, mixture_of
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
@@ -144,9 +144,8 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     samples = manifest.skipped_samples + manifest.step * config.train.global_batch
     saved = _saved_sources(manifest.config["data"])
     whole = [(samples, dict.fromkeys(saved, 1.0))]
-    before = [(min(end, samples), shares) for end, shares in manifest.data.get("schedule", whole)]
-    before = before[: 1 + next((n for n, (end, _) in enumerate(before) if end >= samples), len(before))]
-    now = mixture_of(config).schedule(samples)
+    before = first_part(manifest.data.get("schedule", whole), samples)
+    now = first_part(mixture_of(config).schedule(), samples)
     advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
     for name in {name for _, shares in before for name in shares}:
         old, new = saved[name], config.data.mixed.get(name)
@@ -159,7 +158,8 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     if before != now:
         batch = config.train.global_batch
         raise ConfigError(
-            f"{folder} was trained on {_told(before, batch)}; this run would have begun with {_told(now, batch)}; {advice}."
+            f"{folder} was trained on {in_words(before, batch)}; this run would have begun with {in_words(now, batch)}; "
+            f"{advice}."
         )
 
 
@@ -169,13 +169,6 @@ def _saved_sources(data: dict) -> dict[str, Source]:
     named = {name: Source(**one) for name, one in sources.items()} if sources else None
     known = {name: data[name] for name in ("source", "text_field", "split", "token_dtype") if name in data}
     return Data(**known, sources=named).mixed
-
-
-def _told(schedule: list[tuple[int, dict[str, float]]], batch: int) -> str:
-    return ", then ".join(
-        f"{' + '.join(f'{share:.4g} {name}' for name, share in shares.items())} until step {end // batch}"
-        for end, shares in schedule
-    )
 
 
 def check_contents(reader: CheckpointReader, identity: dict) -> None:
@@ -189,12 +182,7 @@ def check_contents(reader: CheckpointReader, identity: dict) -> None:
         "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
     )
     samples = reader.manifest.skipped_samples + reader.manifest.step * reader.manifest.config["train"]["global_batch"]
-    trained_on, first = set(), 0
-    for end, shares in saved.get("schedule", []):
-        if first < samples:
-            trained_on |= set(shares)
-        first = end
-    for name in sorted(trained_on):
+    for name in sorted({name for _, shares in first_part(saved.get("schedule", []), samples) for name in shares}):
         if saved["contents"][name] != identity["contents"][name]:
             raise ConfigError(
                 f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."

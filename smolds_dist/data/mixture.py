@@ -17,6 +17,10 @@ from smolds_dist.config import Data, RunConfig, Stage
 FINEST = 100_000  # weights are kept to one part in so many, exactly where they have up to five digits
 
 
+# Where each stage ends, in samples of the run, and the shares of the sources in it.
+Schedule = list[tuple[int, dict[str, float]]]
+
+
 @dataclass(frozen=True)
 class StageOrder:
     """The samples of a stage. Letters: S sources."""
@@ -78,17 +82,14 @@ class Mixture:
         rest = np.bincount(stage.source[: place - turn * length], minlength=len(self.names))
         return stage.taken + rest + turn * stage.period
 
-    def schedule(self, samples: int | None = None) -> list[tuple[int, dict[str, float]]]:
-        """Where each stage ends, and the shares in it; of the first `samples` samples. Neighbours that are alike are one."""
-        ends: list[tuple[int, dict[str, float]]] = []
+    def schedule(self) -> Schedule:
+        """Neighbouring stages that are alike count as one."""
+        ends: Schedule = []
         for stage in self.stages:
-            if samples is not None and stage.first >= samples:
-                break
             shares = {name: float(share) for name, share in stage.shares.items() if share}
-            end = stage.end if samples is None else min(stage.end, samples)
             if ends and ends[-1][1] == shares:
                 ends.pop()
-            ends.append((end, shares))
+            ends.append((stage.end, shares))
         return ends
 
 
@@ -104,6 +105,22 @@ def stage_weights(data: Data, steps: int, global_batch: int) -> list[tuple[int, 
         (round(Fraction(str(stage.until)) * steps) * global_batch, own if stage.weights is None else stage.weights)
         for stage in data.stages or [Stage(1.0)]
     ]
+
+
+def first_part(schedule: Schedule, samples: int) -> Schedule:
+    """The same of the run's first `samples` samples alone."""
+    begins = [0, *(end for end, _ in schedule)]
+    return [
+        (min(end, samples), shares) for begin, (end, shares) in zip(begins, schedule, strict=False) if begin < samples
+    ]
+
+
+def in_words(schedule: Schedule, global_batch: int) -> str:
+    """`Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
+    return ", then ".join(
+        f"{' + '.join(f'{100 * share:.4g}% {name}' for name, share in shares.items())} until step {end // global_batch}"
+        for end, shares in schedule
+    )
 
 
 def exact_shares(weights: dict[str, float]) -> dict[str, Fraction]:

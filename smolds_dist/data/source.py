@@ -139,8 +139,10 @@ def open_file(path: str, seekable: bool = False) -> BinaryIO:
     if compression is None and "://" not in path:
         return open(path, "rb")
     file: Any = fsspec.open(path, "rb", compression=compression).open()
-    if not (seekable and compression):
+    if compression is None:
         return file
+    if not seekable:
+        return io.BufferedReader(file)  # gives lines, which not every decompressor does
     with file:
         return io.BytesIO(file.read())
 

@@ -84,7 +84,7 @@ def _flat(path: str, dtype: str) -> np.ndarray:
     if not has_header:
         return _array(path, dtype)
     if _is_plain(path):
-        tokens = np.lib.format.open_memmap(path, mode="r")
+        tokens: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     else:
         with open_file(path) as file:
             tokens = np.lib.format.read_array(file, allow_pickle=False)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.checkpoint.files import Manifest
+from smolds_dist.data.mixture import first_part, in_words
 from smolds_dist.observe.report import draw, markdown_table
 from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.observe.summary import facts
@@ -21,6 +22,18 @@ def write_card(folder: Path, checkpoint: Path, manifest: Manifest, config: Any, 
     (folder / "README.md").write_text(card(run.resolve().name, rows, manifest, config, kind), encoding="utf-8")
 
 
+def texts(manifest: Manifest) -> list[tuple[str, str]]:
+    """Where the text came from, a row for each source."""
+    train, data = manifest.config["train"], manifest.config["data"]
+    if not data.get("sources"):
+        return [("text", f"`{data['source']}`")]
+    trained_on = first_part(manifest.data["schedule"], manifest.skipped_samples + manifest.step * train["global_batch"])
+    return [
+        *((f"text: {name}", f"`{one['source']}`") for name, one in data["sources"].items()),
+        ("mixture", in_words(trained_on, train["global_batch"])),
+    ]
+
+
 def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str) -> str:
     """The card as Markdown, with the metadata that the Hub reads at its top."""
     from torch import Size
@@ -35,7 +48,7 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         ("parameters", f"{parameters:,}"),
         ("experts", experts),
         ("attention", "multi-head latent" if config.attention == "latent" else "grouped-query"),
-        ("text", f"`{data['source']}`"),
+        *texts(manifest),
         ("steps", f"{manifest.step:,}"),
         ("tokens", f"{tokens:,}"),
         ("sequence length", f"{data['seq_len']:,}"),

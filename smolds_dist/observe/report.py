@@ -4,7 +4,7 @@ Everything comes from the run's folder: `metrics.jsonl`, `samples.jsonl`, `confi
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from smolds_dist.checkpoint.files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
-from smolds_dist.config import Model
+from smolds_dist.config import Model, load_config
+from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.observe.summary import facts
@@ -74,16 +75,6 @@ def unique_content(text: str) -> float | None:
     return len(grams) / grams.total() if grams else None
 
 
-def unique_content_by_step(run: Path) -> dict[int, float]:
-    """Mean over the samples of each step that has any long enough."""
-    shares = defaultdict(list)
-    for row in read_rows(run / "samples.jsonl"):
-        share = unique_content(row["text"])
-        if share is not None:
-            shares[row["step"]].append(share)
-    return {step: sum(values) / len(values) for step, values in shares.items()}
-
-
 def training_log(run: Path) -> str:
     """The run as Markdown: configuration, model, loss at regular steps, expert balance, checkpoints, events."""
     rows = read_rows(run / "metrics.jsonl")
@@ -100,6 +91,9 @@ def training_log(run: Path) -> str:
         "## Expert balance",
         "Share of the routed tokens per expert, last 20 steps:",
         _fenced(load_table(rows)),
+        "## Data",
+        markdown_table(("source", "text", "epochs", "validation loss", "bits per byte"), _sources(config, rows)),
+        *_mixture(run, config),
         "## Checkpoints",
         markdown_table(("step", "written", "size", "validation loss", "layout"), [_checkpoint(m) for m in manifests])
         if manifests
@@ -128,7 +122,7 @@ def sample_log(run: Path) -> str:
 
 
 def draw(runs: list[Path], path: Path) -> None:
-    """Loss and unique content over steps, expert balance beside them; a line for each run."""
+    """Loss and unique texts over steps, expert balance beside them; a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,15 +149,19 @@ def draw(runs: list[Path], path: Path) -> None:
             at, violations = zip(*balanced, strict=True)
             balance_axes.plot(at, violations, color=colour, alpha=0.25, linewidth=0.8)
             balance_axes.plot(at, _smooth(list(violations)), color=colour, linewidth=1.6, label=name)
-        shares = unique_content_by_step(run)
-        unique_axes.plot(list(shares), list(shares.values()), color=colour, marker="o", label=name)
+        texts = [(row["step"], row["seen_texts"], row["unique_texts"]) for row in steps if "seen_texts" in row]
+        if texts:
+            at, seen, unique = zip(*texts, strict=True)
+            unique_axes.plot(at, seen, color=colour, linewidth=1, linestyle="--", label=f"{name}, seen")
+            unique_axes.plot(at, unique, color=colour, linewidth=1.8, label=f"{name}, distinct")
     _finish(loss_axes, "Loss", "nats per token")
     _finish(
         balance_axes, "Expert imbalance (MaxVio of a batch, mean of layers)", "busiest expert over the mean, minus 1"
     )
     balance_axes.set_ylim(bottom=0)
-    _finish(unique_axes, f"Unique content of the samples (distinct {NGRAM}-grams)", "share")
-    unique_axes.set(ylim=(0, 1.05), xlim=loss_axes.get_xlim())
+    _finish(unique_axes, "Unique content: texts trained on, by their first 50 tokens", "texts")
+    unique_axes.set(xlim=loss_axes.get_xlim())
+    unique_axes.set_ylim(bottom=0)
     if len(runs) == 1:
         _draw_load(figure, last_axes, read_rows(runs[0] / "metrics.jsonl"))
     else:
@@ -257,6 +255,32 @@ def _losses(rows: list[dict]) -> list[tuple]:
             cell(held_out, "val_bits_per_byte", 3), cell(row, "grad_norm", 3), cell(row, "max_vio", 2),
         ))  # fmt: skip
     return table
+
+
+def _sources(config: dict, rows: list[dict]) -> list[tuple]:
+    """What the run has taken of each source, and how it does on its held-out text."""
+    sources = config["data"].get("sources") or {
+        config["data"]["source"].partition(":")[0]: {"source": config["data"]["source"]}
+    }
+    epochs: dict = next((row["epochs"] for row in reversed(rows) if "epochs" in row), {})
+    held_out: dict = next((row for row in reversed(rows) if "val_loss" in row), {})
+    table = []
+    for name, one in sources.items():
+        own = "" if len(sources) == 1 else f"/{name}"
+        loss, bits = held_out.get(f"val_loss{own}"), held_out.get(f"val_bits_per_byte{own}")
+        table.append((
+            name, f"`{one['source']}`", f"{epochs[name]:.3g}" if name in epochs else "",
+            "" if loss is None else f"{loss:.4f}", "" if bits is None else f"{bits:.3f}",
+        ))  # fmt: skip
+    return table
+
+
+def _mixture(run: Path, config: dict) -> list[str]:
+    """The stages in words, where there are several sources."""
+    if not config["data"].get("sources"):
+        return []
+    mixture = mixture_of(load_config(["--config", str(run / "config.yaml")]))
+    return [f"The mixture: {in_words(mixture.schedule(), config['train']['global_batch'])}."]
 
 
 def _events(rows: list[dict]) -> list[str]:

@@ -21,6 +21,9 @@ def summary(config: RunConfig, unigram_entropy: float) -> str:
             f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte; "
             f"a model that ignores context reaches {unigram_entropy:.4f} (unigram entropy)"
         )
+        by_source = {name.partition("/")[2]: v for name, v in evaluation.items() if name.startswith("val_loss/")}
+        if by_source:
+            lines["by source"] = ", ".join(f"{name} {loss:.4f}" for name, loss in by_source.items())
     prompt = config.log.sample_prompts[0] if config.log.sample_prompts else ""
     after = {
         "model": f"{config.run_dir}/export",
@@ -47,6 +50,9 @@ def facts(rows: list[dict]) -> dict[str, str]:
         largest_first = sorted(shares.items(), key=lambda item: -item[1])
         told["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
         told["memory"] = f"{max(row.get('memory_gb', 0.0) for row in measured):.2f} GB in the largest rank"
+    if steps and "seen_texts" in steps[-1]:
+        epochs = ", ".join(f"{epochs:.3g} epochs of {name}" for name, epochs in steps[-1]["epochs"].items())
+        told["texts"] = f"{steps[-1]['unique_texts']:,} distinct of {steps[-1]['seen_texts']:,} seen, {epochs}"
     if balanced:
         dead = sum(share == 0 for layer in balanced["load"] for share in layer)
         violation = f"MaxVio {balanced['max_vio_window']:.2f} over the last {WINDOW} steps"

@@ -67,7 +67,9 @@ class Board:
             loss = row["val_loss"]
             values = {"loss": loss, "bits_per_byte": row["val_bits_per_byte"], "perplexity": _perplexity(loss)}
             values["max_vio"] = row.get("val_max_vio")
-            self._scalars({f"validation/{name}": value for name, value in values.items()}, step, when)
+            scalars = {f"validation/{name}": value for name, value in values.items()}
+            scalars |= {name: value for name, value in row.items() if "/" in name}  # of single sources
+            self._scalars(scalars, step, when)
         else:
             self._training(row, step, when)
             if step == self._last_step:
@@ -86,6 +88,8 @@ class Board:
                 scalars["train/perplexity"] = _perplexity(row["loss"])
             scalars |= {f"grad_norm/{part}": norm for part, norm in row.get("grad_norms", {}).items()}
             scalars |= {f"seconds/{phase}": seconds for phase, seconds in row.get("seconds", {}).items()}
+            scalars |= {f"data/{name}": row.get(name) for name in ("seen_texts", "unique_texts")}
+            scalars |= {f"epochs/{name}": epochs for name, epochs in row.get("epochs", {}).items()}
             if "load" in row:
                 scalars["balance/max_vio"] = row["max_vio"]
                 scalars["balance/max_vio_window"] = row["max_vio_window"]
@@ -167,6 +171,9 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
             "perplexity": lines("train/perplexity", "validation/perplexity"),
             "bits per byte": lines("validation/bits_per_byte"),
             "learning rate": lines("train/lr"),
+            "texts seen and distinct": lines("data/.*"),
+            "epochs of each source": lines("epochs/.*"),
+            "loss of each source": lines("val_loss/.*"),
             "gradient norm": lines("train/grad_norm", "grad_norm/.*"),
         },
         "Speed": {

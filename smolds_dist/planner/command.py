@@ -1,6 +1,7 @@
 """`smolds plan`: whether a run fits machines not yet paid for, its best layout, how long it takes, and what limits it."""
 
 import argparse
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, StepTime, run_time
+from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
@@ -98,6 +100,7 @@ def report(
         f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected are "
         f"{run.expected_failures:,.2f} failures, which cost {duration(run.failures)}; checkpoints stall "
         f"{duration(run.checkpoints)}",
+        *(f"  {line}" for line in text_needed(config, steps)),
         "",
         f"{'expert':>6} {'zero':>4} {'micro':>5} {'recompute':>9} {'tokens/s':>12} {'memory':>9}  loses by",
     ]
@@ -109,6 +112,19 @@ def report(
             f"{one.tokens_per_s:>12,.0f} {one.memory.total / 1e9:>6,.1f} GB  {verdict}"
         )
     return "\n".join(lines)
+
+
+def text_needed(config: RunConfig, steps: int) -> list[str]:
+    """What the run would take of each source, where there are several."""
+    if not config.data.sources:
+        return []
+    mixture = mixture_of(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
+    batch, length = config.train.global_batch, config.data.seq_len
+    totals = zip(mixture.names, mixture.totals(steps * batch).tolist(), strict=True)
+    return [
+        f"text: {in_words(mixture.schedule(), batch)}",
+        "tokens: " + ", ".join(f"{total * length:,} of {name}" for name, total in totals),
+    ]
 
 
 def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> list[Candidate]:

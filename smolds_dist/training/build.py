@@ -158,7 +158,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         save_config(config, config.run_dir / "config.yaml")
         save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")
         metrics = MetricsWriter(config, progress.step)
-        metrics.row({"step": progress.step, "event": "start"} | environment(topology, num_parameters, peak))
+        metrics.row({"step": progress.step, "event": "start"} | environment(topology, num_parameters, peak, job.data))
     terminal.say(f"{config.run.name}: {num_parameters:,} parameters, {topology}")
     terminal.say(topology.reason)
     for line in told_epochs(config, job.data):
@@ -192,7 +192,7 @@ def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topolo
     return engine
 
 
-def environment(topology: Topology, num_parameters: int, peak: float) -> dict:
+def environment(topology: Topology, num_parameters: int, peak: float, data: TrainingData) -> dict:
     """What a run ran on, as plain values."""
     device = torch.cuda.get_device_name(topology.local_rank) if topology.device == "cuda" else platform.machine()
     return {
@@ -200,6 +200,7 @@ def environment(topology: Topology, num_parameters: int, peak: float) -> dict:
         "world_size": topology.world_size,
         "reason": topology.reason,
         "parameters": num_parameters,
+        "data": {name: data.identity[name] for name in ("order", "limits")},
         "host": socket.gethostname(),
         "system": platform.platform(),
         "device": device,

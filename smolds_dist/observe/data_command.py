@@ -1,0 +1,217 @@
+"""`smolds data show|stats|order`: what a run is trained on, asked of its data.
+
+smolds data show runs/NAME --step 100
+smolds data stats -- TRAIN-OPTIONS
+smolds data order --samples 0:100 -- TRAIN-OPTIONS
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolds_dist.config import RunConfig, load_config
+from smolds_dist.data.batch import Sample, TrainingData, batch_digest
+from smolds_dist.data.order import VERSION
+from smolds_dist.data.prepare import prepare_data, told_epochs
+from smolds_dist.data.rows import PLACES
+from smolds_dist.data.shards import SourceShards
+from smolds_dist.data.unique import first_from
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.observe.rows import read_rows
+
+BAR = 40  # characters of the longest
+
+
+def data(args: list[str]) -> int:
+    """Runs one of the subcommands; returns the exit code.
+
+    Raises:
+        ConfigError: for an unknown one, or what it cannot work with.
+    """
+    commands = {"show": show, "stats": stats, "order": order}
+    if args and args[0] in commands:
+        return commands[args[0]](args[1:])
+    if args and args[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    raise ConfigError(f"smolds data {' '.join(args[:1])!r} is no command; use show, stats or order.")
+
+
+def show(args: list[str]) -> int:
+    """Prints the texts of a step that a run has trained on; 1 where they are not those that it saw."""
+    parser = OptionParser(
+        prog="smolds data show",
+        description="The texts of a step, each with its source, file and place there.",
+        example="smolds data show runs/first --step 100",
+    )
+    parser.add_argument("run", type=Path, help="a run's folder (runs/NAME)")
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--rank", type=int, help="only what this rank had")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each sample")
+    options = parser.parse_args(args)
+    rows = read_rows(options.run / "metrics.jsonl")
+    row = next((row for row in rows if row["step"] == options.step and "loss" in row), None)
+    if row is None:
+        last = max((row["step"] for row in rows if "loss" in row), default=0)
+        raise ConfigError(f"{options.run} has no step {options.step}; it has steps up to {last}.")
+    start = [row for row in rows if row.get("event") == "start" and row["step"] < options.step][-1]
+    config = load_config(["--config", str(options.run / "config.yaml"), "-q"])
+    own = config.data.tokenizer == "train"
+    began = start.get("data", {"order": 1, "limits": None})  # before it was recorded
+    found = prepare_data(config, began["order"], options.run / "tokenizer" if own else None, began["limits"])
+
+    batch = config.train.global_batch
+    skipped = sum(r["skipped_samples"] for r in rows if r.get("event") == "rollback" and r["step"] < options.step)
+    first = skipped + (options.step - 1) * batch
+    indices = range(first, first + batch)
+    digest = f"{batch_digest(found.batch(indices), indices):08x}"
+    same = row.get("batch", digest) == digest
+    if options.rank is not None:
+        ranks = start.get("world_size", 1)
+        if not 0 <= options.rank < ranks:
+            raise ConfigError(
+                f"--rank {options.rank} was none of the run's; it had ranks 0 to {ranks - 1} in this step."
+            )
+        indices = indices[options.rank * batch // ranks : (options.rank + 1) * batch // ranks]
+    for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
+        parts = list(parts_of(found, sample))
+        if options.json:
+            print(json.dumps({"index": index, "source": sample.source.name, "parts": parts}))
+            continue
+        for part in parts:
+            print(f"== sample {index}, {sample.source.name}: {place_in_words(config, sample, part)}\n{part['text']}")
+    if not options.json:
+        recorded = f"recorded as {row['batch']}" if "batch" in row else "of which no digest was recorded"
+        print(f"== batch {digest}, {recorded}")
+    if not same:
+        print("the texts are not those that the run has seen: the files of its sources have changed since then")
+    return 0 if same else 1
+
+
+def place_in_words(config: RunConfig, sample: Sample, part: dict[str, Any]) -> str:
+    """A part's file, row and first token there."""
+    kind = config.data.mixed[sample.source.name].source.partition(":")[0]
+    row = f", {PLACES[kind]} {part['document']:,}" if kind in PLACES else ""
+    return f"{part['file']}{row}" + (f", from token {part['start']:,}" if part["start"] else "")
+
+
+def parts_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]]:
+    """The documents in a sample, each with its file, number, the first of its tokens that is in the sample, and the text."""
+    shards = sample.source
+    for start, length in sample.pieces:
+        table = np.asarray(shards.train_documents)
+        at, end = start, start + length
+        place = document_at(shards, start)
+        while at < end:
+            row = table[place]
+            after = int(table["start"][place + 1]) if place + 1 < len(table) else shards.meta.train_tokens
+            ids = shards.train[at : min(after, end)]
+            yield {
+                "file": shards.meta.files[int(row["file"])],
+                "document": int(row["number"]),
+                "start": at - int(row["start"]),
+                "text": str(found.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
+            }
+            at, place = min(after, end), place + 1
+
+
+def document_at(shards: SourceShards, token: int) -> int:
+    """The row of the document that a training token belongs to."""
+    starts = np.asarray(shards.train_documents)["start"]
+    return int(first_from(starts, np.array([token + 1], dtype=np.uint64))[0]) - 1
+
+
+def order(args: list[str]) -> int:
+    """Prints where samples begin, as JSON lines."""
+    parser = OptionParser(
+        prog="smolds data order",
+        description="Where the run's samples begin, a JSON line for each: index, source, file, document, start.",
+        example="smolds data order --samples 0:100 -- --preset debug",
+    )
+    parser.add_argument("--samples", default="0:100", metavar="FIRST:END", help="of the run, the end not included")
+    options, settings = parser.parse_known_args([arg for arg in args if arg != "--"])
+    config = load_config([*settings, "-q"], prog="smolds data order")
+    first, _, end = options.samples.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise ConfigError(f"--samples {options.samples!r} is no range; write it as FIRST:END, such as 0:100.")
+    found = prepare_data(config)
+    for begin in range(int(first), int(end), 1024):
+        indices = range(begin, min(int(end), begin + 1024))
+        for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
+            row = sample.source.train_documents[document_at(sample.source, sample.pieces[0].start)]
+            place = {"file": sample.source.meta.files[int(row["file"])], "document": int(row["number"])}
+            start = sample.pieces[0].start - int(row["start"])
+            print(json.dumps({"index": index, "source": sample.source.name, **place, "start": start}))
+    return 0
+
+
+def stats(args: list[str]) -> int:
+    """Prints what each source holds and how often the run goes through it."""
+    parser = OptionParser(
+        prog="smolds data stats",
+        description="Files, documents, tokens, lengths and copies of each source, and the epochs that the run would take.",
+        example="smolds data stats -- --preset debug --data.source text:'corpus/*.txt'",
+    )
+    parser.add_argument("--json", action="store_true", help="a JSON object for each source")
+    options, settings = parser.parse_known_args([arg for arg in args if arg != "--"])
+    config = load_config([*settings, "-q"], prog="smolds data stats")
+    found = prepare_data(config)
+    epochs = found.epochs(config.train.steps * config.train.global_batch)
+    for name, shards in found.sources.items():
+        told = facts_of(shards) | {"epochs": round(epochs[name], 4)}
+        if options.json:
+            print(json.dumps({"source": name} | told))
+            continue
+        print(f"{name} ({config.data.mixed[name].source}, order {VERSION})")
+        print("\n".join(table_of(told, shards.meta.left_out)))
+    if not options.json:
+        print("the run takes", *told_epochs(config, found), sep="\n  ")
+    return 0
+
+
+def facts_of(shards: SourceShards) -> dict[str, Any]:
+    """What a source's shards say of its text, both splits together."""
+    meta = shards.meta
+    tables = [np.asarray(shards.train_documents), np.asarray(shards.val_documents)]
+    ends = [meta.train_tokens, meta.val_tokens]
+    lengths = np.concatenate(
+        [np.diff(t["start"].astype(np.int64), append=end) for t, end in zip(tables, ends, strict=True)]
+    )
+    texts = np.concatenate([table["text"] for table in tables])
+    tokens = meta.train_tokens + meta.val_tokens
+    powers, counts = np.unique(np.floor(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
+    histogram = dict(zip(powers.tolist(), counts.tolist(), strict=True))
+    return {
+        "files": len(meta.files),
+        "documents": len(texts),
+        "tokens": tokens,
+        "held_out_tokens": meta.val_tokens,
+        "bytes_per_token": round((meta.text_bytes / tokens) or meta.val_bytes / meta.val_tokens, 3),
+        "copies": len(texts) - len(np.unique(texts)),
+        "length": {
+            "median": float(np.median(lengths)),
+            "mean": round(float(lengths.mean()), 1),
+            "longest": int(lengths.max()),
+        },
+        "lengths": {f"{2**p}": histogram.get(p, 0) for p in range(int(powers.min()), int(powers.max()) + 1)},
+    }
+
+
+def table_of(told: dict[str, Any], left_out: list[str]) -> list[str]:
+    """The same in words, with a histogram of lengths."""
+    share = told["copies"] / max(1, told["documents"])
+    length = told["length"]
+    most = max(told["lengths"].values())
+    lines = [
+        f"  {told['files']:,} files, {told['documents']:,} documents, {told['tokens']:,} tokens, "
+        f"{told['held_out_tokens']:,} of them held out; {told['bytes_per_token']:.2f} bytes per token",
+        f"  {told['copies']:,} documents ({share:.1%}) are copies of another",
+        f"  tokens of a document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
+    ]
+    for begin, count in told["lengths"].items():
+        bar = "█" * round(BAR * count / most) or ("▏" if count else "")
+        lines.append(f"  {int(begin):>12,} to {2 * int(begin) - 1:<12,} {bar} {count:,}")
+    return lines + [f"  {line}" for line in left_out]
