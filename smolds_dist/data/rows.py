@@ -51,9 +51,8 @@ def rows_of(file: File, source: Source) -> Rows:
 def _damage_errors() -> tuple[type[Exception], ...]:
     """What readers and decompressors raise."""
     import pyarrow
-    import zstandard
 
-    return OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException
+    return OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException
 
 
 def _read_source(path: str, _source: Source) -> Rows:

@@ -1,7 +1,10 @@
 """Source: the files that one names, here or on any file system that fsspec knows, plain or compressed."""
 
+import bz2
 import glob
+import gzip
 import io
+import lzma
 import os
 import sys
 import sysconfig
@@ -12,7 +15,7 @@ from typing import Any, BinaryIO
 from smolds_dist.config import Data, Source
 from smolds_dist.errors import ConfigError
 
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What a folder of that kind is searched for; any file of a text source.
 ENDINGS = {
     "jsonl": (".jsonl", ".json", ".ndjson"),
@@ -133,18 +136,31 @@ def open_file(path: str, seekable: bool = False) -> BinaryIO:
     Args:
         seekable: one can go back and forth in it; costs the memory of a compressed file's content.
     """
-    import fsspec
+    if "://" in path:
+        import fsspec
 
-    compression = COMPRESSED.get(os.path.splitext(path)[1])
-    if compression is None and "://" not in path:
-        return open(path, "rb")
-    file: Any = fsspec.open(path, "rb", compression=compression).open()
-    if compression is None:
+        file: Any = fsspec.open(path, "rb").open()
+    else:
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    ending = os.path.splitext(path)[1]
+    if ending not in COMPRESSED:
         return file
+    content = _decompressed(file, ending)
     if not seekable:
-        return io.BufferedReader(file)  # gives lines, which not every decompressor does
-    with file:
-        return io.BytesIO(file.read())
+        return content
+    with content:
+        return io.BytesIO(content.read())
+
+
+def _decompressed(file: Any, ending: str) -> Any:
+    if ending == ".zst":
+        import pyarrow
+
+        # Not `zstandard`, nor fsspec, which uses it: its reader takes a file that is cut off, or the first of several
+        # frames, for the whole.
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    opened: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return opened[ending](file, "rb")
 
 
 def first_line(error: Exception) -> str:
