@@ -141,7 +141,7 @@ class Data:
 
     @property
     def mixed(self) -> dict[str, Source]:
-        """The sources by name, with every field filled in; a single one is named after its kind."""
+        """The sources in the order of their names, with every field filled in; a single one is named after its kind."""
         given = self.sources or {self.source.partition(":")[0]: Source(self.source)}
         return {
             name: dataclasses.replace(
@@ -150,7 +150,7 @@ class Data:
                 split=one.split or self.split,
                 token_dtype=one.token_dtype or self.token_dtype,
             )
-            for name, one in given.items()
+            for name, one in sorted(given.items())
         }
 
     @property

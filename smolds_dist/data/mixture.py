@@ -117,10 +117,12 @@ def first_part(schedule: Schedule, samples: int) -> Schedule:
 
 def in_words(schedule: Schedule, global_batch: int) -> str:
     """`Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
-    return ", then ".join(
-        f"{' + '.join(f'{100 * share:.4g}% {name}' for name, share in shares.items())} until step {end // global_batch}"
-        for end, shares in schedule
-    )
+
+    def parts(shares: dict[str, float]) -> str:
+        largest_first = sorted(shares.items(), key=lambda part: -part[1])
+        return " + ".join(f"{100 * share:.4g}% {name}" for name, share in largest_first)
+
+    return ", then ".join(f"{parts(shares)} until step {end // global_batch}" for end, shares in schedule)
 
 
 def exact_shares(weights: dict[str, float]) -> dict[str, Fraction]:

@@ -14,7 +14,6 @@ import numpy as np
 
 from smolds_dist.config import RunConfig, load_config
 from smolds_dist.data.batch import Sample, TrainingData, batch_digest
-from smolds_dist.data.order import VERSION
 from smolds_dist.data.prepare import prepare_data, told_epochs
 from smolds_dist.data.rows import PLACES
 from smolds_dist.data.shards import SourceShards
@@ -165,7 +164,7 @@ def stats(args: list[str]) -> int:
         if options.json:
             print(json.dumps({"source": name} | told))
             continue
-        print(f"{name} ({config.data.mixed[name].source}, order {VERSION})")
+        print(f"{name} ({config.data.mixed[name].source})")
         print("\n".join(table_of(told, shards.meta.left_out)))
     if not options.json:
         print("the run takes", *told_epochs(config, found), sep="\n  ")
@@ -180,7 +179,8 @@ def facts_of(shards: SourceShards) -> dict[str, Any]:
     lengths = np.concatenate(
         [np.diff(t["start"].astype(np.int64), append=end) for t, end in zip(tables, ends, strict=True)]
     )
-    texts = np.concatenate([table["text"] for table in tables])
+    cut = len(tables[0]) > 0 and int(tables[0]["text"][-1]) in meta.moved  # then its end is in the other split
+    texts = np.concatenate([tables[0]["text"][: len(tables[0]) - cut], tables[1]["text"]])
     tokens = meta.train_tokens + meta.val_tokens
     powers, counts = np.unique(np.floor(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
     histogram = dict(zip(powers.tolist(), counts.tolist(), strict=True))
