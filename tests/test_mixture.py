@@ -170,7 +170,7 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
     code = (mixed / "code.jsonl").read_text()
     try:
         (mixed / "code.jsonl").write_text(code + json.dumps({"doc": {"content": "x " * 99}}) + "\n")
-        assert "the text of the source 'code' has changed since" in refused()
+        assert "the text of the source 'code' has changed since" in refused("--run.name=another")
     finally:
         (mixed / "code.jsonl").write_text(code)
 
@@ -408,4 +408,4 @@ def test_plan_tells_what_the_run_takes_of_each_source(mixed):
     planned = smolds("plan", "--hardware", "h100", "--nodes", "1", "--", *options_of(mixed, "--train.micro_batch=null"))
     assert planned.returncode == 0, planned.text
     assert "text: 70% web + 30% code until step 160, then 70% code + 30% web until step 200" in planned.stdout
-    assert "tokens: 31,744 of web, 19,456 of code" in planned.stdout
+    assert "tokens: 19,456 of code, 31,744 of web" in planned.stdout
