@@ -18,7 +18,7 @@ USAGE = """usage: smolds COMMAND [options]
   data       ask what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure: smolds bench train | loss | balance | scale | plan | generate | checkpoint | logging
+  bench      measure: smolds bench train | loss | balance | scale | plan | data | generate | checkpoint | logging
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT

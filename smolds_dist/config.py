@@ -153,14 +153,6 @@ class Data:
             for name, one in sorted(given.items())
         }
 
-    @property
-    def described(self) -> str:
-        """The sources in a few words, with their shares where there are several."""
-        if not self.sources:
-            return self.source
-        total = sum(one.weight for one in self.sources.values())
-        return ", ".join(f"{one.weight / total:.1%} {name} ({one.source})" for name, one in self.sources.items())
-
 
 @dataclass
 class Train:

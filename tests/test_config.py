@@ -66,6 +66,21 @@ MISTAKES = [
     ("--data.seq_len=100000", "max_position_embeddings"),
     ("--data.source=csv:x", "jsonl:GLOB"),
     ("--data.source=text:", "names nothing"),
+    ("--data.source=tokens:x.npy", "no tokenizer can be trained"),
+    ("--data.window_tokens=0", "at least 1"),
+    ("--data.sources={}", "at least one source"),
+    ("--data.sources=7", "give for each name a `source`"),
+    ("--data.sources={web: {sourc: stdlib}}", "give for each name a `source`"),
+    ("--data.sources={web: {source: stdlib, weight: -1}}", "0 or more"),
+    ("--data.sources={web: {source: stdlib, weight: 0}}", "at least one more than 0"),
+    ("--data.sources={web: {source: stdlib, max_epochs: 0}}", "more than 0"),
+    ("--data.sources={web: {source: 'csv:x'}}", "jsonl:GLOB"),
+    ("--data.sources={w/b: {source: stdlib}}", "digits"),
+    ("--data.stages=[{until: half}]", "`until`"),
+    ("--data.stages=[{until: 0.5}]", "`until: 1.0`"),
+    ("--data.stages=[{until: 0.5}, {until: 0.4}, {until: 1}]", "grow from stage to stage"),
+    ("--data.stages=[{until: 1, weights: {web: 1}}]", "there are stdlib"),
+    ("--data.stages=[{until: 1, weights: {stdlib: -1}}]", "0 or more"),
     ("--model.num_key_value_heads=4", "valid values: 1, 2, 3, 6"),
     ("--model.num_experts_per_tok=9", "lower it"),
     ("--model.head_dim=33", "use 34"),
@@ -85,8 +100,18 @@ def test_mistake_is_one_sentence_with_the_fix(option, fix):
         load_config([*preset, option])
     message = str(error.value)
     assert fix in message
-    assert option.split("=")[0].rstrip("z") in message
+    assert option.split("=")[0].rstrip("z").lstrip("-") in message
     assert "\n" not in message
+
+
+def test_one_source_and_several_contradict_each_other(tmp_path):
+    (tmp_path / "mix.yaml").write_text("data: {sources: {a: {source: 'text:a'}, b: {source: 'text:b', weight: 3}}}")
+    given = ["--config", str(tmp_path / "mix.yaml")]
+    assert {name: one.weight for name, one in load_config(given).data.mixed.items()} == {"a": 1.0, "b": 3.0}
+    assert load_config([*given, "--data.sources.b.weight=1"]).data.mixed["b"].weight == 1
+    with pytest.raises(ConfigError, match=r"--data.sources null"):
+        load_config([*given, "--data.source=text:c"])
+    assert list(load_config([*given, "--data.source=text:c", "--data.sources=null"]).data.mixed) == ["text"]
 
 
 def test_mistake_in_a_yaml_file_is_named(tmp_path):
@@ -132,9 +157,12 @@ def test_config_file_may_name_its_preset(tmp_path):
         load_config(["--config", str(file)])
 
 
-COMMANDS = "train launch slurm plan doctor report board export import generate eval".split()
+COMMANDS = ["data", *(f"data {name}" for name in ("show", "stats", "order"))]
+COMMANDS += "train launch slurm plan doctor report board export import generate eval".split()
 COMMANDS += [f"checkpoint {name}" for name in ("", "ls", "verify", "convert", "rm")]
-COMMANDS += [f"bench {name}" for name in ("", *"train loss balance scale plan generate checkpoint logging".split())]
+COMMANDS += [
+    f"bench {name}" for name in ("", *"train loss balance scale plan data generate checkpoint logging".split())
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)

@@ -123,7 +123,7 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys, kind):
     source = write_rows(tmp_path, kind, [None, "", *LINES, " \n\t", None])
     shards = prepare_shards(configure(tmp_path / "cache", f"--data.source={source}", "--data.val_fraction=0.2"))
     assert sorted(documents_of(shards)) == sorted(LINES)
-    assert f"{source}: 4 of 64 rows hold no text (null, empty or blank); left out.\n" in capsys.readouterr().out
+    assert f"{source}: 4 of 64 rows hold no text (null, empty or blank); left out.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
@@ -179,7 +179,7 @@ def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys)
         )
     ]
     assert (
-        "6 of 68 rows were left out (3 no JSON object, 1 no UTF-8, 1 no field, 1 type list)" in capsys.readouterr().out
+        "6 of 68 rows were left out (3 no JSON object, 1 no UTF-8, 1 no field, 1 type list)" in capsys.readouterr().err
     )
     (tmp_path / "good.jsonl").unlink()
     for number, why in enumerate(("no JSON", "no UTF-8 text", "no field 'text'.* to body", "type list", "no JSON"), 1):
@@ -243,7 +243,7 @@ def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys,
         prepare_shards(configure(tmp_path / "cache", source))
     skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
     tokens = prepare_shards(skipping).meta.train_tokens
-    assert re.search(f"{name} {what}.*; left out", capsys.readouterr().out)
+    assert re.search(f"{name} {what}.*; left out", capsys.readouterr().err)
     alone = configure(tmp_path / "cache", source.replace("*.", "0."))
     assert tokens >= 0.8 * prepare_shards(alone).meta.train_tokens
 
@@ -255,7 +255,7 @@ def test_damaged_shards_are_named_and_written_again(corpus, cache, capsys, name)
     whole = (shards.folder / name).read_bytes()
     (shards.folder / name).write_bytes(whole[:-3])
     again = prepare_shards(config)
-    assert f"{again.folder} is damaged: {name}" in capsys.readouterr().out
+    assert f"{again.folder} is damaged: {name}" in capsys.readouterr().err
     assert (again.folder / name).read_bytes() == whole
 
 

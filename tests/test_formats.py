@@ -163,7 +163,7 @@ def test_case_null_rows(tmp_path, capsys):
     written = [row["text"] for row in rows_of_case("null_rows.jsonl")]
     whole = [text for text in written if text and text.strip()]
     assert sorted(documents_of(prepare_shards(case(tmp_path, "null_rows.jsonl")))) == sorted(whole)
-    assert f"{len(written) - len(whole)} of {len(written)} rows hold no text" in capsys.readouterr().out
+    assert f"{len(written) - len(whole)} of {len(written)} rows hold no text" in capsys.readouterr().err
 
 
 def test_case_numbers(tmp_path):
@@ -206,7 +206,7 @@ def test_case_one_bad_row(tmp_path, capsys):
         prepare_shards(case(tmp_path, "one_bad_row.jsonl"))
     shards = prepare_shards(case(tmp_path, "one_bad_row.jsonl", "--data.on_bad_row=skip"))
     assert len(documents_of(shards)) == 120
-    assert "1 of 121 rows were left out (1 no JSON object)" in capsys.readouterr().out
+    assert "1 of 121 rows were left out (1 no JSON object)" in capsys.readouterr().err
     assert json.loads((shards.folder / "bad_rows.jsonl").read_text())["line"] == 61
 
 

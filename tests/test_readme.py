@@ -51,6 +51,8 @@ def shorter(cache):
         "smolds bench scale": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
         "smolds bench generate": " --preset debug --max-new-tokens=8 --rounds=1",
         "smolds bench plan": " --what memory published --sizes 1 --ranks 1 --zero 0 --steps 2",
+        "smolds bench data": " --rounds=1 --megabytes=1",
+        "smolds data": "",
         "smolds plan": "",
         "smolds bench checkpoint": " --preset debug --repeats=1",
         "smolds bench logging": " --preset debug --repeats=1",
@@ -73,6 +75,7 @@ def shorter(cache):
 def test_uses_run_as_written(shorter, corpus, tmp_path):
     (tmp_path / "corpus").symlink_to(corpus)
     (tmp_path / "prompts.txt").write_text("def add\nfor number in")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     write_task(tmp_path / "tasks", "quiz")
     done = set()
     for command in USES:
@@ -126,6 +129,11 @@ def assert_board_serves(command: str, cwd: Path, names: tuple[str, ...]) -> None
     finally:
         board.kill()
         board.wait()
+
+
+def test_mixture_of_the_page_is_the_example():
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    assert block and block[1] in (ROOT / "examples" / "mixture.yaml").read_text()
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed-tests").exists(), reason="no .venv; ./launch/test.sh makes it")

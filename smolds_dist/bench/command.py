@@ -11,6 +11,7 @@ def bench(args: list[str]) -> None:
     """
     from smolds_dist.bench.balance import bench_balance
     from smolds_dist.bench.checkpoint import bench_checkpoint
+    from smolds_dist.bench.data import bench_data
     from smolds_dist.bench.generate import bench_generate
     from smolds_dist.bench.logging import bench_logging
     from smolds_dist.bench.loss import bench_loss
@@ -21,7 +22,7 @@ def bench(args: list[str]) -> None:
     benches = {
         "train": bench_train, "loss": bench_loss, "balance": bench_balance, "scale": bench_scale,
         "checkpoint": bench_checkpoint, "logging": bench_logging, "generate": bench_generate,
-        "plan": bench_plan,
+        "plan": bench_plan, "data": bench_data,
     }  # fmt: skip
     name, *rest = args or [""]
     if name in ("-h", "--help"):

@@ -7,6 +7,7 @@ last byte is on disk.
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def written_once(folder: Path, write: Callable[[Path], None], find_damage: Calla
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"), _leftovers_removed(folder):
         if folder.is_dir() and (damage := find_damage(folder)):
-            print(f"{folder} is damaged: {damage}; it is written again", flush=True)
+            print(f"{folder} is damaged: {damage}; it is written again", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
         if not folder.is_dir():
             unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +44,7 @@ class Meta:
     text_bytes: int  # UTF-8 bytes of all text; 0 for a `tokens` source
     files: list[str]
     units: list[int]  # where each unit's training tokens start; a unit is a file, or small neighbouring ones
-    content: str  # digest of the training text, in its order
+    content: str  # digest of the training texts in their order, and of the units
     left_out: list[str]  # sentences about rows that are no documents
     moved: list[int]  # digests of texts whose end was moved to the held-out side, because else there was too little
 
@@ -149,62 +149,86 @@ def write_shards(
     look_ahead(source, files, data)
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     bar = ProgressBar(f"Tokenising {source.source}: token", shown=progress)
-    tally = Tally(say=lambda text: bar.write(text, sys.stdout), bad_rows=folder / "bad_rows.jsonl")
-    train, val = _Side(folder, "train", dtype), _Side(folder, "val", dtype)
-    units = _Units(files)
-    content, text_bytes, val_bytes, stop = hashlib.sha256(), 0, 0, False
+    tally = Tally(say=lambda text: bar.write(text, sys.stderr), bad_rows=folder / "bad_rows.jsonl")
+    split = _Split(folder, dtype, _Units(files), tokenizer)
+    also, stop = frozenset(held_out), False
     try:
         for batch in tokenize(documents(source, files, data, tally), tokenizer, data.allow_control_tokens):
             if limit:
-                batch, stop = _up_to(batch, limit - train.tokens - val.tokens)
-            outside = [is_held_out(one.text, data.val_fraction) or one.text in held_out for one in batch]
-            kept = [one for one, out in zip(batch, outside, strict=True) if not out]
-            aside = [one for one, out in zip(batch, outside, strict=True) if out]
-            units.see(kept, train.tokens)
-            train.add(kept)
-            val.add(aside)
-            content.update(b"".join(one.text.to_bytes(8, "big") for one in kept))
-            text_bytes += sum(one.length for one in batch)
-            val_bytes += sum(one.length or decoded_bytes(one, tokenizer) for one in aside)
-            bar.show(train.tokens + val.tokens)
+                batch, stop = _up_to(batch, limit - split.tokens)
+            split.add(batch, lambda text: is_held_out(text, data.val_fraction) or text in also)
+            bar.show(split.tokens)
             if stop:
                 break
     except WrongIdError as error:
         raise ConfigError(f"{files[error.file].path} {error}; give the tokenizer that made them.") from None
     finally:
-        train.close()
-        val.close()
+        split.close()
     left_out = tally.lines(source.source)
     for line in left_out:
-        bar.write(line, sys.stdout)
+        bar.write(line, sys.stderr)
     bar.close()
-
-    total = train.tokens + val.tokens
-    wanted = max(int(data.val_fraction * total), min(SMALLEST_VAL_TOKENS, total // 10))
-    train_tokens, val_tokens, moved = train.tokens, val.tokens, list[int]()
-    if val_tokens < wanted / 2:
-        # A few long documents may all fall on the training side: its last tokens become held-out text.
-        tail, moved = _move_tail(folder, dtype, wanted - val_tokens, val_tokens)
-        val_bytes += len(str(tokenizer.decode(tail, skip_special_tokens=True)).encode())
-        train_tokens, val_tokens = train_tokens - len(tail), val_tokens + len(tail)
-    frequency = np.bincount(np.fromfile(folder / "val.bin", dtype=dtype), minlength=len(tokenizer)) / max(val_tokens, 1)
-    frequency = frequency[frequency > 0]
-    meta = Meta(
-        dtype=dtype.name,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
-        train_texts=(folder / "train.docs").stat().st_size // DOCUMENT.itemsize,
-        val_texts=(folder / "val.docs").stat().st_size // DOCUMENT.itemsize,
-        val_bytes=val_bytes,
-        val_unigram_entropy=float(-(frequency * np.log(frequency)).sum()),
-        text_bytes=text_bytes,
-        files=[file.path for file in files],
-        units=[start for start in units.starts if start < train_tokens] or [0],
-        content=content.hexdigest(),
-        left_out=left_out,
-        moved=moved,
-    )
+    meta = split.finish(data.val_fraction, [file.path for file in files], left_out)
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
+
+
+class _Split:
+    """Both sides of a source while they are written."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, units: "_Units", tokenizer: PreTrainedTokenizerBase):
+        self._folder, self._dtype, self._units, self._tokenizer = folder, dtype, units, tokenizer
+        self._train, self._val = _Side(folder, "train", dtype), _Side(folder, "val", dtype)
+        self._content = hashlib.sha256()
+        self._text_bytes = self._val_bytes = 0
+
+    @property
+    def tokens(self) -> int:
+        return self._train.tokens + self._val.tokens
+
+    def add(self, documents: list[Tokenized], is_aside: Callable[[int], bool]) -> None:
+        """The next documents; those whose text's digest says so are held out."""
+        sides = [is_aside(one.text) for one in documents]
+        kept = [one for one, aside in zip(documents, sides, strict=True) if not aside]
+        held_out = [one for one, aside in zip(documents, sides, strict=True) if aside]
+        self._units.see(kept, self._train.tokens)
+        self._train.add(kept)
+        self._val.add(held_out)
+        self._content.update(b"".join(one.text.to_bytes(8, "big") for one in kept))
+        self._text_bytes += sum(one.length for one in documents)
+        self._val_bytes += sum(one.length or decoded_bytes(one, self._tokenizer) for one in held_out)
+
+    def close(self) -> None:
+        self._train.close()
+        self._val.close()
+
+    def finish(self, val_fraction: float, files: list[str], left_out: list[str]) -> Meta:
+        """What there is to say of the two, once enough is held out."""
+        wanted = max(int(val_fraction * self.tokens), min(SMALLEST_VAL_TOKENS, self.tokens // 10))
+        train_tokens, val_tokens, moved = self._train.tokens, self._val.tokens, list[int]()
+        if val_tokens < wanted / 2:
+            # A few long documents may all fall on the training side: its last tokens become held-out text.
+            tail, moved = _move_tail(self._folder, self._dtype, wanted - val_tokens, val_tokens)
+            self._val_bytes += len(str(self._tokenizer.decode(tail, skip_special_tokens=True)).encode())
+            train_tokens, val_tokens = train_tokens - len(tail), val_tokens + len(tail)
+        counts = np.bincount(np.fromfile(self._folder / "val.bin", dtype=self._dtype), minlength=len(self._tokenizer))
+        frequency = counts[counts > 0] / max(val_tokens, 1)
+        units = [start for start in self._units.starts if start < train_tokens] or [0]
+        self._content.update(json.dumps([units, train_tokens]).encode())
+        return Meta(
+            dtype=self._dtype.name,
+            train_tokens=train_tokens,
+            val_tokens=val_tokens,
+            train_texts=(self._folder / "train.docs").stat().st_size // DOCUMENT.itemsize,
+            val_texts=(self._folder / "val.docs").stat().st_size // DOCUMENT.itemsize,
+            val_bytes=self._val_bytes,
+            val_unigram_entropy=float(-(frequency * np.log(frequency)).sum()),
+            text_bytes=self._text_bytes,
+            files=files,
+            units=units,
+            content=self._content.hexdigest(),
+            left_out=left_out,
+            moved=moved,
+        )
 
 
 class _Units:

@@ -6,6 +6,7 @@ in training.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,7 +139,7 @@ def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
     from smolds_dist.data.tokens import decoded_bytes, tokenize
 
     for source in config.data.mixed.values():
-        tally = Tally(say=print)
+        tally = Tally(say=lambda text: print(text, file=sys.stderr))
         parts, count, num_bytes = [], 0, 0
         texts = documents(source, files_of(source), config.data, tally)
         for batch in tokenize(texts, tokenizer, config.data.allow_control_tokens):
@@ -150,7 +151,7 @@ def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
             if count >= limit:
                 break
         for line in tally.lines(source.source):
-            print(line)
+            print(line, file=sys.stderr)
         if count < 2:
             raise ConfigError(f"{source.source!r} has too little text to measure on; give more.")
         yield source.source, np.concatenate(parts), num_bytes

@@ -34,7 +34,13 @@ def data(args: list[str]) -> int:
     if args and args[0] in commands:
         return commands[args[0]](args[1:])
     if args and args[0] in ("-h", "--help"):
-        print(__doc__)
+        print(
+            "usage: smolds data {show,stats,order} [options]\n\n"
+            "  show   the texts of a step that a run has trained on, each with its file and row\n"
+            "  stats  files, documents, tokens, lengths, copies, and the epochs that a run would take\n"
+            "  order  where a run's samples begin, as JSON lines\n\n"
+            "example: smolds data show runs/first --step 100"
+        )
         return 0
     raise ConfigError(f"smolds data {' '.join(args[:1])!r} is no command; use show, stats or order.")
 

@@ -86,7 +86,8 @@ def data_row(job: Job, training: Training, first_sample: int) -> dict:
     end = first_sample + job.config.train.global_batch
     if training.texts is None:
         return {}
-    training.texts.see(range(first_sample, end))
+    with training.clock.phase("logging"):
+        training.texts.see(range(first_sample, end))
     epochs = {name: round(epochs, 6) for name, epochs in job.data.epochs(end).items()}
     return {"seen_texts": training.texts.seen, "unique_texts": training.texts.unique, "epochs": epochs}
 

@@ -1,0 +1,169 @@
+"""`smolds bench data`: tokenising against the tokenizer alone, the time of a batch, and the memory of the order.
+
+The same texts, which are the standard library's, are encoded by `tokenizers` from memory and made to shards from jsonl
+files, in turns. Batches come from three sources; the order's memory is that of a billion samples, whose tokens nobody has
+to have.
+"""
+
+import json
+import resource
+import shutil
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from smolds_dist.bench.common import check_at_least_one, keep
+from smolds_dist.bench.train import processor
+from smolds_dist.config import load_config
+from smolds_dist.errors import OptionParser
+
+PARTS = ("tokenise", "batch", "order")
+SEQUENCES, SEQ_LEN = 32, 1024
+BATCHES = 200
+
+
+def bench_data(args: list[str]) -> None:
+    """Measures, prints, and, with --json, writes all numbers.
+
+    Raises:
+        ConfigError: for options that are none.
+    """
+    parser = OptionParser(
+        prog="smolds bench data",
+        description=(__doc__ or "").partition("\n")[0],
+        example="smolds bench data --what tokenise",
+    )
+    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="all where not given")
+    parser.add_argument("--rounds", type=int, default=5, help="of tokenising, each way")
+    parser.add_argument("--megabytes", type=int, default=30, help="of text to tokenise")
+    options = parser.parse_args(args)
+    check_at_least_one(options, "rounds", "megabytes")
+    result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
+    folder = Path(tempfile.mkdtemp(prefix="bench-data-"))
+    try:
+        if "tokenise" in options.what:
+            result["tokenise"] = tokenise(folder, options.rounds, options.megabytes)
+        if "batch" in options.what:
+            result["batch"] = batch(folder)
+    finally:
+        shutil.rmtree(folder)
+    if "order" in options.what:
+        result["order"] = order()
+    keep(options, result)
+    for line in in_words(result):
+        print(line)
+
+
+def in_words(result: dict[str, Any]) -> list[str]:
+    """A line for each part."""
+    lines = []
+    if part := result.get("tokenise"):
+        lines.append(
+            f"reading, tokenising, writing: {part['smolds']:,.0f} tokens/s; tokenizers alone: {part['tokenizers']:,.0f}; "
+            f"{part['ratio']:.3f} of it"
+        )
+    if part := result.get("batch"):
+        lines.append(f"a batch of {SEQUENCES} x {SEQ_LEN:,} tokens from three sources: {1e3 * part['median_s']:.2f} ms")
+    if part := result.get("order"):
+        lines.append(
+            f"order of {part['samples']:,} samples: {part['peak_bytes'] / 1e6:.1f} MB, {1e3 * part['median_s']:.2f} ms for "
+            f"{SEQUENCES} of them"
+        )
+    return lines
+
+
+def stdlib_texts(megabytes: int) -> list[str]:
+    """The standard library's source, again and again, until there is enough."""
+    from smolds_dist.data.source import files_of
+    from smolds_dist.data.text import documents
+
+    data = load_config(["--preset", "debug", "-q"]).data
+    texts = [str(document.text) for document in documents(data.mixed["stdlib"], files_of(data.mixed["stdlib"]), data)]
+    size = sum(map(len, texts))
+    texts *= -(-megabytes * 10**6 // size)
+    cut = int(np.searchsorted(np.cumsum([len(text) for text in texts]), megabytes * 10**6))
+    return texts[: cut + 1]
+
+
+def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
+    """Tokens per second of the tokenizer alone and of all the way from files to shards; their ratio by medians."""
+    from smolds_dist.data.prepare import prepare_data
+    from smolds_dist.data.shards import write_shards
+    from smolds_dist.data.tokenizer import text_encoder
+
+    texts = stdlib_texts(megabytes)
+    (folder / "text").mkdir()
+    for number in range(8):
+        lines = (json.dumps({"text": text}) + "\n" for text in texts[number::8])
+        (folder / "text" / f"{number}.jsonl").write_text("".join(lines))
+    options = ["--preset", "debug", "-q", f"--data.cache_dir={folder}/cache"]
+    tokenizer = prepare_data(load_config([*options, "--data.max_tokens=100000"])).tokenizer
+    config = load_config([*options, f"--data.source=jsonl:{folder}/text"])
+    encoder, speeds = text_encoder(tokenizer), {"tokenizers": list[float](), "smolds": list[float]()}
+    for number in range(rounds + 1):
+        begin = time.perf_counter()
+        tokens = sum(
+            len(encoding)
+            for start in range(0, len(texts), 512)
+            for encoding in encoder.encode_batch_fast(texts[start : start + 512], add_special_tokens=False)
+        )
+        alone = tokens / (time.perf_counter() - begin)
+        (folder / f"shards{number}").mkdir()
+        begin = time.perf_counter()
+        write_shards(folder / f"shards{number}", config.data.mixed["jsonl"], config.data, tokenizer, None, [], False)
+        ours = tokens / (time.perf_counter() - begin)
+        if number:  # the first turn warms up
+            speeds["tokenizers"].append(alone)
+            speeds["smolds"].append(ours)
+    of = {name: median(values) for name, values in speeds.items()}
+    return of | {"ratio": of["smolds"] / of["tokenizers"], "tokens": tokens, "speeds": speeds}
+
+
+def batch(folder: Path) -> dict[str, Any]:
+    """Seconds of a batch from three sources, which the file cache holds."""
+    from smolds_dist.data.prepare import prepare_data
+
+    texts = stdlib_texts(30)
+    for number in range(3):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::3])
+        (folder / f"{number}.jsonl").write_text(rows)
+    sources = {f"s{n}": {"source": f"jsonl:{folder}/{n}.jsonl", "weight": (0.6, 0.3, 0.1)[n]} for n in range(3)}
+    data = prepare_data(
+        load_config([
+            "--preset", "debug", "-q", f"--data.cache_dir={folder}/cache", f"--data.sources={json.dumps(sources)}",
+            f"--data.seq_len={SEQ_LEN}", f"--train.global_batch={SEQUENCES}", f"--train.steps={BATCHES}",
+        ])
+    )  # fmt: skip
+    seconds = []
+    for number in range(BATCHES):
+        begin = time.perf_counter()
+        data.batch(range(number * SEQUENCES, (number + 1) * SEQUENCES))
+        seconds.append(time.perf_counter() - begin)
+    return {"median_s": median(seconds), "slowest_s": max(seconds)}
+
+
+def order() -> dict[str, Any]:
+    """Memory and time of the order of a billion samples of 1,024 tokens in files of 2^27 tokens."""
+    from smolds_dist.data.order import SourceOrder
+
+    samples = 10**9
+    units = list(range(0, samples * SEQ_LEN, 2**27))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    made = SourceOrder(units, samples * SEQ_LEN, SEQ_LEN, seed=0, window_tokens=2**28)
+    seconds = []
+    for number in range(100):
+        positions = np.arange(SEQUENCES) + number * (samples // 100)
+        begin = time.perf_counter()
+        made.pieces(positions)
+        seconds.append(time.perf_counter() - begin)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return {"samples": samples, "peak_bytes": max(peak, grown), "median_s": median(seconds)}
