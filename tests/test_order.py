@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from smolds_dist.data.mixture import Mixture, exact_shares, first_part
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, FirstOrder, SourceOrder, permuted
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, UNIT_BYTES, FirstOrder, SourceOrder, permuted, units_of
+
+
+def ranges(starts: list[int], tokens: int) -> list[tuple[int, int, int]]:
+    """Each part a unit of its own."""
+    return [(start, end - start, unit) for unit, (start, end) in enumerate(pairwise([*starts, tokens]))]
 
 
 def keys_of(number: int) -> np.ndarray:
@@ -36,13 +41,14 @@ def test_permutation_is_an_even_one():
 
 def test_order_stays_what_it_was():
     """Recorded when the order was made: a run goes on in it, on any machine, with any version of any library."""
-    order = SourceOrder([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100)
+    order = SourceOrder(ranges([0, 75, 100], 330), seq_len=10, seed=7, window_tokens=100)
     epochs, starts = order.starts(np.arange(70))
     assert epochs.tolist() == [0] * 33 + [1] * 33 + [2] * 4
     assert starts.tolist() == RECORDED
     assert order.pieces(np.array([0, 24])) == RECORDED_PIECES
-    large = SourceOrder([0], 10**13, seq_len=1000, seed=2**40, window_tokens=2**28)
+    large = SourceOrder([(0, 10**13, 0)], seq_len=1000, seed=2**40, window_tokens=2**28)
     assert large.starts(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1].tolist() == RECORDED_LARGE
+    assert units_of([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
     first = FirstOrder(320, seq_len=32, seed=0)
     assert [piece.start // 32 for (piece,) in first.pieces(np.arange(10))] == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
     assert FirstOrder(320, 32, 2**32).pieces(np.arange(10)) == first.pieces(np.arange(10))
@@ -57,8 +63,32 @@ RECORDED_PIECES = [[(20, 10)], [(70, 5), (100, 5)]]
 RECORDED_LARGE = [7561775650000, 9080268589000, 9011089762000, 7296580008000, 5647225277000]
 
 
+def test_small_files_travel_together_but_not_with_their_neighbours():
+    sizes = [2**14] * 1000 + [2**21, 5]
+    units = units_of(sizes)
+    assert units_of(sizes) == units and set(units) == set(range(max(units) + 1))
+    totals = np.bincount(units, weights=sizes)
+    assert (np.delete(totals, units[1000]) <= UNIT_BYTES).all() and len(totals) < 70
+    assert units.count(units[1000]) == 1  # the large one
+    members = [np.flatnonzero(np.array(units) == unit) for unit in range(max(units))]
+    assert all(np.ptp(files) > 300 for files in members if len(files) > 20)
+    # what is in a unit stays together, in every epoch
+    lengths = [(10 * n, 10, unit) for n, unit in enumerate(units)]
+    order = SourceOrder(lengths, seq_len=10, seed=0, window_tokens=2**20)
+    for epoch in range(2):
+        stream = [units[start // 10] for start in sorted_by_stream(order, epoch)]
+        assert len([1 for one, other in pairwise(stream) if one != other]) == max(units)
+
+
+def sorted_by_stream(order: SourceOrder, epoch: int) -> list[int]:
+    """Where the samples of an epoch are stored, in the order of its stream of tokens."""
+    positions = np.arange(order.num_samples) + epoch * order.num_samples
+    _, starts = order.starts(positions)
+    return [order.pieces(positions[at : at + 1])[0][0].start for at in np.argsort(starts)]
+
+
 def test_every_epoch_has_each_token_once_in_a_new_order():
-    order = SourceOrder([0, 700, 710, 2000], 3000, seq_len=10, seed=1, window_tokens=2**20)
+    order = SourceOrder(ranges([0, 700, 710, 2000], 3000), seq_len=10, seed=1, window_tokens=2**20)
     epochs = []
     for epoch in range(3):
         pieces = order.pieces(np.arange(300) + 300 * epoch)
@@ -67,12 +97,12 @@ def test_every_epoch_has_each_token_once_in_a_new_order():
         assert sorted(tokens) == list(range(3000))
         epochs.append(tokens)
     assert epochs[0] != epochs[1] != epochs[2]
-    other = SourceOrder([0, 700, 710, 2000], 3000, seq_len=10, seed=2, window_tokens=2**20)
+    other = SourceOrder(ranges([0, 700, 710, 2000], 3000), seq_len=10, seed=2, window_tokens=2**20)
     assert other.pieces(np.arange(300)) != order.pieces(np.arange(300))
 
 
 def test_sample_reads_on_in_the_next_unit():
-    order = SourceOrder([0, 5, 11], 30, seq_len=10, seed=0, window_tokens=100)
+    order = SourceOrder(ranges([0, 5, 11], 30), seq_len=10, seed=0, window_tokens=100)
     units = {0: range(0, 5), 5: range(5, 11), 11: range(11, 30)}
     for sample in order.pieces(np.arange(3)):
         for before, after in pairwise(sample):
@@ -83,7 +113,7 @@ def test_sample_reads_on_in_the_next_unit():
 def test_windows_double_in_the_first_epoch_and_are_whole_later():
     tokens, window = 40 * FIRST_WINDOW, 8 * FIRST_WINDOW
     units = list(range(0, tokens, FIRST_WINDOW // 4))
-    order = SourceOrder(units, tokens, seq_len=1024, seed=0, window_tokens=window)
+    order = SourceOrder(ranges(units, tokens), seq_len=1024, seed=0, window_tokens=window)
     samples = FIRST_WINDOW // 1024
     for epoch, ends in ((0, [1, 3, 7, 15, 23, 31, 39, 40]), (1, [8, 16, 24, 32, 40])):
         _, starts = order.starts(np.arange(40 * samples) + epoch * 40 * samples)
@@ -97,11 +127,11 @@ def test_windows_double_in_the_first_epoch_and_are_whole_later():
 
 def test_ten_billion_samples_take_no_more_memory_than_few():
     samples, seq_len = 10**10, 1024
-    units = list(range(0, samples * seq_len, 2**30))
+    files = ranges(list(range(0, samples * seq_len, 2**30)), samples * seq_len)
     chance = np.random.RandomState(0)
     places = np.unique(np.concatenate(([0, samples - 1], chance.randint(0, samples, 1_000_000))))
     tracemalloc.start()
-    order = SourceOrder(units, samples * seq_len, seq_len, seed=3, window_tokens=2**28)
+    order = SourceOrder(files, seq_len, seed=3, window_tokens=2**28)
     order.pieces(np.array([0, samples // 2, samples - 1]))
     assert tracemalloc.get_traced_memory()[1] < 50 * 10**6
     tracemalloc.stop()

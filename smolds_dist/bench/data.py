@@ -153,10 +153,10 @@ def order() -> dict[str, Any]:
     from smolds_dist.data.order import SourceOrder
 
     samples = 10**9
-    units = list(range(0, samples * SEQ_LEN, 2**27))
+    files = [(start, 2**27, number) for number, start in enumerate(range(0, samples * SEQ_LEN, 2**27))]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
-    made = SourceOrder(units, samples * SEQ_LEN, SEQ_LEN, seed=0, window_tokens=2**28)
+    made = SourceOrder(files, SEQ_LEN, seed=0, window_tokens=2**28)
     seconds = []
     for number in range(100):
         positions = np.arange(SEQUENCES) + number * (samples // 100)

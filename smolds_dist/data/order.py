@@ -1,10 +1,10 @@
 """Order: which tokens of one source its n-th sample has. A pure function of the source's shards, the sequence length and the
 seed.
 
-From version 2 on, every epoch runs through the source's units (a file, or small neighbouring files) in a new order. What
-they hold, one after the other, is cut into samples of `seq_len` tokens; these are shuffled within windows of consecutive
-units. The windows of the first epoch begin small and double, so that a corpus that is still being tokenised can be trained
-on; later ones have their full size, which holds a smaller corpus whole. Samples are not listed anywhere: a keyed permutation
+From version 2 on, every epoch runs through the source's units (a file, or several small ones) in a new order. What they
+hold, one after the other, is cut into samples of `seq_len` tokens; these are shuffled within windows of consecutive units.
+The windows of the first epoch begin small and double, so that a corpus that is still being tokenised can be trained on;
+later ones have their full size, which holds a smaller corpus whole. Samples are not listed anywhere: a keyed permutation
 says where each one is, so that memory does not depend on their number.
 
 Version 1, in which earlier versions of smolds trained, shuffles all samples of the source.
@@ -18,6 +18,7 @@ import numpy as np
 
 VERSION = 2  # of a new run's order; a run keeps its own
 FIRST_WINDOW = 2**22  # tokens
+UNIT_BYTES = 2**20  # small files travel together up to this size
 ROUNDS = 6
 
 
@@ -29,10 +30,10 @@ class Piece(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """One way through a source. Letters: U units, W windows."""
+    """One way through a source. Letters: R ranges, W windows."""
 
-    units: np.ndarray  # [U] the units in this epoch's order
-    bounds: np.ndarray  # [U + 1] where each begins in this epoch's stream of tokens, and the end
+    ranges: np.ndarray  # [R] the ranges in this epoch's order
+    bounds: np.ndarray  # [R + 1] where each begins in this epoch's stream of tokens, and the end
     windows: np.ndarray  # [W + 1] the first sample of each window, and the end
     keys: np.ndarray  # [W, ROUNDS] of the permutation in each window
 
@@ -41,31 +42,35 @@ class SourceOrder:
     """The order of version 2.
 
     Args:
-        unit_starts: where each unit begins in the source's training tokens.
-        tokens: how many those are; at least `seq_len`.
+        ranges: start and length of parts of the source's training tokens, and the unit of each; units are numbered from 0
+            and have one part at least.
         window_tokens: size of a full window.
     """
 
     version = 2
 
-    def __init__(self, unit_starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int):
-        self._starts = np.asarray(unit_starts, dtype=np.int64)
-        self._sizes = np.diff(self._starts, append=tokens)
+    def __init__(self, ranges: list[tuple[int, int, int]], seq_len: int, seed: int, window_tokens: int):
+        self._starts, self._lengths, units = np.asarray(ranges, dtype=np.int64).reshape(-1, 3).T
+        _, self._units = np.unique(units, return_inverse=True)  # some may have no training tokens
+        tokens = int(self._lengths.sum())
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self.num_samples = tokens // seq_len  # of an epoch
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> Epoch:
-        count = np.arange(len(self._sizes))
-        units = permuted(count, np.full(len(count), len(count)), _key(self._seed, epoch, "units")[None])
-        bounds = np.concatenate(([0], np.cumsum(self._sizes[units])))
+        count = int(self._units.max()) + 1
+        places = permuted(np.arange(count), np.full(count, count), _key(self._seed, epoch, "units")[None])
+        ranges = np.argsort(places[self._units], kind="stable")
+        bounds = np.concatenate(([0], np.cumsum(self._lengths[ranges])))
+        of_unit = self._units[ranges]
+        unit_ends = bounds[1:][np.append(of_unit[1:] != of_unit[:-1], True)]
         windows, begin, size = [0], 0, min(FIRST_WINDOW, self._window) if epoch == 0 else self._window
         while begin < bounds[-1]:
-            end = int(bounds[min(int(np.searchsorted(bounds, begin + size)), len(bounds) - 1)])
+            end = int(unit_ends[min(int(np.searchsorted(unit_ends, begin + size)), len(unit_ends) - 1)])
             windows.append(end // self._seq_len)
             begin, size = end, min(2 * size, self._window)
         keys = np.stack([_key(self._seed, epoch, f"window {number}") for number in range(len(windows) - 1)])
-        return Epoch(units, bounds, np.asarray(windows), keys)
+        return Epoch(ranges, bounds, np.asarray(windows), keys)
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
         """Where the tokens of the source's samples number `positions` [n] are, each `seq_len` in all."""
@@ -92,10 +97,26 @@ class SourceOrder:
         while start < end:
             last = min(end, int(epoch.bounds[at + 1]))
             if last > start:
-                stored = int(self._starts[epoch.units[at]]) + start - int(epoch.bounds[at])
+                stored = int(self._starts[epoch.ranges[at]]) + start - int(epoch.bounds[at])
                 pieces.append(Piece(stored, last - start))
             start, at = last, at + 1
         return pieces
+
+
+def units_of(sizes: list[int]) -> list[int]:
+    """The unit of each file of a source, whose sizes in bytes are given in the order of the names.
+
+    Small files travel together, up to `UNIT_BYTES`, but not with their neighbours: those are often alike, and the first
+    window should be like the whole. So files are taken in a fixed order that has nothing to do with their names.
+    """
+    order = np.argsort(permuted(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), _key(0, 0, "files")[None]))
+    units, unit, size = [0] * len(sizes), -1, UNIT_BYTES
+    for file in order.tolist():
+        if size + sizes[file] > UNIT_BYTES:
+            unit, size = unit + 1, 0
+        size += sizes[file]
+        units[file] = unit
+    return units
 
 
 class FirstOrder:

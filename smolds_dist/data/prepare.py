@@ -52,7 +52,7 @@ def prepare_data(
     orders: dict[str, SourceOrder | FirstOrder] = {
         name: FirstOrder(one.meta.train_tokens, seq_len, seed)
         if order == 1
-        else SourceOrder(one.meta.units, one.meta.train_tokens, seq_len, seed, window)
+        else SourceOrder(one.meta.ranges, seq_len, seed, window)
         for name, one in sources.items()
     }
     data = TrainingData(loaded, sources, orders, mixture, seq_len, limits)

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import Data, Source
+from smolds_dist.data.order import units_of
 from smolds_dist.data.source import File, files_of
 from smolds_dist.data.text import Tally, documents, look_ahead
 from smolds_dist.data.tokens import Tokenized, WrongIdError, decoded_bytes, is_held_out, tokenize
@@ -25,7 +26,6 @@ from smolds_dist.progress import ProgressBar
 
 FORMAT = 3  # part of every key: raise it when the layout or the meaning of a file changes
 SMALLEST_VAL_TOKENS = 16_384  # or a tenth of the source, whichever is less
-UNIT_BYTES = 2**20  # small neighbouring files travel together up to this size
 # A row of a table of documents: where its tokens start, its file and number there, digests of its text and its beginning.
 DOCUMENT = np.dtype([("start", "<u8"), ("file", "<u4"), ("number", "<u4"), ("text", "<u8"), ("beginning", "<u8")])
 
@@ -43,8 +43,10 @@ class Meta:
     val_unigram_entropy: float  # nats per token: the loss of the best model that ignores context
     text_bytes: int  # UTF-8 bytes of all text; 0 for a `tokens` source
     files: list[str]
-    units: list[int]  # where each unit's training tokens start; a unit is a file, or small neighbouring ones
-    content: str  # digest of the training texts in their order, and of the units
+    ranges: list[
+        tuple[int, int, int]
+    ]  # start and length of each file's training tokens, and its unit (`data.order.units_of`)
+    content: str  # digest of the training texts in their order, and of the ranges
     left_out: list[str]  # sentences about rows that are no documents
     moved: list[int]  # digests of texts whose end was moved to the held-out side, because else there was too little
 
@@ -109,6 +111,7 @@ class _Side:
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
         self.tokens = 0
+        self.file_starts: dict[int, int] = {}
         self._dtype = dtype
         self._tokens = (folder / f"{name}.bin").open("wb")
         self._documents = (folder / f"{name}.docs").open("wb")
@@ -117,6 +120,7 @@ class _Side:
         rows = np.empty(len(documents), DOCUMENT)
         for at, document in enumerate(documents):
             rows[at] = (self.tokens, document.file, document.number, document.text, document.beginning)
+            self.file_starts.setdefault(document.file, self.tokens)
             self.tokens += len(document.ids) // 4
         self._documents.write(rows.tobytes())
         ids = np.frombuffer(b"".join(document.ids for document in documents), dtype="<u4")
@@ -150,7 +154,7 @@ def write_shards(
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     bar = ProgressBar(f"Tokenising {source.source}: token", shown=progress)
     tally = Tally(say=lambda text: bar.write(text, sys.stderr), bad_rows=folder / "bad_rows.jsonl")
-    split = _Split(folder, dtype, _Units(files), tokenizer)
+    split = _Split(folder, dtype, tokenizer)
     also, stop = frozenset(held_out), False
     try:
         for batch in tokenize(documents(source, files, data, tally), tokenizer, data.allow_control_tokens):
@@ -168,15 +172,15 @@ def write_shards(
     for line in left_out:
         bar.write(line, sys.stderr)
     bar.close()
-    meta = split.finish(data.val_fraction, [file.path for file in files], left_out)
+    meta = split.finish(data.val_fraction, files, left_out)
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
 
 
 class _Split:
     """Both sides of a source while they are written."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, units: "_Units", tokenizer: PreTrainedTokenizerBase):
-        self._folder, self._dtype, self._units, self._tokenizer = folder, dtype, units, tokenizer
+    def __init__(self, folder: Path, dtype: np.dtype, tokenizer: PreTrainedTokenizerBase):
+        self._folder, self._dtype, self._tokenizer = folder, dtype, tokenizer
         self._train, self._val = _Side(folder, "train", dtype), _Side(folder, "val", dtype)
         self._content = hashlib.sha256()
         self._text_bytes = self._val_bytes = 0
@@ -190,7 +194,6 @@ class _Split:
         sides = [is_aside(one.text) for one in documents]
         kept = [one for one, aside in zip(documents, sides, strict=True) if not aside]
         held_out = [one for one, aside in zip(documents, sides, strict=True) if aside]
-        self._units.see(kept, self._train.tokens)
         self._train.add(kept)
         self._val.add(held_out)
         self._content.update(b"".join(one.text.to_bytes(8, "big") for one in kept))
@@ -201,7 +204,7 @@ class _Split:
         self._train.close()
         self._val.close()
 
-    def finish(self, val_fraction: float, files: list[str], left_out: list[str]) -> Meta:
+    def finish(self, val_fraction: float, files: list[File], left_out: list[str]) -> Meta:
         """What there is to say of the two, once enough is held out."""
         wanted = max(int(val_fraction * self.tokens), min(SMALLEST_VAL_TOKENS, self.tokens // 10))
         train_tokens, val_tokens, moved = self._train.tokens, self._val.tokens, list[int]()
@@ -212,8 +215,11 @@ class _Split:
             train_tokens, val_tokens = train_tokens - len(tail), val_tokens + len(tail)
         counts = np.bincount(np.fromfile(self._folder / "val.bin", dtype=self._dtype), minlength=len(self._tokenizer))
         frequency = counts[counts > 0] / max(val_tokens, 1)
-        units = [start for start in self._units.starts if start < train_tokens] or [0]
-        self._content.update(json.dumps([units, train_tokens]).encode())
+        starts = {file: start for file, start in self._train.file_starts.items() if start < train_tokens}
+        lengths = np.diff([*starts.values(), train_tokens]).tolist()
+        units = units_of([file.size for file in files])
+        ranges = [(start, length, units[file]) for (file, start), length in zip(starts.items(), lengths, strict=True)]
+        self._content.update(json.dumps(ranges).encode())
         return Meta(
             dtype=self._dtype.name,
             train_tokens=train_tokens,
@@ -223,34 +229,12 @@ class _Split:
             val_bytes=self._val_bytes,
             val_unigram_entropy=float(-(frequency * np.log(frequency)).sum()),
             text_bytes=self._text_bytes,
-            files=files,
-            units=units,
+            files=[file.path for file in files],
+            ranges=ranges,
             content=self._content.hexdigest(),
             left_out=left_out,
             moved=moved,
         )
-
-
-class _Units:
-    """Where units of files begin in the training tokens: a new one with each file, but small neighbours stay together."""
-
-    def __init__(self, files: list[File]):
-        self._unit_of, unit, size = [], -1, UNIT_BYTES
-        for file in files:
-            if size + file.size > UNIT_BYTES:
-                unit, size = unit + 1, 0
-            size += file.size
-            self._unit_of.append(unit)
-        self._last = -1
-        self.starts: list[int] = []
-
-    def see(self, documents: list[Tokenized], start: int) -> None:
-        """Told of training documents in their order; `start` is where the first one's tokens go."""
-        for document in documents:
-            if self._unit_of[document.file] != self._last:
-                self._last = self._unit_of[document.file]
-                self.starts.append(start)
-            start += len(document.ids) // 4
 
 
 def _up_to(batch: list[Tokenized], limit: int) -> tuple[list[Tokenized], bool]:
