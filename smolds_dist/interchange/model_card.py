@@ -80,7 +80,7 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
     ]
     if any("load" in row for row in rows):
         parts += [
-            f"![Loss, balance and samples]({PICTURE})",
+            f"![Loss, balance and distinct texts]({PICTURE})",
             "## Expert balance",
             "Share of the routed tokens per expert, last 20 steps:",
             f"```\n{load_table(rows)}\n```",
