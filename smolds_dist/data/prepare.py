@@ -91,9 +91,10 @@ def _tokenizer_folder(config: RunConfig, cache: Path) -> Path | None:
         if progress:
             what = ", ".join(one.source for one in data.mixed.values())
             print(f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", flush=True)
-        texts = [
-            (str(document.text) for document in documents(one, files_of(one), data)) for one in data.mixed.values()
-        ]
+        texts = {
+            one.source: (str(document.text) for document in documents(one, files_of(one), data))
+            for one in data.mixed.values()
+        }
         train_tokenizer(texts, data.tokenizer_vocab_size, folder)
 
     key = key_of(TOKENIZER_FORMAT, [fingerprint(one, data) for one in data.mixed.values()], data.tokenizer_vocab_size)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -74,11 +74,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def train_tokenizer(sources: Sequence[Iterable[str]], vocab_size: int, folder: Path) -> None:
+def train_tokenizer(sources: Mapping[str, Iterable[str]], vocab_size: int, folder: Path) -> None:
     """Trains a byte-level BPE and saves it to `folder` in Hugging Face format.
 
     Args:
-        sources: texts; the first 32 million characters are used, as many of each source where there are several.
+        sources: texts by what they are called; the first 32 million characters are used, as many of each source.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,17 +90,18 @@ def train_tokenizer(sources: Sequence[Iterable[str]], vocab_size: int, folder: P
         max_token_length=LONGEST_TOKEN,
         show_progress=False,
     )
-    texts = chain.from_iterable(_first_characters(texts, TRAINING_CHARACTERS // len(sources)) for texts in sources)
+    share = TRAINING_CHARACTERS // len(sources)
+    texts = chain.from_iterable(_first_characters(name, texts, share) for name, texts in sources.items())
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     save_tokenizer(fast, folder)
 
 
-def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+def _first_characters(name: str, documents: Iterable[str], limit: int) -> Iterator[str]:
     documents = iter(documents)
     first = next(documents, None)
     if first is None:
-        raise ConfigError("the corpus holds no text; check --data.source and --data.text_field.")
+        raise ConfigError(f"{name} holds no text; check its files and --data.text_field.")
     for text in chain([first], documents):
         yield text[:limit]
         limit -= len(text)
