@@ -92,8 +92,8 @@ def _tokenizer_folder(config: RunConfig, cache: Path) -> Path | None:
             what = ", ".join(one.source for one in data.mixed.values())
             print(f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", flush=True)
         texts = {
-            one.source: (str(document.text) for document in documents(one, files_of(one), data))
-            for one in data.mixed.values()
+            name: (str(document.text) for document in documents(one, files_of(one), data))
+            for name, one in data.mixed.items()
         }
         train_tokenizer(texts, data.tokenizer_vocab_size, folder)
 

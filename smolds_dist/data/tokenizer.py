@@ -78,7 +78,7 @@ def train_tokenizer(sources: Mapping[str, Iterable[str]], vocab_size: int, folde
     """Trains a byte-level BPE and saves it to `folder` in Hugging Face format.
 
     Args:
-        sources: texts by what they are called; the first 32 million characters are used, as many of each source.
+        sources: texts by name; the first 32 million characters are used, as many of each source.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -101,7 +101,7 @@ def _first_characters(name: str, documents: Iterable[str], limit: int) -> Iterat
     documents = iter(documents)
     first = next(documents, None)
     if first is None:
-        raise ConfigError(f"{name} holds no text; check its files and --data.text_field.")
+        raise ConfigError(f"the source {name!r} holds no text; check its files and --data.text_field.")
     for text in chain([first], documents):
         yield text[:limit]
         limit -= len(text)
