@@ -129,6 +129,8 @@ class Data:
     """Tokens of a sequence."""
     max_tokens: int | None = None
     """Stop reading a source there; an hf source stops after what the run needs."""
+    document_mask: bool = False
+    """Attention stays within each document, positions begin anew there, and no document's first token is predicted."""
     val_fraction: float = 0.005
     """Share of the documents held out."""
     window_tokens: int = 2**28
@@ -241,6 +243,8 @@ class Log:
     sample_every: int = 500
     """Steps; 0: only at the end."""
     sample_prompts: list[str] = field(default_factory=lambda: ["The "])
+    final_prompts: list[str] = field(default_factory=list)
+    """Sampled too at the end of the run."""
     sample_tokens: int = 64
     tensorboard: bool = True
     every: float = 15.0

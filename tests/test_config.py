@@ -14,7 +14,8 @@ from smolds_dist.model import DeepSeekV3Config
 
 
 def test_presets_load_and_build_model_configurations():
-    assert {"debug", "smollm2-deepseek-255m", "smollm2-deepseek-255m-mla", "moe-1b-a200m", "moe-7b-a1b"} <= set(
+    reference = "smollm2-deepseek-255m"
+    assert {"debug", reference, f"{reference}-local", f"{reference}-mla", "moe-1b-a200m", "moe-7b-a1b"} <= set(
         preset_names()
     )
     for name in preset_names():

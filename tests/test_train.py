@@ -75,6 +75,14 @@ def test_run_folder_is_complete(finished, small_run, capsys):
     ]  # fmt: skip
 
 
+def test_final_prompts_are_sampled_once(small_run, tmp_path):
+    train(
+        load_config([*small_run, "--run.name=one", '--log.sample_prompts=["def "]', '--log.final_prompts=["while "]'])
+    )
+    samples = read_rows(tmp_path / "runs" / "one" / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in samples] == [(3, "def "), (6, "def "), (6, "while ")]
+
+
 def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, small_run):
     _, evaluation = rows_of(finished)
     model = AutoModelForCausalLM.from_pretrained(finished / "export")

@@ -87,6 +87,19 @@ class TrainingData:
         }
 
 
+def by_document(ids: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
+    """Positions and labels [B, S] that keep documents apart, as transformers' models take them.
+
+    Positions begin anew after each end-of-text token. A document's first token is no label (-100): what comes before it
+    tells nothing of it.
+    """
+    places_S = torch.arange(ids.shape[1])
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, :-1] == end_of_text
+    first = torch.where(begins, places_S, 0).cummax(1).values
+    return places_S - first, ids.masked_fill(begins, -100)
+
+
 def batch_digest(ids: Tensor, indices: range) -> int:
     """32 bits of the sequences [n, seq_len] at those places of the run; those of a batch's parts add up, modulo 2^32."""
     rows = ids.numpy().astype("<u4")

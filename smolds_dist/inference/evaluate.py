@@ -1,7 +1,7 @@
 """`smolds eval MODEL`: perplexity and bits per byte on a run's held-out text, or on any source; or lm-evaluation-harness.
 
-Every token but the first of a sequence is predicted from those before it in the sequence; documents follow one another, as
-in training.
+Every token but the first of a sequence is predicted from those before it in the sequence; documents follow one another or
+are kept apart, as in training (`data.document_mask`).
 """
 
 import json
@@ -63,7 +63,10 @@ def evaluate_model(args: list[str]) -> None:
     results = []
     for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
         begin = time.perf_counter()
-        loss, counted = mean_loss(model, ids[: options.max_tokens], config.data.seq_len, options.batch_size)
+        end_of_text = tokenizer.eos_token_id if config.data.document_mask else None
+        loss, counted = mean_loss(
+            model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
+        )
         result = {
             "text": f"{source}{', held out' if held_out else ''}",
             "tokens": counted,
@@ -157,17 +160,29 @@ def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
         yield source.source, np.concatenate(parts), num_bytes
 
 
-def mean_loss(model: Any, ids: Any, length: int, batch: int) -> tuple[float, int]:
-    """Mean loss in nats over all predicted tokens of `ids`, and their number; a last, shorter sequence included."""
+def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | None = None) -> tuple[float, int]:
+    """Mean loss in nats over all predicted tokens of `ids`, and their number; a last, shorter sequence included.
+
+    Args:
+        end_of_text: the token after which another document begins, where they are kept apart.
+    """
     import numpy as np
     import torch
 
+    from smolds_dist.data.batch import by_document
+
     total, counted = 0.0, 0
     for sequences in _batches(np.asarray(ids, dtype=np.int64), length, batch):
-        tokens = torch.from_numpy(sequences).to(next(model.parameters()).device)
+        tokens = labels = torch.from_numpy(sequences)
+        positions: dict[str, Any] = {}
+        device = next(model.parameters()).device
+        if end_of_text is not None:
+            apart, labels = by_document(tokens, end_of_text)
+            positions["position_ids"] = apart.to(device)
         with torch.no_grad():
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
-        predicted = tokens[:, 1:].numel()
+            inputs = {"input_ids": tokens.to(device), "labels": labels.to(device)} | positions
+            loss = model(**inputs, use_cache=False).loss.item()
+        predicted = int((labels[:, 1:] >= 0).sum())
         total, counted = total + loss * predicted, counted + predicted
     return total / counted, counted
 

@@ -8,10 +8,10 @@ import math
 import torch
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data.batch import TrainingData, evaluation_batch
+from smolds_dist.data.batch import TrainingData, by_document, evaluation_batch
 from smolds_dist.data.shards import SourceShards
 from smolds_dist.parallel.balancer import max_violation, moe_layers
-from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.engine import Engine, model_inputs
 from smolds_dist.parallel.topology import Topology
 
 
@@ -30,7 +30,8 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
     counts_LE = torch.zeros(())
     for name, weight in data.val_weights.items():
         shards = data.sources[name]
-        loss, of_source_LE = evaluate_source(config, topology, engine, shards)
+        end_of_text = data.tokenizer.eos_token_id if config.data.document_mask else None
+        loss, of_source_LE = evaluate_source(config, topology, engine, shards, end_of_text)
         bits = loss / math.log(2) / (shards.meta.val_bytes / shards.meta.val_tokens)
         result["val_loss"] += weight * loss
         result["val_bits_per_byte"] += weight * bits
@@ -42,9 +43,13 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
 
 @torch.no_grad()
 def evaluate_source(
-    config: RunConfig, topology: Topology, engine: Engine, shards: SourceShards
+    config: RunConfig, topology: Topology, engine: Engine, shards: SourceShards, end_of_text: int | None
 ) -> tuple[float, torch.Tensor]:
-    """Mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective."""
+    """Mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective.
+
+    Args:
+        end_of_text: the token after which another document begins, where they are kept apart.
+    """
     seq_len = config.data.seq_len
     num_sequences = min(config.train.eval_sequences, len(shards.val) // seq_len)
     at_once = topology.world_size * topology.micro_batch
@@ -55,9 +60,13 @@ def evaluate_source(
     for start in range(0, num_sequences, at_once):
         first = start + topology.rank * topology.micro_batch
         ids, labels = evaluation_batch(shards.val, seq_len, range(first, first + topology.micro_batch), num_sequences)
+        positions = None
+        if end_of_text is not None:
+            positions, apart = by_document(ids, end_of_text)
+            labels = labels.masked_fill(apart < 0, -100)
         for layer in layers:
             layer.tokens_per_expert.zero_()
-        loss = engine.model(input_ids=ids.to(engine.device), labels=labels.to(engine.device), use_cache=False).loss
+        loss = engine.model(**model_inputs(engine.device, ids, labels, positions, None)).loss
         num_labels = (labels[:, 1:] >= 0).sum()
         total += torch.stack((loss.cpu() * num_labels, num_labels))
         if start + at_once <= num_sequences or not counts_LE.any():  # the last batch may be filled up

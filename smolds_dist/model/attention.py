@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smolds_dist.model import device
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import ATTENTION_BLOCK, causal_attention
+from smolds_dist.model.kernels import ATTENTION_BLOCK, Documents, causal_attention
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import apply_rotary
 
@@ -62,17 +62,18 @@ class DeepSeekV3Attention(nn.Module):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         output_attentions: bool = False,
+        documents: Documents | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Output [B, S, H], and the weights [B, N, S, S'] where `output_attentions` asks for them or the implementation is
-        eager; the others never hold them."""
+        eager; the others never hold them. `documents` stands for a mask on the fast path, and is given for no other."""
         project = self._latent_qkv if self.latent else self._grouped_query_qkv
         query, key, value = project(x_BSH, *rotary, cache)
         weights = None
         if output_attentions or self.config._attn_implementation == "eager":
             out, weights = eager_attention(query, key, value, attention_mask, self.scaling)
         elif self._has_fast_path(query, key, attention_mask):
-            out = causal_attention(query, key, value, self.scaling).transpose(1, 2)
+            out = causal_attention(query, key, value, self.scaling, documents).transpose(1, 2)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
             out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)

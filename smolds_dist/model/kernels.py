@@ -201,36 +201,70 @@ def _softmax_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits.sub_(log_norm).exp_(), losses
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+class Documents:
+    """Where the documents of packed sequences begin, as `causal_attention` wants it.
+
+    Letters: B batch, S sequence, C queries of a block, Z keys that it meets.
+
+    Args:
+        position_ids: [B, S], each document's own, from 0.
+    """
+
+    def __init__(self, position_ids: Tensor):
+        places_S = torch.arange(position_ids.shape[1], device=position_ids.device)
+        self._first_BS = places_S - position_ids  # where each token's document begins
+        self._blocks: dict[torch.dtype, list[tuple[slice, slice, Tensor]]] = {}
+
+    def blocks(self, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
+        """Each block's queries, the keys that it meets, and what is added to its scores [B, C, Z]: 0, or -inf for a key of
+        another document or after the query. Made once for all layers."""
+        if dtype not in self._blocks:
+            self._blocks[dtype] = [self._block(queries, dtype) for queries in _blocks(self._first_BS.shape[1], dtype)]
+        return self._blocks[dtype]
+
+    def _block(self, queries: slice, dtype: torch.dtype) -> tuple[slice, slice, Tensor]:
+        first_BC = self._first_BS[:, queries]
+        keys = slice(int(first_BC.min()), queries.stop)
+        places_Z, places_C = (torch.arange(part.start, part.stop) for part in (keys, queries))
+        hidden_BCZ = (places_Z < first_BC[..., None]) | (places_Z > places_C[:, None])
+        return queries, keys, torch.zeros(hidden_BCZ.shape, dtype=dtype).masked_fill_(hidden_BCZ, -torch.inf)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents | None = None
+) -> Tensor:
     """softmax(query key^T scale + causal mask) value, on the CPU faster than PyTorch's fused kernel there.
 
-    Blocks of queries meet only keys up to their end; heads that share keys and values are rows of one product, so these are
-    never repeated. Shares are computed again in the backward pass, in which keys' and values' gradients add up in fp32.
+    Blocks of queries meet only keys up to their end, and none before the first of their documents; heads that share keys and
+    values are rows of one product, so these are never repeated. Shares are computed again in the backward pass, in which
+    keys' and values' gradients add up in fp32.
 
     Args:
         query: [B, N, S, D], fp32 or bf16.
         key: [B, G, S, D], G dividing N.
         value: [B, G, S, D'].
+        documents: attention stays within them; without, a sequence is one.
 
     Returns:
         [B, N, S, D']. Second derivatives are not supported.
     """
-    return _CausalAttention.apply(query, key, value, scale)
+    return _CausalAttention.apply(query, key, value, scale, documents)
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Inside: X = B x G groups, R = N / G heads of a group, C queries of a block."""
+    """Inside: X = B x G groups, R = N / G heads of a group, C queries of a block, Z keys that it meets."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents | None) -> Tensor:
         B, N, S, D = query.shape
         X, R = B * key.shape[1], N // key.shape[1]
         query_XRSD = (query * scale).reshape(X, R, S, D)
         key_XSD, value_XSD = key.reshape(X, S, D), value.reshape(X, S, -1)
         out_XRSD = query.new_empty(X, R, S, value.shape[-1])
-        for block in _blocks(S, query_XRSD.dtype):
-            share = _attention_shares(query_XRSD[:, :, block], key_XSD[:, : block.stop], block)
-            out_XRSD[:, :, block] = torch.bmm(share, value_XSD[:, : block.stop]).view(X, R, -1, value.shape[-1])
+        ctx.blocks = documents.blocks(query.dtype) if documents else _whole_blocks(S, query.dtype)
+        for block, keys, mask in ctx.blocks:
+            share = _attention_shares(query_XRSD[:, :, block], key_XSD[:, keys], mask)
+            out_XRSD[:, :, block] = torch.bmm(share, value_XSD[:, keys]).view(X, R, -1, value.shape[-1])
         ctx.save_for_backward(query_XRSD, key_XSD, value_XSD, out_XRSD)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
         return out_XRSD.view(B, N, S, -1)
@@ -238,15 +272,15 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         query_XRSD, key_XSD, value_XSD, out_XRSD = ctx.saved_tensors
-        X, _, S, D = query_XRSD.shape
+        X, D = len(query_XRSD), query_XRSD.shape[-1]
         grad_XRSD = grad.reshape(out_XRSD.shape)
         # Softmax's gradient is share * (grad - sum(share * grad)), and that sum is grad * out, summed over D'.
         inner_XRS = (grad_XRSD.float() * out_XRSD).sum(-1).to(grad.dtype)
         grad_query = torch.empty_like(query_XRSD)
         grad_key, grad_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key_XSD, value_XSD))
-        for block in _blocks(S, query_XRSD.dtype):
-            keys, seen = slice(0, block.stop), query_XRSD[:, :, block]
-            share = _attention_shares(seen, key_XSD[:, keys], block)
+        for block, keys, mask in ctx.blocks:
+            seen = query_XRSD[:, :, block]
+            share = _attention_shares(seen, key_XSD[:, keys], mask)
             grad_out = grad_XRSD[:, :, block].reshape(X, share.shape[1], -1)
             grad_value[:, keys] += torch.bmm(share.mT, grad_out)
             grad_share = torch.bmm(grad_out, value_XSD[:, keys].mT)
@@ -254,7 +288,7 @@ class _CausalAttention(torch.autograd.Function):
             grad_query[:, :, block] = torch.bmm(grad_scores, key_XSD[:, keys]).view(seen.shape)
             grad_key[:, keys] += torch.bmm(grad_scores.mT, seen.reshape(X, -1, D))
         gradients = (grad_query.mul_(ctx.scale), grad_key.to(grad.dtype), grad_value.to(grad.dtype))
-        return *(gradient.view(shape) for gradient, shape in zip(gradients, ctx.shapes, strict=True)), None
+        return *(gradient.view(shape) for gradient, shape in zip(gradients, ctx.shapes, strict=True)), None, None
 
 
 def _blocks(length: int, dtype: torch.dtype) -> list[slice]:
@@ -262,12 +296,20 @@ def _blocks(length: int, dtype: torch.dtype) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _attention_shares(query_XRCD: Tensor, key_XSD: Tensor, block: slice) -> Tensor:
-    """Softmax of a block's scores, [X, R x C, S] for the S keys up to the block's end."""
+def _whole_blocks(length: int, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor | None]]:
+    """As `Documents.blocks` of one document."""
+    return [(block, slice(0, block.stop), None) for block in _blocks(length, dtype)]
+
+
+def _attention_shares(query_XRCD: Tensor, key_XZD: Tensor, mask_BCZ: Tensor | None) -> Tensor:
+    """Softmax of a block's scores, [X, R x C, Z]. The last C keys are the block's own."""
     X, R, C, D = query_XRCD.shape
-    scores = torch.bmm(query_XRCD.reshape(X, R * C, D), key_XSD.mT)
+    scores = torch.bmm(query_XRCD.reshape(X, R * C, D), key_XZD.mT)
     # Adding is vectorised, filling by a mask is not.
-    scores.view(X, R, C, -1)[..., block.start :] += scores.new_full((C, C), -torch.inf).triu_(1)
+    if mask_BCZ is None:
+        scores.view(X, R, C, -1)[..., -C:] += scores.new_full((C, C), -torch.inf).triu_(1)
+    else:
+        scores.view(len(mask_BCZ), -1, *mask_BCZ.shape[1:]).add_(mask_BCZ[:, None])
     return torch.softmax(scores, dim=-1)
 
 

@@ -15,9 +15,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from smolds_dist.model import device
 from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import linear_cross_entropy
+from smolds_dist.model.kernels import ATTENTION_BLOCK, Documents, linear_cross_entropy
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
@@ -131,19 +132,39 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         cache = self._cache_for(cache, past_key_values, use_cache)
         # Only positions that somebody gives can tell of packed sequences. A GPU's host would wait to hear that ours do not.
         # By position, here and in the outputs, because the cache's keyword depends on transformers' version.
-        mask = create_causal_mask(self.config, x_BSH, attention_mask, cache, position_ids)
+        documents = mask = None
+        attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if position_ids is not None and attention_mask is None and cache is None and not attentions:
+            documents = self._documents(x_BSH, position_ids)
+        if documents is None:
+            mask = create_causal_mask(self.config, x_BSH, attention_mask, cache, position_ids)
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
         rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta)
-        attentions = kwargs.get("output_attentions", self.config.output_attentions)
         if attentions and self.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} has no attention weights; use 'eager'."
             )
         for block in self.layers:
-            x_BSH = block(x_BSH, rotary=rotary, attention_mask=mask, cache=cache, output_attentions=attentions)
+            x_BSH = block(
+                x_BSH,
+                rotary=rotary,
+                attention_mask=mask,
+                cache=cache,
+                output_attentions=attentions,
+                documents=documents,
+            )
         return MoeModelOutputWithPast(self.norm(x_BSH), cache)
+
+    def _documents(self, x_BSH: Tensor, position_ids: Tensor) -> Documents | None:
+        """The documents that positions tell of by beginning anew, where attention takes its fast path."""
+        fast = device.family(x_BSH) == "cpu" and x_BSH.dtype in ATTENTION_BLOCK and x_BSH.shape[1] > 1
+        if not fast or self.config._attn_implementation != "sdpa" or position_ids.shape != x_BSH.shape[:2]:
+            return None
+        begins = position_ids[:, 1:] == 0
+        whole = (position_ids[:, 0] == 0).all() and (begins | (position_ids.diff() == 1)).all()
+        return Documents(position_ids) if whole and begins.any() else None
 
 
 class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):

@@ -15,6 +15,7 @@ from smolds_dist.parallel.engine import (
     KindsOf,
     Update,
     allocate_state,
+    model_inputs,
     nan_unless_finite,
     optimizer_step_count,
     same_shape,
@@ -117,8 +118,10 @@ class DeepSpeedEngine:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return self.engine(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
+    def forward(
+        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+    ) -> Tensor:
+        return self.engine(**model_inputs(self.device, ids, labels, positions, num_labels)).loss
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * nan_unless_finite(loss))

@@ -27,14 +27,33 @@ class Update(NamedTuple):
     common: summed over ranks, the shares of a whole."""
 
 
+def model_inputs(
+    device: torch.device, ids: Tensor, labels: Tensor, positions: Tensor | None, num_labels: Tensor | None
+) -> dict[str, Any]:
+    """`Engine.forward`'s arguments as the model's."""
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "labels": labels.to(device), "use_cache": False}
+    if positions is not None:
+        inputs["position_ids"] = positions.to(device)
+    if num_labels is not None:
+        inputs["num_items_in_batch"] = num_labels.to(device)
+    return inputs
+
+
 class Engine(Protocol):
     """What the training loop needs of an engine."""
 
     model: nn.Module  # for evaluation, sampling and the balancer; on all ranks together
     device: torch.device
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss (fp32 scalar) of ids [B, S] on this rank's device; the graph is kept for `backward`."""
+    def forward(
+        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss (fp32 scalar) of ids [B, S] on this rank's device; the graph is kept for `backward`.
+
+        Args:
+            positions: [B, S], where they are not those in the sequence.
+            num_labels: what the sum of the losses is divided by, where it is not the number of labels here.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:

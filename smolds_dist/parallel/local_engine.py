@@ -10,6 +10,7 @@ from smolds_dist.parallel.engine import (
     KindsOf,
     Update,
     allocate_state,
+    model_inputs,
     nan_unless_finite,
     optimizer_step_count,
     same_shape,
@@ -53,8 +54,10 @@ class LocalEngine:
         else:
             master.grad += gradient
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return self.model(input_ids=ids.to(self.device), labels=labels.to(self.device), use_cache=False).loss
+    def forward(
+        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+    ) -> Tensor:
+        return self.model(**model_inputs(self.device, ids, labels, positions, num_labels)).loss
 
     def backward(self, loss: Tensor) -> None:
         (loss * nan_unless_finite(loss) / self.accumulation).backward()

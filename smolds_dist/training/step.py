@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data.batch import TrainingData, batch_digest
+from smolds_dist.data.batch import TrainingData, batch_digest, by_document
 from smolds_dist.observe.rows import is_kept, rounded
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -123,15 +123,42 @@ def accumulate_gradients(
     """
     first = first_sample + topology.rank * topology.per_rank
     total, digest = torch.zeros((), device=engine.device), 0
-    for micro_step in range(topology.accumulation):
-        start = first + micro_step * topology.micro_batch
-        indices = range(start, start + topology.micro_batch)
-        with clock.phase("data"):
+    with clock.phase("data"):
+        batches = []
+        for start in range(first, first + topology.per_rank, topology.micro_batch):
+            indices = range(start, start + topology.micro_batch)
             ids = data.batch(indices)
             digest += batch_digest(ids, indices)
+            batches.append(Packed(ids, ids))
+        if config.data.document_mask:
+            batches = documents_apart(batches, data, engine, topology)
+    for batch in batches:
         with clock.phase("forward"), balancer.counting(), routers.watching(clock.measured):
-            loss = engine.forward(ids, ids)
+            loss = engine.forward(*batch)
         with clock.phase("backward"):
             engine.backward(loss)
         total += loss.detach()
     return total / topology.accumulation, digest % 2**32
+
+
+class Packed(NamedTuple):
+    """What `Engine.forward` takes."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor | None = None
+    num_labels: torch.Tensor | None = None
+
+
+def documents_apart(batches: list[Packed], data: TrainingData, engine: Engine, topology: Topology) -> list[Packed]:
+    """The same with positions and labels by document. Collective.
+
+    Each loss is divided by the mean number of labels of a micro batch, over the step and all ranks: so their mean is that of
+    all labels, however they are spread.
+    """
+    apart = [by_document(batch.ids, data.tokenizer.eos_token_id) for batch in batches]
+    here = sum((labels[:, 1:] >= 0).sum() for _, labels in apart)
+    mean = engine.sum_over_ranks(torch.as_tensor(here, dtype=torch.float32)) / topology.world_size / len(apart)
+    return [
+        Packed(batch.ids, labels, positions, mean) for batch, (positions, labels) in zip(batches, apart, strict=True)
+    ]

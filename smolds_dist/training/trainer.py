@@ -130,7 +130,8 @@ def run_steps(job: Job, training: Training) -> int:
                 val_loss = evaluate_and_tell(job, training, step)
         if last or (config.log.sample_every and step % config.log.sample_every == 0):
             with clock.paused():
-                write_samples(config, training, job.data.tokenizer, step)
+                prompts = config.log.sample_prompts + (config.log.final_prompts if last else [])
+                write_samples(config, training, job.data.tokenizer, step, prompts)
         signal = None if last else job.stop.agreed(done.asked)
         if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
             ending = bool(signal) or last
@@ -205,12 +206,13 @@ def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
     return result["val_loss"]
 
 
-def write_samples(config: RunConfig, training: Training, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
-    """Samples every prompt on all ranks; rank 0 keeps and shows the texts."""
+def write_samples(
+    config: RunConfig, training: Training, tokenizer: PreTrainedTokenizerBase, step: int, prompts: list[str]
+) -> None:
+    """Samples every prompt on all ranks; rank 0 keeps the texts and shows the first."""
     seed = config.train.seed + step
     texts = {
-        prompt: sample(training.engine.model, tokenizer, prompt, config.log.sample_tokens, seed)
-        for prompt in config.log.sample_prompts
+        prompt: sample(training.engine.model, tokenizer, prompt, config.log.sample_tokens, seed) for prompt in prompts
     }
     if training.metrics is not None and texts:
         training.metrics.samples(step, texts)
