@@ -11,6 +11,7 @@ import torch
 from smolds_dist.checkpoint.resume import load_weights, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
 from smolds_dist.config import load_config
+from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.fragments import tensor_shapes
@@ -82,6 +83,7 @@ def train_case(
     routers, clock = RouterStatistics(engine.model), StepClock(engine)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
     shards = Shards()
+    ahead = BatchesAhead(shards, config.train.global_batch)
     losses, norms, totals, applied = [], [], [], []
     shares, entropies, histograms, seconds = [], [], [], []
     for step in range(progress.step + 1, steps + 1):
@@ -94,7 +96,7 @@ def train_case(
             engine.forward = lambda ids, labels, forward=forward, factor=factor: forward(ids, labels) * factor
         first_sample = (step - 1) * config.train.global_batch
         clock.begin(measured=True)
-        loss, _ = accumulate_gradients(config, topology, shards, first_sample, engine, balancer, routers, clock)
+        loss, _ = accumulate_gradients(topology, ahead, first_sample, engine, balancer, routers, clock)
         engine.forward = forward
         with clock.phase("optimizer"):
             norm, updated, squares = engine.step(learning_rate(step, config.train), by_part=True)

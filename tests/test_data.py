@@ -17,7 +17,8 @@ import torch
 from smolds_dist.config import load_config
 from smolds_dist.data import prepare as prepare_module
 from smolds_dist.data import shards as shards_module
-from smolds_dist.data.batch import evaluation_batch
+from smolds_dist.data.ahead import BatchesAhead
+from smolds_dist.data.batch import batch_digest, evaluation_batch
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.source import files_of
 from smolds_dist.data.text import Tally, documents
@@ -362,3 +363,37 @@ def test_evaluation_batch_fills_up_with_sequences_that_do_not_count():
     assert ids[:, 0].tolist() == [20, 30, 30, 30]
     assert torch.equal(labels[:2], ids[:2])
     assert (labels[2:] == -100).all()
+
+
+def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
+    data = prepare_data(configure(cache, f"--data.source=text:{corpus}/*.txt"))
+    assembled = []
+
+    class Watched:
+        def batch(self, indices: range) -> torch.Tensor:
+            assembled.append(indices)
+            return data.batch(indices)
+
+    ahead = BatchesAhead(Watched(), stride=8)
+    # a rank's half of each batch, one step after the other; then, after a rollback, elsewhere
+    for start in (4, 12, 20, 60, 68):
+        indices = range(start, start + 4)
+        ids, digest = ahead.take(indices)
+        assert torch.equal(ids, data.batch(indices)) and digest == batch_digest(ids, indices)
+    ahead.close()
+    starts = [indices.start for indices in assembled]
+    assert {4, 12, 20, 60, 68} <= set(starts) <= {4, 12, 20, 28, 60, 68, 76} and len(starts) == len(set(starts))
+
+
+def test_error_while_a_batch_is_assembled_ahead_is_raised():
+    class Failing:
+        def batch(self, indices: range) -> torch.Tensor:
+            if indices.start:
+                raise OSError("the disk is gone")
+            return torch.zeros(len(indices), 4, dtype=torch.int64)
+
+    ahead = BatchesAhead(Failing(), stride=2)
+    ahead.take(range(2))
+    with pytest.raises(OSError, match="the disk is gone"):
+        ahead.take(range(2, 4))
+    ahead.close()

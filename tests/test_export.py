@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
 from smolds_dist.checkpoint.resume import load_weights
 from smolds_dist.config import load_config
+from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
@@ -119,10 +120,11 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
         reader.read(name, "value", 0, bias)
         assert bias.any()
     expected = []
+    ahead = BatchesAhead(data, config.train.global_batch)
     for step in (1, 2):
         first = (step - 1) * config.train.global_batch
         routers, clock = RouterStatistics(engine.model), StepClock(engine)
-        loss, _ = accumulate_gradients(config, topology, data, first, engine, balancer, routers, clock)
+        loss, _ = accumulate_gradients(topology, ahead, first, engine, balancer, routers, clock)
         engine.step(learning_rate(step, config.train))
         balancer.step()
         expected.append(loss.item())

@@ -14,6 +14,7 @@ from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remov
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, check_contents, load_weights, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
 from smolds_dist.config import RunConfig, save_config
+from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.prepare import told_epochs
 from smolds_dist.data.tokenizer import save_tokenizer
@@ -68,11 +69,13 @@ class Training:
     texts: UniqueTexts | None  # on rank 0
     terminal: Terminal
     clock: StepClock
+    ahead: BatchesAhead
     profiler: Profiler
     peak: float  # FLOP/s of all ranks together, in matrix products
 
     def close(self) -> None:
         self.terminal.close()
+        self.ahead.close()
         self.profiler.close()
         self.checkpoints.wait()
         if self.metrics is not None:
@@ -178,6 +181,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         texts,
         terminal,
         StepClock(engine),
+        BatchesAhead(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
         Profiler(config, topology),
         peak,
     )

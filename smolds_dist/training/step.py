@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from smolds_dist.config import RunConfig
-from smolds_dist.data.batch import TrainingData, batch_digest, by_document
+from smolds_dist.data.ahead import BatchesAhead
+from smolds_dist.data.batch import by_document
 from smolds_dist.observe.rows import is_kept, rounded
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -38,8 +38,9 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     clock.begin(measured)
     lr = learning_rate(step, config.train)
     first_sample = training.progress.skipped_samples + (step - 1) * config.train.global_batch
+    end_of_text = job.data.tokenizer.eos_token_id if config.data.document_mask else None
     loss_part, digest = accumulate_gradients(
-        config, topology, job.data, first_sample, engine, training.balancer, training.routers, clock
+        topology, training.ahead, first_sample, engine, training.balancer, training.routers, clock, end_of_text
     )
     with clock.phase("optimizer"):
         update = engine.step(lr, by_part=measured)
@@ -104,41 +105,38 @@ def look_closely(job: Job, training: Training, step: int) -> dict:
 
 
 def accumulate_gradients(
-    config: RunConfig,
     topology: Topology,
-    data: TrainingData,
+    ahead: BatchesAhead,
     first_sample: int,
     engine: Engine,
     balancer: Balancer,
     routers: RouterStatistics,
     clock: StepClock,
+    end_of_text: int | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Forward and backward over this rank's part of a global batch.
 
     Args:
         first_sample: global index of the batch's first sample.
+        end_of_text: the token after which another document begins, where they are kept apart.
 
     Returns:
         The mean loss of this rank's part, and the digest of its tokens (`data.batch.batch_digest`).
     """
     first = first_sample + topology.rank * topology.per_rank
-    total, digest = torch.zeros((), device=engine.device), 0
+    total = torch.zeros((), device=engine.device)
     with clock.phase("data"):
-        batches = []
-        for start in range(first, first + topology.per_rank, topology.micro_batch):
-            indices = range(start, start + topology.micro_batch)
-            ids = data.batch(indices)
-            digest += batch_digest(ids, indices)
-            batches.append(Packed(ids, ids))
-        if config.data.document_mask:
-            batches = documents_apart(batches, data, engine, topology)
+        ids, digest = ahead.take(range(first, first + topology.per_rank))
+        batches = [Packed(part, part) for part in ids.split(topology.micro_batch)]
+        if end_of_text is not None:
+            batches = documents_apart(batches, end_of_text, engine, topology)
     for batch in batches:
         with clock.phase("forward"), balancer.counting(), routers.watching(clock.measured):
             loss = engine.forward(*batch)
         with clock.phase("backward"):
             engine.backward(loss)
         total += loss.detach()
-    return total / topology.accumulation, digest % 2**32
+    return total / topology.accumulation, digest
 
 
 class Packed(NamedTuple):
@@ -150,13 +148,13 @@ class Packed(NamedTuple):
     num_labels: torch.Tensor | None = None
 
 
-def documents_apart(batches: list[Packed], data: TrainingData, engine: Engine, topology: Topology) -> list[Packed]:
+def documents_apart(batches: list[Packed], end_of_text: int, engine: Engine, topology: Topology) -> list[Packed]:
     """The same with positions and labels by document. Collective.
 
     Each loss is divided by the mean number of labels of a micro batch, over the step and all ranks: so their mean is that of
     all labels, however they are spread.
     """
-    apart = [by_document(batch.ids, data.tokenizer.eos_token_id) for batch in batches]
+    apart = [by_document(batch.ids, end_of_text) for batch in batches]
     here = sum((labels[:, 1:] >= 0).sum() for _, labels in apart)
     mean = engine.sum_over_ranks(torch.as_tensor(here, dtype=torch.float32)) / topology.world_size / len(apart)
     return [

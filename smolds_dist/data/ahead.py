@@ -1,0 +1,45 @@
+"""Ahead: a rank's part of the next batch is assembled in a thread, while the model is busy with the one before."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from torch import Tensor
+
+from smolds_dist.data.batch import batch_digest
+
+
+class Batches(Protocol):
+    """What there must be to take batches from, such as `TrainingData`."""
+
+    def batch(self, indices: range) -> Tensor:
+        """Token ids [len(indices), seq_len] at those places of the run."""
+        ...
+
+
+class BatchesAhead:
+    """Batches in the order of the run.
+
+    Args:
+        stride: from a batch's first sample to that of the next one, which is the global batch.
+        pinned: into memory that a GPU copies from without the host's waiting.
+    """
+
+    def __init__(self, data: Batches, stride: int, pinned: bool = False):
+        self._data, self._stride, self._pinned = data, stride, pinned
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._next: tuple[range, Future] | None = None
+
+    def take(self, indices: range) -> tuple[Tensor, int]:
+        """Token ids [len(indices), seq_len] at those places of the run, and their digest; begins on the next ones."""
+        ahead, future = self._next or (None, None)
+        taken = future.result() if future and ahead == indices else self._assemble(indices)
+        following = range(indices.start + self._stride, indices.stop + self._stride)
+        self._next = following, self._pool.submit(self._assemble, following)
+        return taken
+
+    def _assemble(self, indices: range) -> tuple[Tensor, int]:
+        ids = self._data.batch(indices)
+        return (ids.pin_memory() if self._pinned else ids), batch_digest(ids, indices)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
