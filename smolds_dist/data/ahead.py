@@ -27,15 +27,23 @@ class BatchesAhead:
     def __init__(self, data: Batches, stride: int, pinned: bool = False):
         self._data, self._stride, self._pinned = data, stride, pinned
         self._pool = ThreadPoolExecutor(1, "batches")
-        self._next: tuple[range, Future] | None = None
+        self._taken = range(0)
+        self._next: tuple[range, Future | None] = range(0), None
 
     def take(self, indices: range) -> tuple[Tensor, int]:
-        """Token ids [len(indices), seq_len] at those places of the run, and their digest; begins on the next ones."""
-        ahead, future = self._next or (None, None)
-        taken = future.result() if future and ahead == indices else self._assemble(indices)
-        following = range(indices.start + self._stride, indices.stop + self._stride)
-        self._next = following, self._pool.submit(self._assemble, following)
-        return taken
+        """Token ids [len(indices), seq_len] at those places of the run, and their digest."""
+        self._taken = indices
+        ahead, future = self._next
+        return future.result() if future and ahead == indices else self._assemble(indices)
+
+    def begin_next(self) -> None:
+        """Begins on the batch after the one last taken, if that is not under way.
+
+        To be called just before the host has long to wait: Python runs one thread at a time, and this one comes first.
+        """
+        following = range(self._taken.start + self._stride, self._taken.stop + self._stride)
+        if self._next[0] != following:
+            self._next = following, self._pool.submit(self._assemble, following)
 
     def _assemble(self, indices: range) -> tuple[Tensor, int]:
         ids = self._data.batch(indices)

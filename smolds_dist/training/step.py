@@ -134,6 +134,7 @@ def accumulate_gradients(
         with clock.phase("forward"), balancer.counting(), routers.watching(clock.measured):
             loss = engine.forward(*batch)
         with clock.phase("backward"):
+            ahead.begin_next()
             engine.backward(loss)
         total += loss.detach()
     return total / topology.accumulation, digest
