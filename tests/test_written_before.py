@@ -11,6 +11,9 @@ from ranks import ROOT, smolds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smolds_dist.model  # noqa: F401 - registers the architecture
+from smolds_dist.checkpoint.resume import check_resumable
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
 from smolds_dist.observe.rows import read_rows
 
 BEFORE = ROOT / "tests" / "written_before"
@@ -32,6 +35,23 @@ def test_checkpoint_resumes_with_the_losses_that_the_run_had(corpus, tmp_path, r
     for row in rows:
         if row["step"] > 4 and "loss" in row:
             assert row["loss"] == pytest.approx(before[row["step"]], rel=1e-5)
+
+
+def test_settings_that_there_were_not_count_as_their_defaults(corpus, tmp_path, monkeypatch):
+    shutil.copytree(BEFORE / "run", tmp_path / "runs" / "gqa")
+    (tmp_path / "corpus").symlink_to(corpus)
+    monkeypatch.chdir(tmp_path)
+    options = ["--config", "runs/gqa/config.yaml", "--checkpoint.resume=auto"]
+    with pytest.raises(ConfigError, match=r"was written with --data.document_mask False, this run has True"):
+        check_resumable(load_config([*options, "--data.document_mask=true"]))
+    with pytest.raises(ConfigError, match=r"was trained on the source 'text' .*, which this run lacks"):
+        check_resumable(load_config([*options, "--data.source=jsonl:corpus/*"]))
+    with pytest.raises(
+        ConfigError, match=r"was trained with source text:\S+ of the source 'text', this run has text:other"
+    ):
+        check_resumable(load_config([*options, "--data.source=text:other"]))
+    found = check_resumable(load_config(options))
+    assert found and found[1].step == 4
 
 
 def test_exports_load_and_compute_the_same():

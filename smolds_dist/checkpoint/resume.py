@@ -126,10 +126,12 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
         raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
     for section, names in kept.items():
         for name in names:
-            now = getattr(getattr(config, section), name)
-            if saved[section].get(name, now) != now:  # older versions had fewer settings
+            settings = getattr(config, section)
+            now = getattr(settings, name)
+            then = saved[section].get(name, getattr(type(settings)(), name))  # older versions had fewer settings
+            if then != now:
                 raise ConfigError(
-                    f"{folder} was written with --{section}.{name} {saved[section][name]}, this run has {now}; "
+                    f"{folder} was written with --{section}.{name} {then}, this run has {now}; "
                     "resume with the same value, or start a new --run.name."
                 )
     if not manifest.weights_only:
@@ -147,10 +149,14 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     before = first_part(manifest.data.get("schedule", whole), samples)
     now = first_part(mixture_of(config).schedule(), samples)
     advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
-    for name in {name for _, shares in before for name in shares}:
+    for name in sorted({name for _, shares in before for name in shares}):
         old, new = saved[name], config.data.mixed.get(name)
+        if new is None:
+            raise ConfigError(
+                f"{folder} was trained on the source {name!r} ({old.source}), which this run lacks; {advice}."
+            )
         for setting in ("source", "text_field", "split", "token_dtype"):
-            if new and getattr(old, setting) != getattr(new, setting):
+            if getattr(old, setting) != getattr(new, setting):
                 raise ConfigError(
                     f"{folder} was trained with {setting} {getattr(old, setting)} of the source {name!r}, this run has "
                     f"{getattr(new, setting)}; {advice}."

@@ -82,7 +82,8 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
 
     try:
         system, path = fsspec.core.url_to_fs(pattern)
-        if any(sign in path for sign in "*?["):
+        signs = "*[" if pattern.startswith("http") else "*?["  # an address may ask a question
+        if any(sign in path for sign in signs):
             paths = system.glob(path)
         elif system.isdir(path) and not system.isfile(path):
             paths = [found for found in system.find(path) if _belongs(found, kind)]

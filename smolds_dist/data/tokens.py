@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.source import BadFileError
 from smolds_dist.data.text import Document
 from smolds_dist.data.token_files import BLOCK, Flat
 from smolds_dist.data.tokenizer import text_encoder
@@ -35,13 +34,14 @@ def tokenize(
 ) -> Iterator[list[Tokenized]]:
     """Documents in their order, some hundred at once.
 
-    Reading and encoding go on in a thread while the caller works on what is done: the tokenizer leaves the interpreter free.
+    Encoding goes on in a thread, for the tokenizer leaves the interpreter free: meanwhile the next documents are read, and
+    the caller works on those that are done.
 
     Args:
         allow_control_tokens: text that spells a control token becomes it.
 
     Raises:
-        BadFileError: where ids of a `tokens` source do not fit the tokenizer.
+        WrongIdError: where ids of a `tokens` source do not fit the tokenizer.
     """
     encoder = text_encoder(tokenizer, allow_control_tokens)
     eos, vocabulary = int(tokenizer.eos_token_id), len(tokenizer)
@@ -98,7 +98,7 @@ def _as_they_are(batch: list[Document], eos: int, vocabulary: int) -> Iterator[l
             yield done
 
 
-class WrongIdError(BadFileError):
+class WrongIdError(Exception):
     """An id that the tokenizer does not have."""
 
     def __init__(self, file: int, document: int, token: int, vocabulary: int):
