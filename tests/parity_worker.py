@@ -93,7 +93,7 @@ def train_case(
         forward = engine.forward
         if poisoned:
             factor = (torch.nan, torch.inf)[poison]
-            engine.forward = lambda ids, labels, forward=forward, factor=factor: forward(ids, labels) * factor
+            engine.forward = lambda *batch, forward=forward, factor=factor: forward(*batch) * factor
         first_sample = (step - 1) * config.train.global_batch
         clock.begin(measured=True)
         loss, _ = accumulate_gradients(topology, ahead, first_sample, engine, balancer, routers, clock)

@@ -14,6 +14,7 @@ from smolds_dist.bench.plan import MEMORY_SIZES, compare_memory
 from smolds_dist.checkpoint.files import RANDOM
 from smolds_dist.checkpoint.writer import CheckpointWriter
 from smolds_dist.config import load_config
+from smolds_dist.data.batch import by_document
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.kernels import expert_ffn, linear_cross_entropy
 from smolds_dist.observe.rows import read_rows
@@ -100,6 +101,23 @@ def test_logits_equal_the_cpus(settings, dtype, tolerance):
         actual = on_gpu.to(dtype)(input_ids=ids(2, 100).to(DEVICE)).logits
     # In bf16 some tokens choose another expert.
     assert_near(actual, expected, tolerance if dtype == torch.float32 else 0.2)
+
+
+@ATTENTION
+def test_documents_of_a_sequence_stay_apart_as_on_the_cpu(settings):
+    batch = ids(2, 100).clamp(min=1)
+    batch[:, [10, 40, 41]] = 0
+    positions, labels = by_document(batch, 0)
+    losses, gradients = [], []
+    for model in pair(settings):
+        device = next(model.parameters()).device
+        inputs = {"input_ids": batch, "labels": labels, "position_ids": positions}
+        loss = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).loss
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for on_cpu, on_gpu in zip(*gradients, strict=True):
+        assert_near(on_gpu, on_cpu, 1e-3)
 
 
 @ATTENTION

@@ -1,4 +1,4 @@
-"""`smolds bench data`: tokenising against the tokenizer alone, the time of a batch, and the memory of the order.
+"""`smolds bench data`: tokenising against the tokenizer alone, the time of a batch, the order's memory, documents apart.
 
 The same texts, which are the standard library's, are encoded by `tokenizers` from memory and made to shards from jsonl
 files, in turns. Batches come from three sources; the order's memory is that of a billion samples, whose tokens nobody has
@@ -22,9 +22,10 @@ from smolds_dist.bench.train import processor
 from smolds_dist.config import load_config
 from smolds_dist.errors import OptionParser
 
-PARTS = ("tokenise", "batch", "order")
+PARTS = ("tokenise", "batch", "order", "mask")
 SEQUENCES, SEQ_LEN = 32, 1024
 BATCHES = 200
+DOCUMENTS = (100, 300, 1000)  # tokens of one, in the mean
 
 
 def bench_data(args: list[str]) -> None:
@@ -55,6 +56,8 @@ def bench_data(args: list[str]) -> None:
         shutil.rmtree(folder)
     if "order" in options.what:
         result["order"] = order()
+    if "mask" in options.what:
+        result["mask"] = [mask(dtype, length, options.rounds) for dtype in ("fp32", "bf16") for length in DOCUMENTS]
     keep(options, result)
     for line in in_words(result):
         print(line)
@@ -75,6 +78,11 @@ def in_words(result: dict[str, Any]) -> list[str]:
             f"order of {part['samples']:,} samples: {part['peak_bytes'] / 1e6:.1f} MB, {1e3 * part['median_s']:.2f} ms for "
             f"{SEQUENCES} of them"
         )
+    lines += [
+        f"attention, {part['dtype']}, documents of {part['length']:,} tokens: apart {1e3 * part['apart_s']:.0f} ms, "
+        f"together {1e3 * part['together_s']:.0f} ms; {part['ratio']:.2f} of it"
+        for part in result.get("mask", [])
+    ]
     return lines
 
 
@@ -167,3 +175,32 @@ def order() -> dict[str, Any]:
     tracemalloc.stop()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     return {"samples": samples, "peak_bytes": max(peak, grown), "median_s": median(seconds)}
+
+
+def mask(dtype: str, length: int, rounds: int) -> dict[str, Any]:
+    """Seconds of attention on the CPU, forward and backward, with documents apart and without, in turns.
+
+    The reference model's heads over 4 x 1,024 tokens, whose documents end at random.
+    """
+    import torch
+
+    from smolds_dist.model.kernels import Documents, causal_attention
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, heads, SEQ_LEN, 64) for heads in (6, 2, 2)]
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    query, key, value = (torch.randn(shape, generator=generator).to(kind).requires_grad_() for shape in shapes)
+    begins = torch.rand(4, SEQ_LEN, generator=generator) < 1 / length
+    places = torch.arange(SEQ_LEN)
+    positions = places - torch.where(begins, places, 0).cummax(1).values
+    seconds: dict[str, list[float]] = {"apart": [], "together": []}
+    for number in range(rounds + 1):
+        for name, times in seconds.items():
+            begin = time.perf_counter()
+            for _ in range(3):
+                documents = Documents(positions) if name == "apart" else None
+                causal_attention(query, key, value, 0.125, documents).sum().backward()
+            if number:  # the first turn warms up
+                times.append((time.perf_counter() - begin) / 3)
+    apart, together = median(seconds["apart"]), median(seconds["together"])
+    return {"dtype": dtype, "length": length, "apart_s": apart, "together_s": together, "ratio": apart / together}
