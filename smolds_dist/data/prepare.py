@@ -7,12 +7,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data import shards as shard_files
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cache import cache_folder, key_of, written_once
 from smolds_dist.data.mixture import Mixture, mixture_of
 from smolds_dist.data.order import VERSION, FirstOrder, SourceOrder
-from smolds_dist.data.shards import SMALLEST_VAL_TOKENS, SourceShards, shards_damage, write_shards
+from smolds_dist.data.shards import FORMAT, SMALLEST_VAL_TOKENS, SourceShards, shards_damage, write_shards
 from smolds_dist.data.source import files_of, fingerprint
 from smolds_dist.data.text import documents
 from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
@@ -125,7 +124,7 @@ def _prepare_source(
     moved: dict[int, str],
 ) -> SourceShards:
     data, source = config.data, config.data.mixed[name]
-    parts = [shard_files.FORMAT, fingerprint(source, data), tokenizer_digest(tokenizer), limit, data.val_fraction]
+    parts = [FORMAT, fingerprint(source, data), tokenizer_digest(tokenizer), limit, data.val_fraction]
     parts.append(data.allow_control_tokens)
     progress = config.log.level != "quiet"
 
