@@ -100,6 +100,13 @@ def test_remote_files_are_read_and_listed(tmp_path, kind):
     system.rm("/corpus", recursive=True)
 
 
+def test_local_file_system_of_fsspec_gives_the_same(tmp_path):
+    for number, ending in enumerate(COMPRESS):
+        (tmp_path / f"{number}.jsonl{ending}").write_bytes(COMPRESS[ending](content_of("jsonl")))
+    for pattern in (f"file://{tmp_path}/*.jsonl*", f"file://{tmp_path}"):
+        assert texts_of(configure(tmp_path, f"--data.source=jsonl:{pattern}").data) == TEXTS * len(COMPRESS)
+
+
 def test_file_behind_http_is_read(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(COMPRESS[".gz"](content_of("jsonl")))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
