@@ -133,7 +133,8 @@ def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
 
     def train(balance: str) -> list[dict]:
         options = [f"--run.name={balance}", f"--train.balance={balance}", "--train.steps=240", f"--run.dir={tmp_path}"]
-        options += ["--data.max_tokens=2000000", "--checkpoint.every=0", "--train.eval_every=0", "--log.sample_every=0"]
+        # All of the text: on a part of it that is all of a kind, the two losses differ by less than two seeds' do.
+        options += ["--checkpoint.every=0", "--train.eval_every=0", "--log.sample_every=0"]
         # The preset's share is a handful of files, whose loss varies by more than the two runs differ.
         options += ["--data.val_fraction=0.05", "--train.eval_sequences=256"]
         finished = smolds("train", "--preset=debug", *options, timeout=300)
