@@ -156,6 +156,14 @@ class Data:
         }
 
 
+def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
+    """The sources of a saved `data` section, whose version may be older, as `Data.mixed`."""
+    sources = data.get("sources")
+    named = {name: Source(**one) for name, one in sources.items()} if sources else None
+    known = {name: data[name] for name in ("source", "text_field", "split", "token_dtype") if name in data}
+    return Data(**known, sources=named).mixed
+
+
 @dataclass
 class Train:
     """The optimisation."""

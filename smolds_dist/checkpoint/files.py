@@ -60,6 +60,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def samples(self) -> int:
+        """How many samples of the run's order lie behind it, those that rollbacks left out included."""
+        return self.skipped_samples + self.step * self.config["train"]["global_batch"]
+
+    @property
     def layout(self) -> str:
         """What wrote it, in words."""
         at = self.topology

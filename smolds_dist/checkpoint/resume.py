@@ -18,9 +18,9 @@ from smolds_dist.checkpoint.files import (
     step_of,
 )
 from smolds_dist.checkpoint.writer import Progress
-from smolds_dist.config import Data, RunConfig, Source
+from smolds_dist.config import RunConfig, saved_sources
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.mixture import first_part, in_words, mixture_of
+from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
@@ -143,13 +143,12 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
 
     Stages that begin later may be others.
     """
-    samples = manifest.skipped_samples + manifest.step * config.train.global_batch
-    saved = _saved_sources(manifest.config["data"])
-    whole = [(samples, dict.fromkeys(saved, 1.0))]
-    before = first_part(manifest.data.get("schedule", whole), samples)
-    now = first_part(mixture_of(config).schedule(), samples)
+    saved = saved_sources(manifest.config["data"])
+    whole = [(manifest.samples, dict.fromkeys(saved, 1.0))]
+    before = first_part(manifest.data.get("schedule", whole), manifest.samples)
+    now = first_part(mixture_of(config).schedule(), manifest.samples)
     advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
-    for name in sorted({name for _, shares in before for name in shares}):
+    for name in names_in(before):
         old, new = saved[name], config.data.mixed.get(name)
         if new is None:
             raise ConfigError(
@@ -169,14 +168,6 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _saved_sources(data: dict) -> dict[str, Source]:
-    """The sources of a saved configuration, whose version may be older."""
-    sources = data.get("sources")
-    named = {name: Source(**one) for name, one in sources.items()} if sources else None
-    known = {name: data[name] for name in ("source", "text_field", "split", "token_dtype") if name in data}
-    return Data(**known, sources=named).mixed
-
-
 def check_contents(reader: CheckpointReader, identity: dict) -> None:
     """Refuses a source whose text has changed since it was trained on.
 
@@ -187,8 +178,7 @@ def check_contents(reader: CheckpointReader, identity: dict) -> None:
     advice = (
         "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
     )
-    samples = reader.manifest.skipped_samples + reader.manifest.step * reader.manifest.config["train"]["global_batch"]
-    for name in sorted({name for _, shares in first_part(saved.get("schedule", []), samples) for name in shares}):
+    for name in names_in(first_part(saved.get("schedule", []), reader.manifest.samples)):
         if saved["contents"][name] != identity["contents"][name]:
             raise ConfigError(
                 f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."

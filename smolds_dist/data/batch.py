@@ -5,6 +5,7 @@ No topology enters, so every world size trains on the same global batches and a 
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from smolds_dist.config import Data
 from smolds_dist.data.mixture import Mixture
 from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
 from smolds_dist.data.shards import SourceShards
@@ -74,7 +76,7 @@ class TrainingData:
         """Nats per token of held-out text: the loss of the best model that ignores context."""
         return sum(self.sources[n].meta.val_unigram_entropy * w for n, w in self.val_weights.items())
 
-    @property
+    @cached_property
     def identity(self) -> dict:
         """What the token order depends on, for checkpoints."""
         return {
@@ -85,6 +87,11 @@ class TrainingData:
             "limits": self.limits,
             "schedule": self.mixture.schedule(),
         }
+
+
+def document_end(data: Data, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token after which another document begins; None where documents are not kept apart (`data.document_mask`)."""
+    return tokenizer.eos_token_id if data.document_mask else None
 
 
 def by_document(ids: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:

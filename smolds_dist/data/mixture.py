@@ -115,6 +115,11 @@ def first_part(schedule: Schedule, samples: int) -> Schedule:
     ]
 
 
+def names_in(schedule: Schedule) -> list[str]:
+    """The sources that have a share in it."""
+    return sorted({name for _, shares in schedule for name in shares})
+
+
 def in_words(schedule: Schedule, global_batch: int) -> str:
     """`Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
 

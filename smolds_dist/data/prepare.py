@@ -35,11 +35,12 @@ def prepare_data(
             (`max_epochs`).
     """
     cache = cache_folder(config.data.cache_dir)
-    tokenizer = tokenizer or _tokenizer_folder(config, cache)
+    fingerprints = {name: fingerprint(one, config.data) for name, one in config.data.mixed.items()}
+    tokenizer = tokenizer or _tokenizer_folder(config, cache, fingerprints)
     loaded = load_tokenizer(str(tokenizer) if tokenizer else config.data.tokenizer)
     mixture = mixture_of(config)
     limits = {name: _token_limit(config, name, mixture) for name in config.data.mixed} | (limits or {})
-    sources = _prepare_sources(config, cache, loaded, limits)
+    sources = _prepare_sources(config, cache, loaded, limits, fingerprints)
     for name, shards in sources.items():
         for split, tokens in (("training", shards.meta.train_tokens), ("held-out", shards.meta.val_tokens)):
             if tokens < config.data.seq_len:
@@ -80,7 +81,7 @@ def _check_epochs(config: RunConfig, data: TrainingData) -> None:
             )
 
 
-def _tokenizer_folder(config: RunConfig, cache: Path) -> Path | None:
+def _tokenizer_folder(config: RunConfig, cache: Path, fingerprints: dict[str, dict]) -> Path | None:
     """Of the tokenizer that is trained on the sources, one after the other; None where the run names one."""
     data, progress = config.data, config.log.level != "quiet"
     if data.tokenizer != "train":
@@ -96,39 +97,24 @@ def _tokenizer_folder(config: RunConfig, cache: Path) -> Path | None:
         }
         train_tokenizer(texts, data.tokenizer_vocab_size, folder)
 
-    key = key_of(TOKENIZER_FORMAT, [fingerprint(one, data) for one in data.mixed.values()], data.tokenizer_vocab_size)
+    key = key_of(TOKENIZER_FORMAT, list(fingerprints.values()), data.tokenizer_vocab_size)
     return written_once(cache / "tokenizers" / key, train, _tokenizer_damage)
 
 
 def _prepare_sources(
-    config: RunConfig, cache: Path, tokenizer: PreTrainedTokenizerBase, limits: dict[str, int | None]
-) -> dict[str, SourceShards]:
-    """Each source's shards. A text whose end one source holds out is held out in the others too."""
-    sources: dict[str, SourceShards] = {}
-    moved: dict[int, str] = {}  # digests of such texts, and the content of the source that holds them out
-    for _ in range(2):
-        for name in config.data.mixed:
-            sources[name] = _prepare_source(config, name, cache, tokenizer, limits[name], moved)
-            moved |= dict.fromkeys(sources[name].meta.moved, sources[name].meta.content)
-        if len(sources) == 1 or not moved:
-            break
-    return sources
-
-
-def _prepare_source(
     config: RunConfig,
-    name: str,
     cache: Path,
     tokenizer: PreTrainedTokenizerBase,
-    limit: int | None,
-    moved: dict[int, str],
-) -> SourceShards:
-    data, source = config.data, config.data.mixed[name]
-    parts = [FORMAT, fingerprint(source, data), tokenizer_digest(tokenizer), limit, data.val_fraction]
-    parts.append(data.allow_control_tokens)
-    progress = config.log.level != "quiet"
+    limits: dict[str, int | None],
+    fingerprints: dict[str, dict],
+) -> dict[str, SourceShards]:
+    """Each source's shards. A text whose end one source holds out is held out in the others too."""
+    data, progress, digest = config.data, config.log.level != "quiet", tokenizer_digest(tokenizer)
 
-    def prepared(also: list[int]) -> SourceShards:
+    def prepared(name: str, also: list[int]) -> SourceShards:
+        """With the texts of these digests held out in any case."""
+        source, limit = data.mixed[name], limits[name]
+        parts = [FORMAT, fingerprints[name], digest, limit, data.val_fraction, data.allow_control_tokens]
         folder = written_once(
             cache / "shards" / key_of(*parts, also),
             lambda folder: write_shards(folder, source, data, tokenizer, limit, also, progress),
@@ -136,12 +122,17 @@ def _prepare_source(
         )
         return SourceShards(name, folder)
 
-    shards = prepared([])
-    elsewhere = [text for text, content in moved.items() if content != shards.meta.content]
-    if not elsewhere:
-        return shards
-    also = np.intersect1d(np.array(elsewhere, dtype=np.uint64), shards.train_documents["text"]).tolist()
-    return prepared(also) if also else shards
+    plain = {name: prepared(name, []) for name in data.mixed}
+    sources = dict(plain)
+    moved: dict[int, str] = {}  # digests of such texts, and the content of the source that holds them out
+    for _ in range(2):
+        for name, shards in plain.items():
+            elsewhere = [text for text, content in moved.items() if content != shards.meta.content]
+            if elsewhere:
+                also = np.intersect1d(np.array(elsewhere, dtype=np.uint64), shards.train_documents["text"]).tolist()
+                sources[name] = prepared(name, also) if also else shards
+            moved |= dict.fromkeys(sources[name].meta.moved, sources[name].meta.content)
+    return sources
 
 
 def _token_limit(config: RunConfig, name: str, mixture: Mixture) -> int | None:

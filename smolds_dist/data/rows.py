@@ -96,15 +96,17 @@ def _field_of(line: bytes, field: str) -> Any:
         return BadRow("no field", f"no field {field!r}; {_advice(_text_fields(row))}")
     if isinstance(value, str):
         # JSON can spell half a surrogate pair, which no tokenizer takes.
-        return value.encode(errors="replace").decode()
-    return value if value is None else not_text(value, field, _text_fields(row))
+        value = value.encode(errors="replace").decode()
+    return _text_or_bad(value, field, row)
 
 
-def not_text(value: Any, field: str, fields: list[str]) -> BadRow:
-    """For a value that is no string; `fields` are those that hold text."""
+def _text_or_bad(value: Any, field: str, row: dict) -> Any:
+    """A string or None as it is, and what to say of anything else."""
+    if value is None or isinstance(value, str):
+        return value
     kind = type(value).__name__
     where = f"a value of type {kind} in the field {field!r}, where a string should be"
-    return BadRow(f"type {kind}", f"{where}; {_advice(fields)}")
+    return BadRow(f"type {kind}", f"{where}; {_advice(_text_fields(row))}")
 
 
 def _advice(fields: list[str]) -> str:
@@ -228,10 +230,7 @@ def _hub_rows(source: Source) -> Rows:
             found, value = _look_up(row, field)
             if not found:
                 raise ConfigError(f"{source.source!r} has no column {field!r}; {_advice(_text_fields(row))}.")
-            yield (
-                number,
-                value if value is None or isinstance(value, str) else not_text(value, field, _text_fields(row)),
-            )
+            yield number, _text_or_bad(value, field, row)
     except ConfigError:
         raise
     except Exception as error:  # of the network, the name, the files: datasets has no common type for them

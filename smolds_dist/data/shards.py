@@ -43,9 +43,7 @@ class Meta:
     val_unigram_entropy: float  # nats per token: the loss of the best model that ignores context
     text_bytes: int  # UTF-8 bytes of all text; 0 for a `tokens` source
     files: list[str]
-    ranges: list[
-        tuple[int, int, int]
-    ]  # start and length of each file's training tokens, and its unit (`data.order.units_of`)
+    ranges: list[tuple[int, int, int]]  # start, length and unit (`units_of`) of each file's training tokens
     content: str  # digest of the training texts in their order, and of the ranges
     left_out: list[str]  # sentences about rows that are no documents
     moved: list[int]  # digests of texts whose end was moved to the held-out side, because else there was too little

@@ -58,12 +58,13 @@ def evaluate_model(args: list[str]) -> None:
         raise ConfigError(
             "--include-path, --num-fewshot and --limit belong to --tasks; name some tasks, or leave them out."
         )
+    from smolds_dist.data.batch import document_end
+
     config, held_out = _what(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
-    results = []
+    results, end_of_text = [], document_end(config.data, tokenizer)
     for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
         begin = time.perf_counter()
-        end_of_text = tokenizer.eos_token_id if config.data.document_mask else None
         loss, counted = mean_loss(
             model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
         )

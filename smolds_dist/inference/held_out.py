@@ -8,7 +8,7 @@ import math
 import torch
 
 from smolds_dist.config import RunConfig
-from smolds_dist.data.batch import TrainingData, by_document, evaluation_batch
+from smolds_dist.data.batch import TrainingData, by_document, document_end, evaluation_batch
 from smolds_dist.data.shards import SourceShards
 from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine, model_inputs
@@ -28,9 +28,9 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
     """
     result = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
     counts_LE = torch.zeros(())
+    end_of_text = document_end(config.data, data.tokenizer)
     for name, weight in data.val_weights.items():
         shards = data.sources[name]
-        end_of_text = data.tokenizer.eos_token_id if config.data.document_mask else None
         loss, of_source_LE = evaluate_source(config, topology, engine, shards, end_of_text)
         bits = loss / math.log(2) / (shards.meta.val_bytes / shards.meta.val_tokens)
         result["val_loss"] += weight * loss

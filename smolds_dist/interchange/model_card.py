@@ -27,7 +27,7 @@ def texts(manifest: Manifest) -> list[tuple[str, str]]:
     train, data = manifest.config["train"], manifest.config["data"]
     if not data.get("sources"):
         return [("text", f"`{data['source']}`")]
-    trained_on = first_part(manifest.data["schedule"], manifest.skipped_samples + manifest.step * train["global_batch"])
+    trained_on = first_part(manifest.data["schedule"], manifest.samples)
     return [
         *((f"text: {name}", f"`{one['source']}`") for name, one in data["sources"].items()),
         ("mixture", in_words(trained_on, train["global_batch"])),

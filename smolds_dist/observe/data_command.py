@@ -5,6 +5,7 @@ smolds data stats -- TRAIN-OPTIONS
 smolds data order --samples 0:100 -- TRAIN-OPTIONS
 """
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,12 @@ def document_at(shards: SourceShards, token: int) -> int:
     return int(first_from(starts, np.array([token + 1], dtype=np.uint64))[0]) - 1
 
 
+def options_and_config(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """A subcommand's own options, which may stand behind `--` too, and the training's configuration."""
+    options, settings = parser.parse_known_args([arg for arg in args if arg != "--"])
+    return options, load_config([*settings, "-q"], prog=parser.prog)
+
+
 def order(args: list[str]) -> int:
     """Prints where samples begin, as JSON lines."""
     parser = OptionParser(
@@ -137,8 +144,7 @@ def order(args: list[str]) -> int:
         example="smolds data order --samples 0:100 -- --preset debug",
     )
     parser.add_argument("--samples", default="0:100", metavar="FIRST:END", help="of the run, the end not included")
-    options, settings = parser.parse_known_args([arg for arg in args if arg != "--"])
-    config = load_config([*settings, "-q"], prog="smolds data order")
+    options, config = options_and_config(parser, args)
     first, _, end = options.samples.partition(":")
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise ConfigError(f"--samples {options.samples!r} is no range; write it as FIRST:END, such as 0:100.")
@@ -161,8 +167,7 @@ def stats(args: list[str]) -> int:
         example="smolds data stats -- --preset debug --data.source text:'corpus/*.txt'",
     )
     parser.add_argument("--json", action="store_true", help="a JSON object for each source")
-    options, settings = parser.parse_known_args([arg for arg in args if arg != "--"])
-    config = load_config([*settings, "-q"], prog="smolds data stats")
+    options, config = options_and_config(parser, args)
     found = prepare_data(config)
     epochs = found.epochs(config.train.steps * config.train.global_batch)
     for name, shards in found.sources.items():

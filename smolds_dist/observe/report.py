@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from smolds_dist.checkpoint.files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
-from smolds_dist.config import Model, load_config
+from smolds_dist.config import Model, load_config, saved_sources
 from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.rows import load_table, read_rows
@@ -259,9 +259,7 @@ def _losses(rows: list[dict]) -> list[tuple]:
 
 def _sources(config: dict, rows: list[dict]) -> list[tuple]:
     """What the run has taken of each source, and how it does on its held-out text."""
-    sources = config["data"].get("sources") or {
-        config["data"]["source"].partition(":")[0]: {"source": config["data"]["source"]}
-    }
+    sources = saved_sources(config["data"])
     epochs: dict = next((row["epochs"] for row in reversed(rows) if "epochs" in row), {})
     held_out: dict = next((row for row in reversed(rows) if "val_loss" in row), {})
     table = []
@@ -269,7 +267,7 @@ def _sources(config: dict, rows: list[dict]) -> list[tuple]:
         own = "" if len(sources) == 1 else f"/{name}"
         loss, bits = held_out.get(f"val_loss{own}"), held_out.get(f"val_bits_per_byte{own}")
         table.append((
-            name, f"`{one['source']}`", f"{epochs[name]:.3g}" if name in epochs else "",
+            name, f"`{one.source}`", f"{epochs[name]:.3g}" if name in epochs else "",
             "" if loss is None else f"{loss:.4f}", "" if bits is None else f"{bits:.3f}",
         ))  # fmt: skip
     return table

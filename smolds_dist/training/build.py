@@ -151,12 +151,12 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     metrics = texts = None
     if job.main:
         texts = UniqueTexts(job.data)
-        seen = progress.skipped_samples + progress.step * config.train.global_batch
-        state = reader.stored(UNIQUE_TEXTS) if reader else {}
-        for kind, content in state.items():
-            texts.restore(kind, content.numpy())
-        if not state:  # a checkpoint from before there was one
-            texts.see(range(seen))
+        if reader:
+            state = reader.stored(UNIQUE_TEXTS)
+            for kind, content in state.items():
+                texts.restore(kind, content.numpy())
+            if not state:  # a checkpoint from before there was one
+                texts.see(range(reader.manifest.samples))
         remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
         save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from smolds_dist.data.ahead import BatchesAhead
-from smolds_dist.data.batch import by_document
+from smolds_dist.data.batch import by_document, document_end
 from smolds_dist.observe.rows import is_kept, rounded
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -38,7 +38,7 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     clock.begin(measured)
     lr = learning_rate(step, config.train)
     first_sample = training.progress.skipped_samples + (step - 1) * config.train.global_batch
-    end_of_text = job.data.tokenizer.eos_token_id if config.data.document_mask else None
+    end_of_text = document_end(config.data, job.data.tokenizer)
     loss_part, digest = accumulate_gradients(
         topology, training.ahead, first_sample, engine, training.balancer, training.routers, clock, end_of_text
     )
