@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +58,10 @@ def bench_data(args: list[str]) -> None:
     if "order" in options.what:
         result["order"] = order()
     if "mask" in options.what:
-        result["mask"] = [mask(dtype, length, options.rounds) for dtype in ("fp32", "bf16") for length in DOCUMENTS]
+        import torch
+
+        dtypes = ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16")  # on GPUs there is only half precision
+        result["mask"] = [mask(dtype, length, options.rounds) for dtype in dtypes for length in DOCUMENTS]
     keep(options, result)
     for line in in_words(result):
         print(line)
@@ -79,8 +83,9 @@ def in_words(result: dict[str, Any]) -> list[str]:
             f"{SEQUENCES} of them"
         )
     lines += [
-        f"attention, {part['dtype']}, documents of {part['length']:,} tokens: apart {1e3 * part['apart_s']:.0f} ms, "
-        f"together {1e3 * part['together_s']:.0f} ms; {part['ratio']:.2f} of it"
+        f"attention, {part['dtype']}, documents of {part['length']:,} tokens: apart {1e3 * part['apart_s']:.3g} ms, "
+        f"together {1e3 * part['together_s']:.3g} ms; {part['ratio']:.2f} of it"
+        + (f"; by a mask {1e3 * part['masked_s']:.3g} ms" if "masked_s" in part else "")
         for part in result.get("mask", [])
     ]
     return lines
@@ -178,29 +183,47 @@ def order() -> dict[str, Any]:
 
 
 def mask(dtype: str, length: int, rounds: int) -> dict[str, Any]:
-    """Seconds of attention on the CPU, forward and backward, with documents apart and without, in turns.
+    """Seconds of attention, forward and backward, with documents apart and without, in turns; on a GPU also of PyTorch's
+    attention with a mask.
 
-    The reference model's heads over 4 x 1,024 tokens, whose documents end at random.
+    The reference model's heads over 4 x 1,024 tokens, on a GPU 16 x 1,024, whose documents end at random.
     """
     import torch
+    from torch.nn.functional import scaled_dot_product_attention
 
     from smolds_dist.model.kernels import Documents, causal_attention
 
     generator = torch.Generator().manual_seed(0)
-    shapes = [(4, heads, SEQ_LEN, 64) for heads in (6, 2, 2)]
-    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    query, key, value = (torch.randn(shape, generator=generator).to(kind).requires_grad_() for shape in shapes)
-    begins = torch.rand(4, SEQ_LEN, generator=generator) < 1 / length
+    on_gpu, kind = torch.cuda.is_available(), torch.float32 if dtype == "fp32" else torch.bfloat16
+    device, rows, repeats = ("cuda", 16, 50) if on_gpu else ("cpu", 4, 3)
+    shapes = [(rows, heads, SEQ_LEN, 64) for heads in (6, 2, 2)]
+    query, key, value = (torch.randn(one, generator=generator).to(device, kind).requires_grad_() for one in shapes)
+    begins = torch.rand(rows, SEQ_LEN, generator=generator) < 1 / length
     places = torch.arange(SEQ_LEN)
-    positions = places - torch.where(begins, places, 0).cummax(1).values
-    seconds: dict[str, list[float]] = {"apart": [], "together": []}
+    first = torch.where(begins, places, 0).cummax(1).values
+    positions = (places - first).to(device)
+    seen = ((first[:, :, None] <= places) & (places <= places[:, None])).to(device)[:, None]
+    fused = partial(scaled_dot_product_attention, query, key, value, scale=0.125, enable_gqa=True)
+    ways = {"apart": lambda: causal_attention(query, key, value, 0.125, Documents(positions))}
+    if on_gpu:
+        ways |= {"masked": partial(fused, attn_mask=seen), "together": partial(fused, is_causal=True)}
+    else:
+        ways["together"] = lambda: causal_attention(query, key, value, 0.125)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, times in seconds.items():
+        for name, attend in ways.items():
             begin = time.perf_counter()
-            for _ in range(3):
-                documents = Documents(positions) if name == "apart" else None
-                causal_attention(query, key, value, 0.125, documents).sum().backward()
+            for _ in range(repeats):
+                attend().sum().backward()
+            if on_gpu:
+                torch.cuda.synchronize()
             if number:  # the first turn warms up
-                times.append((time.perf_counter() - begin) / 3)
-    apart, together = median(seconds["apart"]), median(seconds["together"])
-    return {"dtype": dtype, "length": length, "apart_s": apart, "together_s": together, "ratio": apart / together}
+                seconds[name].append((time.perf_counter() - begin) / repeats)
+    times = {f"{name}_s": median(values) for name, values in seconds.items()}
+    return {
+        "dtype": dtype,
+        "length": length,
+        "device": device,
+        **times,
+        "ratio": times["apart_s"] / times["together_s"],
+    }

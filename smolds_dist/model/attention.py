@@ -72,7 +72,7 @@ class DeepSeekV3Attention(nn.Module):
         weights = None
         if output_attentions or self.config._attn_implementation == "eager":
             out, weights = eager_attention(query, key, value, attention_mask, self.scaling)
-        elif self._has_fast_path(query, key, attention_mask):
+        elif documents is not None or self._has_fast_path(query, key, attention_mask):
             out = causal_attention(query, key, value, self.scaling, documents).transpose(1, 2)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)

@@ -75,3 +75,10 @@ class DeepSeekV3Config(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """Dimensions of each head that rotary position embedding turns."""
         return self.qk_rope_head_dim if self.attention == "latent" else self.head_dim
+
+    @property
+    def widest_head(self) -> int:
+        """Dimensions of a query, key or value, whichever has most."""
+        if self.attention == "latent":
+            return max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
+        return self.head_dim

@@ -6,7 +6,10 @@ Shape letters: T tokens, K experts per token, P rows sorted by expert and padded
 V vocabulary; B batch, N query heads, G key/value heads, S sequence, D head dimension.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,11 @@ ATTENTION_BLOCK = {
     torch.bfloat16: 128,
     torch.float32: 64,
 }  # queries, the fastest of those tried at 256 and 1,024 tokens
+HALF = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256  # that FlashAttention takes
+# Tokens from which on varlen attention beats a mask on one H200: it costs the host 0.5 ms more, and 8,192 take it 1.3 ms
+# instead of 3.1.
+SHORTEST_VARLEN = 2048
 SOFTMAX_SIZE = 1 << 20  # probabilities of an fp32 softmax that are held at once: a few megabytes, near a CPU's cache
 
 
@@ -215,6 +223,13 @@ class Documents:
         self._first_BS = places_S - position_ids  # where each token's document begins
         self._blocks: dict[torch.dtype, list[tuple[slice, slice, Tensor]]] = {}
 
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where each document begins among all B x S tokens, and the end (int32), as kernels for sequences of many lengths
+        want it. The host waits for their number, once for all layers."""
+        first = torch.arange(self._first_BS.shape[1], device=self._first_BS.device) == self._first_BS
+        return F.pad(first.flatten().nonzero().flatten(), (0, 1), value=first.numel()).to(torch.int32)
+
     def blocks(self, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
         """Each block's queries, the keys that it meets, and what is added to its scores [B, C, Z]: 0, or -inf for a key of
         another document or after the query. Made once for all layers."""
@@ -235,9 +250,9 @@ def causal_attention(
 ) -> Tensor:
     """softmax(query key^T scale + causal mask) value, on the CPU faster than PyTorch's fused kernel there.
 
-    Blocks of queries meet only keys up to their end, and none before the first of their documents; heads that share keys and
-    values are rows of one product, so these are never repeated. Shares are computed again in the backward pass, in which
-    keys' and values' gradients add up in fp32.
+    Documents on CUDA by `varlen_attention`. On the CPU blocks of queries meet only keys up to their end, and none before the
+    first of their documents; heads that share keys and values are rows of one product, so these are never repeated.
+    Shares are computed again in the backward pass, in which keys' and values' gradients add up in fp32.
 
     Args:
         query: [B, N, S, D], fp32 or bf16.
@@ -248,7 +263,44 @@ def causal_attention(
     Returns:
         [B, N, S, D']. Second derivatives are not supported.
     """
+    if documents is not None and device.family(query) == "cuda":
+        return varlen_attention(query, key, value, scale, documents)
     return _CausalAttention.apply(query, key, value, scale, documents)
+
+
+def takes_documents(x_BSH: Tensor, widest_head: int) -> bool:
+    """Whether `causal_attention` takes `Documents` on the device and in the dtype of `x_BSH`, and does so faster than a
+    mask."""
+    if device.family(x_BSH) == "cuda":
+        return x_BSH.dtype in HALF and widest_head <= WIDEST_HEAD and x_BSH.shape[1] >= SHORTEST_VARLEN
+    return device.family(x_BSH) == "cpu" and x_BSH.dtype in ATTENTION_BLOCK and x_BSH.shape[1] > 1
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents) -> Tensor:
+    """`causal_attention` within documents by PyTorch's kernel for sequences of many lengths (FlashAttention), which runs on
+    CUDA in half precision alone.
+
+    It wants one width for all three, a multiple of 8: narrower ones are filled up with zeros, which change nothing.
+    """
+    B, N, S, D = query.shape
+    width = -(-max(D, value.shape[-1]) // 8) * 8
+    attend, takes_groups = _varlen()
+    if key.shape[1] < N and not takes_groups:
+        key, value = (one.repeat_interleave(N // key.shape[1], 1) for one in (key, value))
+    rows = [one.transpose(1, 2).flatten(0, 1) for one in (query, key, value)]
+    rows = [one if one.shape[-1] == width else F.pad(one, (0, width - one.shape[-1])) for one in rows]
+    options = {"enable_gqa": True} if takes_groups else {}
+    bounds = documents.bounds
+    out = attend(*rows, bounds, bounds, S, S, scale=scale, window_size=(-1, 0), **options)
+    return out[..., : value.shape[-1]].view(B, S, N, -1).transpose(1, 2)
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Any], bool]:
+    """PyTorch's function, and whether it takes fewer key than query heads, as it does from torch 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -15,10 +15,9 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from smolds_dist.model import device
 from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import ATTENTION_BLOCK, Documents, linear_cross_entropy
+from smolds_dist.model.kernels import Documents, linear_cross_entropy, takes_documents
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
@@ -159,7 +158,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
 
     def _documents(self, x_BSH: Tensor, position_ids: Tensor) -> Documents | None:
         """The documents that positions tell of by beginning anew, where attention takes its fast path."""
-        fast = device.family(x_BSH) == "cpu" and x_BSH.dtype in ATTENTION_BLOCK and x_BSH.shape[1] > 1
+        fast = takes_documents(x_BSH, self.config.widest_head)
         if not fast or self.config._attn_implementation != "sdpa" or position_ids.shape != x_BSH.shape[:2]:
             return None
         begins = position_ids[:, 1:] == 0
