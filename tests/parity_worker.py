@@ -118,7 +118,7 @@ def train_case(
             engine.model.generate(prompt, do_sample=False, min_new_tokens=3, max_new_tokens=3, eos_token_id=None)
             engine.model.train()
         if save and step == SAVE_AT:
-            writer = CheckpointWriter(config, topology, tensors, {})
+            writer = CheckpointWriter(config, topology, tensors, lambda samples: {})
             writer.save(engine, balancer, Progress(step), None)  # in the background of the next steps
     if save:
         writer.wait()

@@ -6,17 +6,16 @@ import os
 import re
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from tokenised import whole
 
 from smolds_dist.config import load_config
-from smolds_dist.data import prepare as prepare_module
-from smolds_dist.data import shards as shards_module
+from smolds_dist.data import unit_source, units
 from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.batch import batch_digest, evaluation_batch
 from smolds_dist.data.prepare import prepare_data
@@ -40,9 +39,8 @@ def configure(cache, *options: str):
 def prepare_shards(config):
     """The shards of a single source, and the tokenizer."""
     data = prepare_data(config)
-    (shards,) = data.sources.values()
-    parts = {name: getattr(shards, name) for name in ("folder", "meta", "train", "val", "train_documents")}
-    return SimpleNamespace(tokenizer=data.tokenizer, **parts)
+    (name,) = data.sources
+    return whole(data, name)
 
 
 def texts_of(data, say=lambda _: None) -> list[str]:
@@ -162,7 +160,7 @@ def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys)
         for name in ("bad", "one")
     ]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
-    folder = prepare_shards(configure(tmp_path / "cache", *options, "--data.val_fraction=0.2")).folder
+    folder = prepare_shards(configure(tmp_path / "cache", *options, "--data.val_fraction=0.2")).folders[0]
     assert [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()] == [
         {"file": f"{tmp_path}/{name}.jsonl", "line": line, "kind": kind, "why": why}
         for name, line, kind, why in (
@@ -204,7 +202,7 @@ def test_text_that_spells_a_control_token_is_text(tmp_path):
     source = write_rows(tmp_path, "jsonl", lines)
     shards = prepare_shards(configure(tmp_path / "cache", f"--data.source={source}", "--data.val_fraction=0.2"))
     assert sorted(documents_of(shards)) == sorted(lines)
-    assert shards.meta.val_bytes == sum(len(line) for line in documents_of(shards)[-int((shards.val == 0).sum()) :])
+    assert shards.val_bytes == sum(len(line) for line in documents_of(shards)[-int((shards.val == 0).sum()) :])
     # a prompt may hold control tokens
     assert shards.tokenizer("<|endoftext|>").input_ids == [shards.tokenizer.eos_token_id]
 
@@ -243,21 +241,24 @@ def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys,
     with pytest.raises(ConfigError, match=f"{name} {what}.*on_bad_file skip"):
         prepare_shards(configure(tmp_path / "cache", source))
     skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
-    tokens = prepare_shards(skipping).meta.train_tokens
+    tokens = prepare_shards(skipping).train_tokens
     assert re.search(f"{name} {what}.*; left out", capsys.readouterr().err)
     alone = configure(tmp_path / "cache", source.replace("*.", "0."))
-    assert tokens >= 0.8 * prepare_shards(alone).meta.train_tokens
+    assert tokens >= 0.8 * prepare_shards(alone).train_tokens
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "train.docs", "val.docs", "meta.json"])
-def test_damaged_shards_are_named_and_written_again(corpus, cache, capsys, name):
-    config = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.val_fraction=0.15")
-    shards = prepare_shards(config)
-    whole = (shards.folder / name).read_bytes()
-    (shards.folder / name).write_bytes(whole[:-3])
+@pytest.mark.parametrize("name", ["tokens.bin", "documents", "meta.json"])
+@pytest.mark.parametrize("what", ["units/*", "held_out"])
+def test_damaged_tokens_are_named_and_written_again(corpus, tmp_path, capsys, what, name):
+    config = configure(tmp_path, f"--data.source=text:{corpus}/*.txt", "--data.val_fraction=0.15")
+    before = prepare_shards(config)
+    (folder,) = tmp_path.glob(f"{what}/*/")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-3])
     again = prepare_shards(config)
-    assert f"{again.folder} is damaged: {name}" in capsys.readouterr().err
-    assert (again.folder / name).read_bytes() == whole
+    assert f"{folder} is damaged: " in capsys.readouterr().err
+    assert (folder / name).read_bytes() == content
+    assert np.array_equal(before.train, again.train) and np.array_equal(before.val, again.val)
 
 
 def test_unknown_tokenizer_is_refused(corpus, tmp_path):
@@ -274,13 +275,13 @@ def test_shards_hold_every_document_once(corpus, cache):
     written = sorted(path.read_text() for path in corpus.glob("*.txt"))
     assert sorted(parts["train"] + parts["val"]) == written
     assert 2 <= len(parts["val"]) <= 16
-    assert shards.meta.val_bytes == sum(len(text.encode()) for text in parts["val"])
+    assert shards.val_bytes == sum(len(text.encode()) for text in parts["val"])
     # the entropy is that of the held-out tokens
     _, counts = np.unique(shards.val, return_counts=True)
     frequency = counts / counts.sum()
-    assert shards.meta.val_unigram_entropy == pytest.approx(-(frequency * np.log(frequency)).sum())
+    assert shards.val_unigram_entropy == pytest.approx(-(frequency * np.log(frequency)).sum())
     # a second call reads; a folder of the tokenizer works as a tokenizer
-    assert prepare_shards(config).folder == shards.folder
+    assert prepare_shards(config).folders == shards.folders
     own = configure(cache, f"--data.source=text:{corpus}/*.txt", f"--data.tokenizer={shards.tokenizer.name_or_path}")
     assert np.array_equal(prepare_shards(own).tokenizer.vocab, shards.tokenizer.vocab)
 
@@ -288,27 +289,25 @@ def test_shards_hold_every_document_once(corpus, cache):
 def test_one_long_document_has_a_held_out_part(tmp_path):
     (tmp_path / "one.txt").write_text(" ".join(f"word{i % 97} and{i % 13}" for i in range(20_000)))
     shards = prepare_shards(configure(tmp_path, f"--data.source=text:{tmp_path}/one.txt"))
-    total = shards.meta.train_tokens + shards.meta.val_tokens
-    assert 0.03 * total < shards.meta.val_tokens <= 0.1 * total + 1
-    assert len(shards.train) == shards.meta.train_tokens
+    total = shards.train_tokens + shards.val_tokens
+    assert 0.03 * total < shards.val_tokens <= 0.1 * total + 1
+    assert len(shards.train) == shards.train_tokens
     decoded = len(shards.tokenizer.decode(shards.val, skip_special_tokens=True).encode())
-    assert shards.meta.val_bytes == pytest.approx(decoded, abs=20)
+    assert shards.val_bytes == pytest.approx(decoded, abs=20)
 
 
 def test_max_tokens_stops_the_reading(corpus, cache):
     limited = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.max_tokens=5000")
     whole = configure(cache, f"--data.source=text:{corpus}/*.txt")
-    counts = [
-        shards.meta.train_tokens + shards.meta.val_tokens for shards in (prepare_shards(limited), prepare_shards(whole))
-    ]
+    counts = [shards.train_tokens + shards.val_tokens for shards in (prepare_shards(limited), prepare_shards(whole))]
     longest = counts[1] / 40 * 2
     assert 5000 <= counts[0] < 5000 + longest < counts[1]
 
 
 def prepare_in_process(cache, source, queue):
     writes = []
-    original = prepare_module.write_shards
-    prepare_module.write_shards = lambda *args: (writes.append(1), time.sleep(0.5), original(*args))
+    original = unit_source.write_unit
+    unit_source.write_unit = lambda *args, **kwargs: (writes.append(1), time.sleep(0.5), original(*args, **kwargs))
     shards = prepare_shards(configure(cache, source))
     queue.put((len(writes), int(shards.train.astype(np.int64).sum())))
 
@@ -330,7 +329,7 @@ def hang_while_writing(cache, source, started):
         started.set()
         time.sleep(600)
 
-    shards_module.is_held_out = write_and_wait
+    units.is_held_out = write_and_wait
     prepare_shards(configure(cache, source))
 
 
@@ -341,21 +340,21 @@ def test_killed_writer_leaves_nothing_that_is_believed(corpus, tmp_path):
     process = context.Process(target=hang_while_writing, args=(tmp_path, source, started))
     process.start()
     assert started.wait(60)
-    assert list((tmp_path / "shards").glob("*.writing-*"))
+    assert list((tmp_path / "units").glob("*/*.writing-*"))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     shards = prepare_shards(configure(tmp_path, source))
-    assert shards.meta.train_tokens == len(shards.train) > 1000
-    assert not list((tmp_path / "shards").glob("*.writing-*"))
+    assert shards.train_tokens == len(shards.train) > 1000
+    assert not list((tmp_path / "units").glob("*/*.writing-*"))
 
 
 def test_edited_file_is_tokenised_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("some words " * 3000)
     config = configure(tmp_path, f"--data.source=text:{path}")
-    before = prepare_shards(config).folder
+    before = prepare_shards(config).folders
     path.write_text("other words " * 3000)
-    assert prepare_shards(config).folder != before
+    assert prepare_shards(config).folders != before
 
 
 def test_evaluation_batch_fills_up_with_sequences_that_do_not_count():

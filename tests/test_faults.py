@@ -257,7 +257,9 @@ def test_guard_counts_skipped_steps_in_a_row():
 def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
     """A rank's folder that rank 0 does not see: here the other rank never comes to write."""
     config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
-    writer = CheckpointWriter(config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, {})
+    writer = CheckpointWriter(
+        config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, lambda samples: {}
+    )
     folder = tmp_path / "unfinished_step_00000001"
     folder.mkdir()
     (folder / "rank_00000.json").write_text("{}")

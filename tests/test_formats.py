@@ -89,10 +89,10 @@ def test_remote_files_are_read_and_listed(tmp_path, kind):
         assert texts_of(config.data) == TEXTS * len(COMPRESS)
     before = prepare_shards(config)
     assert sorted(documents_of(before)) == sorted(TEXTS * len(COMPRESS))
-    assert before.meta.files[0] == f"memory:///corpus/0.{kind}"
+    assert before.files[0] == f"memory:///corpus/0.{kind}"
     with system.open(f"/corpus/0.{kind}", "wb") as file:
         file.write(content_of(kind))
-    assert prepare_shards(config).folder != before.folder
+    assert prepare_shards(config).folders != before.folders
     with pytest.raises(ConfigError, match="matches no file"):
         texts_of(configure(tmp_path, f"--data.source={kind}:memory://nowhere/*").data)
     with pytest.raises(ConfigError, match="could not be listed"):
@@ -214,7 +214,7 @@ def test_case_one_bad_row(tmp_path, capsys):
     shards = prepare_shards(case(tmp_path, "one_bad_row.jsonl", "--data.on_bad_row=skip"))
     assert len(documents_of(shards)) == 120
     assert "1 of 121 rows were left out (1 no JSON object)" in capsys.readouterr().err
-    assert json.loads((shards.folder / "bad_rows.jsonl").read_text())["line"] == 61
+    assert json.loads((shards.folders[0] / "bad_rows.jsonl").read_text())["line"] == 61
 
 
 def test_line_separators_inside_a_string_end_no_row(tmp_path):
@@ -230,7 +230,7 @@ def test_wrong_column_of_the_last_file_is_told_before_the_work_begins(tmp_path, 
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     tokenizer = prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/0.jsonl")).tokenizer.name_or_path
     (tmp_path / "9.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
-    monkeypatch.setattr("smolds_dist.data.shards.tokenize", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("smolds_dist.data.units.tokenize", lambda *_: pytest.fail("the work began"))
     with pytest.raises(ConfigError, match=r"9\.jsonl has in line 1 no field 'text'"):
         prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={tokenizer}"))
 
@@ -298,9 +298,7 @@ def test_tokens_of_others_are_taken_as_they_are(tmp_path, tokenized, name):
     assert len(found) > 30 and 3 < (np.asarray(shards.val) == eos).sum() < 30
     for ids, number in zip(found, table["number"].tolist(), strict=True):
         assert ids.tolist() == closed[number - 1].tolist()
-    assert shards.meta.val_bytes == sum(
-        len(text.encode()) for text in documents_of(shards)[-(shards.val == eos).sum() :]
-    )
+    assert shards.val_bytes == sum(len(text.encode()) for text in documents_of(shards)[-(shards.val == eos).sum() :])
 
 
 def test_tokens_that_do_not_fit_are_refused(tmp_path, tokenized):

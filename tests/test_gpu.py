@@ -288,7 +288,7 @@ def test_checkpoint_is_copied_to_pinned_memory(small_run):
     batch = ids(2, 64).to(DEVICE)
     engine.backward(engine.forward(batch, batch))
     engine.step(1e-3)
-    writer = CheckpointWriter(config, topology, {}, {})
+    writer = CheckpointWriter(config, topology, {}, lambda samples: {})
     writer.prepare(engine)
     writer.wait()
     staged = writer.staging

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from ranks import smolds
 from test_data import configure
+from tokenised import whole
 
 from smolds_dist.checkpoint.files import read_manifest
 from smolds_dist.config import load_config
@@ -196,12 +197,12 @@ def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
         config = configure(tmp_path / "cache", f"--data.sources={json.dumps(given)}", "--data.val_fraction=0.01")
         found = prepare_data(config)
         held_out, trained = ({*()}, {*()})
-        for shards in found.sources.values():
-            table = np.asarray(shards.train_documents)
-            whole = table["text"] if table["text"][-1] not in shards.meta.moved else table["text"][:-1]
-            trained |= set(whole.tolist())
-            held_out |= set(np.asarray(shards.val_documents)["text"].tolist())
-        cut = {shards.meta.moved[0] for shards in found.sources.values() if shards.meta.moved}
+        prepared = [whole(found, name) for name in found.sources]
+        for one in prepared:
+            texts = one.train_documents["text"]
+            trained |= set(texts[:-1].tolist() if texts[-1] in one.moved else texts.tolist())
+            held_out |= set(one.val_documents["text"].tolist())
+        cut = {one.moved[0] for one in prepared if one.moved}
         assert cut and held_out and not (held_out & trained)
 
 
@@ -240,18 +241,20 @@ def test_unique_texts_are_counted_as_by_hand(copies):
     folder, options = copies
     config = load_config(options)
     found = prepare_data(config)
-    shards, eos = found.sources["jsonl"], found.tokenizer.eos_token_id
-    starts = np.concatenate(([0], np.flatnonzero(shards.train == eos)[:-1] + 1)).tolist()
+    source, eos = found.sources["jsonl"], found.tokenizer.eos_token_id
+    assert len(source.units) == 1
+    tokens = source.tokens(0)
+    starts = np.concatenate(([0], np.flatnonzero(tokens == eos)[:-1] + 1)).tolist()
     beginnings = {}
-    for start, end in zip(starts, [*starts[1:], len(shards.train)], strict=True):
-        beginnings[start] = tuple(shards.train[start : end - 1][:50].tolist())
+    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        beginnings[start] = tuple(tokens[start : end - 1][:50].tolist())
     seen, unique = 0, set()
     rows = steps_of(folder / "runs" / "copies")
     for step, row in rows.items():
         for sample in found.samples(np.arange((step - 1) * 8, step * 8)):
             here = [
                 beginnings[t]
-                for start, length in sample.pieces
+                for _, start, length in sample.pieces
                 for t in range(start, start + length)
                 if t in beginnings
             ]
@@ -390,10 +393,10 @@ def test_stats_count_what_is_there(copies, capsys):
     folder, options = copies
     assert data_command(["stats", "--json", "--", *options]) == 0
     told = json.loads(capsys.readouterr().out)
-    found = prepare_data(load_config(options)).sources["jsonl"]
+    found = whole(prepare_data(load_config(options)), "jsonl")
     texts = [json.loads(line)["text"] for line in (folder / "a.jsonl").read_text().splitlines()]
     assert told["files"] == 1 and told["documents"] == 1000 and told["copies"] == len(texts) - len(set(texts)) == 100
-    assert told["tokens"] == found.meta.train_tokens + found.meta.val_tokens
+    assert told["tokens"] == found.train_tokens + found.val_tokens
     assert told["bytes_per_token"] == pytest.approx(sum(len(t) for t in texts) / told["tokens"], abs=1e-3)
     assert sum(told["lengths"].values()) == 1000
     assert data_command(["stats", "--", *options]) == 0

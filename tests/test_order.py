@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 
 from smolds_dist.data.mixture import Mixture, exact_shares, first_part
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, UNIT_BYTES, FirstOrder, SourceOrder, permuted, units_of
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, FirstOrder, Piece, SourceOrder, permuted
+from smolds_dist.data.parts import UNIT_BYTES, units_of
 
 
-def ranges(starts: list[int], tokens: int) -> list[tuple[int, int, int]]:
-    """Each part a unit of its own."""
-    return [(start, end - start, unit) for unit, (start, end) in enumerate(pairwise([*starts, tokens]))]
+def order_of(
+    starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int, version: int = 2
+) -> SourceOrder:
+    """Units of one piece each, numbered within the source."""
+    bounds = [*starts, tokens]
+
+    def pieces_of(following: np.ndarray, _wait: bool) -> list[Piece]:
+        unit = int(following[0])
+        return [Piece(0, bounds[unit], bounds[unit + 1] - bounds[unit])]
+
+    return SourceOrder(len(starts), pieces_of, seq_len, seed, window_tokens, version=version)
 
 
 def keys_of(number: int) -> np.ndarray:
@@ -41,13 +50,13 @@ def test_permutation_is_an_even_one():
 
 def test_order_stays_what_it_was():
     """Recorded when the order was made: a run goes on in it, on any machine, with any version of any library."""
-    order = SourceOrder(ranges([0, 75, 100], 330), seq_len=10, seed=7, window_tokens=100)
-    epochs, starts = order.starts(np.arange(70))
+    order = order_of([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100)
+    epochs, places = order.places(np.arange(70))
     assert epochs.tolist() == [0] * 33 + [1] * 33 + [2] * 4
-    assert starts.tolist() == RECORDED
+    assert (10 * places).tolist() == RECORDED
     assert order.pieces(np.array([0, 24])) == RECORDED_PIECES
-    large = SourceOrder([(0, 10**13, 0)], seq_len=1000, seed=2**40, window_tokens=2**28)
-    assert large.starts(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1].tolist() == RECORDED_LARGE
+    large = order_of([0], 10**13, seq_len=1000, seed=2**40, window_tokens=2**28)
+    assert (1000 * large.places(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1]).tolist() == RECORDED_LARGE
     assert units_of([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
     first = FirstOrder(320, seq_len=32, seed=0)
     assert [piece.start // 32 for (piece,) in first.pieces(np.arange(10))] == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
@@ -59,7 +68,7 @@ RECORDED = [
     70, 100, 90, 220, 180, 190, 300, 320, 310, 190, 110, 220, 210, 40, 90, 140, 0, 30, 50, 130, 200, 150, 120, 160,
     170, 20, 60, 70, 80, 180, 100, 10, 300, 310, 290, 260, 280, 320, 230, 250, 240, 270, 70, 200, 50, 160,
 ]  # fmt: skip
-RECORDED_PIECES = [[(20, 10)], [(70, 5), (100, 5)]]
+RECORDED_PIECES = [[(0, 20, 10)], [(0, 70, 5), (0, 100, 5)]]
 RECORDED_LARGE = [7561775650000, 9080268589000, 9011089762000, 7296580008000, 5647225277000]
 
 
@@ -72,9 +81,12 @@ def test_small_files_travel_together_but_not_with_their_neighbours():
     assert units.count(units[1000]) == 1  # the large one
     members = [np.flatnonzero(np.array(units) == unit) for unit in range(max(units))]
     assert all(np.ptp(files) > 300 for files in members if len(files) > 20)
+
     # what is in a unit stays together, in every epoch
-    lengths = [(10 * n, 10, unit) for n, unit in enumerate(units)]
-    order = SourceOrder(lengths, seq_len=10, seed=0, window_tokens=2**20)
+    def pieces_of(following, _):
+        return [Piece(0, 10 * n, 10) for n in np.flatnonzero(np.array(units) == following[0]).tolist()]
+
+    order = SourceOrder(max(units) + 1, pieces_of, seq_len=10, seed=0, window_tokens=2**20)
     for epoch in range(2):
         stream = [units[start // 10] for start in sorted_by_stream(order, epoch)]
         assert len([1 for one, other in pairwise(stream) if one != other]) == max(units)
@@ -83,26 +95,26 @@ def test_small_files_travel_together_but_not_with_their_neighbours():
 def sorted_by_stream(order: SourceOrder, epoch: int) -> list[int]:
     """Where the samples of an epoch are stored, in the order of its stream of tokens."""
     positions = np.arange(order.num_samples) + epoch * order.num_samples
-    _, starts = order.starts(positions)
+    _, starts = order.places(positions)
     return [order.pieces(positions[at : at + 1])[0][0].start for at in np.argsort(starts)]
 
 
 def test_every_epoch_has_each_token_once_in_a_new_order():
-    order = SourceOrder(ranges([0, 700, 710, 2000], 3000), seq_len=10, seed=1, window_tokens=2**20)
+    order = order_of([0, 700, 710, 2000], 3000, seq_len=10, seed=1, window_tokens=2**20)
     epochs = []
     for epoch in range(3):
         pieces = order.pieces(np.arange(300) + 300 * epoch)
         assert all(sum(piece.length for piece in sample) == 10 for sample in pieces)
-        tokens = [token for sample in pieces for start, length in sample for token in range(start, start + length)]
+        tokens = [token for sample in pieces for _, start, length in sample for token in range(start, start + length)]
         assert sorted(tokens) == list(range(3000))
         epochs.append(tokens)
     assert epochs[0] != epochs[1] != epochs[2]
-    other = SourceOrder(ranges([0, 700, 710, 2000], 3000), seq_len=10, seed=2, window_tokens=2**20)
+    other = order_of([0, 700, 710, 2000], 3000, seq_len=10, seed=2, window_tokens=2**20)
     assert other.pieces(np.arange(300)) != order.pieces(np.arange(300))
 
 
 def test_sample_reads_on_in_the_next_unit():
-    order = SourceOrder(ranges([0, 5, 11], 30), seq_len=10, seed=0, window_tokens=100)
+    order = order_of([0, 5, 11], 30, seq_len=10, seed=0, window_tokens=100)
     units = {0: range(0, 5), 5: range(5, 11), 11: range(11, 30)}
     for sample in order.pieces(np.arange(3)):
         for before, after in pairwise(sample):
@@ -113,32 +125,32 @@ def test_sample_reads_on_in_the_next_unit():
 def test_windows_double_in_the_first_epoch_and_are_whole_later():
     tokens, window = 40 * FIRST_WINDOW, 8 * FIRST_WINDOW
     units = list(range(0, tokens, FIRST_WINDOW // 4))
-    order = SourceOrder(ranges(units, tokens), seq_len=1024, seed=0, window_tokens=window)
+    order = order_of(units, tokens, seq_len=1024, seed=0, window_tokens=window)
     samples = FIRST_WINDOW // 1024
     for epoch, ends in ((0, [1, 3, 7, 15, 23, 31, 39, 40]), (1, [8, 16, 24, 32, 40])):
-        _, starts = order.starts(np.arange(40 * samples) + epoch * 40 * samples)
+        _, places = order.places(np.arange(40 * samples) + epoch * 40 * samples)
         for begin, end in pairwise([0, *ends]):
-            inside = starts[begin * samples : end * samples] // 1024
+            inside = places[begin * samples : end * samples]
             assert inside.min() == begin * samples and inside.max() == end * samples - 1
             assert len(set(inside.tolist())) == len(inside)
     # within one window, places are shuffled
-    assert abs(np.corrcoef(np.arange(samples), order.starts(np.arange(samples))[1])[0, 1]) < 0.1
+    assert abs(np.corrcoef(np.arange(samples), order.places(np.arange(samples))[1])[0, 1]) < 0.1
 
 
 def test_ten_billion_samples_take_no_more_memory_than_few():
     samples, seq_len = 10**10, 1024
-    files = ranges(list(range(0, samples * seq_len, 2**30)), samples * seq_len)
+    files = list(range(0, samples * seq_len, 2**30))
     chance = np.random.RandomState(0)
     places = np.unique(np.concatenate(([0, samples - 1], chance.randint(0, samples, 1_000_000))))
     tracemalloc.start()
-    order = SourceOrder(files, seq_len, seed=3, window_tokens=2**28)
+    order = order_of(files, samples * seq_len, seq_len, seed=3, window_tokens=2**28)
     order.pieces(np.array([0, samples // 2, samples - 1]))
     assert tracemalloc.get_traced_memory()[1] < 50 * 10**6
     tracemalloc.stop()
     assert order.num_samples == samples
-    _, starts = order.starts(places)
-    assert len(np.unique(starts)) == len(places) > 999_000
-    assert starts.min() >= 0 and starts.max() <= (samples - 1) * seq_len and not (starts % seq_len).any()
+    _, found = order.places(places)
+    assert len(np.unique(found)) == len(places) > 999_000
+    assert found.min() >= 0 and found.max() < samples
 
 
 def random_stages(chance: random.Random) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:

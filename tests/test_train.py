@@ -86,8 +86,8 @@ def test_final_prompts_are_sampled_once(small_run, tmp_path):
 def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, small_run):
     _, evaluation = rows_of(finished)
     model = AutoModelForCausalLM.from_pretrained(finished / "export")
-    (shards,) = prepare_data(load_config(small_run)).sources.values()
-    ids, labels = evaluation_batch(shards.val, 32, range(5), 5)
+    (source,) = prepare_data(load_config(small_run)).sources.values()
+    ids, labels = evaluation_batch(source.held_out.tokens, 32, range(5), 5)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=labels).loss.item()
     assert loss == pytest.approx(evaluation[-1]["val_loss"], rel=1e-5)

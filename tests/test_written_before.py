@@ -3,16 +3,21 @@
 It was written by commit ead97c1, on 25 November 2026, over the text of the fixture `corpus`.
 """
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from ranks import ROOT, smolds
+from test_data import configure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smolds_dist.model  # noqa: F401 - registers the architecture
 from smolds_dist.checkpoint.resume import check_resumable
 from smolds_dist.config import load_config
+from smolds_dist.data.batch import batch_digest
+from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.observe.rows import read_rows
 
@@ -74,3 +79,43 @@ def test_every_form_of_the_model_generates(folder):
     )
     assert finished.returncode == 0, finished.text
     assert finished.stdout.startswith("def add") and len(finished.stdout) > len("def add\n")
+
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
+# Digests of 64 samples from 0, 5,000 and 100,000 on, and the beginnings of the contents', as commit 2e73386 had them.
+SECOND_ORDER = {
+    "several files": [4008729748, 4121081251, 2041199681, {"jsonl": "1e196752b56ca040"}],
+    "one document": [2799220926, 2759011525, 1827354362, {"text": "4d08b2b56e82e638"}],
+    "limited": [1645061827, 2131590544, 2670549850, {"jsonl": "c5d27bb30a98159e"}],
+    "mixed": [1228126906, 168670599, 3946886068, {"a": "1b1dbc78262c0104", "b": "4d08b2b56e82e638"}],
+}
+
+
+def rows_of_words(count: int, seed: int) -> list[str]:
+    chance = np.random.RandomState(seed)
+    return [" ".join(WORDS[n] for n in chance.randint(0, 8, chance.randint(5, 400))) for _ in range(count)]
+
+
+def test_second_order_has_the_samples_that_it_had(tmp_path):
+    """Of sources that were tokenised whole: of several files, of one document whose end is held out, limited, mixed."""
+    for number in range(6):
+        rows = rows_of_words(2000 if number < 4 else 40, number)
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "one.txt").write_text(" ".join(rows_of_words(200, 9)))
+    files = f"--data.source=jsonl:{tmp_path}/*.jsonl"
+    mixed = {
+        "a": {"source": f"jsonl:{tmp_path}/[0-3].jsonl"},
+        "b": {"source": f"text:{tmp_path}/one.txt", "weight": 0.5},
+    }
+    options = {
+        "several files": [files],
+        "one document": [f"--data.source=text:{tmp_path}/one.txt"],
+        "limited": [files, "--data.max_tokens=60000"],
+        "mixed": [f"--data.sources={json.dumps(mixed)}"],
+    }
+    for name, given in options.items():
+        data = prepare_data(configure(tmp_path / "cache", *given), order=2)
+        batches = [range(first, first + 64) for first in (0, 5000, 100_000)]
+        assert [batch_digest(data.batch(batch), batch) for batch in batches] == SECOND_ORDER[name][:3]
+        contents = data.identity(0)["contents"]
+        assert {source: content[:16] for source, content in contents.items()} == SECOND_ORDER[name][3]

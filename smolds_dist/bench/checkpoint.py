@@ -82,7 +82,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
 
     for _ in range(2):
         step()
-    writer = CheckpointWriter(config, topology, tensor_shapes(model), {})
+    writer = CheckpointWriter(config, topology, tensor_shapes(model), lambda samples: {})
     writer.prepare(engine)
     prepare_s = _seconds(writer.wait)
     plain = folder / "deepspeed"

@@ -106,9 +106,11 @@ def stdlib_texts(megabytes: int) -> list[str]:
 
 def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
     """Tokens per second of the tokenizer alone and of all the way from files to shards; their ratio by medians."""
+    from smolds_dist.data.parts import units_of_files
     from smolds_dist.data.prepare import prepare_data
-    from smolds_dist.data.shards import write_shards
+    from smolds_dist.data.source import files_of
     from smolds_dist.data.tokenizer import text_encoder
+    from smolds_dist.data.units import write_unit
 
     texts = stdlib_texts(megabytes)
     (folder / "text").mkdir()
@@ -127,9 +129,13 @@ def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
             for encoding in encoder.encode_batch_fast(texts[start : start + 512], add_special_tokens=False)
         )
         alone = tokens / (time.perf_counter() - begin)
-        (folder / f"shards{number}").mkdir()
         begin = time.perf_counter()
-        write_shards(folder / f"shards{number}", config.data.mixed["jsonl"], config.data, tokenizer, None, [], False)
+        source = config.data.mixed["jsonl"]
+        files = files_of(source)
+        for at, unit in enumerate(units_of_files(source, files)):
+            out = folder / f"units{number}-{at}"
+            out.mkdir()
+            write_unit(out, unit, source, files, config.data, tokenizer)
         ours = tokens / (time.perf_counter() - begin)
         if number:  # the first turn warms up
             speeds["tokenizers"].append(alone)
@@ -162,14 +168,14 @@ def batch(folder: Path) -> dict[str, Any]:
 
 
 def order() -> dict[str, Any]:
-    """Memory and time of the order of a billion samples of 1,024 tokens in files of 2^27 tokens."""
-    from smolds_dist.data.order import SourceOrder
+    """Memory and time of the order of a billion samples of 1,024 tokens in units of 2^22 tokens."""
+    from smolds_dist.data.order import Piece, SourceOrder
 
-    samples = 10**9
-    files = [(start, 2**27, number) for number, start in enumerate(range(0, samples * SEQ_LEN, 2**27))]
+    samples, unit_tokens = 10**9, 2**22
+    units = samples * SEQ_LEN // unit_tokens
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
-    made = SourceOrder(files, SEQ_LEN, seed=0, window_tokens=2**28)
+    made = SourceOrder(units, lambda following, _: [Piece(int(following[0]), 0, unit_tokens)], SEQ_LEN, 0, 2**28)
     seconds = []
     for number in range(100):
         positions = np.arange(SEQUENCES) + number * (samples // 100)

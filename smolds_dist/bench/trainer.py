@@ -32,14 +32,14 @@ def train(job: Job) -> dict[str, Any]:
 
     config = load_config(job.given)
     data, length = prepare_data(config), config.data.seq_len
-    (shards,) = data.sources.values()
+    (source,), (order,) = data.sources.values(), data.orders.values()
 
     class Sequences(torch.utils.data.Dataset):
         def __len__(self) -> int:
-            return len(shards.train) // length
+            return order.num_samples
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            ids = torch.tensor(shards.train[index * length : (index + 1) * length].astype("int64"))
+            (ids,) = data.batch(range(index, index + 1))
             return {"input_ids": ids, "labels": ids}
 
     ends: list[float] = []
@@ -60,11 +60,11 @@ def train(job: Job) -> dict[str, Any]:
         Trainer(model, arguments, train_dataset=Sequences(), callbacks=[Clock()]).train()
 
     model.eval()
-    num_sequences = min(config.train.eval_sequences, len(shards.val) // length)
+    num_sequences = min(config.train.eval_sequences, len(source.held_out.tokens) // length)
     total = labelled = 0.0
     with torch.no_grad():
         for start in range(0, num_sequences, 8):
-            ids, labels = evaluation_batch(shards.val, length, range(start, start + 8), num_sequences)
+            ids, labels = evaluation_batch(source.held_out.tokens, length, range(start, start + 8), num_sequences)
             ids, labels = ids.to(model.device), labels.to(model.device)
             count = (labels[:, 1:] >= 0).sum().item()
             total += model(input_ids=ids, labels=labels, use_cache=False).loss.item() * count

@@ -46,7 +46,7 @@ def prepare_resumed(config: RunConfig) -> TrainingData:
     known = config.data.tokenizer == "train" and (tokenizer / "tokenizer.json").is_file()
     # Runs began in the first order before checkpoints named one.
     order, limits = manifest.data.get("order", 1), manifest.data.get("limits")
-    return prepare_data(config, order, tokenizer if known else None, limits)
+    return prepare_data(config, order, tokenizer if known else None, limits, manifest.samples)
 
 
 def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
@@ -168,13 +168,11 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
         )
 
 
-def check_contents(reader: CheckpointReader, identity: dict) -> None:
-    """Refuses a source whose text has changed since it was trained on.
-
-    Args:
-        identity: `TrainingData.identity` of now.
-    """
-    saved = reader.manifest.data
+def check_contents(reader: CheckpointReader, data: TrainingData) -> None:
+    """Refuses a source whose text has changed since it was trained on."""
+    saved, identity = reader.manifest.data, data.identity(reader.manifest.samples)
+    if saved["tokenizer"] != identity["tokenizer"]:
+        raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
     advice = (
         "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
     )
@@ -183,7 +181,7 @@ def check_contents(reader: CheckpointReader, identity: dict) -> None:
             raise ConfigError(
                 f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."
             )
-    if "contents" not in saved and saved["train_tokens"] not in (None, identity["train_tokens"]):
+    if "contents" not in saved and saved["train_tokens"] not in (None, identity.get("train_tokens")):
         raise ConfigError(
             f"the corpus has changed since {reader.folder} was written: it had {saved['train_tokens']:,} training tokens, "
             f"now it has {identity['train_tokens']:,}; {advice}."

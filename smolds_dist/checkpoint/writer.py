@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,16 +59,20 @@ class CheckpointWriter:
 
     Args:
         tensors: shapes of all logical tensors of the model.
-        data: what the token order depends on (`TrainingData.identity`).
+        identity: what the tokens of the run's first samples depend on, by their number (`TrainingData.identity`).
     """
 
     def __init__(
-        self, config: RunConfig, topology: Topology, tensors: dict[str, tuple[int, ...]], data: dict[str, Any]
+        self,
+        config: RunConfig,
+        topology: Topology,
+        tensors: dict[str, tuple[int, ...]],
+        identity: Callable[[int], dict[str, Any]],
     ):
         self.config = config
         self.topology = topology
         self.tensors = tensors
-        self.data = data
+        self.identity = identity
         self.root = config.run_dir / "checkpoints"
         self.staging: dict[str, Tensor] = {}  # where the state is copied to, the same memory each time
         self._thread: threading.Thread | None = None
@@ -162,7 +167,7 @@ class CheckpointWriter:
             val_loss=val_loss,
             config=asdict(self.config),
             topology=asdict(self.topology),
-            data=self.data,
+            data=self.identity(progress.skipped_samples + progress.step * self.config.train.global_batch),
             versions=package_versions(),
             tensors={name: list(shape) for name, shape in self.tensors.items()},
             files={},

@@ -16,14 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from smolds_dist.config import Data
 from smolds_dist.data.mixture import Mixture
 from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
-from smolds_dist.data.shards import SourceShards
 from smolds_dist.data.tokenizer import tokenizer_digest
+from smolds_dist.data.unit_source import UnitSource
+from smolds_dist.data.whole import WholeSource
 
 
 class Sample(NamedTuple):
     """Where a sample's tokens are."""
 
-    source: SourceShards
+    source: UnitSource | WholeSource
     pieces: list[Piece]
 
 
@@ -32,14 +33,14 @@ class TrainingData:
     """All that a run is trained on and measured by."""
 
     tokenizer: PreTrainedTokenizerBase
-    sources: dict[str, SourceShards]
+    sources: dict[str, UnitSource | WholeSource]
     orders: dict[str, SourceOrder | FirstOrder]
     mixture: Mixture
     seq_len: int
     limits: dict[str, int | None]  # tokens after which the reading of a source stopped
 
     def samples(self, indices: np.ndarray) -> list[Sample]:
-        """The samples at those places of the run [n]."""
+        """The samples at those places of the run [n]; waits for tokens that are not there yet."""
         source, number = self.mixture.look_up(indices)
         found: list[Sample | None] = [None] * len(indices)
         for at, (name, order) in enumerate(self.orders.items()):
@@ -53,16 +54,18 @@ class TrainingData:
         ids = np.empty((len(indices), self.seq_len), dtype=np.int64)
         for row, sample in zip(ids, self.samples(np.asarray(indices)), strict=True):
             at = 0
-            for start, length in sample.pieces:
-                row[at : at + length] = sample.source.train[start : start + length]
+            for unit, start, length in sample.pieces:
+                row[at : at + length] = sample.source.tokens(unit)[start : start + length]
                 at += length
         return torch.from_numpy(ids)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often the first `samples` samples of the run go through each source."""
+        """How often the first `samples` samples of the run go through each source of which is known how large it is."""
         totals = self.mixture.totals(samples).tolist()
         return {
-            name: total / order.num_samples for (name, order), total in zip(self.orders.items(), totals, strict=True)
+            name: total / order.num_samples
+            for (name, order), total in zip(self.orders.items(), totals, strict=True)
+            if order.complete
         }
 
     @property
@@ -74,19 +77,33 @@ class TrainingData:
     @property
     def val_unigram_entropy(self) -> float:
         """Nats per token of held-out text: the loss of the best model that ignores context."""
-        return sum(self.sources[n].meta.val_unigram_entropy * w for n, w in self.val_weights.items())
+        return sum(self.sources[n].held_out.unigram_entropy * w for n, w in self.val_weights.items())
 
     @cached_property
-    def identity(self) -> dict:
-        """What the token order depends on, for checkpoints."""
+    def _fixed(self) -> dict:
         return {
             "order": next(iter(self.orders.values())).version,
             "tokenizer": tokenizer_digest(self.tokenizer),
-            "train_tokens": sum(shards.meta.train_tokens for shards in self.sources.values()),
-            "contents": {name: shards.meta.content for name, shards in self.sources.items()},
             "limits": self.limits,
             "schedule": self.mixture.schedule(),
         }
+
+    def identity(self, samples: int) -> dict:
+        """What the tokens of the run's first `samples` samples depend on, for checkpoints."""
+        totals = self.mixture.totals(samples).tolist()
+        contents = {name: self._content(name, total) for name, total in zip(self.sources, totals, strict=True)}
+        whole = [source for source in self.sources.values() if isinstance(source, WholeSource)]
+        # What checkpoints had before they had contents.
+        counts = {"train_tokens": sum(source.meta.train_tokens for source in whole)} if whole else {}
+        return self._fixed | counts | {"contents": contents}
+
+    def _content(self, name: str, samples: int) -> str:
+        """Digest of a source's training texts up to the end of the window with the last of its first `samples` samples."""
+        source, order = self.sources[name], self.orders[name]
+        if isinstance(source, WholeSource):
+            return source.meta.content
+        assert isinstance(order, SourceOrder)
+        return source.content(order.units_until(samples - 1) if samples else np.zeros(0, np.int64))
 
 
 def document_end(data: Data, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from smolds_dist.errors import ConfigError
 
@@ -37,12 +37,33 @@ def key_of(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def written_once(folder: Path, write: Callable[[Path], None], find_damage: Callable[[Path], str | None]) -> Path:
+# What is wrong with a folder, if anything.
+FindDamage = Callable[[Path], str | None]
+
+
+def written_once(folder: Path, write: Callable[[Path], None], find_damage: FindDamage) -> Path:
     """`folder`, filled by `write` if it is not there yet or damaged; the others wait for the one that writes."""
+    write_if_free(folder, write, find_damage, patience=-1)
+    return folder
+
+
+def write_if_free(folder: Path, write: Callable[[Path], None], find_damage: FindDamage, patience: float = 0) -> bool:
+    """Whether `folder` is there now: filled by `write` if it was not there or damaged, and nobody else is writing it.
+
+    The lock is the operating system's: it ends with the process that holds it.
+
+    Args:
+        patience: seconds to wait for another writer; -1: to its end.
+    """
     if folder.is_dir() and not find_damage(folder):
-        return folder
+        return True
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"), _leftovers_removed(folder):
+    lock = FileLock(f"{folder}.lock")
+    try:
+        held = lock.acquire(timeout=patience)
+    except Timeout:
+        return False
+    with held, _leftovers_removed(folder):
         if folder.is_dir() and (damage := find_damage(folder)):
             print(f"{folder} is damaged: {damage}; it is written again", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
@@ -51,7 +72,9 @@ def written_once(folder: Path, write: Callable[[Path], None], find_damage: Calla
             write(unfinished)
             unfinished.chmod(0o755)
             unfinished.rename(folder)
-    return folder
+        # Whoever waits for this very lock finds the folder; nobody else will look for one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+    return True
 
 
 @contextmanager

@@ -1,133 +1,235 @@
-"""Order: which tokens of one source its n-th sample has. A pure function of the source's shards, the sequence length and the
+"""Order: which tokens of one source its n-th sample has. A pure function of the source's units, the sequence length and the
 seed.
 
-From version 2 on, every epoch runs through the source's units (a file, or several small ones) in a new order. What they
-hold, one after the other, is cut into samples of `seq_len` tokens; these are shuffled within windows of consecutive units.
-The windows of the first epoch begin small and double, so that a corpus that is still being tokenised can be trained on;
-later ones have their full size, which holds a smaller corpus whole. Samples are not listed anywhere: a keyed permutation
-says where each one is, so that memory does not depend on their number.
+A unit is what is tokenised at once: a part of a large file, a file, or several small ones. From version 2 on, every epoch
+runs through the units in a new order. What they hold, one after the other, is cut into samples of `seq_len` tokens, or its
+documents are packed into samples; these are shuffled within windows of consecutive units. The windows of the first epoch
+begin small and double, so that a corpus that is still being tokenised can be trained on; later ones have their full size,
+which holds a smaller corpus whole. Samples are not listed anywhere: a keyed permutation says where each one is, so that
+memory does not depend on their number.
 
-Version 1, in which earlier versions of smolds trained, shuffles all samples of the source.
+Version 1 shuffles all samples of the source. Version 2 has files as units, however large, and counts only those that have
+tokens. Runs that began in these go on in them.
 """
 
 import hashlib
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-VERSION = 2  # of a new run's order; a run keeps its own
+VERSION = 3  # of a new run's order; a run keeps its own
 FIRST_WINDOW = 2**22  # tokens
-UNIT_BYTES = 2**20  # small files travel together up to this size
 ROUNDS = 6
 
 
 class Piece(NamedTuple):
-    """A range of a source's training tokens."""
+    """A range of a unit's training tokens."""
 
+    unit: int
     start: int
     length: int
 
 
-class Epoch(NamedTuple):
-    """One way through a source. Letters: R ranges, W windows."""
+# From units in the order in which they are wanted to the pieces of the first. Where its tokens are not there yet, it waits
+# for them, or returns None if it is not to.
+PiecesOf = Callable[[np.ndarray, bool], list[Piece] | None]
+# From a window's pieces to its samples.
+Pack = Callable[[list[Piece]], list[list[Piece]]]
 
-    ranges: np.ndarray  # [R] the ranges in this epoch's order
-    bounds: np.ndarray  # [R + 1] where each begins in this epoch's stream of tokens, and the end
-    windows: np.ndarray  # [W + 1] the first sample of each window, and the end
-    keys: np.ndarray  # [W, ROUNDS] of the permutation in each window
+
+@dataclass
+class Epoch:
+    """One way through a source, as far as it is known. Letters: U units."""
+
+    units: np.ndarray  # [U] in this epoch's order
+    size: int  # of the next window, in tokens
+    taken: int = 0  # units that `pieces` and `pending` come from
+    pieces: list[Piece] = field(default_factory=list)  # of the windows, in this epoch's order
+    bounds: list[int] = field(default_factory=lambda: [0])  # where each piece begins in the epoch's tokens, and the end
+    windows: list[int] = field(default_factory=lambda: [0])  # the first sample of each window, and the end
+    units_until: list[int] = field(default_factory=list)  # units up to each window's end
+    keys: list[np.ndarray] = field(default_factory=list)  # [ROUNDS] of the permutation in each window
+    packed: list[list[Piece]] = field(default_factory=list)  # samples, where documents are packed
+    pending: list[Piece] = field(default_factory=list)  # of the window to come
+    complete: bool = False
+    _arrays: tuple[np.ndarray, np.ndarray] | None = None
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """`windows` [W + 1] and `keys` [W, ROUNDS]."""
+        if self._arrays is None or len(self._arrays[0]) != len(self.windows):
+            self._arrays = np.asarray(self.windows), np.stack(self.keys)
+        return self._arrays
 
 
 class SourceOrder:
-    """The order of version 2.
+    """The order of versions 2 and 3. Several threads may ask it.
 
     Args:
-        ranges: start and length of parts of the source's training tokens, and the unit of each; units are numbered from 0
-            and have one part at least.
+        units: how many there are.
         window_tokens: size of a full window.
+        pack: makes samples of a window's documents; without, its stream of tokens is cut.
+        version: 2 or 3.
     """
 
-    version = 2
-
-    def __init__(self, ranges: list[tuple[int, int, int]], seq_len: int, seed: int, window_tokens: int):
-        self._starts, self._lengths, units = np.asarray(ranges, dtype=np.int64).reshape(-1, 3).T
-        _, self._units = np.unique(units, return_inverse=True)  # some may have no training tokens
-        tokens = int(self._lengths.sum())
+    def __init__(
+        self,
+        units: int,
+        pieces_of: PiecesOf,
+        seq_len: int,
+        seed: int,
+        window_tokens: int,
+        pack: Pack | None = None,
+        version: int = VERSION,
+    ):
+        self.version = version
+        self._units, self._pieces_of, self._pack = units, pieces_of, pack
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
-        self.num_samples = tokens // seq_len  # of an epoch
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._first = self._new_epoch(0)
+        self._later: tuple[int, Epoch] | None = None  # the one that was last asked for
+        self._lock = threading.RLock()
 
-    def _make_epoch(self, epoch: int) -> Epoch:
-        count = int(self._units.max()) + 1
-        places = permuted(np.arange(count), np.full(count, count), _key(self._seed, epoch, "units")[None])
-        ranges = np.argsort(places[self._units], kind="stable")
-        bounds = np.concatenate(([0], np.cumsum(self._lengths[ranges])))
-        of_unit = self._units[ranges]
-        unit_ends = bounds[1:][np.append(of_unit[1:] != of_unit[:-1], True)]
-        windows, begin, size = [0], 0, min(FIRST_WINDOW, self._window) if epoch == 0 else self._window
-        while begin < bounds[-1]:
-            end = int(unit_ends[min(int(np.searchsorted(unit_ends, begin + size)), len(unit_ends) - 1)])
-            windows.append(end // self._seq_len)
-            begin, size = end, min(2 * size, self._window)
-        keys = np.stack([_key(self._seed, epoch, f"window {number}") for number in range(len(windows) - 1)])
-        return Epoch(ranges, bounds, np.asarray(windows), keys)
+    def _new_epoch(self, number: int) -> Epoch:
+        key = self._key(number, "units")[None]
+        places = permuted(np.arange(self._units), np.full(self._units, self._units), key)
+        return Epoch(np.argsort(places), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
+
+    def _epoch(self, number: int) -> Epoch:
+        """Later ones than the first are known whole."""
+        if number == 0:
+            return self._first
+        if self._later is None or self._later[0] != number:
+            epoch = self._new_epoch(number)
+            while not epoch.complete:
+                self._add_window(epoch, number, wait=True)
+            self._later = number, epoch
+        return self._later[1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known how many samples an epoch has."""
+        return self._first.complete
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the first epoch, so far."""
+        return self._first.bounds[-1]
+
+    @property
+    def num_samples(self) -> int:
+        """Of an epoch; waits for the last unit."""
+        self.extend(None)
+        return self._first.windows[-1]
+
+    def extend(self, sample: int | None, wait: bool = True) -> bool:
+        """Gets to know the first epoch up to the window with that sample, or, with None, all of it.
+
+        Returns:
+            False where it is not to wait, and would have to.
+        """
+        with self._lock:
+            epoch = self._first
+            while not epoch.complete and (sample is None or epoch.windows[-1] <= sample):
+                if not self._add_window(epoch, 0, wait):
+                    return False
+            return True
+
+    def wanted_units(self) -> np.ndarray:
+        """Units of the first epoch that are not known yet, in their order."""
+        return self._first.units[self._first.taken :]
+
+    def units_until(self, sample: int) -> np.ndarray:
+        """The first epoch's units up to the end of the window with that sample; in later epochs, all."""
+        self.extend(sample)
+        ends = self._first.windows
+        window = int(np.searchsorted(ends, sample, "right")) - 1
+        last = self._first.units_until[window] if window < len(ends) - 1 else self._units
+        return self._first.units[:last]
+
+    def _add_window(self, epoch: Epoch, number: int, wait: bool) -> bool:
+        size = sum(piece.length for piece in epoch.pending)
+        while size < epoch.size and epoch.taken < len(epoch.units):
+            pieces = self._pieces_of(epoch.units[epoch.taken :], wait)
+            if pieces is None:
+                return False
+            epoch.pending += pieces
+            epoch.taken += 1
+            size += sum(piece.length for piece in pieces)
+        if size:
+            if self._pack:
+                epoch.packed += self._pack(epoch.pending)
+            for piece in epoch.pending:
+                epoch.bounds.append(epoch.bounds[-1] + piece.length)
+            epoch.pieces += epoch.pending
+            epoch.keys.append(self._key(number, f"window {len(epoch.keys)}"))
+            epoch.windows.append(len(epoch.packed) if self._pack else epoch.bounds[-1] // self._seq_len)
+            epoch.units_until.append(epoch.taken)
+            epoch.pending, epoch.size = [], min(2 * epoch.size, self._window)
+        epoch.complete = epoch.taken == len(epoch.units)
+        return True
 
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
-        """Where the tokens of the source's samples number `positions` [n] are, each `seq_len` in all."""
-        epochs, starts = self.starts(positions)
-        return [
-            self._cut(self._epoch(epoch), start) for epoch, start in zip(epochs.tolist(), starts.tolist(), strict=True)
-        ]
+        """Where the tokens of the source's samples number `positions` [n] are, `seq_len` in all, or fewer where documents
+        are packed."""
+        with self._lock:
+            epochs, places = self.places(positions)
+            return [
+                self._cut(self._epoch(epoch), place)
+                for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
+            ]
 
-    def starts(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For the source's samples number `positions` [n]: the epoch, and where in its stream of tokens each one starts."""
-        epochs, places = np.divmod(positions, self.num_samples)
-        starts = np.empty(len(positions), np.int64)
-        for number in np.unique(epochs):
-            epoch, here = self._epoch(int(number)), epochs == number
-            window = np.searchsorted(epoch.windows, places[here], "right") - 1
-            first, end = epoch.windows[window], epoch.windows[window + 1]
-            starts[here] = first + permuted(places[here] - first, end - first, epoch.keys[window])
-        return epochs, starts * self._seq_len
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For the source's samples number `positions` [n]: the epoch, and which one it is there before shuffling."""
+        if not len(positions):
+            return positions, positions
+        with self._lock:
+            self.extend(int(positions.max()))
+            samples = self._first.windows[-1]
+            epochs, within = np.divmod(positions, samples) if self.complete else (np.zeros_like(positions), positions)
+            places = np.empty(len(positions), np.int64)
+            for number in np.unique(epochs):
+                epoch, here = self._epoch(int(number)), epochs == number
+                windows, keys = epoch.arrays()
+                window = np.searchsorted(windows, within[here], "right") - 1
+                first, end = windows[window], windows[window + 1]
+                places[here] = first + permuted(within[here] - first, end - first, keys[window])
+        return epochs, places
 
-    def _cut(self, epoch: Epoch, start: int) -> list[Piece]:
-        """The ranges in which `seq_len` tokens from `start` of the epoch's stream on are stored."""
-        pieces, end = [], start + self._seq_len
-        at = int(np.searchsorted(epoch.bounds, start, "right")) - 1
+    def _cut(self, epoch: Epoch, place: int) -> list[Piece]:
+        if self._pack:
+            return epoch.packed[place]
+        start, end = place * self._seq_len, (place + 1) * self._seq_len
+        pieces, at = [], bisect_right(epoch.bounds, start) - 1
         while start < end:
-            last = min(end, int(epoch.bounds[at + 1]))
+            last = min(end, epoch.bounds[at + 1])
             if last > start:
-                stored = int(self._starts[epoch.ranges[at]]) + start - int(epoch.bounds[at])
-                pieces.append(Piece(stored, last - start))
+                whole = epoch.pieces[at]
+                pieces.append(Piece(whole.unit, whole.start + start - epoch.bounds[at], last - start))
             start, at = last, at + 1
         return pieces
 
-
-def units_of(sizes: list[int]) -> list[int]:
-    """The unit of each file of a source, whose sizes in bytes are given in the order of the names.
-
-    Small files travel together, up to `UNIT_BYTES`, but not with their neighbours: those are often alike, and the first
-    window should be like the whole. So files are taken in a fixed order that has nothing to do with their names.
-    """
-    order = np.argsort(permuted(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), _key(0, 0, "files")[None]))
-    units, unit, size = [0] * len(sizes), -1, UNIT_BYTES
-    for file in order.tolist():
-        if size + sizes[file] > UNIT_BYTES:
-            unit, size = unit + 1, 0
-        size += sizes[file]
-        units[file] = unit
-    return units
+    def _key(self, epoch: int, what: str) -> np.ndarray:
+        return key_for(f"{self.version} {self._seed} {epoch} {what}")
 
 
 class FirstOrder:
     """The order of version 1, for runs that began in it."""
 
     version = 1
+    complete = True
 
     def __init__(self, tokens: int, seq_len: int, seed: int):
-        self.num_samples = tokens // seq_len
+        self.num_tokens, self.num_samples = tokens, tokens // seq_len
         self._seq_len, self._seed = seq_len, seed
         self._epoch = lru_cache(maxsize=2)(self._permutation)
+
+    def extend(self, _sample: int | None, wait: bool = True) -> bool:
+        """As `SourceOrder.extend`: all is known."""
+        return True
 
     def _permutation(self, epoch: int) -> np.ndarray:
         # RandomState's stream is frozen by NumPy's compatibility policy; default_rng's may change between versions.
@@ -137,7 +239,7 @@ class FirstOrder:
         """As `SourceOrder.pieces`."""
         epochs, places = np.divmod(positions, self.num_samples)
         samples = (int(self._epoch(int(e))[p]) for e, p in zip(epochs, places, strict=True))
-        return [[Piece(sample * self._seq_len, self._seq_len)] for sample in samples]
+        return [[Piece(0, sample * self._seq_len, self._seq_len)] for sample in samples]
 
 
 def permuted(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
@@ -176,7 +278,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(seed: int, epoch: int, what: str) -> np.ndarray:
+def key_for(what: str) -> np.ndarray:
     """Round keys [ROUNDS] of uint64."""
-    digest = hashlib.blake2b(f"{VERSION} {seed} {epoch} {what}".encode(), digest_size=8 * ROUNDS).digest()
+    digest = hashlib.blake2b(what.encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")

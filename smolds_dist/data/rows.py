@@ -3,10 +3,11 @@
 import codecs
 import json
 import lzma
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from smolds_dist.config import Source
 from smolds_dist.data.source import BadFileError, File, first_line, open_file
@@ -29,8 +30,14 @@ class BadRow:
 Rows = Iterator[tuple[int, Any]]
 
 
-def rows_of(file: File, source: Source) -> Rows:
-    """The rows of a file.
+WHOLE = (0, 1)  # the first of one part
+
+
+def rows_of(file: File, source: Source, part: tuple[int, int] = WHOLE) -> Rows:
+    """The rows of a file, or of a part of it, numbered there.
+
+    Args:
+        part: its number, and how many there are.
 
     Raises:
         BadFileError: where it is damaged, once the rows before the damage are given.
@@ -41,11 +48,32 @@ def rows_of(file: File, source: Source) -> Rows:
         yield from _hub_rows(source)
         return
     try:
-        yield from READERS[kind](file.path, source)
+        yield from READERS[kind](file, source, part)
     except _damage_errors() as error:
         strerror = getattr(error, "strerror", None)
         why = "cannot be read" if strerror else "is damaged"
         raise BadFileError(f"{why} ({strerror or first_line(error)})") from None
+
+
+def rows_before(file: File, source: Source, part: tuple[int, int]) -> int:
+    """How many rows of the file come before those of a part; reads the file up to there."""
+    if part[0] == 0:
+        return 0
+    with open_file(file.path) as content:
+        if source.source.startswith("parquet:"):
+            import pyarrow.parquet as parquet
+
+            described = parquet.ParquetFile(content).metadata
+            return sum(
+                described.row_group(at).num_rows for at in range(_row_groups(described.num_row_groups, part).start)
+            )
+        left, lines = _first_byte(content, file.size, part), 0
+        content.seek(0)
+        while left:
+            block = content.read(min(left, 2**22))
+            lines += block.count(b"\n")
+            left -= len(block)
+        return lines
 
 
 def _damage_errors() -> tuple[type[Exception], ...]:
@@ -55,15 +83,15 @@ def _damage_errors() -> tuple[type[Exception], ...]:
     return OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException
 
 
-def _read_source(path: str, _source: Source) -> Rows:
+def _read_source(file: File, _source: Source, _part: tuple[int, int]) -> Rows:
     # Python's own tests hold files that are empty or in no encoding, on purpose.
-    with open(path, encoding="utf-8", errors="replace") as file:
-        yield 1, file.read()
+    with open(file.path, encoding="utf-8", errors="replace") as content:
+        yield 1, content.read()
 
 
-def _read_text(path: str, _source: Source) -> Rows:
-    with open_file(path) as file:
-        content = file.read()
+def _read_text(file: File, _source: Source, _part: tuple[int, int]) -> Rows:
+    with open_file(file.path) as opened:
+        content = opened.read()
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -72,14 +100,31 @@ def _read_text(path: str, _source: Source) -> Rows:
         yield 1, text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_jsonl(path: str, source: Source) -> Rows:
-    with open_file(path) as lines:
+def _read_jsonl(file: File, source: Source, part: tuple[int, int]) -> Rows:
+    with open_file(file.path) as lines:
+        at, end = 0, math.inf
+        if part != WHOLE:
+            at, end = _first_byte(lines, file.size, part), _first_byte(lines, file.size, (part[0] + 1, part[1]))
+            lines.seek(at)
         # Only b"\n" ends a line here: U+2028 and U+0085 may stand in a JSON string as they are.
         for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
+            if at >= end:
+                break
+            if at == 0:
+                line, at = line.removeprefix(codecs.BOM_UTF8), len(line)
+            else:
+                at += len(line)
             if line.strip():
                 yield number, _field_of(line, str(source.text_field))
+
+
+def _first_byte(lines: BinaryIO, size: int, part: tuple[int, int]) -> int:
+    """Where the first line begins that begins in a part of a file's bytes."""
+    at = size * part[0] // part[1]
+    if 0 < at < size:
+        lines.seek(at - 1)
+        at += len(lines.readline()) - 1
+    return at
 
 
 def _field_of(line: bytes, field: str) -> Any:
@@ -139,26 +184,33 @@ def _text_fields(row: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _read_parquet(path: str, source: Source) -> Rows:
+def _read_parquet(file: File, source: Source, part: tuple[int, int]) -> Rows:
     import pyarrow.parquet as parquet
 
-    with open_file(path, seekable=True) as content:
-        file = parquet.ParquetFile(content)
-        column = _column(path, file.schema_arrow, str(source.text_field))
-        yield from _column_rows(file.iter_batches(columns=[".".join(column)], batch_size=4096), column)
+    with open_file(file.path, seekable=True) as content:
+        opened = parquet.ParquetFile(content)
+        column = _column(file.path, opened.schema_arrow, str(source.text_field))
+        groups = _row_groups(opened.num_row_groups, part)
+        batches = opened.iter_batches(row_groups=groups, columns=[".".join(column)], batch_size=4096)
+        yield from _column_rows(batches, column)
 
 
-def _read_arrow(path: str, source: Source) -> Rows:
+def _row_groups(count: int, part: tuple[int, int]) -> range:
+    """Those of a part of a file; a part can have none."""
+    return range(count * part[0] // part[1], count * (part[0] + 1) // part[1])
+
+
+def _read_arrow(file: File, source: Source, _part: tuple[int, int]) -> Rows:
     import pyarrow
 
-    with open_file(path, seekable=True) as content:
+    with open_file(file.path, seekable=True) as content:
         try:
-            file = pyarrow.ipc.open_file(content)
-            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            opened = pyarrow.ipc.open_file(content)
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
         except pyarrow.ArrowInvalid:  # then it is a stream, as the `datasets` library writes it
             content.seek(0)
-            file = batches = pyarrow.ipc.open_stream(content)
-        yield from _column_rows(batches, _column(path, file.schema, str(source.text_field)))
+            opened = batches = pyarrow.ipc.open_stream(content)
+        yield from _column_rows(batches, _column(file.path, opened.schema, str(source.text_field)))
 
 
 def _column(path: str, schema: Any, field: str) -> list[str]:
@@ -240,11 +292,11 @@ def _hub_rows(source: Source) -> Rows:
         ) from None
 
 
-def _read_tokens(path: str, source: Source) -> Rows:
-    return read_tokens(path, str(source.token_dtype))
+def _read_tokens(file: File, source: Source, _part: tuple[int, int]) -> Rows:
+    return read_tokens(file.path, str(source.token_dtype))
 
 
-READERS: dict[str, Callable[[str, Source], Rows]] = {
+READERS: dict[str, Callable[[File, Source, tuple[int, int]], Rows]] = {
     "stdlib": _read_source,
     "text": _read_text,
     "jsonl": _read_jsonl,

@@ -110,18 +110,30 @@ def _version(info: dict[str, Any]) -> str:
     return ""
 
 
+def settings_of(source: Source, data: Data) -> dict[str, Any]:
+    """What the documents in a file of the source depend on, beside the file."""
+    kind = source.source.partition(":")[0]
+    if kind == "stdlib":
+        return {"kind": kind}
+    described: dict[str, Any] = {"kind": kind, "text_field": source.text_field}
+    if kind == "hf":
+        described |= {"source": source.source, "split": source.split}
+    for name in ("on_bad_file", "on_bad_row"):
+        if getattr(data, name) == "skip":
+            described[name] = "skip"
+    if kind == "tokens":
+        described["token_dtype"] = source.token_dtype
+    return described
+
+
 def fingerprint(source: Source, data: Data) -> dict:
     """What the documents of a source depend on, without reading them: it changes when a file is added, removed or edited."""
     described: dict[str, Any] = {"source": source.source}
     files = files_of(source)
     if source.source == "stdlib":
         return described | {"python": sys.version, "sizes": [file.size for file in files]}
-    described |= {"text_field": source.text_field, "split": source.split}
-    for name in ("on_bad_file", "on_bad_row"):
-        if getattr(data, name) == "skip":
-            described[name] = "skip"
-    if source.source.startswith("tokens:"):
-        described["token_dtype"] = source.token_dtype
+    described |= {"text_field": source.text_field, "split": source.split} | settings_of(source, data)
+    del described["kind"]
     return described | {"files": [(file.path, file.size, file.version) for file in files]}
 
 

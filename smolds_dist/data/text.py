@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from smolds_dist.config import Data, Source
-from smolds_dist.data.rows import PLACES, BadRow, rows_of
+from smolds_dist.data.parts import Part
+from smolds_dist.data.rows import PLACES, BadRow, rows_before, rows_of
 from smolds_dist.data.source import BadFileError, File
 from smolds_dist.data.token_files import Flat
 from smolds_dist.errors import ConfigError
@@ -21,7 +22,7 @@ BYTE_ORDER_MARK = "\ufeff"
 class Document(NamedTuple):
     """A text and where it stands."""
 
-    file: int  # among the source's files, from 0
+    part: int  # among those that are read, from 0
     number: int  # of its line or row there, from 1
     text: str | np.ndarray | Flat  # or token ids, of a `tokens` source
 
@@ -61,10 +62,15 @@ class Tally:
                 out.write(json.dumps({"file": file, place: number, "kind": bad.kind, "why": bad.why}) + "\n")
 
 
-def documents(source: Source, files: list[File], data: Data, tally: Tally | None = None) -> Iterator[Document]:
+def documents(
+    source: Source, files: list[File], data: Data, tally: Tally | None = None, parts: Sequence[Part] | None = None
+) -> Iterator[Document]:
     """The documents of a source, file by file, their texts as they are but for a byte order mark.
 
     Rows that are null, empty or blank are no documents.
+
+    Args:
+        parts: only these, in this order.
 
     Raises:
         ConfigError: where a file is empty or damaged, or a row holds no string, and is not to be skipped
@@ -72,10 +78,10 @@ def documents(source: Source, files: list[File], data: Data, tally: Tally | None
     """
     tally = tally or Tally()
     place = PLACES.get(source.source.partition(":")[0], "file")
-    for at, file in enumerate(files):
-        read, bad_here = tally.read, 0
+    for at, part in enumerate(parts or [Part(number, 0, 1) for number in range(len(files))]):
+        file, read, bad_here, before = files[part.file], tally.read, 0, None
         try:
-            for number, text in rows_of(file, source):
+            for number, text in rows_of(file, source, (part.number, part.of)):
                 tally.read += 1
                 if isinstance(text, str):
                     text = text.removeprefix(BYTE_ORDER_MARK)
@@ -86,6 +92,8 @@ def documents(source: Source, files: list[File], data: Data, tally: Tally | None
                 elif text is None:
                     tally.without_text += 1
                 elif isinstance(text, BadRow):
+                    before = rows_before(file, source, (part.number, part.of)) if before is None else before
+                    number += before
                     if data.on_bad_row == "refuse":
                         raise ConfigError(
                             f"{file.path} has in {place} {number:,} {text.why}; mend it, or leave such rows out with "
@@ -99,7 +107,7 @@ def documents(source: Source, files: list[File], data: Data, tally: Tally | None
                         )
                 else:
                     yield Document(at, number, text)
-            if tally.read == read:
+            if tally.read == read and part.whole:
                 raise BadFileError("is empty")
         except BadFileError as error:
             if data.on_bad_file == "refuse":

@@ -21,7 +21,7 @@ BEGINNING = 50  # tokens by which the original run tells texts apart
 class Tokenized(NamedTuple):
     """A document's tokens and where it stands."""
 
-    file: int
+    part: int  # as of its `Document`
     number: int
     ids: bytes  # little-endian uint32, the end-of-text token included
     text: int  # 64-bit digest of the whole text
@@ -58,10 +58,10 @@ def tokenize(
             yield from _as_they_are(batch, eos, vocabulary)
             return
         done = []
-        for (file, number, text), ids in zip(batch, encoded, strict=True):
+        for (part, number, text), ids in zip(batch, encoded, strict=True):
             content = str(text).encode(errors="replace")
             tokens = ids.tobytes()
-            done.append(Tokenized(file, number, tokens + end, digest(content), _beginning(tokens), len(content)))
+            done.append(Tokenized(part, number, tokens + end, digest(content), _beginning(tokens), len(content)))
         yield done
 
     with ThreadPoolExecutor(1, "tokenizer") as pool:
@@ -81,7 +81,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _as_they_are(batch: list[Document], eos: int, vocabulary: int) -> Iterator[list[Tokenized]]:
-    for file, number, tokens in batch:
+    for part, number, tokens in batch:
         whole = _cut(tokens.tokens, eos) if isinstance(tokens, Flat) else iter([(number, np.asarray(tokens))])
         while some := list(islice(whole, DOCUMENTS_AT_ONCE)):
             done = []
@@ -90,22 +90,22 @@ def _as_they_are(batch: list[Document], eos: int, vocabulary: int) -> Iterator[l
                     continue
                 if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
                     outside = int(ids.max()) if int(ids.max()) >= vocabulary else int(ids.min())
-                    raise WrongIdError(file, at, outside, vocabulary)
+                    raise WrongIdError(part, at, outside, vocabulary)
                 content = ids[:-1] if ids[-1] == eos else ids
                 tokens_only = content.astype("<u4").tobytes()
                 end = np.asarray([eos], dtype="<u4").tobytes()
-                done.append(Tokenized(file, at, tokens_only + end, digest(tokens_only), _beginning(tokens_only), 0))
+                done.append(Tokenized(part, at, tokens_only + end, digest(tokens_only), _beginning(tokens_only), 0))
             yield done
 
 
 class WrongIdError(Exception):
     """An id that the tokenizer does not have."""
 
-    def __init__(self, file: int, document: int, token: int, vocabulary: int):
+    def __init__(self, part: int, document: int, token: int, vocabulary: int):
         super().__init__(
             f"has in document {document:,} the id {token}; the tokenizer has ids from 0 to {vocabulary - 1}"
         )
-        self.file = file
+        self.part = part
 
 
 def _cut(tokens: np.ndarray, eos: int) -> Iterator[tuple[int, np.ndarray]]:

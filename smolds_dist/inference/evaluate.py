@@ -128,10 +128,10 @@ def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Texts:
     from smolds_dist.data.tokenizer import tokenizer_digest
 
     data = prepare_data(config)
-    if data.identity["tokenizer"] != tokenizer_digest(tokenizer):
+    if tokenizer_digest(data.tokenizer) != tokenizer_digest(tokenizer):
         raise ConfigError("the run's corpus has changed, and with it its tokenizer; say on what with --data.source.")
-    for name, shards in data.sources.items():
-        yield config.data.mixed[name].source, shards.val, shards.meta.val_bytes
+    for name, source in data.sources.items():
+        yield config.data.mixed[name].source, source.held_out.tokens, source.held_out.bytes
 
 
 def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:

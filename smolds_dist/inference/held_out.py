@@ -9,7 +9,7 @@ import torch
 
 from smolds_dist.config import RunConfig
 from smolds_dist.data.batch import TrainingData, by_document, document_end, evaluation_batch
-from smolds_dist.data.shards import SourceShards
+from smolds_dist.data.held_out import HeldOut
 from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine, model_inputs
 from smolds_dist.parallel.topology import Topology
@@ -30,9 +30,9 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
     counts_LE = torch.zeros(())
     end_of_text = document_end(config.data, data.tokenizer)
     for name, weight in data.val_weights.items():
-        shards = data.sources[name]
-        loss, of_source_LE = evaluate_source(config, topology, engine, shards, end_of_text)
-        bits = loss / math.log(2) / (shards.meta.val_bytes / shards.meta.val_tokens)
+        text = data.sources[name].held_out
+        loss, of_source_LE = evaluate_source(config, topology, engine, text, end_of_text)
+        bits = loss / math.log(2) / (text.bytes / len(text.tokens))
         result["val_loss"] += weight * loss
         result["val_bits_per_byte"] += weight * bits
         if len(data.sources) > 1:
@@ -43,7 +43,7 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
 
 @torch.no_grad()
 def evaluate_source(
-    config: RunConfig, topology: Topology, engine: Engine, shards: SourceShards, end_of_text: int | None
+    config: RunConfig, topology: Topology, engine: Engine, text: HeldOut, end_of_text: int | None
 ) -> tuple[float, torch.Tensor]:
     """Mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective.
 
@@ -51,7 +51,7 @@ def evaluate_source(
         end_of_text: the token after which another document begins, where they are kept apart.
     """
     seq_len = config.data.seq_len
-    num_sequences = min(config.train.eval_sequences, len(shards.val) // seq_len)
+    num_sequences = min(config.train.eval_sequences, len(text.tokens) // seq_len)
     at_once = topology.world_size * topology.micro_batch
     total = torch.zeros(2, dtype=torch.float64 if topology.device == "cpu" else torch.float32)
     layers = moe_layers(engine.model).values()
@@ -59,7 +59,7 @@ def evaluate_source(
     engine.model.eval()
     for start in range(0, num_sequences, at_once):
         first = start + topology.rank * topology.micro_batch
-        ids, labels = evaluation_batch(shards.val, seq_len, range(first, first + topology.micro_batch), num_sequences)
+        ids, labels = evaluation_batch(text.tokens, seq_len, range(first, first + topology.micro_batch), num_sequences)
         positions = None
         if end_of_text is not None:
             positions, apart = by_document(ids, end_of_text)

@@ -17,8 +17,8 @@ from smolds_dist.config import RunConfig, load_config
 from smolds_dist.data.batch import Sample, TrainingData, batch_digest
 from smolds_dist.data.prepare import prepare_data, told_epochs
 from smolds_dist.data.rows import PLACES
-from smolds_dist.data.shards import SourceShards
 from smolds_dist.data.unique import first_from
+from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.rows import read_rows
 
@@ -106,28 +106,28 @@ def place_in_words(config: RunConfig, sample: Sample, part: dict[str, Any]) -> s
 
 def parts_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]]:
     """The documents in a sample, each with its file, number, the first of its tokens that is in the sample, and the text."""
-    shards = sample.source
-    for start, length in sample.pieces:
-        table = np.asarray(shards.train_documents)
+    source = sample.source
+    for unit, start, length in sample.pieces:
+        table, tokens = np.asarray(source.table(unit)), source.tokens(unit)
         at, end = start, start + length
-        place = document_at(shards, start)
+        place = document_at(table, start)
         while at < end:
             row = table[place]
-            after = int(table["start"][place + 1]) if place + 1 < len(table) else shards.meta.train_tokens
-            ids = shards.train[at : min(after, end)]
+            after = int(table["start"][place + 1]) if place + 1 < len(table) else len(tokens)
+            ids = tokens[at : min(after, end)]
+            file, number = source.place(unit, row)
             yield {
-                "file": shards.meta.files[int(row["file"])],
-                "document": int(row["number"]),
+                "file": file,
+                "document": number,
                 "start": at - int(row["start"]),
                 "text": str(found.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
             }
             at, place = min(after, end), place + 1
 
 
-def document_at(shards: SourceShards, token: int) -> int:
+def document_at(table: np.ndarray, token: int) -> int:
     """The row of the document that a training token belongs to."""
-    starts = np.asarray(shards.train_documents)["start"]
-    return int(first_from(starts, np.array([token + 1], dtype=np.uint64))[0]) - 1
+    return int(first_from(table["start"], np.array([token + 1], dtype=np.uint64))[0]) - 1
 
 
 def options_and_config(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -152,10 +152,12 @@ def order(args: list[str]) -> int:
     for begin in range(int(first), int(end), 1024):
         indices = range(begin, min(int(end), begin + 1024))
         for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
-            row = sample.source.train_documents[document_at(sample.source, sample.pieces[0].start)]
-            place = {"file": sample.source.meta.files[int(row["file"])], "document": int(row["number"])}
-            start = sample.pieces[0].start - int(row["start"])
-            print(json.dumps({"index": index, "source": sample.source.name, **place, "start": start}))
+            unit, begin, _ = sample.pieces[0]
+            table = np.asarray(sample.source.table(unit))
+            row = table[document_at(table, begin)]
+            file, number = sample.source.place(unit, row)
+            place = {"file": file, "document": number, "start": begin - int(row["start"])}
+            print(json.dumps({"index": index, "source": sample.source.name, **place}))
     return 0
 
 
@@ -169,38 +171,45 @@ def stats(args: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="a JSON object for each source")
     options, config = options_and_config(parser, args)
     found = prepare_data(config)
+    for order in found.orders.values():
+        order.extend(None)
     epochs = found.epochs(config.train.steps * config.train.global_batch)
-    for name, shards in found.sources.items():
-        told = facts_of(shards) | {"epochs": round(epochs[name], 4)}
+    for name, source in found.sources.items():
+        assert isinstance(source, UnitSource)  # as the newest order has them
+        told = facts_of(source, found.orders[name].num_tokens) | {"epochs": round(epochs[name], 4)}
         if options.json:
             print(json.dumps({"source": name} | told))
             continue
         print(f"{name} ({config.data.mixed[name].source})")
-        print("\n".join(table_of(told, shards.meta.left_out)))
+        print("\n".join(table_of(told, source.left_out())))
     if not options.json:
         print("the run takes", *told_epochs(config, found), sep="\n  ")
     return 0
 
 
-def facts_of(shards: SourceShards) -> dict[str, Any]:
-    """What a source's shards say of its text, both splits together."""
-    meta = shards.meta
-    tables = [np.asarray(shards.train_documents), np.asarray(shards.val_documents)]
-    ends = [meta.train_tokens, meta.val_tokens]
-    lengths = np.concatenate(
-        [np.diff(t["start"].astype(np.int64), append=end) for t, end in zip(tables, ends, strict=True)]
-    )
-    cut = len(tables[0]) > 0 and int(tables[0]["text"][-1]) in meta.moved  # then its end is in the other split
-    texts = np.concatenate([tables[0]["text"][: len(tables[0]) - cut], tables[1]["text"]])
-    tokens = meta.train_tokens + meta.val_tokens
+def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
+    """What a source's tokens say of its text, both splits together.
+
+    Args:
+        train_tokens: of the training split.
+    """
+    tables = [(np.asarray(source.table(unit)), len(source.tokens(unit))) for unit in range(len(source.units))]
+    tables.append((source.held_out.documents, len(source.held_out.tokens)))
+    lengths = np.concatenate([np.diff(table["start"].astype(np.int64), append=end) for table, end in tables])
+    texts = np.concatenate([table["text"] for table, _ in tables])
+    if source.held_out.moved:  # a text of which both splits have a part counts once
+        twice = np.isin(tables[-1][0]["text"], source.held_out.moved)
+        texts, lengths = texts[: len(texts) - twice.sum()], lengths[: len(lengths) - twice.sum()]
+    tokens = train_tokens + len(source.held_out.tokens)
+    bytes_per_token = source.text_bytes / source.tokens_found or source.held_out.bytes / len(source.held_out.tokens)
     powers, counts = np.unique(np.floor(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
     histogram = dict(zip(powers.tolist(), counts.tolist(), strict=True))
     return {
-        "files": len(meta.files),
+        "files": len(source.files),
         "documents": len(texts),
         "tokens": tokens,
-        "held_out_tokens": meta.val_tokens,
-        "bytes_per_token": round((meta.text_bytes / tokens) or meta.val_bytes / meta.val_tokens, 3),
+        "held_out_tokens": len(source.held_out.tokens),
+        "bytes_per_token": round(bytes_per_token, 3),
         "copies": len(texts) - len(np.unique(texts)),
         "length": {
             "median": float(np.median(lengths)),

@@ -133,9 +133,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     tensors = tensor_shapes(model)
     if reader:
-        if reader.manifest.data["tokenizer"] != job.data.identity["tokenizer"]:
-            raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
-        check_contents(reader, job.data.identity)
+        check_contents(reader, job.data)
         load_weights(reader, model)
     engine = engine_for(model, config, topology)
     engine.model.register_forward_pre_hook(lambda *_: job.beat())
@@ -204,7 +202,7 @@ def environment(topology: Topology, num_parameters: int, peak: float, data: Trai
         "world_size": topology.world_size,
         "reason": topology.reason,
         "parameters": num_parameters,
-        "data": {name: data.identity[name] for name in ("order", "limits")},
+        "data": {name: data.identity(0)[name] for name in ("order", "limits")},
         "host": socket.gethostname(),
         "system": platform.platform(),
         "device": device,

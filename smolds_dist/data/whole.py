@@ -1,4 +1,6 @@
-"""Shards: a source's tokens as two flat arrays, training and held-out, and a table of the documents in each.
+"""Sources that are tokenised whole before the first step, as the orders 1 and 2 want them: for runs that began in these.
+
+A shard folder holds a source's tokens as two flat arrays, training and held-out, and a table of the documents in each.
 
 Layout: `<cache>/shards/<key>/{train.bin, train.docs, val.bin, val.docs, meta.json}`, and `bad_rows.jsonl` where rows were
 skipped.
@@ -17,17 +19,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import Data, Source
-from smolds_dist.data.order import units_of
+from smolds_dist.data.held_out import HeldOut
+from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
+from smolds_dist.data.parts import units_of
 from smolds_dist.data.source import File, files_of
 from smolds_dist.data.text import Tally, documents, look_ahead
 from smolds_dist.data.tokens import Tokenized, WrongIdError, decoded_bytes, is_held_out, tokenize
+from smolds_dist.data.units import DOCUMENT
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import ProgressBar
 
 FORMAT = 3  # part of every key: raise it when the layout or the meaning of a file changes
 SMALLEST_VAL_TOKENS = 16_384  # or a tenth of the source, whichever is less
-# A row of a table of documents: where its tokens start, its file and number there, digests of its text and its beginning.
-DOCUMENT = np.dtype([("start", "<u8"), ("file", "<u4"), ("number", "<u4"), ("text", "<u8"), ("beginning", "<u8")])
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Meta:
 
 
 @dataclass(frozen=True)
-class SourceShards:
-    """A tokenised source."""
+class WholeSource:
+    """A source that was tokenised whole; it has one unit. As `UnitSource` where both are asked."""
 
     name: str
     folder: Path
@@ -61,24 +64,45 @@ class SourceShards:
         return read_meta(self.folder)
 
     @cached_property
-    def train(self) -> np.ndarray:
-        """[train_tokens], documents one after the other, each closed by the end-of-text token."""
+    def _train(self) -> np.ndarray:
         return np.memmap(self.folder / "train.bin", dtype=self.meta.dtype, mode="r")
 
-    @cached_property
-    def val(self) -> np.ndarray:
-        """[val_tokens], likewise, of documents that `train` does not hold."""
-        return np.memmap(self.folder / "val.bin", dtype=self.meta.dtype, mode="r")
+    def tokens(self, _unit: int) -> np.ndarray:
+        """[train_tokens], documents one after the other, each closed by the end-of-text token."""
+        return self._train
 
     @cached_property
-    def train_documents(self) -> np.ndarray:
-        """[documents] of `DOCUMENT`, in the order of their tokens."""
+    def _table(self) -> np.ndarray:
         return np.memmap(self.folder / "train.docs", dtype=DOCUMENT, mode="r")
 
+    def table(self, _unit: int) -> np.ndarray:
+        """[documents] of `DOCUMENT`, in the order of their tokens."""
+        return self._table
+
+    def place(self, _unit: int, row: np.void) -> tuple[str, int]:
+        """The file of a row of the table, and the number of the row there."""
+        return self.meta.files[int(row["file"])], int(row["number"])
+
     @cached_property
-    def val_documents(self) -> np.ndarray:
-        """[documents] of `DOCUMENT`; where the end of a text was moved here, it counts as one."""
-        return np.memmap(self.folder / "val.docs", dtype=DOCUMENT, mode="r")
+    def held_out(self) -> HeldOut:
+        """Documents that are not trained on; where the end of a text was moved there, it counts as one."""
+        meta = self.meta
+        tokens = np.memmap(self.folder / "val.bin", dtype=meta.dtype, mode="r")
+        documents = np.memmap(self.folder / "val.docs", dtype=DOCUMENT, mode="r")
+        return HeldOut(tokens, documents, meta.val_bytes, meta.val_unigram_entropy, meta.moved)
+
+    def order(self, seq_len: int, seed: int, window_tokens: int, version: int) -> SourceOrder | FirstOrder:
+        """That of version 1 or 2."""
+        if version == 1:
+            return FirstOrder(self.meta.train_tokens, seq_len, seed)
+        starts, lengths, units = np.asarray(self.meta.ranges, dtype=np.int64).reshape(-1, 3).T
+        _, units = np.unique(units, return_inverse=True)  # some may have no training tokens
+
+        def pieces_of(following: np.ndarray, _wait: bool) -> list[Piece]:
+            here = np.flatnonzero(units == following[0])
+            return [Piece(0, int(starts[at]), int(lengths[at])) for at in here]
+
+        return SourceOrder(int(units.max()) + 1, pieces_of, seq_len, seed, window_tokens, version=2)
 
 
 def read_meta(folder: Path) -> Meta:
@@ -117,8 +141,8 @@ class _Side:
     def add(self, documents: list[Tokenized]) -> None:
         rows = np.empty(len(documents), DOCUMENT)
         for at, document in enumerate(documents):
-            rows[at] = (self.tokens, document.file, document.number, document.text, document.beginning)
-            self.file_starts.setdefault(document.file, self.tokens)
+            rows[at] = (self.tokens, document.part, document.number, document.text, document.beginning)
+            self.file_starts.setdefault(document.part, self.tokens)
             self.tokens += len(document.ids) // 4
         self._documents.write(rows.tobytes())
         ids = np.frombuffer(b"".join(document.ids for document in documents), dtype="<u4")
@@ -163,7 +187,7 @@ def write_shards(
             if stop:
                 break
     except WrongIdError as error:
-        raise ConfigError(f"{files[error.file].path} {error}; give the tokenizer that made them.") from None
+        raise ConfigError(f"{files[error.part].path} {error}; give the tokenizer that made them.") from None
     finally:
         split.close()
     left_out = tally.lines(source.source)
