@@ -139,6 +139,8 @@ class Data:
     """What to do with a file that is empty or damaged; either way it is named."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What to do with a row that cannot be read or whose text is no string; skipped ones are named in bad_rows.jsonl."""
+    workers: Literal["auto"] | int = "auto"
+    """Processes that tokenise ahead of the training, on each machine; auto: the cores that ranks leave free, 1 to 16."""
     cache_dir: str = "~/.cache/smolds"
 
     @property
@@ -323,6 +325,8 @@ class RunConfig:
                 f"--train.micro_batch {self.train.micro_batch} does not divide --train.global_batch "
                 f"{self.train.global_batch}; valid values: {_divisors(self.train.global_batch)}."
             )
+        if isinstance(self.data.workers, int) and self.data.workers < 0:
+            raise ConfigError(f"--data.workers {self.data.workers} is out of range; use auto, or 0 or more.")
         if self.parallel.zero not in ("auto", 0, 1, 2, 3):
             raise ConfigError(f"--parallel.zero {self.parallel.zero} is no ZeRO stage; use auto, 0, 1, 2 or 3.")
         if self.parallel.ds_config and not Path(self.parallel.ds_config).is_file():

@@ -27,6 +27,11 @@ class TrainingStoppedError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """An error's message in a sentence of ours."""
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+
+
 class OptionParser(argparse.ArgumentParser):
     """argparse's parser, which tells a mistake as a `ConfigError` instead of ending the process.
 

@@ -13,14 +13,14 @@ class ProgressBar:
 
     Args:
         what: goes before the number: "step" gives "step 3 of 10".
-        total: where it ends, if that is known.
+        total: where it ends, if that is known; it may be set later and change.
         done: where it starts.
         every: seconds between two lines.
         shown: off: says nothing, but for what is written through it.
     """
 
     def __init__(self, what: str, total: int | None = None, done: int = 0, every: float = 15.0, shown: bool = True):
-        self._what, self._total, self._start, self._every, self._shown = what, total, done, every, shown
+        self._what, self.total, self._start, self._every, self._shown = what, total, done, every, shown
         self._began = self._told = time.monotonic()
         self._bar: tqdm | None = None
         if shown and sys.stderr.isatty():
@@ -30,14 +30,15 @@ class ProgressBar:
         """Now at `done`; `line`: gives it a line in any case."""
         now = time.monotonic()
         if self._bar is not None:
+            self._bar.total = self.total
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
-        if line or (self._bar is None and self._shown and (done == self._total or now - self._told >= self._every)):
+        if line or (self._bar is None and self._shown and (done == self.total or now - self._told >= self._every)):
             self._told = now
             words = f"{self._what} {done:,}"
-            if self._total:
-                words += f" of {self._total:,}: {text}"
-                left = (now - self._began) / max(1, done - self._start) * (self._total - done)
+            if self.total:
+                words += f" of {self.total:,}: {text}"
+                left = (now - self._began) / max(1, done - self._start) * (self.total - done)
                 words += f", {timedelta(seconds=round(left))} left" if left else ""
             self.write(words, sys.stderr)
 

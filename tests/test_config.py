@@ -158,7 +158,7 @@ def test_config_file_may_name_its_preset(tmp_path):
         load_config(["--config", str(file)])
 
 
-COMMANDS = ["data", *(f"data {name}" for name in ("show", "stats", "order"))]
+COMMANDS = ["data", *(f"data {name}" for name in ("prepare", "show", "stats", "order"))]
 COMMANDS += "train launch slurm plan doctor report board export import generate eval".split()
 COMMANDS += [f"checkpoint {name}" for name in ("", "ls", "verify", "convert", "rm")]
 COMMANDS += [

@@ -369,6 +369,9 @@ def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
     assembled = []
 
     class Watched:
+        def reach(self, samples: int) -> None:
+            pass
+
         def batch(self, indices: range) -> torch.Tensor:
             assembled.append(indices)
             return data.batch(indices)
@@ -388,6 +391,9 @@ def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
 
 def test_error_while_a_batch_is_assembled_ahead_is_raised():
     class Failing:
+        def reach(self, samples: int) -> None:
+            pass
+
         def batch(self, indices: range) -> torch.Tensor:
             if indices.start:
                 raise OSError("the disk is gone")

@@ -11,6 +11,10 @@ from smolds_dist.data.batch import batch_digest
 class Batches(Protocol):
     """What there must be to take batches from, such as `TrainingData`."""
 
+    def reach(self, samples: int) -> None:
+        """Waits for what the first `samples` samples of the run need."""
+        ...
+
     def batch(self, indices: range) -> Tensor:
         """Token ids [len(indices), seq_len] at those places of the run."""
         ...
@@ -46,6 +50,8 @@ class BatchesAhead:
             self._next = following, self._pool.submit(self._assemble, following)
 
     def _assemble(self, indices: range) -> tuple[Tensor, int]:
+        # Of the whole batch, so that what is wrong with the text is wrong on all ranks in the same step.
+        self._data.reach((indices.start // self._stride + 1) * self._stride)
         ids = self._data.batch(indices)
         return (ids.pin_memory() if self._pinned else ids), batch_digest(ids, indices)
 

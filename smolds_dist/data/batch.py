@@ -17,7 +17,7 @@ from smolds_dist.config import Data
 from smolds_dist.data.mixture import Mixture
 from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
 from smolds_dist.data.tokenizer import tokenizer_digest
-from smolds_dist.data.unit_source import UnitSource
+from smolds_dist.data.unit_source import Progress, UnitSource
 from smolds_dist.data.whole import WholeSource
 
 
@@ -38,6 +38,21 @@ class TrainingData:
     mixture: Mixture
     seq_len: int
     limits: dict[str, int | None]  # tokens after which the reading of a source stopped
+
+    def tell_progress(self, progress: Progress) -> None:
+        """What is told from now on while tokens are made or waited for."""
+        for source in self.sources.values():
+            if isinstance(source, UnitSource):
+                source.progress = progress
+
+    def reach(self, samples: int) -> None:
+        """Waits for the tokens of the run's first `samples` samples."""
+        self.covers(samples, wait=True)
+
+    def covers(self, samples: int, wait: bool = False) -> bool:
+        """Whether the tokens of the run's first `samples` samples are there."""
+        needed = zip(self.orders.values(), self.mixture.totals(samples).tolist(), strict=True)
+        return all(order.extend(taken - 1, wait) for order, taken in needed if taken)
 
     def samples(self, indices: np.ndarray) -> list[Sample]:
         """The samples at those places of the run [n]; waits for tokens that are not there yet."""

@@ -116,8 +116,13 @@ class SourceOrder:
 
     @property
     def num_tokens(self) -> int:
-        """Of the first epoch, so far."""
+        """Of the first epoch, so far as windows are known."""
         return self._first.bounds[-1]
+
+    @property
+    def num_known(self) -> int:
+        """Samples of the first epoch, so far as units are known."""
+        return (self.num_tokens + sum(piece.length for piece in self._first.pending)) // self._seq_len
 
     @property
     def num_samples(self) -> int:

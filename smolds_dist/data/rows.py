@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from smolds_dist.config import Source
-from smolds_dist.data.source import BadFileError, File, first_line, open_file
+from smolds_dist.data.source import BadFileError, File, open_file
 from smolds_dist.data.token_files import read_tokens
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, first_line
 
 # What a row is called where one is named.
 PLACES = {"jsonl": "line", "parquet": "row", "arrow": "row", "hf": "row", "tokens": "document"}

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smolds_dist.config import Data, Source
-from smolds_dist.errors import ConfigError
+from smolds_dist.data.remote import file_system, open_remote, retried
+from smolds_dist.errors import ConfigError, first_line
 
+TRIES = 4  # at listing a remote source
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What a folder of that kind is searched for; any file of a text source.
 ENDINGS = {
@@ -78,18 +80,24 @@ def _belongs(path: str, kind: str) -> bool:
 
 
 def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        signs = "*[" if pattern.startswith("http") else "*?["  # an address may ask a question
+    def listed() -> tuple[Any, list[tuple[str, dict]]]:
+        system, path = file_system(pattern)
+        web = pattern.startswith("http")
+        signs = "*[" if web else "*?["  # an address may ask a question
         if any(sign in path for sign in signs):
             paths = system.glob(path)
+        elif web and not path.endswith("/"):  # to ask whether it is a folder would fetch all of it
+            paths = [path]
         elif system.isdir(path) and not system.isfile(path):
             paths = [found for found in system.find(path) if _belongs(found, kind)]
         else:
             paths = [path] if system.exists(path) else []
-        described = [(found, system.info(found)) for found in sorted(paths)]
+        return system, [(found, system.info(found)) for found in sorted(paths)]
+
+    try:
+        system, described = retried(f"{pattern} could not be listed", listed, TRIES)
+    except FileNotFoundError:
+        return []
     except Exception as error:  # each file system has errors of its own, and some have to be installed first
         raise ConfigError(
             f"--data.source {source.source!r} could not be listed ({first_line(error)}); check the address, the network and "
@@ -126,10 +134,9 @@ def settings_of(source: Source, data: Data) -> dict[str, Any]:
     return described
 
 
-def fingerprint(source: Source, data: Data) -> dict:
+def fingerprint(source: Source, files: list[File], data: Data) -> dict:
     """What the documents of a source depend on, without reading them: it changes when a file is added, removed or edited."""
     described: dict[str, Any] = {"source": source.source}
-    files = files_of(source)
     if source.source == "stdlib":
         return described | {"python": sys.version, "sizes": [file.size for file in files]}
     described |= {"text_field": source.text_field, "split": source.split} | settings_of(source, data)
@@ -149,12 +156,7 @@ def open_file(path: str, seekable: bool = False) -> BinaryIO:
     Args:
         seekable: one can go back and forth in it; costs the memory of a compressed file's content.
     """
-    if "://" in path:
-        import fsspec
-
-        file: Any = fsspec.open(path, "rb").open()
-    else:
-        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    file: Any = open_remote(path) if "://" in path else open(path, "rb")  # noqa: SIM115 - the caller closes it
     ending = os.path.splitext(path)[1]
     if ending not in COMPRESSED:
         return file
@@ -174,8 +176,3 @@ def _decompressed(file: Any, ending: str) -> Any:
         return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
     opened: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return opened[ending](file, "rb")
-
-
-def first_line(error: Exception) -> str:
-    """An error's message in a sentence of ours."""
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,6 +1,7 @@
 """A source whose units are tokenised when they are wanted: by worker processes that run ahead, by `smolds data prepare` long
 before, or else by the process that needs them."""
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from smolds_dist.data.cache import key_of, write_if_free, written_once
 from smolds_dist.data.held_out import held_out_damage, read_held_out, write_held_out
 from smolds_dist.data.order import Piece, SourceOrder
 from smolds_dist.data.parts import units_of_files
-from smolds_dist.data.source import files_of, settings_of
+from smolds_dist.data.source import File, settings_of
+from smolds_dist.data.text import look_ahead
 from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.data.units import DOCUMENT, FORMAT, UnitMeta, left_out_of, read_unit, unit_damage, write_unit
+from smolds_dist.errors import ConfigError
 
 AT_ONCE = 16  # units that a process looks for work in, from the one that is wanted next
 OPEN_UNITS = 1024
@@ -34,13 +37,14 @@ class UnitSource:
         stream_limit: of a source that is one endless unit.
 
     Raises:
-        ConfigError: where there is no file.
+        ConfigError: where the text of a file cannot be read and is not to be skipped.
     """
 
     def __init__(
         self,
         name: str,
         source: Source,
+        files: list[File],
         data: Data,
         tokenizer: PreTrainedTokenizerBase,
         cache: Path,
@@ -49,8 +53,8 @@ class UnitSource:
         stream_limit: int | None = None,
     ):
         self.name, self.source, self._data, self._tokenizer = name, source, data, tokenizer
-        self.files = files_of(source)
-        self.units = units_of_files(source, self.files)
+        self.files = files
+        self.units = units_of_files(source, files)
         self.progress = progress
         self._stream_limit = stream_limit
         self._found: dict[int, UnitMeta] = {}
@@ -68,6 +72,8 @@ class UnitSource:
         self.folders = [cache / "units" / key[:2] / key for key in keys]
         self._ends: dict[int, int] = {}  # where the training tokens of a unit end, where it is not at the unit's end
         self._last: tuple[int, int, int] | None = None  # as of `write_held_out`
+        if not self.find(0):
+            look_ahead(source, files, data)
         if limit:
             self._take_up_to(limit)
         key = key_of("held out", FORMAT, keys[: len(self.units)], self._last)
@@ -170,18 +176,30 @@ class UnitSource:
         """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making."""
         unit = int(following[0])
         while not self.find(unit):
-            for candidate in following[:AT_ONCE].tolist():
-                if not self.find(candidate) and self.make(candidate):
-                    break
-            else:
+            if not self.make(unit) and not self._make_one_of(following[1:AT_ONCE].tolist()):
                 time.sleep(0.05)
             self.progress(self, 0)
-        self.progress(self, 0)
+
+    def _make_one_of(self, units: list[int]) -> bool:
+        """Whether one was made. What is wrong with it will be told when it is wanted."""
+        with contextlib.suppress(ConfigError):
+            return any(not self.find(unit) and self.make(unit) for unit in units)
+        return False
 
     @property
     def text_bytes(self) -> int:
         """UTF-8 bytes of all text of the units that were found; 0 of a `tokens` source."""
         return sum(meta.text_bytes for meta in self._found.values())
+
+    def look(self) -> int:
+        """How many units are there now."""
+        return sum(self.find(unit) for unit in range(len(self.units)))
+
+    @property
+    def files_found(self) -> int:
+        """Files all of whose parts are there, so far as this process knows."""
+        missing = {part.file for unit, parts in enumerate(self.units) if unit not in self._found for part in parts}
+        return len(self.files) - len(missing)
 
     @property
     def num_found(self) -> int:

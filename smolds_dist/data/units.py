@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import Data, Source
 from smolds_dist.data.parts import Part
+from smolds_dist.data.remote import waiting
 from smolds_dist.data.source import File
 from smolds_dist.data.text import Document, Tally, documents
 from smolds_dist.data.tokens import Tokenized, WrongIdError, is_held_out, tokenize
@@ -119,6 +120,7 @@ def write_unit(
     aside: list[tuple[int, int, int]] = []
     read = text_bytes = 0
     out = DocumentWriter(folder / "tokens.bin", folder / "documents", dtype)
+    waiting_before = waiting.set(lambda: alive(read))
     try:
         for batch in tokens_of(documents(source, files, data, tally, unit), unit, files, data, tokenizer):
             if limit:
@@ -134,6 +136,7 @@ def write_unit(
             if limit and read >= limit:
                 break
     finally:
+        waiting.reset(waiting_before)
         out.close()
     meta = UnitMeta(
         dtype=dtype.name,

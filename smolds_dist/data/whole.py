@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import Data, Source
+from smolds_dist.config import Data, RunConfig, Source
+from smolds_dist.data.cache import key_of, written_once
 from smolds_dist.data.held_out import HeldOut
 from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
 from smolds_dist.data.parts import units_of
-from smolds_dist.data.source import File, files_of
+from smolds_dist.data.source import File, fingerprint
 from smolds_dist.data.text import Tally, documents, look_ahead
+from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.data.tokens import Tokenized, WrongIdError, decoded_bytes, is_held_out, tokenize
 from smolds_dist.data.units import DOCUMENT
 from smolds_dist.errors import ConfigError
@@ -61,7 +63,7 @@ class WholeSource:
 
     @cached_property
     def meta(self) -> Meta:
-        return read_meta(self.folder)
+        return _read_meta(self.folder)
 
     @cached_property
     def _train(self) -> np.ndarray:
@@ -105,14 +107,49 @@ class WholeSource:
         return SourceOrder(int(units.max()) + 1, pieces_of, seq_len, seed, window_tokens, version=2)
 
 
-def read_meta(folder: Path) -> Meta:
+def whole_sources(
+    config: RunConfig,
+    cache: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: dict[str, int | None],
+    files: dict[str, list[File]],
+) -> dict[str, WholeSource]:
+    """Each source, tokenised, or found so. A text whose end one source holds out is held out in the others too."""
+    data, progress, digest = config.data, config.log.level != "quiet", tokenizer_digest(tokenizer)
+
+    def prepared(name: str, also: list[int]) -> WholeSource:
+        """With the texts of these digests held out in any case."""
+        source, limit = data.mixed[name], limits[name]
+        described = fingerprint(source, files[name], data)
+        parts = [FORMAT, described, digest, limit, data.val_fraction, data.allow_control_tokens]
+        folder = written_once(
+            cache / "shards" / key_of(*parts, also),
+            lambda folder: _write_shards(folder, source, files[name], data, tokenizer, limit, also, progress),
+            _shards_damage,
+        )
+        return WholeSource(name, folder)
+
+    plain = {name: prepared(name, []) for name in data.mixed}
+    sources = dict(plain)
+    moved: dict[int, str] = {}  # digests of such texts, and the content of the source that holds them out
+    for _ in range(2):
+        for name, shards in plain.items():
+            elsewhere = [text for text, content in moved.items() if content != shards.meta.content]
+            if elsewhere:
+                also = np.intersect1d(np.array(elsewhere, dtype=np.uint64), shards.table(0)["text"]).tolist()
+                sources[name] = prepared(name, also) if also else shards
+            moved |= dict.fromkeys(sources[name].meta.moved, sources[name].meta.content)
+    return sources
+
+
+def _read_meta(folder: Path) -> Meta:
     return Meta(**json.loads((folder / "meta.json").read_text()))
 
 
-def shards_damage(folder: Path) -> str | None:
+def _shards_damage(folder: Path) -> str | None:
     """By sizes alone: every start of a run reads this."""
     try:
-        meta = read_meta(folder)
+        meta = _read_meta(folder)
     except (OSError, ValueError, TypeError):
         return "meta.json cannot be read"
     token = np.dtype(meta.dtype).itemsize
@@ -153,9 +190,10 @@ class _Side:
         self._documents.close()
 
 
-def write_shards(
+def _write_shards(
     folder: Path,
     source: Source,
+    files: list[File],
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
@@ -171,7 +209,6 @@ def write_shards(
     Raises:
         ConfigError: for a file or row that cannot be read and is not to be skipped.
     """
-    files = files_of(source)
     look_ahead(source, files, data)
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
     bar = ProgressBar(f"Tokenising {source.source}: token", shown=progress)

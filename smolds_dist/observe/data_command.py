@@ -1,5 +1,6 @@
-"""`smolds data show|stats|order`: what a run is trained on, asked of its data.
+"""`smolds data prepare|show|stats|order`: what a run is trained on, asked of its data.
 
+smolds data prepare -- TRAIN-OPTIONS
 smolds data show runs/NAME --step 100
 smolds data stats -- TRAIN-OPTIONS
 smolds data order --samples 0:100 -- TRAIN-OPTIONS
@@ -20,6 +21,7 @@ from smolds_dist.data.rows import PLACES
 from smolds_dist.data.unique import first_from
 from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.observe.prepare_command import prepare
 from smolds_dist.observe.rows import read_rows
 
 BAR = 40  # characters of the longest
@@ -31,19 +33,20 @@ def data(args: list[str]) -> int:
     Raises:
         ConfigError: for an unknown one, or what it cannot work with.
     """
-    commands = {"show": show, "stats": stats, "order": order}
+    commands = {"prepare": prepare, "show": show, "stats": stats, "order": order}
     if args and args[0] in commands:
         return commands[args[0]](args[1:])
     if args and args[0] in ("-h", "--help"):
         print(
-            "usage: smolds data {show,stats,order} [options]\n\n"
-            "  show   the texts of a step that a run has trained on, each with its file and row\n"
-            "  stats  files, documents, tokens, lengths, copies, and the epochs that a run would take\n"
-            "  order  where a run's samples begin, as JSON lines\n\n"
+            "usage: smolds data {prepare,show,stats,order} [options]\n\n"
+            "  prepare  tokenises what a run will want, in any number of processes\n"
+            "  show     the texts of a step that a run has trained on, each with its file and row\n"
+            "  stats    files, documents, tokens, lengths, copies, and the epochs that a run would take\n"
+            "  order    where a run's samples begin, as JSON lines\n\n"
             "example: smolds data show runs/first --step 100"
         )
         return 0
-    raise ConfigError(f"smolds data {' '.join(args[:1])!r} is no command; use show, stats or order.")
+    raise ConfigError(f"smolds data {' '.join(args[:1])!r} is no command; use prepare, show, stats or order.")
 
 
 def show(args: list[str]) -> int:

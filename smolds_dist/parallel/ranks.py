@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.data.cores import SHARED
 from smolds_dist.errors import ConfigError, RankError
 
 TELL_AFTER = 10.0  # seconds that a rank waits for others in silence
@@ -291,6 +292,7 @@ def share_cores(info: RankInfo) -> None:
     if len(cores) == os.cpu_count() and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
         first = info.local_rank * each
         os.sched_setaffinity(0, cores[first : first + each])
+        os.environ[SHARED] = "1"  # for processes that are not bound to this rank's part
     elif len(cores) < (os.cpu_count() or 1):
         each = len(cores)
     os.environ.setdefault("OMP_NUM_THREADS", str(each))

@@ -12,6 +12,8 @@ from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, prepare
 from smolds_dist.config import RunConfig
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.tokenizer import save_tokenizer
+from smolds_dist.data.waiting import Waiting
+from smolds_dist.data.workers import workers_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.inference.held_out import evaluate
 from smolds_dist.inference.samples import sample
@@ -46,7 +48,8 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     topology = plan_topology(config, detect_machine(), info)
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
-    with hold_run(config) if topology.rank == 0 else nullcontext(), StopRequest() as stop:
+    ahead = workers_ahead(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
+    with hold_run(config) if topology.rank == 0 else nullcontext(), ahead, StopRequest() as stop:
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         flops = flops_per_token(model_config, config.data.seq_len)
         job = Job(config, topology, data, model_config, flops, stop, report.beat if report else lambda: None)
@@ -86,13 +89,14 @@ def run(job: Job) -> int:
         )
     training = build(job, open_checkpoint(config, topology))
     while True:
+        job.data.tell_progress(Waiting(training.terminal.say, job.beat))
         try:
             code = run_steps(job, training)
             break
         except LossSpikeError as spike:
             training.close()
             training = roll_back(job, training.progress, spike)
-        except TrainingStoppedError:
+        except (TrainingStoppedError, ConfigError):
             training.close()
             raise
     training.close()
@@ -107,7 +111,15 @@ def run_steps(job: Job, training: Training) -> int:
     begin = progress.step
     for step in range(begin + 1, config.train.steps + 1):
         training.profiler.begin(step)
-        done = take_step(job, training, step)
+        try:
+            done = take_step(job, training, step)
+        except ConfigError:  # text that cannot be read, on all ranks alike, before the step has begun
+            if step > begin + 1:
+                training.checkpoints.save(
+                    training.engine, training.balancer, progress, None, seen_so_far(training), wait=True
+                )
+                terminal.say(f"step {step - 1} is saved; continue with --checkpoint.resume auto")
+            raise
         with clock.paused():
             trace = training.profiler.end(step)
         progress.step = step

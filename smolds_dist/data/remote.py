@@ -1,0 +1,173 @@
+"""Remote files, on any file system that fsspec knows: read block by block, and again where an answer does not come whole.
+
+A server that does not answer is waited for, however long: each file was there when it was listed. What cannot change by
+itself (a file that is gone, a refusal) is an error at once.
+"""
+
+import errno
+import io
+import sys
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from smolds_dist.errors import first_line
+
+BLOCK = 2**22  # bytes of one request, where the reader does not want more
+LONGEST_PAUSE = 60.0  # seconds between two tries
+TIMEOUT = 60.0  # seconds without a byte
+FINAL = (400, 401, 403, 404, 405, 410, 451)  # HTTP's answers that another try does not change
+# Called again and again while a server is waited for.
+waiting: ContextVar[Callable[[], None]] = ContextVar("waiting", default=lambda: None)
+
+T = TypeVar("T")
+
+
+class TruncatedError(Exception):
+    """An answer that is shorter than it should be."""
+
+
+class NoRangesError(Exception):
+    """A server that sends whole files only."""
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The file system of an address, and what the file is called there."""
+    import fsspec
+
+    if not path.startswith(("http://", "https://")):
+        return fsspec.core.url_to_fs(path)
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+    return fsspec.core.url_to_fs(path, client_kwargs={"timeout": timeout})
+
+
+def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
+    """What `action` returns, once it does; it is tried again after pauses that double.
+
+    Args:
+        what: begins the sentence that tells of a pause.
+        tries: at most; None: until it works.
+
+    Raises:
+        Exception: that of the last try, or one that another try does not change.
+    """
+    pause, tried = 1.0, 0
+    while True:
+        try:
+            return action()
+        except Exception as error:  # each file system has errors of its own
+            tried += 1
+            if tried == tries or _is_final(error):
+                raise
+            why = _reason(error)
+        print(f"{what} ({why}); trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+        end = time.monotonic() + pause
+        while (left := end - time.monotonic()) > 0:
+            waiting.get()()
+            time.sleep(min(left, 0.5))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try would end alike."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
+        return getattr(cause, "status", 404) in FINAL  # fsspec takes any answer of a web server for this
+    kinds = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
+    return isinstance(error, (*kinds, NoRangesError)) or getattr(error, "status", None) in FINAL
+
+
+def _reason(error: Exception) -> str:
+    """In words; a web server's answer by its number."""
+    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    return f"HTTP {status}" if status else first_line(error)
+
+
+def _read(what: str, action: Callable[[], T]) -> T:
+    """As `retried`, until it works.
+
+    Raises:
+        OSError: where it never will.
+        NoRangesError: by `action`.
+    """
+    try:
+        return retried(what, action)
+    except (OSError, NoRangesError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, _reason(error)) from error
+
+
+def open_remote(path: str) -> Any:
+    """The bytes of a remote file, in which one can go back and forth.
+
+    Raises:
+        OSError: where it is not there.
+    """
+    system, name = file_system(path)
+    size = _read(f"{path} does not answer", lambda: system.info(name).get("size"))
+    if size:
+        try:
+            return io.BufferedReader(RemoteFile(path, system, name, int(size)), BLOCK)
+        except NoRangesError:
+            pass
+
+    def whole() -> bytes:
+        content = system.cat_file(name)
+        if size and len(content) < size:
+            raise TruncatedError(f"sent {len(content):,} of {size:,} bytes")
+        return content
+
+    return io.BytesIO(_read(f"{path} did not come whole", whole))
+
+
+class RemoteFile(io.RawIOBase):
+    """A file of known size, read by ranges of bytes.
+
+    Raises:
+        NoRangesError: where the server has none.
+    """
+
+    def __init__(self, path: str, system: Any, name: str, size: int):
+        self._path, self._system, self._name, self._size, self._at = path, system, name, size, 0
+        self._first = b""
+        self._first = self._fetch(0, min(size, BLOCK))  # also to see whether the server takes ranges
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        if end <= len(self._first):
+            content = self._first[self._at : end]
+        else:
+            content = self._fetch(self._at, end)
+        buffer[: len(content)] = content
+        self._at = end
+        return len(content)
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        def once() -> bytes:
+            content = self._system.cat_file(self._name, start=start, end=end)
+            if len(content) > end - start:
+                raise NoRangesError
+            if len(content) < end - start:
+                raise TruncatedError(f"sent {len(content):,} of {end - start:,} bytes")
+            return content
+
+        return _read(f"{self._path} did not come whole", once)

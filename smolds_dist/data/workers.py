@@ -1,0 +1,170 @@
+"""Worker processes: they tokenise the units that a run will want next, while it trains or long before.
+
+Any number of them, on any number of machines that see the cache, share the work: whoever gets a unit's lock makes it. A
+worker ends with the process that started it, however that ends.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from smolds_dist.config import RunConfig, load_config, save_config
+from smolds_dist.data.batch import TrainingData
+from smolds_dist.data.cores import free_cores, use_all_cores
+from smolds_dist.data.order import SourceOrder
+from smolds_dist.data.prepare import Bar, find_data
+from smolds_dist.data.unit_source import AT_ONCE, UnitSource
+from smolds_dist.errors import ConfigError
+
+IDLE = 0.2  # seconds between two looks, where others are making all that is wanted
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is told."""
+
+    config: str  # path of the run's settings
+    parent: int  # process without which it ends
+    order: int
+    tokenizer: str  # a folder, or a name on the Hub
+    limits: dict[str, int | None]
+    ahead: bool  # of a training, whose cores it must leave alone
+
+
+class Workers:
+    """Some worker processes; they end with the `with` block.
+
+    Args:
+        count: how many.
+        ahead: at low priority, passing over what is wrong with the text: the training will tell it when it gets there.
+    """
+
+    def __init__(self, config: RunConfig, data: TrainingData, count: int, ahead: bool):
+        self._folder = tempfile.TemporaryDirectory(prefix="smolds-workers-")
+        settings = Path(self._folder.name) / "config.yaml"
+        save_config(config, settings)
+        told = data.identity(0)
+        work = Work(str(settings), os.getpid(), told["order"], data.tokenizer.name_or_path, told["limits"], ahead)
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(work))]
+        self.processes = [
+            subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+            for _ in range(count)
+        ]
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()  # a unit is written whole or not at all
+        for process in self.processes:
+            process.communicate()
+        self._folder.cleanup()
+
+    def busy(self) -> bool:
+        """Whether one of them still works.
+
+        Raises:
+            ConfigError: for what is wrong with the text.
+        """
+        for process in self.processes:
+            if process.poll():
+                said = (process.stdout.read() if process.stdout else "").strip()
+                raise ConfigError(said or f"a worker process ended with exit code {process.returncode}; see above.")
+        return any(process.poll() is None for process in self.processes)
+
+
+def workers_ahead(config: RunConfig, data: TrainingData, ranks: int) -> "Workers | nullcontext":
+    """Those that a machine with so many ranks of a training should have.
+
+    On a CPU one by default, at low priority: there the ranks use all cores.
+    """
+    if data.covers(config.train.steps * config.train.global_batch):
+        return nullcontext()
+    count = free_cores(ranks) if config.data.workers == "auto" else config.data.workers
+    return Workers(config, data, count, ahead=True)
+
+
+def wanted_units(data: TrainingData, samples: int) -> Iterator[list[tuple[UnitSource, int]]]:
+    """Units that the run's first `samples` samples want and that are not there yet, the most urgent first, again and again
+    until there are none."""
+    needed = dict(zip(data.sources, data.mixture.totals(samples).tolist(), strict=True))
+    while True:
+        missing: list[tuple[int, UnitSource, list[int]]] = []
+        for name, source in data.sources.items():
+            order = data.orders[name]
+            if not isinstance(source, UnitSource) or not isinstance(order, SourceOrder):
+                continue
+            if needed[name] and not order.extend(needed[name] - 1, wait=False):
+                units = [unit for unit in order.wanted_units().tolist() if not source.find(unit)][:AT_ONCE]
+                missing.append((runs_dry(data, name, order.num_known, samples), source, units))
+        if not missing:
+            return
+        missing.sort(key=lambda one: one[0])
+        yield [(source, unit) for _, source, units in missing for unit in units]
+
+
+def runs_dry(data: TrainingData, name: str, known: int, samples: int) -> int:
+    """The first sample of the run for which the source's first `known` samples are not enough; `samples`, if none is."""
+    at = list(data.sources).index(name)
+    low, high = 0, samples
+    while low < high:
+        middle = (low + high) // 2
+        if data.mixture.totals(middle + 1)[at] > known:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def work(told: Work) -> None:
+    """Makes units until there are all that the run wants."""
+    if told.ahead:
+        os.nice(19)
+    use_all_cores()
+    config = load_config(["--config", told.config, "-q"])
+    with Bar(config) as bar:
+        data = find_data(config, told.order, Path(told.tokenizer), told.limits, bar)
+    data.tell_progress(lambda source, tokens: end_without(told.parent))
+    refused = set[tuple[str, int]]()
+    for wanted in wanted_units(data, config.train.steps * config.train.global_batch):
+        end_without(told.parent)
+        if not any(make(source, unit, refused, told.ahead) for source, unit in wanted):
+            if told.ahead and refused.issuperset((source.name, unit) for source, unit in wanted):
+                return
+            time.sleep(IDLE)
+
+
+def make(source: UnitSource, unit: int, refused: set[tuple[str, int]], ahead: bool) -> bool:
+    """Whether the unit was made here. One that cannot be made is refused, or, ahead of a training, remembered."""
+    if (source.name, unit) in refused:
+        return False
+    try:
+        return source.make(unit)
+    except ConfigError:
+        if not ahead:
+            raise
+        refused.add((source.name, unit))
+        return False
+
+
+def end_without(parent: int) -> None:
+    """Ends this process where the one that started it is gone."""
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        work(Work(**json.loads(sys.argv[1])))
+    except ConfigError as error:
+        print(error)
+        sys.exit(2)
