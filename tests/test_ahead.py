@@ -1,0 +1,202 @@
+"""Tokens that are made while a run trains, or long before by many processes: the run is the same."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import warm
+from ranks import smolds
+
+from smolds_dist.config import load_config
+from smolds_dist.data.prepare import prepare_data
+from smolds_dist.observe.rows import read_rows
+
+STEPS = 60
+WORDS = [f"{one}{two}" for one in "qualification consideration representation".split() for two in "ABCDEFGHIJ"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Six files that are a unit each, of about 90,000 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    chance = np.random.RandomState(0)
+    for number in range(6):
+        rows = (" ".join(chance.choice(WORDS, 60)) for _ in range(1200))
+        text = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        assert len(text) > 2**20
+        (folder / f"{number}.jsonl").write_text(text)
+    return folder
+
+
+def options_of(corpus: Path, folder: Path) -> list[str]:
+    options = {
+        "data.source": f"jsonl:{corpus}/*.jsonl", "data.cache_dir": folder / "cache", "data.tokenizer_vocab_size": 600,
+        "data.seq_len": 128, "data.val_fraction": 0.02, "data.window_tokens": 50_000, "run.dir": folder / "runs",
+        "run.name": "one", "train.steps": STEPS, "train.global_batch": 32, "train.warmup_steps": 2, "train.seed": 1,
+        "train.eval_every": 30, "train.eval_sequences": 4, "checkpoint.every": 5, "log.sample_every": 0,
+        "log.tensorboard": "false", "model.hidden_size": 32, "model.intermediate_size": 32, "parallel.device": "cpu",
+        "model.num_hidden_layers": 1, "model.num_attention_heads": 2, "model.num_key_value_heads": 1,
+        "model.head_dim": 16, "train.dtype": "fp32",
+    }  # fmt: skip
+    return ["--preset", "debug", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def units_in(folder: Path) -> list[Path]:
+    return sorted((folder / "cache" / "units").glob("*/*/meta.json"))
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory) -> tuple[Path, dict[int, dict]]:
+    """A run whose corpus was prepared by `smolds data prepare`: its folder, and its rows by step."""
+    folder = tmp_path_factory.mktemp("prepared")
+    made = smolds("data", "prepare", "--workers", "2", "--", *options_of(corpus, folder), "--train.steps=500")
+    assert made.returncode == 0, made.text
+    assert "jsonl: 6 of 6 parts are tokenised" in made.stdout
+    before = units_in(folder)
+    assert len(before) == 6
+    trained = smolds("train", *options_of(corpus, folder))
+    assert trained.returncode == 0, trained.text
+    assert units_in(folder) == before
+    return folder, rows_by_step(folder)
+
+
+def rows_by_step(folder: Path) -> dict[int, dict]:
+    return {row["step"]: row for row in read_rows(folder / "runs" / "one" / "metrics.jsonl") if "loss" in row}
+
+
+def assert_same(rows: dict[int, dict], expected: dict[int, dict]) -> None:
+    assert sorted(rows) == sorted(expected) == list(range(1, STEPS + 1))
+    for step, row in expected.items():
+        assert rows[step]["batch"] == row["batch"], step
+        assert rows[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), step
+        assert rows[step]["unique_texts"] == row["unique_texts"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_losses_are_those_of_a_prepared_corpus(corpus, prepared, tmp_path, workers):
+    """With worker processes ahead, and without, where the training makes the tokens itself when it needs them."""
+    trained = smolds("train", *options_of(corpus, tmp_path), f"--data.workers={workers}")
+    assert trained.returncode == 0, trained.text
+    assert "1 of 6 parts are tokenised so far" in trained.stdout
+    assert_same(rows_by_step(tmp_path), prepared[1])
+    val = [
+        [row["val_loss"] for row in read_rows(folder / "runs" / "one" / "metrics.jsonl") if "val_loss" in row]
+        for folder in (tmp_path, prepared[0])
+    ]
+    assert val[0] == pytest.approx(val[1], rel=1e-5)
+    for made in units_in(tmp_path):
+        there = prepared[0] / made.relative_to(tmp_path)
+        assert [(made.parent / name).read_bytes() for name in ("tokens.bin", "documents")] == [
+            (there.parent / name).read_bytes() for name in ("tokens.bin", "documents")
+        ]
+
+
+def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, prepared, tmp_path):
+    """kill -9 of the whole job, each time resumed in another topology."""
+    options = [*options_of(corpus, tmp_path), "--checkpoint.resume=auto"]
+    starts = [
+        (["launch", "--nproc-per-node=2", "--"], 8),
+        (["launch", "--nproc-per-node=2", "--"], 52),
+        (["train"], STEPS),
+    ]
+    layouts = ["--parallel.expert=2", "--parallel.expert=1", "--train.micro_batch=4"]
+    for (start, until), layout in zip(starts, layouts, strict=True):
+        process = start_job([*start, *options, layout], tmp_path)
+        if until == STEPS:
+            assert process.wait(120) == 0, (tmp_path / "out").read_text()
+            break
+        wait_for(lambda until=until: max(rows_by_step(tmp_path), default=0) >= until, process, tmp_path)
+        kill(process)
+    assert_same(rows_by_step(tmp_path), prepared[1])
+
+
+def start_job(args: list[str], folder: Path) -> subprocess.Popen:
+    with (folder / "out").open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "smolds_dist", *args],
+            stdout=out, stderr=out, env=warm.environment(), start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for(there, process: subprocess.Popen, folder: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end and process.poll() is None, (folder / "out").read_text()[-6000:]
+        time.sleep(0.02)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With SIGKILL, all that it has started too; workers end by themselves."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    workers = [pid for pid in family if "smolds_dist.data.workers" in " ".join(psutil.Process(pid).cmdline())]
+    for pid in family:
+        if pid not in workers:
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in workers):
+        assert time.monotonic() < end, "a worker outlives its run"
+        time.sleep(0.1)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What was prepared, without locks."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_three_processes_of_which_two_are_killed_prepare_the_same_files(corpus, prepared, tmp_path):
+    """Ten times, at random moments. The third one ends the work alone."""
+    chance = random.Random(0)
+    tokenizer = prepared[0] / "runs" / "one" / "tokenizer"
+    options = ["--workers=1", "--", *options_of(corpus, tmp_path), "--train.steps=500", f"--data.tokenizer={tokenizer}"]
+    alone = smolds("data", "prepare", *options)
+    assert alone.returncode == 0, alone.text
+    expected = files_of(tmp_path / "cache")
+    assert sum(name.endswith("tokens.bin") for name in expected) == 7  # of six units, and of held-out text
+    for number in range(10):
+        here = tmp_path / str(number)
+        here.mkdir()
+        args = ["data", "prepare", *options, f"--data.cache_dir={here}/cache"]
+        processes = [start_job(args, here) for _ in range(3)]
+        for process in processes[:2]:
+            time.sleep(chance.uniform(0.5, 5))
+            if process.poll() is None:
+                kill(process)
+        assert processes[2].wait(120) == 0, (here / "out").read_text()
+        assert files_of(here / "cache") == expected
+
+
+def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(corpus, tmp_path):
+    """The step before is saved, and the run goes on once the row is left out."""
+    for number in range(6):
+        (tmp_path / f"{number}.jsonl").write_text((corpus / f"{number}.jsonl").read_text())
+    options = [*options_of(tmp_path, tmp_path), "--checkpoint.every=0", "--checkpoint.resume=auto"]
+    third = int(prepare_data(load_config([*options, "-q"])).orders["jsonl"].wanted_units()[1])
+    source = prepare_data(load_config([*options, "-q"])).sources["jsonl"]
+    path = Path(source.files[source.units[third][0].file].path)
+    text, status = path.read_text(), path.stat()
+    lines = text.splitlines(keepends=True)
+    lines[1000] = "[" + lines[1000][1:]
+    path.write_text("".join(lines))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    stopped = smolds("launch", "--nproc-per-node=2", "--", *options)
+    assert stopped.returncode == 2, stopped.text
+    assert f"{path} has in line 1,001 no JSON object" in stopped.stderr
+    saved = max(rows_by_step(tmp_path))
+    assert 1 < saved < STEPS and f"step {saved} is saved" in stopped.stdout
+    ended = smolds("train", *options, "--data.on_bad_row=skip")
+    assert ended.returncode == 0, ended.text
+    assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))
+    assert f"continuing from {tmp_path}/runs/one/checkpoints/step_{saved:08}" in ended.stdout
