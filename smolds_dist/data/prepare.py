@@ -7,9 +7,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import RunConfig
+from smolds_dist.config import RunConfig, Source
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cache import cache_folder, key_of, written_once
+from smolds_dist.data.hub import resolve
 from smolds_dist.data.mixture import Mixture, mixture_of
 from smolds_dist.data.order import VERSION
 from smolds_dist.data.source import File, files_of, fingerprint
@@ -41,7 +42,7 @@ class Bar:
     def show(self, source: UnitSource, tokens: int) -> None:
         """As `unit_source.Progress`."""
         if source.name not in self._bars:
-            what = f"Tokenising {source.source.source}: token"
+            what = f"Tokenising {source.said}: token"
             self._bars[source.name] = ProgressBar(what, shown=self._shown)
         self._bars[source.name].show(source.tokens_found + tokens)
 
@@ -98,17 +99,19 @@ def find_data(
 ) -> TrainingData:
     """As `prepare_data`, but waits for no training text."""
     cache = cache_folder(config.data.cache_dir)
-    files = {name: files_of(one) for name, one in config.data.mixed.items()}
-    tokenizer = tokenizer or _tokenizer_folder(config, cache, files)
+    read_as, files = dict[str, Source](), dict[str, list[File]]()
+    for name, one in config.data.mixed.items():
+        read_as[name], files[name] = resolve(one, cache) if order == VERSION else (one, files_of(one))
+    tokenizer = tokenizer or _tokenizer_folder(config, cache, read_as, files)
     loaded = load_tokenizer(str(tokenizer) if tokenizer else config.data.tokenizer)
     mixture = mixture_of(config)
-    limits = {name: _token_limit(config, name, mixture) for name in config.data.mixed} | (limits or {})
+    limits = {name: _token_limit(config, one, name, mixture) for name, one in read_as.items()} | (limits or {})
     seq_len, seed, window = config.data.seq_len, config.train.seed, config.data.window_tokens
     if order < VERSION:
         whole = whole_sources(config, cache, loaded, limits, files)
         orders = {name: one.order(seq_len, seed, window, order) for name, one in whole.items()}
         return TrainingData(loaded, dict(whole), orders, mixture, seq_len, limits)
-    sources = _unit_sources(config, cache, loaded, limits, files, bar)
+    sources = _unit_sources(config, cache, loaded, limits, read_as, files, bar)
     unit_orders = {name: one.order(seq_len, seed, window) for name, one in sources.items()}
     return TrainingData(loaded, dict(sources), dict(unit_orders), mixture, seq_len, limits)
 
@@ -156,7 +159,9 @@ def _check_epochs(config: RunConfig, data: TrainingData) -> None:
             )
 
 
-def _tokenizer_folder(config: RunConfig, cache: Path, files: dict[str, list[File]]) -> Path | None:
+def _tokenizer_folder(
+    config: RunConfig, cache: Path, sources: dict[str, Source], files: dict[str, list[File]]
+) -> Path | None:
     """Of the tokenizer that is trained on the sources, one after the other; None where the run names one."""
     data, progress = config.data, config.log.level != "quiet"
     if data.tokenizer != "train":
@@ -168,7 +173,7 @@ def _tokenizer_folder(config: RunConfig, cache: Path, files: dict[str, list[File
             print(f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", flush=True)
         texts = {
             name: (str(document.text) for document in documents(one, files[name], data))
-            for name, one in data.mixed.items()
+            for name, one in sources.items()
         }
         train_tokenizer(texts, data.tokenizer_vocab_size, folder)
 
@@ -182,24 +187,27 @@ def _unit_sources(
     cache: Path,
     tokenizer: PreTrainedTokenizerBase,
     limits: dict[str, int | None],
+    read_as: dict[str, Source],
     files: dict[str, list[File]],
     bar: Bar,
 ) -> dict[str, UnitSource]:
     """Each source. A text whose end one source holds out is left out of the others."""
     data, sources = config.data, dict[str, UnitSource]()
-    for name, source in data.mixed.items():
+    for name, source in read_as.items():
         endless = source.source.startswith("hf:")
         limit, stream_limit = (None, limits[name]) if endless else (limits[name], None)
-        sources[name] = UnitSource(name, source, files[name], data, tokenizer, cache, bar.show, limit, stream_limit)
+        sources[name] = UnitSource(
+            name, data.mixed[name].source, source, files[name], data, tokenizer, cache, bar.show, limit, stream_limit
+        )
     for one in sources.values():
         elsewhere = [other.held_out.moved for other in sources.values() if other.held_out.moved != one.held_out.moved]
         one.leave_out([text for moved in elsewhere for text in moved])
     return sources
 
 
-def _token_limit(config: RunConfig, name: str, mixture: Mixture) -> int | None:
-    """Tokens after which reading stops: a Hub data set can be endless, so there it is what the run will see."""
-    if config.data.max_tokens or not config.data.mixed[name].source.startswith("hf:"):
+def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture) -> int | None:
+    """Tokens after which reading stops: a stream can be endless, so there it is what the run will see."""
+    if config.data.max_tokens or not source.source.startswith("hf:"):
         return config.data.max_tokens
     samples = mixture.totals(config.train.steps * config.train.global_batch)[mixture.names.index(name)]
     return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + SMALLEST_VAL_TOKENS

@@ -104,13 +104,13 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
             "the credentials."
         ) from None
     return [
-        File(system.unstrip_protocol(found), int(info.get("size") or 0), _version(info))
+        File(system.unstrip_protocol(found), int(info.get("size") or 0), version_of(info))
         for found, info in described
         if info.get("type", "file") == "file"
     ]
 
 
-def _version(info: dict[str, Any]) -> str:
+def version_of(info: dict[str, Any]) -> str:
     """What a file system says of a file's content, by the names that file systems have for it."""
     for name in ("ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
         if info.get(name):

@@ -30,9 +30,12 @@ Progress = Callable[["UnitSource", int], None]
 
 
 class UnitSource:
-    """The units of a source. Letters: U units.
+    """The units of a source.
 
     Args:
+        said: what the settings call it.
+        source: as it is read.
+        files: its files.
         limit: tokens after which no more units are taken, with the documents of the last one up to there.
         stream_limit: of a source that is one endless unit.
 
@@ -43,6 +46,7 @@ class UnitSource:
     def __init__(
         self,
         name: str,
+        said: str,
         source: Source,
         files: list[File],
         data: Data,
@@ -52,7 +56,7 @@ class UnitSource:
         limit: int | None = None,
         stream_limit: int | None = None,
     ):
-        self.name, self.source, self._data, self._tokenizer = name, source, data, tokenizer
+        self.name, self.said, self.source, self._data, self._tokenizer = name, said, source, data, tokenizer
         self.files = files
         self.units = units_of_files(source, files)
         self.progress = progress
@@ -213,7 +217,7 @@ class UnitSource:
 
     def left_out(self) -> list[str]:
         """What the units that were found left out, in words."""
-        return left_out_of(self.source.source, list(self._found.values()))
+        return left_out_of(self.said, list(self._found.values()))
 
     def tokens(self, unit: int) -> np.ndarray:
         """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
