@@ -207,6 +207,23 @@ def test_readmes_sbatch_command_runs(small_run, tmp_path, cluster, repository):
 
 
 @needs_slurm
+def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, cluster, repository):
+    options = [*options_of(small_run), "--run.name=prepared", f"--data.cache_dir={tmp_path}/cache"]
+    start = ["slurm", "--prepare", "--nodes=2", "--time=5", "--submit", "--", *options]
+    submitted = ranks.smolds(*start, cwd=tmp_path, **cluster)
+    assert submitted.returncode == 0, submitted.text
+    assert "tokenising in 2 tasks" in submitted.stdout
+    job = submitted.stdout.split()[2].rstrip(":")
+    wait_for(lambda: is_gone(job, cluster), 90, "end of the jobs")
+    texts = [(tmp_path / f"slurm-{job}_{task}.out").read_text() for task in (0, 1)]
+    assert all(re.search(r"text: (\d+) of \1 parts are tokenised", text) for text in texts), texts
+    found = sorted((tmp_path / "cache" / "units").glob("*/*/meta.json"))
+    trained = ranks.smolds("train", *options)
+    assert trained.returncode == 0, trained.text
+    assert sorted((tmp_path / "cache" / "units").glob("*/*/meta.json")) == found != []
+
+
+@needs_slurm
 def test_submit_prints_the_jobs_id_and_the_job_runs(small_run, tmp_path, cluster):
     options = [*options_of(small_run), "--train.steps=2", "--run.name=sub mitted"]
     start = ["slurm", "--nodes", "1", "--tasks-per-node", "2", "--time", "5", "--submit", "--", *options]

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +75,18 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
         ConfigError: naming the first.
     """
     for name in names:
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")
+
+
+def stdlib_texts(megabytes: int) -> list[str]:
+    """The standard library's source, again and again, until there is enough."""
+    from smolds_dist.data.source import files_of
+    from smolds_dist.data.text import documents
+
+    data = load_config(["--preset", "debug", "-q"]).data
+    texts = [str(document.text) for document in documents(data.mixed["stdlib"], files_of(data.mixed["stdlib"]), data)]
+    size = sum(map(len, texts))
+    texts *= -(-megabytes * 10**6 // size)
+    ends = accumulate(map(len, texts))
+    return [text for text, end in zip(texts, ends, strict=True) if end - len(text) < megabytes * 10**6]

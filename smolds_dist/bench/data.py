@@ -1,4 +1,5 @@
-"""`smolds bench data`: tokenising against the tokenizer alone, the time of a batch, the order's memory, documents apart.
+"""`smolds bench data`: tokenising against the tokenizer alone, the time of a batch, the order's memory, documents apart,
+the start of a run.
 
 The same texts, which are the standard library's, are encoded by `tokenizers` from memory and made to shards from jsonl
 files, in turns. Batches come from three sources; the order's memory is that of a billion samples, whose tokens nobody has
@@ -18,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from smolds_dist.bench.common import check_at_least_one, keep
+from smolds_dist.bench.common import check_at_least_one, keep, stdlib_texts
 from smolds_dist.bench.train import processor
 from smolds_dist.config import load_config
 from smolds_dist.errors import OptionParser
 
-PARTS = ("tokenise", "batch", "order", "mask")
+PARTS = ("tokenise", "batch", "order", "mask", "start", "prepare")
 SEQUENCES, SEQ_LEN = 32, 1024
 BATCHES = 200
 DOCUMENTS = (100, 300, 1000)  # tokens of one, in the mean
@@ -42,17 +43,24 @@ def bench_data(args: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="all where not given")
-    parser.add_argument("--rounds", type=int, default=5, help="of tokenising, each way")
-    parser.add_argument("--megabytes", type=int, default=30, help="of text to tokenise")
+    parser.add_argument("--rounds", type=int, help="each way; 5, of start and prepare 3")
+    parser.add_argument("--megabytes", type=int, help="of text; to tokenise 30, to start on 1000, to prepare 200")
     options = parser.parse_args(args)
     check_at_least_one(options, "rounds", "megabytes")
+    rounds = options.rounds or 5
+    from smolds_dist.bench.data_start import prepare, start
+
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
     folder = Path(tempfile.mkdtemp(prefix="bench-data-"))
     try:
         if "tokenise" in options.what:
-            result["tokenise"] = tokenise(folder, options.rounds, options.megabytes)
+            result["tokenise"] = tokenise(folder, rounds, options.megabytes or 30)
         if "batch" in options.what:
             result["batch"] = batch(folder)
+        for name, measure in (("start", start), ("prepare", prepare)):
+            if name in options.what:
+                (folder / name).mkdir()
+                result[name] = measure(folder / name, options.rounds or 3, options.megabytes)
     finally:
         shutil.rmtree(folder)
     if "order" in options.what:
@@ -61,7 +69,7 @@ def bench_data(args: list[str]) -> None:
         import torch
 
         dtypes = ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16")  # on GPUs there is only half precision
-        result["mask"] = [mask(dtype, length, options.rounds) for dtype in dtypes for length in DOCUMENTS]
+        result["mask"] = [mask(dtype, length, rounds) for dtype in dtypes for length in DOCUMENTS]
     keep(options, result)
     for line in in_words(result):
         print(line)
@@ -82,6 +90,17 @@ def in_words(result: dict[str, Any]) -> list[str]:
             f"order of {part['samples']:,} samples: {part['peak_bytes'] / 1e6:.1f} MB, {1e3 * part['median_s']:.2f} ms for "
             f"{SEQUENCES} of them"
         )
+    if part := result.get("start"):
+        lines.append(
+            f"first step of {part['megabytes']:,} MB of text after {part['ahead_s']:.1f} s, of a prepared corpus after "
+            f"{part['prepared_s']:.1f} s; then {part['ahead_tokens_per_s']:,.0f} and "
+            f"{part['prepared_tokens_per_s']:,.0f} tokens/s; {part['ratio']:.2f} of it"
+        )
+    if part := result.get("prepare"):
+        lines.append(
+            f"preparing {part['megabytes']:,} MB: {part['one_s']:.1f} s by one process, {part['two_s']:.1f} s by two; "
+            f"{part['ratio']:.2f} times as fast"
+        )
     lines += [
         f"attention, {part['dtype']}, documents of {part['length']:,} tokens: apart {1e3 * part['apart_s']:.3g} ms, "
         f"together {1e3 * part['together_s']:.3g} ms; {part['ratio']:.2f} of it"
@@ -89,19 +108,6 @@ def in_words(result: dict[str, Any]) -> list[str]:
         for part in result.get("mask", [])
     ]
     return lines
-
-
-def stdlib_texts(megabytes: int) -> list[str]:
-    """The standard library's source, again and again, until there is enough."""
-    from smolds_dist.data.source import files_of
-    from smolds_dist.data.text import documents
-
-    data = load_config(["--preset", "debug", "-q"]).data
-    texts = [str(document.text) for document in documents(data.mixed["stdlib"], files_of(data.mixed["stdlib"]), data)]
-    size = sum(map(len, texts))
-    texts *= -(-megabytes * 10**6 // size)
-    cut = int(np.searchsorted(np.cumsum([len(text) for text in texts]), megabytes * 10**6))
-    return texts[: cut + 1]
 
 
 def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:

@@ -75,14 +75,19 @@ def _is_final(error: Exception) -> bool:
     """Whether another try would end alike."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
-        return getattr(cause, "status", 404) in FINAL  # fsspec takes any answer of a web server for this
+        return (_status(cause) or 404) in FINAL  # fsspec takes any answer of a web server for this
     kinds = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
-    return isinstance(error, (*kinds, NoRangesError)) or getattr(error, "status", None) in FINAL
+    return isinstance(error, (*kinds, NoRangesError)) or _status(error) in FINAL
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The number of a web server's answer, as aiohttp or the Hub's library has it."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _reason(error: Exception) -> str:
     """In words; a web server's answer by its number."""
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    status = _status(error) or _status(error.__cause__)
     return f"HTTP {status}" if status else first_line(error)
 
 

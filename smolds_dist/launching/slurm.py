@@ -1,4 +1,4 @@
-"""`smolds slurm`: writes a batch script for a run, and submits it if asked."""
+"""`smolds slurm`: writes a batch script for a run, or for tokenising its text, and submits it if asked."""
 
 import argparse
 import re
@@ -24,6 +24,14 @@ code=$?
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
 """
+PREPARE_SCRIPT = """\
+#!/usr/bin/env bash
+{directives}
+
+# The tasks share the work through the cache, which all nodes have to see; one that is requeued goes on where it was.
+cd {folder} || exit
+exec {python} -m smolds_dist data prepare --workers "${{SLURM_CPUS_PER_TASK:-1}}" -- {options}
+"""
 # What Slurm itself reads in a directive must not begin another one, nor be a surprise in a file name.
 WORD = re.compile(r"[\w.,:+=@%\[\]/-]+")
 TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
@@ -39,23 +47,42 @@ def slurm(args: list[str]) -> None:
     config = load_config(train_args, prog="smolds slurm --")
     if any(arg.partition("=")[0] == "--checkpoint.resume" for arg in train_args):
         raise ConfigError("--checkpoint.resume is always auto in a batch job, which may run in parts; leave it out.")
-    per_node = options.tasks_per_node or options.gpus_per_node or 1
-    device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
-    machine = Machine(device, options.gpus_per_node or per_node, bf16=bool(options.gpus_per_node))
-    topology = plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node))
-    script = render(options, config, train_args, per_node)
+    if options.prepare:
+        script, what = render_prepare(options, config, train_args), f"tokenising in {options.nodes} tasks"
+    else:
+        per_node = options.tasks_per_node or options.gpus_per_node or 1
+        device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
+        machine = Machine(device, options.gpus_per_node or per_node, bf16=bool(options.gpus_per_node))
+        topology = plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node))
+        script, what = render(options, config, train_args, per_node), str(topology)
     if not options.submit:
         print(script, end="")
         return
     if not shutil.which("sbatch"):
         raise ConfigError("--submit needs the program sbatch, which is not here; go to a login node of the cluster.")
-    path = config.run_dir / "job.sbatch"
+    path = config.run_dir / ("prepare.sbatch" if options.prepare else "job.sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script)
     result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if result.returncode:
         raise ConfigError(f"sbatch refused {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")
-    print(f"submitted job {result.stdout.strip().partition(';')[0]}: {topology}")
+    print(f"submitted job {result.stdout.strip().partition(';')[0]}: {what}")
+
+
+def render_prepare(options: argparse.Namespace, config: RunConfig, train_args: list[str]) -> str:
+    """The text of an array job whose tasks run `smolds data prepare`, one for each of `options.nodes`."""
+    directives = {
+        "job-name": options.job_name or f"{config.run.name}-prepare".replace(" ", "-"),
+        "array": f"0-{options.nodes - 1}",
+        "nodes": 1,
+        "ntasks": 1,
+        "cpus-per-task": options.cpus_per_task or 1,
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "output": options.output or "slurm-%A_%a.out",
+    }
+    return fill(PREPARE_SCRIPT, directives, train_args)
 
 
 def render(options: argparse.Namespace, config: RunConfig, train_args: list[str], per_node: int) -> str:
@@ -73,13 +100,18 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
         "open-mode": "append",
         "output": options.output or "slurm-%j.out",
     }
+    return fill(SCRIPT, directives, train_args)
+
+
+def fill(script: str, directives: dict[str, object], train_args: list[str]) -> str:
+    """The script with its directives and the training's options."""
     for name, value in directives.items():
         if value is not None and not WORD.fullmatch(str(value)):
             raise ConfigError(
                 f"--{name} {str(value)!r} has characters that do not go into a batch script; use plain ones."
             )
     lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
-    return SCRIPT.format(
+    return script.format(
         directives="\n".join([*lines, "#SBATCH --requeue"]),
         folder=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
@@ -109,6 +141,9 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--account")
     parser.add_argument("--job-name", help="the run's name where not given")
     parser.add_argument("--output", help="the job's output file")
+    parser.add_argument(
+        "--prepare", action="store_true", help="a job that tokenises instead, in as many tasks as --nodes says"
+    )
     parser.add_argument("--submit", action="store_true", help="submit it and print the job's id")
     options, train_args = parser.parse_before_training(args)
     if not TIME.fullmatch(options.time):
