@@ -131,6 +131,8 @@ class Data:
     """Stop reading a source there; an hf source stops after what the run needs."""
     document_mask: bool = False
     """Attention stays within each document, positions begin anew there, and no document's first token is predicted."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How documents become sequences: cut where one is full, or packed so that none is cut which fits into one."""
     val_fraction: float = 0.005
     """Share of the documents held out."""
     window_tokens: int = 2**28
@@ -394,6 +396,11 @@ def _check_data(data: Data) -> None:
         )
     if data.sources == {}:
         raise ConfigError("data.sources is empty; name at least one source, or leave it out.")
+    if data.packing == "best_fit" and not data.document_mask:
+        raise ConfigError(
+            "--data.packing best_fit fills sequences up with tokens that only --data.document_mask true leaves out of the "
+            "loss; give both."
+        )
     for name, one in data.mixed.items():
         option = f"data.sources.{name}.source" if data.sources else "--data.source"
         kind, _, rest = one.source.partition(":")

@@ -11,6 +11,7 @@ from test_model import GQA, LATENT, build
 from smolds_dist.config import load_config
 from smolds_dist.data.batch import by_document
 from smolds_dist.data.prepare import prepare_data
+from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import mean_loss
 from smolds_dist.model import enable_activation_checkpointing
 from smolds_dist.model.attention import eager_attention
@@ -165,3 +166,38 @@ def test_first_loss_is_that_of_the_documents_alone(short_documents, tmp_path):
     assert starts and counted == ids[:, 1:].numel() - starts
     assert first == pytest.approx(loss, rel=1e-5)
     assert np.isfinite(first)
+
+
+def test_packed_documents_train_as_each_alone(short_documents, tmp_path):
+    """No document is cut, none of the padding is predicted, and the first loss is the mean over all documents' labels."""
+    options = [*short_documents, "--data.packing=best_fit", "--data.seq_len=64", "--train.steps=2"]
+    config = load_config([*options, "--parallel.device=cpu", "--train.dtype=fp32", "--run.name=packed"])
+    train(config)
+    first = next(row["loss"] for row in read_rows(tmp_path / "runs" / "packed" / "metrics.jsonl") if "loss" in row)
+    data = prepare_data(config)
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.training.build import make_model_config
+
+    torch.manual_seed(config.train.seed)
+    model = DeepSeekV3ForCausalLM(make_model_config(config, data))
+    samples = data.samples(np.arange(config.train.global_batch))
+    total = count = 0
+    padding = False
+    for sample in samples:
+        padding |= sum(piece.length for piece in sample.pieces) < 64
+        for unit, start, length in sample.pieces:
+            ids = torch.from_numpy(sample.source.tokens(unit)[start : start + length].astype(np.int64))[None]
+            assert ids[0, -1] == data.tokenizer.eos_token_id or length == 64
+            if length > 1:
+                total += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * (length - 1)
+                count += length - 1
+    assert padding and first == pytest.approx(total / count, rel=1e-5)
+    with pytest.raises(ConfigError, match="give both"):
+        load_config([*options, "--data.document_mask=false"])
+    told = [
+        json.loads(smolds("data", "stats", "--json", "--", *options, f"--data.packing={packing}").stdout)
+        for packing in ("concat", "best_fit")
+    ]
+    assert (
+        told[0]["cut_documents"] > 0.1 > told[1]["cut_documents"] and told[0]["padding"] == 0 < told[1]["padding"] < 0.2
+    )

@@ -2,15 +2,21 @@
 
 import random
 import tracemalloc
+from collections import Counter
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from smolds_dist.config import Source
 from smolds_dist.data.mixture import Mixture, exact_shares, first_part
 from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, FirstOrder, Piece, SourceOrder, permuted
-from smolds_dist.data.parts import UNIT_BYTES, units_of
+from smolds_dist.data.packing import best_fit
+from smolds_dist.data.parts import UNIT_BYTES, units_of, units_of_files
+from smolds_dist.data.source import File
+from smolds_dist.data.units import DOCUMENT
 
 
 def order_of(
@@ -207,3 +213,72 @@ def test_schedule_joins_stages_that_are_alike():
     assert first_part(mixture.schedule(), 90) == [(90, {"a": 0.5, "b": 0.5})]
     assert first_part(mixture.schedule(), 150) == [(100, {"a": 0.5, "b": 0.5}), (150, {"b": 1.0})]
     assert first_part(mixture.schedule(), 100) == [(100, {"a": 0.5, "b": 0.5})]
+
+
+# Packing.
+
+
+def table_of(lengths: list[int]) -> np.ndarray:
+    table = np.zeros(len(lengths), DOCUMENT)
+    table["start"] = np.cumsum([0, *lengths[:-1]])
+    return table
+
+
+def packed_order(units: list[list[int]], seq_len: int, window: int = 2**20) -> SourceOrder:
+    """Of documents of these lengths, by unit."""
+    pieces = lambda following, _: [Piece(int(following[0]), 0, sum(units[int(following[0])]))]  # noqa: E731
+    pack = partial(best_fit, table=lambda unit: table_of(units[unit]), seq_len=seq_len)
+    return SourceOrder(len(units), pieces, seq_len, 0, window, pack)
+
+
+def test_best_fit_takes_the_fullest_sample_that_has_room():
+    lengths = [2, 7, 5, 3, 21, 1]
+    samples = best_fit([Piece(0, 0, sum(lengths))], lambda _: table_of(lengths), 10)
+    assert [[(piece.start, piece.length) for piece in sample] for sample in samples] == [
+        [(17, 10)], [(27, 10)], [(2, 7), (14, 3)], [(9, 5), (0, 2), (37, 1), (38, 1)],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [300, 2**20])
+def test_packed_samples_hold_every_token_once_and_cut_only_what_is_too_long(window):
+    chance = np.random.RandomState(0)
+    units = [chance.randint(1, 90, chance.randint(5, 60)).tolist() for _ in range(12)]
+    order = packed_order(units, 64, window)
+    total = order.num_samples
+    seen = []
+    for epoch in range(3):
+        first = 0 if epoch == 0 else sum(len(one) for one in seen)
+        samples, number = [], first
+        while sum(piece.length for sample in samples for piece in sample) < sum(map(sum, units)):
+            samples += order.pieces(np.array([number]))
+            number += 1
+        tokens = Counter(
+            (piece.unit, token)
+            for sample in samples for piece in sample for token in range(piece.start, piece.start + piece.length)
+        )  # fmt: skip
+        assert set(tokens.values()) == {1} and len(tokens) == sum(map(sum, units))
+        assert all(sum(piece.length for piece in sample) <= 64 for sample in samples)
+        pieces = {(piece.unit, piece.start, piece.length) for sample in samples for piece in sample}
+        for unit, lengths in enumerate(units):
+            starts = np.cumsum([0, *lengths[:-1]]).tolist()
+            whole = {(unit, start, length) for start, length in zip(starts, lengths, strict=True) if length <= 64}
+            assert whole <= pieces
+        seen.append(samples)
+    assert len(seen[0]) == total and seen[0] != seen[1] != seen[2]
+    again = packed_order(units, 64, window)
+    last = sum(map(len, seen)) - 1
+    assert again.pieces(np.array([last, 0, total])) == [seen[2][-1], seen[0][0], seen[1][0]]
+
+
+def test_new_order_stays_what_it_is():
+    """Recorded when it was made, as of the second one above."""
+    order = order_of([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100, version=3)
+    assert order.places(np.arange(40))[1].tolist() == RECORDED_THIRD
+    source = Source("jsonl:*")
+    files = [File(f"{number}.jsonl", size, "") for number, size in enumerate([2**19] * 4 + [2**25 + 1, 2**21])]
+    units = units_of_files(source, files)
+    assert [[(part.file, part.number, part.of) for part in unit] for unit in units] == RECORDED_UNITS
+
+
+RECORDED_THIRD = [9, 2, 1, 7, 4, 3, 5, 8, 6, 0, 27, 22, 10, 16, 25, 18, 28, 23, 15, 13, 17, 19, 24, 11, 30, 32, 12, 31, 14, 26, 20, 29, 21, 9, 7, 8, 3, 6, 1, 2]  # fmt: skip
+RECORDED_UNITS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)], [(1, 0, 1), (2, 0, 1)], [(4, 0, 3)]]

@@ -119,7 +119,7 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
     if not manifest.weights_only:
         kept["data"] = (
             "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens", "window_tokens",
-            "allow_control_tokens", "document_mask",
+            "allow_control_tokens", "document_mask", "packing",
         )  # fmt: skip
         kept["train"] = ("seed", "global_batch", "optimizer")
     elif manifest.step:

@@ -72,6 +72,7 @@ class TrainingData:
             for unit, start, length in sample.pieces:
                 row[at : at + length] = sample.source.tokens(unit)[start : start + length]
                 at += length
+            row[at:] = self.tokenizer.eos_token_id  # where documents are packed; none of these is predicted
         return torch.from_numpy(ids)
 
     def epochs(self, samples: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ import numpy as np
 VERSION = 3  # of a new run's order; a run keeps its own
 FIRST_WINDOW = 2**22  # tokens
 ROUNDS = 6
+PACKED_WINDOWS = 4  # whose samples are kept
 
 
 class Piece(NamedTuple):
@@ -38,11 +39,11 @@ class Piece(NamedTuple):
 # From units in the order in which they are wanted to the pieces of the first. Where its tokens are not there yet, it waits
 # for them, or returns None if it is not to.
 PiecesOf = Callable[[np.ndarray, bool], list[Piece] | None]
-# From a window's pieces to its samples.
+# From a window's pieces to its samples, each of them pieces again.
 Pack = Callable[[list[Piece]], list[list[Piece]]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Epoch:
     """One way through a source, as far as it is known. Letters: U units."""
 
@@ -52,9 +53,9 @@ class Epoch:
     pieces: list[Piece] = field(default_factory=list)  # of the windows, in this epoch's order
     bounds: list[int] = field(default_factory=lambda: [0])  # where each piece begins in the epoch's tokens, and the end
     windows: list[int] = field(default_factory=lambda: [0])  # the first sample of each window, and the end
+    pieces_until: list[int] = field(default_factory=lambda: [0])  # pieces up to each window's beginning, and the end
     units_until: list[int] = field(default_factory=list)  # units up to each window's end
     keys: list[np.ndarray] = field(default_factory=list)  # [ROUNDS] of the permutation in each window
-    packed: list[list[Piece]] = field(default_factory=list)  # samples, where documents are packed
     pending: list[Piece] = field(default_factory=list)  # of the window to come
     complete: bool = False
     _arrays: tuple[np.ndarray, np.ndarray] | None = None
@@ -91,6 +92,10 @@ class SourceOrder:
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._first = self._new_epoch(0)
         self._later: tuple[int, Epoch] | None = None  # the one that was last asked for
+        self._ends: list[
+            int
+        ] = []  # samples up to the end of each epoch that has been gone through, where they are packed
+        self._packed = lru_cache(PACKED_WINDOWS)(self._pack_window)
         self._lock = threading.RLock()
 
     def _new_epoch(self, number: int) -> Epoch:
@@ -98,16 +103,17 @@ class SourceOrder:
         places = permuted(np.arange(self._units), np.full(self._units, self._units), key)
         return Epoch(np.argsort(places), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
 
-    def _epoch(self, number: int) -> Epoch:
-        """Later ones than the first are known whole."""
+    def _epoch(self, number: int, sample: int | None = None) -> Epoch:
+        """One of them, known up to that sample of it, or whole."""
         if number == 0:
+            self.extend(sample)
             return self._first
         if self._later is None or self._later[0] != number:
-            epoch = self._new_epoch(number)
-            while not epoch.complete:
-                self._add_window(epoch, number, wait=True)
-            self._later = number, epoch
-        return self._later[1]
+            self._later = number, self._new_epoch(number)
+        epoch = self._later[1]
+        while not epoch.complete and (sample is None or epoch.windows[-1] <= sample):
+            self._add_window(epoch, number, wait=True)
+        return epoch
 
     @property
     def complete(self) -> bool:
@@ -165,13 +171,15 @@ class SourceOrder:
             epoch.taken += 1
             size += sum(piece.length for piece in pieces)
         if size:
-            if self._pack:
-                epoch.packed += self._pack(epoch.pending)
             for piece in epoch.pending:
                 epoch.bounds.append(epoch.bounds[-1] + piece.length)
             epoch.pieces += epoch.pending
             epoch.keys.append(self._key(number, f"window {len(epoch.keys)}"))
-            epoch.windows.append(len(epoch.packed) if self._pack else epoch.bounds[-1] // self._seq_len)
+            epoch.pieces_until.append(len(epoch.pieces))
+            if self._pack is None:
+                epoch.windows.append(epoch.bounds[-1] // self._seq_len)
+            else:
+                epoch.windows.append(epoch.windows[-1] + len(self._packed(number, len(epoch.windows) - 1, epoch)))
             epoch.units_until.append(epoch.taken)
             epoch.pending, epoch.size = [], min(2 * epoch.size, self._window)
         epoch.complete = epoch.taken == len(epoch.units)
@@ -182,10 +190,7 @@ class SourceOrder:
         are packed."""
         with self._lock:
             epochs, places = self.places(positions)
-            return [
-                self._cut(self._epoch(epoch), place)
-                for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
-            ]
+            return [self._cut(number, place) for number, place in zip(epochs.tolist(), places.tolist(), strict=True)]
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For the source's samples number `positions` [n]: the epoch, and which one it is there before shuffling."""
@@ -193,20 +198,46 @@ class SourceOrder:
             return positions, positions
         with self._lock:
             self.extend(int(positions.max()))
-            samples = self._first.windows[-1]
-            epochs, within = np.divmod(positions, samples) if self.complete else (np.zeros_like(positions), positions)
+            if self._pack:
+                epochs, within = self._packed_epochs(positions)
+            elif self.complete:
+                epochs, within = np.divmod(positions, self._first.windows[-1])
+            else:
+                epochs, within = np.zeros_like(positions), positions
             places = np.empty(len(positions), np.int64)
             for number in np.unique(epochs):
-                epoch, here = self._epoch(int(number)), epochs == number
+                here = epochs == number
+                epoch = self._epoch(int(number), int(within[here].max()))
                 windows, keys = epoch.arrays()
                 window = np.searchsorted(windows, within[here], "right") - 1
                 first, end = windows[window], windows[window + 1]
                 places[here] = first + permuted(within[here] - first, end - first, keys[window])
         return epochs, places
 
-    def _cut(self, epoch: Epoch, place: int) -> list[Piece]:
+    def _packed_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs, and the places in them, where epochs differ in the number of their samples."""
+        last = int(positions.max())
+        while self._ends or self.complete:
+            number = len(self._ends)
+            begin = self._ends[-1] if self._ends else 0
+            if last < begin:
+                break
+            epoch = self._epoch(number, last - begin)
+            if not epoch.complete or last < begin + epoch.windows[-1]:
+                break
+            self._ends.append(begin + epoch.windows[-1])
+        epochs = np.searchsorted(self._ends, positions, "right")
+        return epochs, positions - np.array([0, *self._ends])[epochs]
+
+    def _pack_window(self, _number: int, window: int, epoch: Epoch) -> list[list[Piece]]:
+        assert self._pack
+        return self._pack(epoch.pieces[slice(*epoch.pieces_until[window : window + 2])])
+
+    def _cut(self, number: int, place: int) -> list[Piece]:
+        epoch = self._epoch(number, place)
         if self._pack:
-            return epoch.packed[place]
+            window = bisect_right(epoch.windows, place) - 1
+            return self._packed(number, window, epoch)[place - epoch.windows[window]]
         start, end = place * self._seq_len, (place + 1) * self._seq_len
         pieces, at = [], bisect_right(epoch.bounds, start) - 1
         while start < end:

@@ -112,7 +112,7 @@ def find_data(
         orders = {name: one.order(seq_len, seed, window, order) for name, one in whole.items()}
         return TrainingData(loaded, dict(whole), orders, mixture, seq_len, limits)
     sources = _unit_sources(config, cache, loaded, limits, read_as, files, bar)
-    unit_orders = {name: one.order(seq_len, seed, window) for name, one in sources.items()}
+    unit_orders = {name: one.order(seq_len, seed, window, config.data.packing) for name, one in sources.items()}
     return TrainingData(loaded, dict(sources), dict(unit_orders), mixture, seq_len, limits)
 
 

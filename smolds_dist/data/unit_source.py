@@ -15,6 +15,7 @@ from smolds_dist.config import Data, Source
 from smolds_dist.data.cache import key_of, write_if_free, written_once
 from smolds_dist.data.held_out import held_out_damage, read_held_out, write_held_out
 from smolds_dist.data.order import Piece, SourceOrder
+from smolds_dist.data.packing import best_fit
 from smolds_dist.data.parts import units_of_files
 from smolds_dist.data.source import File, settings_of
 from smolds_dist.data.text import look_ahead
@@ -235,9 +236,10 @@ class UnitSource:
         file = self.files[part.file]
         return file.path, int(row["number"]) + rows_before(file, self.source, (part.number, part.of))
 
-    def order(self, seq_len: int, seed: int, window_tokens: int) -> SourceOrder:
+    def order(self, seq_len: int, seed: int, window_tokens: int, packing: str) -> SourceOrder:
         """Of its samples."""
-        return SourceOrder(len(self.units), self.pieces_of, seq_len, seed, window_tokens)
+        pack = partial(best_fit, table=self.table, seq_len=seq_len) if packing == "best_fit" else None
+        return SourceOrder(len(self.units), self.pieces_of, seq_len, seed, window_tokens, pack)
 
     def _map_tokens(self, unit: int) -> np.ndarray:
         return _mapped(self.folders[unit] / "tokens.bin", np.dtype(self._found[unit].dtype), self._found[unit].tokens)

@@ -25,6 +25,7 @@ from smolds_dist.observe.prepare_command import prepare
 from smolds_dist.observe.rows import read_rows
 
 BAR = 40  # characters of the longest
+MOST_SAMPLES = 50_000  # that are looked at to see what packing comes to
 
 
 def data(args: list[str]) -> int:
@@ -179,7 +180,11 @@ def stats(args: list[str]) -> int:
     epochs = found.epochs(config.train.steps * config.train.global_batch)
     for name, source in found.sources.items():
         assert isinstance(source, UnitSource)  # as the newest order has them
-        told = facts_of(source, found.orders[name].num_tokens) | {"epochs": round(epochs[name], 4)}
+        told = (
+            facts_of(source, found.orders[name].num_tokens)
+            | packing_of(found, name)
+            | {"epochs": round(epochs[name], 4)}
+        )
         if options.json:
             print(json.dumps({"source": name} | told))
             continue
@@ -223,6 +228,24 @@ def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
     }
 
 
+def packing_of(found: TrainingData, name: str) -> dict[str, Any]:
+    """Shares of the documents that are cut, and of padding, in a source's samples, or the first of them."""
+    source, order = found.sources[name], found.orders[name]
+    samples = order.pieces(np.arange(min(order.num_samples, MOST_SAMPLES)))
+    begun = whole = tokens = 0
+    for unit, start, length in (piece for sample in samples for piece in sample):
+        table = source.table(unit)
+        first, end = first_from(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
+        ends_here = end == len(table) or int(table["start"][end]) == start + length
+        begun += end - first
+        whole += end - first if ends_here else max(0, end - first - 1)
+        tokens += length
+    return {
+        "cut_documents": round(1 - whole / max(1, begun), 4),
+        "padding": round(1 - tokens / (len(samples) * found.seq_len), 4),
+    }
+
+
 def table_of(told: dict[str, Any], left_out: list[str]) -> list[str]:
     """The same in words, with a histogram of lengths."""
     share = told["copies"] / max(1, told["documents"])
@@ -234,6 +257,9 @@ def table_of(told: dict[str, Any], left_out: list[str]) -> list[str]:
         f"  {told['copies']:,} documents ({share:.1%}) are copies of another",
         f"  tokens of a document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
     ]
+    lines.append(
+        f"  in sequences {told['cut_documents']:.1%} of documents are cut, {told['padding']:.1%} of the tokens are padding"
+    )
     for begin, count in told["lengths"].items():
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
         lines.append(f"  {int(begin):>12,} to {2 * int(begin) - 1:<12,} {bar} {count:,}")
