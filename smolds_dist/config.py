@@ -143,6 +143,8 @@ class Data:
     """What to do with a row that cannot be read or whose text is no string; skipped ones are named in bad_rows.jsonl."""
     workers: Literal["auto"] | int = "auto"
     """Processes that tokenise ahead of the training, on each machine; auto: the cores that ranks leave free, 1 to 16."""
+    disk_budget_gb: float | None = None
+    """Tokens that lie behind the training are removed where there are more than so many GB, and made again where needed."""
     cache_dir: str = "~/.cache/smolds"
 
     @property
@@ -326,6 +328,10 @@ class RunConfig:
             raise ConfigError(
                 f"--train.micro_batch {self.train.micro_batch} does not divide --train.global_batch "
                 f"{self.train.global_batch}; valid values: {_divisors(self.train.global_batch)}."
+            )
+        if self.data.disk_budget_gb is not None and not 0 < self.data.disk_budget_gb < math.inf:
+            raise ConfigError(
+                f"--data.disk_budget_gb {self.data.disk_budget_gb} is out of range; use more than 0, or null."
             )
         if isinstance(self.data.workers, int) and self.data.workers < 0:
             raise ConfigError(f"--data.workers {self.data.workers} is out of range; use auto, or 0 or more.")

@@ -200,3 +200,30 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     assert ended.returncode == 0, ended.text
     assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))
     assert f"continuing from {tmp_path}/runs/one/checkpoints/step_{saved:08}" in ended.stdout
+
+
+@pytest.mark.parametrize("start", [["train"], ["launch", "--nproc-per-node=2", "--"]], ids=["one", "two"])
+def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tmp_path, start):
+    """In 150 steps the run goes through the corpus once and a bit; the budget has room for less than half of it."""
+    options = [
+        *options_of(corpus, tmp_path),
+        "--train.steps=150",
+        "--data.window_tokens=100_000",
+        "--train.eval_every=0",
+    ]
+    options.append(f"--data.tokenizer={prepared[0] / 'runs' / 'one' / 'tokenizer'}")
+    process = start_job([*start, *options, "--data.disk_budget_gb=0.0005"], tmp_path)
+    there = []
+    while process.poll() is None:
+        found = (tmp_path / "cache" / "units").glob("*/*/tokens.bin")
+        there.append(len([path for path in found if not path.parent.suffix]))
+        time.sleep(0.05)
+    assert process.returncode == 0, (tmp_path / "out").read_text()
+    assert max(there) <= 5 and min(there[-20:]) >= 1
+    assert len(list((tmp_path / "cache" / "units").glob("*/*.known"))) >= 3
+    removed = rows_by_step(tmp_path)
+    kept = smolds("train", *options, "--run.name=kept", f"--data.cache_dir={tmp_path}/kept", timeout=200)
+    assert kept.returncode == 0, kept.text
+    rows = {row["step"]: row for row in read_rows(tmp_path / "runs" / "kept" / "metrics.jsonl") if "loss" in row}
+    assert rows[150]["epochs"]["jsonl"] > 1.05
+    assert [row["batch"] for row in rows.values()] == [row["batch"] for row in removed.values()]

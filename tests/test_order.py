@@ -280,5 +280,8 @@ def test_new_order_stays_what_it_is():
     assert [[(part.file, part.number, part.of) for part in unit] for unit in units] == RECORDED_UNITS
 
 
-RECORDED_THIRD = [9, 2, 1, 7, 4, 3, 5, 8, 6, 0, 27, 22, 10, 16, 25, 18, 28, 23, 15, 13, 17, 19, 24, 11, 30, 32, 12, 31, 14, 26, 20, 29, 21, 9, 7, 8, 3, 6, 1, 2]  # fmt: skip
+RECORDED_THIRD = [
+    9, 2, 1, 7, 4, 3, 5, 8, 6, 0, 27, 22, 10, 16, 25, 18, 28, 23, 15, 13, 17, 19, 24, 11,
+    30, 32, 12, 31, 14, 26, 20, 29, 21, 9, 7, 8, 3, 6, 1, 2,
+]  # fmt: skip
 RECORDED_UNITS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)], [(1, 0, 1), (2, 0, 1)], [(4, 0, 3)]]

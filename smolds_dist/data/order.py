@@ -161,6 +161,28 @@ class SourceOrder:
         last = self._first.units_until[window] if window < len(ends) - 1 else self._units
         return self._first.units[:last]
 
+    def window_of(self, sample: int) -> tuple[int, int]:
+        """The epoch that a sample of the source is in, and the window there."""
+        with self._lock:
+            (number,), (place,) = (found.tolist() for found in self.places(np.array([sample])))
+            return number, bisect_right(self._epoch(number, place).windows, place) - 1
+
+    def units_behind(self, sample: int) -> np.ndarray:
+        """Units of the windows of its epoch that lie before the one of that sample."""
+        with self._lock:
+            number, window = self.window_of(sample)
+            epoch = self._epoch(number, 0)
+            # The last of them may hold the beginning of a sample that ends in the next window.
+            return epoch.units[: max(0, epoch.units_until[window - 1] - 1) if window else 0]
+
+    def units_coming(self, sample: int) -> np.ndarray:
+        """Units of the window of that sample and of the next one, as far as they are known."""
+        with self._lock:
+            number, window = self.window_of(sample)
+            epoch = self._epoch(number, 0)
+            begin = epoch.units_until[window - 1] if window else 0
+            return epoch.units[begin : epoch.units_until[min(window + 1, len(epoch.units_until) - 1)]]
+
     def _add_window(self, epoch: Epoch, number: int, wait: bool) -> bool:
         size = sum(piece.length for piece in epoch.pending)
         while size < epoch.size and epoch.taken < len(epoch.units):

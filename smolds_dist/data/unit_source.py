@@ -3,6 +3,8 @@ before, or else by the process that needs them."""
 
 import contextlib
 import hashlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -129,12 +131,47 @@ class UnitSource:
         self._also = np.array(sorted(texts), dtype=np.uint64)
 
     def find(self, unit: int) -> bool:
-        """Whether a unit's tokens are there."""
+        """Whether it is known what a unit holds: its tokens are there, or have been."""
         if unit not in self._found:
-            if not self.folders[unit].is_dir() or unit_damage(self.folders[unit]):
-                return False
-            self._found[unit] = read_unit(self.folders[unit])
+            for folder in (self.folders[unit], self._known(unit)):
+                if folder.is_dir() and not unit_damage(folder):
+                    self._found[unit] = read_unit(folder)
+                    return True
+            return False
         return True
+
+    def has_tokens(self, unit: int) -> bool:
+        """Whether a unit's tokens are there."""
+        return self.find(unit) and (self.folders[unit] / "tokens.bin").exists()
+
+    def _known(self, unit: int) -> Path:
+        """Where the rest of a unit stays whose tokens were removed."""
+        return self.folders[unit].with_suffix(".known")
+
+    def remove(self, unit: int) -> int:
+        """Removes a unit's tokens; what it holds stays known. Returns how many bytes that were."""
+        if not self.has_tokens(unit):
+            return 0
+        folder, known, meta = self.folders[unit], self._known(unit), self._found[unit]
+        if not known.is_dir():
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{known.name}.writing-", dir=known.parent))
+            for name in ("documents", "meta.json"):
+                shutil.copy(folder / name, unfinished / name)
+            with contextlib.suppress(OSError):  # another process was faster
+                unfinished.rename(known)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._open.cache_clear()
+        self._open_table.cache_clear()
+        gone = folder.with_suffix(".gone")
+        with contextlib.suppress(OSError):
+            folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        return meta.tokens * np.dtype(meta.dtype).itemsize
+
+    def bytes_there(self) -> int:
+        """Bytes of the tokens of all units that have some."""
+        sizes = ((unit, meta.tokens * np.dtype(meta.dtype).itemsize) for unit, meta in self._found.items())
+        return sum(size for unit, size in sizes if (self.folders[unit] / "tokens.bin").exists())
 
     def make(self, unit: int) -> bool:
         """Whether a unit's tokens are there now: made here, if nobody else is making them.
@@ -177,11 +214,16 @@ class UnitSource:
                 pieces.append(Piece(unit, start, end - start))
         return pieces
 
-    def _wait_for(self, following: np.ndarray) -> None:
-        """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making."""
+    def _wait_for(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
+        """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making.
+
+        Args:
+            there: `find`, if not given.
+        """
         unit = int(following[0])
-        while not self.find(unit):
-            if not self.make(unit) and not self._make_one_of(following[1:AT_ONCE].tolist()):
+        at_once = 1 if self._data.disk_budget_gb else AT_ONCE
+        while not (there or self.find)(unit):
+            if not self.make(unit) and not self._make_one_of(following[1:at_once].tolist()):
                 time.sleep(0.05)
             self.progress(self, 0)
 
@@ -242,10 +284,13 @@ class UnitSource:
         return SourceOrder(len(self.units), self.pieces_of, seq_len, seed, window_tokens, pack)
 
     def _map_tokens(self, unit: int) -> np.ndarray:
+        if not self.has_tokens(unit):
+            self._wait_for(np.array([unit]), self.has_tokens)
         return _mapped(self.folders[unit] / "tokens.bin", np.dtype(self._found[unit].dtype), self._found[unit].tokens)
 
     def _map_table(self, unit: int) -> np.ndarray:
-        return _mapped(self.folders[unit] / "documents", DOCUMENT, self._found[unit].texts)
+        folder = self.folders[unit] if self.folders[unit].is_dir() else self._known(unit)
+        return _mapped(folder / "documents", DOCUMENT, self._found[unit].texts)
 
     def content(self, units: np.ndarray) -> str:
         """Digest of the training texts of these units."""

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smolds_dist.config import RunConfig, load_config, save_config
 from smolds_dist.data.batch import TrainingData
+from smolds_dist.data.budget import DiskBudget, bytes_there, unit_orders
 from smolds_dist.data.cores import free_cores, use_all_cores
 from smolds_dist.data.order import SourceOrder
 from smolds_dist.data.prepare import Bar, find_data
@@ -36,6 +37,7 @@ class Work:
     tokenizer: str  # a folder, or a name on the Hub
     limits: dict[str, int | None]
     ahead: bool  # of a training, whose cores it must leave alone
+    position: str  # path of a file that says how many samples of the run have been trained on
 
 
 class Workers:
@@ -51,7 +53,12 @@ class Workers:
         settings = Path(self._folder.name) / "config.yaml"
         save_config(config, settings)
         told = data.identity(0)
-        work = Work(str(settings), os.getpid(), told["order"], data.tokenizer.name_or_path, told["limits"], ahead)
+        self._position = Path(self._folder.name) / "position"
+        self.tell_position(0)
+        work = Work(
+            str(settings), os.getpid(), told["order"], data.tokenizer.name_or_path, told["limits"], ahead,
+            str(self._position),
+        )  # fmt: skip
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(work))]
         self.processes = [
@@ -69,6 +76,12 @@ class Workers:
             process.communicate()
         self._folder.cleanup()
 
+    def tell_position(self, samples: int) -> None:
+        """So many samples of the run have been trained on."""
+        unfinished = self._position.with_suffix(".new")
+        unfinished.write_text(str(samples))
+        unfinished.rename(self._position)
+
     def busy(self) -> bool:
         """Whether one of them still works.
 
@@ -82,34 +95,42 @@ class Workers:
         return any(process.poll() is None for process in self.processes)
 
 
-def workers_ahead(config: RunConfig, data: TrainingData, ranks: int) -> "Workers | nullcontext":
-    """Those that a machine with so many ranks of a training should have.
+@contextmanager
+def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Iterator[Callable[[int], None]]:
+    """The workers that a machine with so many ranks of a training should have, while the block lasts.
 
-    On a CPU one by default, at low priority: there the ranks use all cores.
+    Yields:
+        What is to be told after each step how many samples of the run have been trained on.
     """
-    if data.covers(config.train.steps * config.train.global_batch):
-        return nullcontext()
+    gigabytes = config.data.disk_budget_gb
+    if gigabytes is None and data.covers(config.train.steps * config.train.global_batch):
+        yield lambda samples: None
+        return
     count = free_cores(ranks) if config.data.workers == "auto" else config.data.workers
-    return Workers(config, data, count, ahead=True)
+    with Workers(config, data, count, ahead=True) as workers:
+        budget = DiskBudget(data, 1e9 * gigabytes) if gigabytes else None
+
+        def done(samples: int) -> None:
+            if budget and budget.keep(samples):
+                workers.tell_position(samples)
+
+        yield done
 
 
-def wanted_units(data: TrainingData, samples: int) -> Iterator[list[tuple[UnitSource, int]]]:
-    """Units that the run's first `samples` samples want and that are not there yet, the most urgent first, again and again
-    until there are none."""
+def wanted_units(data: TrainingData, samples: int) -> list[tuple[UnitSource, int]] | None:
+    """Units that the run's first `samples` samples want and that are not there yet, the most urgent first; None where that
+    cannot be said any more, as all is known."""
     needed = dict(zip(data.sources, data.mixture.totals(samples).tolist(), strict=True))
-    while True:
-        missing: list[tuple[int, UnitSource, list[int]]] = []
-        for name, source in data.sources.items():
-            order = data.orders[name]
-            if not isinstance(source, UnitSource) or not isinstance(order, SourceOrder):
-                continue
-            if needed[name] and not order.extend(needed[name] - 1, wait=False):
-                units = [unit for unit in order.wanted_units().tolist() if not source.find(unit)][:AT_ONCE]
-                missing.append((runs_dry(data, name, order.num_known, samples), source, units))
-        if not missing:
-            return
-        missing.sort(key=lambda one: one[0])
-        yield [(source, unit) for _, source, units in missing for unit in units]
+    missing: list[tuple[int, UnitSource, list[int]]] = []
+    for name, source in data.sources.items():
+        order = data.orders[name]
+        if not isinstance(source, UnitSource) or not isinstance(order, SourceOrder):
+            continue
+        if needed[name] and not order.extend(needed[name] - 1, wait=False):
+            units = [unit for unit in order.wanted_units().tolist() if not source.find(unit)][:AT_ONCE]
+            missing.append((runs_dry(data, name, order.num_known, samples), source, units))
+    missing.sort(key=lambda one: one[0])
+    return [(source, unit) for _, source, units in missing for unit in units] if missing else None
 
 
 def runs_dry(data: TrainingData, name: str, known: int, samples: int) -> int:
@@ -135,12 +156,37 @@ def work(told: Work) -> None:
         data = find_data(config, told.order, Path(told.tokenizer), told.limits, bar)
     data.tell_progress(lambda source, tokens: end_without(told.parent))
     refused = set[tuple[str, int]]()
-    for wanted in wanted_units(data, config.train.steps * config.train.global_batch):
+    samples = config.train.steps * config.train.global_batch
+    budget = config.data.disk_budget_gb if told.ahead else None
+    while True:
         end_without(told.parent)
+        wanted = wanted_units(data, samples)
+        if budget is not None:
+            wanted = within_budget(data, 1e9 * budget, Path(told.position), wanted or [])
+        elif wanted is None:
+            return
         if not any(make(source, unit, refused, told.ahead) for source, unit in wanted):
-            if told.ahead and refused.issuperset((source.name, unit) for source, unit in wanted):
+            if told.ahead and wanted and refused.issuperset((source.name, unit) for source, unit in wanted):
                 return
             time.sleep(IDLE)
+
+
+def within_budget(
+    data: TrainingData, budget: float, position: Path, wanted: list[tuple[UnitSource, int]]
+) -> list[tuple[UnitSource, int]]:
+    """Of the wanted units those for which there is room, after those that the run comes to next and that were removed."""
+    for source in data.sources.values():
+        if isinstance(source, UnitSource):
+            source.look()
+    if bytes_there(data) >= budget:
+        return []
+    again = [
+        (source, unit)
+        for source, order, taken in unit_orders(data, int(position.read_text()))
+        for unit in order.units_coming(taken).tolist()
+        if not source.has_tokens(unit)
+    ]
+    return again[:AT_ONCE] + wanted
 
 
 def make(source: UnitSource, unit: int, refused: set[tuple[str, int]], ahead: bool) -> bool:

@@ -49,6 +49,7 @@ class Job:
     flops_per_token: float
     stop: StopRequest
     beat: Callable[[], None]  # a sign of life for the other ranks
+    done: Callable[[int], None] | None = None  # told after each step how many samples of the run have been trained on
 
     @property
     def main(self) -> bool:

@@ -13,7 +13,7 @@ from smolds_dist.config import RunConfig
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.data.waiting import Waiting
-from smolds_dist.data.workers import workers_ahead
+from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.inference.held_out import evaluate
 from smolds_dist.inference.samples import sample
@@ -48,11 +48,11 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     topology = plan_topology(config, detect_machine(), info)
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
-    ahead = workers_ahead(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
-    with hold_run(config) if topology.rank == 0 else nullcontext(), ahead, StopRequest() as stop:
+    ahead = tokenising_ahead(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
+    with hold_run(config) if topology.rank == 0 else nullcontext(), ahead as done, StopRequest() as stop:
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         flops = flops_per_token(model_config, config.data.seq_len)
-        job = Job(config, topology, data, model_config, flops, stop, report.beat if report else lambda: None)
+        job = Job(config, topology, data, model_config, flops, stop, report.beat if report else lambda: None, done)
         patience = Patience(
             timeout=config.parallel.timeout or math.inf,
             stopped=lambda: stop.asked is not None,
@@ -123,6 +123,8 @@ def run_steps(job: Job, training: Training) -> int:
         with clock.paused():
             trace = training.profiler.end(step)
         progress.step = step
+        if job.done:
+            job.done(progress.skipped_samples + step * config.train.global_batch)
         if step == begin + 1:
             with clock.paused():
                 training.checkpoints.prepare(training.engine)
