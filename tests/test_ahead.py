@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import warm
+from filelock import FileLock
 from ranks import smolds
 
 from smolds_dist.config import load_config
@@ -202,8 +203,7 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     assert f"continuing from {tmp_path}/runs/one/checkpoints/step_{saved:08}" in ended.stdout
 
 
-@pytest.mark.parametrize("start", [["train"], ["launch", "--nproc-per-node=2", "--"]], ids=["one", "two"])
-def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tmp_path, start):
+def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tmp_path):
     """In 150 steps the run goes through the corpus once and a bit; the budget has room for less than half of it."""
     options = [
         *options_of(corpus, tmp_path),
@@ -212,7 +212,7 @@ def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tm
         "--train.eval_every=0",
     ]
     options.append(f"--data.tokenizer={prepared[0] / 'runs' / 'one' / 'tokenizer'}")
-    process = start_job([*start, *options, "--data.disk_budget_gb=0.0005"], tmp_path)
+    process = start_job(["launch", "--nproc-per-node=2", "--", *options, "--data.disk_budget_gb=0.0005"], tmp_path)
     there = []
     while process.poll() is None:
         found = (tmp_path / "cache" / "units").glob("*/*/tokens.bin")
@@ -227,3 +227,23 @@ def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tm
     rows = {row["step"]: row for row in read_rows(tmp_path / "runs" / "kept" / "metrics.jsonl") if "loss" in row}
     assert rows[150]["epochs"]["jsonl"] > 1.05
     assert [row["batch"] for row in rows.values()] == [row["batch"] for row in removed.values()]
+
+
+def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corpus, tmp_path):
+    """Two ranks, of which each waits for a part that another process holds the lock of."""
+    options = [*options_of(corpus, tmp_path), "--checkpoint.every=0", "--data.workers=0"]
+    found = prepare_data(load_config([*options, "-q"]))
+    second = int(found.orders["jsonl"].wanted_units()[0])
+    folder = found.sources["jsonl"].folders[second]
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        process = start_job(["launch", "--nproc-per-node=2", "--", *options], tmp_path)
+        wait_for(lambda: "waiting for text of jsonl: " in (tmp_path / "out").read_text(), process, tmp_path)
+        last = max(rows_by_step(tmp_path))
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 75, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert f"step {last} is saved" in said
+    resumed = smolds("train", *options, "--checkpoint.resume=auto")
+    assert resumed.returncode == 0, resumed.text
+    assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))

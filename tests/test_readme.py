@@ -51,7 +51,7 @@ def shorter(cache):
         "smolds bench scale": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
         "smolds bench generate": " --preset debug --max-new-tokens=8 --rounds=1",
         "smolds bench plan": " --what memory published --sizes 1 --ranks 1 --zero 0 --steps 2",
-        "smolds bench data": " --rounds=1 --megabytes=1",
+        "smolds bench data": " --rounds=1 --megabytes=1 --steps=5",
         "smolds data": "",
         "smolds plan": "",
         "smolds bench checkpoint": " --preset debug --repeats=1",

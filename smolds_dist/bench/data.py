@@ -45,8 +45,9 @@ def bench_data(args: list[str]) -> None:
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="all where not given")
     parser.add_argument("--rounds", type=int, help="each way; 5, of start and prepare 3")
     parser.add_argument("--megabytes", type=int, help="of text; to tokenise 30, to start on 1000, to prepare 200")
+    parser.add_argument("--steps", type=int, default=180, help="whose speed is measured after the start")
     options = parser.parse_args(args)
-    check_at_least_one(options, "rounds", "megabytes")
+    check_at_least_one(options, "rounds", "megabytes", "steps")
     rounds = options.rounds or 5
     from smolds_dist.bench.data_start import prepare, start
 
@@ -60,7 +61,7 @@ def bench_data(args: list[str]) -> None:
         for name, measure in (("start", start), ("prepare", prepare)):
             if name in options.what:
                 (folder / name).mkdir()
-                result[name] = measure(folder / name, options.rounds or 3, options.megabytes)
+                result[name] = measure(folder / name, options.rounds or 3, options.megabytes, options.steps)
     finally:
         shutil.rmtree(folder)
     if "order" in options.what:

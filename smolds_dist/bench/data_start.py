@@ -16,7 +16,7 @@ from smolds_dist.observe.rows import read_rows
 
 START_MEGABYTES, PREPARE_MEGABYTES = 1000, 200
 FILES = 4
-STEPS = range(20, 200)  # between which the speed is measured
+WARM_UP = 10  # steps, before the speed is measured
 
 
 def write_corpus(folder: Path, megabytes: int) -> None:
@@ -43,7 +43,7 @@ def settings(folder: Path, cache: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(folder: Path, rounds: int, megabytes: int | None) -> dict[str, Any]:
+def start(folder: Path, rounds: int, megabytes: int | None, steps: int) -> dict[str, Any]:
     """Seconds from the start of `smolds train` to the end of its first step, with nothing tokenised and with all; and tokens
     per second from then on, with a worker that tokenises ahead and with a prepared corpus, in turns."""
     write_corpus(folder / "text", megabytes or START_MEGABYTES)
@@ -56,7 +56,7 @@ def start(folder: Path, rounds: int, megabytes: int | None) -> dict[str, Any]:
             cache = folder / name
             if name == "ahead":
                 shutil.rmtree(cache, ignore_errors=True)
-            first, speed = one_run(settings(folder, cache), folder / "runs")
+            first, speed = one_run(settings(folder, cache), folder / "runs", steps)
             seconds[name].append(first)
             speeds[name].append(speed)
     told = {f"{name}_s": median(values) for name, values in seconds.items()}
@@ -65,26 +65,26 @@ def start(folder: Path, rounds: int, megabytes: int | None) -> dict[str, Any]:
     return {"megabytes": megabytes or START_MEGABYTES, **told, "ratio": ratio, "seconds": seconds, "speeds": speeds}
 
 
-def one_run(given: list[str], runs: Path) -> tuple[float, float]:
-    """Seconds to the first step's end, and tokens per second over `STEPS`."""
+def one_run(given: list[str], runs: Path, steps: int) -> tuple[float, float]:
+    """Seconds to the first step's end, and tokens per second over so many steps."""
     shutil.rmtree(runs, ignore_errors=True)
     options = [*given, f"--run.dir={runs}", "--run.name=one", "--log.tensorboard=false", "--train.eval_every=0"]
     begin = time.time()
     command = [sys.executable, "-m", "smolds_dist", "train", *options, "--log.sample_every=0", "--checkpoint.every=0"]
     process = subprocess.Popen(command)
     rows: dict[int, dict] = {}
-    while STEPS.stop not in rows:
+    while WARM_UP + steps not in rows:
         if process.poll() is not None:
             raise RuntimeError(f"the run ended with exit code {process.returncode}")
         time.sleep(0.5)
         rows = {row["step"]: row for row in read_rows(runs / "one" / "metrics.jsonl") if "loss" in row}
     process.send_signal(signal.SIGKILL)
     process.wait()
-    first, last = rows[STEPS.start], rows[STEPS.stop]
+    first, last = rows[WARM_UP], rows[WARM_UP + steps]
     return rows[1]["time"] - begin, (last["tokens"] - first["tokens"]) / (last["time"] - first["time"])
 
 
-def prepare(folder: Path, rounds: int, megabytes: int | None) -> dict[str, Any]:
+def prepare(folder: Path, rounds: int, megabytes: int | None, _steps: int) -> dict[str, Any]:
     """Seconds of `smolds data prepare` with one worker and with two, in turns, its own start included."""
     write_corpus(folder / "text", megabytes or PREPARE_MEGABYTES)
     given = settings(folder, folder / "cache")

@@ -1,11 +1,16 @@
 """Ahead: a rank's part of the next batch is assembled in a thread, while the model is busy with the one before."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from torch import Tensor
 
 from smolds_dist.data.batch import batch_digest
+from smolds_dist.data.waiting import StoppedWaitingError
+
+LOOK_EVERY = 0.2  # seconds
+STOP_AFTER = 3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
 
 
 class Batches(Protocol):
@@ -34,11 +39,26 @@ class BatchesAhead:
         self._taken = range(0)
         self._next: tuple[range, Future | None] = range(0), None
 
-    def take(self, indices: range) -> tuple[Tensor, int]:
-        """Token ids [len(indices), seq_len] at those places of the run, and their digest."""
+    def take(self, indices: range, stopped: Callable[[], bool] = lambda: False) -> tuple[Tensor, int]:
+        """Token ids [len(indices), seq_len] at those places of the run, and their digest.
+
+        Args:
+            stopped: whether the run was asked to stop, which ends a longer wait.
+
+        Raises:
+            StoppedWaitingError: then.
+        """
         self._taken = indices
         ahead, future = self._next
-        return future.result() if future and ahead == indices else self._assemble(indices)
+        if ahead != indices or future is None:
+            future = self._pool.submit(self._assemble, indices)
+            self._next = indices, future
+        asked = 0
+        while not wait([future], timeout=LOOK_EVERY).done:
+            asked += stopped()
+            if asked * LOOK_EVERY > STOP_AFTER:
+                raise StoppedWaitingError
+        return future.result()
 
     def begin_next(self) -> None:
         """Begins on the batch after the one last taken, if that is not under way.

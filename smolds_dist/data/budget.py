@@ -37,11 +37,11 @@ class DiskBudget:
 
 
 def unit_orders(data: TrainingData, samples: int) -> list[tuple[UnitSource, SourceOrder, int]]:
-    """Sources that are made of several units, with their orders, and how many of their samples are among the run's first."""
+    """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
     totals = data.mixture.totals(samples).tolist()
     triples = zip(data.sources.values(), data.orders.values(), totals, strict=True)
     return [
-        (source, order, taken)
+        (source, order, max(0, taken - 1))
         for source, order, taken in triples
         if isinstance(source, UnitSource) and isinstance(order, SourceOrder) and len(source.units) > 1
     ]

@@ -112,7 +112,7 @@ class SourceOrder:
             self._later = number, self._new_epoch(number)
         epoch = self._later[1]
         while not epoch.complete and (sample is None or epoch.windows[-1] <= sample):
-            self._add_window(epoch, number, wait=True)
+            self._add_window(epoch, number)
         return epoch
 
     @property
@@ -142,12 +142,18 @@ class SourceOrder:
         Returns:
             False where it is not to wait, and would have to.
         """
-        with self._lock:
-            epoch = self._first
-            while not epoch.complete and (sample is None or epoch.windows[-1] <= sample):
-                if not self._add_window(epoch, 0, wait):
-                    return False
-            return True
+        epoch = self._first
+        while True:
+            with self._lock:
+                while not epoch.complete and (sample is None or epoch.windows[-1] <= sample):
+                    if not self._add_window(epoch, 0):
+                        break
+                else:
+                    return True
+                missing = self.wanted_units()
+            if not wait:
+                return False
+            self._pieces_of(missing, True)  # without the lock: others may ask for what is known
 
     def wanted_units(self) -> np.ndarray:
         """Units of the first epoch that are not known yet, in their order."""
@@ -163,30 +169,31 @@ class SourceOrder:
 
     def window_of(self, sample: int) -> tuple[int, int]:
         """The epoch that a sample of the source is in, and the window there."""
+        (number,), (place,) = (found.tolist() for found in self.places(np.array([sample])))
         with self._lock:
-            (number,), (place,) = (found.tolist() for found in self.places(np.array([sample])))
             return number, bisect_right(self._epoch(number, place).windows, place) - 1
 
     def units_behind(self, sample: int) -> np.ndarray:
         """Units of the windows of its epoch that lie before the one of that sample."""
+        number, window = self.window_of(sample)
         with self._lock:
-            number, window = self.window_of(sample)
             epoch = self._epoch(number, 0)
             # The last of them may hold the beginning of a sample that ends in the next window.
             return epoch.units[: max(0, epoch.units_until[window - 1] - 1) if window else 0]
 
     def units_coming(self, sample: int) -> np.ndarray:
         """Units of the window of that sample and of the next one, as far as they are known."""
+        number, window = self.window_of(sample)
         with self._lock:
-            number, window = self.window_of(sample)
             epoch = self._epoch(number, 0)
             begin = epoch.units_until[window - 1] if window else 0
             return epoch.units[begin : epoch.units_until[min(window + 1, len(epoch.units_until) - 1)]]
 
-    def _add_window(self, epoch: Epoch, number: int, wait: bool) -> bool:
+    def _add_window(self, epoch: Epoch, number: int) -> bool:
+        """Whether all of the next window is known."""
         size = sum(piece.length for piece in epoch.pending)
         while size < epoch.size and epoch.taken < len(epoch.units):
-            pieces = self._pieces_of(epoch.units[epoch.taken :], wait)
+            pieces = self._pieces_of(epoch.units[epoch.taken :], False)
             if pieces is None:
                 return False
             epoch.pending += pieces
@@ -210,16 +217,16 @@ class SourceOrder:
     def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
         """Where the tokens of the source's samples number `positions` [n] are, `seq_len` in all, or fewer where documents
         are packed."""
+        epochs, places = self.places(positions)
         with self._lock:
-            epochs, places = self.places(positions)
             return [self._cut(number, place) for number, place in zip(epochs.tolist(), places.tolist(), strict=True)]
 
     def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For the source's samples number `positions` [n]: the epoch, and which one it is there before shuffling."""
         if not len(positions):
             return positions, positions
+        self.extend(int(positions.max()))
         with self._lock:
-            self.extend(int(positions.max()))
             if self._pack:
                 epochs, within = self._packed_epochs(positions)
             elif self.complete:

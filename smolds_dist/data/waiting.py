@@ -10,6 +10,10 @@ TOLD_EVERY = 15.0
 PAUSE = 2.0  # seconds without a sign, after which it is another wait
 
 
+class StoppedWaitingError(Exception):
+    """The text that a run waits for does not come, and it was asked to stop: on all ranks alike, before a step."""
+
+
 class Waiting:
     """As `unit_source.Progress`: gives the other ranks a sign of life, and now and then says what is waited for.
 
@@ -36,3 +40,8 @@ class Waiting:
                 f"waiting for text of {source.name}: {source.num_found:,} of {len(source.units):,} parts are tokenised, "
                 f"{rate:,.0f} tokens/s come in"
             )
+
+
+def stop_waiting(_source: UnitSource, _tokens: int) -> None:
+    """As `unit_source.Progress`: ends whatever waits or works."""
+    raise StoppedWaitingError

@@ -51,8 +51,9 @@ def facts(rows: list[dict]) -> dict[str, str]:
         told["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
         told["memory"] = f"{max(row.get('memory_gb', 0.0) for row in measured):.2f} GB in the largest rank"
     if steps and "seen_texts" in steps[-1]:
-        epochs = ", ".join(f"{epochs:.3g} epochs of {name}" for name, epochs in steps[-1]["epochs"].items())
-        told["texts"] = f"{steps[-1]['unique_texts']:,} distinct of {steps[-1]['seen_texts']:,} seen, {epochs}"
+        seen = f"{steps[-1]['unique_texts']:,} distinct of {steps[-1]['seen_texts']:,} seen"
+        epochs = [f"{epochs:.3g} epochs of {name}" for name, epochs in steps[-1]["epochs"].items()]
+        told["texts"] = ", ".join([seen, *epochs])
     if balanced:
         dead = sum(share == 0 for layer in balanced["load"] for share in layer)
         violation = f"MaxVio {balanced['max_vio_window']:.2f} over the last {WINDOW} steps"

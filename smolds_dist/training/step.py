@@ -4,6 +4,7 @@ Shape letters: L layers, E experts.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,15 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     first_sample = training.progress.skipped_samples + (step - 1) * config.train.global_batch
     end_of_text = document_end(config.data, job.data.tokenizer)
     loss_part, digest = accumulate_gradients(
-        topology, training.ahead, first_sample, engine, training.balancer, training.routers, clock, end_of_text
+        topology,
+        training.ahead,
+        first_sample,
+        engine,
+        training.balancer,
+        training.routers,
+        clock,
+        end_of_text,
+        stopped=lambda: job.stop.asked is not None,
     )
     with clock.phase("optimizer"):
         update = engine.step(lr, by_part=measured)
@@ -113,12 +122,14 @@ def accumulate_gradients(
     routers: RouterStatistics,
     clock: StepClock,
     end_of_text: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[torch.Tensor, int]:
     """Forward and backward over this rank's part of a global batch.
 
     Args:
         first_sample: global index of the batch's first sample.
         end_of_text: the token after which another document begins, where they are kept apart.
+        stopped: whether the run was asked to stop.
 
     Returns:
         The mean loss of this rank's part, and the digest of its tokens (`data.batch.batch_digest`).
@@ -126,7 +137,7 @@ def accumulate_gradients(
     first = first_sample + topology.rank * topology.per_rank
     total = torch.zeros((), device=engine.device)
     with clock.phase("data"):
-        ids, digest = ahead.take(range(first, first + topology.per_rank))
+        ids, digest = ahead.take(range(first, first + topology.per_rank), stopped)
         batches = [Packed(part, part) for part in ids.split(topology.micro_batch)]
         if end_of_text is not None:
             batches = documents_apart(batches, end_of_text, engine, topology)

@@ -12,7 +12,7 @@ from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, prepare
 from smolds_dist.config import RunConfig
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.tokenizer import save_tokenizer
-from smolds_dist.data.waiting import Waiting
+from smolds_dist.data.waiting import StoppedWaitingError, Waiting, stop_waiting
 from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.inference.held_out import evaluate
@@ -113,13 +113,16 @@ def run_steps(job: Job, training: Training) -> int:
         training.profiler.begin(step)
         try:
             done = take_step(job, training, step)
-        except ConfigError:  # text that cannot be read, on all ranks alike, before the step has begun
+        except (ConfigError, StoppedWaitingError) as error:  # no text, on all ranks alike, before the step has begun
+            job.data.tell_progress(stop_waiting)
             if step > begin + 1:
                 training.checkpoints.save(
                     training.engine, training.balancer, progress, None, seen_so_far(training), wait=True
                 )
                 terminal.say(f"step {step - 1} is saved; continue with --checkpoint.resume auto")
-            raise
+            if isinstance(error, ConfigError):
+                raise
+            return EXIT_CODES[signal.Signals(job.stop.asked or 0)]
         with clock.paused():
             trace = training.profiler.end(step)
         progress.step = step
@@ -146,21 +149,21 @@ def run_steps(job: Job, training: Training) -> int:
             with clock.paused():
                 prompts = config.log.sample_prompts + (config.log.final_prompts if last else [])
                 write_samples(config, training, job.data.tokenizer, step, prompts)
-        signal = None if last else job.stop.agreed(done.asked)
-        if signal or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            ending = bool(signal) or last
+        asked = None if last else job.stop.agreed(done.asked)
+        if asked or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
+            ending = bool(asked) or last
             with clock.paused():
                 training.checkpoints.save(
                     training.engine, training.balancer, progress, val_loss, seen_so_far(training), wait=ending
                 )
             if ending and not is_saved(training, step):
                 return 1
-        if signal:
+        if asked:
             terminal.close()
             terminal.say(
-                f"stopped by {signal.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
+                f"stopped by {asked.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
             )
-            return EXIT_CODES[signal]
+            return EXIT_CODES[asked]
     terminal.close()
 
     export_model(config, training.engine, job.model_config, job.data.tokenizer, job.main)
