@@ -108,7 +108,9 @@ def truncating(number, content):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize(
-    ("behave", "said"), [(slow, None), (failing, "HTTP 503"), (truncating, "trying again in 1 s")], ids=str
+    ("behave", "said"),
+    [(slow, None), (failing, "HTTP 503"), (truncating, "trying again in 1 s")],
+    ids=["slow", "failing", "truncating"],
 )
 def test_every_row_comes_once_from_a_bad_server(tmp_path, serve, capsys, kind, behave, said):
     server = serve({f"/a.{kind}": content_of(kind)}, behave)

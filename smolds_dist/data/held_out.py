@@ -17,11 +17,12 @@ from smolds_dist.config import Data, Source
 from smolds_dist.data.parts import Part
 from smolds_dist.data.source import File
 from smolds_dist.data.text import Document, documents
+from smolds_dist.data.token_files import Flat
 from smolds_dist.data.tokens import Tokenized, decoded_bytes, digest, is_held_out
 from smolds_dist.data.units import DOCUMENT, DocumentWriter, read_unit, token_dtype, tokens_of
 
 ENOUGH_TOKENS = 2**18  # of held-out text
-ENOUGH_BYTES = 2**28  # of files, read for it
+ENOUGH_BYTES = 2**28  # of text, read for it
 SMALLEST_TOKENS = 16_384  # or a tenth of the text that was read, whichever is less
 
 
@@ -82,6 +83,7 @@ def write_held_out(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     unit_folder: Callable[[int], Path],
+    most: int = ENOUGH_BYTES,
     last: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes the held-out text of a source to `folder`.
@@ -90,6 +92,7 @@ def write_held_out(
 
     Args:
         unit_folder: makes a unit's tokens, if they are not there, and says where.
+        most: bytes of text, or of other files, that are read for it.
         last: of the last unit, where it is not taken whole: part and number of its last document, and its training tokens.
 
     Raises:
@@ -97,17 +100,19 @@ def write_held_out(
     """
     dtype = token_dtype(tokenizer)
     out = DocumentWriter(folder / "tokens.bin", folder / "documents", dtype)
-    num_bytes, read, size = 0, 0, 0
-    while read < len(units) and out.tokens < ENOUGH_TOKENS and size < ENOUGH_BYTES:
-        unit = units[read]
-        candidates = _candidates(documents(source, files, data, parts=unit), data.val_fraction)
+    num_bytes = read = 0
+    seen = _Seen()
+    while read < len(units) and out.tokens < ENOUGH_TOKENS and seen.bytes < most:
+        unit, whole_unit = units[read], last is None or read < len(units) - 1
+        candidates = _candidates(documents(source, files, data, parts=unit), data.val_fraction, seen, most)
         for batch in tokens_of(candidates, unit, files, data, tokenizer):
             found = [one for one in batch if is_held_out(one.text, data.val_fraction)]
-            if last and read == len(units) - 1:
+            if last and not whole_unit:
                 found = [one for one in found if (one.part, one.number) <= last[:2]]
             out.add([one._replace(part=unit[one.part].file) for one in found])
             num_bytes += sum(one.length or decoded_bytes(one, tokenizer) for one in found)
-        size += sum(files[part.file].size // part.of for part in unit)
+            if out.tokens >= ENOUGH_TOKENS:
+                break
         read += 1
 
     kept: dict[str, int] = {}
@@ -128,12 +133,25 @@ def write_held_out(
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
 
 
-def _candidates(found: Iterator[Document], fraction: float) -> Iterator[Document]:
-    """Those that may be held out: of text that is known before it is tokenised."""
+@dataclass
+class _Seen:
+    bytes: int = 0  # of the documents that were looked at
+
+
+def _candidates(found: Iterator[Document], fraction: float, seen: _Seen, most: int) -> Iterator[Document]:
+    """Those that may be held out, until so many bytes were looked at; of text that is known before it is tokenised."""
     for document in found:
         text = document.text
-        if not isinstance(text, str) or is_held_out(digest(text.encode(errors="replace")), fraction):
+        if isinstance(text, str):
+            content = text.encode(errors="replace")
+            seen.bytes += len(content)
+            if is_held_out(digest(content), fraction):
+                yield document
+        else:
+            seen.bytes += (text.tokens if isinstance(text, Flat) else text).nbytes
             yield document
+        if seen.bytes >= most:
+            return
 
 
 @dataclass

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import Data, Source
 from smolds_dist.data.cache import key_of, write_if_free, written_once
-from smolds_dist.data.held_out import held_out_damage, read_held_out, write_held_out
+from smolds_dist.data.held_out import ENOUGH_BYTES, held_out_damage, read_held_out, write_held_out
 from smolds_dist.data.order import Piece, SourceOrder
 from smolds_dist.data.packing import best_fit
 from smolds_dist.data.parts import units_of_files
+from smolds_dist.data.rows import rows_before
 from smolds_dist.data.source import File, settings_of
 from smolds_dist.data.text import look_ahead
 from smolds_dist.data.tokenizer import tokenizer_digest
@@ -68,6 +69,9 @@ class UnitSource:
         self._also: np.ndarray = np.zeros(0, np.uint64)
         self._open = lru_cache(OPEN_UNITS)(self._map_tokens)
         self._open_table = lru_cache(OPEN_UNITS)(self._map_table)
+        self._rows_before = lru_cache(OPEN_UNITS)(
+            lambda part: rows_before(files[part.file], source, (part.number, part.of))
+        )
         made_with = [
             FORMAT, settings_of(source, data), tokenizer_digest(tokenizer), data.val_fraction, data.allow_control_tokens,
             stream_limit,
@@ -97,10 +101,14 @@ class UnitSource:
         return path, described.size, described.version
 
     def _write_held_out(self, folder: Path) -> None:
-        write_held_out(folder, self.units, self.source, self.files, self._data, self._tokenizer, self._made, self._last)
+        # Of a stream about as much is read as the run reads of it.
+        most = ENOUGH_BYTES if self._stream_limit is None else min(ENOUGH_BYTES, 8 * self._stream_limit)
+        write_held_out(
+            folder, self.units, self.source, self.files, self._data, self._tokenizer, self._made, most, self._last
+        )
 
     def _made(self, unit: int) -> Path:
-        self._wait_for(np.array([unit]))
+        self._wait_for(np.array([unit]), self.has_tokens)
         return self.folders[unit]
 
     def _take_up_to(self, limit: int) -> None:
@@ -272,11 +280,8 @@ class UnitSource:
 
     def place(self, unit: int, row: np.void) -> tuple[str, int]:
         """The file of a row of a unit's table, and the number of the row there."""
-        from smolds_dist.data.rows import rows_before
-
         part = self.units[unit][int(row["file"])]
-        file = self.files[part.file]
-        return file.path, int(row["number"]) + rows_before(file, self.source, (part.number, part.of))
+        return self.files[part.file].path, int(row["number"]) + self._rows_before(part)
 
     def order(self, seq_len: int, seed: int, window_tokens: int, packing: str) -> SourceOrder:
         """Of its samples."""

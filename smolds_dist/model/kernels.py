@@ -28,9 +28,6 @@ ATTENTION_BLOCK = {
 }  # queries, the fastest of those tried at 256 and 1,024 tokens
 HALF = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256  # that FlashAttention takes
-# Tokens from which on varlen attention beats a mask on one H200: it costs the host 0.5 ms more, and 8,192 take it 1.3 ms
-# instead of 3.1.
-SHORTEST_VARLEN = 2048
 SOFTMAX_SIZE = 1 << 20  # probabilities of an fp32 softmax that are held at once: a few megabytes, near a CPU's cache
 
 
@@ -269,10 +266,9 @@ def causal_attention(
 
 
 def takes_documents(x_BSH: Tensor, widest_head: int) -> bool:
-    """Whether `causal_attention` takes `Documents` on the device and in the dtype of `x_BSH`, and does so faster than a
-    mask."""
+    """Whether `causal_attention` takes `Documents` on the device and in the dtype of `x_BSH`; else it takes a mask."""
     if device.family(x_BSH) == "cuda":
-        return x_BSH.dtype in HALF and widest_head <= WIDEST_HEAD and x_BSH.shape[1] >= SHORTEST_VARLEN
+        return x_BSH.dtype in HALF and widest_head <= WIDEST_HEAD and x_BSH.shape[1] > 1
     return device.family(x_BSH) == "cpu" and x_BSH.dtype in ATTENTION_BLOCK and x_BSH.shape[1] > 1
 
 
