@@ -92,9 +92,7 @@ class SourceOrder:
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._first = self._new_epoch(0)
         self._later: tuple[int, Epoch] | None = None  # the one that was last asked for
-        self._ends: list[
-            int
-        ] = []  # samples up to the end of each epoch that has been gone through, where they are packed
+        self._ends: list[int] = []  # samples up to each epoch's end, of those gone through, where documents are packed
         self._packed = lru_cache(PACKED_WINDOWS)(self._pack_window)
         self._lock = threading.RLock()
 
