@@ -15,6 +15,7 @@ import pytest
 import warm
 from filelock import FileLock
 from ranks import smolds
+from test_remote import Server
 
 from smolds_dist.config import load_config
 from smolds_dist.data.prepare import prepare_data
@@ -247,3 +248,25 @@ def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corp
     resumed = smolds("train", *options, "--checkpoint.resume=auto")
     assert resumed.returncode == 0, resumed.text
     assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))
+
+
+def test_training_goes_on_with_the_windows_there_are_while_the_server_is_away(corpus, prepared, tmp_path):
+    """And comes to the same batches as over local files."""
+    files = {f"/{path.name}": path.read_bytes() for path in sorted(corpus.iterdir())}
+    index = "".join(f'<a href="{name}">{name}</a>' for name in files)
+    server = Server(files | {"/": f"<html>{index}</html>".encode()})
+    tokenizer = prepared[0] / "runs" / "one" / "tokenizer"
+    options = [*options_of(corpus, tmp_path), f"--data.tokenizer={tokenizer}"]
+    options.append(f"--data.source=jsonl:{server.address}/*.jsonl")
+    process = start_job(["train", *options], tmp_path)
+    wait_for(lambda: rows_by_step(tmp_path), process, tmp_path)
+    server.behave = lambda number, content: (503, b"")
+    before = max(rows_by_step(tmp_path))
+    wait_for(lambda: "trying again in 4 s" in (tmp_path / "out").read_text(), process, tmp_path)
+    assert max(rows_by_step(tmp_path)) > before
+    server.behave = lambda number, content: (200, content)
+    assert process.wait(120) == 0, (tmp_path / "out").read_text()
+    assert "did not come whole (HTTP 503)" in (tmp_path / "out").read_text()
+    server.stop()
+    batches = [[row["batch"] for row in rows.values()] for rows in (rows_by_step(tmp_path), prepared[1])]
+    assert len(batches[0]) == STEPS and batches[0] == batches[1]
