@@ -47,6 +47,9 @@ class Shards:
             tokens.append(token)
         self.tokens = torch.tensor(tokens)
 
+    def reach(self, samples: int) -> None:
+        """All of it is there."""
+
     def batch(self, indices: range) -> torch.Tensor:
         return torch.stack([self.tokens[(start := 32 * (index % 600)) : start + 32] for index in indices])
 

@@ -116,10 +116,7 @@ def run_steps(job: Job, training: Training) -> int:
         except (ConfigError, StoppedWaitingError) as error:  # no text, on all ranks alike, before the step has begun
             job.data.tell_progress(stop_waiting)
             if step > begin + 1:
-                training.checkpoints.save(
-                    training.engine, training.balancer, progress, None, seen_so_far(training), wait=True
-                )
-                terminal.say(f"step {step - 1} is saved; continue with --checkpoint.resume auto")
+                save_without_text(config, training)
             if isinstance(error, ConfigError):
                 raise
             return EXIT_CODES[signal.Signals(job.stop.asked or 0)]
@@ -170,6 +167,16 @@ def run_steps(job: Job, training: Training) -> int:
     if terminal.shown:
         terminal.say(summary(config, job.data.val_unigram_entropy))
     return 0
+
+
+def save_without_text(config: RunConfig, training: Training) -> None:
+    """Saves the last step of a run that has no text for the next one. Collective."""
+    progress = training.progress
+    if not (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
+        training.checkpoints.save(training.engine, training.balancer, progress, None, seen_so_far(training), wait=True)
+        if not is_saved(training, progress.step):
+            return
+    training.terminal.say(f"step {progress.step} is saved; continue with --checkpoint.resume auto")
 
 
 def seen_so_far(training: Training) -> dict[str, torch.Tensor]:
