@@ -1,5 +1,6 @@
 """Tokens that are made while a run trains, or long before by many processes: the run is the same."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import warm
 from filelock import FileLock
-from ranks import smolds
+from ranks import is_running, smolds
 from test_remote import Server
 
 from smolds_dist.config import load_config
@@ -138,15 +139,23 @@ def wait_for(there, process: subprocess.Popen, folder: Path, seconds: float = 12
 def kill(process: subprocess.Popen) -> None:
     """With SIGKILL, all that it has started too; workers end by themselves."""
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    workers = [pid for pid in family if "smolds_dist.data.workers" in " ".join(psutil.Process(pid).cmdline())]
+    workers = [pid for pid in family if "smolds_dist.data.workers" in command_of(pid)]
     for pid in family:
         if pid not in workers:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.wait()
     end = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in workers):
+    while any(is_running(pid) for pid in workers):
         assert time.monotonic() < end, "a worker outlives its run"
         time.sleep(0.1)
+
+
+def command_of(pid: int) -> str:
+    """Empty where the process has ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(psutil.Process(pid).cmdline())
+    return ""
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
