@@ -41,6 +41,19 @@ def key_of(*parts) -> str:
 FindDamage = Callable[[Path], str | None]
 
 
+def json_damage(name: str) -> FindDamage:
+    """Of a folder that has a JSON file of that name."""
+
+    def find(folder: Path) -> str | None:
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{name} cannot be read"
+        return None
+
+    return find
+
+
 def written_once(folder: Path, write: Callable[[Path], None], find_damage: FindDamage) -> Path:
     """`folder`, filled by `write` if it is not there yet or damaged; the others wait for the one that writes."""
     write_if_free(folder, write, find_damage, patience=-1)

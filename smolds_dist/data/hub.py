@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.config import Source
-from smolds_dist.data.cache import key_of, written_once
+from smolds_dist.data.cache import json_damage, key_of, written_once
 from smolds_dist.data.remote import file_system, retried
-from smolds_dist.data.source import COMPRESSED, TRIES, File, files_of, open_file, version_of
-from smolds_dist.errors import ConfigError, first_line
+from smolds_dist.data.source import COMPRESSED, TRIES, File, files_of, hub_error, open_file, version_of
+from smolds_dist.errors import ConfigError
 
 LINES = (".jsonl", ".ndjson", ".json")
 
@@ -39,19 +39,11 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
             kind, files = _list(source)
             (folder / "files.json").write_text(json.dumps({"kind": kind, "files": [asdict(file) for file in files]}))
 
-        listed = json.loads((written_once(folder, write, _damage) / "files.json").read_text())
+        listed = json.loads((written_once(folder, write, json_damage("files.json")) / "files.json").read_text())
         kind, files = listed["kind"], [File(**file) for file in listed["files"]]
     if kind is None:
         return source, files_of(source)
     return replace(source, source=f"{kind}:{source.source.removeprefix('hf:')}"), files
-
-
-def _damage(folder: Path) -> str | None:
-    try:
-        json.loads((folder / "files.json").read_text())
-    except (OSError, ValueError):
-        return "files.json cannot be read"
-    return None
 
 
 def _list(source: Source) -> tuple[str | None, list[File]]:
@@ -66,10 +58,7 @@ def _list(source: Source) -> tuple[str | None, list[File]]:
             TRIES,
         )
     except Exception as error:  # of the network, the name, the files: datasets has no common type for them
-        raise ConfigError(
-            f"--data.source {source.source!r} could not be read ({first_line(error)}); "
-            "check the name, the network, and HF_TOKEN for a gated data set."
-        ) from None
+        raise hub_error(source, error) from None
     by_split: Any = builder.config.data_files or {}
     if by_split and str(source.split) not in by_split:
         raise ConfigError(

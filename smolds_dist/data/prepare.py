@@ -1,6 +1,5 @@
 """From a run's settings to its `TrainingData`: tokenizer, tokens of every source, and their order."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.config import RunConfig, Source
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.cache import cache_folder, key_of, written_once
+from smolds_dist.data.cache import cache_folder, json_damage, key_of, written_once
 from smolds_dist.data.hub import resolve
 from smolds_dist.data.mixture import Mixture, mixture_of
 from smolds_dist.data.order import VERSION
@@ -30,7 +29,6 @@ class Bar:
     def __init__(self, config: RunConfig):
         self._shown = config.log.level != "quiet"
         self._bars: dict[str, ProgressBar] = {}
-        self._before: dict[str, int] = {}  # units that were there already
 
     def __enter__(self) -> "Bar":
         return self
@@ -179,7 +177,7 @@ def _tokenizer_folder(
 
     fingerprints = [fingerprint(one, files[name], data) for name, one in data.mixed.items()]
     key = key_of(TOKENIZER_FORMAT, fingerprints, data.tokenizer_vocab_size)
-    return written_once(cache / "tokenizers" / key, train, _tokenizer_damage)
+    return written_once(cache / "tokenizers" / key, train, json_damage("tokenizer.json"))
 
 
 def _unit_sources(
@@ -211,11 +209,3 @@ def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture)
         return config.data.max_tokens
     samples = mixture.totals(config.train.steps * config.train.global_batch)[mixture.names.index(name)]
     return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + SMALLEST_VAL_TOKENS
-
-
-def _tokenizer_damage(folder: Path) -> str | None:
-    try:
-        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "tokenizer.json cannot be read"
-    return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from smolds_dist.config import Source
-from smolds_dist.data.source import BadFileError, File, open_file
+from smolds_dist.data.source import BadFileError, File, hub_error, open_file
 from smolds_dist.data.token_files import read_tokens
 from smolds_dist.errors import ConfigError, first_line
 
@@ -69,8 +69,7 @@ def rows_before(file: File, source: Source, part: tuple[int, int]) -> int:
             )
         left, lines = _first_byte(content, file.size, part), 0
         content.seek(0)
-        while left:
-            block = content.read(min(left, 2**22))
+        while block := content.read(min(left, 2**22)):
             lines += block.count(b"\n")
             left -= len(block)
         return lines
@@ -286,10 +285,7 @@ def _hub_rows(source: Source) -> Rows:
     except ConfigError:
         raise
     except Exception as error:  # of the network, the name, the files: datasets has no common type for them
-        raise ConfigError(
-            f"--data.source {source.source!r} could not be read ({first_line(error)}); "
-            "check the name, the network, and HF_TOKEN for a gated data set."
-        ) from None
+        raise hub_error(source, error) from None
 
 
 def _read_tokens(file: File, source: Source, _part: tuple[int, int]) -> Rows:

@@ -150,6 +150,14 @@ def _stdlib_files() -> list[str]:
     return [str(f) for f in sorted(files)]
 
 
+def hub_error(source: Source, error: Exception) -> ConfigError:
+    """What to say of a Hub data set that cannot be had."""
+    return ConfigError(
+        f"--data.source {source.source!r} could not be read ({first_line(error)}); "
+        "check the name, the network, and HF_TOKEN for a gated data set."
+    )
+
+
 def open_file(path: str, seekable: bool = False) -> BinaryIO:
     """The decompressed content of a file.
 

@@ -174,12 +174,12 @@ class UnitSource:
         with contextlib.suppress(OSError):
             folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-        return meta.tokens * np.dtype(meta.dtype).itemsize
+        return meta.token_bytes
 
     def bytes_there(self) -> int:
         """Bytes of the tokens of all units that have some."""
-        sizes = ((unit, meta.tokens * np.dtype(meta.dtype).itemsize) for unit, meta in self._found.items())
-        return sum(size for unit, size in sizes if (self.folders[unit] / "tokens.bin").exists())
+        there = (meta for unit, meta in self._found.items() if (self.folders[unit] / "tokens.bin").exists())
+        return sum(meta.token_bytes for meta in there)
 
     def make(self, unit: int) -> bool:
         """Whether a unit's tokens are there now: made here, if nobody else is making them.

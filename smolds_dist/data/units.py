@@ -44,6 +44,10 @@ class UnitMeta:
     bad_rows: dict[str, int]  # that were left out, by kind
 
     @property
+    def token_bytes(self) -> int:
+        return self.tokens * np.dtype(self.dtype).itemsize
+
+    @property
     def all_tokens(self) -> int:
         """Those of documents aside too."""
         return self.tokens + sum(tokens for _, _, tokens in self.aside)
@@ -59,7 +63,7 @@ def unit_damage(folder: Path) -> str | None:
         meta = read_unit(folder)
         expected_sizes = {"documents": meta.texts * DOCUMENT.itemsize}
         if folder.suffix != ".known":  # then only what it holds is known
-            expected_sizes["tokens.bin"] = meta.tokens * np.dtype(meta.dtype).itemsize
+            expected_sizes["tokens.bin"] = meta.token_bytes
         for name, expected in expected_sizes.items():
             size = (folder / name).stat().st_size
             if size != expected:

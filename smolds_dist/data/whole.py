@@ -27,7 +27,7 @@ from smolds_dist.data.source import File, fingerprint
 from smolds_dist.data.text import Tally, documents, look_ahead
 from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.data.tokens import Tokenized, WrongIdError, decoded_bytes, is_held_out, tokenize
-from smolds_dist.data.units import DOCUMENT
+from smolds_dist.data.units import DOCUMENT, DocumentWriter
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import ProgressBar
 
@@ -165,31 +165,6 @@ def _shards_damage(folder: Path) -> str | None:
     return None
 
 
-class _Side:
-    """One of the two splits while it is written."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype):
-        self.tokens = 0
-        self.file_starts: dict[int, int] = {}
-        self._dtype = dtype
-        self._tokens = (folder / f"{name}.bin").open("wb")
-        self._documents = (folder / f"{name}.docs").open("wb")
-
-    def add(self, documents: list[Tokenized]) -> None:
-        rows = np.empty(len(documents), DOCUMENT)
-        for at, document in enumerate(documents):
-            rows[at] = (self.tokens, document.part, document.number, document.text, document.beginning)
-            self.file_starts.setdefault(document.part, self.tokens)
-            self.tokens += len(document.ids) // 4
-        self._documents.write(rows.tobytes())
-        ids = np.frombuffer(b"".join(document.ids for document in documents), dtype="<u4")
-        self._tokens.write(ids.astype(self._dtype).tobytes())
-
-    def close(self) -> None:
-        self._tokens.close()
-        self._documents.close()
-
-
 def _write_shards(
     folder: Path,
     source: Source,
@@ -240,7 +215,9 @@ class _Split:
 
     def __init__(self, folder: Path, dtype: np.dtype, tokenizer: PreTrainedTokenizerBase):
         self._folder, self._dtype, self._tokenizer = folder, dtype, tokenizer
-        self._train, self._val = _Side(folder, "train", dtype), _Side(folder, "val", dtype)
+        self._train, self._val = (
+            DocumentWriter(folder / f"{side}.bin", folder / f"{side}.docs", dtype) for side in ("train", "val")
+        )
         self._content = hashlib.sha256()
         self._text_bytes = self._val_bytes = 0
 
@@ -274,7 +251,9 @@ class _Split:
             train_tokens, val_tokens = train_tokens - len(tail), val_tokens + len(tail)
         counts = np.bincount(np.fromfile(self._folder / "val.bin", dtype=self._dtype), minlength=len(self._tokenizer))
         frequency = counts[counts > 0] / max(val_tokens, 1)
-        starts = {file: start for file, start in self._train.file_starts.items() if start < train_tokens}
+        table = np.fromfile(self._folder / "train.docs", DOCUMENT)
+        numbers, first = np.unique(table["file"], return_index=True)
+        starts = dict(zip(numbers.tolist(), table["start"][first].tolist(), strict=True))
         lengths = np.diff([*starts.values(), train_tokens]).tolist()
         units = units_of([file.size for file in files])
         ranges = [(start, length, units[file]) for (file, start), length in zip(starts.items(), lengths, strict=True)]
