@@ -23,7 +23,7 @@ status=$?
 for size in "smollm2-deepseek-255m bf16 16 200" "debug fp32 8 160"; do
     read -r preset dtype sequences seconds <<<"$size"
     timeout "$seconds" "$python" -m smolds_dist bench train --preset "$preset" --dtype "$dtype" --sequences "$sequences" --rounds 2 \
-        --steps 10 --only smolds transformers --json "$results/train_${preset}_$dtype.json" 2>&1 |
+        --steps 10 --only smolds transformers --no-compile --json "$results/train_${preset}_$dtype.json" 2>&1 |
         tee "$results/train_${preset}_$dtype.txt" || status=1
 done
 echo "results are in $results"

@@ -59,10 +59,16 @@ install_beside() {
 install_extras() {
     # In the environment itself, accelerate would make every import of transformers import DeepSpeed, and scikit-learn
     # would make it slow.
-    echo "  accelerate and lm-evaluation-harness"
-    install_beside extras "accelerate>=1.1,<2" "lm_eval[hf]>=0.4.9,<0.5"
+    echo "  accelerate, PEFT and lm-evaluation-harness"
+    install_beside extras "accelerate>=1.1,<2" "peft>=0.17,<1" "lm_eval[hf]>=0.4.9,<0.5"
+    echo "  Weights & Biases, MLflow and Trackio"
+    install_beside trackers "wandb>=0.20,<1" "mlflow-skinny>=3,<4" "sqlalchemy>=2,<3" "alembic<2" "trackio>=0.20,<1"
     echo "  transformers 4, which has to read what is exported"
     install_beside transformers4 "transformers>=4.57,<4.58"
+    if [ "$(uname)" = Linux ]; then
+        echo "  llama.cpp and mlx-lm, which have to read it too"
+        install_beside readers "mlx-lm[cpu]>=0.32,<0.33" "xllamacpp>=2026.10"
+    fi
 }
 
 # Whether something has been installed as these files say, and the note that it has.

@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolds_dist.config import RunConfig as RunConfig
     from smolds_dist.config import load_config as load_config
     from smolds_dist.errors import ConfigError as ConfigError
     from smolds_dist.model import DeepSeekV3Config as DeepSeekV3Config
     from smolds_dist.model import DeepSeekV3ForCausalLM as DeepSeekV3ForCausalLM
+    from smolds_dist.settings import RunConfig as RunConfig
     from smolds_dist.training.library import RunResult as RunResult
     from smolds_dist.training.library import launch as launch
     from smolds_dist.training.library import train as train

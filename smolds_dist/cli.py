@@ -4,8 +4,11 @@ import gc
 import os
 import signal
 import sys
+import time
 
 from smolds_dist.errors import ConfigError, RankError, RankFailedError
+
+FIRST_SPEAKS = 10.0  # seconds that ranks leave the first one to say what all have found wrong
 
 USAGE = """usage: smolds COMMAND [options]
 
@@ -16,9 +19,10 @@ USAGE = """usage: smolds COMMAND [options]
   doctor     check this machine: smolds doctor [--fix]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
   data       ask what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
+  runs       all runs at a glance, or what sets two apart: smolds runs [--watch] | diff runs/A runs/B
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure: smolds bench train | loss | balance | scale | plan | data | generate | checkpoint | logging
+  bench      measure: smolds bench train | roofline | dense | loss | balance | scale | plan | data | generate | ...
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
@@ -31,7 +35,7 @@ def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
     commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
     commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report, "board": _board}
-    commands |= {"export": _export, "import": _import, "eval": _eval, "plan": _plan, "data": _data}
+    commands |= {"export": _export, "import": _import, "eval": _eval, "plan": _plan, "data": _data, "runs": _runs}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -49,9 +53,12 @@ def main() -> None:
     except ConfigError as error:
         from smolds_dist.parallel.ranks import is_first_rank
 
-        # Every rank finds the same mistake; one of them says so.
+        # Every rank finds the same mistake; one of them says so. Launchers end all ranks once one has ended: the others wait
+        # for that, or the first might be ended before it has spoken.
         if isinstance(error, RankError) or is_first_rank(os.environ):
             print(f"smolds: {error}", file=sys.stderr)
+        else:
+            time.sleep(FIRST_SPEAKS)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -124,6 +131,12 @@ def _checkpoint(args: list[str]) -> None:
     from smolds_dist.checkpoint.command import checkpoint
 
     sys.exit(checkpoint(args))
+
+
+def _runs(args: list[str]) -> None:
+    from smolds_dist.observe.runs import runs
+
+    runs(args)
 
 
 def _report(args: list[str]) -> None:

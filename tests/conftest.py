@@ -15,7 +15,9 @@ SENTENCES = [
 ]
 
 
-LONGEST = [f"test_{name}.py" for name in "slurm readme parity balancer launchers faults export".split()]
+LONGEST = [
+    f"test_{name}.py" for name in "slurm readme contract parity balancer launchers faults import gguf export".split()
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -48,6 +50,7 @@ def options_of_small_run(corpus, cache, folder):
         "train.eval_sequences": 5, "checkpoint.every": 2, "log.sample_every": 3, "log.sample_tokens": 4,
         "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_hidden_layers": 2,
         "model.num_attention_heads": 2, "model.num_key_value_heads": 1, "model.head_dim": 16,
+        "parallel.expert": "max",  # of several ranks, so that tokens travel
     }  # fmt: skip
     return ["--preset", "debug", *(f"--{name}={value}" for name, value in options.items())]
 

@@ -19,7 +19,7 @@ from smolds_dist.parallel.process_group import end_rank, start_process_group
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.build import engine_for
+from smolds_dist.training.build import engine_for, router_losses
 from smolds_dist.training.clock import StepClock
 from smolds_dist.training.optim import PARTS, learning_rate
 from smolds_dist.training.step import accumulate_gradients
@@ -71,9 +71,11 @@ def train_case(
     topology = plan_topology(config, detect_machine(), info)
     if not torch.distributed.is_initialized():
         start_process_group(topology, info)
-    # Under some seeds a token's second and third expert have the same score but for rounding, and runs part there.
-    torch.manual_seed(3)
-    model_config = DeepSeekV3Config(**(config.model.architecture() | {"vocab_size": VOCAB, "initializer_range": 0.2}))
+    # Under some seeds, more of them the larger the learning rate, a token's second and third expert have the same score but
+    # for rounding, and runs part there.
+    torch.manual_seed(config.train.seed or 3)
+    settings = config.model.architecture() | router_losses(config.train)
+    model_config = DeepSeekV3Config(**(settings | {"vocab_size": VOCAB, "initializer_range": 0.2}))
     model = DeepSeekV3ForCausalLM(model_config)
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)

@@ -15,10 +15,12 @@ import warm
 from smolds_dist.observe.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
-# accelerate and lm-evaluation-harness, which only what is told of them sees.
+# accelerate, PEFT and lm-evaluation-harness, which only what is told of them sees.
 EXTRAS = Path(sysconfig.get_path("purelib", vars={"base": str(ROOT / ".venv" / "extras")}))
 # A Python that has transformers 4.57, and the rest from here.
 TRANSFORMERS4 = ROOT / ".venv" / "transformers4" / "bin" / "python"
+# A Python that has llama.cpp (xllamacpp) and mlx-lm, and the rest from here.
+READERS = ROOT / ".venv" / "readers" / "bin" / "python"
 TIMING = {"tokens_per_s", "mfu", "seconds", "memory_gb", "time"}
 
 
@@ -81,7 +83,7 @@ def smolds(
     return run([sys.executable, "-m", "smolds_dist", *args], timeout, cwd, cold, **environment)
 
 
-def run_ranks(world: int, script: str, *args: str, timeout: float = 240) -> Finished:
+def run_ranks(world: int, script: str, *args: str, timeout: float = 400) -> Finished:
     """Starts `world` ranks of a script of this folder under torchrun, on a free port."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     finished = run([*start, str(ROOT / "tests" / script), *args], timeout)

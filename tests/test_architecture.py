@@ -23,8 +23,10 @@ FLOORS = (
     ("costs",),
     ("data",),
     ("config",),
+    ("rules",),
+    ("settings",),
     ("model",),
-    ("errors", "progress"),
+    ("errors", "progress", "rows"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

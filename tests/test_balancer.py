@@ -121,9 +121,9 @@ def test_aux_loss_is_the_switch_loss_and_reaches_the_router(model):
     ids = torch.randint(0, 50, (2, 10))
     output = model.train()(input_ids=ids, labels=ids)
     plain = model.eval()(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(output.loss, plain + 0.5 * output.aux_loss)
+    torch.testing.assert_close(output.loss, plain + output.aux_loss)
     # E x sum of (share of the tokens x mean score): 1 where both are even, up to E where one expert takes all
-    assert 0.9 < output.aux_loss.item() < 4
+    assert 0.9 < output.aux_loss.item() / 0.5 < 4
     output.aux_loss.backward()
     assert all(block.mlp.gate.weight.grad.any() for block in model.model.layers)
 
@@ -137,7 +137,7 @@ def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
         options += ["--checkpoint.every=0", "--train.eval_every=0", "--log.sample_every=0"]
         # The preset's share is a handful of files, whose loss varies by more than the two runs differ.
         options += ["--data.val_fraction=0.05", "--train.eval_sequences=256"]
-        finished = smolds("train", "--preset=debug", *options, timeout=300)
+        finished = smolds("train", "--preset=debug", *options, timeout=500)
         assert finished.returncode == 0, finished.text
         return read_rows(tmp_path / balance / "metrics.jsonl")
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from smolds_dist.training.clock import LONGEST_PRODUCT, fastest_rate, matrix_product_peak
+from smolds_dist.costs.flops import largest_products
+from smolds_dist.settings import Model
+from smolds_dist.training.clock import (
+    LONGEST_PRODUCT,
+    PRODUCTS,
+    Product,
+    fastest_rate,
+    matrix_product_peak,
+    product_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +50,38 @@ def test_peak_of_this_machine_is_that_of_a_product_it_has_made(monkeypatch):
         return product(left, right, out=out)
 
     monkeypatch.setattr(torch, "mm", noted)
-    peak = matrix_product_peak(torch.device("cpu"), torch.float32, seconds=0.001)
+    small, large = (64, 64, 64), (512, 384, 1024)
+    peak = matrix_product_peak(torch.device("cpu"), torch.float32, 0.001, (small, large))
+    assert large in shapes and small not in shapes
     assert 1e8 < peak < 1e14
     assert all(shapes.count(shape) >= 2 for shape in shapes)  # the first call only warms up
     assert all(2 * M * K * N / peak < LONGEST_PRODUCT for M, K, N in set(shapes) - {shapes[0]})
+
+
+def test_models_own_products_are_tried_too():
+    asked = []
+
+    def seconds(M, K, N):
+        asked.append((M, K, N))
+        return 2 * M * K * N / (9e11 if (M, K, N) == (512, 384, 2048) else 4e11)
+
+    shapes = largest_products(Model(vocab_size=49_152), 2048)
+    assert shapes == ((512, 384, 2048), (1024, 384, 49_152))
+    assert fastest_rate(seconds, (*PRODUCTS, *shapes)) == pytest.approx(9e11)
+    assert asked[-2:] == list(shapes)
+    assert fastest_rate(seconds, PRODUCTS, longest=0.5) == pytest.approx(4e11) and asked[-1] == (4096, 4096, 4096)
+
+
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
+def test_a_product_is_timed_in_its_own_layout(monkeypatch, transposed):
+    seen = []
+    product = torch.bmm
+
+    def noted(left, right, out):
+        seen.append((left.shape, right.shape, (left.stride(-2) == 1, right.stride(-2) == 1)))
+        return product(left, right, out=out)
+
+    monkeypatch.setattr(torch, "bmm", noted)
+    one = Product(3, 4, 5, batch=2, transposed=transposed)
+    assert product_seconds(one, torch.device("cpu"), torch.float32, 0.0) > 0
+    assert seen == 2 * [((2, 3, 4), (2, 4, 5), transposed)] and one.flops == 2 * 2 * 3 * 4 * 5

@@ -43,7 +43,9 @@ def test_options_override_the_preset_wherever_it_stands():
 
 
 def test_saved_configuration_gives_the_same_run(tmp_path):
-    config = load_config(["--preset", "debug", "--data.source", "text:a b/*.txt", "--train.lr", "1e-4"])
+    yarn = "--model.rope_scaling={rope_type: yarn, factor: 4, original_max_position_embeddings: 64}"
+    config = load_config(["--preset", "debug", "--data.source", "text:a b/*.txt", "--train.lr", "1e-4", yarn])
+    assert config.model.rope_scaling is not None and config.model.rope_scaling.beta_fast == 32
     save_config(config, tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -85,13 +87,35 @@ MISTAKES = [
     ("--model.num_key_value_heads=4", "valid values: 1, 2, 3, 6"),
     ("--model.num_experts_per_tok=9", "lower it"),
     ("--model.head_dim=33", "use 34"),
+    ("--model.first_k_dense_replace=4", "lower it"),
+    ("--model.first_k_dense_replace=1", "--model.dense_intermediate_size"),
+    ("--model.n_group=4", "give both"),
+    ("--model.qk_norm=some", "'head', 'all' or null"),
+    ("--model.rope_scaling={foo: 1, factor: 4, original_max_position_embeddings: 64}", "no setting 'foo'"),
+    ("--model=x.yaml", "--model.NAME VALUE"),
+    ("--model.latent_norm_eps=0", "more than 0"),
+    ("--model.rope_scaling={factor: 4}", "original_max_position_embeddings"),
+    ("--model.rope_scaling={factor: 0.5, original_max_position_embeddings: 64}", "at least 1"),
+    ("--train.z_loss_coef=-1", "0 or more"),
     ("--model.force_uniform_routing=true", "smolds bench"),
     ("--run.name=../up", "folder name"),
     ("--parallel.zero=4", "0, 1, 2 or 3"),
-    ("--parallel.expert=many", "'auto' or int"),
+    ("--parallel.expert=many", "'auto', 'max' or int"),
     ("--parallel.ds_config=/nowhere.json", "not a file"),
     ("--config=/nowhere.yaml", "not a file"),
 ]
+
+
+def test_combinations_of_model_settings_are_refused():
+    groups = ["--model.n_group=4", "--model.topk_group=1"]
+    for options, fix in (
+        (["--model.n_group=3", "--model.topk_group=1"], "valid values: 1, 2, 4"),
+        ([*groups, "--model.num_experts_per_tok=3"], "must leave enough"),
+        (["--model.n_group=2", "--model.topk_group=3"], "at most n_group"),
+        (["--model.attention=latent", "--model.qk_norm=head"], "for --model.attention gqa"),
+    ):
+        with pytest.raises(ConfigError, match=fix):
+            load_config(["--preset", "debug", *options])
 
 
 @pytest.mark.parametrize(("option", "fix"), MISTAKES)
@@ -158,11 +182,12 @@ def test_config_file_may_name_its_preset(tmp_path):
         load_config(["--config", str(file)])
 
 
-COMMANDS = ["data", *(f"data {name}" for name in ("prepare", "show", "stats", "order"))]
-COMMANDS += "train launch slurm plan doctor report board export import generate eval".split()
+COMMANDS = ["runs diff", "data", *(f"data {name}" for name in ("prepare", "show", "stats", "order"))]
+COMMANDS += "train launch slurm plan doctor runs report board export import generate eval".split()
 COMMANDS += [f"checkpoint {name}" for name in ("", "ls", "verify", "convert", "rm")]
 COMMANDS += [
-    f"bench {name}" for name in ("", *"train loss balance scale plan data generate checkpoint logging".split())
+    f"bench {name}"
+    for name in ("", *"train roofline loss balance scale plan data generate checkpoint logging upcycle dense".split())
 ]
 
 

@@ -15,7 +15,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import mean_loss
 from smolds_dist.model import enable_activation_checkpointing
 from smolds_dist.model.attention import eager_attention
-from smolds_dist.model.kernels import Documents, causal_attention
+from smolds_dist.model.causal_attention import Documents, causal_attention
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 

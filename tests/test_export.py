@@ -327,8 +327,8 @@ def test_mistakes_are_told(kept_run, exported, tmp_path):
 
     norm = "model.layers.0.input_layernorm.weight"
     for name, change, words in (
-        ("llama", lambda f: set_config(f, model_type="llama"), "neither ernie4_5_moe nor deepseek_v3"),
-        ("dense", lambda f: set_config(f, moe_layer_start_index=1), "moe_layer_start_index=1"),
+        ("gemma", lambda f: set_config(f, model_type="gemma"), "'gemma' is none of ernie4_5_moe, mixtral"),
+        ("dense", lambda f: set_config(f, moe_layer_end_index=0), "moe_layer_end_index=0"),
         ("biased", lambda f: set_config(f, use_bias=True), "use_bias=True"),
         ("short", lambda f: drop(f, norm), f"lacks the tensor {norm}"),
         ("wide", lambda f: drop(f, norm, torch.zeros(5)), "another model"),

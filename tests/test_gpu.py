@@ -17,7 +17,8 @@ from smolds_dist.config import load_config
 from smolds_dist.data.batch import by_document
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.attention import eager_attention
-from smolds_dist.model.kernels import Documents, causal_attention, expert_ffn, linear_cross_entropy
+from smolds_dist.model.causal_attention import Documents, causal_attention
+from smolds_dist.model.kernels import expert_ffn, linear_cross_entropy
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo

@@ -12,6 +12,7 @@ from ranks import EXTRAS, ROOT, smolds
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import evaluate_model
 from smolds_dist.inference.generate import load_model
+from smolds_dist.observe.rows import read_rows
 
 QUESTIONS = [
     {
@@ -93,3 +94,61 @@ def test_mistakes_are_told(kept_run):
 def test_without_the_harness_it_says_how_to_get_it(kept_run):
     with pytest.raises(ConfigError, match="smolds-dist\\[eval\\]"):
         evaluate_model([str(kept_run[0]), "--tasks", "quiz"])
+
+
+@pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
+@pytest.mark.parametrize("layout", [["--parallel.expert=2"], ["--parallel.zero=3", "--parallel.expert=1"]])
+def test_scores_while_training_are_those_of_the_steps_checkpoint(small_run, tmp_path, layout):
+    """On two expert-parallel ranks and on two whose weights are cut; two ranks cannot share out five questions evenly.
+    Training goes on as if nothing had been asked."""
+    write_task(tmp_path / "tasks", "quiz")
+    write_generating_task(tmp_path / "tasks", "spell")
+    path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
+    options = [*small_run, "--train.lr=0.01", "--train.steps=12", "--checkpoint.every=6", *layout]
+    asked = [
+        "--eval.tasks=quiz,spell",
+        f"--eval.include_path={tmp_path / 'tasks'}",
+        "--eval.every=6",
+        "--eval.batch_size=2",
+    ]
+    start = ["launch", "--nproc-per-node=2", "--"]
+    scored = smolds(*start, *options, *asked, "--run.name=scored", timeout=400, **path)
+    assert scored.returncode == 0, scored.text
+    run_dir = tmp_path / "runs" / "scored"
+    scores = {row["step"]: row["tasks"] for row in read_rows(run_dir / "metrics.jsonl") if "tasks" in row}
+    assert list(scores) == [6, 12] and scores[6].keys() == {"quiz/acc", "spell/chrf"}
+    assert "step 6: quiz/acc " in scored.stdout
+    answer = tmp_path / "answer.json"
+    again = ["eval", str(run_dir), "--step", "6", "--tasks", "quiz", "spell", "--json", str(answer)]
+    finished = smolds(*again, "--include-path", str(tmp_path / "tasks"), timeout=400, **path)
+    assert finished.returncode == 0, finished.text
+    results = json.loads(answer.read_text())["results"]
+    by_itself = {"quiz/acc": results["quiz"]["acc,none"], "spell/chrf": results["spell"]["chrf,none"]}
+    assert scores[6] == pytest.approx(by_itself)
+    assert scores[6]["spell/chrf"] > 0
+    plain = smolds(*start, *options, "--run.name=plain", timeout=400)
+    assert plain.returncode == 0, plain.text
+    both = [read_rows(run_dir.parent / name / "metrics.jsonl") for name in ("scored", "plain")]
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in both]
+    assert losses[0] == losses[1]
+
+
+def write_generating_task(folder, name):
+    """Texts to go on with until a line ends."""
+    task = {
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[answer]}}", "target_delimiter": "",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "chrf"}],
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
+def test_task_that_cannot_be_had_is_named_before_the_first_step(small_run, tmp_path):
+    path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
+    for name, words in (("quiz", "quiz is no task"), ("hellaswag", "--eval.tasks hellaswag could not be loaded")):
+        refused = smolds("train", *small_run, f"--eval.tasks={name}", "--run.name=refused", timeout=120, **path)
+        assert refused.returncode == 2 and words in refused.stderr, refused.text
+        assert not read_rows(tmp_path / "runs" / "refused" / "metrics.jsonl")

@@ -135,6 +135,23 @@ def test_variables_that_contradict_each_other_are_refused_at_once(small_run, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_first_rank_has_the_time_to_say_what_all_have_found_wrong(small_run, place):
+    """A launcher ends all ranks once one has ended, so the others must not be the first to."""
+    command = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--model.num_experts=0"]
+    ranks = {}
+    for rank in ("1", "0"):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        ranks[rank] = subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.PIPE, text=True)
+        time.sleep(2)
+    try:
+        assert "model.num_experts" in ranks["0"].communicate(timeout=60)[1] and ranks["0"].returncode == 2
+        assert ranks["1"].poll() is None
+        assert ranks["1"].communicate(timeout=60)[1] == "" and ranks["1"].returncode == 2
+    finally:
+        for process in ranks.values():
+            process.kill()
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path, rank):
     pytest.importorskip("mpi4py")

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache, Ernie4_5_MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    Ernie4_5_MoeForCausalLM,
+    OlmoeForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
@@ -16,27 +23,55 @@ LATENT = dict(
     SMALL, attention="latent", scoring_func="sigmoid", q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
     qk_rope_head_dim=8, v_head_dim=12, n_shared_experts=1, routed_scaling_factor=1.7, rms_norm_eps=1e-6,
 )  # fmt: skip
+# What the published checkpoints of both classes have besides.
+YARN = dict(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0, mscale=1.0,
+    mscale_all_dim=0.7,
+)  # fmt: skip
+FAMILY = dict(first_k_dense_replace=1, dense_intermediate_size=56, tie_word_embeddings=False, rope_scaling=YARN)
+GQA_FAMILY = dict(GQA, **FAMILY, n_shared_experts=2, num_experts_per_tok=3)
+LATENT_FAMILY = dict(LATENT, **FAMILY, n_group=4, topk_group=2, num_experts_per_tok=3, n_shared_experts=2)
+LATENT_FAMILY |= dict(rms_norm_eps=1e-5, latent_norm_eps=1e-6)
+KINDS = {"gqa": GQA, "latent": LATENT, "gqa family": GQA_FAMILY, "latent family": LATENT_FAMILY}
 
 
 def build(settings: dict, bias_scale: float = 0.0) -> DeepSeekV3ForCausalLM:
     torch.manual_seed(0)
     # A wide initialisation makes the scores differ enough that a wrong router shows.
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings, initializer_range=0.2)).eval()
-    for block in model.model.layers:
+    for block in mixtures(model):
         block.mlp.gate.e_score_correction_bias.normal_().mul_(bias_scale)
     return model
+
+
+def mixtures(model: DeepSeekV3ForCausalLM):
+    """The blocks that have experts."""
+    return model.model.layers[model.config.first_k_dense_replace :]
 
 
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=["gqa", "latent"])
+UNBIASED = {
+    "qk norm of heads": dict(GQA, qk_norm="head", first_k_dense_replace=1, dense_intermediate_size=56),
+    "qk norm of all": dict(GQA, qk_norm="all", norm_topk_prob=False, tie_word_embeddings=False),
+}
+PEERS = {
+    "gqa": Ernie4_5_MoeForCausalLM, "latent": DeepseekV3ForCausalLM, "gqa family": Ernie4_5_MoeForCausalLM,
+    "latent family": DeepseekV3ForCausalLM, "qk norm of heads": Qwen3MoeForCausalLM, "qk norm of all": OlmoeForCausalLM,
+}  # fmt: skip
+
+
+@pytest.fixture(params=PEERS)
 def pair(request):
-    """Our model and transformers' with the same weights and non-zero selection biases."""
-    settings, peer_class = (GQA, Ernie4_5_MoeForCausalLM) if request.param == "gqa" else (LATENT, DeepseekV3ForCausalLM)
-    ours = build(settings, bias_scale=0.2)
-    peer = peer_class(transformers_config(ours.config)).eval()
+    """Our model and transformers' with the same weights, and with selection biases that are not 0 where both have them."""
+    settings, biased = (KINDS | UNBIASED)[request.param], request.param in KINDS
+    ours = build(settings, bias_scale=0.2 * biased)
+    for name, parameter in ours.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    peer = PEERS[request.param](transformers_config(ours.config, biased)).eval()
     missing, unexpected = peer.load_state_dict(transformers_state_dict(ours.state_dict(), ours.config), strict=False)
     assert not missing and not unexpected
     return ours, peer
@@ -48,7 +83,7 @@ def test_reference_model_has_254_896_512_parameters():
     assert sum(p.numel() for p in model.parameters()) == 254_896_512
 
 
-@pytest.mark.parametrize("settings", [GQA, LATENT, dict(LATENT, q_lora_rank=None), dict(GQA, n_shared_experts=2)])
+@pytest.mark.parametrize("settings", [*KINDS.values(), dict(LATENT, q_lora_rank=None)])
 def test_flops_are_those_that_pytorch_counts(settings):
     model = build(settings).train()
     B, S, config = 2, 24, model.config
@@ -87,73 +122,7 @@ def test_logits_equal_transformers(pair):
     torch.testing.assert_close(ours(input_ids=ids).logits, peer(input_ids=ids).logits, atol=1e-4, rtol=0)
 
 
-def test_outputs_that_are_asked_for_equal_transformers(pair):
-    ours, peer = pair
-    peer.set_attn_implementation("eager")
-    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
-    mask[0, :5] = 0
-    asked = dict(output_hidden_states=True, output_attentions=True, output_router_logits=True)
-    for inputs in (dict(input_ids=ids), dict(input_ids=ids, attention_mask=mask)):
-        actual, expected = ours(**inputs, **asked), peer(**inputs, **asked)
-        real = mask.bool() if "attention_mask" in inputs else torch.ones_like(mask, dtype=torch.bool)
-        assert len(actual.hidden_states) == len(actual.attentions) + 1 == len(actual.router_logits) + 1 == 4
-        for one, other in zip(actual.hidden_states, expected.hidden_states, strict=True):
-            torch.testing.assert_close(one[real], other[real], atol=1e-4, rtol=0)
-        for one, other in zip(actual.attentions, expected.attentions, strict=True):
-            torch.testing.assert_close(one.transpose(1, 2)[real], other.transpose(1, 2)[real], atol=1e-5, rtol=0)
-        if ours.config.attention == "gqa":  # transformers' DeepSeek-V3 keeps its routers' logits to itself
-            for one, other in zip(actual.router_logits, expected.router_logits, strict=True):
-                torch.testing.assert_close(one[real.flatten()], other[real.flatten()], atol=1e-4, rtol=0)
-        torch.testing.assert_close(actual.logits[real], ours(**inputs).logits[real], atol=1e-4, rtol=0)
-    for block, logits in zip(ours.model.layers, actual.router_logits, strict=True):
-        assert logits.shape == (2 * 12, block.mlp.gate.config.num_experts)
-    # nothing of it where nobody asks, and beside a loss where somebody does
-    plain = ours(input_ids=ids)
-    assert plain.hidden_states is plain.attentions is plain.router_logits is None
-    with_loss = ours(input_ids=ids, labels=ids, output_hidden_states=True)
-    assert with_loss.loss is not None and len(with_loss.hidden_states) == 4
-
-
-def test_outputs_that_the_configuration_asks_for(pair):
-    ours, _ = pair
-    settings = ours.config.to_dict() | dict(output_hidden_states=True, output_router_logits=True, return_dict=False)
-    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings)).eval()
-    model.load_state_dict(ours.state_dict())
-    logits, _cache, hidden, router_logits = model(input_ids=tokens(2, 12))
-    expected = ours(input_ids=tokens(2, 12), output_hidden_states=True, output_router_logits=True)
-    assert torch.equal(logits, expected.logits)
-    assert all(map(torch.equal, hidden, expected.hidden_states))
-    assert all(map(torch.equal, router_logits, expected.router_logits))
-
-
-def test_return_dict_false_gives_a_tuple_without_what_is_absent(pair):
-    ours, peer = pair
-    ids = tokens(2, 12)
-    for inputs in (dict(use_cache=False), dict(use_cache=False, output_hidden_states=True)):
-        actual, expected = (model(input_ids=ids, return_dict=False, **inputs) for model in (ours, peer))
-        assert type(actual) is type(expected) is tuple
-        assert [type(part) for part in actual] == [type(part) for part in expected]
-        torch.testing.assert_close(actual[0], expected[0], atol=1e-4, rtol=0)
-    (loss,) = ours(input_ids=ids, labels=ids, use_cache=False, return_dict=False)
-    assert torch.equal(loss, ours(input_ids=ids, labels=ids).loss)
-
-
-def test_generation_hands_out_what_each_step_computed(pair):
-    ours, peer = pair
-    peer.set_attn_implementation("eager")
-    options = dict(
-        max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
-        output_hidden_states=True, output_attentions=True,
-    )  # fmt: skip
-    actual, expected = ours.generate(tokens(2, 7), **options), peer.generate(tokens(2, 7), **options)
-    assert torch.equal(actual.sequences, expected.sequences)
-    for name in ("hidden_states", "attentions"):
-        for one, other in zip(getattr(actual, name), getattr(expected, name), strict=True):
-            for mine, theirs in zip(one, other, strict=True):
-                torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("settings", [GQA, LATENT])
+@pytest.mark.parametrize("settings", [*KINDS.values(), dict(GQA, qk_norm="head"), dict(GQA, qk_norm="all")])
 def test_every_attention_computes_the_same(settings):
     model, ids = build(settings), tokens(2, 20)
     logits = model(input_ids=ids).logits
@@ -164,11 +133,12 @@ def test_every_attention_computes_the_same(settings):
     torch.testing.assert_close(torch.cat(parts, 1), logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pair", KINDS, indirect=True)
 def test_selection_bias_changes_the_choice(pair):
     ours, _ = pair
     ids = tokens(1, 40)
     with_bias = ours(input_ids=ids).logits
-    for block in ours.model.layers:
+    for block in mixtures(ours):
         block.mlp.gate.e_score_correction_bias.zero_()
     assert (ours(input_ids=ids).logits - with_bias).abs().max() > 1e-2
 
@@ -230,6 +200,49 @@ def test_save_and_load_keeps_biases_in_fp32(tmp_path):
 
 
 def test_configuration_refuses_contradictions():
-    for wrong in (dict(num_experts_per_tok=9), dict(num_key_value_heads=4), dict(attention="mha"), dict(head_dim=7)):
+    for wrong in (
+        dict(num_experts_per_tok=9), dict(num_key_value_heads=4), dict(attention="mha"), dict(head_dim=7),
+        dict(first_k_dense_replace=24), dict(first_k_dense_replace=1), dict(n_group=3, topk_group=1), dict(n_group=4),
+        dict(n_group=8, topk_group=8), dict(n_group=4, topk_group=5), dict(qk_norm="both"),
+        dict(qk_norm="head", attention="latent"), dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    ):  # fmt: skip
         with pytest.raises(Exception, match=next(iter(wrong)) if "head_dim" not in wrong else "even"):
             DeepSeekV3Config(**wrong)
+
+
+def test_groups_limit_the_choice():
+    config = DeepSeekV3Config(**LATENT_FAMILY)
+    router = build(LATENT_FAMILY, bias_scale=0.2).model.layers[1].mlp.gate
+    _, chosen, _ = router(torch.randn(500, config.hidden_size))
+    assert (chosen // 2).sort(-1).values.unique(dim=0).shape[0] > 4  # many pairs of groups
+    assert max(len(set(row)) for row in (chosen // 2).tolist()) == config.topk_group
+
+
+def test_losses_of_the_routers():
+    """Against their equations, spelled out for every sequence and expert."""
+    ids = tokens(3, 20)
+    for name, settings in KINDS.items():
+        plain = build(settings).train()
+        routers = plain(input_ids=ids, output_router_logits=True, labels=ids)
+        E, K, config = plain.config.num_experts, plain.config.num_experts_per_tok, plain.config
+        balance, squares = [], []
+        for logits in routers.router_logits:
+            scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+            for s in scores.view(3, 20, E):
+                best = s.topk(K).indices
+                f = [E / (K * 20) * (best == i).sum() for i in range(E)]
+                p = [(s / s.sum(-1, keepdim=True))[:, i].mean() for i in range(E)]
+                balance.append(sum(x * y for x, y in zip(f, p, strict=True)))
+            squares.append((logits.exp().sum(-1).log() ** 2).mean())
+        expected = 0.3 * torch.stack(balance).mean() + 0.2 * torch.stack(squares).mean()
+        model = build(dict(settings, sequence_balance_coef=0.3, z_loss_coef=0.2)).train()
+        out = model(input_ids=ids, labels=ids)
+        torch.testing.assert_close(out.aux_loss, expected, msg=name)
+        torch.testing.assert_close(out.loss, routers.loss + expected)
+        enable_activation_checkpointing(model)
+        recomputed = model(input_ids=ids, labels=ids)
+        ours, again = (
+            torch.autograd.grad(one.loss, mixtures(model)[0].mlp.gate.weight)[0] for one in (out, recomputed)
+        )
+        torch.testing.assert_close(ours, again)
+        assert model.eval()(input_ids=ids, labels=ids).aux_loss is None

@@ -6,29 +6,32 @@ import pytest
 import torch
 from torch import nn
 
-from smolds_dist.config import Train
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.settings import Train
 from smolds_dist.training.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
 
 
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
     config = DeepSeekV3Config(
-        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, num_experts=4,
+        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=4, first_k_dense_replace=1, dense_intermediate_size=12,
+        n_shared_experts=1, qk_norm="head", tie_word_embeddings=False,
     )  # fmt: skip
     model = DeepSeekV3ForCausalLM(config)
     groups = {group["name"]: group for group in parameter_groups(model.named_parameters(), Train(optimizer="muon"))}
     grouped = [parameter for group in groups.values() for parameter in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     assert {name: (len(group["params"]), group["muon"]) for name, group in groups.items()} == {
-        "embeddings": (1, False),
-        "attention": (2 * 4, True),
+        "embeddings": (2, False),
+        "attention": (3 * 4, True),
+        "dense_layers": (3, True),
         "routers": (2, False),
         "experts/gate_up": (2, True),
         "experts": (2, True),
-        "norms": (2 * 2 + 1, False),
+        "shared_experts": (2 * 3, True),
+        "norms": (3 * 4 + 1, False),
     }
-    assert {group["part"] for group in groups.values()} == set(PARTS) - {"shared_experts"}
+    assert {group["part"] for group in groups.values()} == set(PARTS)
     assert groups["norms"]["weight_decay"] == 0
     assert all(parameter.ndim == 1 for parameter in groups["norms"]["params"])
 

@@ -1,5 +1,6 @@
 """Every topology trains the same model: losses, gradient norms, weights and biases of a single process are the reference."""
 
+import hashlib
 import json
 import math
 from functools import cache
@@ -30,6 +31,27 @@ DISTURBED = {
     "gqa": case(CHECKPOINTING, expert=2, zero=1, disturb=True),
     "latent": case(*LATENT, CHECKPOINTING, expert=2, zero=3, disturb=True),
 }
+# What published models have besides: dense layers, shared experts, an output weight of their own, YaRN, groups, norms of
+# queries and keys; and the routers' losses.
+FAMILY = (
+    "--model.num_hidden_layers=3", "--model.first_k_dense_replace=1", "--model.dense_intermediate_size=40",
+    "--model.n_shared_experts=1", "--model.tie_word_embeddings=false", "--train.sequence_balance_coef=0.05",
+    "--train.z_loss_coef=0.01", "--train.seed=4", "--train.lr=0.003",
+    '--model.rope_scaling={"factor": 4, "original_max_position_embeddings": 16}',
+)  # fmt: skip
+DEEPSEEK = (*LATENT, *FAMILY, "--model.n_group=4", "--model.topk_group=2", "--model.latent_norm_eps=1e-6")
+QWEN3 = (*FAMILY, "--model.qk_norm=head")
+OLMOE = (*FAMILY, "--model.qk_norm=all", "--model.norm_topk_prob=false")
+FAMILIES = {
+    2: [
+        *(case(*DEEPSEEK, expert=expert, zero=zero) for expert in (1, 2) for zero in (0, 1, 2, 3)),
+        case(*QWEN3, expert=2, zero=1),
+        case(*OLMOE, expert=2, zero=3),
+        # Of a micro batch, which is one sequence in every layout here.
+        case("--train.balance=aux_loss", "--train.aux_loss_coef=0.05", expert=2, zero=1),
+    ],
+    4: [case(*DEEPSEEK, expert=2, zero=1), case(*DEEPSEEK, expert=4, zero=2)],
+}
 WITH_MUON = case(MUON, expert=2, zero=0)
 # No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers.
 SMALL_BUCKETS = [
@@ -38,7 +60,11 @@ SMALL_BUCKETS = [
 ]
 IN_BF16 = [case(BF16, expert=2, zero=zero) for zero in (0, 1, 2, 3)]
 # What the ranks of a world size train one after the other; they are started once.
-CASES = {1: LAYOUTS[1], 2: [*LAYOUTS[2], *DISTURBED.values(), WITH_MUON, *SMALL_BUCKETS, *IN_BF16], 4: LAYOUTS[4]}
+CASES = {
+    1: LAYOUTS[1],
+    2: [*LAYOUTS[2], *DISTURBED.values(), WITH_MUON, *SMALL_BUCKETS, *IN_BF16, *FAMILIES[2]],
+    4: [*LAYOUTS[4], *FAMILIES[4]],
+}
 
 # Checkpoints go from the first layout (world size, case) to the second; world size 0 is one process in plain PyTorch.
 LOCAL = (0, case())
@@ -57,6 +83,8 @@ CHANGES = [
     ((2, case(expert=1, zero=3)), (4, case(expert=4, zero=2))),
     ((0, case(MUON)), (2, WITH_MUON)),
     ((2, WITH_MUON), (0, case(MUON))),
+    ((0, case(*DEEPSEEK)), (2, case(*DEEPSEEK, expert=2, zero=3))),
+    ((2, case(*DEEPSEEK, expert=2, zero=3)), (4, case(*DEEPSEEK, expert=4, zero=2))),
 ]
 # Within one layout, also with latent attention and in bf16, the resumed run is the uninterrupted one to the last bit.
 SAME = [
@@ -80,8 +108,7 @@ def saved(tmp_path_factory):
 
 
 def folder_of(saved, world: int, one: tuple) -> str:
-    options, disturb = one
-    return str(saved / f"{world}{''.join(options)}{disturb}".replace("--", "_"))
+    return str(saved / f"{world}_{hashlib.sha256(repr(one).encode()).hexdigest()[:16]}")
 
 
 @cache
@@ -167,6 +194,15 @@ def test_topology_gives_the_single_process_run(saved, world, topology):
     assert_same_run(results_of(world, saved)[topology], reference())
 
 
+def options_without_layout(one: tuple) -> tuple[str, ...]:
+    return tuple(option for option in one[0] if not option.startswith("--parallel."))
+
+
+@pytest.mark.parametrize(("world", "one"), [(world, one) for world, cases in FAMILIES.items() for one in cases])
+def test_family_of_published_models_gives_the_single_process_run(saved, world, one):
+    assert_same_run(results_of(world, saved)[one], reference(*options_without_layout(one)))
+
+
 def test_only_all_to_all_between_ranks_takes_time(saved):
     for world, topology in [(world, one) for world, cases in LAYOUTS.items() for one in cases]:
         crossing = "--parallel.expert=1" not in topology[0] and world > 1
@@ -208,7 +244,7 @@ def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32(saved):
 def test_checkpoint_continues_in_another_layout(saved, source, target):
     """Ten steps after the change, because the optimizer's state shows from the second on."""
     result = continued_of(target[0], saved)[source, target]
-    expected = reference(MUON) if MUON in target[1][0] else reference()
+    expected = reference(*options_without_layout(target[1]))
     assert len(result["losses"]) == STEPS - SAVE_AT
     assert result["losses"] == pytest.approx(expected["losses"][SAVE_AT:], rel=1e-4)
     assert result["norms"] == pytest.approx(expected["norms"][SAVE_AT:], rel=1e-3)

@@ -15,15 +15,18 @@ import pytest
 import torch
 from ranks import EXTRAS, ROOT, run
 from test_harness import write_task
+from test_import import make_model
 
+from smolds_dist.data.tokenizer import load_tokenizer
 from smolds_dist.observe.rows import read_rows
 
 # In an order in which each page has what the ones before it made.
 PAGES = (
-    "getting-started training data launching slurm checkpoints watching export-and-import planning benchmarks architecture "
-    "support troubleshooting"
+    "getting-started training data launching slurm checkpoints watching export-and-import public-models planning benchmarks "
+    "architecture support troubleshooting"
 ).split()
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
+FILES.append(ROOT / "docs" / "run" / "README.md")
 BLOCKS = [block for file in FILES for block in re.findall(r"```bash\n(.*?)```", file.read_text(), re.DOTALL)]
 # A command that stands on two pages runs once.
 COMMANDS = list(dict.fromkeys(line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()))
@@ -36,25 +39,31 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 def shorter(cache):
     """What each program is given in addition."""
     text = f" --data.cache_dir={cache} --data.max_tokens=300000"
+    speed = " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1"
     training = f" --train.eval_sequences=4 --log.sample_tokens=4{text}"
     return {
         "smolds train": f"{training} --train.steps=2",
         "smolds train resume": f"{training} --train.steps=3",
         "smolds train profile": f"{training} --train.steps=13",
+        "smolds train show": f"{training} --train.steps=2 --train.global_batch=4 --train.micro_batch=2",
         "smolds launch": f"{training} --train.steps=2",
         "smolds launch resume": f"{training} --train.steps=4",
         "smolds checkpoint": "",
         "smolds report": "",
-        "smolds bench train": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --only smolds transformers",
+        "smolds runs": "",
+        "smolds bench train": f"{speed} --only smolds transformers --no-compile",
+        "smolds bench roofline": " --preset debug --sequences=1 --steps=1",
         "smolds bench loss": f" --steps=2 --longest=1 --learning-rates 1e-3 {text}",
         "smolds bench balance": f" --steps=2 {text}",
-        "smolds bench scale": " --preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
+        "smolds bench dense": f" --steps=2 --learning-rates 1e-3 --train.eval_sequences=4{text}",
+        "smolds bench scale": f"{speed} --ranks 1 2",
         "smolds bench generate": " --preset debug --max-new-tokens=8 --rounds=1",
         "smolds bench plan": " --what memory published --sizes 1 --ranks 1 --zero 0 --steps 2",
         "smolds bench data": " --rounds=1 --megabytes=1 --steps=5",
         "smolds data": "",
         "smolds plan": "",
         "smolds bench checkpoint": " --preset debug --repeats=1",
+        "smolds bench upcycle": f" --steps=2 --further=2 --only 'from scratch' {text}",
         "smolds bench logging": " --preset debug --repeats=1",
         "torchrun": f"{training} --train.steps=2",
         "smolds slurm": "",
@@ -72,10 +81,14 @@ def shorter(cache):
 
 
 @pytest.mark.skipif(shutil.which("smolds", path=PATH) is None, reason="smolds is not installed: pip install -e .")
-def test_uses_run_as_written(shorter, corpus, tmp_path):
+def test_uses_run_as_written(shorter, corpus, kept_run, tmp_path):
     (tmp_path / "corpus").symlink_to(corpus)
+    tokenizer = load_tokenizer(str(kept_run[0] / "tokenizer"))
+    make_model(tmp_path / "SmolLM2-135M", tokenizer, "smollm2_135m")
     (tmp_path / "prompts.txt").write_text("def add\nfor number in")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("docs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)  # whose packages a run trains on
     write_task(tmp_path / "tasks", "quiz")
     done = set()
     for command in USES:
@@ -88,7 +101,9 @@ def test_uses_run_as_written(shorter, corpus, tmp_path):
         program = next((" ".join(command.split()[:n]) for start, n in words.items() if command.startswith(start)), None)
         program = program or " ".join(command.split()[:2])
         kind = next((f"{program} {what}" for what in ("resume", "profile") if what in command), program)
-        if "again/config" in command:
+        if "docs/run" in command and program == "smolds train":
+            kind = "smolds train show"
+        if "again/config" in command or "smollm2/config" in command:
             kind = "smolds train import"
         if "--tasks" in command:
             kind = "smolds eval tasks"

@@ -153,13 +153,7 @@ def test_killed_rank_ends_the_step_and_is_named(small_run, tmp_path, cluster):
     run_dir = tmp_path / "runs" / "killed"
     try:
         wait_for(lambda: losses(run_dir), 60, "first step")
-        # The cluster has process numbers of its own: find rank 1 by what it was started with.
-        ranks = [
-            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_rank(pid, 1, str(run_dir.parent))
-        ]
-        assert ranks
-        for pid in ranks:
-            os.kill(pid, signal.SIGKILL)
+        kill_rank(1, run_dir)
         began = time.monotonic()
         stdout, stderr = process.communicate(timeout=15)
     finally:
@@ -169,6 +163,16 @@ def test_killed_rank_ends_the_step_and_is_named(small_run, tmp_path, cluster):
     assert finished.returncode != 0
     assert finished.stderr.count("smolds: rank 1 on host n2 was killed by signal 9") == 1, finished.text
     assert "Traceback" not in finished.stderr
+
+
+def kill_rank(rank: int, run_dir: Path) -> None:
+    """The cluster has process numbers of its own: finds the rank by what it was started with."""
+    found = [
+        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_rank(pid, rank, str(run_dir.parent))
+    ]
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
 
 
 def is_rank(pid: int, rank: int, run_folder: str) -> bool:
@@ -267,3 +271,28 @@ def test_mistake_is_one_sentence(options, fix, tmp_path):
     assert finished.returncode == 2, finished.text
     assert fix in finished.stderr
     assert finished.stderr.count("\n") == 1
+
+
+@needs_slurm
+@pytest.mark.parametrize("instead", ["spare", "queue", "fewer"])
+def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp_path, cluster, instead):
+    """A spare node of the allocation takes its place, the job goes back into the queue without it, or on with fewer."""
+    options = [*options_of(small_run), "--run.name=moved", "--train.steps=400", "--checkpoint.every=5"]
+    options += ["--train.eval_every=0", "--log.sample_every=0"]
+    nodes = ["--nodes=2", "--tasks-per-node=1"] if instead == "fewer" else ["--nodes=1", "--tasks-per-node=2"]
+    asked = [*nodes, "--time=10", "--restarts=2", "--output=job.out", "--submit"]
+    asked += {"spare": ["--spares=1"], "queue": [], "fewer": ["--restarts-shrink"]}[instead]
+    finished = smolds("slurm", *asked, "--", *options, cwd=tmp_path, **cluster)
+    assert finished.returncode == 0, finished.text
+    (job,) = re.findall(r"submitted job (\d+)", finished.stdout)
+    run_dir = tmp_path / "runs" / "moved"
+    wait_for(lambda: losses(run_dir), 90, "first step")
+    bad = json.loads((run_dir / "ranks" / "rank_00001.json").read_text())["host"]
+    kill_rank(1, run_dir)
+    wait_for(lambda: is_gone(job, cluster), 300, "end of the job")
+    text = (tmp_path / "job.out").read_text()
+    assert f"rank 1 on host {bad} was killed by signal 9" in text
+    assert (f"goes back into the queue, and on without {bad}." in text) == (instead == "queue"), text
+    state = json.loads((run_dir / "state.json").read_text())
+    assert state["host"] in {"n1", "n2"} - {bad} and state["ranks"] == (1 if instead == "fewer" else 2)
+    assert [step for step, _ in losses(run_dir)] == list(range(1, 401)), text

@@ -23,8 +23,9 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.observe.board import board, named
 from smolds_dist.observe.report import report
-from smolds_dist.observe.rows import is_kept, read_rows
+from smolds_dist.observe.rows import is_kept, load_table, read_rows
 from smolds_dist.observe.tensorboard import Board, heatmap
+from smolds_dist.training.trainer import train
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = ROOT / "screenshots"  # not in git
@@ -41,6 +42,25 @@ def two_ranks(corpus, cache, tmp_path_factory):
     assert finished.returncode == 0, finished.text
     assert "all-to-all" in finished.stdout and "profile/steps_4-5.rank_0.pt.trace.json.gz" in finished.stdout
     return folder / "runs" / "two"
+
+
+def test_layers_have_their_numbers_in_the_model(corpus, cache, tmp_path):
+    """Where the first are dense, what is said of experts begins after them."""
+    options = [*options_of_small_run(corpus, cache, tmp_path), "--run.name=dense", "--train.steps=2"]
+    dense = ["--model.num_hidden_layers=4", "--model.first_k_dense_replace=2", "--model.dense_intermediate_size=40"]
+    train(load_config([*options, *dense]))
+    run_dir = tmp_path / "runs" / "dense"
+    tags = board_of(run_dir)
+    numbers = {tag.split("/")[0].removeprefix("load_") for tag in tags["scalars"] if tag.startswith("load_layer")}
+    assert numbers == {"layer_02", "layer_03"}
+    assert {tag for tag in tags["scalars"] if tag.startswith("max_vio/")} == {"max_vio/layer_02", "max_vio/layer_03"}
+    assert {tag for tag in tags["histograms"] if "bias" in tag} == {
+        "selection_bias/layer_02",
+        "selection_bias/layer_03",
+    }
+    assert "grad_norm/dense_layers" in tags["scalars"]
+    lines = load_table(read_rows(run_dir / "metrics.jsonl")).splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "2", "3"]
 
 
 def board_of(run_dir: Path) -> dict:

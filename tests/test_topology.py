@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from smolds_dist.config import load_config
+from smolds_dist.costs.hardware import known_hardware
 from smolds_dist.costs.layout import layout_of
 from smolds_dist.costs.memory import PROCESS_BYTES, rank_memory, with_vocabulary
+from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
@@ -37,7 +39,59 @@ def test_one_process_is_plain_pytorch_and_several_are_deepspeed():
 )
 def test_expert_sizes_divide_ranks_and_experts(world, experts, sizes):
     assert expert_sizes(world, experts) == sizes
-    assert plan(CPU, world, f"--model.num_experts={experts}").expert == sizes[-1]
+    assert plan(CPU, world, f"--model.num_experts={experts}", "--parallel.expert=max").expert == sizes[-1]
+
+
+def test_auto_is_the_fastest_size_by_the_planners_formulas():
+    """Of every machine that is known: no other size that fits into a node and into memory has a shorter step."""
+    cases, sizes = 0, set()
+    for name, count, memory in (
+        ("NVIDIA A100-SXM4-40GB", 8, 40e9), ("NVIDIA H100 80GB HBM3", 8, 80e9), ("NVIDIA B200", 4, 180e9), ("cpu", 4, 2e9),
+        ("cpu", 2, 24e9),
+    ):  # fmt: skip
+        device = "cpu" if name == "cpu" else "cuda"
+        machine = Machine(tuple(dict.fromkeys((device, "cpu"))), count, device == "cuda", int(memory), name)
+        hardware = known_hardware(name)
+        assert hardware is not None
+        for preset in ("debug", "smollm2-deepseek-255m", "moe-1b-a200m", "moe-7b-a1b"):
+            for zero in (1, 3):
+                config = load_config(["--preset", preset, "--train.global_batch=64", f"--parallel.zero={zero}"])
+                rank = RankInfo(0, 0, count, count)
+                chosen = plan_topology(config, machine, rank)
+                model, seconds = with_vocabulary(config), {}
+                available = memory / count if device == "cpu" else memory
+                for size in expert_sizes(count, config.model.num_experts):
+                    one = replace(config, parallel=replace(config.parallel, expert=size))
+                    layout = layout_of(one, plan_topology(one, machine, rank))
+                    if rank_memory(model, layout, PROCESS_BYTES[device]).total <= 0.9 * available:
+                        seconds[size] = (
+                            step_time(model, layout, hardware.shared_by(count)).total / layout.tokens_per_step
+                        )
+                expected = min(seconds, key=lambda size: seconds[size]) if seconds else count
+                assert chosen.expert == expected, (name, preset, zero, seconds)
+                sizes.add((chosen.expert, bool(seconds)))
+                cases += 1
+    assert cases == 40 and {one[0] for one in sizes} > {1} and (1, True) in sizes
+
+
+def test_auto_says_why_and_what_it_does_not_know(tmp_path):
+    options = ("--model.num_experts=8",)
+    gpus = replace(GPUS, name="NVIDIA H100 80GB HBM3")
+    assert (
+        "faster than where 2 ranks share them, by the planner's formulas for NVIDIA H100"
+        in plan(gpus, 8, *options).reason
+    )
+    for name in ("NVIDIA L4", "NVIDIA H100 PCIe", None):
+        unknown = plan(replace(GPUS, name=name), 8, *options)
+        assert unknown.expert == 8 and "smolds plan --calibrate" in unknown.reason
+    calibrated = plan(replace(GPUS, name="NVIDIA L4"), 8, *options, "--parallel.hardware=a100")
+    assert calibrated.expert == 1 and "NVIDIA A100" in calibrated.reason
+    for world in (1, 8):
+        with pytest.raises(ConfigError, match="'z80' is unknown"):
+            plan(gpus, world, "--parallel.hardware=z80")
+    (tmp_path / "here.yaml").write_text("{here: [")
+    with pytest.raises(ConfigError, match="not one entry of hardware"):
+        plan(gpus, 1, f"--parallel.hardware={tmp_path / 'here.yaml'}")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 16, 24, 48])
@@ -55,7 +109,6 @@ MISTAKES = [
     (CPU, 4, "--train.micro_batch=8", "valid values: 1, 2, 3, 4, 6, 12"),
     (CPU, 1, "--parallel.device=cuda", "use cpu"),
     (CPU, 2, "--parallel.engine=local", "use deepspeed or auto"),
-    (CPU, 2, "--train.balance=aux_loss", "use --train.balance bias"),
     (APPLE, 2, "--parallel.expert=1", "--parallel.device cpu"),
 ]
 

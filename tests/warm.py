@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
+AT_START = dict(os.environ)  # without what libraries add while tests run, such as TOKENIZERS_PARALLELISM
 # Starts of variables that some library reads while it is imported, but those that start like the second group.
 READ_ON_IMPORT = (
     "CUDA DS_ HF_ HOME KMP LC_ LD_ MKL MPL NUMEXPR OMP OPENBLAS PYTHON TOKENIZERS TORCH TRANSFORMERS TRITON USE_ XDG"
@@ -88,8 +89,8 @@ os._exit(code)
 
 def environment() -> dict[str, str]:
     """What every process of a test gets, before what the test adds."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), AT_START.get("PYTHONPATH"))))
+    return AT_START | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def python() -> str:

@@ -11,17 +11,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
 
-from smolds_dist.config import Model, load_config
+from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import Hardware, parse_hardware
 from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
+from smolds_dist.settings import Model
 
 # Three sizes whose time is spent differently: in many small products, in the vocabulary's, in large ones.
 SIZES = (
@@ -56,7 +58,7 @@ def measure_machine() -> dict[str, Any]:
     device = torch.device(here.devices[0])
     peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in _dtypes().items()}
     _say("memory")
-    bandwidth = _copy_bandwidth(device)
+    bandwidth = memory_bandwidth(device)
     _say("links")
     latency, link = _link(device.type, here.device_count)
     entry: dict[str, Any] = {
@@ -160,20 +162,25 @@ def _dtypes() -> dict[str, Any]:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _copy_bandwidth(device: Any) -> float:
-    """Bytes read and written per second by a copy of 256 MB."""
+def memory_bandwidth(device: Any) -> float:
+    """Bytes read and written per second by a copy of 256 MB, or by adding two such tensors, whichever has more."""
     import torch
 
-    source = torch.ones(64_000_000, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        begin = time.perf_counter()
-        target.copy_(source)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * source.nbytes / best
+    first, second = (torch.ones(64_000_000, device=device) for _ in range(2))
+    target = torch.empty_like(first)
+
+    def seconds(operation: Callable[[], Any]) -> float:
+        best = float("inf")
+        for _ in range(10):
+            begin = time.perf_counter()
+            operation()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    copied = 2 / seconds(lambda: target.copy_(first))
+    return first.nbytes * max(copied, 3 / seconds(lambda: torch.add(first, second, out=target)))
 
 
 def _link(device: str, devices: int) -> tuple[float, float]:

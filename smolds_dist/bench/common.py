@@ -4,12 +4,17 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 def bench_parser(name: str, doc: str, renamed: dict[str, str] | None = None) -> OptionParser:
@@ -68,6 +73,29 @@ def rows_of_training(given: list[str], run_dir: Path) -> list[dict[str, Any]]:
     return read_rows(run_dir / "metrics.jsonl")
 
 
+def held_out_loss(
+    loss_of: Callable[["Tensor", "Tensor"], float], tokens: "np.ndarray", seq_len: int, eval_sequences: int
+) -> float:
+    """Mean loss in nats per token over the first `eval_sequences` sequences of held-out tokens.
+
+    Args:
+        loss_of: the mean loss of ids [B, S] with labels [B, S], of which negative ones do not count.
+    """
+    import torch
+
+    from smolds_dist.data.batch import evaluation_batch
+
+    num_sequences = min(eval_sequences, len(tokens) // seq_len)
+    total = labelled = 0.0
+    with torch.no_grad():
+        for start in range(0, num_sequences, 8):
+            ids, labels = evaluation_batch(tokens, seq_len, range(start, start + 8), num_sequences)
+            count = (labels[:, 1:] >= 0).sum().item()
+            total += loss_of(ids, labels) * count
+            labelled += count
+    return total / labelled
+
+
 def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
     """Refuses counts below 1.
 
@@ -76,7 +104,9 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 1.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is out of range; it must be at least 1."
+            )
 
 
 def stdlib_texts(megabytes: int) -> list[str]:

@@ -1,8 +1,9 @@
 """What `smolds bench train` compares: each contender in processes of its own, which take steps when they are told to.
 
 Run as `python -m smolds_dist.bench.contenders JSON`, or under torchrun for several ranks. A line "N" on standard input asks
-for N steps; the answer is a line of JSON with their seconds and the peak of resident (CUDA: allocated) memory. All train the
-same decoder on the same tokens with AdamW, in the same dtype; weights are as each initialises them.
+for N steps; the answer is a line of JSON with their seconds and the peak of resident (CUDA: allocated) memory. Steps that
+`torch.compile` works in come on top and are told apart. All train the same decoder on the same tokens with AdamW (smolds
+also with Muon), in the same dtype; weights are as each initialises them.
 """
 
 import json
@@ -13,13 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smolds_dist.config import Model, RunConfig, load_config
+from smolds_dist.config import load_config
+from smolds_dist.settings import Model, RunConfig
+
+if TYPE_CHECKING:
+    from smolds_dist.parallel.balancer import Balancer
+    from smolds_dist.parallel.engine import Engine
+    from smolds_dist.parallel.topology import Topology
 
 
 @dataclass
@@ -33,7 +40,9 @@ class Task:
     seq_len: int
     dtype: str  # fp32 or bf16
     device: str
-    variant: str = ""  # of transformers: EXPERTS_IMPLEMENTATION/PRECISION; of smolds: "traffic" tells where time goes
+    # Of transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; of smolds: "compile", or "traffic", which tells where
+    # time goes.
+    variant: str = ""
     settings: tuple[str, ...] = ()  # that change the preset
 
     def batch(self) -> Tensor:
@@ -46,11 +55,17 @@ class Task:
         return self.config().model.architecture() | {"vocab_size": self.vocab_size}
 
     def config(self, *more: str) -> RunConfig:
-        return load_config(["--preset", self.preset, *self.settings, *more], benchmark=True)
+        # Of several ranks, what sharing the experts costs is to be seen.
+        given = ["--preset", self.preset, "--parallel.expert=max", *self.settings, *more]
+        return load_config(given, benchmark=True)
 
 
 class Gate:
-    """Lets steps through as they are asked for, and times them."""
+    """Lets steps through as they are asked for, and times them.
+
+    A step in which something was compiled is left out, and another is taken in its place: shapes that change, such as the
+    number of an expert's tokens, are compiled anew until none is new.
+    """
 
     def __init__(self, task: Task):
         self._cuda = task.device.startswith("cuda")
@@ -59,20 +74,26 @@ class Gate:
         self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self._main = os.environ.get("RANK", "0") == "0"
         self.notes: list[Any] = []  # what a contender wants to tell of its steps
+        self._compiling: list[float] = []  # seconds of the steps that are left out
 
     def before(self) -> None:
         """Before a step; ends the process where no more are asked for."""
         if not self._left:
             self._left = self._asked()
+        self._compiled = compiled_frames()
         self._began = self._now()
 
     def after(self) -> None:
-        self._seconds.append(self._now() - self._began)
+        seconds = self._now() - self._began
+        if compiled_frames() != self._compiled:
+            self._compiling.append(seconds)
+            return
+        self._seconds.append(seconds)
         self._left -= 1
         if not self._left:
             if self._main:
-                answer = {"seconds": self._seconds, "memory": self._memory(), "notes": self.notes}
-                print(json.dumps(answer), file=_answers, flush=True)
+                answer = {"seconds": self._seconds, "compiling": self._compiling, "memory": self._memory()}
+                print(json.dumps(answer | {"notes": self.notes}), file=_answers, flush=True)
             self._seconds, self.notes = [], []
 
     def _asked(self) -> int:
@@ -96,6 +117,12 @@ class Gate:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def compiled_frames() -> int:
+    """How many functions `torch.compile` has compiled in this process, those that were compiled anew counted again."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # nobody has compiled anything before it is imported
+    return dynamo.counters["frames"]["total"] if dynamo else 0
+
+
 def repeat(gate: Gate, step: Callable[[], object]) -> None:
     while True:
         gate.before()
@@ -103,9 +130,8 @@ def repeat(gate: Gate, step: Callable[[], object]) -> None:
         gate.after()
 
 
-def smolds(task: Task, gate: Gate) -> None:
-    """Our model and engine: plain PyTorch in one process, DeepSpeed with sharded experts in several."""
-    from smolds_dist.bench.traffic import Traffic
+def smolds_engine(task: Task) -> "tuple[Engine, Balancer, Topology]":
+    """Our model in its engine, plain PyTorch in one process, DeepSpeed with sharded experts in several; its balancer."""
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.process_group import start_process_group
@@ -123,9 +149,22 @@ def smolds(task: Task, gate: Gate) -> None:
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**task.model_settings()))
     engine = engine_for(model, config, topology)
-    balancer = Balancer(engine.model, config.train.balance_rate)
+    return engine, Balancer(engine.model, config.train.balance_rate), topology
+
+
+def smolds(task: Task, gate: Gate) -> None:
+    """Our model and engine."""
+    from smolds_dist.bench.traffic import Traffic
+    from smolds_dist.model import DeepSeekV3Config
+    from smolds_dist.training.compiling import try_to_compile
+
+    engine, balancer, topology = smolds_engine(task)
     ids = task.batch()
     traffic = Traffic(engine, topology) if task.variant == "traffic" else None
+    if task.variant == "compile":
+        config = DeepSeekV3Config(**task.model_settings())
+        if error := try_to_compile(engine, topology, task.seq_len, config):
+            sys.exit(error)
 
     def step() -> None:
         with balancer.counting():
@@ -141,20 +180,20 @@ def smolds(task: Task, gate: Gate) -> None:
     repeat(gate, step)
 
 
-def transformers_model(task: Task) -> tuple[Any, str]:
-    """`Ernie4_5_MoeForCausalLM` of the same shape with the variant's experts; and the variant's precision."""
+def transformers_model(task: Task) -> tuple[Any, str, bool]:
+    """`Ernie4_5_MoeForCausalLM` of the same shape with the variant's experts; its precision; and whether it is compiled."""
     from transformers import Ernie4_5_MoeForCausalLM
 
     from smolds_dist.interchange.transformers_format import transformers_config
     from smolds_dist.model import DeepSeekV3Config
 
-    experts, _, precision = task.variant.partition("/")
+    experts, precision, *mode = task.variant.split("/")
     config: Any = transformers_config(DeepSeekV3Config(**task.model_settings()))
     config._experts_implementation = experts
     torch.manual_seed(0)
     model: Any = Ernie4_5_MoeForCausalLM(config)
     model = model.to(task.device).train()
-    return (model.to(torch.bfloat16) if precision == "bf16" else model), precision
+    return (model.to(torch.bfloat16) if precision == "bf16" else model), precision, mode == ["compile"]
 
 
 def plain_step(model: nn.Module, task: Task, precision: str, loss_of: Callable[[Tensor], Tensor]) -> Callable[[], None]:
@@ -176,8 +215,9 @@ def plain_step(model: nn.Module, task: Task, precision: str, loss_of: Callable[[
 
 def transformers_loop(task: Task, gate: Gate) -> None:
     """transformers' model in a plain loop."""
-    model, precision = transformers_model(task)
-    step = plain_step(model, task, precision, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    model, precision, compiles = transformers_model(task)
+    forward = torch.compile(model) if compiles else model
+    step = plain_step(model, task, precision, lambda ids: forward(input_ids=ids, labels=ids, use_cache=False).loss)
     repeat(gate, step)
 
 
@@ -187,7 +227,7 @@ def transformers_trainer(task: Task, gate: Gate) -> None:
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    model, precision = transformers_model(task)
+    model, precision, compiles = transformers_model(task)
 
     class AtTheGate(TrainerCallback):
         def on_step_begin(self, *_args, **_kwargs):
@@ -202,7 +242,7 @@ def transformers_trainer(task: Task, gate: Gate) -> None:
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=task.sequences, max_steps=10_000, learning_rate=1e-4, adam_beta2=0.95,
             weight_decay=0.1, bf16=precision == "autocast", use_cpu=task.device == "cpu", report_to="none",
-            logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            logging_strategy="no", save_strategy="no", disable_tqdm=True, torch_compile=compiles,
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=samples, callbacks=[AtTheGate()]).train()
 

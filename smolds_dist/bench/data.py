@@ -211,7 +211,7 @@ def mask(dtype: str, length: int, rounds: int) -> dict[str, Any]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from smolds_dist.model.kernels import Documents, causal_attention
+    from smolds_dist.model.causal_attention import Documents, causal_attention
 
     generator = torch.Generator().manual_seed(0)
     on_gpu, kind = torch.cuda.is_available(), torch.float32 if dtype == "fp32" else torch.bfloat16

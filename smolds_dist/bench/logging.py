@@ -47,10 +47,10 @@ def measure(preset: str, repeats: int, sequences: int, folder: Path) -> dict:
     import torch
 
     from smolds_dist.data.prepare import prepare_data
+    from smolds_dist.launching.signals import StopRequest
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
     from smolds_dist.training.build import Job, build, make_model_config
-    from smolds_dist.training.signals import StopRequest
     from smolds_dist.training.step import take_step
 
     steps = 10 * (repeats + 2)

@@ -1,23 +1,39 @@
 """`smolds bench plan`: the planner's predictions against measured memory, measured time, and published throughput.
 
 Memory: every number of ranks, ZeRO stage and size, of which a process's peak is measured over real steps. Time: the machine
-is calibrated with one process, then steps of several ranks are measured and predicted. Published: `planner/published.yaml`.
+is calibrated with one process, then steps of several ranks are measured and predicted. Layout: every expert-parallel size is
+measured, and the one that a run would take must be the fastest or close to it. Published: `planner/published.yaml`, of which
+one half chooses the two figures of each generation of GPUs and the other tests them.
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.calibrate import SEQ_LEN, SEQUENCES, measure_machine, measure_step, model_of, predict
+import yaml
+
+from smolds_dist.bench.calibrate import (
+    SEQ_LEN,
+    SEQUENCES,
+    measure_machine,
+    measure_step,
+    model_of,
+    predict,
+    settings_of,
+)
 from smolds_dist.bench.common import keep
 from smolds_dist.bench.train import processor, say
+from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import parse_hardware
 from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.memory import PROCESS_BYTES, parameter_counts, rank_memory
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.planner.published import WITHIN, compare
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, expert_sizes, plan_topology
+from smolds_dist.planner.published import HALVES, WITHIN, compare, error_factor, fit
 
 # Large enough that the model and not the process is what is measured.
 MEMORY_SIZES = (
@@ -31,6 +47,9 @@ TIME_SIZES = (
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, vocab_size=8192),
     dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=3, vocab_size=16384),
 )
+
+LAYOUT_SIZES = (*TIME_SIZES, dict(hidden_size=384, intermediate_size=256, num_hidden_layers=6, vocab_size=8192))
+LAYOUT_ROUNDS = 2  # in which all sizes take turns
 
 
 def bench_plan(args: list[str]) -> None:
@@ -131,20 +150,81 @@ def against_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"hardware": entry, "steps": rows}, "\n".join(text)
 
 
-def against_published(_options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    """Predicted and published tokens per second and device; what is off by more than `WITHIN` is marked."""
+def against_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The expert-parallel size that `plan_topology` takes on this machine, calibrated, against measured steps of all."""
+    entry = measure_machine()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-plan-") as folder:
+        hardware = Path(folder) / "here.yaml"
+        hardware.write_text(yaml.safe_dump({"here": entry}))
+        for size in LAYOUT_SIZES[: options.sizes + 1]:
+            for ranks in (ranks for ranks in options.ranks if ranks > 1):
+                chosen = chosen_size(size, ranks, hardware)
+                seconds: dict[int, list[float]] = {one: [] for one in expert_sizes(ranks, model_of(size).num_experts)}
+                for _ in range(LAYOUT_ROUNDS):
+                    for expert, found in seconds.items():
+                        found += measure_step(size, ranks, ("--parallel.zero=1", f"--parallel.expert={expert}"))[0]
+                medians = {expert: median(found) for expert, found in seconds.items()}
+                say(f"layout: hidden {size['hidden_size']}, {ranks} ranks: {chosen} of {medians}")
+                rows.append({"size": size, "ranks": ranks, "chosen": chosen, "seconds": medians})
+    text = [
+        f"{'hidden':>6} {'layers':>6} {'ranks':>5} {'chosen':>6} {'of the fastest':>14}  ms a step by expert-parallel size"
+    ]
+    for row in rows:
+        at, medians = row["size"], row["seconds"]
+        share = min(medians.values()) / medians[row["chosen"]]
+        told = ", ".join(f"{expert}: {seconds * 1e3:,.0f}" for expert, seconds in medians.items())
+        text.append(
+            f"{at['hidden_size']:>6} {at['num_hidden_layers']:>6} {row['ranks']:>5} {row['chosen']:>6} {share:>14.2f}  "
+            f"{told}"
+        )
+    return {"hardware": entry, "steps": rows}, "\n".join(text)
+
+
+def chosen_size(size: dict[str, int], ranks: int, hardware: Path) -> int:
+    """The expert-parallel size of a run that leaves it to "auto"."""
+    given = [*settings_of(size), f"--data.seq_len={SEQ_LEN}", f"--train.global_batch={SEQUENCES}"]
+    config = load_config(["--preset", "debug", *given, f"--parallel.hardware={hardware}", "--parallel.zero=1"])
+    return plan_topology(config, detect_machine(), RankInfo(0, 0, ranks)).expert
+
+
+def against_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Predicted and published tokens per second and device, half by half, and the figures that the first half gives.
+
+    What is off by more than `WITHIN` is marked.
+    """
     found = compare()
-    text = [f"{'':46} {'published':>9} {'predicted':>9} {'ratio':>6}"]
-    for one in found:
-        mark = "" if one.hit else "  missed"
-        text.append(f"{one.name:46} {one.published:>9,.0f} {one.predicted:>9,.0f} {one.ratio:>6.2f}{mark}")
-    hits = sum(one.hit for one in found)
-    text.append(f"{hits} of {len(found)} within {WITHIN:.0%}")
+    text, errors = [], {}
+    for half in HALVES:
+        own = [one for one in found if one.run.half == half]
+        hits = sum(one.hit for one in own)
+        errors[half] = {"runs": len(own), "factor": error_factor(own), "hits": hits}
+        text.append(f"{half:70} {'published':>9} {'predicted':>9} {'ratio':>6}")
+        for one in own:
+            mark = "" if one.hit else "  missed"
+            text.append(f"{one.run.name:70} {one.run.published:>9,.0f} {one.predicted:>9,.0f} {one.ratio:>6.2f}{mark}")
+        text.append(
+            f"off by a factor of {error_factor(own):.2f} in the median; {hits} of {len(own)} within {WITHIN:.0%}\n"
+        )
+    figures = fit()
+    text.append(f"{'chosen on the fitted half':30} {'runs':>4} {'utilisation':>11} {'overhead':>8}")
+    for key, (utilisation, overhead, runs) in figures.items():
+        text.append(f"{key:30} {runs:>4} {utilisation:>11.2f} {overhead * 1e3:>5.1f} ms")
     rows = [
-        {"run": one.name, "source": one.source, "published": one.published, "predicted": one.predicted, "hit": one.hit}
+        {
+            "run": one.run.name,
+            "source": one.run.source,
+            "half": one.run.half,
+            "published": one.run.published,
+            "predicted": one.predicted,
+            "hit": one.hit,
+        }
         for one in found
     ]
-    return rows, "\n".join(text)
+    chosen = {
+        key: {"utilisation": share, "overhead": seconds, "runs": n} for key, (share, seconds, n) in figures.items()
+    }
+    return {"errors": errors, "figures": chosen, "runs": rows}, "\n".join(text)
 
 
-KINDS = {"memory": against_memory, "time": against_time, "published": against_published}
+KINDS = {"memory": against_memory, "time": against_time, "layout": against_layouts, "published": against_published}

@@ -1,7 +1,8 @@
 """`smolds bench train`: tokens per second of a training step, against what a user would pick instead.
 
 Contenders (`bench.contenders`) take turns: in each round every one starts anew, warms up, and takes some steps. Of
-transformers' ways to compute the experts and precisions, those that are slow in a trial are left out.
+transformers' ways to compute the experts and precisions, with and without `torch.compile`, the fastest in a trial takes
+part; compilation itself does not count. Muon has a row of its own.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from smolds_dist.errors import ConfigError
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
+OTHER_COMMIT = "smolds, --against"
 LONGEST = 900  # seconds until an answer that does not come counts as a failure
 
 
@@ -41,10 +43,23 @@ def bench_train(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS), help="contenders")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="of smolds; several share the experts")
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=("adamw", "muon"), default=("adamw", "muon"), help="of smolds in one process"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument(
+        "--against", type=Path, help="a checkout of another commit, whose step of smolds takes turns with this one's"
+    )
     options, settings = parse(parser, args)
+    if any(one.startswith("--train.optimizer") for one in settings):
+        raise ConfigError("--train.optimizer is told by --optimizers here; use that.")
     check_at_least_one(options, "sequences", "rounds", "steps")
     if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
+    if options.against and not (options.against / "smolds_dist" / "bench" / "contenders.py").is_file():
+        raise ConfigError(
+            f"--against {options.against} is no checkout of smolds; make one, such as by `git worktree add FOLDER COMMIT`."
+        )
     result = measure(options, settings)
     keep(options, result)
     print(table(result))
@@ -83,35 +98,36 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     """All contenders' seconds by round, and what follows from them."""
     import torch
 
-    from smolds_dist.costs.flops import flops_per_token
+    from smolds_dist.costs.flops import flops_per_token, largest_products
     from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)
     if task.config().model.force_uniform_routing and options.only != ["smolds"]:
         raise ConfigError("--model.force_uniform_routing is smolds' alone; add --only smolds.")
-    chosen: dict[str, tuple[Task, int]] = {}
-    if "smolds" in options.only:
-        for ranks in options.ranks:
-            name = "smolds" if ranks == 1 else f"smolds, {ranks} ranks"
-            chosen[name] = replace(task, contender="smolds", sequences=options.sequences // ranks), ranks
+    chosen = ways_of_smolds(task, options) if "smolds" in options.only else {}
     trials: dict[str, float] = {}
     for contender in ("transformers", "trainer", "deepspeed", "masked"):
         if contender in options.only:
-            best = best_variant(replace(task, contender=contender), trials)
+            modes = ("",) if options.no_compile else ("", "/compile")
+            best = best_variant(replace(task, contender=contender), trials, modes)
             if best:
                 chosen[f"{contender} {best.variant}"] = best, 1
 
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     peaks = []
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    model = DeepSeekV3Config(**task.model_settings())
+    shapes = largest_products(model, options.sequences * task.seq_len)
     for number in range(options.rounds):
-        peaks.append(matrix_product_peak(torch.device(task.device), dtype, seconds=0.5))
+        peaks.append(matrix_product_peak(torch.device(task.device), dtype, 0.5, shapes))
         for name, (wanted, ranks) in chosen.items():
             say(f"round {number + 1} of {options.rounds}: {name}")
-            turns[name].append(take_turn(wanted, options.steps, ranks))
+            turns[name].append(
+                take_turn(wanted, options.steps, ranks, options.against if name == OTHER_COMMIT else None)
+            )
     peak = median(peaks)
-    flops = flops_per_token(DeepSeekV3Config(**task.model_settings()), task.seq_len)
+    flops = flops_per_token(model, task.seq_len)
     tokens = options.sequences * task.seq_len
     results = {}
     for name, answers in turns.items():
@@ -121,6 +137,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
             "by_round": rates,
             "memory_gb": max(answer["memory"] for answer in answers) / 1e9,
             "flops_utilisation": median(rates) * flops / peak,
+            "compile_seconds": median(sum(answer.get("compiling", ())) for answer in answers),
         }
     return describe_machine(task) | {
         "tokens_per_step": tokens,
@@ -131,21 +148,50 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     }
 
 
-def best_variant(task: Task, trials: dict[str, float]) -> Task | None:
-    """The fastest variant of a peer in a trial of two steps; None where none runs here. Adds to `trials`."""
+def ways_of_smolds(task: Task, options: argparse.Namespace) -> dict[str, tuple[Task, int]]:
+    """smolds' own rows, each with its number of ranks; the first is what ratios are of."""
+    ways = {}
+    if 1 in options.ranks:
+        for optimizer in options.optimizers:
+            own = replace(task, contender="smolds", settings=(*task.settings, f"--train.optimizer={optimizer}"))
+            name = {"adamw": "smolds", "muon": "smolds, Muon"}[optimizer]
+            if optimizer == "adamw" and not options.no_compile:
+                ways[f"{name}, compiled"] = replace(own, variant="compile"), 1
+            ways[name] = own, 1
+            if optimizer == "adamw" and options.against:
+                ways[OTHER_COMMIT] = own, 1
+    for ranks in options.ranks:
+        if ranks > 1:
+            own = replace(task, contender="smolds", sequences=options.sequences // ranks)
+            ways[f"smolds, {ranks} ranks"] = own, ranks
+    return ways
+
+
+def variants_of(task: Task, trials: dict[str, float], modes: Sequence[str]) -> list[str]:
+    """What of a peer is tried: precisions, and for transformers EXPERTS/PRECISION and a mode, "" or "/compile"."""
     precisions = ("autocast", "bf16") if task.dtype == "bf16" else ("fp32",)
     if task.contender == "deepspeed":
         precisions = (task.dtype,)  # its engine's own bf16
-    variants: Sequence[str] = precisions
-    if task.contender in ("transformers", "trainer"):
+    if task.contender not in ("transformers", "trainer"):
+        return list(precisions)
+    variants = []
+    for mode in modes:
         kinds: Sequence[str] = EXPERTS_IMPLEMENTATIONS
-        if task.contender == "trainer" and (
-            tried := {name: rate for name, rate in trials.items() if name.startswith("transformers ")}
-        ):
-            kinds = [max(tried, key=lambda name: tried[name]).split()[1].split("/")[0]]  # the loop's best
-        variants = [f"{kind}/{precision}" for kind in kinds for precision in precisions]
+        tried = {
+            name.split()[1]: rate
+            for name, rate in trials.items()
+            if name.startswith("transformers ") and name.endswith("/compile") == bool(mode)
+        }
+        if task.contender == "trainer" and tried:
+            kinds = [max(tried, key=lambda name: tried[name]).split("/")[0]]  # the loop's best
+        variants += [f"{kind}/{precision}{mode}" for kind in kinds for precision in precisions]
+    return variants
+
+
+def best_variant(task: Task, trials: dict[str, float], modes: Sequence[str]) -> Task | None:
+    """The fastest variant of a peer in a trial of two steps; None where none runs here. Adds to `trials`."""
     rates = {}
-    for variant in variants:
+    for variant in variants_of(task, trials, modes):
         say(f"trial of {task.contender} {variant}")
         try:
             answer = take_turn(replace(task, variant=variant), 2, 1)
@@ -157,20 +203,33 @@ def best_variant(task: Task, trials: dict[str, float]) -> Task | None:
     return replace(task, variant=max(rates, key=lambda variant: rates[variant])) if rates else None
 
 
-def take_turn(task: Task, steps: int, ranks: int) -> dict[str, Any]:
+def take_turn(task: Task, steps: int, ranks: int, checkout: Path | None = None) -> dict[str, Any]:
     """Starts a contender, lets it warm up for a step, and takes `steps`.
+
+    Args:
+        checkout: of another commit, whose code runs.
 
     Raises:
         ConfigError: where it fails, with the last thing that it said.
     """
-    command = [sys.executable, "-m", "smolds_dist.bench.contenders", json.dumps(asdict(task))]
+    usual = asdict(Task("", "", 0, 0, 0, "", ""))
+    told = {
+        name: value for name, value in asdict(task).items() if value != usual[name]
+    }  # an older commit may know no more
+    command = [sys.executable, "-m", "smolds_dist.bench.contenders", json.dumps(told)]
     environment = dict(os.environ)
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=checkout,  # where -m looks first
     )
     assert process.stdin and process.stdout and process.stderr
     said: list[str] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from smolds_dist.bench.common import held_out_loss
 from smolds_dist.config import load_config
 
 
@@ -25,7 +26,6 @@ def train(job: Job) -> dict[str, Any]:
     """Steps, tokens, seconds (steps times the median of one's) and validation loss of the whole schedule."""
     from transformers import Ernie4_5_MoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from smolds_dist.data.batch import evaluation_batch
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.interchange.transformers_format import transformers_config
     from smolds_dist.training.build import make_model_config
@@ -60,18 +60,14 @@ def train(job: Job) -> dict[str, Any]:
         Trainer(model, arguments, train_dataset=Sequences(), callbacks=[Clock()]).train()
 
     model.eval()
-    num_sequences = min(config.train.eval_sequences, len(source.held_out.tokens) // length)
-    total = labelled = 0.0
-    with torch.no_grad():
-        for start in range(0, num_sequences, 8):
-            ids, labels = evaluation_batch(source.held_out.tokens, length, range(start, start + 8), num_sequences)
-            ids, labels = ids.to(model.device), labels.to(model.device)
-            count = (labels[:, 1:] >= 0).sum().item()
-            total += model(input_ids=ids, labels=labels, use_cache=False).loss.item() * count
-            labelled += count
+
+    def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> float:
+        return model(input_ids=ids.to(model.device), labels=labels.to(model.device), use_cache=False).loss.item()
+
+    val_loss = held_out_loss(loss_of, source.held_out.tokens, length, config.train.eval_sequences)
     step_s = median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else float("nan")
     tokens = job.steps * config.train.global_batch * length
-    return {"steps": job.steps, "tokens": tokens, "seconds": step_s * job.steps, "val_loss": total / labelled}
+    return {"steps": job.steps, "tokens": tokens, "seconds": step_s * job.steps, "val_loss": val_loss}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from smolds_dist.parallel.fragments import Fragment
 FORMAT = 1  # raise it when the layout or the meaning of a file changes
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
-FILE_BYTES = 1_000_000_000  # of a converted or imported checkpoint; also the memory that this takes
+FILE_BYTES = 1_000_000_000  # of a converted checkpoint; also the memory that this takes
 RANDOM = "random."  # names of random states, which belong to a rank and not to the model
 _FILE_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 
@@ -114,10 +114,12 @@ def by_bytes(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[
         yield batch
 
 
-def write_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Writes tensors into files of `FILE_BYTES` and returns the manifest's entries."""
+def write_parts(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES
+) -> dict[str, dict[str, Any]]:
+    """Writes tensors into files of `file_bytes` and returns the manifest's entries."""
     files = {}
-    for number, part in enumerate(by_bytes(tensors, FILE_BYTES)):
+    for number, part in enumerate(by_bytes(tensors, file_bytes)):
         name = f"part_{number:05}.safetensors"
         files[name] = write_tensors(folder / name, part)
     return files

@@ -1,7 +1,8 @@
-"""Folders that are whole or absent."""
+"""Folders and files that are whole or absent."""
 
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,14 +21,43 @@ def check_free(to: Path) -> None:
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `to` once all has gone well, and goes away otherwise."""
-    part = to.with_name(f"{to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    """A folder to fill, which becomes `to` once all has gone well, and goes away otherwise.
+
+    Raises:
+        ConfigError: where none can be made.
+    """
+    with _unfinished(to, Path.mkdir) as part:
         yield part
         if to.exists():
             to.rmdir()
         part.rename(to)
+
+
+@contextmanager
+def new_file(to: Path) -> Iterator[Path]:
+    """As `new_folder`, for a file to write.
+
+    Raises:
+        ConfigError: where none can be made.
+    """
+    with _unfinished(to, Path.touch) as part:
+        yield part
+        part.rename(to)
+
+
+@contextmanager
+def _unfinished(to: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """What `make` makes beside `to`, under a name that nobody else has; it is gone in the end."""
+    part = to.with_name(f".{to.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        make(part)
+    except OSError as error:
+        raise ConfigError(f"--to {to} cannot be made ({error.strerror}); choose another place.") from None
+    try:
+        yield part
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from smolds_dist.checkpoint.files import (
     step_of,
 )
 from smolds_dist.checkpoint.writer import Progress
-from smolds_dist.config import RunConfig, saved_sources
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
 from smolds_dist.data.prepare import prepare_data
@@ -28,6 +28,7 @@ from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.fragments import cut, logical_shapes
 from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig, saved_sources
 
 UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.unique.UniqueTexts`
 
@@ -127,7 +128,7 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
     for section, names in kept.items():
         for name in names:
             settings = getattr(config, section)
-            now = getattr(settings, name)
+            now = asdict(settings)[name]
             then = saved[section].get(name, getattr(type(settings)(), name))  # older versions had fewer settings
             if then != now:
                 raise ConfigError(

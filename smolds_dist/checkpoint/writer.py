@@ -33,10 +33,10 @@ from smolds_dist.checkpoint.files import (
     step_of,
     write_tensors,
 )
-from smolds_dist.config import RunConfig
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig
 
 PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
 

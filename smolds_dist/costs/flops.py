@@ -1,9 +1,17 @@
 """How much a token costs.
 
-All functions take the model's configuration, `config.Model` with its vocabulary filled in or `DeepSeekV3Config`.
+All functions take the model's configuration, `settings.Model` with its vocabulary filled in or `DeepSeekV3Config`.
 """
 
 from typing import Any
+
+# Tokens whose logits exist at a time: `linear_cross_entropy`'s chunk.
+LOGITS_CHUNK = 1024
+
+
+def layers_of(model: Any) -> tuple[int, int]:
+    """How many layers have one SwiGLU, and how many after these a mixture of experts."""
+    return model.first_k_dense_replace, model.num_hidden_layers - model.first_k_dense_replace
 
 
 def product_weights(model: Any) -> tuple[int, int]:
@@ -20,9 +28,11 @@ def product_weights(model: Any) -> tuple[int, int]:
         attention = hidden * value * (heads + 2 * model.num_key_value_heads)
     attention += heads * value * hidden
     expert = 3 * hidden * model.intermediate_size
-    layer = attention + hidden * model.num_experts + model.n_shared_experts * expert
-    routed = model.num_hidden_layers * model.num_experts_per_tok * expert
-    return model.num_hidden_layers * layer + hidden * model.vocab_size, routed
+    dense, mixtures = layers_of(model)
+    outside = mixtures * (hidden * model.num_experts + model.n_shared_experts * expert)
+    outside += dense * 3 * hidden * (model.dense_intermediate_size or 0)
+    routed = mixtures * model.num_experts_per_tok * expert
+    return model.num_hidden_layers * attention + outside + hidden * model.vocab_size, routed
 
 
 def attention_flops(model: Any, seq_len: int) -> float:
@@ -44,3 +54,11 @@ def flops_per_token(model: Any, seq_len: int) -> float:
     computed again under activation checkpointing does not count, nor do norms and softmax.
     """
     return 3 * (2 * sum(product_weights(model)) + attention_flops(model, seq_len))
+
+
+def largest_products(model: Any, tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """(M, K, N) of the products [M, K] x [K, N] that most of the model's FLOPs are in, for a forward pass over `tokens`: an
+    average expert's first, and the vocabulary's, which is made in chunks."""
+    rows = max(1, tokens * model.num_experts_per_tok // model.num_experts)
+    hidden = model.hidden_size
+    return (rows, hidden, 2 * model.intermediate_size), (min(tokens, LOGITS_CHUNK), hidden, model.vocab_size)

@@ -76,13 +76,27 @@ def load_hardware(name: str) -> Hardware:
     if name not in entries:
         if not path.is_file():
             raise ConfigError(
-                f"--hardware {name!r} is unknown; use one of {', '.join(entries)}, or a file that --calibrate wrote."
+                f"hardware {name!r} is unknown; use one of {', '.join(entries)}, or a file that --calibrate wrote."
             )
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            entries = None
         if not isinstance(entries, dict) or len(entries) != 1:
             raise ConfigError(f"{path} has not one entry of hardware; write it by `smolds plan --calibrate`.")
         name = next(iter(entries))
     return parse_hardware(name, entries[name])
+
+
+def known_hardware(device_name: str) -> Hardware | None:
+    """By the name that PyTorch has for a GPU, such as NVIDIA H100 80GB HBM3, or "cpu", for which there are typical figures.
+
+    None where there are no figures: cards in a PCIe slot lack the links of their kind.
+    """
+    keys = sorted(yaml.safe_load(FILE.read_text(encoding="utf-8")), key=len, reverse=True)
+    name = device_name.lower()
+    key = "cpu-2" if name == "cpu" else next((key for key in keys if key in name and "pcie" not in name), None)
+    return load_hardware(key) if key else None
 
 
 def parse_hardware(key: str, entry: dict[str, Any]) -> Hardware:

@@ -37,6 +37,7 @@ class Layout:
     pipeline: int = 1
     interleave: int = 1  # virtual pipeline stages of a rank
     once_per_node: bool = False  # a row travels to a node once, however many of its experts are there (DeepEP)
+    most_nodes: int = 0  # that a row's experts are on, where the router limits it; 0: any number
     hides_all_to_all: bool = False  # behind another micro batch's products (DualPipe)
 
     @property

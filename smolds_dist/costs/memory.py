@@ -6,6 +6,7 @@ Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K e
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of
 from smolds_dist.costs.layout import Layout, stretch
 
 # Share of a device's memory that a plan may fill: estimates err, and others may use it too.
@@ -21,8 +22,6 @@ REUSED = 0.5
 BUCKET = {"cpu": 4_000_000, "mps": 50_000_000, "cuda": 50_000_000}
 # Numbers of the weights that ZeRO 3 gathers ahead in one piece, `stage3_prefetch_bucket_size` in ds_configs.
 PREFETCHED = 10_000_000
-# Tokens whose logits exist at a time: `linear_cross_entropy`'s chunk.
-LOGITS_CHUNK = 1024
 # Of a process before there is a model, where nothing has been measured: Python's libraries, or CUDA's context and NCCL.
 PROCESS_BYTES = {"cpu": 0.4e9, "mps": 1e9, "cuda": 1.5e9}
 CUBLAS_WORKSPACE = 67e6  # bytes, two of 32 MiB
@@ -31,10 +30,12 @@ CPU_RANKS = 100e6  # bytes that gloo, its threads and the holes in the heap take
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Parameters outside and inside the routed experts of a `config.Model` with its vocabulary filled in."""
+    """Parameters outside and inside the routed experts of a `settings.Model` with its vocabulary filled in."""
     m = model
     if m.attention == "gqa":
-        attention = 2 * m.hidden_size * m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
+        heads = m.num_attention_heads + m.num_key_value_heads
+        attention = 2 * m.hidden_size * m.head_dim * heads
+        attention += m.head_dim * {None: 0, "head": 2, "all": heads}[m.qk_norm]
     else:
         q_dim = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
         query = m.hidden_size * q_dim if m.q_lora_rank is None else m.q_lora_rank * (m.hidden_size + q_dim + 1)
@@ -42,9 +43,12 @@ def parameter_counts(model: Any) -> tuple[int, int]:
         latent = m.hidden_size * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank * (kv_out + 1)
         attention = query + latent + m.num_attention_heads * m.v_head_dim * m.hidden_size
     expert = 3 * m.hidden_size * m.intermediate_size
-    block = attention + 2 * m.hidden_size + m.hidden_size * m.num_experts + m.n_shared_experts * expert
+    dense, mixtures = layers_of(m)
+    feed_forward = mixtures * (m.hidden_size * m.num_experts + m.n_shared_experts * expert)
+    feed_forward += dense * 3 * m.hidden_size * (m.dense_intermediate_size or 0)
+    blocks = m.num_hidden_layers * (attention + 2 * m.hidden_size) + feed_forward
     embeddings = m.vocab_size * m.hidden_size * (1 if m.tie_word_embeddings else 2)
-    return embeddings + m.hidden_size + m.num_hidden_layers * block, m.num_hidden_layers * m.num_experts * expert
+    return embeddings + m.hidden_size + blocks, mixtures * m.num_experts * expert
 
 
 def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
@@ -76,8 +80,12 @@ def saved_elements(model: Any, swiglu: int, fuller: float = 1.0) -> float:
         attention = query_in + 2 * m.kv_lora_rank + heads * (2 * key + 3 * value)
     else:
         attention = m.head_dim * (3 * m.num_attention_heads + 2 * m.num_key_value_heads)  # q, out twice, k, v
+        if m.qk_norm:  # their inputs
+            attention += m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
     experts = fuller * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
-    return m.num_hidden_layers * (4 * H + attention + experts)  # two norms' inputs and outputs
+    dense, mixtures = layers_of(m)
+    feed_forward = mixtures * experts + dense * 4 * (m.dense_intermediate_size or 0)
+    return m.num_hidden_layers * (4 * H + attention) + feed_forward  # two norms' inputs and outputs
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
     """What the rank with the fullest experts needs.
 
     Args:
-        model: `config.Model` with its vocabulary filled in.
+        model: `settings.Model` with its vocabulary filled in.
         process: bytes that the process has anyway, `Hardware.process`.
         max_vio: the fullest expert's rows over the mean, minus 1.
     """
@@ -205,7 +213,7 @@ def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
         swiglu = 4 if layout.engine == "local" else 3
     kept = saved_elements(model, swiglu, fuller)
     if layout.device == "cuda" and width == 2:
-        kept += model.num_hidden_layers * model.hidden_size * 2  # the router reads an fp32 copy
+        kept += layers_of(model)[1] * model.hidden_size * 2  # the router reads an fp32 copy
     if layout.recompute:
         layers = model.num_hidden_layers
         kept = layers * model.hidden_size + kept / layers

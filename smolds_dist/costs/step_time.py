@@ -8,14 +8,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from smolds_dist.costs.flops import attention_flops, product_weights
+from smolds_dist.costs.flops import attention_flops, layers_of, product_weights
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout, stretch
 from smolds_dist.costs.memory import rank_parameters, saved_elements
 
 # Of a link's bandwidth that collectives reach; NCCL's own tests show 70 to 85 %.
 LINK_SHARE = 0.75
-# Of the backward pass that gradient traffic can hide behind, where it overlaps (ZeRO 1 to 3 with `overlap_comm`).
+# Of a pass that gradients' and weights' traffic can hide behind, where it overlaps (ZeRO 1 to 3 with `overlap_comm`).
 OVERLAP = 0.8
 # How often a saved activation's bytes move in elementwise work, forward and backward: five times if every operation were
 # fused with its neighbours (written and read; read, its gradient written and read), twice that by published runs.
@@ -46,7 +46,7 @@ def step_time(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.
     """Of a step of all ranks.
 
     Args:
-        model: `config.Model` with its vocabulary filled in.
+        model: `settings.Model` with its vocabulary filled in.
         max_vio: the fullest expert's rows over the mean, minus 1 (arXiv 2408.15664).
     """
     passes = layout.accumulation
@@ -61,9 +61,10 @@ def step_time(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.
         exchange = max(0.0, exchange - dense - experts)
     busy = dense + experts + stretched + elementwise + overhead + exchange
     bubble = busy * (layout.pipeline - 1) / (layout.interleave * passes) if layout.pipeline > 1 else 0.0
-    backward = (dense + experts) * 2 / 3 / (passes if layout.zero < 2 else 1)  # without partitions, only the last pass
+    # Gradients move in the backward pass, without partitions only in the last one; ZeRO 3 fetches weights in both passes.
+    behind = (dense + experts) * (1 if layout.zero == 3 else 2 / 3) / (passes if layout.zero < 2 else 1)
     traffic = gradient_seconds(model, layout, machine)
-    hidden = OVERLAP * backward if layout.zero and layout.device == "cuda" else 0.0
+    hidden = OVERLAP * behind if layout.zero and layout.device == "cuda" else 0.0
     return StepTime(
         products=dense + experts,
         imbalance=stretched,
@@ -80,11 +81,14 @@ def product_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[floa
     """Of a forward and backward pass, outside and inside the routed experts: FLOPs over the reachable share of the peak.
 
     2 FLOPs per weight and token, three times over (PaLM, arXiv 2204.02311, appendix B); recomputation adds a forward pass.
+    In fp8 training, attention's own products and the head stay in bf16 (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
     """
     dense, experts = product_weights(model)
+    head = model.hidden_size * model.vocab_size
     factor = (4 if layout.recompute else 3) * layout.tokens / (layout.tensor * layout.pipeline)
-    flops = machine.flops(layout.dtype)
-    return factor * (2 * dense + attention_flops(model, layout.seq_len)) / flops, factor * 2 * experts / flops
+    flops, wide = machine.flops(layout.dtype), machine.flops("bf16" if layout.dtype == "fp8" else layout.dtype)
+    outside = 2 * (dense - head) / flops + (2 * head + attention_flops(model, layout.seq_len)) / wide
+    return factor * outside, factor * 2 * experts / flops
 
 
 def elementwise_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
@@ -99,7 +103,7 @@ def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: f
     if layout.expert == 1:
         return 0.0
     once = exchange_seconds(model, layout, machine, 1 + stretch(max_vio, model.num_experts, layout.expert))
-    return model.num_hidden_layers / layout.pipeline * once * (6 if layout.recompute else 4)
+    return layers_of(model)[1] / layout.pipeline * once * (6 if layout.recompute else 4)
 
 
 def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: float) -> float:
@@ -118,10 +122,12 @@ def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: floa
     latency = (near - 1) * machine.link.latency + (size - near) * machine.fabric.latency
     if layout.once_per_node and size > near:
         nodes = size // near
-        # Of the other nodes, those that at least one of a row's K experts is on.
-        copies = (nodes - 1) * (1 - (1 - 1 / nodes) ** model.num_experts_per_tok)
+        chosen = min(nodes, layout.most_nodes or nodes)
+        # Of the chosen nodes, those that at least one of a row's K experts is on, and that are not its own.
+        copies = chosen * (1 - (1 - 1 / chosen) ** model.num_experts_per_tok) * (nodes - 1) / nodes
         sent = layout.tokens / layout.tensor * row_bytes * copies * fuller
         outside = sent / (LINK_SHARE * machine.fabric.bandwidth)
+        latency = (near - 1) * machine.link.latency + (nodes - 1) * machine.fabric.latency  # one peer in each node
     return latency + max(inside, outside)
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import Data
 from smolds_dist.data.mixture import Mixture
 from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
 from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.data.unit_source import Progress, UnitSource
 from smolds_dist.data.whole import WholeSource
+from smolds_dist.settings import Data
 
 
 class Sample(NamedTuple):

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import Data, Source
 from smolds_dist.data.parts import Part
 from smolds_dist.data.source import File
 from smolds_dist.data.text import Document, documents
 from smolds_dist.data.token_files import Flat
 from smolds_dist.data.tokens import Tokenized, decoded_bytes, digest, is_held_out
 from smolds_dist.data.units import DOCUMENT, DocumentWriter, read_unit, token_dtype, tokens_of
+from smolds_dist.settings import Data, Source
 
 ENOUGH_TOKENS = 2**18  # of held-out text
 ENOUGH_BYTES = 2**28  # of text, read for it

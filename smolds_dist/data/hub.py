@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.config import Source
 from smolds_dist.data.cache import json_damage, key_of, written_once
 from smolds_dist.data.remote import file_system, retried
 from smolds_dist.data.source import COMPRESSED, TRIES, File, files_of, hub_error, open_file, version_of
 from smolds_dist.errors import ConfigError
+from smolds_dist.settings import Source
 
 LINES = (".jsonl", ".ndjson", ".json")
 

@@ -12,7 +12,7 @@ from math import floor, lcm
 
 import numpy as np
 
-from smolds_dist.config import Data, RunConfig, Stage
+from smolds_dist.settings import Data, RunConfig, Stage
 
 FINEST = 100_000  # weights are kept to one part in so many, exactly where they have up to five digits
 

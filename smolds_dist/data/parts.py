@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smolds_dist.config import Source
 from smolds_dist.data.order import key_for, permuted
 from smolds_dist.data.source import COMPRESSED, File
+from smolds_dist.settings import Source
 
 UNIT_BYTES = 2**20  # small files travel together up to this size
 PART_BYTES = 2**24  # larger files are cut, where their format can be

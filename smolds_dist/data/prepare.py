@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import RunConfig, Source
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cache import cache_folder, json_damage, key_of, written_once
 from smolds_dist.data.hub import resolve
@@ -19,6 +18,7 @@ from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.data.whole import SMALLEST_VAL_TOKENS, WholeSource, whole_sources
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import ProgressBar
+from smolds_dist.settings import RunConfig, Source
 
 TOKENIZER_FORMAT = 3  # raise it when training on the same text comes to another tokenizer
 

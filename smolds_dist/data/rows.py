@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from smolds_dist.config import Source
 from smolds_dist.data.source import BadFileError, File, hub_error, open_file
 from smolds_dist.data.token_files import read_tokens
 from smolds_dist.errors import ConfigError, first_line
+from smolds_dist.settings import Source
 
 # What a row is called where one is named.
 PLACES = {"jsonl": "line", "parquet": "row", "arrow": "row", "hf": "row", "tokens": "document"}

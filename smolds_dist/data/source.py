@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from smolds_dist.config import Data, Source
 from smolds_dist.data.remote import file_system, open_remote, retried
 from smolds_dist.errors import ConfigError, first_line
+from smolds_dist.settings import Data, Source
 
 TRIES = 4  # at listing a remote source
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")

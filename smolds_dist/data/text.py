@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smolds_dist.config import Data, Source
 from smolds_dist.data.parts import Part
 from smolds_dist.data.rows import PLACES, BadRow, rows_before, rows_of
 from smolds_dist.data.source import BadFileError, File
 from smolds_dist.data.token_files import Flat
 from smolds_dist.errors import ConfigError
+from smolds_dist.settings import Data, Source
 
 BYTE_ORDER_MARK = "\ufeff"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import Data, Source
 from smolds_dist.data.cache import key_of, write_if_free, written_once
 from smolds_dist.data.held_out import ENOUGH_BYTES, held_out_damage, read_held_out, write_held_out
 from smolds_dist.data.order import Piece, SourceOrder
@@ -25,6 +24,7 @@ from smolds_dist.data.text import look_ahead
 from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.data.units import DOCUMENT, FORMAT, UnitMeta, left_out_of, read_unit, unit_damage, write_unit
 from smolds_dist.errors import ConfigError
+from smolds_dist.settings import Data, Source
 
 AT_ONCE = 16  # units that a process looks for work in, from the one that is wanted next
 OPEN_UNITS = 1024

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import Data, Source
 from smolds_dist.data.parts import Part
 from smolds_dist.data.remote import waiting
 from smolds_dist.data.source import File
 from smolds_dist.data.text import Document, Tally, documents
 from smolds_dist.data.tokens import Tokenized, WrongIdError, is_held_out, tokenize
 from smolds_dist.errors import ConfigError
+from smolds_dist.settings import Data, Source
 
 FORMAT = 4  # part of every key: raise it when the layout or the meaning of a file changes
 # A row of a table of documents: where its tokens start, its part of the unit and number there, digests of its text and its

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.config import Data, RunConfig, Source
 from smolds_dist.data.cache import key_of, written_once
 from smolds_dist.data.held_out import HeldOut
 from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
@@ -30,6 +29,7 @@ from smolds_dist.data.tokens import Tokenized, WrongIdError, decoded_bytes, is_h
 from smolds_dist.data.units import DOCUMENT, DocumentWriter
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import ProgressBar
+from smolds_dist.settings import Data, RunConfig, Source
 
 FORMAT = 3  # part of every key: raise it when the layout or the meaning of a file changes
 SMALLEST_VAL_TOKENS = 16_384  # or a tenth of the source, whichever is less

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from smolds_dist.config import RunConfig, load_config, save_config
+from smolds_dist.config import load_config, save_config
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.budget import DiskBudget, bytes_there, unit_orders
 from smolds_dist.data.cores import free_cores, use_all_cores
@@ -23,6 +23,7 @@ from smolds_dist.data.order import SourceOrder
 from smolds_dist.data.prepare import Bar, find_data
 from smolds_dist.data.unit_source import AT_ONCE, UnitSource
 from smolds_dist.errors import ConfigError
+from smolds_dist.settings import RunConfig
 
 IDLE = 0.2  # seconds between two looks, where others are making all that is wanted
 

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.config import RunConfig, load_config
+from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inference.generate import load_model
+from smolds_dist.settings import RunConfig
 
 
 def evaluate_model(args: list[str]) -> None:
@@ -88,15 +89,13 @@ def evaluate_model(args: list[str]) -> None:
 
 
 def _evaluate_tasks(options: Any, settings: list[str]) -> None:
-    from smolds_dist.inference.harness import evaluate_tasks, find_tasks
+    from smolds_dist.inference.harness import evaluate_tasks, find_tasks, load_tasks
 
     if settings:
         raise ConfigError(f"{settings[0]} does not go with --tasks, which bring their own text; leave one of them out.")
-    manager = find_tasks(options.tasks, options.include_path)
+    tasks = load_tasks(options.tasks, find_tasks(options.tasks, options.include_path))
     model, tokenizer = load_model(options.model, options.step)
-    result, table = evaluate_tasks(
-        model, tokenizer, options.tasks, manager, options.num_fewshot, options.limit, options.batch_size
-    )
+    result, table = evaluate_tasks(model, tokenizer, tasks, options.num_fewshot, options.limit, options.batch_size)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table)

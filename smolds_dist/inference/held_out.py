@@ -7,12 +7,13 @@ import math
 
 import torch
 
-from smolds_dist.config import RunConfig
 from smolds_dist.data.batch import TrainingData, by_document, document_end, evaluation_batch
 from smolds_dist.data.held_out import HeldOut
+from smolds_dist.model.regions import plain_regions
 from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine, model_inputs
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig
 
 
 def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: TrainingData) -> dict[str, float]:
@@ -42,6 +43,7 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
 
 
 @torch.no_grad()
+@plain_regions()
 def evaluate_source(
     config: RunConfig, topology: Topology, engine: Engine, text: HeldOut, end_of_text: int | None
 ) -> tuple[float, torch.Tensor]:

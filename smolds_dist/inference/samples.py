@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from smolds_dist.model.regions import plain_regions
+
 
 def sample(
     model, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, temperature: float = 0.8
@@ -18,6 +20,7 @@ def sample(
 
 
 @torch.no_grad()
+@plain_regions()
 def continue_prompts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,6 +72,7 @@ def continue_prompts(
             eos_token_id=eos if stop_at_end else None,
             pad_token_id=eos,
             streamer=streamer,
+            remove_invalid_values=True,  # of a model whose training has gone wrong, which is told elsewhere
         )
     model.train(was_training)
     texts = []

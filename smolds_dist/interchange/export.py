@@ -1,4 +1,4 @@
-"""`smolds export RUN --to DIR`: a checkpoint of any layout as a folder that plain transformers loads.
+"""`smolds export RUN --to DIR`: a checkpoint of any layout as a folder that plain transformers loads, or as GGUF.
 
 Tensors are read from the checkpoint and written one after the other, so it takes memory for one file of the result, whatever
 the model's size, until the result is checked: then a process without smolds loads it, and its logits must be ours.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from smolds_dist.checkpoint.files import (
     find_damage,
     open_verified,
 )
-from smolds_dist.checkpoint.new_folder import check_free, new_folder
+from smolds_dist.checkpoint.new_folder import check_free, new_file, new_folder
 from smolds_dist.errors import ConfigError, OptionParser
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -54,10 +55,13 @@ def export(args: list[str]) -> None:
 
     folder = find_checkpoint(options.source, options.step)
     check_free(options.to)
+    if options.format == "gguf":
+        _export_gguf(folder, options)
+        return
     reader = open_verified(folder)
     tokenizer = tokenizer_of(folder, reader.manifest)
     config = model_config(reader.manifest, tokenizer)
-    dtype = options.dtype if options.dtype != "auto" else reader.manifest.topology["dtype"]
+    dtype = _dtype(options, reader.manifest)
     with new_folder(options.to) as part:
         write(reader, config, tokenizer, part, options.format, dtype, options.max_shard_bytes)
         write_card(part, folder, reader.manifest, config, options.format)
@@ -68,20 +72,55 @@ def export(args: list[str]) -> None:
         push(options.to, options.push)
 
 
+def _export_gguf(folder: Path, options: argparse.Namespace) -> None:
+    from smolds_dist.interchange.gguf_format import modelfile, write_gguf
+
+    to = options.to
+    if to.suffix != ".gguf" or to.exists():
+        raise ConfigError(f"--to {to} is no new file that --format gguf could write; give one such as model.gguf.")
+    reader = open_verified(folder)
+    tokenizer = tokenizer_of(folder, reader.manifest)
+    config = model_config(reader.manifest, tokenizer)
+    description, text = modelfile(to)
+    with new_file(to) as part:
+        write_gguf(
+            part,
+            folder.resolve().parent.parent.name,
+            reader,
+            dict(_selection_biases(reader)),
+            config,
+            tokenizer,
+            _dtype(options, reader.manifest),
+            options.quantise,
+            options.check,
+        )
+    description.write_text(text, encoding="utf-8")
+    read_back = ", which has been read back" if options.check else ""
+    print(f"{folder} is in {to}{read_back}; {description} describes it to Ollama")
+
+
+def _dtype(options: argparse.Namespace, manifest: Manifest) -> str:
+    return options.dtype if options.dtype != "auto" else manifest.topology["dtype"]
+
+
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="smolds export",
-        description="Writes a checkpoint, of any layout, as a model that plain transformers loads.",
+        description="Writes a checkpoint, of any layout, as a model that plain transformers loads, or llama.cpp.",
         renamed={"--file-gb": "--max-shard-size"},
         example="smolds export runs/first --to exported --dtype bf16",
     )
     parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder (runs/NAME), or a checkpoint's")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; with --format gguf a file, NAME.gguf")
     parser.add_argument("--step", type=int, help="which checkpoint of the run; the newest where not given")
     parser.add_argument(
-        "--format", choices=("transformers", "smolds"), default="transformers", help="whose classes are to load it"
+        "--format",
+        choices=("transformers", "smolds", "gguf"),
+        default="transformers",
+        help="whose classes are to load it; gguf is for llama.cpp, Ollama and LM Studio",
     )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: what the run computed in")
+    parser.add_argument("--quantise", choices=("q8_0",), help="with --format gguf: 8 bits for a matrix's number")
     parser.add_argument(
         "--max-shard-size",
         default="1GB",
@@ -93,6 +132,10 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "--push", metavar="NAME", help="upload it to this repository of the Hub; HF_TOKEN says who you are"
     )
     options = parser.parse_args(args)
+    if options.quantise and options.format != "gguf":
+        parser.error(f"--quantise {options.quantise} needs --format gguf")
+    if options.push and options.format == "gguf":
+        parser.error("--push takes folders, which --format gguf writes none of; use `hf upload NAME FILE`")
     options.max_shard_bytes = size_in_bytes(options.max_shard_size)
     return options
 
@@ -150,8 +193,8 @@ def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
 
 def model_config(manifest: Manifest, tokenizer: Any) -> Any:
     """Our configuration of a checkpoint's model."""
-    from smolds_dist.config import Model
     from smolds_dist.model import DeepSeekV3Config
+    from smolds_dist.settings import Model
 
     architecture = Model(**manifest.config["model"]).architecture()
     architecture["vocab_size"] = manifest.tensors["model.embed_tokens.weight"][0]
@@ -169,32 +212,41 @@ def write(
     from transformers import GenerationConfig
 
     from smolds_dist.data.tokenizer import save_tokenizer
-    from smolds_dist.interchange.transformers_format import transformers_config
+    from smolds_dist.interchange.transformers_format import CLASSES, save_transformers_config, transformers_config
 
     written = config
     if kind == "transformers":
+        biased = any(bool(bias.any()) for _, bias in _selection_biases(reader))
         try:
-            written = transformers_config(config)
+            written = transformers_config(config, biased)
         except ValueError as error:
             raise ConfigError(f"{str(error).rstrip('.')}; --format smolds keeps it as it is.") from None
-    name = {"ernie4_5_moe": "Ernie4_5_MoeForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
-    written.architectures = [name.get(written.model_type, "DeepSeekV3ForCausalLM")]
+    written.architectures = [CLASSES.get(written.model_type, "DeepSeekV3ForCausalLM")]
     written.dtype = DTYPES[dtype]
-    written.save_pretrained(folder)
+    if kind == "transformers":
+        save_transformers_config(written, folder)
+    else:
+        written.save_pretrained(folder)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    tensors = _for_transformers(reader, config) if kind == "transformers" else _for_smolds(reader, config)
+    if kind == "transformers":
+        tensors = _for_transformers(reader, config, written.model_type)
+    else:
+        tensors = _for_smolds(reader, config)
     _write_files(tensors, folder, DTYPES[dtype], file_bytes)
 
 
-def _for_transformers(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
+def _for_transformers(reader: CheckpointReader, config: Any, model_type: str) -> Iterator[tuple[str, Any]]:
     from smolds_dist.interchange.transformers_format import to_transformers
 
-    for name in reader.manifest.tensors:
-        yield to_transformers(name, reader.whole(name, "value"), config)
-    for key, bias in _selection_biases(reader):
-        yield to_transformers(key, bias, config)
+    ours = ((name, reader.whole(name, "value")) for name in reader.manifest.tensors)
+    for name, tensor in chain(ours, _selection_biases(reader)):
+        if renamed := to_transformers(name, tensor, config, model_type):
+            yield renamed
+    if config.tie_word_embeddings and model_type in ("deepseek_v3", "mixtral"):
+        # Models of these classes have an output weight of their own, so that mlx-lm and vLLM look for no other.
+        yield "lm_head.weight", reader.whole("model.embed_tokens.weight", "value")
 
 
 def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
@@ -266,6 +318,7 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
     """Has another process load the result and compares its logits with ours, of weights rounded alike.
 
     Raises:
+        ConfigError: where they are not finite.
         RuntimeError: where they differ, which no input should bring about.
     """
     import torch
@@ -299,6 +352,10 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
         ours = model(input_ids=ids, use_cache=False).logits
+    if not ours.isfinite().all():
+        raise ConfigError(
+            "the checkpoint's logits are not finite, so its training has gone wrong; choose an earlier one with --step."
+        )
     difference = (ours - theirs).abs().max().item()
     if not difference <= TOLERANCE * ours.abs().max().item():
         raise RuntimeError(f"the export computes other logits than the checkpoint: they differ by {difference:.2g}")

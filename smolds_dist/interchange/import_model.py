@@ -1,21 +1,27 @@
 """`smolds import DIR --to runs/NAME`: a model of transformers' becomes a run to continue training from, in any layout.
 
-`DIR` is what `smolds export` wrote, or another ERNIE 4.5 MoE or DeepSeek-V3 model whose features all have counterparts here.
-The run begins at step 0 with a new optimizer.
+`DIR` is what `smolds export` wrote, or another model of one of `transformers_format.CLASSES` whose features all have
+counterparts here. Weights are read and written tensor by tensor. The run begins at step 0 with a new optimizer.
 """
 
+import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from smolds_dist.checkpoint.files import Manifest, checkpoint_name, publish, write_parts
 from smolds_dist.checkpoint.new_folder import check_free, new_folder
-from smolds_dist.config import RunConfig, load_config, save_config
+from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.interchange import upcycle
+from smolds_dist.rules import validate
+from smolds_dist.settings import Model, RunConfig, Yarn
+
+PART_BYTES = 200_000_000  # of a file of the checkpoint; what is written is held twice
 
 
 def import_model(args: list[str]) -> None:
@@ -24,6 +30,49 @@ def import_model(args: list[str]) -> None:
     Raises:
         ConfigError: where the folder holds no model with a counterpart here, or the run exists.
     """
+    options, settings = _parse(args)
+    folder, to = options.folder, options.to
+    names = [f"--run.dir={to.parent}", f"--run.name={to.name}"]
+    config = load_config([*settings, *names], prog="smolds import")  # before the heavy imports
+
+    from smolds_dist.data.tokenizer import save_tokenizer, tokenizer_digest
+    from smolds_dist.interchange.transformers_format import CLASSES, UNBIASED
+
+    theirs, ours = read_config(folder)
+    tokenizer = read_tokenizer(folder, ours.vocab_size)
+    wanted, config.model = config.model, model_settings(ours)
+    tensors = logical_tensors(folder, ours, theirs)
+    if options.upcycle:
+        how = upcycle.Upcycling(
+            options.upcycle_granularity, options.upcycle_noise, options.upcycle_drop, config.train.seed
+        )
+        config.model = upcycle.upcycled_model(config.model, wanted, how)
+        tensors = upcycle.upcycled(tensors, config.model, how)
+    config.data.tokenizer = str(to / "tokenizer")
+    longest = config.model.max_position_embeddings
+    if config.data.seq_len > longest:
+        raise ConfigError(
+            f"the model takes {longest:,} tokens at most, and sequences would have {config.data.seq_len:,}; give "
+            f"--data.seq_len {longest} or less."
+        )
+    validate(config)
+    kind = theirs.model_type
+    with new_folder(to) as part:
+        save_tokenizer(tokenizer, part / "tokenizer")
+        save_config(config, part / "config.yaml")
+        write_checkpoint(folder, kind, tensors, config, tokenizer_digest(tokenizer), part / "checkpoints")
+    if config.train.balance == "bias" and kind in UNBIASED:
+        print(
+            f"{CLASSES[kind]} has no selection biases, which --train.balance bias moves: with aux_loss or none in its "
+            "place, the run can be exported to that class again"
+        )
+    print(
+        f"{folder} is the run {to}; train it with `smolds train --config {to / 'config.yaml'} --checkpoint.resume auto`"
+    )
+
+
+def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own options, and the run's settings."""
     parser = OptionParser(
         prog="smolds import",
         description="Makes a run of a model in Hugging Face format, to continue training from. Further options are those of "
@@ -32,33 +81,49 @@ def import_model(args: list[str]) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the model's folder")
     parser.add_argument("--to", type=Path, required=True, help="the run's folder, such as runs/NAME")
+    upcycle.add_options(parser)
     options, settings = parser.parse_known_args(args)
-    if not (options.folder / "config.json").is_file():
-        raise ConfigError(f"{options.folder} holds no model; name a folder with config.json and safetensors files.")
+    folder = options.folder
+    if not (folder / "config.json").is_file():
+        is_run = (folder / "checkpoints").is_dir()
+        advice = f"it is a run, whose model is in {folder / 'export'}" if is_run else "name a folder with these"
+        raise ConfigError(f"{folder} holds no model, config.json and safetensors files; {advice}.")
     check_free(options.to)
-    names = [f"--run.dir={options.to.parent}", f"--run.name={options.to.name}"]
-    config = load_config([*settings, *names], prog="smolds import")  # before the heavy imports
-
-    from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest
-
-    ours = read_config(options.folder)
-    tokenizer = load_tokenizer(str(options.folder))
-    for name in config.model.architecture():
-        setattr(config.model, name, getattr(ours, name))
-    config.data.tokenizer = str(options.to / "tokenizer")
-    config.validate()
-    with new_folder(options.to) as part:
-        save_tokenizer(tokenizer, part / "tokenizer")
-        save_config(config, part / "config.yaml")
-        write_checkpoint(options.folder, ours, config, tokenizer_digest(tokenizer), part / "checkpoints")
-    print(
-        f"{options.folder} is the run {options.to}; train it with "
-        f"`smolds train --config {options.to / 'config.yaml'} --checkpoint.resume auto`"
-    )
+    upcycle.check_options(options)
+    changed = upcycle.CHANGED if options.upcycle else ()
+    refused = {f"--model.{field.name}" for field in fields(Model) if field.name not in changed}
+    for setting in settings:
+        if (name := setting.partition("=")[0]) in refused:
+            advice = f"leave it out (--upcycle changes {', '.join(changed)})" if changed else "leave it out"
+            raise ConfigError(f"{name} is what the model in {folder} has already; {advice}.")
+    return options, settings
 
 
-def read_config(folder: Path) -> Any:
-    """Our configuration of the model in `folder`.
+def read_tokenizer(folder: Path, vocabulary: int) -> Any:
+    """The tokenizer in `folder`, of a model with that vocabulary.
+
+    Raises:
+        ConfigError: where there is none, or one that does not fit.
+    """
+    from smolds_dist.data.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except ConfigError:
+        raise ConfigError(
+            f"{folder} holds no tokenizer that transformers loads, with an end-of-text token; put its tokenizer.json and "
+            "tokenizer_config.json there."
+        ) from None
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(
+            f"{folder} has a tokenizer of {len(tokenizer):,} tokens and a model of {vocabulary:,}; they do not belong "
+            "together."
+        )
+    return tokenizer
+
+
+def read_config(folder: Path) -> tuple[Any, Any]:
+    """The configuration of the model in `folder`, theirs and ours.
 
     Raises:
         ConfigError: naming the setting that has no counterpart.
@@ -71,18 +136,33 @@ def read_config(folder: Path) -> Any:
     try:
         theirs = transformers.AutoConfig.from_pretrained(folder)
         if isinstance(theirs, smolds_dist.model.DeepSeekV3Config):
-            return theirs
-        return our_config(theirs)
+            return theirs, theirs
+        return theirs, our_config(theirs)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"{folder} cannot be imported ({reason}); smolds knows ERNIE 4.5 MoE and DeepSeek-V3 models that have a mixture "
-            "in every layer."
+            f"{folder} cannot be imported ({reason}); smolds knows ERNIE 4.5 MoE, DeepSeek-V3, Mixtral, Qwen3-MoE, OLMoE "
+            "and Llama models with the features that its own have."
         ) from None
 
 
-def write_checkpoint(folder: Path, ours: Any, config: RunConfig, tokenizer: str, root: Path) -> None:
+def model_settings(ours: Any) -> Model:
+    """The settings `--model.*` of a model's configuration."""
+    settings = {field.name: getattr(ours, field.name) for field in fields(Model) if hasattr(ours, field.name)}
+    if scaling := settings["rope_scaling"]:
+        settings["rope_scaling"] = Yarn(**scaling)
+    return Model(**settings)
+
+
+def write_checkpoint(
+    folder: Path, kind: str, given: Iterable[tuple[str, Any]], config: RunConfig, tokenizer: str, root: Path
+) -> None:
     """A checkpoint of step 0 that holds weights and selection biases alone.
+
+    Args:
+        folder: where the tensors are from.
+        kind: transformers' type of the model there.
+        given: logical tensors of the model that `config` describes.
 
     Raises:
         ConfigError: where the files do not hold what the configuration says.
@@ -90,37 +170,53 @@ def write_checkpoint(folder: Path, ours: Any, config: RunConfig, tokenizer: str,
     import torch
 
     from smolds_dist.checkpoint.writer import Progress, package_versions
-    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.interchange.transformers_format import CLASSES, to_transformers
+    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
 
+    ours = DeepSeekV3Config(**config.model.architecture())
     with torch.device("meta"):
-        model = DeepSeekV3ForCausalLM(ours)
-    shapes = tensor_shapes(model)
-    biases = {name: tuple(b.shape) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+        built = DeepSeekV3ForCausalLM(ours)
+    shapes = tensor_shapes(built)
+    biases = {name: tuple(b.shape) for name, b in built.named_buffers() if name.endswith("e_score_correction_bias")}
     missing = dict(shapes | biases)
+
+    def theirs(name: str) -> str:
+        """A logical tensor's name in the folder's files."""
+        if kind not in CLASSES or name not in shapes | biases:
+            return name
+        renamed = to_transformers(name, torch.empty((shapes | biases)[name], device="meta"), ours, kind)
+        return renamed[0] if renamed else name
+
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in logical_tensors(folder, ours):
-            if name == "lm_head.weight" and ours.tie_word_embeddings:
+        for name, tensor in given:
+            if name == "lm_head.weight" and config.model.tie_word_embeddings:
                 continue
+            if name not in missing and name in shapes | biases:
+                raise ConfigError(f"{folder} holds {theirs(name)} twice; leave one of the files that do.")
             if tuple(tensor.shape) != missing.get(name):
-                wanted = f"of {list(missing[name])}" if name in missing else "that has no counterpart"
+                wanted = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
                 raise ConfigError(
-                    f"{folder} has a tensor {name} of shape {list(tensor.shape)}, {wanted}; it is another model."
+                    f"{folder} has a tensor {theirs(name)} of shape {list(tensor.shape)}, {wanted}; it is another model."
                 )
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{folder} has numbers in {theirs(name)} that are not finite; get its file anew.")
             del missing[name]
             yield f"{name}:value:0", tensor.float().flatten().contiguous()
-        for name in biases:
-            if missing.pop(name, None):  # a model that was balanced in another way
-                yield f"{name}:value:0", torch.zeros(ours.num_experts)
+        # A model that was balanced in another way has no biases, and one with a single expert no router.
+        routers = [name for name in shapes if name.endswith(".mlp.gate.weight") and config.model.num_experts == 1]
+        for name in (*biases, *routers):
+            if shape := missing.pop(name, None):
+                yield f"{name}:value:0", torch.zeros(shape).flatten()
         if missing:
-            raise ConfigError(f"{folder} lacks the tensor {next(iter(missing))}; it is not complete.")
+            raise ConfigError(f"{folder} lacks the tensor {theirs(next(iter(missing)))}; it is not complete.")
 
-    files = write_parts(unfinished, tensors())
+    files = write_parts(unfinished, tensors(), PART_BYTES)
     topology: Topology = plan_topology(config, detect_machine(), RankInfo())
     manifest = Manifest(
         **asdict(Progress()),
@@ -138,32 +234,29 @@ def write_checkpoint(folder: Path, ours: Any, config: RunConfig, tokenizer: str,
     publish(unfinished, manifest)
 
 
-def logical_tensors(folder: Path, ours: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor of the folder's files, under our logical name.
+def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str, Any]]:
+    """Every tensor of the folder's files that counts, under our logical name.
 
     Raises:
         ConfigError: where a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    import smolds_dist.model
-    from smolds_dist.interchange.transformers_format import from_transformers
+    from smolds_dist.interchange.transformers_format import CLASSES, from_transformers
     from smolds_dist.parallel.fragments import logical_shapes
 
-    is_ours = (
-        json.loads((folder / "config.json").read_text())["model_type"] == smolds_dist.model.DeepSeekV3Config.model_type
-    )
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ConfigError(f"{folder} holds no safetensors files; convert the model's weights to them.")
-    for path in paths:
+    further = 0
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  safe_open is no mapping
                     tensor = file.get_tensor(key)
-                    if not is_ours:
-                        yield from_transformers(key, tensor, ours)
-                        continue
+                    if theirs.model_type in CLASSES:
+                        renamed = from_transformers(key, tensor, ours, theirs)
+                        if renamed is None:
+                            further += key.startswith("model.layers.")
+                            continue
+                        key, tensor = renamed
                     flat = tensor.flatten()
                     for name, shape in logical_shapes(key, tensor.shape).items():
                         size = math.prod(shape)
@@ -171,3 +264,26 @@ def logical_tensors(folder: Path, ours: Any) -> Iterator[tuple[str, Any]]:
                         flat = flat[size:]
         except SafetensorError as error:
             raise ConfigError(f"{path} is damaged ({error}); get it anew.") from None
+    if further:
+        print(f"{further} tensors of layers that predict further tokens (num_nextn_predict_layers) are left out")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files; where an index lists them, these alone.
+
+    Raises:
+        ConfigError: where there are none, or one is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    paths = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        try:
+            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{index} is damaged; get it anew.") from None
+    if not paths:
+        raise ConfigError(f"{folder} holds no safetensors files; convert the model's weights to them.")
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"{folder} lacks {path.name}, which {index.name} lists; get it, too.")
+    return paths

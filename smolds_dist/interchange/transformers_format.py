@@ -1,170 +1,416 @@
 """The same model in transformers' own classes: which class and configuration, and the weights renamed; there and back.
 
-Grouped-query attention with softmax scores is `Ernie4_5_MoeForCausalLM`; latent attention with sigmoid scores and a
-shared expert is `DeepseekV3ForCausalLM`.
+| class | what it is of ours |
+|---|---|
+| `Ernie4_5_MoeForCausalLM` | grouped-query attention, renormalised softmax scores; biases, shared experts, dense layers |
+| `MixtralForCausalLM` | the same without these three |
+| `Qwen3MoeForCausalLM`, `OlmoeForCausalLM` | `qk_norm` "head" and "all", softmax scores; no selection biases |
+| `LlamaForCausalLM` | grouped-query attention and a single expert |
+| `DeepseekV3ForCausalLM` | latent attention, sigmoid scores, a shared expert |
+
+Shape letters: n heads, D rows of a head, P of them rotary, C columns.
 """
 
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import DeepseekV3Config, Ernie4_5_MoeConfig, PreTrainedConfig
+from transformers import (
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from smolds_dist.model import DeepSeekV3Config
 
+CLASSES = {
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+UNBIASED = ("mixtral", "qwen3_moe", "olmoe")  # which know no selection biases
+LATENT_NORM_EPS = 1e-6  # which DeepSeek-V3's class does not let one choose
 _SHARED_FIELDS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads hidden_act max_position_embeddings initializer_range "
     "rms_norm_eps tie_word_embeddings pad_token_id bos_token_id eos_token_id"
 ).split()
+_YARN_FIELDS = (
+    "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate"
+).split()
+_LATENT_FIELDS = "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
+# Of their configurations what changes nothing in what a model computes, or is compared in another way.
+_NO_MATTER = (
+    "dtype torch_dtype architectures transformers_version use_cache _name_or_path pretraining_tp output_router_logits "
+    "router_aux_loss_coef rope_parameters rope_scaling rope_theta rope_interleave num_mtp_layers num_nextn_predict_layers "
+    "ep_size aux_loss_alpha seq_aux auto_map max_window_layers"
+).split()
 
-_TURNED = ("q_proj.weight", "k_proj.weight")
+
+def model_type(config: DeepSeekV3Config, biased: bool = True) -> str:
+    """transformers' name of the kind of model that computes the same function, if any does.
+
+    Args:
+        biased: whether any selection bias is not 0.
+    """
+    if config.attention == "latent":
+        return "deepseek_v3"
+    if config.num_experts == 1 and not config.n_shared_experts and not config.first_k_dense_replace:
+        return "llama"
+    if config.qk_norm:
+        return "qwen3_moe" if config.qk_norm == "head" else "olmoe"
+    return "ernie4_5_moe" if biased or config.n_shared_experts or config.first_k_dense_replace else "mixtral"
 
 
-def transformers_config(config: DeepSeekV3Config) -> PreTrainedConfig:
+def transformers_config(config: DeepSeekV3Config, biased: bool = True, kind: str | None = None) -> PreTrainedConfig:
     """The configuration of the transformers model that computes the same function.
+
+    Args:
+        biased: whether any selection bias is not 0.
+        kind: a model type of theirs, where it is not to be `model_type`'s.
 
     Raises:
         ValueError: where there is none, naming the setting that stands in the way.
     """
-    theirs = _counterpart(config)
-    # transformers 4 and mlx-lm look for it here alone, and take a default of their own where they don't find it.
+    kind = kind or model_type(config, biased)
+    common = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    scaling = {name: value for name, value in (config.rope_scaling or {}).items() if value is not None}
+    common["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
+    theirs = _COUNTERPARTS[kind](config, common)
+    if biased and kind in UNBIASED:
+        raise ValueError(
+            f"{CLASSES[kind]} has no selection biases; train with balance none or aux_loss to keep them 0."
+        )
+    # transformers 4, mlx-lm and others look for these here alone, and else take a default of their own.
     theirs.rope_theta = config.rope_theta
     return theirs
 
 
-def _counterpart(config: DeepSeekV3Config) -> PreTrainedConfig:
-    common = {name: getattr(config, name) for name in _SHARED_FIELDS}
-    common["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.attention == "gqa" and config.scoring_func == "softmax":
-        if not config.norm_topk_prob or config.routed_scaling_factor != 1.0:
+def save_transformers_config(theirs: PreTrainedConfig, folder: Path) -> None:
+    """As `save_pretrained`, and also under the names that other readers know and transformers 5 has given up: YaRN's
+    settings, and the number of Qwen3's experts."""
+    theirs.save_pretrained(folder)
+    path = folder / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if (rope := theirs.rope_parameters)["rope_type"] == "yarn":
+        saved["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"} | {"type": "yarn"}
+    if theirs.model_type == "qwen3_moe":
+        saved["num_experts"] = theirs.num_experts
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _grouped_query(config: DeepSeekV3Config, kind: str, **fixed: Any) -> dict[str, Any]:
+    """What all classes with grouped-query attention and softmax scores have in common."""
+    fixed = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": None, "attention": "gqa"} | fixed
+    for name, value in fixed.items():
+        if getattr(config, name) != value:
             raise ValueError(
-                "ERNIE's router has no counterpart for norm_topk_prob=False or routed_scaling_factor != 1."
+                f"{CLASSES[kind]} has no counterpart for {name}={getattr(config, name)!r}, only {value!r}."
             )
-        return Ernie4_5_MoeConfig(
-            **common,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,  # type: ignore[call-arg]  # read by the model, not declared
-            intermediate_size=config.intermediate_size,
-            moe_intermediate_size=config.intermediate_size,
-            moe_num_experts=config.num_experts,
-            moe_k=config.num_experts_per_tok,
-            moe_num_shared_experts=config.n_shared_experts,
-            moe_layer_start_index=0,
+    return {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+
+
+_WITHOUT = {"n_shared_experts": 0, "first_k_dense_replace": 0}
+
+
+def _ernie(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
+    if config.scoring_func != "softmax":
+        raise ValueError(
+            f"no transformers model has attention='gqa' with scoring_func={config.scoring_func!r}; gqa needs softmax, "
+            "latent needs sigmoid."
         )
-    if config.attention == "latent" and config.scoring_func == "sigmoid":
-        if not config.n_shared_experts:
-            raise ValueError(
-                "transformers' DeepSeek-V3 always has a shared expert; n_shared_experts=0 has no counterpart."
-            )
-        if config.rms_norm_eps != 1e-6:
-            raise ValueError(
-                "transformers' DeepSeek-V3 fixes the latent norms' epsilon; only rms_norm_eps=1e-6 matches."
-            )
-        return DeepseekV3Config(
-            **common,
-            num_key_value_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            moe_intermediate_size=config.intermediate_size,
-            n_routed_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            n_shared_experts=config.n_shared_experts,
-            n_group=1,
-            topk_group=1,
-            norm_topk_prob=config.norm_topk_prob,
-            routed_scaling_factor=config.routed_scaling_factor,
-            first_k_dense_replace=0,
-            q_lora_rank=config.q_lora_rank,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            rope_interleave=False,
-            num_mtp_layers=0,
-        )
-    raise ValueError(
-        f"no transformers model has attention={config.attention!r} with scoring_func={config.scoring_func!r}; "
-        "gqa needs softmax, latent needs sigmoid."
+    return Ernie4_5_MoeConfig(
+        **common,
+        **_grouped_query(config, "ernie4_5_moe", norm_topk_prob=True, qk_norm=None),
+        intermediate_size=config.dense_intermediate_size or config.intermediate_size,
+        moe_intermediate_size=config.intermediate_size,
+        moe_num_experts=config.num_experts,
+        moe_k=config.num_experts_per_tok,
+        moe_num_shared_experts=config.n_shared_experts,
+        moe_layer_start_index=config.first_k_dense_replace,
     )
 
 
-def to_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config) -> tuple[str, Tensor]:
+def _mixtral(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
+    return MixtralConfig(
+        **common,
+        **_grouped_query(config, "mixtral", norm_topk_prob=True, qk_norm=None, **_WITHOUT),
+        intermediate_size=config.intermediate_size,
+        num_local_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+    )
+
+
+def _qwen3(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
+    return Qwen3MoeConfig(
+        **common,
+        **_grouped_query(config, "qwen3_moe", qk_norm="head", n_shared_experts=0),
+        intermediate_size=config.dense_intermediate_size or config.intermediate_size,
+        moe_intermediate_size=config.intermediate_size,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        norm_topk_prob=config.norm_topk_prob,
+        mlp_only_layers=list(range(config.first_k_dense_replace)),
+    )
+
+
+def _olmoe(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
+    shape = _grouped_query(config, "olmoe", qk_norm="all", **_WITHOUT)
+    if shape.pop("head_dim") * config.num_attention_heads != config.hidden_size:
+        raise ValueError(
+            f"{CLASSES['olmoe']} has no head_dim of its own; it must be hidden_size / num_attention_heads."
+        )
+    return OlmoeConfig(
+        **common,
+        **shape,
+        intermediate_size=config.intermediate_size,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        norm_topk_prob=config.norm_topk_prob,
+    )
+
+
+def _llama(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
+    shape = _grouped_query(config, "llama", num_experts=1, qk_norm=None, **_WITHOUT)
+    return LlamaConfig(**common, **shape, intermediate_size=config.intermediate_size)
+
+
+def _deepseek(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
+    if config.scoring_func != "sigmoid":
+        raise ValueError(
+            f"no transformers model has attention='latent' with scoring_func={config.scoring_func!r}; gqa needs softmax, "
+            "latent needs sigmoid."
+        )
+    if not config.n_shared_experts:
+        raise ValueError("transformers' DeepSeek-V3 always has a shared expert; n_shared_experts=0 has no counterpart.")
+    if (config.rms_norm_eps if config.latent_norm_eps is None else config.latent_norm_eps) != LATENT_NORM_EPS:
+        raise ValueError(
+            "transformers' DeepSeek-V3 fixes the latent norms' epsilon; only latent_norm_eps=1e-6 matches."
+        )
+    theirs = DeepseekV3Config(
+        **common,
+        **{name: getattr(config, name) for name in _LATENT_FIELDS},
+        num_key_value_heads=config.num_attention_heads,
+        intermediate_size=config.dense_intermediate_size or config.intermediate_size,
+        moe_intermediate_size=config.intermediate_size,
+        n_routed_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        n_shared_experts=config.n_shared_experts,
+        n_group=config.n_group or 1,
+        topk_group=config.topk_group or 1,
+        norm_topk_prob=config.norm_topk_prob,
+        routed_scaling_factor=config.routed_scaling_factor,
+        first_k_dense_replace=config.first_k_dense_replace,
+        rope_interleave=True,
+        num_mtp_layers=0,
+    )
+    # transformers takes these for granted; others read them.
+    for name, value in {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}.items():
+        setattr(theirs, name, value)
+    return theirs
+
+
+_COUNTERPARTS: dict[str, Callable[[DeepSeekV3Config, dict[str, Any]], PreTrainedConfig]] = {
+    "ernie4_5_moe": _ernie,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3,
+    "olmoe": _olmoe,
+    "llama": _llama,
+    "deepseek_v3": _deepseek,
+}
+
+
+def to_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> tuple[str, Tensor] | None:
     """A logical tensor or selection bias of ours (`parallel.fragments`) under the name and in the row order of transformers'
-    files, in which too every matrix of every expert stands on its own."""
-    if config.attention == "latent":
-        return name, tensor
+    files, in which too every matrix of every expert stands on its own. None: there is no such tensor there."""
+    tensor = turned_in_pairs(name, tensor, config, kind)
     if name.endswith(".gate.e_score_correction_bias"):
-        return name.replace(".gate.", ".moe_statics."), tensor[None]
-    if name.endswith(_TURNED):
-        # We turn the pairs (i, i + D/2), ERNIE the pairs (2 i, 2 i + 1).
-        halves = tensor.view(-1, 2, config.head_dim // 2, tensor.shape[-1])
-        return name, halves.transpose(1, 2).reshape(tensor.shape)
+        if kind == "ernie4_5_moe":
+            return name.replace(".gate.", ".moe_statics."), tensor[None]
+        return (name, tensor) if kind == "deepseek_v3" else None
+    if kind == "llama":
+        return None if ".mlp.gate." in name else (name.replace(".experts.0.", "."), tensor)
+    if kind == "mixtral" and ".mlp." in name:
+        for ours, theirs in _MIXTRAL.items():
+            name = name.replace(f".{ours}.weight", f".{theirs}.weight")
+        return name.replace(".mlp.", ".block_sparse_moe."), tensor
     return name, tensor
 
 
-def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config) -> tuple[str, Tensor]:
-    """The way back of `to_transformers`."""
-    if config.attention == "latent":
-        return name, tensor
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, theirs: Any) -> tuple[str, Tensor] | None:
+    """The way back of `to_transformers`, from a model with the configuration `theirs`; stacked experts stay stacked. None: a
+    tensor that changes nothing in what the model computes."""
+    kind = theirs.model_type
+    if name.endswith("rotary_emb.inv_freq") or _layer(name) >= config.num_hidden_layers:
+        return None  # computed anew; layers after the last predict further tokens (DeepSeek-V3, section 2.2)
+    pairs = kind == "ernie4_5_moe" or getattr(theirs, "rope_interleave", False)
+    if pairs and (rotary := _rotary_rows(name, config, kind)):
+        return name, _reordered(tensor, *rotary, (rotary[1] // 2, 2))
     if name.endswith(".moe_statics.e_score_correction_bias"):
-        return name.replace(".moe_statics.", ".gate."), tensor[0]
-    if name.endswith(_TURNED):
-        pairs = tensor.view(-1, config.head_dim // 2, 2, tensor.shape[-1])
-        return name, pairs.transpose(1, 2).reshape(tensor.shape)
+        return re.sub(r"\.(gate\.)?moe_statics\.", ".gate.", name), tensor[0]
+    if kind == "llama":
+        return re.sub(r"\.mlp\.(\w+_proj)\.", r".mlp.experts.0.\1.", name), tensor
+    if kind == "mixtral":
+        name = name.replace(".block_sparse_moe.", ".mlp.")
+        for ours, called in _MIXTRAL.items():
+            name = name.replace(f".{called}.weight", f".{ours}.weight")
     return name, tensor
 
 
-def transformers_state_dict(state: dict[str, Tensor], config: DeepSeekV3Config) -> dict[str, Tensor]:
-    """Our parameters and selection biases, experts stacked, under the names of `transformers_config(config)`'s model."""
-    renamed = dict(to_transformers(name, tensor, config) for name, tensor in state.items())
-    return {name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): tensor for name, tensor in renamed.items()}
+def _layer(name: str) -> int:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _rotary_rows(name: str, config: DeepSeekV3Config, kind: str) -> tuple[int, int] | None:
+    """Rows of a head and how many of them, its last, are turned, where their order is not that of ours.
+
+    We turn the pairs (i, i + P/2), ERNIE and DeepSeek-V3 the pairs (2 i, 2 i + 1); the others do as we do.
+    """
+    weight = name.rpartition(".self_attn.")[2]
+    if kind == "ernie4_5_moe" and weight in ("q_proj.weight", "k_proj.weight"):
+        return config.head_dim, config.head_dim
+    if kind == "deepseek_v3" and weight in ("q_proj.weight", "q_b_proj.weight"):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.qk_rope_head_dim
+    if kind == "deepseek_v3" and weight == "kv_a_proj_with_mqa.weight":
+        return config.kv_lora_rank + config.qk_rope_head_dim, config.qk_rope_head_dim
+    return None
+
+
+def turned_in_pairs(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> Tensor:
+    """A logical tensor of ours in the row order of a kind of model that turns the pairs (2 i, 2 i + 1)."""
+    if rotary := _rotary_rows(name, config, kind):
+        return _reordered(tensor, *rotary, (2, rotary[1] // 2))
+    return tensor
+
+
+def _reordered(tensor: Tensor, head: int, rotary: int, order: tuple[int, int]) -> Tensor:
+    rows_nDC = tensor.view(-1, head, tensor.shape[-1])
+    still, turned = rows_nDC.split([head - rotary, rotary], dim=1)
+    turned = turned.reshape(len(turned), *order, -1).transpose(1, 2).reshape(turned.shape)
+    return torch.cat((still, turned), dim=1).reshape(tensor.shape)
 
 
 def our_config(theirs: Any) -> DeepSeekV3Config:
-    """Our configuration of the same function as an ERNIE or DeepSeek-V3 model's.
+    """Our configuration of the same function as one of `CLASSES`' models.
 
     Raises:
         ValueError: where there is none, naming the setting that stands in the way.
     """
     kind = theirs.model_type
-    if kind not in ("ernie4_5_moe", "deepseek_v3"):
-        raise ValueError(f"model_type {kind!r} is neither ernie4_5_moe nor deepseek_v3.")
-    values = {name: getattr(theirs, name) for name in _SHARED_FIELDS}
-    rope = dict(theirs.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type {rope['rope_type']!r} has no counterpart; only plain rotary embedding has.")
-    values["rope_theta"] = float(rope["rope_theta"])
-    if kind == "ernie4_5_moe":
-        values |= {
-            "attention": "gqa",
-            "scoring_func": "softmax",
-            "num_key_value_heads": theirs.num_key_value_heads,
-            "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
-            "intermediate_size": theirs.moe_intermediate_size,
-            "num_experts": theirs.moe_num_experts,
-            "num_experts_per_tok": theirs.moe_k,
-            "n_shared_experts": theirs.moe_num_shared_experts,
-        }
-    else:
-        values |= {"attention": "latent", "scoring_func": "sigmoid"} | {
-            name: getattr(theirs, name)
-            for name in (
-                "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok n_shared_experts "
-                "norm_topk_prob routed_scaling_factor"
-            ).split()
-        }
-        values |= {"intermediate_size": theirs.moe_intermediate_size, "num_experts": theirs.n_routed_experts}
-    ours = DeepSeekV3Config(**values)
+    if kind not in CLASSES:
+        raise ValueError(f"model_type {kind!r} is none of {', '.join(CLASSES)}.")
+    if getattr(theirs, "quantization_config", None):
+        raise ValueError(
+            "quantization_config is there, but only plain weights can be read; convert them to bf16 first."
+        )
+    fields = {name: getattr(theirs, name) for name in _SHARED_FIELDS} | _rope(theirs) | _parts(theirs)
+    try:
+        ours = DeepSeekV3Config(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
     # What our configuration cannot say must be as our way back would say it.
-    expected = transformers_config(ours).to_dict()
-    ignored = {
-        "dtype",
-        "architectures",
-        "transformers_version",
-        "intermediate_size",
-        "use_cache",
-        "router_aux_loss_coef",
-    }
-    ignored |= {"output_router_logits", "_name_or_path", "pretraining_tp", "torch_dtype", "moe_layer_end_index"}
+    expected = transformers_config(ours, biased=False, kind=kind).to_dict()
     for name, value in theirs.to_dict().items():
-        if name in expected and name not in ignored and expected[name] != value:
+        if name == "intermediate_size" and kind in ("ernie4_5_moe", "deepseek_v3", "qwen3_moe"):
+            continue  # of dense layers, which there may be none of
+        if name == "head_dim" and value is None:
+            continue  # hidden_size / num_attention_heads
+        if name in expected and name not in _NO_MATTER and expected[name] != value:
             raise ValueError(f"{name}={value!r} has no counterpart; only {expected[name]!r} has.")
     return ours
+
+
+def _rope(theirs: Any) -> dict[str, Any]:
+    rope = dict(theirs.rope_parameters or {})
+    kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta"))
+    rope.pop("type", None)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={theirs.rope_parameters['partial_rotary_factor']} has no counterpart.")
+    if kind == "default":
+        return {"rope_theta": theta}
+    unknown = [name for name in rope if name not in _YARN_FIELDS]
+    if kind != "yarn" or unknown:
+        told = f"its setting {unknown[0]!r}" if kind == "yarn" else f"rope_type {kind!r}"
+        raise ValueError(f"{told} has no counterpart; only plain rotary embedding and YaRN have.")
+    if rope.get("factor") is None:
+        rope["factor"] = theirs.max_position_embeddings / rope["original_max_position_embeddings"]
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": "yarn", **rope}}
+
+
+def _parts(theirs: Any) -> dict[str, Any]:
+    """Attention, mixture of experts and dense layers."""
+    kind = theirs.model_type
+    if kind == "deepseek_v3":
+        groups = (theirs.n_group, theirs.topk_group) if (theirs.n_group or 1) > 1 else (None, None)
+        return (
+            {name: getattr(theirs, name) for name in (*_LATENT_FIELDS, "num_experts_per_tok", "n_shared_experts")}
+            | {
+                "attention": "latent",
+                "scoring_func": "sigmoid",
+                "latent_norm_eps": LATENT_NORM_EPS,
+                "intermediate_size": theirs.moe_intermediate_size,
+                "num_experts": theirs.n_routed_experts,
+                "norm_topk_prob": theirs.norm_topk_prob,
+                "routed_scaling_factor": theirs.routed_scaling_factor,
+                "n_group": groups[0],
+                "topk_group": groups[1],
+            }
+            | _dense(theirs, theirs.first_k_dense_replace)
+        )
+    heads = theirs.num_attention_heads
+    common = {
+        "attention": "gqa",
+        "scoring_func": "softmax",
+        "num_key_value_heads": theirs.num_key_value_heads or heads,
+        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
+    }
+    if kind == "ernie4_5_moe":
+        return (
+            common
+            | {
+                "intermediate_size": theirs.moe_intermediate_size,
+                "num_experts": theirs.moe_num_experts,
+                "num_experts_per_tok": theirs.moe_k,
+                "n_shared_experts": theirs.moe_num_shared_experts,
+            }
+            | _dense(theirs, theirs.moe_layer_start_index)
+        )
+    if kind == "llama":
+        return common | {"intermediate_size": theirs.intermediate_size, "num_experts": 1, "num_experts_per_tok": 1}
+    common |= {"num_experts_per_tok": theirs.num_experts_per_tok}
+    if kind == "mixtral":
+        return common | {"intermediate_size": theirs.intermediate_size, "num_experts": theirs.num_local_experts}
+    common |= {"num_experts": theirs.num_experts, "norm_topk_prob": theirs.norm_topk_prob}
+    if kind == "olmoe":
+        return common | {"intermediate_size": theirs.intermediate_size, "qk_norm": "all"}
+    leading = len(theirs.mlp_only_layers or [])
+    return common | {"intermediate_size": theirs.moe_intermediate_size, "qk_norm": "head"} | _dense(theirs, leading)
+
+
+def _dense(theirs: Any, layers: int) -> dict[str, Any]:
+    return {"first_k_dense_replace": layers, "dense_intermediate_size": theirs.intermediate_size if layers else None}
+
+
+def transformers_state_dict(state: dict[str, Tensor], config: DeepSeekV3Config) -> dict[str, Tensor]:
+    """Our parameters and selection biases, experts stacked, under the names of `transformers_config(config)`'s model."""
+    kind = model_type(config)
+    renamed = [to_transformers(name, tensor, config, kind) for name, tensor in state.items()]
+    return {
+        name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): tensor
+        for name, tensor in (one for one in renamed if one is not None)
+    }

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -17,9 +18,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.config import Parallel
 from smolds_dist.launching import hang
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_state, system_name
+from smolds_dist.settings import Parallel
 
 LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
 
@@ -169,12 +170,22 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
     mine = [
         e
         for e in _entries(folder)
-        if e["started"] >= since and e["state"] == "running" and e["system"] == system_name()
+        if e["started"] >= since and e["state"] == "running" and e["system"] == system_name() and not _is_dead(e)
     ]
     for entry in mine:
         with contextlib.suppress(ProcessLookupError):
             os.kill(entry["pid"], number)
     return bool(mine)
+
+
+def end_ranks(folder: Path, since: float, seconds: float = 10.0) -> None:
+    """Kills what is left of a failed job's ranks on this machine, and waits for their end.
+
+    Whoever started them may have died before them, and the next start wants their place.
+    """
+    deadline = time.monotonic() + seconds
+    while signal_ranks(folder, signal.SIGKILL, since) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def exit_code_of_stop(folder: Path, since: float) -> int | None:

@@ -18,19 +18,24 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.launching.failure import exit_code_of_stop, find_dead, signal_ranks
+from smolds_dist.launching.failure import end_ranks, exit_code_of_stop, find_dead, signal_ranks
 from smolds_dist.launching.output import run_quietly
+from smolds_dist.launching.restarts import Failure, bad_nodes, keep_running, resume_options
+from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.slurm import requeue_without
 from smolds_dist.parallel.ranks import RankInfo, started_by
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
+from smolds_dist.settings import RunConfig
 
 LAUNCHERS = ("auto", "none", "torchrun", "deepspeed", "mpi", "slurm")
 
@@ -43,6 +48,7 @@ class Plan:
     procs: int
     per_node: int
     hostfile: Path | None = None
+    excluded: tuple[str, ...] = ()  # nodes of the allocation that take no part
 
     @property
     def nodes(self) -> int:
@@ -65,9 +71,9 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
     machine = machine or detect_machine()
     plan = plan_launch(options, machine, config.parallel.device, os.environ)
     plan_topology(config, machine, RankInfo(0, 0, plan.procs, plan.per_node))  # refuses what cannot work
-    command = rank_command(plan, train_args, config.parallel.device == "cpu" or machine.devices[0] == "cpu")
+    on_cpu = config.parallel.device == "cpu" or machine.devices[0] == "cpu"
     if options.dry_run:
-        print(shlex.join(command))
+        print(shlex.join(rank_command(plan, train_args, on_cpu)))
         return 0
 
     from smolds_dist.checkpoint.resume import prepare_resumed
@@ -79,9 +85,23 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
     if plan.launcher in ("torchrun", "deepspeed") and plan.nodes == 1:
         # torchrun would set one thread per rank.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.procs)))
-    if plan.launcher == "none":
-        return subprocess.run(command, env=environment).returncode
-    return _run(command, environment, config.run_dir, remote=plan.launcher in ("mpi", "slurm"))
+
+    def start(failures: list[Failure]) -> tuple[int, str]:
+        args = resume_options(config.run_dir, train_args, config.checkpoint.resume) if failures else train_args
+        now = plan_again(plan, failures, options, config, machine) if failures else plan
+        command = rank_command(now, args, on_cpu)
+        if plan.launcher == "none":
+            return _run_alone(command, environment)
+        return _run(command, environment, config.run_dir, remote=plan.launcher in ("mpi", "slurm"))
+
+    def elsewhere(failures: list[Failure]) -> bool:
+        bad, now = bad_nodes(failures), bad_nodes(failures[-1:])
+        no_spare = plan.launcher == "slurm" and bool(now) and len(bad) > options.spares
+        if no_spare and plan_again(plan, failures, options, config, machine).nodes < plan.nodes:
+            return False
+        return no_spare and requeue_without(bad, plan.nodes + options.spares)
+
+    return keep_running(start, config.run_dir, options.restarts, elsewhere) if options.restarts else start([])[0]
 
 
 def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env: "os._Environ[str] | dict") -> Plan:
@@ -100,6 +120,8 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
             launcher = "deepspeed"
         elif "SLURM_JOB_ID" in env:
             launcher = "slurm"
+    if options.spares and launcher != "slurm":
+        raise ConfigError("--spares are nodes of a Slurm allocation; use --launcher slurm, or leave it out.")
     if hosts and launcher not in ("deepspeed", "mpi"):
         raise ConfigError(f"--launcher {launcher} takes no --hostfile; use --launcher deepspeed or mpi.")
     nodes, here = 1, (min(2, available_cores()) if on_cpu else machine.device_count)
@@ -110,6 +132,11 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         tasks, per_node = env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
         gpus = env.get("SLURM_GPUS_ON_NODE")
         here = int(per_node or (int(tasks) // nodes if tasks else gpus if gpus and not on_cpu else 1))
+        if options.spares >= nodes:
+            raise ConfigError(
+                f"--spares {options.spares} leaves none of the allocation's {nodes} nodes; ask for more nodes."
+            )
+        nodes -= options.spares
     if hosts:
         slots = set(hosts.values())
         if len(slots) > 1:
@@ -145,6 +172,39 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
     return Plan(launcher, procs, here, options.hostfile)
 
 
+def plan_again(
+    plan: Plan, failures: list[Failure], options: argparse.Namespace, config: RunConfig, machine: Machine
+) -> Plan:
+    """The plan of the next start: without nodes that failed, as far as spares are there; with --restarts-shrink on whatever
+    is left, the largest number of ranks that works there. Fewer GPUs than before have not been tested."""
+    bad = bad_nodes(failures)
+    if not options.restarts_shrink:
+        return replace(plan, excluded=tuple(bad[-options.spares :] if options.spares else []))
+    if plan.launcher == "slurm":
+        left = plan.nodes + options.spares - len(bad)
+        smaller = [
+            replace(plan, procs=n * plan.per_node, excluded=tuple(bad)) for n in range(min(plan.nodes, left), 0, -1)
+        ]
+    elif plan.nodes == 1 and machine.devices[0] == "cuda":
+        most = min(plan.procs, _gpus_now())
+        smaller = [replace(plan, procs=n, per_node=n) for n in range(most, 0, -1)]
+    else:
+        smaller = [plan]
+    for one in smaller:
+        try:
+            plan_topology(config, machine, RankInfo(0, 0, one.procs, one.per_node))
+        except ConfigError:
+            continue
+        return one
+    return plan
+
+
+def _gpus_now() -> int:
+    """Asked in a process of its own: torch counts only once."""
+    ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
+
+
 def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
     """The command line that starts the ranks of `smolds train`."""
     train = ["-m", "smolds_dist", "train", *train_args]
@@ -165,6 +225,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
         return [*start, sys.executable, *train]
     if plan.launcher == "slurm":
         layout = ["--nodes", str(plan.nodes), "--ntasks", procs, "--ntasks-per-node", str(plan.per_node)]
+        layout += ["--exclude", ",".join(plan.excluded)] if plan.excluded else []
         return ["srun", *layout, "--kill-on-bad-exit=1", sys.executable, *train]
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), "--no_local_rank"]
     if plan.hostfile:
@@ -214,8 +275,30 @@ def _check_programs(plan: Plan) -> None:
         raise ConfigError(f"--launcher {plan.launcher} needs the program {program}, which is not here; {fix}.")
 
 
-def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote: bool) -> int:
-    """Runs the launcher, passes signals on to the ranks, and ends with one line if they failed."""
+def _run_alone(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """One process, which gets the signals that this one gets; its exit code and, where it failed, why."""
+    process = subprocess.Popen(command, env=environment)
+    # A terminal sends its interrupt to both.
+    before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
+    for number in EXIT_CODES:
+        if number != signal.SIGINT:
+            signal.signal(number, lambda number, _frame: process.send_signal(number))
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code >= 0:
+        return code, f"the process ended with exit code {code}"
+    return 128 - code, f"the process was killed by signal {-code}"
+
+
+def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote: bool) -> tuple[int, str]:
+    """Runs the launcher, passes signals on to the ranks, and ends with one line if they failed.
+
+    Returns:
+        The exit code and, where they failed, why.
+    """
     began = time.time()
     ranks = run_dir / "ranks"
     hidden: list[str] = []
@@ -227,31 +310,35 @@ def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote:
 
     code, told = run_quietly(command, environment, hidden, pass_on)
     if code == 0:
-        return 0
+        return 0, ""
     stopped = exit_code_of_stop(ranks, began)
     if stopped is not None:
-        return stopped
+        return stopped, ""
+    cause = _noted_cause(ranks, began)
+    end_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden))
+    how = (
+        f"the ranks ended with exit code {code}" if code > 0 else f"what started the ranks was killed by signal {-code}"
+    )
     if code != 2 and not told:
-        print(f"\nsmolds: {_cause(ranks, began, code, hidden)}", file=sys.stderr)
-    return code if code > 0 else 128 - code
+        said = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
+        last = f"{how}; the last that was heard of them: {said}"
+        print(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", file=sys.stderr)
+    return code if code > 0 else 128 - code, cause or told.rstrip(".") or how
 
 
-def _cause(ranks: Path, began: float, code: int, hidden: list[str]) -> str:
+def _noted_cause(ranks: Path, began: float) -> str:
     """Why the ranks ended: what one of them noted but could no longer say, or what can be seen of them."""
     find_dead(ranks, since=began)
     cause = ranks / "cause.txt"
-    if cause.exists() and cause.stat().st_mtime >= began - 1:
-        return f"{cause.read_text().strip()}; the other ranks stop."
-    said = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
-    return f"the ranks ended with exit code {code}; the last that was heard of them: {said}"
+    return cause.read_text().strip() if cause.exists() and cause.stat().st_mtime >= began - 1 else ""
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OptionParser(
         prog="smolds launch",
-        usage="smolds launch [--nproc-per-node N] [--launcher NAME] [--hostfile FILE] [--dry-run] -- TRAIN-OPTIONS",
+        usage="smolds launch [--nproc-per-node N] [--launcher NAME] [--hostfile FILE] [--restarts N] -- TRAIN-OPTIONS",
         description="Starts the ranks of `smolds train`.",
         renamed={"--procs": "--nproc-per-node"},
         example="smolds launch --nproc-per-node 2 -- --preset debug --run.name pair --data.source text:'corpus/*.txt'",
@@ -265,8 +352,34 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="program that starts the ranks")
     parser.add_argument("--hostfile", type=Path, help="several machines: a line `host slots=N` for each")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="where the ranks fail, start them again from the newest whole checkpoint, up to N times",
+    )
+    parser.add_argument(
+        "--restarts-shrink",
+        action="store_true",
+        help="start again on fewer GPUs or nodes where some are lost; the checkpoint takes any layout",
+    )
+    parser.add_argument(
+        "--spares",
+        type=int,
+        default=0,
+        metavar="N",
+        help="nodes of a Slurm allocation that wait to take the place of one that failed",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
-    return parser.parse_before_training(args)
+    options, train_args = parser.parse_before_training(args)
+    for name in ("restarts", "spares"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 0.")
+    for name in ("spares", "restarts_shrink"):
+        if getattr(options, name) and not options.restarts:
+            raise ConfigError(f"--{name.replace('_', '-')} is for another start; give --restarts too.")
+    return options, train_args
 
 
 def _free_port() -> int:

@@ -22,7 +22,7 @@ class NoiseFilter:
     """Tells a launcher's own lines: logs, tracebacks, and blocks between rules of -, = or *."""
 
     def __init__(self) -> None:
-        self.told = False  # whether a rank has said why the job ends
+        self.told = ""  # what a rank has said last, most likely why the job ends
         self.rule = ""
         self.in_traceback = False
 
@@ -37,7 +37,7 @@ class NoiseFilter:
             self.rule = match.group(1)
             return True
         if line.startswith("smolds: "):
-            self.told = True
+            self.told = line.removeprefix("smolds: ")
             return False
         if self.in_traceback:
             self.in_traceback = line.startswith((" ", "Traceback")) or not line
@@ -53,8 +53,8 @@ def run_quietly(
     environment: dict[str, str],
     hidden: list[str],
     pass_on: Callable[[subprocess.Popen, int], None],
-) -> tuple[int, bool]:
-    """Runs `command`; returns its exit code, -N where signal N ended it, and whether a line of smolds' own said why.
+) -> tuple[int, str]:
+    """Runs `command`; returns its exit code, -N where signal N ended it, and what the last line of smolds' own said.
 
     Standard output passes untouched. Lines of standard error that are the launcher's go to `hidden`. Signals that ask this
     process to stop go to `pass_on`; the launcher has a session of its own and does not get the terminal's.
@@ -88,7 +88,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> bool:
+def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
     noise, rest = NoiseFilter(), ""
     while True:
         ready, _, _ = select.select([reading], [], [], 0.2)

@@ -1,25 +1,32 @@
 """`smolds slurm`: writes a batch script for a run, or for tokenising its text, and submits it if asked."""
 
 import argparse
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from smolds_dist.config import RunConfig, load_config
+from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.state import SUBMITTED, write_state
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, plan_topology
+from smolds_dist.settings import RunConfig
 
 SCRIPT = """\
 #!/usr/bin/env bash
 {directives}
 
 # Ahead of the time limit all ranks save and stop with exit code 75; the job goes back into the queue and continues.
+trap : TERM # what `smolds launch` does then, it does to the end
 cd {folder} || exit
-{python} -m smolds_dist launch --launcher slurm -- {options} --checkpoint.resume auto
+{python} -m smolds_dist launch --launcher slurm{restarts} -- {options} --checkpoint.resume auto
 code=$?
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
@@ -66,7 +73,10 @@ def slurm(args: list[str]) -> None:
     result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if result.returncode:
         raise ConfigError(f"sbatch refused {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")
-    print(f"submitted job {result.stdout.strip().partition(';')[0]}: {what}")
+    job = result.stdout.strip().partition(";")[0]
+    if not options.prepare:
+        write_state(config.run_dir, {"job": job, "time": time.time()}, SUBMITTED)
+    print(f"submitted job {job}: {what}")
 
 
 def render_prepare(options: argparse.Namespace, config: RunConfig, train_args: list[str]) -> str:
@@ -89,7 +99,7 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
     """The batch script's text. Nothing in names or options can run: words are checked, arguments quoted."""
     directives = {
         "job-name": options.job_name or str(config.run.name).replace(" ", "-"),
-        "nodes": options.nodes,
+        "nodes": options.nodes + (options.spares or 0),
         "ntasks-per-node": per_node,
         "gpus-per-node": options.gpus_per_node,
         "cpus-per-task": options.cpus_per_task,
@@ -100,7 +110,10 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
         "open-mode": "append",
         "output": options.output or "slurm-%j.out",
     }
-    return fill(SCRIPT, directives, train_args)
+    restarts = f" --restarts {options.restarts}" if options.restarts else ""
+    restarts += f" --spares {options.spares}" if options.spares else ""
+    restarts += " --restarts-shrink" if options.restarts_shrink else ""
+    return fill(SCRIPT.replace("{restarts}", restarts), directives, train_args)
 
 
 def fill(script: str, directives: dict[str, object], train_args: list[str]) -> str:
@@ -117,6 +130,42 @@ def fill(script: str, directives: dict[str, object], train_args: list[str]) -> s
         python=shlex.quote(sys.executable),
         options=shlex.join(train_args),
     )
+
+
+def requeue_without(nodes: list[str], needed: int) -> bool:
+    """Puts this batch job back into the queue, to run on other nodes, and says so; whether it could.
+
+    It can where the partition has as many other nodes that work. Slurm ends the job then, which goes on living until this
+    function has returned: Slurm takes the list of nodes from a job that waits, not from one that runs.
+
+    Args:
+        nodes: the ones to keep away from, beside those that the job keeps away from already.
+        needed: how many the job asks for.
+    """
+    job, partition = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_PARTITION", "")
+
+    def ask(*command: str) -> list[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+    try:
+        listed = [names for names in ask("squeue", "--noheader", "--jobs", job, "--format", "%x") if names != "(null)"]
+        away = set(nodes).union(*(ask("scontrol", "show", "hostnames", names) for names in listed))
+        working = ["--states", "idle,alloc,mix", "--format", "%N"]
+        others = set(ask("sinfo", "--noheader", "--Node", "--partition", partition, *working)) - away
+        if len(others) < needed:
+            return False
+        names = ",".join(sorted(away))
+        print(f"smolds: job {job} goes back into the queue, and on without {names}.", file=sys.stderr, flush=True)
+        ask("scontrol", "requeue", job)
+        ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
+        return True
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", "") or str(error)
+        print(f"smolds: job {job} could not be moved: {told.strip()}", file=sys.stderr, flush=True)
+        return False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -137,6 +186,13 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--warn", type=int, default=120, help="seconds ahead of the limit at which all ranks save and stop"
     )
+    parser.add_argument(
+        "--restarts", type=int, metavar="N", help="where the ranks fail, start them again, up to N times within the job"
+    )
+    parser.add_argument("--restarts-shrink", action="store_true", help="start again on fewer nodes where some are lost")
+    parser.add_argument(
+        "--spares", type=int, metavar="N", help="nodes more than --nodes, to take the place of one that failed"
+    )
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--job-name", help="the run's name where not given")
@@ -148,7 +204,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, train_args = parser.parse_before_training(args)
     if not TIME.fullmatch(options.time):
         raise ConfigError(f"--time {options.time!r} is no time limit; give one as minutes, H:MM:SS or D-HH:MM:SS.")
-    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "warn"):
+    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "warn", "restarts", "spares"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")

@@ -4,7 +4,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.modeling import DeepSeekV3ForCausalLM, DeepSeekV3Model, RMSNorm, enable_activation_checkpointing
+from smolds_dist.model.modeling import (
+    DeepSeekV3Block,
+    DeepSeekV3ForCausalLM,
+    DeepSeekV3Model,
+    RMSNorm,
+    enable_activation_checkpointing,
+)
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
 
 AutoConfig.register(DeepSeekV3Config.model_type, DeepSeekV3Config, exist_ok=True)
@@ -15,6 +21,7 @@ __all__ = [
     "DeepSeekExpertLayer",
     "DeepSeekMoE",
     "DeepSeekV3Attention",
+    "DeepSeekV3Block",
     "DeepSeekV3Config",
     "DeepSeekV3ForCausalLM",
     "DeepSeekV3Model",

@@ -11,10 +11,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smolds_dist.model import device
+from smolds_dist.model.causal_attention import ATTENTION_BLOCK, Documents, causal_attention
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import ATTENTION_BLOCK, Documents, causal_attention
 from smolds_dist.model.norm import RMSNorm
-from smolds_dist.model.rotary import apply_rotary
+from smolds_dist.model.rotary import apply_rotary, score_factor
 
 
 class DeepSeekV3Attention(nn.Module):
@@ -32,17 +32,19 @@ class DeepSeekV3Attention(nn.Module):
         self.is_causal = True
         self.latent = config.attention == "latent"
         hidden, heads = config.hidden_size, config.num_attention_heads
+        self.qk_norm = config.qk_norm
         if self.latent:
+            eps = config.rms_norm_eps if config.latent_norm_eps is None else config.latent_norm_eps
             self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
             self.num_key_value_groups = 1
             if config.q_lora_rank is None:
                 self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=False)
             else:
                 self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-                self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+                self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
                 self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
             self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-            self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+            self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
             kv_head_dim = config.qk_nope_head_dim + config.v_head_dim
             self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * kv_head_dim, bias=False)
             self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
@@ -53,7 +55,10 @@ class DeepSeekV3Attention(nn.Module):
             self.k_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
             self.v_proj = nn.Linear(hidden, config.num_key_value_heads * config.head_dim, bias=False)
             self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
-        self.scaling = self.qk_head_dim**-0.5
+            if self.qk_norm:
+                together = (heads, config.num_key_value_heads) if self.qk_norm == "all" else (1, 1)
+                self.q_norm, self.k_norm = (RMSNorm(n * config.head_dim, config.rms_norm_eps) for n in together)
+        self.scaling = self.qk_head_dim**-0.5 * (score_factor(config.rope_scaling) if self.latent else 1.0)
 
     def forward(
         self,
@@ -83,6 +88,7 @@ class DeepSeekV3Attention(nn.Module):
         """Whole sequences without padding, on the CPU, unless another implementation than PyTorch's is asked for."""
         return (
             device.family(query) == "cpu"
+            and not device.is_exported()
             and query.dtype in ATTENTION_BLOCK
             and attention_mask is None
             and query.shape[2] == key.shape[2] > 1
@@ -92,8 +98,13 @@ class DeepSeekV3Attention(nn.Module):
     def _grouped_query_qkv(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
         """Query [B, N, S, D], key and value [B, G, S', D], S' counting cached tokens too."""
         per_head = (*x_BSH.shape[:-1], -1, self.qk_head_dim)
-        query = self.q_proj(x_BSH).view(per_head).transpose(1, 2)
-        key = self.k_proj(x_BSH).view(per_head).transpose(1, 2)
+        query, key = self.q_proj(x_BSH), self.k_proj(x_BSH)
+        if self.qk_norm == "all":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(per_head), key.view(per_head)
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         value = self.v_proj(x_BSH).view(per_head).transpose(1, 2)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if cache is not None:

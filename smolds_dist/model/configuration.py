@@ -6,11 +6,19 @@ from transformers import PreTrainedConfig
 
 @strict
 class DeepSeekV3Config(PreTrainedConfig):
-    """Shape of a SmolLM2-DeepSeek model; every layer is attention followed by a mixture of experts.
+    """Shape of a SmolLM2-DeepSeek model; every layer is attention followed by a mixture of experts, but for the first
+    `first_k_dense_replace`, which have one SwiGLU of `dense_intermediate_size` in its place.
 
     `attention` picks between grouped-query attention (`gqa`; arXiv 2305.13245) and multi-head latent attention
     (`latent`; DeepSeek-V2, arXiv 2405.04434, section 2.1), which reads the fields `q_lora_rank` to `v_head_dim`
-    instead of `num_key_value_heads` and `head_dim`. `intermediate_size` is the width of one expert.
+    instead of `num_key_value_heads` and `head_dim`, and gives the norms of its latents an epsilon of their own,
+    `latent_norm_eps`, where that is not None. `intermediate_size` is the width of one expert.
+
+    `n_group` and `topk_group` limit a token's experts to the best `topk_group` of `n_group` groups (DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2). `qk_norm` norms queries and keys before they are turned: each "head" by itself (Qwen3), or
+    "all" of a token's heads together (OLMoE). `rope_scaling` is YaRN's settings under transformers' names (arXiv
+    2309.00071). `sequence_balance_coef` and `z_loss_coef` weigh losses of the routers in training, as
+    `router_aux_loss_coef` does.
 
     Raises:
         ValueError: where two fields contradict each other.
@@ -33,17 +41,26 @@ class DeepSeekV3Config(PreTrainedConfig):
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 32
     v_head_dim: int = 64
+    latent_norm_eps: float | None = None
+    qk_norm: str | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
     n_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    dense_intermediate_size: int | None = None
+    n_group: int | None = None
+    topk_group: int | None = None
     scoring_func: str = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router_aux_loss_coef: float = 0.0
+    sequence_balance_coef: float = 0.0
+    z_loss_coef: float = 0.0
     output_router_logits: bool = False
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     rope_theta: float = 100000.0
+    rope_scaling: dict | None = None
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -55,6 +72,8 @@ class DeepSeekV3Config(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Refuses contradictions; `strict` calls every `validate_*` method once the fields are set."""
         super().validate_architecture()
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; only 'silu' is there.")
         if self.attention not in ("gqa", "latent"):
             raise ValueError(f"attention={self.attention!r} is unknown; use 'gqa' or 'latent'.")
         if self.scoring_func not in ("softmax", "sigmoid"):
@@ -70,6 +89,39 @@ class DeepSeekV3Config(PreTrainedConfig):
             )
         if self.rotary_dim % 2:
             raise ValueError(f"the rotary part of a head has {self.rotary_dim} dimensions; it must be even.")
+        if not 0 <= self.first_k_dense_replace < self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} must lie between 0 and "
+                f"num_hidden_layers - 1={self.num_hidden_layers - 1}."
+            )
+        if self.first_k_dense_replace and not self.dense_intermediate_size:
+            raise ValueError("first_k_dense_replace needs dense_intermediate_size, the width of these layers.")
+        if self.qk_norm not in (None, "head", "all") or (self.qk_norm and self.attention != "gqa"):
+            raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; use 'head', 'all' or None, with attention='gqa'.")
+        if (self.rope_scaling or {}).get("rope_type", "yarn") != "yarn":
+            raise ValueError(f"rope_scaling={self.rope_scaling} is unknown; only rope_type 'yarn' is there.")
+        self._validate_groups()
+
+    def _validate_groups(self) -> None:
+        if (self.n_group is None) != (self.topk_group is None):
+            raise ValueError("n_group and topk_group belong together; give both or none.")
+        if self.n_group is None or self.topk_group is None:
+            return
+        if self.num_experts % self.n_group or self.num_experts // self.n_group < 2:
+            raise ValueError(
+                f"n_group={self.n_group} must divide num_experts={self.num_experts} into groups of at least 2."
+            )
+        within = self.topk_group * (self.num_experts // self.n_group)
+        if not (1 <= self.topk_group <= self.n_group and self.num_experts_per_tok <= within):
+            raise ValueError(
+                f"topk_group={self.topk_group} of n_group={self.n_group} groups have {within} experts; "
+                f"num_experts_per_tok={self.num_experts_per_tok} are needed."
+            )
+
+    @property
+    def has_router_losses(self) -> bool:
+        """Whether training adds losses of the routers' own to that of the tokens."""
+        return bool(self.router_aux_loss_coef or self.sequence_balance_coef or self.z_loss_coef)
 
     @property
     def rotary_dim(self) -> int:

@@ -1,11 +1,23 @@
-"""Which kind of device a tensor is on.
+"""Which kind of device a tensor is on, and whether the code runs at all.
 
 All that the model does otherwise on one kind than on another asks here, so that tests can run every branch on a CPU.
 """
 
+import torch
 from torch import Tensor
 
 
 def family(x: Tensor) -> str:
     """cpu, cuda or mps."""
     return x.device.type
+
+
+def is_traced() -> bool:
+    """Whether torch.compile or torch.export reads the code instead of running it. Then no number may be waited for, shapes
+    follow from those of the inputs, and plain operations are better than functions of our own: the compiler fuses them."""
+    return torch.compiler.is_compiling()
+
+
+def is_exported() -> bool:
+    """Whether torch.export reads it, in its usual way (`strict=False`): where its graph goes, our own operators are not."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -3,6 +3,8 @@
 Shape letters: B batch, S sequence, H hidden, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,28 +17,41 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from smolds_dist.model import device
 from smolds_dist.model.attention import DeepSeekV3Attention
+from smolds_dist.model.causal_attention import Documents, takes_documents
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import Documents, linear_cross_entropy, takes_documents
-from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
+from smolds_dist.model.kernels import linear_cross_entropy
+from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopKRouter, balance_loss, z_loss
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
 
 
 class DeepSeekV3Block(GradientCheckpointingLayer):
-    """Pre-norm residual block: attention, then the mixture of experts."""
+    """Pre-norm residual block: attention, then the mixture of experts, or in the first layers one SwiGLU."""
 
     def __init__(self, config: DeepSeekV3Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = DeepSeekV3Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DeepSeekMoE(config)
+        dense = config.dense_intermediate_size if layer_idx < config.first_k_dense_replace else None
+        self.mlp = SwiGLU(config.hidden_size, dense) if dense else DeepSeekMoE(config)
+
+        self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
+        attend = self.attend
+        if self.compiled_attend and self.training and attention_inputs.get("documents") is None:
+            attend = self.compiled_attend
+        x_BSH, normed_BSH = attend(x_BSH, **attention_inputs)
+        return x_BSH + self.mlp(normed_BSH)
+
+    def attend(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, Tensor]:
+        """The block up to its feed-forward layer: what is added to, and what goes in."""
         attended, _ = self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
         x_BSH = x_BSH + attended
-        return x_BSH + self.mlp(self.post_attention_layernorm(x_BSH))
+        return x_BSH, self.post_attention_layernorm(x_BSH)
 
 
 class LMHead(nn.Linear):
@@ -64,7 +79,9 @@ class DeepSeekV3PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     # What transformers' `output_...` arguments collect, by hooks that it sets when they are first asked for.
     _can_record_outputs = {
@@ -140,7 +157,8 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
-        rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta)
+        config = self.config
+        rotary = rotary_angles(position_ids, config.rotary_dim, config.rope_theta, config.rope_scaling)
         if attentions and self.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} has no attention weights; use 'eager'."
@@ -158,7 +176,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
 
     def _documents(self, x_BSH: Tensor, position_ids: Tensor) -> Documents | None:
         """The documents that positions tell of by beginning anew, where attention takes its fast path."""
-        fast = takes_documents(x_BSH, self.config.widest_head)
+        fast = takes_documents(x_BSH, self.config.widest_head) and not device.is_traced()
         if not fast or self.config._attn_implementation != "sdpa" or position_ids.shape != x_BSH.shape[:2]:
             return None
         begins = position_ids[:, 1:] == 0
@@ -176,6 +194,11 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         self.model = DeepSeekV3Model(config)
         self.lm_head = LMHead(config)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Takes the weight and leaves the module: where transformers resizes a head, it makes one that knows no loss."""
+        self.lm_head.weight = new_embeddings.weight
+        self.lm_head.out_features = new_embeddings.weight.shape[0]
 
     @can_return_tuple
     def forward(
@@ -196,7 +219,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
 
         `num_items_in_batch`, which transformers' Trainer gives, is the number of labels that the loss is divided by instead
         of those here: the labels of all micro batches and ranks of a step.
-        `aux_loss` is the mean over layers of the load-balancing loss, already added to `loss` with its coefficient.
+        `aux_loss` is what the routers' own losses add up to with their coefficients; it is part of `loss`.
         `output_hidden_states`, `output_attentions`, `output_router_logits` and `return_dict` are transformers': hidden
         states [B, S, H] of the embedding and after every layer, the last one normed; attention weights [B, N, S, S'], for
         which attention is computed the eager way; and router logits [B x S, E], each a tuple over layers.
@@ -218,9 +241,9 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             loss = self.lm_head(hidden, labels)
             if num_items_in_batch is not None:
                 loss = loss * (labels[:, 1:] >= 0).sum() / num_items_in_batch
-            if self.training and self.config.router_aux_loss_coef:
-                aux_loss = torch.stack([block.mlp.aux_loss for block in self.model.layers]).mean()
-                loss = loss + self.config.router_aux_loss_coef * aux_loss
+            if self.training and self.config.has_router_losses:
+                aux_loss = self._router_losses(*labels.shape)
+                loss = loss + aux_loss
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -233,6 +256,22 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _router_losses(self, B: int, S: int) -> Tensor:
+        """What `router_aux_loss_coef`, `sequence_balance_coef` and `z_loss_coef` ask for, mean over layers."""
+        config = self.config
+        scoring, top_k = config.scoring_func, config.num_experts_per_tok
+        losses = []
+        for block in self.model.layers[config.first_k_dense_replace :]:
+            logits_TE, block.mlp.router_logits = block.mlp.router_logits.float(), None
+            if config.router_aux_loss_coef:
+                losses.append(config.router_aux_loss_coef * balance_loss(logits_TE[None], scoring, top_k))
+            if config.sequence_balance_coef:
+                in_each = balance_loss(logits_TE.view(B, S, -1), scoring, top_k)
+                losses.append(config.sequence_balance_coef * in_each)
+            if config.z_loss_coef:
+                losses.append(config.z_loss_coef * z_loss(logits_TE))
+        return torch.stack(losses).sum() / (config.num_hidden_layers - config.first_k_dense_replace)
 
 
 def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM) -> None:

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from smolds_dist.model import device
 from smolds_dist.model.configuration import DeepSeekV3Config
-from smolds_dist.model.kernels import expert_ffn, row_multiple
+from smolds_dist.model.kernels import expert_ffn, gated, row_multiple
+from smolds_dist.model.regions import region
 
 
 class TopKRouter(nn.Module):
     """Scores every expert for every token and picks the best K.
 
     The selection bias is added for the choice only; the weights come from the unbiased scores (DeepSeek-V3, arXiv
-    2412.19437, equation 16). Products and scores are fp32 whatever the model's dtype.
+    2412.19437, equation 16). Products and scores are fp32 whatever the model's dtype. With groups, only the `topk_group`
+    groups whose two best experts have the largest sum can be chosen from (section 2.1.2).
     """
 
     e_score_correction_bias: Tensor
@@ -32,17 +34,68 @@ class TopKRouter(nn.Module):
         """Returns weights [T, K] (fp32), chosen experts [T, K] and logits [T, E] (fp32), before softmax or sigmoid."""
         with torch.autocast(x_TH.device.type, enabled=False):
             logits = F.linear(x_TH.float(), self.weight.float())
-        scores = router_scores(logits, self.config.scoring_func)
-        chosen = (scores + self.e_score_correction_bias).topk(self.config.num_experts_per_tok, dim=-1).indices
-        weights = scores.gather(-1, chosen)
-        if self.config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * self.config.routed_scaling_factor, chosen, logits
+        config = self.config
+        groups = (config.n_group, config.topk_group)
+        weights, chosen = choose(
+            logits,
+            self.e_score_correction_bias,
+            config.scoring_func,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+            groups,
+        )
+        return weights * config.routed_scaling_factor, chosen, logits
+
+
+@region
+def choose(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    scoring_func: str,
+    top_k: int,
+    normalised: bool,
+    groups: tuple[int | None, int | None],
+) -> tuple[Tensor, Tensor]:
+    """Weights [T, K] and experts [T, K] of each token; `groups` are how many there are and how many can be chosen from."""
+    scores = router_scores(logits_TE, scoring_func)
+    biased = scores + bias_E
+    if groups[0] is not None and groups[1] is not None:
+        biased = within_best_groups(biased, groups[0], groups[1])
+    chosen = biased.topk(top_k, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    if normalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights, chosen
 
 
 def router_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:
     """Every expert's score for every token, [T, E]; `scoring_func` is softmax or sigmoid."""
     return logits_TE.softmax(-1) if scoring_func == "softmax" else logits_TE.sigmoid()
+
+
+def within_best_groups(biased_TE: Tensor, groups: int, kept: int) -> Tensor:
+    """The scores [T, E], -inf outside each token's `kept` best groups."""
+    grouped = biased_TE.unflatten(-1, (groups, -1))
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(kept, dim=-1, sorted=False).indices
+    outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(outside[..., None], -torch.inf).view_as(biased_TE)
+
+
+def balance_loss(logits_BSE: Tensor, scoring_func: str, top_k: int) -> Tensor:
+    """1 where every expert is chosen equally often within each of B sequences, more where those that are chosen more often
+    also score higher (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20); over one sequence of all tokens it is that of
+    Switch Transformer (arXiv 2101.03961, equations 4 to 6). Choices are those without selection bias."""
+    scores_BSE = router_scores(logits_BSE, scoring_func)
+    chosen_BM = scores_BSE.topk(top_k, dim=-1).indices.flatten(1)
+    ones = torch.ones_like(chosen_BM, dtype=scores_BSE.dtype)
+    share_BE = torch.zeros_like(scores_BSE[:, 0]).scatter_add_(1, chosen_BM, ones) / chosen_BM.shape[1]
+    mean_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return logits_BSE.shape[-1] * (share_BE * mean_BE).sum(-1).mean()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean over tokens of the squared log of the softmax's denominator (ST-MoE, arXiv 2202.08906, equation 5)."""
+    return logits.logsumexp(-1).square().mean()
 
 
 class DeepSeekExpertLayer(nn.Module):
@@ -56,16 +109,33 @@ class DeepSeekExpertLayer(nn.Module):
 
     def forward(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, counts_E: Tensor) -> Tensor:
         """Weighted sum over each token's chosen experts, [T, H]. Dropless: no expert has a capacity."""
+        if device.is_exported():
+            return every_expert(x_TH, weights_TK, chosen_TK, self.gate_up_proj, self.down_proj)
         padded_E, token_P, row_TK = sort_by_expert(chosen_TK, counts_E, row_multiple(x_TH))
-        rows_PH = expert_ffn(_Dispatch.apply(x_TH, token_P, row_TK), padded_E, (self.gate_up_proj,), self.down_proj)
+        if device.is_traced():
+            dispatched_PH = _traced_dispatch(x_TH, token_P, row_TK)
+        else:
+            dispatched_PH = _Dispatch.apply(x_TH, token_P, row_TK)
+        rows_PH = expert_ffn(dispatched_PH, padded_E, (self.gate_up_proj,), self.down_proj)
+        if device.is_traced():
+            return _weighted_sum(rows_PH, weights_TK, row_TK)
         return _Combine.apply(rows_PH, weights_TK, token_P, row_TK)
+
+
+def every_expert(x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
+    """`DeepSeekExpertLayer.forward` with every expert computed for every token, and weighted by 0 where it is not chosen:
+    E / K times the products, in plain operations that any runtime has, whatever the tokens choose."""
+    gate_ETI, up_ETI = (x_TH @ gate_up_EJH.mT).chunk(2, dim=-1)
+    out_ETH = (F.silu(gate_ETI) * up_ETI) @ down_EHI.mT
+    weights_TE = weights_TK.new_zeros(x_TH.shape[0], gate_up_EJH.shape[0]).scatter(1, chosen_TK, weights_TK)
+    return (out_ETH * weights_TE.T[..., None]).sum(0).to(out_ETH.dtype)
 
 
 def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each token goes among rows that are sorted by expert.
 
-    On the CPU there are as many rows as are needed. Elsewhere the host would have to wait to learn how many these are, so
-    there are as many as could be.
+    On the CPU there are as many rows as are needed. Elsewhere, and where the code is traced, the host would have to wait to
+    learn how many these are, so there are as many as could be.
 
     Args:
         multiple: each expert's rows are padded to a multiple of it, with rows of token 0 that nobody reads.
@@ -77,10 +147,10 @@ def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[
     order_M = chosen_TK.flatten().argsort(stable=True)
     # What padding before it moves an expert's rows by.
     shift_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
-    shift_M = shift_E.repeat_interleave(counts_E, output_size=len(order_M))
-    row_M = torch.arange(len(order_M), device=order_M.device) + shift_M
-    most = len(order_M) + len(counts_E) * (multiple - 1)
-    rows = int(padded_E.sum()) if device.family(chosen_TK) == "cpu" else most
+    shift_M = shift_E.repeat_interleave(counts_E, output_size=order_M.shape[0])
+    row_M = torch.arange(order_M.shape[0], device=order_M.device) + shift_M
+    most = order_M.shape[0] + counts_E.shape[0] * (multiple - 1)
+    rows = int(padded_E.sum()) if device.family(chosen_TK) == "cpu" and not device.is_traced() else most
     token_P = order_M.new_zeros(rows).index_copy_(0, row_M, order_M // chosen_TK.shape[1])
     row_TK = torch.empty_like(order_M).index_copy_(0, order_M, row_M).view_as(chosen_TK)
     return padded_E, token_P, row_TK
@@ -97,7 +167,26 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_PH: Tensor):
         (row_TK,) = ctx.saved_tensors
-        return grad_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1).sum(1), None, None
+        return _sum_of_rows(grad_PH, row_TK), None, None
+
+
+@region
+def _sum_of_rows(rows_PH: Tensor, row_TK: Tensor) -> Tensor:
+    return rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1).sum(1)
+
+
+def _traced_dispatch(x_TH: Tensor, token_P: Tensor, row_TK: Tensor) -> Tensor:
+    """`_Dispatch` in plain operations. Rows are written to rather than read from, so that the gradient is gathered by token
+    here too, and that of padding, which is undefined, is not read."""
+    rows_PH = x_TH.new_zeros(token_P.shape[0], x_TH.shape[1])
+    return rows_PH.index_copy(0, row_TK.flatten(), x_TH.repeat_interleave(row_TK.shape[1], 0))
+
+
+@region
+def _weighted_sum(rows_PH: Tensor, weights_TK: Tensor, row_TK: Tensor) -> Tensor:
+    """Each token's rows by their weights, [T, H]."""
+    rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
+    return (rows_TKH * weights_TK[..., None]).sum(1).to(rows_PH.dtype)
 
 
 class _Combine(torch.autograd.Function):
@@ -106,40 +195,46 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_PH: Tensor, weights_TK: Tensor, token_P: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_PH, weights_TK, token_P, row_TK)
-        rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
-        return (rows_TKH * weights_TK[..., None]).sum(1).to(rows_PH.dtype)
+        return _weighted_sum(rows_PH, weights_TK, row_TK)
 
     @staticmethod
     def backward(ctx, grad_TH: Tensor):
         rows_PH, weights_TK, token_P, row_TK = ctx.saved_tensors
-        # Padding has the weight 0, hence no gradient.
-        weights_P = weights_TK.new_zeros(len(token_P)).index_copy_(0, row_TK.flatten(), weights_TK.flatten())
-        grad_rows = grad_TH.index_select(0, token_P) * weights_P[:, None]
-        rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
-        grad_weights = (rows_TKH.float() * grad_TH[:, None]).sum(-1)
-        return grad_rows.to(rows_PH.dtype), grad_weights, None, None
+        grad_rows, grad_weights = _gradients_of_weighted_sum(grad_TH, rows_PH, weights_TK, token_P, row_TK)
+        return grad_rows, grad_weights, None, None
 
 
-class SharedExpert(nn.Module):
-    """The SwiGLU that every token passes, `n_shared_experts` wide (DeepSeekMoE, arXiv 2401.06066, section 3.2)."""
+@region
+def _gradients_of_weighted_sum(
+    grad_TH: Tensor, rows_PH: Tensor, weights_TK: Tensor, token_P: Tensor, row_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    # Padding has the weight 0, hence no gradient.
+    weights_P = weights_TK.new_zeros(token_P.shape[0]).index_copy_(0, row_TK.flatten(), weights_TK.flatten())
+    grad_rows = grad_TH.index_select(0, token_P) * weights_P[:, None]
+    rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
+    grad_weights = (rows_TKH.float() * grad_TH[:, None]).sum(-1)
+    return grad_rows.to(rows_PH.dtype), grad_weights
 
-    def __init__(self, config: DeepSeekV3Config):
+
+class SwiGLU(nn.Module):
+    """A feed-forward layer that every token passes (arXiv 2002.05202, equation 6)."""
+
+    def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        width = config.intermediate_size * config.n_shared_experts
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        rows_TH = x.reshape(-1, x.shape[-1])
+        return self.down_proj(gated(self.gate_proj(rows_TH), self.up_proj(rows_TH))).view_as(x)
 
 
 class DeepSeekMoE(nn.Module):
-    """Router, experts and optional shared expert over [B, S, H].
+    """Router, experts and optional shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2) over [B, S, H].
 
     `tokens_per_expert` adds up the routed rows of every forward pass; whoever reads it decides which passes count.
-    `aux_loss` is the last training pass's load-balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6),
-    set only where `router_aux_loss_coef` asks for it.
+    `router_logits` [T, E] are the last training pass's, for losses, and set only where one asks for them.
     """
 
     tokens_per_expert: Tensor
@@ -149,9 +244,10 @@ class DeepSeekMoE(nn.Module):
         self.config = config
         self.gate = TopKRouter(config)
         self.experts = DeepSeekExpertLayer(config)
-        self.shared_experts = SharedExpert(config) if config.n_shared_experts else None
+        shared_width = config.n_shared_experts * config.intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, shared_width) if shared_width else None
         self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts), persistent=False)
-        self.aux_loss: Tensor | None = None
+        self.router_logits: Tensor | None = None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
@@ -159,11 +255,10 @@ class DeepSeekMoE(nn.Module):
         # Not bincount, for which the host would have to wait.
         ones = torch.ones_like(chosen).flatten()
         counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
-        self.tokens_per_expert += counts
-        if self.training and self.config.router_aux_loss_coef:
-            share = counts / chosen.numel()
-            scores = router_scores(logits, self.config.scoring_func)
-            self.aux_loss = self.config.num_experts * (share * scores.mean(0)).sum()
+        if not device.is_exported():  # a graph that nobody reads counts from should change nothing
+            self.tokens_per_expert.add_(counts)
+        if self.training and self.config.has_router_losses:
+            self.router_logits = logits
         out = self.experts(x_TH, weights, chosen, counts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_TH)

@@ -3,11 +3,18 @@
 Shape letters: B batch, S sequence, P rotary dimensions.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from smolds_dist.model import device
 
-def rotary_angles(position_ids: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+
+def rotary_angles(
+    position_ids: Tensor, dim: int, theta: float, yarn: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864, equation 34), in fp32.
 
     Computed anew from the positions, because a stored frequency buffer would be rounded when the model is cast to bf16.
@@ -16,18 +23,66 @@ def rotary_angles(position_ids: Tensor, dim: int, theta: float) -> tuple[Tensor,
         position_ids: [B, S].
         dim: P, even.
         theta: base wavelength.
+        yarn: `DeepSeekV3Config.rope_scaling`.
 
     Returns:
-        Two tensors [B, S, P/2].
+        Two tensors [B, S, P/2]; with YaRN times its factor for attention.
     """
     exponents = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
-    angles = position_ids[..., None].float() * theta**-exponents
-    return angles.cos(), angles.sin()
+    frequencies = theta**-exponents
+    if yarn is None:
+        angles = position_ids[..., None].float() * frequencies
+        return angles.cos(), angles.sin()
+    share = _interpolated_share(frequencies, dim, theta, yarn)
+    angles = position_ids[..., None].float() * (frequencies * (1 - share) + frequencies / yarn["factor"] * share)
+    factor = _attention_factor(yarn)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def _interpolated_share(frequencies: Tensor, dim: int, theta: float, yarn: dict[str, Any]) -> Tensor:
+    """How far each frequency is slowed down by the factor, from 0 (fast ones) to 1 (YaRN, arXiv 2309.00071, equation 18);
+    between the dimensions that turn `beta_fast` and `beta_slow` times within the original length it grows linearly."""
+
+    def dimension(turns: float) -> float:
+        length = yarn["original_max_position_embeddings"]
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(yarn.get("beta_fast") or 32), dimension(yarn.get("beta_slow") or 1)
+    if yarn.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    places = torch.arange(dim // 2, device=frequencies.device, dtype=torch.float32)
+    return ((places - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def _attention_factor(yarn: dict[str, Any]) -> float:
+    """What cosine and sine are multiplied by, hence scores by its square (YaRN, equation 22); DeepSeek's checkpoints, with
+    `mscale` and `mscale_all_dim`, leave most of it to `score_factor`."""
+    if yarn.get("attention_factor") is not None:
+        return yarn["attention_factor"]
+    if yarn.get("mscale") and yarn.get("mscale_all_dim"):
+        return _mscale(yarn["factor"], yarn["mscale"]) / _mscale(yarn["factor"], yarn["mscale_all_dim"])
+    return _mscale(yarn["factor"], 1.0)
+
+
+def score_factor(yarn: dict[str, Any] | None) -> float:
+    """What latent attention multiplies its scores by besides, which DeepSeek-V2 and V3 do with `mscale_all_dim`."""
+    if not yarn or not yarn.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (i, i + P/2) of the last dimension of x [B, heads, S, P]; computed in fp32, returned in x's dtype."""
-    return _Rotate.apply(x, cos[:, None], sin[:, None])
+    cos, sin = cos[:, None], sin[:, None]
+    if not device.is_traced():
+        return _Rotate.apply(x, cos, sin)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):

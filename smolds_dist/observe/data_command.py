@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from smolds_dist.config import RunConfig, load_config
+from smolds_dist.config import load_config
 from smolds_dist.data.batch import Sample, TrainingData, batch_digest
 from smolds_dist.data.prepare import prepare_data, told_epochs
 from smolds_dist.data.rows import PLACES
@@ -23,6 +23,7 @@ from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.prepare_command import prepare
 from smolds_dist.observe.rows import read_rows
+from smolds_dist.settings import RunConfig
 
 BAR = 40  # characters of the longest
 MOST_SAMPLES = 50_000  # that are looked at to see what packing comes to

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl and TensorBoard's curves, by rank 0 alone.
+"""What a run writes while it trains: metrics.jsonl, and the curves of TensorBoard and other trackers, by rank 0 alone.
 
 Shape letters: L layers, E experts.
 """
@@ -12,10 +12,12 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from smolds_dist.config import RunConfig
 from smolds_dist.observe.append import AppendedFile
 from smolds_dist.observe.rows import WINDOW, keep_rows, rounded
+from smolds_dist.observe.trackers import Feed
 from smolds_dist.parallel.balancer import max_violation
+from smolds_dist.rules import trackers_in
+from smolds_dist.settings import RunConfig
 
 
 class MetricsWriter:
@@ -29,7 +31,8 @@ class MetricsWriter:
         self._samples = config.run_dir / "samples.jsonl"
         path = config.run_dir / "metrics.jsonl"
         keep_rows(self._samples, start_step)
-        loads = [row["load"] for row in keep_rows(path, start_step) if "load" in row]
+        rows = keep_rows(path, start_step)
+        loads = [row["load"] for row in rows if "load" in row]
         self._recent = deque((torch.tensor(load) for load in loads[-WINDOW:]), maxlen=WINDOW)
         self._file = AppendedFile(path)
         self._board = None
@@ -37,6 +40,7 @@ class MetricsWriter:
             from smolds_dist.observe.tensorboard import Board
 
             self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config))
+        self._feeds = [Feed(name, config.run_dir, asdict(config), rows) for name in trackers_in(config.log.to)]
 
     def training_row(self, row: dict, counts_LE: Tensor | None) -> dict:
         """Writes a step's row, with load and MaxVio from the routed tokens of the whole global batch; returns it.
@@ -65,6 +69,8 @@ class MetricsWriter:
         self._file.append(json.dumps(row).encode() + b"\n")
         if self._board is not None:
             self._board.show(row)
+        for feed in self._feeds:
+            feed.show(dict(row))
         return row
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
@@ -81,3 +87,5 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        for feed in self._feeds:
+            feed.close()

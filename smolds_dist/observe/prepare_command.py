@@ -5,7 +5,7 @@ smolds data prepare --workers 8 -- TRAIN-OPTIONS
 
 import time
 
-from smolds_dist.config import RunConfig, load_config
+from smolds_dist.config import load_config
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cores import free_cores
 from smolds_dist.data.prepare import begin_data
@@ -13,6 +13,7 @@ from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.data.workers import Workers
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.progress import ProgressBar
+from smolds_dist.settings import RunConfig
 
 LOOK_EVERY = 0.5  # seconds
 

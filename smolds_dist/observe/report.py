@@ -11,12 +11,15 @@ from typing import Any
 
 import yaml
 
-from smolds_dist.checkpoint.files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
-from smolds_dist.config import Model, load_config, saved_sources
+from smolds_dist.checkpoint.files import Manifest
+from smolds_dist.config import load_config
 from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.observe.rows import load_table, read_rows
-from smolds_dist.observe.summary import facts
+from smolds_dist.observe.overview import events, manifests_of, overview, smooth
+from smolds_dist.observe.rows import dense_layers, load_table, read_rows
+from smolds_dist.observe.trackers import Feed
+from smolds_dist.rules import trackers_in
+from smolds_dist.settings import Model, saved_sources
 
 NGRAM = 3
 UNIQUE_CONTENT = (
@@ -25,7 +28,6 @@ UNIQUE_CONTENT = (
     "(distinct-n, arXiv 1510.03055, section 5.3)."
 )
 LOSS_ROWS = 25
-SMOOTHING = 0.9  # weight of what was before, in the picture's thick loss curves
 
 
 def report(args: list[str]) -> None:
@@ -43,11 +45,21 @@ def report(args: list[str]) -> None:
     parser.add_argument(
         "--rebuild-tensorboard", action="store_true", help="also write TensorBoard's files anew, from metrics.jsonl"
     )
+    parser.add_argument(
+        "--html", action="store_true", help="also write report.html, one page with all of it, to look at and to send"
+    )
+    parser.add_argument(
+        "--send", metavar="TRACKER", default="", help="give wandb, mlflow or trackio what it has not got of these runs"
+    )
     parser.add_argument("--to", type=Path, help="folder to write to; the run's own where there is one run")
     options = parser.parse_args(args)
     for run in options.runs:
         if not any("loss" in row for row in read_rows(run / "metrics.jsonl")):
             raise ConfigError(f"{run} holds no training steps; name a run's folder, such as runs/NAME.")
+    if trackers := trackers_in(options.send, "--send"):
+        for run in options.runs:
+            send(run, trackers)
+        return
     if len(options.runs) > 1 and options.to is None:
         raise ConfigError("several runs share a picture; name a folder for it with --to.")
     folder = options.to or options.runs[0]
@@ -59,6 +71,11 @@ def report(args: list[str]) -> None:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             written.append(folder / name)
+    if options.html:
+        from smolds_dist.observe.page import html_page
+
+        (folder / "report.html").write_text(html_page(options.runs), encoding="utf-8")
+        written.append(folder / "report.html")
     if options.rebuild_tensorboard:
         from smolds_dist.observe.tensorboard import rebuild
 
@@ -66,6 +83,14 @@ def report(args: list[str]) -> None:
             written.append(rebuild(run, read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")))
     for path in written:
         print(path)
+
+
+def send(run: Path, trackers: list[str]) -> None:
+    """Gives trackers what they have not got of a run."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    rows = read_rows(run / "metrics.jsonl")
+    for feed in [Feed(name, run, config, rows) for name in trackers]:
+        feed.close()
 
 
 def unique_content(text: str) -> float | None:
@@ -78,12 +103,11 @@ def unique_content(text: str) -> float | None:
 def training_log(run: Path) -> str:
     """The run as Markdown: configuration, model, loss at regular steps, expert balance, checkpoints, events."""
     rows = read_rows(run / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    manifests = _manifests(run)
+    manifests = manifests_of(run)
     parts = [
         f"# Training log of {run.resolve().name}",
-        markdown_table(("", ""), _summary(steps, rows, manifests)),
+        markdown_table(("", ""), overview(rows, manifests)),
         "## Loss",
         markdown_table(
             ("step", "tokens", "loss", "validation loss", "bits per byte", "gradient norm", "MaxVio"), _losses(rows)
@@ -99,7 +123,7 @@ def training_log(run: Path) -> str:
         if manifests
         else "None.",
         "## Events",
-        "\n".join(f"- {event}" for event in _events(rows)) or "None.",
+        "\n".join(f"- {event}" for event in events(rows)) or "None.",
         "## Configuration",
         _fenced(yaml.safe_dump(config, sort_keys=False).strip(), "yaml"),
         "## Model",
@@ -139,7 +163,7 @@ def draw(runs: list[Path], path: Path) -> None:
         steps = [row for row in rows if row.get("loss") is not None]
         x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
         loss_axes.plot(x, losses, color=colour, alpha=0.25, linewidth=0.8)
-        loss_axes.plot(x, _smooth(losses), color=colour, linewidth=1.6, label=f"{name}, training")
+        loss_axes.plot(x, smooth(losses), color=colour, linewidth=1.6, label=f"{name}, training")
         held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
         if held_out:
             line = dict(color=colour, marker="o", markersize=5, linestyle="--", markeredgecolor="black")
@@ -148,7 +172,7 @@ def draw(runs: list[Path], path: Path) -> None:
         if balanced:
             at, violations = zip(*balanced, strict=True)
             balance_axes.plot(at, violations, color=colour, alpha=0.25, linewidth=0.8)
-            balance_axes.plot(at, _smooth(list(violations)), color=colour, linewidth=1.6, label=name)
+            balance_axes.plot(at, smooth(list(violations)), color=colour, linewidth=1.6, label=name)
         texts = [(row["step"], row["seen_texts"], row["unique_texts"]) for row in steps if "seen_texts" in row]
         if texts:
             at, seen, unique = zip(*texts, strict=True)
@@ -188,7 +212,8 @@ def _draw_load(figure: Any, axes: Any, rows: list[dict]) -> None:
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
-    axes.set_yticks(range(layers) if layers <= 12 else range(0, layers, 4))
+    ticks, first = range(layers) if layers <= 12 else range(0, layers, 4), dense_layers(rows)
+    axes.set_yticks(ticks, [str(first + layer) for layer in ticks])
     figure.colorbar(picture, ax=axes)
 
 
@@ -200,41 +225,6 @@ def _finish(axes: Any, title: str, unit: str) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """Exponential moving average, without the start's pull towards the first value."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = SMOOTHING * total + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + 1 - SMOOTHING
-        smooth.append(total / weight)
-    return smooth
-
-
-def _summary(steps: list[dict], rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
-    last = steps[-1]
-    seconds = sum((after["tokens"] - before["tokens"]) / after["tokens_per_s"] for before, after in pairwise(steps))
-    table: list[tuple] = [("steps", f"{last['step']:,}"), ("tokens", f"{last['tokens']:,}")]
-    unit, size = next(
-        (u, n) for u, n in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if seconds >= 2 * n or n == 1
-    )
-    table.append(("time in steps", f"{seconds / size:.1f} {unit}"))
-    if last["loss"] is not None:
-        table.append(("last training loss", f"{last['loss']:.4f}"))
-    evaluations = [row for row in rows if "val_loss" in row]
-    if evaluations:
-        best = min(evaluations, key=lambda row: row["val_loss"])
-        table.append(("best validation loss", f"{best['val_loss']:.4f} at step {best['step']}"))
-    table += facts(rows).items()
-    if manifests:
-        table.append(("parameters", f"{_parameters(manifests[0]):,}"))
-        table.append(("versions", _versions(manifests[0].versions)))
-    return table
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _losses(rows: list[dict]) -> list[tuple]:
@@ -281,44 +271,10 @@ def _mixture(run: Path, config: dict) -> list[str]:
     return [f"The mixture: {in_words(mixture.schedule(), config['train']['global_batch'])}."]
 
 
-def _events(rows: list[dict]) -> list[str]:
-    events = []
-    for row in rows:
-        if row.get("event") == "start":
-            events.append(
-                f"after step {row['step']}: started on {row['host']}, {row['topology']} ({_versions(row['versions'])})"
-            )
-        elif row.get("event") == "rollback":
-            events.append(
-                f"step {row['step']}: back here from a loss spike in steps {row['spike_begin']} to {row['spike_end']}, "
-                f"{row['skipped_samples']} samples left out"
-            )
-        elif row.get("skipped"):
-            events.append(f"step {row['step']}: loss or gradient not finite, update skipped")
-    return events
-
-
-def _manifests(run: Path) -> list[Manifest]:
-    """Of the checkpoints that have a sound one, oldest first."""
-    found = []
-    for folder in reversed(checkpoints_in(run / "checkpoints")):
-        try:
-            found.append(read_manifest(folder))
-        except DamagedCheckpointError:
-            continue
-    return found
-
-
 def _checkpoint(manifest: Manifest) -> tuple:
     size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
     loss = "" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
     return manifest.step, manifest.created[:16].replace("T", " "), f"{size:.3f} GB", loss, manifest.layout
-
-
-def _parameters(manifest: Manifest) -> int:
-    from torch import Size
-
-    return sum(Size(shape).numel() for shape in manifest.tensors.values())
 
 
 def _model_printout(config: dict, manifests: list[Manifest]) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from smolds_dist.rows import read_rows
+
 WINDOW = 100  # steps of the wider MaxVio
 
 
@@ -38,15 +40,9 @@ def recent_losses(path: Path, last_step: int) -> list[float]:
     return [row["loss"] for row in read_rows(path) if row["step"] <= last_step and row.get("loss") is not None]
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a killed writer left unfinished is dropped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def dense_layers(rows: list[dict]) -> int:
+    """How many leading layers of a run have no experts: what rows say of layers begins after these."""
+    return next((row["dense_layers"] for row in reversed(rows) if "dense_layers" in row), 0)
 
 
 def load_table(rows: list[dict], last: int = 20) -> str:
@@ -56,8 +52,9 @@ def load_table(rows: list[dict], last: int = 20) -> str:
         return "(no training steps)"
     layers, experts = len(loads[0]), len(loads[0][0])
     lines = ["layer " + "".join(f"{f'e{expert}':>7}" for expert in range(experts)) + "  MaxVio"]
+    first = dense_layers(rows)
     for layer in range(layers):
         shares = [sum(load[layer][expert] for load in loads) / len(loads) for expert in range(experts)]
         cells = "".join(f"{share:>7.1%}" for share in shares)
-        lines.append(f"{layer:>5} {cells}  {max(shares) * experts - 1:>6.2f}")
+        lines.append(f"{first + layer:>5} {cells}  {max(shares) * experts - 1:>6.2f}")
     return "\n".join(lines)

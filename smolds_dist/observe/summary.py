@@ -3,8 +3,8 @@
 import shlex
 from statistics import median
 
-from smolds_dist.config import RunConfig
 from smolds_dist.observe.rows import WINDOW, load_table, read_rows
+from smolds_dist.settings import RunConfig
 
 
 def summary(config: RunConfig, unigram_entropy: float) -> str:

@@ -9,7 +9,6 @@ single experts from step 1,000 on, others from step 10,000 on, by ten each time 
 Shape letters: L layers, E experts.
 """
 
-import math
 import os
 import socket
 import time
@@ -24,12 +23,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram, histogram_raw, hparams, image, text
 
 from smolds_dist.observe.append import AppendedFile
+from smolds_dist.observe.curves import curves_of, first_mixture
 from smolds_dist.observe.rows import is_kept
 
 PIXELS = 12  # of a heatmap's cell
 LARGEST_CELLS = 4096  # of a heatmap; beyond, it is left out
-TRAIN = ("loss", "lr", "grad_norm")
-SPEED = ("tokens_per_s", "mfu", "memory_gb")
 # What a run is judged by, in the table of hyperparameters.
 FINAL = ("train/loss", "validation/loss", "validation/bits_per_byte", "balance/max_vio_window", "speed/tokens_per_s")
 
@@ -56,6 +54,7 @@ class Board:
         self._add(experiment, purge_step - 1)
         self._add(start, purge_step - 1)
         self._last_step = config["train"]["steps"]
+        self._first_mixture = first_mixture(config)
 
     def show(self, row: dict) -> None:
         """Adds a row of `metrics.jsonl`."""
@@ -63,61 +62,28 @@ class Board:
         if "event" in row:
             name = "environment" if row["event"] == "start" else "events"
             self._add(text(name, _as_yaml(row)), step, when)
-        elif "val_loss" in row:
-            loss = row["val_loss"]
-            values = {"loss": loss, "bits_per_byte": row["val_bits_per_byte"], "perplexity": _perplexity(loss)}
-            values["max_vio"] = row.get("val_max_vio")
-            scalars = {f"validation/{name}": value for name, value in values.items()}
-            scalars |= {name: value for name, value in row.items() if "/" in name}  # of single sources
-            self._scalars(scalars, step, when)
-        else:
-            self._training(row, step, when)
-            if step == self._last_step:
-                self._add(self._end, step, when)
+            return
+        self._scalars(curves_of(row, self._last_step, self._first_mixture), step, when)
+        if "loss" in row and is_kept(step, digits=1):
+            self._pictures(row, step, when)
+        if "loss" in row and step == self._last_step:
+            self._add(self._end, step, when)
 
     def show_sample(self, row: dict) -> None:
         """Adds a row of `samples.jsonl`."""
         self._add(text(f"samples/{row['prompt'].strip() or 'no prompt'}", f"````\n{row['text']}\n````"), row["step"])
 
-    def _training(self, row: dict, step: int, when: float | None) -> None:
-        scalars: dict[str, float | None] = {}
-        if is_kept(step, digits=4) or step == self._last_step:
-            scalars |= {f"train/{name}": row[name] for name in TRAIN}
-            scalars |= {f"speed/{name}": row.get(name) for name in SPEED}
-            if row["loss"] is not None:
-                scalars["train/perplexity"] = _perplexity(row["loss"])
-            scalars |= {f"grad_norm/{part}": norm for part, norm in row.get("grad_norms", {}).items()}
-            scalars |= {f"seconds/{phase}": seconds for phase, seconds in row.get("seconds", {}).items()}
-            scalars |= {f"data/{name}": row.get(name) for name in ("seen_texts", "unique_texts")}
-            scalars |= {f"epochs/{name}": epochs for name, epochs in row.get("epochs", {}).items()}
-            if "load" in row:
-                scalars["balance/max_vio"] = row["max_vio"]
-                scalars["balance/max_vio_window"] = row["max_vio_window"]
-                scalars["balance/dead_experts"] = sum(share == 0 for layer in row["load"] for share in layer)
-            if "router_entropy" in row:
-                scalars["balance/router_entropy"] = sum(row["router_entropy"]) / len(row["router_entropy"])
-        if is_kept(step, digits=3):
-            for layer, shares in enumerate(row.get("load", ())):
-                scalars[f"max_vio/layer_{layer:02}"] = max(shares) * len(shares) - 1
-                scalars |= {f"load_layer_{layer:02}/expert_{e:02}": share for e, share in enumerate(shares)}
-            for layer, biases in enumerate(row.get("bias", ())):
-                scalars |= {f"bias_layer_{layer:02}/expert_{e:02}": bias for e, bias in enumerate(biases)}
-            scalars |= {f"router_entropy/layer_{i:02}": value for i, value in enumerate(row.get("router_entropy", ()))}
-        self._scalars(scalars, step, when)
-        if is_kept(step, digits=1):
-            self._pictures(row, step, when)
-
     def _pictures(self, row: dict, step: int, when: float | None) -> None:
         load_LE = torch.tensor(row.get("load", ()))
         if 0 < load_LE.numel() <= LARGEST_CELLS:
             self._add(image("balance/load", heatmap(load_LE), dataformats="CHW"), step, when)
-        for layer, biases in enumerate(row.get("bias", ())):
+        for layer, biases in enumerate(row.get("bias", ()), self._first_mixture):
             self._add(histogram(f"selection_bias/layer_{layer:02}", torch.tensor(biases).numpy(), "auto"), step, when)
-        for layer, counts in enumerate(row.get("router_histogram", ())):
+        for layer, counts in enumerate(row.get("router_histogram", ()), self._first_mixture):
             self._add(_histogram(f"router_probability/layer_{layer:02}", counts), step, when)
 
-    def _scalars(self, values: dict[str, float | None], step: int, when: float | None) -> None:
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
+    def _scalars(self, values: dict[str, float], step: int, when: float | None) -> None:
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         if points:
             self._add(Summary(value=points), step, when)
 
@@ -146,7 +112,8 @@ def heatmap(load_LE: torch.Tensor) -> torch.Tensor:
 
 def layout(config: dict) -> dict[str, dict[str, list]]:
     """Tabs of the custom scalars, as tab -> chart -> kind and tags; what a mixture of experts lives by comes first."""
-    layers, experts = range(config["model"]["num_hidden_layers"]), range(config["model"]["num_experts"])
+    model = config["model"]
+    layers, experts = range(first_mixture(config), model["num_hidden_layers"]), range(model["num_experts"])
 
     def lines(*tags: str) -> list:
         return ["Multiline", list(tags)]
@@ -174,6 +141,7 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
             "texts seen and distinct": lines("data/.*"),
             "epochs of each source": lines("epochs/.*"),
             "loss of each source": lines("val_loss/.*"),
+            "tasks": lines("tasks/.*"),
             "gradient norm": lines("train/grad_norm", "grad_norm/.*"),
         },
         "Speed": {
@@ -187,10 +155,6 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
 
 def _as_yaml(values: dict) -> str:
     return f"```yaml\n{yaml.safe_dump(values, sort_keys=False)}```"
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 50.0))
 
 
 def _settings(config: dict) -> dict[str, float | str | bool]:

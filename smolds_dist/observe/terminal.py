@@ -2,8 +2,8 @@
 
 import sys
 
-from smolds_dist.config import Log
 from smolds_dist.progress import ProgressBar
+from smolds_dist.settings import Log
 
 
 class Terminal:

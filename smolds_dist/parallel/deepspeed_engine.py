@@ -26,6 +26,7 @@ from smolds_dist.parallel.expert_parallel import (
     consolidated_state_dict,
     deepspeed_config,
     expert_parameters,
+    keep_router_logits,
     keep_routers_in_fp32,
 )
 from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
@@ -86,6 +87,8 @@ class DeepSpeedEngine:
                 groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
                 self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
             keep_routers_in_fp32(self.model)
+        if model.config.has_router_losses:
+            keep_router_logits(self.model)
 
     def _note_squares(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds up what this rank's slices hold, after clipping; ZeRO steps one group or slice at a time."""

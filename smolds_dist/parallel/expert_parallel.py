@@ -1,6 +1,7 @@
 """DeepSpeed and its AutoEP for our model: the configuration, the workarounds, and full weights out of sharded experts."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smolds_dist.config import RunConfig
 from smolds_dist.costs.memory import BUCKET, PREFETCHED
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.fragments import logical_name
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
@@ -159,6 +160,18 @@ def keep_routers_in_fp32(model: nn.Module) -> None:
         layer.router.e_score_correction_bias = layer.router.e_score_correction_bias.float()
         # First among the hooks, because ZeRO 3's own lets go of the gathered weight.
         layer.router.gate.register_forward_hook(fp32_logits, prepend=True)
+
+
+def keep_router_logits(model: nn.Module) -> None:
+    """Leaves every training pass's router logits [T, E] where `DeepSeekV3ForCausalLM` takes them for its losses from, as our
+    own `DeepSeekMoE` does."""
+
+    def keep(layer: Any, gate: Any, _args: Any, logits_TE: Tensor) -> None:
+        if gate.training:
+            layer.router_logits = logits_TE
+
+    for layer in autoep_layers(model).values():
+        layer.router.gate.register_forward_hook(partial(keep, layer))
 
 
 def consolidated_state_dict(model: nn.Module) -> dict[str, Tensor]:

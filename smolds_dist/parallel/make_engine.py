@@ -4,10 +4,10 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING
 
-from smolds_dist.config import RunConfig
 from smolds_dist.parallel.engine import Engine, GroupParameters, MakeOptimizer
 from smolds_dist.parallel.local_engine import LocalEngine
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3ForCausalLM

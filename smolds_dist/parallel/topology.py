@@ -10,11 +10,13 @@ import math
 import os
 from dataclasses import dataclass
 
-from smolds_dist.config import RunConfig
+from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.costs.layout import Layout, configured
 from smolds_dist.costs.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, with_vocabulary
+from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.settings import RunConfig
 
 # Tokens of one forward pass that keep the device busy without filling its memory with activations.
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
@@ -28,6 +30,7 @@ class Machine:
     device_count: int  # of the best kind; for the CPU, its cores
     bf16: bool  # whether the best kind multiplies bf16 natively
     memory: int | None = None  # bytes of one device of the best kind; for the CPU, of the whole machine
+    name: str | None = None  # of the best kind, as PyTorch has it; of the CPU "cpu"
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,12 @@ def detect_machine() -> Machine:
 
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        return Machine(("cuda", "cpu"), torch.cuda.device_count(), torch.cuda.is_bf16_supported(), memory)
+        name = torch.cuda.get_device_name(0)
+        return Machine(("cuda", "cpu"), torch.cuda.device_count(), torch.cuda.is_bf16_supported(), memory, name)
     if torch.backends.mps.is_available():
         return Machine(("mps", "cpu"), 1, False, torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return Machine(("cpu",), available_cores(), False, installed)
+    return Machine(("cpu",), available_cores(), False, installed, "cpu")
 
 
 def available_cores() -> int:
@@ -92,6 +96,8 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         ConfigError: where a setting cannot work at this world size or on this machine, with the values that can.
     """
     parallel, train, world = config.parallel, config.train, rank.world_size
+    if parallel.hardware is not None:
+        load_hardware(parallel.hardware)  # a mistake shows at once, not where it begins to matter
     device = machine.devices[0] if parallel.device == "auto" else parallel.device
     if device not in machine.devices:
         raise ConfigError(f"--parallel.device {device} is not on this machine; use {' or '.join(machine.devices)}.")
@@ -106,27 +112,34 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     dtype = train.dtype
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" and machine.bf16 else "fp32"
-    expert, why_expert = _expert_size(config, world, rank.ranks_per_node)
+    sizes, why_expert = _expert_sizes(config, world, rank.ranks_per_node)
     memory = machine.memory if device == machine.devices[0] else None
     if memory is not None and device == "cpu":
         memory = memory // rank.ranks_per_node
     stages = _zero_stages(config, engine)
     batches = _micro_batches(config, world, device)
     settings = configured(config)
-    layouts = [
-        Layout(
-            world, rank.ranks_per_node, expert, zero, batch, train.global_batch // (world * batch), config.data.seq_len,
-            dtype, device, engine, **settings,
-        )
-        for batch in batches
-        for zero in stages
-    ]  # fmt: skip
-    layout, why_layout = _first_that_fits(config, layouts, memory)
-    if train.balance == "aux_loss" and engine == "deepspeed":
-        raise ConfigError(
-            "--train.balance aux_loss needs the router's scores, which DeepSpeed's expert-parallel layer keeps to itself; "
-            "use --train.balance bias, or one process with --parallel.engine local."
-        )
+    layouts = {
+        size: [
+            Layout(
+                world, rank.ranks_per_node, size, zero, batch, train.global_batch // (world * batch), config.data.seq_len,
+                dtype, device, engine, **settings,
+            )
+            for batch in batches
+            for zero in stages
+        ]
+        for size in sizes
+    }  # fmt: skip
+    expert = sizes[-1]
+    if len(sizes) > 1:
+        hardware = hardware_of(config, machine, device)
+        if hardware is None:
+            unknown = "figures of this machine are not known, which smolds plan --calibrate measures"
+            why_expert = f"{why_expert}, and {unknown}"
+        else:
+            firsts = {size: _first_that_fits(config, layouts[size], memory)[0] for size in sizes}
+            expert, why_expert = _fastest(config, firsts, hardware.shared_by(rank.ranks_per_node), memory)
+    layout, why_layout = _first_that_fits(config, layouts[expert], memory)
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,
@@ -160,23 +173,64 @@ def _engine(config: RunConfig, world: int) -> str:
     return "deepspeed" if world > 1 or wants_deepspeed else "local"
 
 
-def _expert_size(config: RunConfig, world: int, per_node: int) -> tuple[int, str]:
-    """The expert-parallel size and why: the largest whose groups stay inside a node."""
+def _expert_sizes(config: RunConfig, world: int, per_node: int) -> tuple[list[int], str]:
+    """The expert-parallel sizes that may be taken, the largest last, and why it would be that one: groups stay inside a node
+    unless somebody asks for more."""
     experts, wanted = config.model.num_experts, config.parallel.expert
     valid = expert_sizes(world, experts)
     inside = [size for size in valid if per_node % size == 0]
-    if wanted == "auto":
+    if not isinstance(wanted, int):
+        sizes = inside if wanted == "auto" else inside[-1:]
         if inside[-1] == 1:
-            return 1, f"every rank holds all {experts} experts, because no larger group fits evenly into a node"
+            return sizes, f"every rank holds all {experts} experts, because no larger group fits evenly into a node"
         where = f" inside a node of {per_node}" if per_node < world else ""
-        return inside[-1], f"{experts} experts are shared by {inside[-1]} ranks{where}, the most that divide evenly"
+        return sizes, f"{experts} experts are shared by {inside[-1]} ranks{where}, the most that divide evenly"
     if wanted not in valid:
         raise ConfigError(
             f"--parallel.expert {wanted} must divide the world size ({world}) and the number of experts ({experts}); "
             f"valid values: {', '.join(map(str, valid))}."
         )
     where = "" if wanted in inside else f", across nodes of {per_node}, whose links are slower"
-    return wanted, f"{experts} experts are shared by {wanted} ranks as asked{where}"
+    return [wanted], f"{experts} experts are shared by {wanted} ranks as asked{where}"
+
+
+def hardware_of(config: RunConfig, machine: Machine, device: str) -> Hardware | None:
+    """What the planner's formulas take for a machine, if there are figures."""
+    if config.parallel.hardware is not None:
+        return load_hardware(config.parallel.hardware)
+    if machine.name is None:
+        return None
+    return known_hardware("cpu" if device == "cpu" else machine.name)
+
+
+def _fastest(config: RunConfig, layouts: dict[int, Layout], hardware: Hardware, memory: int | None) -> tuple[int, str]:
+    """The expert-parallel size with the shortest step among those that fit, and by how much it is.
+
+    Args:
+        layouts: of each size, the one that it would have.
+        memory: bytes of a device.
+    """
+    model, experts = with_vocabulary(config), config.model.num_experts
+    process = PROCESS_BYTES[next(iter(layouts.values())).device]
+    fitting = {
+        size: layout
+        for size, layout in layouts.items()
+        if memory is None or rank_memory(model, layout, process).total <= MEMORY_SHARE * memory
+    }
+    if not fitting:  # the one that needs least is the one that shares most
+        most = max(layouts)
+        return most, f"{experts} experts are shared by {most} ranks, because fewer need more memory"
+    tokens_per_s = {
+        size: layout.tokens_per_step / step_time(model, layout, hardware).total for size, layout in fitting.items()
+    }
+    best = max(tokens_per_s, key=lambda size: tokens_per_s[size])
+    what = f"every rank holds all {experts} experts" if best == 1 else f"{experts} experts are shared by {best} ranks"
+    if len(fitting) == 1:
+        return best, f"{what}, because fewer ranks that share them need more memory than there is"
+    other = max((size for size in tokens_per_s if size != best), key=lambda size: tokens_per_s[size])
+    gain = tokens_per_s[best] / tokens_per_s[other] - 1
+    shared = "none are shared" if other == 1 else f"{other} ranks share them"
+    return best, f"{what}, {gain:.1%} faster than where {shared}, by the planner's formulas for {hardware.name}"
 
 
 def _zero_stages(config: RunConfig, engine: str) -> list[int]:

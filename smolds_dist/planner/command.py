@@ -9,8 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.config import RunConfig, load_config
-from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.config import load_config
+from smolds_dist.costs.flops import flops_per_token, layers_of
 from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, StepTime, run_time
@@ -18,6 +18,7 @@ from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
+from smolds_dist.settings import RunConfig
 
 MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
 
@@ -201,7 +202,7 @@ def _fit(loads: list[list[float]], config: RunConfig) -> list[list[float]]:
     experts = config.model.num_experts
     if len(loads[0]) != experts:
         raise ConfigError(f"--loads has {len(loads[0])} experts, the model {experts}; name a run with as many.")
-    return [loads[i % len(loads)] for i in range(config.model.num_hidden_layers)]
+    return [loads[i % len(loads)] for i in range(layers_of(config.model)[1])]
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

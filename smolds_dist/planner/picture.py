@@ -3,11 +3,11 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
-from smolds_dist.config import RunConfig
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.step_time import StepTime
 from smolds_dist.errors import ConfigError
 from smolds_dist.planner.search import Candidate, best_first, candidates
+from smolds_dist.settings import RunConfig
 
 MOST_RANKS = 16_384
 

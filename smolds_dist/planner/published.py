@@ -1,54 +1,128 @@
-"""The planner against published throughput: `published.yaml`'s runs, each predicted from its layout alone."""
+"""The planner against published throughput: `published.yaml`'s runs, each predicted from its layout alone.
 
-from dataclasses import dataclass
+A generation of GPUs has two figures that no data sheet gives, `utilisation` and `overhead` in `costs/hardware.yaml`. `fit`
+chooses them on one half of the runs; on the other half the planner is tested. A run's name decides its half.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 import yaml
 
-from smolds_dist.config import Model
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.costs.hardware import load_hardware
+from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.step_time import StepTime, step_time
+from smolds_dist.settings import Model
 
 FILE = Path(__file__).with_name("published.yaml")
 WITHIN = 0.25  # of the published figure counts as a hit
+HALVES = ("fitted", "tested")
+# Keys of `hardware.yaml` that share both figures: the same chip with other memory or links.
+GENERATIONS = (("a100", "a800"), ("h100", "h200", "h800"), ("b200",), ("gb200",))
+UTILISATIONS = tuple(percent / 100 for percent in range(10, 91, 2))
+OVERHEADS = tuple(half / 2000 for half in range(1, 25))  # seconds: 0.5 to 12 ms
+ENOUGH = 4  # runs for two figures; with fewer, one run more or less moves the pair across the grid
+
+
+@dataclass(frozen=True)
+class Run:
+    """One published run, in the planner's terms."""
+
+    name: str  # of its own
+    source: str
+    model: Model
+    hardware: str  # a key of `hardware.yaml`
+    layout: Layout
+    published: float  # tokens per second and device
+
+    @property
+    def half(self) -> str:
+        """By the parity of its name's SHA-256: nobody chose which runs the figures are fitted on."""
+        return HALVES[hashlib.sha256(self.name.encode()).digest()[-1] % 2]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One run: tokens per second and device."""
+    """One run and its prediction, in tokens per second and device."""
 
-    name: str
-    source: str
-    published: float
+    run: Run
     predicted: float
     step: StepTime
 
     @property
     def ratio(self) -> float:
-        return self.predicted / self.published
+        return self.predicted / self.run.published
 
     @property
     def hit(self) -> bool:
         return abs(self.ratio - 1) <= WITHIN
 
 
-def compare() -> list[Comparison]:
-    """Every published run with its prediction."""
+def published_runs() -> list[Run]:
+    """All runs of the file. A name has what tells two runs apart: model, devices, number format, source and figure."""
     data = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    found = []
-    for run in data["runs"]:
-        model, machine = Model(**data["models"][run["model"]]), load_hardware(run["hardware"])
-        layout = Layout(**({"seq_len": 4096, "per_node": machine.per_node, "zero": 1} | run["layout"]))
-        if "tflops" in run:
-            published = run["tflops"] * 1e12 / flops_per_token(model, layout.seq_len)
-        elif "gpu_hours_per_trillion" in run:
-            published = 1e12 / (run["gpu_hours_per_trillion"] * 3600)
-        else:
-            published = run["tokens_per_s"]
-        step = step_time(model, layout, machine)
-        predicted = layout.tokens_per_step / layout.world / step.total
-        name = f"{run['model']} on {layout.world} {run['hardware']}, {layout.dtype}"
-        found.append(Comparison(name, data["sources"][run["source"]], published, predicted, step))
+    return [_run(entry, data) for entry in data["runs"]]
+
+
+def _run(entry: dict[str, Any], data: dict[str, Any]) -> Run:
+    model, key, source = Model(**data["models"][entry["model"]]), entry["hardware"], entry["source"]
+    given = {"seq_len": 4096, "per_node": load_hardware(key).per_node, "zero": 1} | entry["layout"]
+    layout = Layout(**given)
+    if "tflops" in entry:
+        figure = entry["tflops"]
+        published = figure * 1e12 / flops_per_token(model, layout.seq_len)
+    elif "gpu_hours_per_trillion" in entry:
+        figure = entry["gpu_hours_per_trillion"]
+        published = 1e12 / (figure * 3600)
+    else:
+        published = figure = entry["tokens_per_s"]
+    name = f"{entry['model']} on {layout.world} {key}, {layout.dtype}, EP {layout.expert}, {source} {figure}"
+    return Run(name, data["sources"][source], model, key, layout, published)
+
+
+def predict_run(run: Run, machine: Hardware) -> Comparison:
+    """A run on a machine."""
+    step = step_time(run.model, run.layout, machine)
+    return Comparison(run, run.layout.tokens_per_step / run.layout.world / step.total, step)
+
+
+def compare() -> list[Comparison]:
+    """All published runs, each with its prediction by `hardware.yaml`."""
+    return [predict_run(run, load_hardware(run.hardware)) for run in published_runs()]
+
+
+def error_factor(found: Sequence[Comparison]) -> float:
+    """By which factor predictions are off: the median, upwards and downwards alike."""
+    return math.exp(median(abs(math.log(one.ratio)) for one in found))
+
+
+def fit() -> dict[str, tuple[float, float, int]]:
+    """Utilisation, overhead in seconds, and the number of runs they rest on, for each key of `GENERATIONS`.
+
+    On the fitted half alone: the pair of the grid with the least mean of |ln(predicted / published)|, which a few runs that
+    are far off move less than a mean of squares. Of pairs that are equally good, the first. A generation with fewer than
+    `ENOUGH` runs takes the overhead of the next one, and with none its utilisation too.
+    """
+    runs = [run for run in published_runs() if run.half == "fitted"]
+    machines = {run.hardware: load_hardware(run.hardware) for run in runs}
+    found: dict[str, tuple[float, float, int]] = {}
+    newer: tuple[float, float] | None = None
+    for keys in reversed(GENERATIONS):
+        own = [run for run in runs if run.hardware in keys]
+        overheads = OVERHEADS if newer is None or len(own) >= ENOUGH else (newer[1],)
+        pairs = [(share, seconds) for share in UTILISATIONS for seconds in overheads]
+        if own or newer is None:
+            newer = min(pairs, key=lambda pair: _misfit(own, machines, *pair))
+        found |= {key: (*newer, len(own)) for key in keys}
     return found
+
+
+def _misfit(runs: Sequence[Run], machines: dict[str, Hardware], utilisation: float, overhead: float) -> float:
+    tried = {key: replace(machine, utilisation=utilisation, overhead=overhead) for key, machine in machines.items()}
+    return fmean(abs(math.log(predict_run(run, tried[run.hardware]).ratio)) for run in runs)

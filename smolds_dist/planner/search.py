@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from smolds_dist.config import RunConfig
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout, layout_of
 from smolds_dist.costs.memory import MEMORY_SHARE, Memory, rank_memory, with_vocabulary
@@ -12,6 +11,7 @@ from smolds_dist.costs.step_time import StepTime, step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
+from smolds_dist.settings import RunConfig
 
 MOST_SEQUENCES = 64  # of a micro batch that is tried
 
@@ -51,7 +51,7 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
     plan_topology(base, here, rank)  # refuses what no layout mends
     local = world == 1 and config.parallel.engine != "deepspeed"
     sizes = (
-        [config.parallel.expert] if config.parallel.expert != "auto" else expert_sizes(world, config.model.num_experts)
+        expert_sizes(world, config.model.num_experts) if config.parallel.expert == "auto" else [config.parallel.expert]
     )
     stages = [config.parallel.zero] if config.parallel.zero != "auto" else [0, 1, 2, 3]
     if local or config.train.optimizer == "muon":

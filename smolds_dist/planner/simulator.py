@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.costs.flops import layers_of
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.step_time import (
@@ -83,7 +84,7 @@ def simulate_step(
     """
     chance = random.Random(seed)
     if loads is None:
-        loads = [[1 / model.num_experts] * model.num_experts] * model.num_hidden_layers
+        loads = [[1 / model.num_experts] * model.num_experts] * layers_of(model)[1]
     slowness = [1 + abs(chance.gauss(0, straggling)) for _ in range(layout.world)]
     programs = [_program(rank, model, layout, machine, loads, slowness[rank]) for rank in range(layout.world)]
     return run_programs(programs)
@@ -120,8 +121,8 @@ def _program(
     size, own = layout.expert, model.num_experts // layout.expert
     group, place = (rank // size * size, size), rank % size
     dense, experts = (seconds / len(loads) for seconds in product_seconds(model, layout, machine))
-    other = elementwise_seconds(model, layout, machine) / len(loads)
-    other += machine.overhead * (4 / 3 if layout.recompute else 1)
+    overhead = model.num_hidden_layers * machine.overhead * (4 / 3 if layout.recompute else 1)
+    other = (elementwise_seconds(model, layout, machine) + overhead) / len(loads)
     # Of the rows of each layer, relative to the mean rank; it sends its own, however few it gets.
     share = [sum(load[place * own : (place + 1) * own]) * size for load in loads]
     turns = [(1, range(len(loads))), (2, range(len(loads) - 1, -1, -1))]

@@ -4,8 +4,10 @@ import platform
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -13,13 +15,15 @@ from filelock import FileLock, Timeout
 from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, check_contents, load_weights, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
-from smolds_dist.config import RunConfig, save_config
+from smolds_dist.config import save_config
+from smolds_dist.costs.flops import largest_products
 from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.prepare import told_epochs
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.data.unique import UniqueTexts
 from smolds_dist.errors import ConfigError, TrainingStoppedError
+from smolds_dist.launching.signals import StopRequest
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.observe.metrics import MetricsWriter
 from smolds_dist.observe.rows import recent_losses
@@ -31,11 +35,14 @@ from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.parallel.uniform_routing import force_uniform_routing
+from smolds_dist.rows import RESTARTS, read_rows
+from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import StepClock, matrix_product_peak
+from smolds_dist.training.compiling import compile_model
 from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.optim import make_optimizer, parameter_groups
 from smolds_dist.training.profiling import Profiler
-from smolds_dist.training.signals import StopRequest
+from smolds_dist.training.rank_checks import SlowRanks
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Job:
     flops_per_token: float
     stop: StopRequest
     beat: Callable[[], None]  # a sign of life for the other ranks
+    tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
     done: Callable[[int], None] | None = None  # told after each step how many samples of the run have been trained on
 
     @property
@@ -73,6 +81,7 @@ class Training:
     ahead: BatchesAhead
     profiler: Profiler
     peak: float  # FLOP/s of all ranks together, in matrix products
+    slow: SlowRanks
 
     def close(self) -> None:
         self.terminal.close()
@@ -118,10 +127,18 @@ def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config
             f"--model.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {vocabulary}; "
             "raise it, or leave it out."
         )
-    if config.train.balance == "aux_loss":
-        settings["router_aux_loss_coef"] = config.train.aux_loss_coef
+    settings |= router_losses(config.train)
     tokenizer = data.tokenizer
     return DeepSeekV3Config(**settings, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+def router_losses(train: Train) -> dict[str, float]:
+    """The coefficients of the routers' losses, as `DeepSeekV3Config` has them."""
+    return {
+        "router_aux_loss_coef": train.aux_loss_coef if train.balance == "aux_loss" else 0.0,
+        "sequence_balance_coef": train.sequence_balance_coef,
+        "z_loss_coef": train.z_loss_coef,
+    }
 
 
 def build(job: Job, reader: CheckpointReader | None) -> Training:
@@ -143,7 +160,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
     checkpoints = CheckpointWriter(config, topology, tensors, job.data.identity)
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
-    peak = engine.sum_over_ranks(torch.tensor(matrix_product_peak(engine.device, dtype))).item()
+    shapes = largest_products(job.model_config, topology.micro_batch * config.data.seq_len)
+    peak = engine.sum_over_ranks(torch.tensor(matrix_product_peak(engine.device, dtype, shapes=shapes))).item()
     terminal = Terminal(config.log, config.train.steps, progress.step, job.main)
     history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
 
@@ -160,9 +178,13 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         save_config(config, config.run_dir / "config.yaml")
         save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")
         metrics = MetricsWriter(config, progress.step)
-        metrics.row({"step": progress.step, "event": "start"} | environment(topology, num_parameters, peak, job.data))
+        metrics.row({"step": progress.step, "event": "start"} | environment(job, num_parameters, peak))
+        for failure in untold_failures(config.run_dir):
+            metrics.row({"step": progress.step, "event": "restart"} | failure)
     terminal.say(f"{config.run.name}: {num_parameters:,} parameters, {topology}")
     terminal.say(topology.reason)
+    left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
+    compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, terminal)
     for line in told_epochs(config, job.data):
         terminal.say(line)
     if terminal.verbose:
@@ -183,7 +205,18 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         BatchesAhead(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
         Profiler(config, topology),
         peak,
+        SlowRanks(topology),
     )
+
+
+def untold_failures(run_dir: Path) -> list[dict]:
+    """What `launching.restarts` has noted and `metrics.jsonl` does not hold, or holds no more after going back."""
+    failures = read_rows(run_dir / RESTARTS)
+    if not failures:  # as most often: metrics may be long
+        return []
+    told = {row["number"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"}
+    keys = {"number": "number", "step": "failed_after", "cause": "cause", "logs": "logs"}
+    return [{new: row[old] for old, new in keys.items()} for row in failures if row["number"] not in told]
 
 
 def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topology) -> Engine:
@@ -195,15 +228,17 @@ def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topolo
     return engine
 
 
-def environment(topology: Topology, num_parameters: int, peak: float, data: TrainingData) -> dict:
+def environment(job: Job, num_parameters: int, peak: float) -> dict:
     """What a run ran on, as plain values."""
+    topology = job.topology
     device = torch.cuda.get_device_name(topology.local_rank) if topology.device == "cuda" else platform.machine()
     return {
         "topology": str(topology),
         "world_size": topology.world_size,
         "reason": topology.reason,
         "parameters": num_parameters,
-        "data": {name: data.identity(0)[name] for name in ("order", "limits")},
+        "dense_layers": job.model_config.first_k_dense_replace,
+        "data": {name: job.data.identity(0)[name] for name in ("order", "limits")},
         "host": socket.gethostname(),
         "system": platform.platform(),
         "device": device,

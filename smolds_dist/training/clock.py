@@ -1,8 +1,9 @@
 """Where a step's time and memory go."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -13,6 +14,7 @@ from smolds_dist.parallel.engine import Engine
 # [M, K] x [K, N]. With AMX, large and tall ones reach twice the rate of the first; GPUs want the last.
 PRODUCTS = ((1024, 1024, 1024), (8192, 384, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))
 LONGEST_PRODUCT = 0.2  # seconds
+SMALLEST_PRODUCT = 2.5e8  # FLOPs; a model's own products below run at no full rate, and would only take time
 PHASES = ("data", "forward", "backward", "all_to_all", "optimizer", "logging")
 
 
@@ -88,39 +90,77 @@ def memory_in_use(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def matrix_product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
+class Product(NamedTuple):
+    """[M, K] x [K, N], or as many of them as `batch` says, of one dtype."""
+
+    M: int
+    K: int
+    N: int
+    batch: int = 0  # 0: one product of matrices
+    transposed: tuple[bool, bool] = (False, False)  # whether left and right lie in memory column by column
+
+    @property
+    def flops(self) -> int:
+        return 2 * max(1, self.batch) * self.M * self.K * self.N
+
+
+def matrix_product_peak(
+    device: torch.device, dtype: torch.dtype, seconds: float = 0.1, shapes: Sequence[tuple[int, int, int]] = ()
+) -> float:
     """FLOP/s of the fastest of several matrix products; what FLOPs utilisation is a share of.
 
-    A measured peak, unlike a data sheet's, is there for every device, and no model can pass it by much.
+    A measured peak, unlike a data sheet's, is there for every device. No model can pass it by much, least of all one whose
+    own products are among `shapes`.
 
     Args:
         seconds: how long each product is repeated.
+        shapes: (M, K, N) of products to try beside `PRODUCTS`, as `costs.flops.largest_products` has them; those under
+            `SMALLEST_PRODUCT` are passed over.
     """
-    return fastest_rate(lambda M, K, N: _product_seconds(M, K, N, device, dtype, seconds))
+    large = [shape for shape in shapes if Product(*shape).flops >= SMALLEST_PRODUCT]
+    longest = max(LONGEST_PRODUCT, 2 * seconds)
+    return fastest_rate(
+        lambda M, K, N: product_seconds(Product(M, K, N), device, dtype, seconds), (*PRODUCTS, *large), longest
+    )
 
 
-def fastest_rate(product_seconds: Callable[[int, int, int], float]) -> float:
-    """The most FLOP/s among `PRODUCTS`, without those that would take too long even at the rate found before.
+def fastest_rate(
+    product_seconds: Callable[[int, int, int], float],
+    shapes: Sequence[tuple[int, int, int]] = PRODUCTS,
+    longest: float = LONGEST_PRODUCT,
+) -> float:
+    """The most FLOP/s among several products, without those that would take too long even at the rate found before.
 
     Args:
         product_seconds: of one product [M, K] x [K, N].
+        shapes: (M, K, N) of each; the first is always tried.
+        longest: seconds that one product may take.
     """
     rate = 0.0
-    for M, K, N in PRODUCTS:
+    for M, K, N in shapes:
         flops = 2 * M * K * N
-        if not rate or flops / rate < LONGEST_PRODUCT:
+        if not rate or flops / rate < longest:
             rate = max(rate, flops / product_seconds(M, K, N))
     return rate
 
 
 @torch.no_grad()
-def _product_seconds(M: int, K: int, N: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    left, right = torch.randn(M, K, device=device, dtype=dtype), torch.randn(K, N, device=device, dtype=dtype)
-    out = torch.empty(M, N, device=device, dtype=dtype)
+def product_seconds(product: Product, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """The shortest of the times that a product takes when it is repeated for `seconds`, at least twice."""
+
+    def operand(rows: int, columns: int, transposed: bool) -> torch.Tensor:
+        shape = (columns, rows) if transposed else (rows, columns)
+        values = torch.randn(*((product.batch,) if product.batch else ()), *shape, device=device, dtype=dtype)
+        return values.mT if transposed else values
+
+    M, K, N, batch, transposed = product
+    left, right = operand(M, K, transposed[0]), operand(K, N, transposed[1])
+    out = torch.empty(*left.shape[:-1], N, device=device, dtype=dtype)
+    multiply = torch.bmm if batch else torch.mm
     best, end, repeat = torch.inf, time.perf_counter() + seconds, 0
-    while repeat < 2 or time.perf_counter() < end:
+    while repeat < 2 or time.perf_counter() < end:  # the first may have to make its kernel
         begin = time.perf_counter()
-        torch.mm(left, right, out=out)
+        multiply(left, right, out=out)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - begin)

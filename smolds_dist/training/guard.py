@@ -4,8 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from statistics import median
 
-from smolds_dist.config import Train
 from smolds_dist.errors import TrainingStoppedError
+from smolds_dist.settings import Train
 
 WINDOW = 100  # recent losses that a spike is measured against
 LEAST = 20  # of them, before anything counts as a spike

@@ -4,7 +4,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolds_dist.config import RunConfig, save_config
+from smolds_dist.config import save_config
+from smolds_dist.rules import validate
+from smolds_dist.settings import RunConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def train(config: RunConfig) -> RunResult:
     """
     from smolds_dist.training.trainer import train as run
 
-    config.validate()
+    validate(config)
     return _result(config, run(config))
 
 
@@ -44,7 +46,7 @@ def launch(config: RunConfig, procs: int | None = None, launcher: str = "auto") 
     """
     from smolds_dist.launching.launcher import launch as start
 
-    config.validate()
+    validate(config)
     options = ["--launcher", launcher] + ([] if procs is None else ["--nproc-per-node", str(procs)])
     # In the run's parent folder, which all nodes see.
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from smolds_dist.config import Train
+from smolds_dist.settings import Train
 
 MUON_MOMENTUM = 0.95
-PARTS = ("embeddings", "attention", "routers", "experts", "shared_experts", "norms")  # of a model
+PARTS = ("embeddings", "attention", "dense_layers", "routers", "experts", "shared_experts", "norms")  # of a model
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> list[dict]:
@@ -28,6 +28,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
             # Muon is for matrices between hidden states; embeddings and routers map from or to a set of names.
             ("embeddings", False, 1),
             ("attention", muon, 1),
+            ("dense_layers", muon, 1),
             ("routers", False, 1),
             ("experts/gate_up", muon, 2),
             ("experts", muon, 1),
@@ -42,10 +43,12 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
             kind = "embeddings"
         elif "shared_experts" in name:
             kind = "shared_experts"
-        elif "mlp.gate" in name or "router" in name:
+        elif ".gate." in name or ".router." in name:
             kind = "routers"
         elif ".experts." in name:
             kind = "experts/gate_up" if name.endswith("gate_up_proj") else "experts"
+        elif ".mlp." in name:
+            kind = "dense_layers"
         else:
             kind = "attention"
         groups[kind]["params"].append(parameter)

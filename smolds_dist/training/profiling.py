@@ -6,8 +6,8 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from smolds_dist.config import RunConfig
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig
 
 
 class Profiler:

@@ -62,6 +62,7 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     # A digest goes as four bytes: single precision adds them up exactly over up to 65,536 ranks.
     mine: list[list] = [[loss_part], job.stop.counts(), [error is not None], list(digest.to_bytes(4, "little")), [], []]
     if measured:
+        training.slow.note(clock.seconds["forward"])
         mine[4:] = list(clock.seconds.values()), [update.squares.get(part, 0.0) for part in PARTS]
     sums = engine.sum_over_ranks(torch.tensor([float(value) for values in mine for value in values]))
     (loss_sum,), asked, (failed,), digest_bytes, phases, squares = (

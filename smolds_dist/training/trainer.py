@@ -3,21 +3,25 @@
 import math
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, prepare_resumed
-from smolds_dist.config import RunConfig
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.data.waiting import StoppedWaitingError, Waiting, stop_waiting
 from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
+from smolds_dist.inference.harness import evaluate_live, find_tasks, load_tasks
 from smolds_dist.inference.held_out import evaluate
 from smolds_dist.inference.samples import sample
 from smolds_dist.launching.failure import RankReport
+from smolds_dist.launching.signals import EXIT_CODES, StopRequest
+from smolds_dist.launching.state import noted_state
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.observe.summary import summary
 from smolds_dist.parallel.engine import Engine
@@ -25,9 +29,10 @@ from smolds_dist.parallel.meeting import Patience
 from smolds_dist.parallel.process_group import end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.settings import RunConfig
 from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
-from smolds_dist.training.signals import EXIT_CODES, StopRequest
+from smolds_dist.training.rank_checks import WINDOWS, find_difference, host_of, where
 from smolds_dist.training.step import take_step
 
 
@@ -38,7 +43,7 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
         info: this process among the ranks; what the environment says where not given.
 
     Returns:
-        The exit code: 0; that of the signal after which it stopped (`training.signals`); or 1 where the loss diverged or a
+        The exit code: 0; that of the signal after which it stopped (`launching.signals`); or 1 where the loss diverged or a
         checkpoint that was needed could not be written, which has been told then.
 
     Raises:
@@ -49,15 +54,22 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
     ahead = tokenising_ahead(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
-    with hold_run(config) if topology.rank == 0 else nullcontext(), ahead as done, StopRequest() as stop:
+    with ExitStack() as held:
+        if topology.rank == 0:
+            held.enter_context(hold_run(config))
+        note = noted_state(config.run_dir, topology.world_size) if topology.rank == 0 else nullcontext(lambda *_: None)
+        ended = held.enter_context(note)
+        done, stop = held.enter_context(ahead), held.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         flops = flops_per_token(model_config, config.data.seq_len)
-        job = Job(config, topology, data, model_config, flops, stop, report.beat if report else lambda: None, done)
+        beat = report.beat if report else lambda: None
+        job = Job(config, topology, data, model_config, flops, stop, beat, tasks_of(config), done)
         patience = Patience(
             timeout=config.parallel.timeout or math.inf,
             stopped=lambda: stop.asked is not None,
             alive=report.alive if report else lambda: None,
         )
+        why = ""
         try:
             met = start_process_group(topology, info, patience)
             code = run(job) if met else EXIT_CODES[signal.Signals(stop.asked or 0)]
@@ -67,7 +79,7 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
                 report.end("refused", 2)
             raise
         except TrainingStoppedError as error:
-            code, outcome = 1, "failed"
+            code, outcome, why = 1, "failed", str(error)
             if job.main:
                 print(f"\nsmolds: {error}.", file=sys.stderr, flush=True)
         except Exception as error:
@@ -77,6 +89,7 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
             raise RankFailedError from error
         if report:
             report.end(outcome, code)
+        ended(code, why)
     return code
 
 
@@ -136,18 +149,25 @@ def run_steps(job: Job, training: Training) -> int:
         if done.failed:
             heed_failure(config, training, done.error)
         training.guard.check(step, done.row["loss"], done.counts is not None)
+        tell_slow_ranks(job, training, step)
 
         last = step == config.train.steps
         val_loss = None
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
             with clock.paused():
                 val_loss = evaluate_and_tell(job, training, step)
+        if job.tasks and (last or (config.eval.every and step % config.eval.every == 0)):
+            with clock.paused():
+                score_tasks(job, training, step)
         if last or (config.log.sample_every and step % config.log.sample_every == 0):
             with clock.paused():
                 prompts = config.log.sample_prompts + (config.log.final_prompts if last else [])
                 write_samples(config, training, job.data.tokenizer, step, prompts)
         asked = None if last else job.stop.agreed(done.asked)
-        if asked or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
+        saving = asked or (config.checkpoint.every and (last or step % config.checkpoint.every == 0))
+        if config.parallel.check_every and (saving or step % config.parallel.check_every == 0):
+            check_weights(job, training, step)
+        if saving:
             ending = bool(asked) or last
             with clock.paused():
                 training.checkpoints.save(
@@ -167,6 +187,42 @@ def run_steps(job: Job, training: Training) -> int:
     if terminal.shown:
         terminal.say(summary(config, job.data.val_unigram_entropy))
     return 0
+
+
+def tell_slow_ranks(job: Job, training: Training, step: int) -> None:
+    """Names ranks that compute more slowly than the others, now and then. Collective."""
+    every = job.config.parallel.compare_every
+    if job.topology.world_size == 1 or not every or step % every:
+        return
+    for rank, times in training.slow.compare(training.engine.sum_over_ranks).items():
+        host = host_of(job.config.run_dir, rank)
+        if training.metrics is not None:
+            event = {"event": "slow_rank", "rank": rank, "host": host, "times": round(times, 2)}
+            training.metrics.row({"step": step, **event})
+        training.terminal.say(
+            f"rank {rank} on host {host} has computed {times:.1f} times as long as the others in the last "
+            f"{WINDOWS * every} steps; all of them wait for it"
+        )
+
+
+def check_weights(job: Job, training: Training, step: int) -> None:
+    """Compares the weights that several ranks hold. Collective.
+
+    Raises:
+        TrainingStoppedError: where they are not the same, before they reach a checkpoint.
+    """
+    if job.topology.world_size == 1:
+        return
+    from smolds_dist.parallel.expert_parallel import expert_parameters  # needs deepspeed, as several ranks do
+
+    found = find_difference(training.engine.model, job.topology, expert_parameters(training.engine.model))
+    if found is None:
+        return
+    name, ranks = found
+    raise TrainingStoppedError(
+        f"{where(job.config.run_dir, ranks)} holds other values of {name} than the ranks that hold the same at step {step}; "
+        "a device or its memory is broken: leave that host out, and continue from the last checkpoint"
+    )
 
 
 def save_without_text(config: RunConfig, training: Training) -> None:
@@ -228,6 +284,26 @@ def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
         f"step {step}: validation loss {result['val_loss']:.4f}, {result['val_bits_per_byte']:.3f} bits per byte"
     )
     return result["val_loss"]
+
+
+def tasks_of(config: RunConfig) -> list[Any]:
+    """The tasks that are scored while training, with their questions.
+
+    Raises:
+        ConfigError: where one is none, or its data cannot be had.
+    """
+    if not config.eval.names:
+        return []
+    folder = Path(config.eval.include_path) if config.eval.include_path else None
+    return load_tasks(config.eval.names, find_tasks(config.eval.names, folder, "--eval."), "--eval.")
+
+
+def score_tasks(job: Job, training: Training, step: int) -> None:
+    """Scores the model on the run's tasks; rank 0 writes the scores down. Collective."""
+    scores = evaluate_live(training.engine, job.topology, job.data.tokenizer, job.tasks, job.config.eval)
+    if training.metrics is not None:
+        training.metrics.row({"step": step, "tasks": scores})
+    training.terminal.say(f"step {step}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
 
 
 def write_samples(

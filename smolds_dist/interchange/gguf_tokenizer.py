@@ -1,0 +1,154 @@
+"""A byte-level BPE as llama.cpp reads it from a GGUF file, where it is one that llama.cpp has.
+
+llama.cpp knows a tokenizer by its tokens, its merges and the name of how it cuts text before merging (`PRE_TOKENIZERS`);
+what else a tokenizer.json can say must be what llama.cpp does anyway.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from smolds_dist.data.tokenizer import text_encoder
+from smolds_dist.errors import ConfigError
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# By llama.cpp's name, the expressions that cut a text one after the other: those of our own tokenizers, and of SmolLM2's.
+PRE_TOKENIZERS = {"gpt-2": (_GPT2,), "smollm": (r"\p{N}", _GPT2)}
+
+# Whatever might be cut in another way: spaces of all kinds, code, digits, umlauts, other scripts, emoji.
+SAMPLE = (
+    "The fox's 1234567 jumps, they'll  say   it's 3.14159e-10!\n\n\tdef add(first, second):\n\t    return first+second\n"
+    "Ärger über Größe: straße, ÉTÉ, naïve café, \u00bd \u2167 x\u00b2 \u0661\u0662\u0663\r\n\u00a0\u2003wide\u3000space "
+    " \n \n  日本語のテキスト мир शांति 한국어 e\u0301 \u200b\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 "
+    "\u2764\ufe0f <a href='x'>&amp;</a> {\"k\": [1, 22, 333]} // --- ''' DON'T can't WE'RE 's   "
+)
+
+
+class Vocabulary(NamedTuple):
+    pre: str  # llama.cpp's name for how a text is cut
+    tokens: list[str]
+    kinds: list[int]  # `gguf.TokenType` of each
+    merges: list[str]  # "LEFT RIGHT", the first to be merged first
+    bos: bool  # whether the tokenizer begins a text with its bos token
+    eos: bool  # whether it ends one with its eos token
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+    """What llama.cpp has to know; tokens that the model has beyond the tokenizer's are `[PADn]` and unused.
+
+    Raises:
+        ConfigError: where llama.cpp would make other tokens of a text.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = spec["model"]
+    pre = _pre_tokenizer(spec["pre_tokenizer"])
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    for wrong, what in (
+        (model["type"] != "BPE", f"a {model['type']} model"),
+        (pre is None, f"the pre-tokenizer {json.dumps(spec['pre_tokenizer'])}"),
+        (spec["normalizer"], f"the normalizer {json.dumps(spec['normalizer'])}"),
+        (model.get("ignore_merges") or model.get("dropout") or model.get("byte_fallback"), "unusual merging"),
+        (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"), "marks of where words end"),
+        (model["type"] == "BPE" and not alphabet <= model["vocab"].keys(), "bytes without a token"),
+        (
+            any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in spec["added_tokens"]),
+            "control tokens that take spaces along",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"the tokenizer has {what}, which llama.cpp has no counterpart for; --format transformers keeps it as it is."
+            )
+    assert pre is not None
+    texts = {number: text for text, number in model["vocab"].items()}
+    kinds = dict.fromkeys(texts, TokenType.NORMAL)
+    for token in spec["added_tokens"]:
+        texts[token["id"]] = token["content"]
+        kinds[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    if max(texts) >= size:
+        raise ConfigError(
+            f"the tokenizer has {max(texts) + 1} tokens, more than the model's {size}; it is another run's."
+        )
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    bos, eos = _ends(tokenizer)
+    return Vocabulary(
+        pre=pre,
+        tokens=[texts.get(number, f"[PAD{number}]") for number in range(size)],
+        kinds=[int(kinds.get(number, TokenType.UNUSED)) for number in range(size)],
+        merges=merges,
+        bos=bos,
+        eos=eos,
+    )
+
+
+def _pre_tokenizer(spec: dict[str, Any] | None) -> str | None:
+    """llama.cpp's name of it."""
+    spec = spec or {}
+    steps = spec["pretokenizers"] if spec.get("type") == "Sequence" else [spec]
+    digits = [step for step in steps[:-1] if step == {"type": "Digits", "individual_digits": True}]
+    last = steps[-1]
+    byte_level = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last["add_prefix_space"]
+    if not byte_level or len(digits) != len(steps) - 1 or len(digits) > 1:
+        return None
+    return "smollm" if digits else "gpt-2"
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer adds its bos token before a text, and its eos token behind."""
+    text = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for bos in (False, True):
+        for eos in (False, True):
+            if whole == [tokenizer.bos_token_id] * bos + text + [tokenizer.eos_token_id] * eos:
+                return bos, eos
+    raise ConfigError(
+        f"the tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of the text 'a', and llama.cpp can add no more than "
+        "a bos and an eos token; --format transformers keeps it as it is."
+    )
+
+
+def write_vocabulary(words: Vocabulary, tokenizer: PreTrainedTokenizerBase, writer: GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(words.pre)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.kinds)
+    writer.add_token_merges(words.merges)
+    # Where there is none, llama.cpp takes token 11 of GPT-2 for it.
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    writer.add_bos_token_id(bos)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(words.bos)
+    writer.add_add_eos_token(words.eos)
+
+
+def check_vocabulary(words: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes tokens of a page of text as llama.cpp would, with what stands in the file, and compares them with ours.
+
+    Raises:
+        RuntimeError: where they differ, which no tokenizer that `vocabulary` lets pass should bring about.
+    """
+    normal = {
+        text: number
+        for number, text in enumerate(words.tokens)
+        if words.kinds[number] in (TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED)
+    }
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in words.merges)]
+    theirs = Tokenizer(models.BPE(normal, merges))
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE_TOKENIZERS[words.pre]]
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]  # its stub knows no setter
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    control = [text for text, number in normal.items() if words.kinds[number] == TokenType.CONTROL]
+    theirs.add_special_tokens(control)
+    theirs.add_tokens([text for text, number in normal.items() if words.kinds[number] == TokenType.USER_DEFINED])
+    for allowed in (False, True):
+        theirs.encode_special_tokens = not allowed
+        page = SAMPLE + "".join(f"a{text} b" for text in control)
+        ours = text_encoder(tokenizer, allow_control_tokens=allowed).encode(page, add_special_tokens=False)
+        if ours.ids != theirs.encode(page, add_special_tokens=False).ids:
+            raise RuntimeError("llama.cpp would make other tokens of a text than the tokenizer does")

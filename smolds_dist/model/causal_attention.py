@@ -1,0 +1,234 @@
+"""Causal attention within whole sequences and within packed documents, faster than what PyTorch has for it on the CPU.
+
+Tests hold it to the plain formula, forward and in its gradients.
+
+Shape letters: B batch, N query heads, G key/value heads, S sequence, D head dimension.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolds_dist.model import device
+
+ATTENTION_BLOCK = {
+    torch.bfloat16: 128,
+    torch.float32: 64,
+}  # queries, the fastest of those tried at 256 and 1,024 tokens
+HALF = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256  # that FlashAttention takes
+
+
+class Documents:
+    """Where the documents of packed sequences begin, as `causal_attention` wants it.
+
+    Letters: B batch, S sequence, C queries of a block, Z keys that it meets.
+
+    Args:
+        position_ids: [B, S], each document's own, from 0.
+    """
+
+    def __init__(self, position_ids: Tensor):
+        places_S = torch.arange(position_ids.shape[1], device=position_ids.device)
+        self._first_BS = places_S - position_ids  # where each token's document begins
+        self._blocks: dict[torch.dtype, list[tuple[slice, slice, Tensor]]] = {}
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where each document begins among all B x S tokens, and the end (int32), as kernels for sequences of many lengths
+        want it. The host waits for their number, once for all layers."""
+        first = torch.arange(self._first_BS.shape[1], device=self._first_BS.device) == self._first_BS
+        return F.pad(first.flatten().nonzero().flatten(), (0, 1), value=first.numel()).to(torch.int32)
+
+    def blocks(self, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
+        """Each block's queries, the keys that it meets, and what is added to its scores [B, C, Z]: 0, or -inf for a key of
+        another document or after the query. Made once for all layers."""
+        if dtype not in self._blocks:
+            self._blocks[dtype] = [self._block(queries, dtype) for queries in _blocks(self._first_BS.shape[1], dtype)]
+        return self._blocks[dtype]
+
+    def _block(self, queries: slice, dtype: torch.dtype) -> tuple[slice, slice, Tensor]:
+        first_BC = self._first_BS[:, queries]
+        keys = slice(int(first_BC.min()), queries.stop)
+        places_Z, places_C = (torch.arange(part.start, part.stop) for part in (keys, queries))
+        hidden_BCZ = (places_Z < first_BC[..., None]) | (places_Z > places_C[:, None])
+        return queries, keys, torch.zeros(hidden_BCZ.shape, dtype=dtype).masked_fill_(hidden_BCZ, -torch.inf)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents | None = None
+) -> Tensor:
+    """softmax(query key^T scale + causal mask) value, on the CPU faster than PyTorch's fused kernel there.
+
+    Documents on CUDA by `varlen_attention`. On the CPU blocks of queries meet only keys up to their end, and none before the
+    first of their documents; heads that share keys and values are rows of one product, so these are never repeated.
+    Shares are computed again in the backward pass, in which keys' and values' gradients add up in fp32.
+
+    Args:
+        query: [B, N, S, D], fp32 or bf16.
+        key: [B, G, S, D], G dividing N.
+        value: [B, G, S, D'].
+        documents: attention stays within them; without, a sequence is one.
+
+    Returns:
+        [B, N, S, D']. Second derivatives are not supported.
+    """
+    if documents is not None and device.family(query) == "cuda":
+        return varlen_attention(query, key, value, scale, documents)
+    query = query * scale
+    if documents is None and device.is_traced():
+        return _opaque_attention(query, key, value)
+    return _CausalAttention.apply(query, key, value, documents)
+
+
+def takes_documents(x_BSH: Tensor, widest_head: int) -> bool:
+    """Whether `causal_attention` takes `Documents` on the device and in the dtype of `x_BSH`; else it takes a mask."""
+    if device.family(x_BSH) == "cuda":
+        return x_BSH.dtype in HALF and widest_head <= WIDEST_HEAD and x_BSH.shape[1] > 1
+    return device.family(x_BSH) == "cpu" and x_BSH.dtype in ATTENTION_BLOCK and x_BSH.shape[1] > 1
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents) -> Tensor:
+    """`causal_attention` within documents by PyTorch's kernel for sequences of many lengths (FlashAttention), which runs on
+    CUDA in half precision alone.
+
+    It wants one width for all three, a multiple of 8: narrower ones are filled up with zeros, which change nothing.
+    """
+    B, N, S, D = query.shape
+    width = -(-max(D, value.shape[-1]) // 8) * 8
+    attend, takes_groups = _varlen()
+    if key.shape[1] < N and not takes_groups:
+        key, value = (one.repeat_interleave(N // key.shape[1], 1) for one in (key, value))
+    rows = [one.transpose(1, 2).flatten(0, 1) for one in (query, key, value)]
+    rows = [one if one.shape[-1] == width else F.pad(one, (0, width - one.shape[-1])) for one in rows]
+    options = {"enable_gqa": True} if takes_groups else {}
+    bounds = documents.bounds
+    out = attend(*rows, bounds, bounds, S, S, scale=scale, window_size=(-1, 0), **options)
+    return out[..., : value.shape[-1]].view(B, S, N, -1).transpose(1, 2)
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Any], bool]:
+    """PyTorch's function, and whether it takes fewer key than query heads, as it does from torch 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        ctx.blocks = documents.blocks(query.dtype) if documents else _whole_blocks(query.shape[2], query.dtype)
+        # Copies of their own, so that nothing else of the tensors that they are views of is kept for the backward pass.
+        key, value = key.contiguous(), value.contiguous()
+        out = _attention(query, key, value, ctx.blocks)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, out = ctx.saved_tensors
+        return *_attention_gradients(grad, query, key, value, out, ctx.blocks), None
+
+
+Blocks = list[tuple[slice, slice, Tensor | None]]  # as `Documents.blocks`, without a mask for one document
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> Tensor:
+    """Of scaled queries. X = B x G groups, R = N / G heads of a group, C queries of a block, Z keys that it meets."""
+    B, N, S, D = query.shape
+    X, R = B * key.shape[1], N // key.shape[1]
+    query_XRSD = query.reshape(X, R, S, D)
+    key_XSD, value_XSD = key.reshape(X, S, D), value.reshape(X, S, -1)
+    out_XRSD = query.new_empty(X, R, S, value.shape[-1])
+    for block, keys, mask in blocks:
+        share = _attention_shares(query_XRSD[:, :, block], key_XSD[:, keys], mask)
+        out_XRSD[:, :, block] = torch.bmm(share, value_XSD[:, keys]).view(X, R, -1, value.shape[-1])
+    return out_XRSD.view(B, N, S, -1)
+
+
+def _attention_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, blocks: Blocks
+) -> list[Tensor]:
+    """Gradients of query, key and value."""
+    B, N, S, D = query.shape
+    X, R = B * key.shape[1], N // key.shape[1]
+    query_XRSD = query.reshape(X, R, S, D)
+    key_XSD, value_XSD = key.reshape(X, S, D), value.reshape(X, S, -1)
+    out_XRSD, grad_XRSD = out.reshape(X, R, S, -1), grad.reshape(X, R, S, -1)
+    # Softmax's gradient is share * (grad - sum(share * grad)), and that sum is grad * out, summed over D'.
+    inner_XRS = (grad_XRSD.float() * out_XRSD).sum(-1).to(grad.dtype)
+    # Contiguous, whatever the layout of what was given: a compiler counts on it.
+    grad_query = query.new_empty(query_XRSD.shape)
+    grad_key, grad_value = (one.new_zeros(one.shape, dtype=torch.float32) for one in (key_XSD, value_XSD))
+    for block, keys, mask in blocks:
+        seen = query_XRSD[:, :, block]
+        share = _attention_shares(seen, key_XSD[:, keys], mask)
+        grad_out = grad_XRSD[:, :, block].reshape(X, share.shape[1], -1)
+        grad_value[:, keys] += torch.bmm(share.mT, grad_out)
+        grad_share = torch.bmm(grad_out, value_XSD[:, keys].mT)
+        grad_scores = grad_share.sub_(inner_XRS[:, :, block].reshape(X, -1, 1)).mul_(share)
+        grad_query[:, :, block] = torch.bmm(grad_scores, key_XSD[:, keys]).view(seen.shape)
+        grad_key[:, keys] += torch.bmm(grad_scores.mT, seen.reshape(X, -1, D))
+    gradients = (grad_query, grad_key.to(grad.dtype), grad_value.to(grad.dtype))
+    return [one.view(like.shape) for one, like in zip(gradients, (query, key, value), strict=True)]
+
+
+@torch.library.custom_op("smolds::causal_attention", mutates_args=())
+def _opaque_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`_attention` of whole sequences for torch.compile, which leaves it as it is. Not for other callers: it hides its
+    products from a count of FLOPs."""
+    return _attention(query, key, value, _whole_blocks(query.shape[2], query.dtype))
+
+
+@_opaque_attention.register_fake
+def _(query, key, value):
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+@torch.library.custom_op("smolds::causal_attention_gradients", mutates_args=())
+def _opaque_attention_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> list[Tensor]:
+    return _attention_gradients(grad, query, key, value, out, _whole_blocks(query.shape[2], query.dtype))
+
+
+@_opaque_attention_gradients.register_fake
+def _(grad, query, key, value, out):
+    return [one.new_empty(one.shape) for one in (query, key, value)]
+
+
+def _keep_for_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _gradients_of_attention(ctx, grad: Tensor):
+    return tuple(_opaque_attention_gradients(grad, *ctx.saved_tensors))
+
+
+_opaque_attention.register_autograd(_gradients_of_attention, setup_context=_keep_for_gradients)
+
+
+def _blocks(length: int, dtype: torch.dtype) -> list[slice]:
+    size = ATTENTION_BLOCK[dtype]
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _whole_blocks(length: int, dtype: torch.dtype) -> Blocks:
+    """As `Documents.blocks` of one document."""
+    return [(block, slice(0, block.stop), None) for block in _blocks(length, dtype)]
+
+
+def _attention_shares(query_XRCD: Tensor, key_XZD: Tensor, mask_BCZ: Tensor | None) -> Tensor:
+    """Softmax of a block's scores, [X, R x C, Z]. The last C keys are the block's own."""
+    X, R, C, D = query_XRCD.shape
+    scores = torch.bmm(query_XRCD.reshape(X, R * C, D), key_XZD.mT)
+    # Adding is vectorised, filling by a mask is not.
+    if mask_BCZ is None:
+        scores.view(X, R, C, -1)[..., -C:] += scores.new_full((C, C), -torch.inf).triu_(1)
+    else:
+        scores.view(len(mask_BCZ), -1, *mask_BCZ.shape[1:]).add_(mask_BCZ[:, None])
+    return torch.softmax(scores, dim=-1)

@@ -1,0 +1,71 @@
+"""The rows of a metrics.jsonl as named curves, for TensorBoard and other trackers."""
+
+import math
+
+from smolds_dist.observe.rows import is_kept
+
+TRAIN = ("loss", "lr", "grad_norm")
+SPEED = ("tokens_per_s", "mfu", "memory_gb")
+
+
+def first_mixture(config: dict) -> int:
+    """The number of the first layer that has experts: what rows say of layers begins there."""
+    return config["model"].get("first_k_dense_replace", 0)
+
+
+def curves_of(row: dict, last_step: int, first_mixture: int) -> dict[str, float]:
+    """The points that a row adds to curves, by their names; none for an event.
+
+    Of long runs not every row counts, so that trackers stay small: of the experts' curves steps with three digits before
+    zeros, of the others with four.
+
+    Args:
+        last_step: of the run, which always counts.
+        first_mixture: number of the first layer that has experts.
+    """
+    if "event" in row:
+        return {}
+    if "tasks" in row:
+        return {f"tasks/{name}": score for name, score in row["tasks"].items()}
+    points = _of_evaluation(row) if "val_loss" in row else _of_training(row, last_step, first_mixture)
+    return {name: value for name, value in points.items() if value is not None}
+
+
+def _of_evaluation(row: dict) -> dict[str, float | None]:
+    loss = row["val_loss"]
+    values = {"loss": loss, "bits_per_byte": row["val_bits_per_byte"], "perplexity": _perplexity(loss)}
+    values["max_vio"] = row.get("val_max_vio")
+    of_sources = {name: value for name, value in row.items() if "/" in name}
+    return {f"validation/{name}": value for name, value in values.items()} | of_sources
+
+
+def _of_training(row: dict, last_step: int, first_mixture: int) -> dict[str, float | None]:
+    step, points = row["step"], dict[str, float | None]()
+    if is_kept(step, digits=4) or step == last_step:
+        points |= {f"train/{name}": row[name] for name in TRAIN}
+        points |= {f"speed/{name}": row.get(name) for name in SPEED}
+        if row["loss"] is not None:
+            points["train/perplexity"] = _perplexity(row["loss"])
+        points |= {f"grad_norm/{part}": norm for part, norm in row.get("grad_norms", {}).items()}
+        points |= {f"seconds/{phase}": seconds for phase, seconds in row.get("seconds", {}).items()}
+        points |= {f"data/{name}": row.get(name) for name in ("seen_texts", "unique_texts")}
+        points |= {f"epochs/{name}": epochs for name, epochs in row.get("epochs", {}).items()}
+        if "load" in row:
+            points["balance/max_vio"] = row["max_vio"]
+            points["balance/max_vio_window"] = row["max_vio_window"]
+            points["balance/dead_experts"] = sum(share == 0 for layer in row["load"] for share in layer)
+        if "router_entropy" in row:
+            points["balance/router_entropy"] = sum(row["router_entropy"]) / len(row["router_entropy"])
+    if is_kept(step, digits=3):
+        for layer, shares in enumerate(row.get("load", ()), first_mixture):
+            points[f"max_vio/layer_{layer:02}"] = max(shares) * len(shares) - 1
+            points |= {f"load_layer_{layer:02}/expert_{e:02}": share for e, share in enumerate(shares)}
+        for layer, biases in enumerate(row.get("bias", ()), first_mixture):
+            points |= {f"bias_layer_{layer:02}/expert_{e:02}": bias for e, bias in enumerate(biases)}
+        entropies = enumerate(row.get("router_entropy", ()), first_mixture)
+        points |= {f"router_entropy/layer_{layer:02}": entropy for layer, entropy in entropies}
+    return points
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 50.0))

@@ -1,0 +1,87 @@
+"""A run in few words: how far it came, how well, how fast, and what happened on the way."""
+
+from itertools import pairwise
+from pathlib import Path
+
+from smolds_dist.checkpoint.files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
+from smolds_dist.observe.summary import facts
+
+SMOOTHING = 0.9  # weight of what was before, in the thick curves of pictures
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Exponential moving average, without the start's pull towards the first value."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + 1 - SMOOTHING
+        smooth.append(total / weight)
+    return smooth
+
+
+def overview(rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
+    """Names and values, from the rows of a metrics.jsonl that has steps, and the manifests of the checkpoints."""
+    steps = [row for row in rows if "loss" in row]
+    last = steps[-1]
+    seconds = sum((after["tokens"] - before["tokens"]) / after["tokens_per_s"] for before, after in pairwise(steps))
+    table: list[tuple] = [("steps", f"{last['step']:,}"), ("tokens", f"{last['tokens']:,}")]
+    unit, size = next(
+        (u, n) for u, n in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if seconds >= 2 * n or n == 1
+    )
+    table.append(("time in steps", f"{seconds / size:.1f} {unit}"))
+    if last["loss"] is not None:
+        table.append(("last training loss", f"{last['loss']:.4f}"))
+    evaluations = [row for row in rows if "val_loss" in row]
+    if evaluations:
+        best = min(evaluations, key=lambda row: row["val_loss"])
+        table.append(("best validation loss", f"{best['val_loss']:.4f} at step {best['step']}"))
+    table += facts(rows).items()
+    if manifests:
+        table.append(("parameters", f"{parameters_of(manifests[0]):,}"))
+        table.append(("versions", versions_in_words(manifests[0].versions)))
+    return table
+
+
+def versions_in_words(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def events(rows: list[dict]) -> list[str]:
+    """What happened to a run beside its steps, in words."""
+    told = []
+    for row in rows:
+        if row.get("event") == "start":
+            versions = versions_in_words(row["versions"])
+            told.append(f"after step {row['step']}: started on {row['host']}, {row['topology']} ({versions})")
+        elif row.get("event") == "rollback":
+            told.append(
+                f"step {row['step']}: back here from a loss spike in steps {row['spike_begin']} to {row['spike_end']}, "
+                f"{row['skipped_samples']} samples left out"
+            )
+        elif row.get("event") == "restart":
+            told.append(
+                f"after step {row['step']}: restart {row['number']}, because after step {row['failed_after']} {row['cause']}"
+            )
+        elif row.get("event") == "slow_rank":
+            who = f"rank {row['rank']} on host {row['host']}"
+            told.append(f"step {row['step']}: {who} computed {row['times']} times as long as the others")
+        elif row.get("skipped"):
+            told.append(f"step {row['step']}: loss or gradient not finite, update skipped")
+    return told
+
+
+def manifests_of(run: Path) -> list[Manifest]:
+    """Of the checkpoints that have a sound one, oldest first."""
+    found = []
+    for folder in reversed(checkpoints_in(run / "checkpoints")):
+        try:
+            found.append(read_manifest(folder))
+        except DamagedCheckpointError:
+            continue
+    return found
+
+
+def parameters_of(manifest: Manifest) -> int:
+    from torch import Size
+
+    return sum(Size(shape).numel() for shape in manifest.tensors.values())

@@ -1,0 +1,198 @@
+"""`smolds report --html`: a page that needs nothing beside itself, to look at and to send to others.
+
+Curves can be zoomed; each expert's load is drawn over time with a slider. Plotly draws them, and its code is in the page.
+Whatever runs have written, names and samples too, is text there and nothing that a browser would follow.
+"""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from smolds_dist.observe.overview import events, manifests_of, overview, smooth
+from smolds_dist.observe.rows import dense_layers, read_rows
+from smolds_dist.observe.runs import settings_that_differ
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+FRAMES = 60  # positions of the slider
+POINTS = 2000  # of a curve
+# What a row of metrics.jsonl calls it, and what the page does.
+CURVES = {
+    "loss": "Loss, nats per token",
+    "val_loss": "Loss on held-out text, nats per token",
+    "max_vio": "Expert imbalance (MaxVio of a batch)",
+    "grad_norm": "Gradient norm",
+    "lr": "Learning rate",
+    "tokens_per_s": "Tokens per second",
+    "unique_texts": "Distinct texts trained on",
+    "memory_gb": "Memory of the largest rank, GB",
+}
+SMOOTHED = ("loss", "max_vio", "tokens_per_s")
+ENVIRONMENT = ("host", "system", "device", "threads", "topology", "reason", "parameters", "versions")
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1em; color: #222; background: #fff }
+h1, h2 { line-height: 1.2 }
+h2 { margin-top: 2em }
+table { border-collapse: collapse; margin: 0.5em 0 }
+td { padding: 0.2em 0.8em 0.2em 0; vertical-align: top }
+tr + tr { border-top: 1px solid #ddd }
+pre { background: #f6f6f6; padding: 0.8em; white-space: pre-wrap }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 1em }
+.curves > div { min-width: 0 }
+"""
+
+
+def html_page(runs: list[Path]) -> str:
+    """The page of these runs: curves, expert loads, samples by step, settings, events, environment."""
+    rows = {run: read_rows(run / "metrics.jsonl") for run in runs}
+    title = ", ".join(run.resolve().name for run in runs)
+    charts = [curve for name in CURVES if (curve := draw_curve(rows, name))]
+    first, *others = charts
+    parts = [f"<h1>{_text(title)}</h1>", *(_facts(run, rows[run], len(runs) > 1) for run in runs)]
+    parts += [
+        "<h2>Curves</h2>",
+        '<div class="curves">',
+        _chart(first, "inline"),
+        *(_chart(one) for one in others),
+        "</div>",
+    ]
+    for run in runs:
+        if loads := draw_loads(rows[run]):
+            parts += [f"<h2>Load of every expert{_of(run, runs)}</h2>", _chart(loads)]
+    for run in runs:
+        parts += [f"<h2>Samples{_of(run, runs)}</h2>", *_samples(read_rows(run / "samples.jsonl"))]
+    parts += ["<h2>Settings</h2>"]
+    if len(runs) > 1:
+        parts.append(_table([("", *(run.resolve().name for run in runs)), *settings_that_differ(runs)]))
+    for run in runs:
+        settings = (run / "config.yaml").read_text(encoding="utf-8")
+        parts.append(f"<details><summary>All{_of(run, runs)}</summary><pre>{_text(settings)}</pre></details>")
+    for run in runs:
+        told = "".join(f"<li>{_text(event)}</li>" for event in events(rows[run]))
+        parts += [f"<h2>Events{_of(run, runs)}</h2>", f"<ul>{told}</ul>"]
+    for run in runs:
+        start: dict = next((row for row in reversed(rows[run]) if row.get("event") == "start"), {})
+        known = [(name.replace("_", " "), _plain(start[name])) for name in ENVIRONMENT if name in start]
+        parts += [f"<h2>Environment{_of(run, runs)}</h2>", _table(known)]
+    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
+    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+
+
+def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
+    """One of `CURVES`, a line for each run; None where no run has it."""
+    from plotly.colors import qualitative
+    from plotly.graph_objects import Figure, Scattergl
+
+    figure, drawn = Figure(), False
+    for number, (run, part) in enumerate(rows.items()):
+        points = [(row["step"], row[name]) for row in part if row.get(name) is not None and "event" not in row]
+        if not points:
+            continue
+        drawn = True
+        colour = qualitative.D3[number % len(qualitative.D3)]
+        label = _text(run.resolve().name)
+        steps, values = (list(column) for column in zip(*points, strict=True))
+        if name in SMOOTHED:
+            lines = [(values, label, 0.3, 1, False), (smooth(values), f"{label}, smoothed", 1.0, 2, True)]
+        else:
+            lines = [(values, label, 1.0, 2, True)]
+        every = -(-len(steps) // POINTS)
+        for line, called, opacity, width, shown in lines:
+            figure.add_trace(
+                Scattergl(
+                    x=steps[::every], y=line[::every], name=called, opacity=opacity, showlegend=shown and len(rows) > 1,
+                    mode="lines+markers" if name == "val_loss" else "lines", line={"color": colour, "width": width},
+                )
+            )  # fmt: skip
+    if not drawn:
+        return None
+    _lay_out(figure, CURVES[name], 340)
+    figure.update_xaxes(title="step")
+    if name == "lr":
+        figure.update_yaxes(tickformat=".1e")
+    return figure
+
+
+def draw_loads(rows: list[dict]) -> "Figure | None":
+    """Each expert's share of a layer's tokens over its even one, as a heatmap of layers and experts, by step."""
+    from plotly.graph_objects import Figure, Frame, Heatmap
+
+    loads = [(row["step"], row["load"]) for row in rows if "load" in row]
+    if not loads:
+        return None
+    chosen = [loads[round(place * (len(loads) - 1) / max(1, FRAMES - 1))] for place in range(min(FRAMES, len(loads)))]
+    if len(loads) <= FRAMES:
+        chosen = loads
+    layers, experts = len(loads[0][1]), len(loads[0][1][0])
+    names, first = [str(expert) for expert in range(experts)], dense_layers(rows)
+
+    def heatmap(load: list[list[float]]) -> Any:
+        even = [[round(share * experts, 3) for share in layer] for layer in load]
+        places = [str(first + layer) for layer in range(layers)]
+        hover = "layer %{y}, expert %{x}: %{z:.2f}<extra></extra>"
+        return Heatmap(z=even, x=names, y=places, zmin=0, zmax=2, colorscale="RdBu_r", hovertemplate=hover)
+
+    figure = Figure(
+        data=[heatmap(chosen[-1][1])], frames=[Frame(data=[heatmap(load)], name=str(s)) for s, load in chosen]
+    )
+    moved = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    steps = [{"method": "animate", "label": str(step), "args": [[str(step)], moved]} for step, _ in chosen]
+    _lay_out(figure, "1 is an expert's even share", max(300, 60 + 22 * layers))
+    figure.update_layout(sliders=[{"active": len(chosen) - 1, "currentvalue": {"prefix": "step "}, "steps": steps}])
+    figure.update_xaxes(title="expert", type="category")
+    figure.update_yaxes(title="layer", type="category", autorange="reversed")
+    return figure
+
+
+def _lay_out(figure: "Figure", title: str, height: int) -> None:
+    figure.update_layout(
+        title=title, height=height, template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        legend={"orientation": "h", "y": -0.25},
+    )  # fmt: skip
+
+
+def _chart(figure: "Figure", code: str | bool = False) -> str:
+    """The figure's part of the page; `code` inline brings Plotly with it, once for all."""
+    config = {"displaylogo": False, "responsive": True}
+    return figure.to_html(full_html=False, include_plotlyjs=code, auto_play=False, config=config)
+
+
+def _samples(rows: list[dict]) -> list[str]:
+    """The samples by step, the last ones open."""
+    by_step: dict[int, list[dict]] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], []).append(row)
+    parts = []
+    for step, samples in by_step.items():
+        texts = "".join(f"<pre>{_text(sample['text'])}</pre>" for sample in samples)
+        opened = " open" if step == max(by_step) else ""
+        parts.append(f"<details{opened}><summary>step {step}</summary>{texts}</details>")
+    return parts or ["<p>None.</p>"]
+
+
+def _facts(run: Path, rows: list[dict], named: bool) -> str:
+    heading = f"<h3>{_text(run.resolve().name)}</h3>" if named else ""
+    return heading + _table([(name, _plain(value)) for name, value in overview(rows, manifests_of(run))])
+
+
+def _table(lines: Sequence[tuple[str, ...]]) -> str:
+    cells = ("".join(f"<td>{_text(cell)}</td>" for cell in line) for line in lines)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    return yaml.safe_dump(value).splitlines()[0] if isinstance(value, list) else str(value)
+
+
+def _of(run: Path, runs: list[Path]) -> str:
+    return f" of {_text(run.resolve().name)}" if len(runs) > 1 else ""
+
+
+def _text(text: Any) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,262 @@
+"""`smolds runs`: all runs of a folder at a glance, and what sets two of them apart.
+
+Everything comes from the runs' folders, so that it works from any host that sees them, such as a login node. A run on
+another host that has ended without a word is told by its silence.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.launching.state import SUBMITTED, read_state
+from smolds_dist.parallel.ranks import process_state, system_name
+from smolds_dist.rows import RESTARTS, read_rows
+
+TAIL = 1 << 18  # bytes of a metrics.jsonl that are read from its end
+SILENT = 120.0  # seconds without a row, and `STEPS` steps' time, after which a run on another host counts as silent
+STEPS = 20
+CURVES = ("loss", "val_loss", "val_bits_per_byte", "max_vio_window", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says."""
+
+    name: str
+    state: str
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_s: float | None
+    started: float | None  # seconds since 1970
+    left: float | None  # seconds, while it runs
+
+
+def runs(args: list[str]) -> None:
+    """Prints the table, again and again with --watch, or with `diff` what sets two runs apart.
+
+    Raises:
+        ConfigError: where a folder is none, or holds no run.
+    """
+    if args[:1] == ["diff"]:
+        print(difference(*_parse_diff(args[1:])))
+        return
+    parser = OptionParser(
+        prog="smolds runs",
+        usage="smolds runs [DIR] [--watch] | smolds runs diff RUN RUN",
+        description="Lists the runs in a folder: state, step, loss, speed. `diff` compares the settings of two.",
+        example="smolds runs --watch",
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="folder of runs")
+    parser.add_argument("--watch", action="store_true", help="draw it again every few seconds, until Ctrl-C")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two drawings")
+    options = parser.parse_args(args)
+    if not options.folder.is_dir():
+        raise ConfigError(f"{options.folder} is no folder; name the one that --run.dir names.")
+    if options.every <= 0:
+        raise ConfigError(f"--every {options.every:g} is out of range; it must be more than 0.")
+    while True:
+        shown = table(look(folder) for folder in find_runs(options.folder))
+        if not options.watch:
+            print(shown)
+            return
+        if sys.stdout.isatty():
+            print("\x1b[H\x1b[2J", end="")  # to the top left corner, and clear
+        print(shown, flush=True)
+        time.sleep(options.every)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The runs in a folder, the newest last: whatever training or `smolds slurm --submit` has written to."""
+    found = [path for path in folder.iterdir() if any((path / name).exists() for name in ("config.yaml", SUBMITTED))]
+    return sorted(found, key=lambda path: (_started(path) or 0.0, path.name))
+
+
+def look(folder: Path, now: float | None = None) -> Run:
+    """A run as its folder says; of metrics.jsonl, however long it is, the beginning and the end are read."""
+    now = time.time() if now is None else now
+    rows = last_rows(folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    seconds = median(b["time"] - a["time"] for a, b in pairwise(steps)) if len(steps) > 1 else None
+    config = _config(folder)
+    total = config.get("train", {}).get("steps", 0)
+    step = steps[-1]["step"] if steps else 0
+    state = state_of(folder, rows[-1]["time"] if rows else None, seconds, now)
+    running = state.startswith("running")
+    return Run(
+        folder.name,
+        state,
+        step,
+        total,
+        next((row["loss"] for row in reversed(steps) if row["loss"] is not None), None),
+        median(row["tokens_per_s"] for row in steps[-STEPS:]) if steps else None,
+        _started(folder),
+        (total - step) * seconds if running and seconds else None,
+    )
+
+
+def state_of(folder: Path, last_row: float | None, step_seconds: float | None, now: float) -> str:
+    """In words: running where, finished, stopped, failed and why, waiting in Slurm, silent.
+
+    Args:
+        last_row: when the last row of metrics.jsonl was written.
+        step_seconds: what a step takes.
+    """
+    state, submitted = read_state(folder), read_state(folder, SUBMITTED)
+    if submitted and submitted["time"] > state.get("started", 0.0) and submitted["time"] > (last_row or 0.0):
+        return f"waiting in Slurm, job {submitted['job']}"
+    silent = now - max(state.get("started", 0.0), last_row or 0.0)
+    is_silent = silent > max(SILENT, STEPS * (step_seconds or 0.0))
+    if not state:  # from before runs noted it
+        return "ended" if is_silent else "running"
+    restarts = len(read_rows(folder / RESTARTS))
+    again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
+    where = state["host"] + (f", {state['ranks']} ranks" if state["ranks"] > 1 else "")
+    cause = folder / "ranks" / "cause.txt"
+    why = cause.read_text().strip() if cause.exists() and cause.stat().st_mtime >= state["started"] else state["why"]
+    if state["state"] == "failed":
+        return f"failed: {why or 'see its output'}{again}"
+    if state["state"] != "running":
+        return state["state"] + again
+    if state["system"] == system_name():
+        if process_state(state["pid"]) in "ZX":
+            return f"failed: {why or 'its process is gone'}{again}"
+        return f"running on {where}{again}"
+    if is_silent:
+        return f"silent for {_duration(silent)} on {where}{again}"
+    return f"running on {where}{again}"
+
+
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """The last rows of a metrics.jsonl."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        size = file.tell()
+        file.seek(max(0, size - TAIL))
+        lines = file.read().splitlines()
+    rows = []
+    for line in lines[1:] if size > TAIL else lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last one, while it is written
+            continue
+    return rows
+
+
+def table(found: Iterable[Run]) -> str:
+    """One line for each run, as wide as the terminal where there is one."""
+    lines = [("run", "state", "step", "loss", "tokens/s", "started", "left")]
+    for run in found:
+        started = datetime.fromtimestamp(run.started).strftime("%Y-%m-%d %H:%M") if run.started else ""
+        lines.append(
+            (
+                run.name,
+                run.state,
+                f"{run.step:,} of {run.steps:,}" if run.steps else "",
+                "" if run.loss is None else f"{run.loss:.4f}",
+                "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+                started,
+                "" if run.left is None else _duration(run.left),
+            )
+        )
+    if len(lines) == 1:
+        return "no runs here"
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    numbers = {"step", "loss", "tokens/s", "left"}
+    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
+    widths[1] = max(10, min(widths[1], wide - sum(widths) + widths[1] - 2 * len(widths)))
+    shown = []
+    for line in lines:
+        cells = [line[0], line[1] if len(line[1]) <= widths[1] else line[1][: widths[1] - 3] + "...", *line[2:]]
+        aligned = [
+            cell.rjust(width) if name in numbers else cell.ljust(width)
+            for cell, width, name in zip(cells, widths, lines[0], strict=True)
+        ]
+        shown.append("  ".join(aligned).rstrip())
+    return "\n".join(shown)
+
+
+def _parse_diff(args: list[str]) -> tuple[Path, Path]:
+    parser = OptionParser(
+        prog="smolds runs diff",
+        description="Prints the settings that differ between two runs, and the last values of their curves.",
+        example="smolds runs diff runs/first runs/second",
+    )
+    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="a run's folder (runs/NAME)")
+    options: argparse.Namespace = parser.parse_args(args)
+    for run in options.runs:
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"{run} holds no run; name a run's folder, such as runs/NAME.")
+    return tuple(options.runs)
+
+
+def difference(first: Path, second: Path) -> str:
+    """Settings that are not the same, then each curve's last value, as a table of three columns."""
+    lines: list[tuple[str, ...]] = [("", first.name, second.name), *settings_that_differ([first, second])]
+    rows = [read_rows(run / "metrics.jsonl") for run in (first, second)]
+    lines.append(("last step", *(str(max((row["step"] for row in part), default=0)) for part in rows)))
+    for name in CURVES:
+        values = [next((row[name] for row in reversed(part) if row.get(name) is not None), None) for part in rows]
+        if values != [None, None]:
+            lines.append((name, *(_short(value) for value in values)))
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def settings_that_differ(found: list[Path]) -> list[tuple[str, ...]]:
+    """Names of the settings that are not the same in all runs, each with every run's value."""
+    settings = [_flat(_config(run)) for run in found]
+    names = dict.fromkeys(name for one in settings for name in one if name != "run.name")
+    values = {name: [one.get(name) for one in settings] for name in names}
+    return [(name, *map(_short, several)) for name, several in values.items() if any(v != several[0] for v in several)]
+
+
+def _flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{before}{name}.")
+        else:
+            flat[before + name] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _started(folder: Path) -> float | None:
+    """When the run first began."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            try:
+                return json.loads(file.readline())["time"]
+            except (ValueError, KeyError):
+                pass
+    return read_state(folder).get("started")
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,170 @@
+"""Trackers beside TensorBoard: Weights & Biases, MLflow and Trackio, fed with the rows of a run's metrics.jsonl.
+
+`RUN/trackers.json` notes by tracker the run's id there and how far it has been fed. So a run that was stopped goes on in the
+same place, and what a tracker has not got, because it was added later or could not be reached, it gets at the next start or
+by `smolds report --send`. Each tracker works in a thread of its own: one that is slow or fails never holds training up.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from smolds_dist.errors import first_line
+from smolds_dist.launching.state import read_state
+from smolds_dist.observe.curves import curves_of, first_mixture
+
+PROJECT = "smolds"  # unless the tracker's own variable of the environment names one
+NOTES = "trackers.json"
+CLOSE_SECONDS = 60.0  # that a tracker may take for the last rows, when the run ends
+_writing = threading.Lock()
+
+
+class Tracker(Protocol):
+    """One run at a tracker."""
+
+    def log(self, points: dict[str, float], step: int, when: float) -> None:
+        """Adds a point to each of the named curves; `when` in seconds since 1970."""
+        ...
+
+    def close(self) -> None:
+        """Waits until everything has been taken."""
+        ...
+
+
+class WeightsAndBiases:
+    """WANDB_PROJECT, WANDB_MODE=offline and the other variables work as everywhere; files are kept in the run's folder."""
+
+    def __init__(self, run_dir: Path, config: dict, note: dict):
+        import wandb
+
+        note.setdefault("id", uuid4().hex[:8])
+        quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT), id=note["id"], name=run_dir.name, dir=run_dir,
+            resume="allow", config=config, settings=quiet,
+        )  # fmt: skip
+
+    def log(self, points: dict[str, float], step: int, when: float) -> None:
+        self._run.log(points, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME count; without the first, all runs of a folder share its mlflow.db."""
+
+    def __init__(self, run_dir: Path, config: dict, note: dict):
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        own = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+        self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", own))
+        if "id" not in note:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            found = self._client.get_experiment_by_name(name)
+            experiment = found.experiment_id if found else self._client.create_experiment(name)
+            note["id"] = self._client.create_run(experiment, run_name=run_dir.name).info.run_id
+            named = ((f"{part}.{name}", value) for part, settings in config.items() for name, value in settings.items())
+            params = [Param(name, str(value)[:500]) for name, value in named]
+            for first in range(0, len(params), 100):  # that it takes at once
+                self._client.log_batch(note["id"], params=params[first : first + 100])
+        self._id = note["id"]
+        self._client.update_run(self._id, status="RUNNING")
+
+    def log(self, points: dict[str, float], step: int, when: float) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, float(value), round(when * 1000), step) for name, value in points.items()]
+        for first in range(0, len(metrics), 1000):  # that it takes at once
+            self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class Trackio:
+    """TRACKIO_PROJECT and TRACKIO_SPACE_ID count; without the second, runs are kept on this machine (TRACKIO_DIR)."""
+
+    def __init__(self, run_dir: Path, config: dict, note: dict):
+        import trackio
+
+        note.setdefault("id", run_dir.name)
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=note["id"], resume="allow", config=config,
+            space_id=os.environ.get("TRACKIO_SPACE_ID"), embed=False, auto_log_gpu=False, auto_log_cpu=False,
+        )  # fmt: skip
+
+    def log(self, points: dict[str, float], step: int, when: float) -> None:
+        self._run.log(points, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+CLASSES: dict[str, Callable[[Path, dict, dict], Tracker]] = {
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
+
+
+class Feed:
+    """Feeds one tracker from a thread.
+
+    Args:
+        rows: of metrics.jsonl so far; the tracker is given what it has not had.
+    """
+
+    def __init__(self, name: str, run_dir: Path, config: dict, rows: Iterable[dict]):
+        self.name, self._run_dir, self._config = name, run_dir, config
+        self._last_step = config["train"]["steps"]
+        self._first_mixture = first_mixture(config)
+        self._waiting: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        for row in rows:
+            self._waiting.put(row)
+        self._thread = threading.Thread(target=self._work, name=f"track-{name}", daemon=True)
+        self._thread.start()
+
+    def show(self, row: dict) -> None:
+        """Another row of metrics.jsonl."""
+        self._waiting.put(row)
+
+    def close(self) -> None:
+        """Gives the tracker time to take what waits."""
+        self._waiting.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._say(f"has not taken everything within {CLOSE_SECONDS:.0f} s")
+
+    def _work(self) -> None:
+        try:
+            note: dict[str, Any] = read_state(self._run_dir, NOTES).get(self.name, {})
+            tracker = CLASSES[self.name](self._run_dir, self._config, note)
+            for row in iter(self._waiting.get, None):
+                kind = next(name for name in ("val_loss", "tasks", "step") if name in row)
+                points = curves_of(row, self._last_step, self._first_mixture)
+                if not points or row["step"] <= note.get(kind, 0):
+                    continue
+                tracker.log(points, row["step"], row["time"])
+                note[kind] = row["step"]
+                self._write_note(note)
+            tracker.close()
+        except Exception as error:  # whatever a client or its server does wrong
+            self._say(f"has failed ({first_line(error)})")
+
+    def _say(self, what: str) -> None:
+        later = f"`smolds report --send {self.name} {self._run_dir}` fills it up"
+        print(f"\nsmolds: {self.name} {what}; training goes on, and {later}.", file=sys.stderr, flush=True)
+
+    def _write_note(self, note: dict) -> None:
+        with _writing:
+            part = self._run_dir / f"{NOTES}.part"
+            part.write_text(json.dumps(read_state(self._run_dir, NOTES) | {self.name: note}))
+            part.replace(self._run_dir / NOTES)

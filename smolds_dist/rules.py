@@ -1,0 +1,257 @@
+"""Which settings no machine could run.
+
+Every contradiction between two settings is refused here or, where it depends on the machine, in `parallel.topology`.
+"""
+
+import math
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from smolds_dist.errors import ConfigError
+from smolds_dist.settings import SOURCE_KINDS, TRACKERS, Data, Model, RunConfig, Stage
+
+
+def validate(config: RunConfig) -> None:
+    """Refuses what no machine could run.
+
+    Raises:
+        ConfigError: naming the setting, the rule and the fix.
+    """
+    _check_numbers(config)
+    _check_model(config)
+    if not re.fullmatch(r"[\w.+=-][\w.+= -]*", config.run.name or "") or config.run.name in (".", ".."):
+        raise ConfigError(
+            f"--run.name {config.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
+        )
+    _check_data(config.data)
+    if config.profile.steps is not None:
+        match = re.fullmatch(r"(\d+):(\d+)", config.profile.steps)
+        if not match or not 1 <= int(match[1]) <= int(match[2]) <= config.train.steps:
+            raise ConfigError(
+                f"--profile.steps {config.profile.steps!r} is no range of this run's {config.train.steps} steps; write it "
+                "as FIRST:LAST, such as 10:13."
+            )
+    trackers_in(config.log.to)
+    if config.data.seq_len > config.model.max_position_embeddings:
+        raise ConfigError(
+            f"--data.seq_len {config.data.seq_len} is longer than --model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}; lower the first or raise the second."
+        )
+    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
+        raise ConfigError(
+            f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
+            f"{config.train.global_batch}; valid values: {_divisors(config.train.global_batch)}."
+        )
+    if config.data.disk_budget_gb is not None and not 0 < config.data.disk_budget_gb < math.inf:
+        raise ConfigError(
+            f"--data.disk_budget_gb {config.data.disk_budget_gb} is out of range; use more than 0, or null."
+        )
+    if isinstance(config.data.workers, int) and config.data.workers < 0:
+        raise ConfigError(f"--data.workers {config.data.workers} is out of range; use auto, or 0 or more.")
+    if config.parallel.zero not in ("auto", 0, 1, 2, 3):
+        raise ConfigError(f"--parallel.zero {config.parallel.zero} is no ZeRO stage; use auto, 0, 1, 2 or 3.")
+    if config.parallel.ds_config and not Path(config.parallel.ds_config).is_file():
+        raise ConfigError(
+            f"--parallel.ds_config {config.parallel.ds_config!r} is not a file; give a DeepSpeed JSON file."
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+_AT_LEAST_ONE = (
+    "data.seq_len data.window_tokens data.tokenizer_vocab_size train.steps train.global_batch train.eval_sequences "
+    "checkpoint.keep train.nonfinite_limit train.spike_steps eval.batch_size "
+    "log.sample_tokens model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads "
+    "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.kv_lora_rank "
+    "model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.max_position_embeddings"
+).split()
+_NOT_NEGATIVE = (
+    "train.seed train.warmup_steps train.weight_decay train.grad_clip train.balance_rate train.aux_loss_coef "
+    "train.sequence_balance_coef train.z_loss_coef parallel.grace parallel.timeout "
+    "parallel.compare_every parallel.check_every "
+    "train.spike_threshold train.eval_every checkpoint.every checkpoint.keep_every "
+    "log.sample_every log.every eval.every model.n_shared_experts model.first_k_dense_replace model.initializer_range"
+).split()
+_POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
+_SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()
+_OPTIONAL = (
+    "data.max_tokens train.micro_batch model.vocab_size model.q_lora_rank model.dense_intermediate_size model.n_group "
+    "model.topk_group eval.limit"
+).split()
+
+
+def trackers_in(names: str, option: str = "--log.to") -> list[str]:
+    """The trackers beside TensorBoard that a list with commas names.
+
+    Raises:
+        ConfigError: for one that is none, or whose package is not here.
+    """
+    found = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
+    for name in found:
+        if name not in TRACKERS:
+            raise ConfigError(
+                f"{option} {name!r} is no tracker; use {', '.join(TRACKERS)}, several with commas between."
+            )
+        if find_spec(name) is None:
+            raise ConfigError(f"{option} {name} needs its package; pip install 'smolds-dist[{name}]'.")
+    return list(found)
+
+
+def _check_numbers(config: RunConfig) -> None:
+    def value(name: str) -> float:
+        section, key = name.split(".")
+        return getattr(getattr(config, section), key)
+
+    def refuse(name: str, rule: str) -> ConfigError:
+        return ConfigError(f"--{name} {value(name)} is out of range; {rule}.")
+
+    for name in _AT_LEAST_ONE:
+        if value(name) < 1:
+            raise refuse(name, "it must be at least 1")
+    for name in _OPTIONAL:
+        if value(name) is not None and value(name) < 1:
+            raise refuse(name, "it must be at least 1, or null")
+    for name in _NOT_NEGATIVE:
+        if not 0 <= value(name) < math.inf:
+            raise refuse(name, "it must be 0 or more")
+    for name in _POSITIVE:
+        if not 0 < value(name) < math.inf:
+            raise refuse(name, "it must be more than 0")
+    for name in _SHARE:
+        if not 0 <= value(name) <= 1:
+            raise refuse(name, "it must lie between 0 and 1")
+    if config.data.seq_len < 2:
+        raise refuse("data.seq_len", "it must be at least 2, since each token predicts the next")
+    if not 0 < config.data.val_fraction < 0.5:
+        raise refuse("data.val_fraction", "it must lie between 0 and 0.5")
+    if max(config.train.beta1, config.train.beta2) == 1:
+        raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
+
+
+def _check_data(data: Data) -> None:
+    if data.sources is not None and data.source != "stdlib":
+        raise ConfigError(
+            f"--data.source {data.source!r} and data.sources are both given; leave one out (--data.sources null)."
+        )
+    if data.sources == {}:
+        raise ConfigError("data.sources is empty; name at least one source, or leave it out.")
+    if data.packing == "best_fit" and not data.document_mask:
+        raise ConfigError(
+            "--data.packing best_fit fills sequences up with tokens that only --data.document_mask true leaves out of the "
+            "loss; give both."
+        )
+    for name, one in data.mixed.items():
+        option = f"data.sources.{name}.source" if data.sources else "--data.source"
+        kind, _, rest = one.source.partition(":")
+        if kind not in SOURCE_KINDS:
+            kinds = ", ".join(f"{kind}:GLOB" for kind in SOURCE_KINDS[1:-1])
+            raise ConfigError(f"{option} {one.source!r} is unknown; use stdlib, {kinds} or hf:NAME.")
+        if kind != "stdlib" and not rest:
+            raise ConfigError(f"{option} {one.source!r} names nothing to read; write it as {kind}:...")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"data.sources: the name {name!r} is no word; use letters, digits, '.', '-' and '_'.")
+        if not 0 <= one.weight < math.inf:
+            raise ConfigError(f"data.sources.{name}.weight {one.weight} is out of range; it must be 0 or more.")
+        if one.max_epochs is not None and not 0 < one.max_epochs < math.inf:
+            raise ConfigError(
+                f"data.sources.{name}.max_epochs {one.max_epochs} is out of range; it must be more than 0."
+            )
+        if kind == "tokens" and data.tokenizer == "train":
+            raise ConfigError(
+                f"{option} {one.source!r} holds tokens, on which no tokenizer can be trained; give the one that made them "
+                "with --data.tokenizer."
+            )
+    _check_stages(data)
+
+
+def _check_stages(data: Data) -> None:
+    names = ", ".join(data.mixed)
+    before = 0.0
+    for number, stage in enumerate(data.stages or [], 1):
+        if not before < stage.until <= 1:
+            raise ConfigError(
+                f"data.stages: stage {number} ends at {stage.until}; until must grow from stage to stage, up to 1."
+            )
+        before = stage.until
+        for name, weight in (stage.weights or {}).items():
+            if name not in data.mixed:
+                raise ConfigError(
+                    f"data.stages: stage {number} weighs {name!r}, which is no source; there are {names}."
+                )
+            if not 0 <= weight < math.inf:
+                raise ConfigError(
+                    f"data.stages: the weight {weight} of {name!r} is out of range; it must be 0 or more."
+                )
+    if data.stages is not None and before != 1:
+        raise ConfigError("data.stages must end at 1; give the last stage `until: 1.0`.")
+    for number, stage in enumerate(data.stages or [Stage(1.0)], 1):
+        weights = stage.weights if stage.weights is not None else {n: one.weight for n, one in data.mixed.items()}
+        if not sum(weights.values()):
+            where = f"stage {number} of data.stages" if data.stages else "data.sources"
+            raise ConfigError(f"{where} has no source with a weight; give at least one more than 0.")
+
+
+def _check_model(config: RunConfig) -> None:
+    m = config.model
+    if m.attention == "gqa" and m.num_attention_heads % m.num_key_value_heads:
+        raise ConfigError(
+            f"--model.num_key_value_heads {m.num_key_value_heads} does not divide --model.num_attention_heads "
+            f"{m.num_attention_heads}; valid values: {_divisors(m.num_attention_heads)}."
+        )
+    if m.num_experts_per_tok > m.num_experts:
+        raise ConfigError(
+            f"--model.num_experts_per_tok {m.num_experts_per_tok} exceeds --model.num_experts {m.num_experts}; lower it."
+        )
+    name, dims = ("head_dim", m.head_dim) if m.attention == "gqa" else ("qk_rope_head_dim", m.qk_rope_head_dim)
+    if dims % 2:
+        raise ConfigError(f"--model.{name} {dims} is odd, but rotary embedding turns pairs; use {dims + 1}.")
+    if m.first_k_dense_replace >= m.num_hidden_layers:
+        raise ConfigError(
+            f"--model.first_k_dense_replace {m.first_k_dense_replace} leaves none of --model.num_hidden_layers "
+            f"{m.num_hidden_layers} a mixture of experts; lower it."
+        )
+    if m.first_k_dense_replace and m.dense_intermediate_size is None:
+        together = m.intermediate_size * (m.num_experts_per_tok + m.n_shared_experts)
+        raise ConfigError(
+            f"--model.first_k_dense_replace {m.first_k_dense_replace} needs --model.dense_intermediate_size, the width of "
+            f"these layers; {together} is what a token's experts have together."
+        )
+    if m.qk_norm and m.attention == "latent":
+        raise ConfigError("--model.qk_norm is for --model.attention gqa; latent attention norms its latents already.")
+    if m.latent_norm_eps is not None and not 0 < m.latent_norm_eps < math.inf:
+        raise ConfigError(
+            f"--model.latent_norm_eps {m.latent_norm_eps} is out of range; it must be more than 0, or null."
+        )
+    _check_groups(m)
+    if (yarn := m.rope_scaling) and not (
+        1 <= yarn.factor < math.inf
+        and yarn.original_max_position_embeddings > 0
+        and 0 < yarn.beta_slow < yarn.beta_fast
+    ):
+        raise ConfigError(
+            "--model.rope_scaling is out of range; factor and original_max_position_embeddings must be at least 1, and "
+            "beta_slow more than 0 and less than beta_fast."
+        )
+
+
+def _check_groups(m: Model) -> None:
+    if (m.n_group is None) != (m.topk_group is None):
+        raise ConfigError("--model.n_group and --model.topk_group belong together; give both, or neither.")
+    if m.n_group is None or m.topk_group is None:
+        return
+    if m.num_experts % m.n_group or m.num_experts // m.n_group < 2:
+        fitting = ", ".join(str(n) for n in range(1, m.num_experts // 2 + 1) if m.num_experts % n == 0)
+        raise ConfigError(
+            f"--model.n_group {m.n_group} does not cut --model.num_experts {m.num_experts} into groups of at least 2; valid "
+            f"values: {fitting or 'none, leave it out'}."
+        )
+    within = m.topk_group * (m.num_experts // m.n_group)
+    if m.topk_group > m.n_group or within < m.num_experts_per_tok:
+        raise ConfigError(
+            f"--model.topk_group {m.topk_group} of --model.n_group {m.n_group} leaves {min(within, m.num_experts)} experts "
+            f"to choose --model.num_experts_per_tok {m.num_experts_per_tok} from; it must leave enough, and be at most "
+            "n_group."
+        )

@@ -1,0 +1,161 @@
+"""`train.compile`: the same losses and gradients as without, compiled once and before the first step."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import rows_without_timing, smolds
+from test_model import GQA, GQA_FAMILY, LATENT_FAMILY, build, tokens
+
+from smolds_dist.config import load_config
+from smolds_dist.model import enable_activation_checkpointing
+from smolds_dist.training import build as training_build
+from smolds_dist.training import compiling
+from smolds_dist.training.compiling import is_wanted, leave_uncompiled, try_to_compile
+from smolds_dist.training.trainer import train
+
+needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="Inductor needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """What another test has compiled would count here."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    leave_uncompiled(torch.nn.Module())
+
+
+def graphs() -> int:
+    """How many have been compiled in this process, or taken from the cache on disk."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compile_here(model, dtype: str) -> None:
+    topology = SimpleNamespace(micro_batch=2, dtype=dtype, torch_device="cpu", engine="local", zero=0)
+    error = try_to_compile(SimpleNamespace(model=model), topology, 24, model.config)
+    assert error is None
+
+
+def loss_and_gradients(model) -> list[torch.Tensor]:
+    loss = model(input_ids=tokens(2, 24), labels=tokens(2, 24)).loss
+    return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("settings", "dtype", "checkpointing", "tolerance"),
+    [
+        (dict(GQA_FAMILY, num_hidden_layers=2), "fp32", False, 1e-5),
+        (dict(LATENT_FAMILY, num_hidden_layers=2), "fp32", True, 1e-5),
+        (dict(GQA, num_hidden_layers=1), "bf16", False, 3e-2),
+    ],
+)
+def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, checkpointing, tolerance):
+    model = build(settings).train()
+    if dtype == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    if checkpointing:
+        enable_activation_checkpointing(model)
+    expected = loss_and_gradients(model)
+    compile_here(model, dtype)
+    before = graphs()
+    actual = loss_and_gradients(model)
+    assert 0 < before == graphs()
+    assert all(block.compiled_attend is not None for block in model.model.layers)
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.float() - other.float()).norm() <= tolerance * other.float().norm() + 1e-7
+
+
+@needs_compiler
+def test_a_run_compiles_before_its_first_step_and_never_again(small_run, monkeypatch, tmp_path):
+    """Over 50 steps, in which the experts' numbers of rows change, with held-out losses, samples and checkpoints."""
+    compiled = []
+
+    def counted(*args):
+        compiled.append(compiling.compile_model(*args))
+        compiled.append(graphs())
+
+    monkeypatch.setattr(training_build, "compile_model", counted)
+    options = [
+        *small_run,
+        "--train.steps=50",
+        "--train.eval_every=20",
+        "--log.sample_every=20",
+        "--checkpoint.every=25",
+    ]
+    for name, setting in (("eager", "off"), ("compiled", "on")):
+        train(load_config([*options, f"--run.name={name}", f"--train.compile={setting}"]))
+    assert compiled[0] is False and compiled[2] is True
+    assert compiled[1] == 0 < compiled[3] == graphs()
+    eager, other = (rows_without_timing(tmp_path / "runs" / name) for name in ("eager", "compiled"))
+    assert len(eager) == len(other)
+    for one, two in zip(eager, other, strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert one.get(key) == pytest.approx(two.get(key), abs=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("zero", [1, 3])
+def test_ranks_compile_one_after_the_other(small_run, tmp_path, zero):
+    options = [*small_run, f"--parallel.zero={zero}"]
+    for name, setting in (("eager", "off"), ("compiled", "on")):
+        finished = smolds(
+            "launch",
+            "--nproc-per-node=2",
+            "--",
+            *options,
+            f"--run.name={name}",
+            f"--train.compile={setting}",
+            timeout=240,
+        )
+        assert finished.returncode == 0, finished.text
+        assert finished.stdout.count("compiled in") == (setting == "on")
+    eager, other = (rows_without_timing(tmp_path / "runs" / name) for name in ("eager", "compiled"))
+    for one, two in zip(eager, other, strict=True):
+        assert one.get("loss") == pytest.approx(two.get("loss"), abs=1e-5)
+
+
+@needs_compiler
+def test_what_is_compiled_is_kept_for_later_runs(small_run, tmp_path):
+    cache = tmp_path / "cache"
+    made = []
+    for name in ("first", "second"):
+        options = [*small_run, "--train.steps=2", "--train.compile=on", f"--run.name={name}"]
+        finished = smolds("train", *options, timeout=240, TORCHINDUCTOR_CACHE_DIR=str(cache))
+        assert finished.returncode == 0, finished.text
+        made.append(set(cache.rglob("*.so")))
+    assert made[0] and made[0] == made[1]
+
+
+def test_a_compiler_that_fails_is_one_line(small_run, tmp_path):
+    options = [*small_run, "--train.compile=on", "--run.name=one"]
+    finished = smolds(
+        "train", *options, cold=True, CXX=shutil.which("false"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
+    )
+    assert finished.returncode == 0, finished.text
+    assert finished.stderr.count("compiling failed") == 1
+    assert "the run goes on without (--train.compile off)" in finished.stderr and "Traceback" not in finished.stderr
+    assert len(rows_without_timing(tmp_path / "runs" / "one")) >= 6
+
+
+def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
+    assert is_wanted(True, "cpu", 0) and not is_wanted(False, "cpu", 1e9)
+    monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
+    assert is_wanted("auto", "cpu", 3600) and not is_wanted("auto", "cpu", 60)
+    assert is_wanted("auto", "cuda", 300) and not is_wanted("auto", "mps", 1e9)
+    monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
+    assert not is_wanted("auto", "cpu", 3600)
+
+
+def test_a_compiler_is_looked_for_where_inductor_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not compiling.has_compiler("cpu")
+    (tmp_path / "mine").write_text("#!/bin/sh\n")
+    os.chmod(tmp_path / "mine", 0o755)
+    monkeypatch.setenv("CXX", "mine")
+    assert compiling.has_compiler("cpu")

@@ -1,0 +1,108 @@
+"""Ranks against each other: one that is slowed down, and one whose weights change, are named by running jobs."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from ranks import ROOT, run, smolds
+from test_launchers import end, start_and_wait_for_steps
+
+from smolds_dist.checkpoint.files import checkpoints_in, step_of
+from smolds_dist.launching.failure import _entries
+from smolds_dist.observe.rows import read_rows
+from smolds_dist.parallel.ranks import host_name
+from smolds_dist.training.rank_checks import SLOW, WINDOWS, SlowRanks, checksums, minority
+
+
+def test_slow_rank_is_named_in_one_line_and_in_the_metrics(small_run, tmp_path):
+    """Rank 1 stands still most of the time: it is stopped and woken again, over and over."""
+    options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--run.name=slow", "--train.steps=100000"]
+    options += ["--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0", "--parallel.compare_every=20"]
+    run_dir = tmp_path / "runs" / "slow"
+    command = [sys.executable, "-m", "smolds_dist", "launch", "--nproc-per-node=2", "--", *options]
+    job = start_and_wait_for_steps(command, run_dir)
+    pid = next(entry["pid"] for entry in _entries(run_dir / "ranks") if entry["rank"] == 1)
+    enough = threading.Event()
+
+    def hold_back() -> None:
+        while not enough.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.02)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=hold_back)
+    thread.start()
+    try:
+        deadline, told = time.monotonic() + 120, []
+        while not told:
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.2)
+            told = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "slow_rank"]
+    finally:
+        enough.set()
+        thread.join()
+        job.send_signal(signal.SIGTERM)
+    finished = end(job, timeout=60)
+    assert (told[0]["rank"], told[0]["host"]) == (1, host_name()) and told[0]["times"] > SLOW
+    words = f"rank 1 on host {host_name()} has computed {told[0]['times']:.1f} times as long as the others"
+    assert f"{words} in the last 60 steps" in finished.text, finished.text
+    assert smolds("report", str(run_dir)).returncode == 0
+    assert f"rank 1 on host {host_name()} computed" in (run_dir / "log_training.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [("embeddings", ["rank 2 on host"]), ("experts", ["rank 0 on host", "rank 2 on host"])],
+)
+def test_flipped_bit_is_named_and_reaches_no_checkpoint(small_run, tmp_path, part, named):
+    """Of four ranks all hold the embeddings, and two each expert, of which none can be told to be right."""
+    options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--run.name=flipped", "--train.steps=40"]
+    options += ["--train.micro_batch=1", "--parallel.zero=0", "--parallel.expert=2", "--parallel.check_every=3"]
+    options += ["--checkpoint.every=5", "--train.eval_every=0", "--log.sample_every=0"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    finished = run([*start, str(ROOT / "tests" / "flip_worker.py"), "2", "10", part, *options], 240)
+    assert finished.returncode != 0
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]
+    assert all(words in line for words in named) and line.count("on host") == len(named), line
+    assert "holds other values of model." in line and "at step 10;" in line, line  # found before a checkpoint
+    run_dir = tmp_path / "runs" / "flipped"
+    assert [step_of(folder) for folder in checkpoints_in(run_dir / "checkpoints")] == [5]
+
+
+def test_any_flipped_bit_changes_a_checksum():
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.randn(33, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+        before = checksums([tensor, tensor.T])
+        assert before[0] == before[1]  # in any order
+        integers = tensor.view(torch.int32 if dtype == torch.float32 else torch.int16)
+        for bit in range(8 * tensor.element_size() - 1):
+            integers[20, 3] ^= 1 << bit
+            assert checksums([tensor])[0] != before[0]
+            integers[20, 3] ^= 1 << bit
+        assert checksums([tensor])[0] == before[0]
+
+
+def test_minority_is_named_and_without_one_all_are():
+    assert minority({0: 5, 1: 5, 2: 5}) == []
+    assert minority({0: 5, 1: 6, 2: 5}) == [1]
+    assert minority({1: 5, 3: 6}) == [1, 3]
+    assert minority({0: 5, 1: 5, 2: 6, 3: 6}) == [0, 1, 2, 3]
+
+
+class FourRanks:
+    """What `SlowRanks` wants of a topology."""
+
+    rank, world_size = 0, 4
+
+
+def test_rank_counts_as_slow_after_three_windows_in_a_row():
+    ranks, told = SlowRanks(FourRanks()), []  # type: ignore[arg-type]
+    for slow in (2.0, 2.0, 1.2, 2.0, 1.5, 2.0, 2.0):
+        ranks.note(1.0)
+        told.append(ranks.compare(lambda mine, slow=slow: mine + torch.tensor([0.0, 1.0, slow, 1.1])))
+    assert told == [{}] * (2 + WINDOWS) + [{2: 2.0}, {}]

@@ -1,0 +1,181 @@
+"""`smolds launch --restarts`: jobs that fail for real and end by themselves, with the rows of an undisturbed run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import rows_without_timing, smolds
+from test_launchers import end, losses, start_and_wait_for_steps
+
+from smolds_dist.launching import restarts
+from smolds_dist.launching.restarts import Failure, bad_nodes, keep_running, made_no_step, resume_options, wait
+from smolds_dist.rows import RESTARTS, read_rows
+
+KILLS = int(os.environ.get("SMOLDS_KILLS", "4"))
+STEPS = 15 * KILLS
+
+
+@pytest.fixture
+def options(small_run):
+    return [
+        *small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--checkpoint.every=2", "--train.eval_every=0",
+        "--log.sample_every=0", "--checkpoint.keep=2",
+    ]  # fmt: skip
+
+
+def launch_command(*options: str) -> list[str]:
+    """Started cold: the processes that it starts are its children then."""
+    return [sys.executable, "-m", "smolds_dist", "launch", *options]
+
+
+def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_undisturbed_one(options, tmp_path):
+    """Killed are single ranks, and what starts them, each time a few steps further on."""
+    options += [f"--train.steps={STEPS}"]
+    whole = smolds("launch", "--nproc-per-node=2", "--", *options, "--run.name=whole", timeout=200)
+    assert whole.returncode == 0, whole.text
+    run_dir, dice = tmp_path / "runs" / "killed", random.Random(0)
+    command = launch_command("--nproc-per-node=2", f"--restarts={KILLS}", "--", *options, "--run.name=killed")
+    job, failed = start_and_wait_for_steps(command, run_dir), 0
+    for kill in range(KILLS):
+        reached = failed + dice.randrange(1, 5)
+        wait_until(lambda: len(losses(run_dir)) >= reached, job)  # noqa: B023  called at once
+        ranks = [json.loads(path.read_text())["pid"] for path in (run_dir / "ranks").glob("rank_*.json")]
+        (torchrun,) = psutil.Process(job.pid).children()
+        os.kill([*ranks, torchrun.pid][kill % 3], signal.SIGKILL)
+        wait_until(lambda: len(read_rows(run_dir / RESTARTS)) == kill + 1, job)  # noqa: B023
+        failed = read_rows(run_dir / RESTARTS)[-1]["step"]
+        wait_until(lambda: any(r.get("number") == kill + 1 for r in read_rows(run_dir / "metrics.jsonl")), job)  # noqa: B023
+    finished = end(job, timeout=200)
+    assert finished.returncode == 0, finished.text
+    assert finished.stderr.count(f" of {KILLS} in 1 s.") == KILLS
+    told = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"]
+    assert [row["number"] for row in told] == list(range(1, KILLS + 1))
+    assert all(row["cause"].endswith("was killed by signal 9") for row in told)
+    assert sum(row["cause"].startswith("what started the ranks") for row in told) == KILLS // 3, told
+    assert without_events(run_dir) == without_events(tmp_path / "runs" / "whole")
+    report = smolds("report", str(run_dir))
+    assert report.returncode == 0, report.text
+    assert f"restart {KILLS}, because after step" in (run_dir / "log_training.md").read_text()
+
+
+def wait_until(holds, job: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate(timeout=20)
+        time.sleep(0.02)
+
+
+def without_events(run_dir: Path) -> list[dict]:
+    return [row for row in rows_without_timing(run_dir) if "event" not in row]
+
+
+def test_failure_that_comes_back_at_its_step_ends_the_job_with_both_tracebacks(options, tmp_path):
+    """A folder stands where the samples are to be written after step 100."""
+    run_dir = tmp_path / "runs" / "same"
+    options += ["--run.name=same", "--train.steps=1000", "--log.sample_every=100"]
+    command = launch_command("--nproc-per-node=2", "--restarts=9", "--", *options)
+    job = start_and_wait_for_steps(command, run_dir)
+    (run_dir / "samples.jsonl").mkdir()
+    finished = end(job, timeout=200)
+    assert finished.returncode == 1, finished.text
+    failures = read_rows(run_dir / RESTARTS)
+    assert [(row["step"], row["code"]) for row in failures] == [(100, 1)] * 3
+    assert "restart 2 of 9 in 2 s." in finished.stderr and "restart 3" not in finished.stderr
+    assert "3 starts in a row ended after step 100: another one would not help." in finished.stderr
+    assert finished.stderr.count("Traceback") == 2 and finished.stderr.count("IsADirectoryError") >= 5, finished.text
+    assert all((Path(row["logs"]) / "rank_00000.log").exists() for row in failures)
+
+
+def test_single_process_is_restarted_too(options, tmp_path):
+    run_dir = tmp_path / "runs" / "one"
+    options += ["--run.name=one", "--train.steps=300", "--checkpoint.every=100"]
+    job = start_and_wait_for_steps(launch_command("--launcher=none", "--restarts=1", "--", *options), run_dir)
+    (child,) = psutil.Process(job.pid).children()
+    child.kill()
+    finished = end(job, timeout=120)
+    assert finished.returncode == 0, finished.text
+    (failure,) = read_rows(run_dir / RESTARTS)
+    assert failure["cause"] == "the process was killed by signal 9" and failure["code"] == 137
+    assert len(losses(run_dir)) == 300
+
+
+def started(codes: list[int], run_dir: Path, steps: list[int] | None = None):
+    """Stands for a job that ends with these codes, after these steps; tells what it was asked."""
+    asked = []
+
+    def start(failures: list[Failure]) -> tuple[int, str]:
+        number = len(asked)
+        asked.append(len(failures))
+        if steps:
+            run_dir.mkdir(exist_ok=True)
+            (run_dir / "metrics.jsonl").write_text(json.dumps({"step": steps[number], "loss": 1.0}) + "\n")
+        return codes[number], f"cause {number}"
+
+    return start, asked
+
+
+@pytest.mark.parametrize("code", [0, 2, 75, 130, 143])
+def test_end_of_its_own_a_mistake_and_a_signal_restart_nothing(tmp_path, code):
+    start, asked = started([code], tmp_path)
+    assert keep_running(start, tmp_path, 5) == code
+    assert asked == [0] and not (tmp_path / RESTARTS).exists()
+
+
+def test_restarts_are_as_many_as_asked_for_and_steps_between_them_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(restarts, "SHORTEST", 0.01)
+    start, asked = started([1, 1, 137, 1, 1], tmp_path / "run", [3, 3, 4, 4, 9])
+    assert keep_running(start, tmp_path / "run", 4) == 1
+    assert asked == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_rows(tmp_path / "run" / RESTARTS)] == [3, 3, 4, 4, 9]
+    assert "that was the last of 4 restarts" in capsys.readouterr().err
+    start, asked = started([1, 0], tmp_path / "run", [9, 12])
+    assert keep_running(start, tmp_path / "run", 4) == 0
+    assert [row["number"] for row in read_rows(tmp_path / "run" / RESTARTS)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_failures_without_a_step_between_them_are_counted_from_the_last():
+    failures = [Failure(n, 0.0, step, 1, "", "") for n, step in enumerate((5, 5, 7, 7, 7))]
+    assert [made_no_step(failures[:n]) for n in (1, 2, 3, 4, 5)] == [1, 2, 1, 2, 3]
+
+
+def test_nodes_are_blamed_for_what_a_program_does_not_do_itself():
+    causes = [
+        "rank 1 on host n2 was killed by signal 9",
+        "rank 0 on host n1 failed: ValueError: no (traceback: runs/x/ranks/rank_00000.log)",
+        "rank 5 on host n3 did not answer for 600 s: it hangs, or its host does (stacks of all ranks: x)",
+        "rank 1 on host n2 failed: torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+        "the ranks ended with exit code 1",
+        "rank 1 on host n2 was killed by signal 9: the machine is out of memory",
+    ]
+    failures = [Failure(n, 0.0, n, 1, cause, "") for n, cause in enumerate(causes)]
+    assert [bad_nodes(failures[n : n + 1]) for n in range(6)] == [["n2"], [], ["n3"], ["n2"], [], []]
+    assert bad_nodes(failures) == ["n3", "n2"] and bad_nodes([]) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_ends_the_pause(number):
+    assert wait(0.01) is None
+    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    begun = time.monotonic()
+    assert wait(30) == number
+    assert time.monotonic() - begun < 20
+
+
+def test_next_start_goes_on_from_its_own_checkpoint_or_begins_where_the_first_did(tmp_path):
+    for asked in ("never", "auto", "40"):
+        assert resume_options(tmp_path, ["--a"], asked) == ["--a", "--checkpoint.resume=auto"]
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / RESTARTS).write_text("{}\n")
+    (tmp_path / "ranks-1").mkdir()
+    assert resume_options(tmp_path, ["--a"], "runs/other") == ["--a"]
+    assert not (tmp_path / "metrics.jsonl").exists() and (tmp_path / "ranks-1" / "metrics.jsonl").exists()
+    (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
+    assert resume_options(tmp_path, ["--a"], "runs/other") == ["--a", "--checkpoint.resume=auto"]
