@@ -168,11 +168,12 @@ def test_embeddings_stand_for_ids(model):
 @needs_compiler
 @pytest.mark.parametrize("kind", ["gqa", "latent"])
 def test_flex_attention_computes_the_same(kind):
-    """Whole, padded and packed sequences. Not generation: for lengths that change Inductor can write C++ with errors."""
-    model, ids = build(KINDS[kind]), tokens(2, 40)
+    """Whole, padded and packed sequences. Not generation: for lengths that change Inductor can write C++ with errors. Nor 40
+    tokens: PyTorch 2.13's kernel for the CPU reads past such a length where heads are narrower than 32, on machines with AVX2."""
+    model, ids = build(KINDS[kind]), tokens(2, 64)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    positions = torch.cat((torch.arange(15), torch.arange(25))).expand(2, -1)
+    positions = torch.cat((torch.arange(25), torch.arange(39))).expand(2, -1)
     calls = {"whole": {}, "padded": dict(attention_mask=mask), "packed": dict(position_ids=positions, use_cache=False)}
 
     def outputs():
@@ -354,10 +355,12 @@ def test_compiled_training_keeps_packed_documents_apart():
 @needs_compiler
 @pytest.mark.parametrize("kind", COMPILED)
 def test_torch_compile_trains_and_evaluates(kind):
-    """In machine code, one in fp32, the other in bf16, with all experts for each token: rounding changes no choice."""
+    """In machine code, one in fp32, the other in bf16, with all experts for each token: rounding changes no choice. One layer,
+    with shared experts in the place of a dense layer's: C++ compilers take minutes for more."""
     dtype, tolerance = (torch.float32, 1e-5) if kind == "gqa" else (torch.bfloat16, 0.05)
     every = {} if kind == "gqa" else dict(num_experts=4, num_experts_per_tok=4, n_group=None, topk_group=None)
-    model, ids = build(COMPILED[kind] | every).to(dtype), tokens(2, 24)
+    settings = COMPILED[kind] | dict(num_hidden_layers=1, first_k_dense_replace=0) | every
+    model, ids = build(settings).to(dtype), tokens(2, 24)
     compiled = torch.compile(model)
     assert_same_step(
         *(loss_and_gradients(model.train(), forward, input_ids=ids, labels=ids) for forward in (compiled, model)),

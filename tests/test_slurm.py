@@ -98,34 +98,34 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
 
 @needs_slurm
 def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, repository):
-    # Slow steps, so that the signal comes in their midst. Slurm sends it up to half a minute ahead of the 80 seconds, which
-    # is 10 seconds after the start at the earliest: before there are processes it would reach nobody.
-    options = [*options_of(small_run), "--train.steps=240", "--train.global_batch=16", "--train.micro_batch=1"]
-    options += [
-        "--log.tensorboard=true",
-        "--train.lr=5e-4",
-        "--train.eval_every=0",
-        "--log.sample_every=0",
-        "--checkpoint.every=0",
-    ]
-    layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@80"]
-    job = submit(
-        [*layout, "slurm/train.sbatch", *options, "--run.name=limited", "--parallel.expert=2"], cluster, repository
-    )
-    # The reference has the same topology: over this many steps another one's rounding would show.
-    launched = ranks.smolds(
-        "launch", "--nproc-per-node=2", "--", *options, "--run.name=reference", "--parallel.expert=2", timeout=240
-    )
-    assert launched.returncode == 0, launched.text
-    output = repository / f"slurm-{job}.out"
-    wait_for(lambda: is_gone(job, cluster), 400, "end of the job")
+    # More steps than any machine takes until the signal, which Slurm sends up to half a minute ahead of the 60 seconds: half a
+    # minute after the start at the earliest, since before there are processes it would reach nobody.
+    options = [*options_of(small_run), "--log.tensorboard=true", "--parallel.expert=2", "--train.lr=5e-4"]
+    options += ["--train.schedule=wsd", "--train.decay_fraction=0"]  # losses do not depend on how many steps there will be
+    options += ["--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
+    layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@60"]
+    limited = [*options, "--run.name=limited", "--train.steps=20000"]
+    job = submit([*layout, "slurm/train.sbatch", *limited], cluster, repository)
+    run_dir, output = tmp_path / "runs" / "limited", repository / f"slurm-{job}.out"
+
+    def starts() -> list[int]:
+        return [row["step"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "start"]
+
+    wait_for(lambda: len(starts()) > 1 and len(losses(run_dir)) >= starts()[1] + 10, 300, "steps after the requeue")
+    run(["scancel", job], timeout=30, **cluster)
+    wait_for(lambda: is_gone(job, cluster), 60, "end of the job")
     text = output.read_text()
     assert "stopped by SIGUSR1 after step" in text, text[-3000:]
     assert "continuing from" in text
-    assert "validation loss" in text
-    assert losses(tmp_path / "runs" / "limited") == losses(tmp_path / "runs" / "reference")
-    board = EventAccumulator(str(tmp_path / "runs" / "limited" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 241))
+    steps = len(losses(run_dir))
+    # The reference has the same topology: over this many steps another one's rounding would show.
+    launched = ranks.smolds(
+        "launch", "--nproc-per-node=2", "--", *options, "--run.name=reference", f"--train.steps={steps}", timeout=240
+    )
+    assert launched.returncode == 0, launched.text
+    assert losses(run_dir) == losses(tmp_path / "runs" / "reference")
+    board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, steps + 1))
 
 
 @needs_slurm

@@ -34,6 +34,14 @@ def test_one_process_is_plain_pytorch_and_several_are_deepspeed():
     assert plan(CPU, 1, "--parallel.zero=2").engine == "deepspeed"
 
 
+def test_bf16_is_advised_against_where_the_cpu_has_none():
+    asked = "--train.dtype=bf16"
+    assert "no bf16 products: leave --train.dtype out" in plan(CPU, 1, asked).reason
+    for machine in (replace(CPU, bf16=True), GPUS):
+        assert "bf16" not in plan(machine, 1, asked).reason
+    assert "bf16" not in plan(CPU, 1).reason
+
+
 @pytest.mark.parametrize(
     ("world", "experts", "sizes"), [(1, 8, [1]), (4, 8, [1, 2, 4]), (6, 8, [1, 2]), (16, 8, [1, 2, 4, 8])]
 )

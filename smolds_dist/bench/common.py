@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.parallel.topology import detect_machine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,10 @@ def bench_parser(name: str, doc: str, renamed: dict[str, str] | None = None) -> 
     return parser
 
 
+def add_dtype(parser: OptionParser) -> None:
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 where this machine multiplies it fast, else fp32")
+
+
 def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The benchmark's own options, and settings such as --model.num_hidden_layers=4, which change the preset.
 
@@ -38,6 +43,8 @@ def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, li
     """
     options, settings = parser.parse_known_args(args)
     load_config(["--preset", options.preset, *settings], parser.prog, benchmark=True)
+    if getattr(options, "dtype", "") is None:
+        options.dtype = "bf16" if detect_machine().bf16 else "fp32"
     return options, settings
 
 

@@ -66,9 +66,12 @@ def bench_data(args: list[str]) -> None:
     if "order" in options.what:
         result["order"] = order()
     if "mask" in options.what:
-        import torch
+        from smolds_dist.parallel.topology import detect_machine
 
-        dtypes = ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16")  # on GPUs there is only half precision
+        machine = detect_machine()
+        dtypes = ("fp32", "bf16") if machine.bf16 else ("fp32",)
+        if machine.devices[0] == "cuda":
+            dtypes = ("bf16",)  # varlen attention takes half precision alone
         result["mask"] = [mask(dtype, length, rounds) for dtype in dtypes for length in DOCUMENTS]
     keep(options, result)
     for line in in_words(result):

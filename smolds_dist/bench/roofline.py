@@ -21,7 +21,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.train import describe_machine, make_task, say
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def bench_roofline(args: list[str]) -> None:
     """
     parser = bench_parser("roofline", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="of a step")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    add_dtype(parser)
     parser.add_argument("--steps", type=int, default=3, help="profiled, and as many not, after two to warm up")
     options, settings = parse(parser, args)
     check_at_least_one(options, "sequences", "steps")

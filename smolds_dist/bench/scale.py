@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import Task
 from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
 from smolds_dist.errors import ConfigError
@@ -26,7 +26,7 @@ def bench_scale(args: list[str]) -> None:
     parser = bench_parser("scale", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each number of ranks")
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     options, settings = parse(parser, args)

@@ -6,6 +6,7 @@ part; compilation itself does not count. Muon has a row of its own.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
@@ -38,7 +39,7 @@ def bench_train(args: list[str]) -> None:
     """
     parser = bench_parser("train", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS), help="contenders")
@@ -278,12 +279,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def processor() -> str:
-    """The CPU's name, as Linux has it."""
-    try:
+    """The CPU's name, as Linux has it, and the widest vector instructions that PyTorch uses on it."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def say(text: str) -> None:

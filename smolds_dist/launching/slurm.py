@@ -59,7 +59,7 @@ def slurm(args: list[str]) -> None:
     else:
         per_node = options.tasks_per_node or options.gpus_per_node or 1
         device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
-        machine = Machine(device, options.gpus_per_node or per_node, bf16=bool(options.gpus_per_node))
+        machine = Machine(device, options.gpus_per_node or per_node, bf16=True)
         topology = plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node))
         script, what = render(options, config, train_args, per_node), str(topology)
     if not options.submit:

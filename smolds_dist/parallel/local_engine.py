@@ -67,7 +67,8 @@ class LocalEngine:
         total = torch.stack(list(squares.values())).sum().sqrt()
         norm = total.item()
         applied = math.isfinite(norm)
-        if self.grad_clip and applied:
+        # Smaller gradients would be multiplied by 1, in a pass over all of them.
+        if self.grad_clip and applied and norm > self.grad_clip:
             nn.utils.clip_grads_with_norm_([master for _, master in self.pairs], self.grad_clip, total)
         if applied:
             for group in self.optimizer.param_groups:

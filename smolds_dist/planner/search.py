@@ -45,7 +45,7 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
     """
     world = nodes * per_node
     model = with_vocabulary(config)
-    here = Machine((machine.device,), per_node, machine.device == "cuda", int(machine.memory))
+    here = Machine((machine.device,), per_node, True, int(machine.memory))
     rank = RankInfo(0, 0, world, per_node)
     base = replace(config, parallel=replace(config.parallel, device="auto"))
     plan_topology(base, here, rank)  # refuses what no layout mends
