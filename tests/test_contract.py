@@ -168,8 +168,8 @@ def test_embeddings_stand_for_ids(model):
 @needs_compiler
 @pytest.mark.parametrize("kind", ["gqa", "latent"])
 def test_flex_attention_computes_the_same(kind):
-    """Whole, padded and packed sequences. Not generation: for lengths that change Inductor can write C++ with errors. Nor 40
-    tokens: PyTorch 2.13's kernel for the CPU reads past such a length where heads are narrower than 32, on machines with AVX2."""
+    """Whole, padded and packed sequences. Not generation: for lengths that change Inductor can write C++ with errors. Nor
+    40 tokens: PyTorch 2.13's kernel for AVX2 reads past such a length where heads are narrower than 32."""
     model, ids = build(KINDS[kind]), tokens(2, 64)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -355,8 +355,8 @@ def test_compiled_training_keeps_packed_documents_apart():
 @needs_compiler
 @pytest.mark.parametrize("kind", COMPILED)
 def test_torch_compile_trains_and_evaluates(kind):
-    """In machine code, one in fp32, the other in bf16, with all experts for each token: rounding changes no choice. One layer,
-    with shared experts in the place of a dense layer's: C++ compilers take minutes for more."""
+    """In machine code, one in fp32, the other in bf16, with all experts for each token: rounding changes no choice. One
+    layer, with shared experts in the place of a dense layer's: C++ compilers take minutes for more."""
     dtype, tolerance = (torch.float32, 1e-5) if kind == "gqa" else (torch.bfloat16, 0.05)
     every = {} if kind == "gqa" else dict(num_experts=4, num_experts_per_tok=4, n_group=None, topk_group=None)
     settings = COMPILED[kind] | dict(num_hidden_layers=1, first_k_dense_replace=0) | every

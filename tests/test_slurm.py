@@ -98,10 +98,13 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
 
 @needs_slurm
 def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, repository):
-    # More steps than any machine takes until the signal, which Slurm sends up to half a minute ahead of the 60 seconds: half a
-    # minute after the start at the earliest, since before there are processes it would reach nobody.
+    # More steps than any machine takes until the signal, which Slurm sends up to half a minute ahead of the 60 seconds: half
+    # a minute after the start at the earliest, since before there are processes it would reach nobody.
     options = [*options_of(small_run), "--log.tensorboard=true", "--parallel.expert=2", "--train.lr=5e-4"]
-    options += ["--train.schedule=wsd", "--train.decay_fraction=0"]  # losses do not depend on how many steps there will be
+    options += [
+        "--train.schedule=wsd",
+        "--train.decay_fraction=0",
+    ]  # losses do not depend on how many steps there will be
     options += ["--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
     layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@60"]
     limited = [*options, "--run.name=limited", "--train.steps=20000"]

@@ -32,7 +32,9 @@ def bench_parser(name: str, doc: str, renamed: dict[str, str] | None = None) -> 
 
 
 def add_dtype(parser: OptionParser) -> None:
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 where this machine multiplies it fast, else fp32")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="bf16 where this machine multiplies it fast, else fp32"
+    )
 
 
 def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -85,8 +85,8 @@ def detect_machine() -> Machine:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether PyTorch has more than a plain loop for bf16 products on this CPU: on x86 from AVX-512 on. Measured with AVX2, such
-    a product took 20 times as long as in fp32."""
+    """Whether PyTorch has more than a plain loop for bf16 products on this CPU: on x86 from AVX-512 on. Measured with AVX2,
+    such a product took 20 times as long as in fp32."""
     import torch
 
     return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
@@ -149,7 +149,9 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
             expert, why_expert = _fastest(config, firsts, hardware.shared_by(rank.ranks_per_node), memory)
     layout, why_layout = _first_that_fits(config, layouts[expert], memory)
     if device == "cpu" == machine.devices[0] and dtype == "bf16" and not machine.bf16:
-        why_layout += "; fp32 would be many times as fast, because this CPU has no bf16 products: leave --train.dtype out"
+        why_layout += (
+            "; fp32 would be many times as fast, because this CPU has no bf16 products: leave --train.dtype out"
+        )
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,
