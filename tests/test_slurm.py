@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import ranks
 import slurm_cluster
-from ranks import ROOT, Finished
+from ranks import PATIENCE, ROOT, Finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smolds_dist.config import load_config
@@ -63,9 +63,9 @@ def submit(command: list[str], cluster: dict[str, str], cwd: Path) -> str:
 
 
 def wait_for(condition, timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE * timeout
     while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {timeout} s"
+        assert time.monotonic() < deadline, f"no {what} within {PATIENCE * timeout} s"
         time.sleep(0.5)
 
 

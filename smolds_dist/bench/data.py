@@ -43,7 +43,9 @@ def bench_data(args: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="all where not given")
     parser.add_argument("--rounds", type=int, help="each way; 5, of start and prepare 3")
-    parser.add_argument("--megabytes", type=int, help="of text; to tokenise 30, to start on 1000, to prepare 200")
+    parser.add_argument(
+        "--megabytes", type=int, help="of text; to tokenise and batch 30, to start on 1000, to prepare 200"
+    )
     parser.add_argument("--steps", type=int, default=180, help="whose speed is measured after the start")
     options = parser.parse_args(args)
     check_at_least_one(options, "rounds", "megabytes", "steps")
@@ -56,7 +58,7 @@ def bench_data(args: list[str]) -> None:
         if "tokenise" in options.what:
             result["tokenise"] = tokenise(folder, rounds, options.megabytes or 30)
         if "batch" in options.what:
-            result["batch"] = batch(folder)
+            result["batch"] = batch(folder, options.megabytes or 30)
         for name, measure in (("start", start), ("prepare", prepare)):
             if name in options.what:
                 (folder / name).mkdir()
@@ -153,11 +155,11 @@ def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
     return of | {"ratio": of["smolds"] / of["tokenizers"], "tokens": tokens, "speeds": speeds}
 
 
-def batch(folder: Path) -> dict[str, Any]:
+def batch(folder: Path, megabytes: int) -> dict[str, Any]:
     """Seconds of a batch from three sources, which the file cache holds."""
     from smolds_dist.data.prepare import prepare_data
 
-    texts = stdlib_texts(30)
+    texts = stdlib_texts(megabytes)
     for number in range(3):
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::3])
         (folder / f"{number}.jsonl").write_text(rows)
