@@ -5,6 +5,7 @@ Run by test_parity.py under torchrun, and in-process for the single-process refe
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from smolds_dist.checkpoint.resume import load_weights, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
 from smolds_dist.config import load_config
 from smolds_dist.data.ahead import BatchesAhead
+from smolds_dist.interchange.final_export import write_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.fragments import tensor_shapes
@@ -55,7 +57,13 @@ class Shards:
 
 
 def train_case(
-    options: list[str], disturb: bool, steps: int, save: str = "", resume: str = "", poison: int | None = None
+    options: list[str],
+    disturb: bool,
+    steps: int,
+    save: str = "",
+    resume: str = "",
+    export: str = "",
+    poison: int | None = None,
 ) -> dict:
     """Losses, gradient norms, counts and final biases up to step `steps`.
 
@@ -63,6 +71,7 @@ def train_case(
         disturb: every step is preceded by an evaluation pass and followed by sampling, which must change nothing.
         save: run folder to write a checkpoint to after step SAVE_AT.
         resume: checkpoint to continue from.
+        export: folder that the weights which a run starts from are written to.
         poison: the last rank's loss is NaN in step SAVE_AT if 0, infinite if 1.
     """
     options = [*options, f"--run.dir={save or 'unused'}", "--run.name=run"]
@@ -87,6 +96,12 @@ def train_case(
     balancer = Balancer(engine.model, config.train.balance_rate)
     routers, clock = RouterStatistics(engine.model), StepClock(engine)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
+    if export:
+        with torch.device("meta"):
+            skeleton = DeepSeekV3ForCausalLM(model_config)
+        if topology.dtype == "bf16":
+            skeleton.bfloat16()
+        write_weights(Path(export), skeleton, engine, balancer, topology, file_bytes=60_000)
     shards = Shards()
     ahead = BatchesAhead(shards, config.train.global_batch)
     losses, norms, totals, applied = [], [], [], []
@@ -129,15 +144,19 @@ def train_case(
         writer.wait()
         assert writer.failure() is None
         engine.barrier()  # rank 0 is done
-    state = engine.state_dict()
+    squares = torch.zeros(len(tensors), dtype=torch.float64)
+    places = {name: place for place, name in enumerate(tensors)}
+    for fragment in engine.fragments():
+        share = fragment.share()
+        squares[places[share.name]] += share.tensors["value"].double().square().sum()
+    norms_of_weights = engine.sum_over_ranks(squares).sqrt().tolist()
+    biases = balancer.named_biases()
     engine.close()
     result = {"options": options, "losses": losses, "norms": norms, "totals": totals, "applied": applied}
     result |= {"shares": shares, "entropies": entropies, "histograms": histograms, "seconds": seconds}
-    if topology.rank == 0:
-        biases = {name: tensor for name, tensor in state.items() if name.endswith("e_score_correction_bias")}
-        result["biases"] = [biases[name].tolist() for name in sorted(biases)]
-        result["bias_dtypes"] = sorted({str(tensor.dtype) for tensor in biases.values()})
-        result["weights"] = {name: tensor.double().norm().item() for name, tensor in state.items()}
+    result["biases"] = [biases[name].tolist() for name in sorted(biases)]
+    result["bias_dtypes"] = sorted({str(tensor.dtype) for tensor in biases.values()})
+    result["weights"] = dict(zip(tensors, norms_of_weights, strict=True))
     return result
 
 

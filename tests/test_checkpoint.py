@@ -161,7 +161,7 @@ def test_any_range_comes_back_from_any_cut(tmp_path):
         begin = chance.randrange(whole[name].numel())
         end = chance.randint(begin + 1, whole[name].numel())
         out = torch.empty(end - begin)
-        reader.fill(Fragment(name, begin, {"value": out}))
+        reader.fill(Fragment(name, (), begin, {"value": out}))
         assert torch.equal(out, whole[name].flatten()[begin:end])
     with pytest.raises(DamagedCheckpointError, match="not there"):
         reader.read("model.norm.weight", "value", 10, torch.empty(4))

@@ -59,7 +59,6 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
     [
         (["--nproc-per-node=2", "--", "--parallel.expert=3"], "valid values: 1, 2"),
         (["--nproc-per-node=3", "--"], "use 6 or 9"),
-        (["--nproc-per-node=2", "--", "--train.optimizer=muon", "--parallel.zero=2"], "--parallel.zero 0"),
         (["--nproc-per-node=0", "--"], "1 or more"),
         (["--nproc-per-node=two", "--"], "1 or more"),
         (["--launcher=mpich", "--"], "torchrun"),

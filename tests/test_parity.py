@@ -5,10 +5,17 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from parity_worker import SAVE_AT, train_case
 from ranks import run_ranks
+from safetensors.torch import save_file
+
+from smolds_dist.checkpoint.files import open_verified
+from smolds_dist.interchange.export import build_model, model_config
 
 STEPS = 20
 
@@ -52,7 +59,15 @@ FAMILIES = {
     ],
     4: [case(*DEEPSEEK, expert=2, zero=1), case(*DEEPSEEK, expert=4, zero=2)],
 }
-WITH_MUON = case(MUON, expert=2, zero=0)
+WITH_MUON = {
+    2: [
+        *(case(MUON, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
+        *(case(MUON, expert=1, zero=zero) for zero in (1, 3)),
+        case(*DEEPSEEK, MUON, expert=2, zero=1),
+    ],
+    4: [case(MUON, expert=2, zero=1), case(MUON, expert=2, zero=3)],
+}
+MUON_IN_BF16 = [case(MUON, BF16, expert=2, zero=zero) for zero in (0, 1, 3)]
 # No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers.
 SMALL_BUCKETS = [
     case(f"--parallel.ds_config={Path(__file__).with_name('small_buckets.json')}", expert=2, zero=zero)
@@ -62,8 +77,8 @@ IN_BF16 = [case(BF16, expert=2, zero=zero) for zero in (0, 1, 2, 3)]
 # What the ranks of a world size train one after the other; they are started once.
 CASES = {
     1: LAYOUTS[1],
-    2: [*LAYOUTS[2], *DISTURBED.values(), WITH_MUON, *SMALL_BUCKETS, *IN_BF16, *FAMILIES[2]],
-    4: [*LAYOUTS[4], *FAMILIES[4]],
+    2: [*LAYOUTS[2], *DISTURBED.values(), *WITH_MUON[2], *SMALL_BUCKETS, *IN_BF16, *MUON_IN_BF16, *FAMILIES[2]],
+    4: [*LAYOUTS[4], *WITH_MUON[4], *FAMILIES[4]],
 }
 
 # Checkpoints go from the first layout (world size, case) to the second; world size 0 is one process in plain PyTorch.
@@ -81,8 +96,11 @@ CHANGES = [
     ((2, case(expert=2, zero=0)), (2, case(expert=2, zero=1))),
     ((4, case(expert=2, zero=1)), (2, case(expert=2, zero=0))),
     ((2, case(expert=1, zero=3)), (4, case(expert=4, zero=2))),
-    ((0, case(MUON)), (2, WITH_MUON)),
-    ((2, WITH_MUON), (0, case(MUON))),
+    ((0, case(MUON)), (2, case(MUON, expert=2, zero=0))),
+    ((2, case(MUON, expert=2, zero=0)), (4, case(MUON, expert=2, zero=3))),
+    ((4, case(MUON, expert=2, zero=1)), (2, case(MUON, expert=1, zero=3))),
+    ((2, case(MUON, expert=2, zero=3)), (2, case(MUON, expert=2, zero=1))),
+    ((2, case(MUON, expert=2, zero=2)), (0, case(MUON))),
     ((0, case(*DEEPSEEK)), (2, case(*DEEPSEEK, expert=2, zero=3))),
     ((2, case(*DEEPSEEK, expert=2, zero=3)), (4, case(*DEEPSEEK, expert=4, zero=2))),
 ]
@@ -93,6 +111,8 @@ SAME = [
     (0, case(BF16)),
     *((2, one) for one in IN_BF16),
     (2, DISTURBED["latent"]),
+    (2, case(MUON, expert=2, zero=1)),
+    (2, case(MUON, BF16, expert=2, zero=3)),
     (4, case(expert=2, zero=1)),
 ]
 CONTINUED = [*CHANGES, *((one, one) for one in SAME)]
@@ -138,6 +158,10 @@ def results_of(world: int, saved) -> dict[tuple, dict]:
 CONTINUED_FROM = list(dict.fromkeys(source for source, _ in CONTINUED))
 
 
+def exported_to(saved, source: tuple, target: tuple) -> str:
+    return f"{folder_of(saved, *source)}/as_{Path(folder_of(saved, *target)).name}"
+
+
 @cache
 def continued_of(world: int, saved) -> dict[tuple, dict]:
     """Every case that begins at a checkpoint, by where that is from and what it is."""
@@ -150,6 +174,7 @@ def continued_of(world: int, saved) -> dict[tuple, dict]:
             disturb=target[1][1],
             steps=STEPS,
             resume=f"{folder_of(saved, *source)}/run/checkpoints/step_{SAVE_AT:08}",
+            export=exported_to(saved, source, target),
         )
         for source, target in wanted
     ]
@@ -223,8 +248,9 @@ def test_counts_leave_out_evaluation_sampling_and_recomputation(saved, attention
     assert_same_run(results_of(2, saved)[DISTURBED[attention]], reference(*model))
 
 
-def test_muon_gives_the_single_process_run(saved):
-    assert_same_run(results_of(2, saved)[WITH_MUON], reference(MUON))
+@pytest.mark.parametrize(("world", "one"), [(world, one) for world, cases in WITH_MUON.items() for one in cases])
+def test_muon_gives_the_single_process_run(saved, world, one):
+    assert_same_run(results_of(world, saved)[one], reference(*options_without_layout(one)))
 
 
 @pytest.mark.parametrize("one", SMALL_BUCKETS, ids=("zero1", "zero3"))
@@ -233,11 +259,12 @@ def test_gradients_in_many_pieces_give_the_single_process_run(saved, one):
 
 
 def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32(saved):
-    local = train_case(["--train.dtype=bf16"], disturb=False, steps=STEPS)
-    for result in [local, *(results_of(2, saved)[one] for one in IN_BF16)]:
-        assert result["losses"] == pytest.approx(reference()["losses"], rel=0.02)
-        assert result["bias_dtypes"] == ["torch.float32"]
-        assert result["totals"] == [[512.0, 512.0]] * STEPS
+    for optimizer, cases in (([], IN_BF16), ([MUON], MUON_IN_BF16)):
+        local = train_case([BF16, *optimizer], disturb=False, steps=STEPS)
+        for result in [local, *(results_of(2, saved)[one] for one in cases)]:
+            assert result["losses"] == pytest.approx(reference(*optimizer)["losses"], rel=0.02)
+            assert result["bias_dtypes"] == ["torch.float32"]
+            assert result["totals"] == [[512.0, 512.0]] * STEPS
 
 
 @pytest.mark.parametrize(("source", "target"), CHANGES)
@@ -261,6 +288,30 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, layout):
         assert result[name] == expected[name][SAVE_AT:]
     for name in ("biases", "weights"):
         assert result[name] == expected[name]
+
+
+# Of every layout, and with AdamW and Muon, in fp32 and bf16.
+@pytest.mark.parametrize(("source", "target"), CONTINUED)
+def test_all_ranks_together_write_the_files_that_one_process_writes(saved, tmp_path, source, target):
+    continued_of(target[0], saved)
+    written = Path(exported_to(saved, source, target))
+    checkpoint = open_verified(Path(folder_of(saved, *source)) / "run" / "checkpoints" / f"step_{SAVE_AT:08}")
+    tokens = SimpleNamespace(bos_token_id=None, eos_token_id=None)
+    model = build_model(checkpoint, model_config(checkpoint.manifest, tokens))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if BF16 in target[1][0] else torch.float32)
+    state = model.state_dict()
+    split = split_torch_state_dict_into_shards(
+        {name: tensor for name, tensor in state.items() if name in dict(model.named_parameters()) or "bias" in name},
+        max_shard_size=60_000,
+    )
+    assert len(split.filename_to_tensors) > 1
+    for name, tensors in split.filename_to_tensors.items():
+        save_file({one: state[one] for one in tensors}, tmp_path / name, metadata={"format": "pt"})
+        assert (written / name).read_bytes() == (tmp_path / name).read_bytes()
+    index = json.loads((written / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == split.tensor_to_filename
+    assert index["metadata"]["total_size"] == split.metadata["total_size"]
 
 
 @pytest.mark.parametrize(("world", "one", "kind"), POISONED)

@@ -23,13 +23,13 @@ from smolds_dist.parallel.engine import (
 )
 from smolds_dist.parallel.expert_parallel import (
     CommunicationClock,
-    consolidated_state_dict,
     deepspeed_config,
     expert_parameters,
     keep_router_logits,
     keep_routers_in_fp32,
 )
-from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
+from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes, place_in
+from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices
 
 
 class DeepSpeedEngine:
@@ -61,6 +61,9 @@ class DeepSpeedEngine:
             built = make_optimizer([group for group in groups if group["params"]])
             before_step = self._clip_without_zero if topology.zero == 0 else self._note_squares
             built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
+            for group in built.param_groups:
+                if topology.zero and group["muon"]:
+                    group["on_matrices"] = self._on_matrices
             return built
 
         try:
@@ -78,6 +81,11 @@ class DeepSpeedEngine:
             name = ".".join(map(str, wrong["loc"]))
             raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; mend it.") from None
         self.model = self.engine.module
+        if topology.zero == 3:
+            parameters_in = self.engine.optimizer.fp16_groups  # by partition
+            self._flat_of = {id(p): index for index, several in enumerate(parameters_in) for p in several}
+        if config.train.optimizer == "muon" and topology.zero:
+            self._owners = MatrixOwners(self.fragments(), self._flat_partitions(), self.device)
         self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
         if topology.dtype == "bf16":
             if topology.zero == 0:
@@ -89,6 +97,10 @@ class DeepSpeedEngine:
             keep_routers_in_fp32(self.model)
         if model.config.has_router_losses:
             keep_router_logits(self.model)
+
+    def _on_matrices(self, flat: Tensor, values: Tensor, function: OnMatrices) -> Tensor:
+        """For an optimizer that is made before what it works on is cut."""
+        return self._owners.apply(flat, values, function)
 
     def _note_squares(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds up what this rank's slices hold, after clipping; ZeRO steps one group or slice at a time."""
@@ -153,9 +165,6 @@ class DeepSpeedEngine:
         dist.all_reduce(values)
         return values
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return consolidated_state_dict(self.model)
-
     def fragments(self) -> Iterator[Fragment]:
         experts = expert_parameters(self.model)
         for name, parameter in self.model.named_parameters():
@@ -192,7 +201,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         views = {"value": safe_get_local_fp32_param(parameter).detach()}
-        flat = self._flat_partitions()[0]
+        flat = self._flat_partitions()[self._flat_of[id(parameter)]]
         for kind in same_shape(states[flat], flat):
             views[kind] = safe_get_local_optimizer_state(parameter, kind).detach()
         return parameter.ds_zero_partition_rank * len(views["value"]), views, parameter.ds_shape
@@ -215,10 +224,14 @@ class DeepSpeedEngine:
                 master = self._masters.get(id(parameter), parameter)
                 allocate_state(self.engine.basic_optimizer, master, kinds_of(next(iter(names))), steps)
             return
-        # From ZeRO 1 on there is one optimizer for all, which has the same state for all.
-        kinds = list(kinds_of("model.embed_tokens.weight"))
-        for flat in self._flat_partitions():
-            allocate_state(self.engine.basic_optimizer, flat, kinds, steps)
+        flats = self._flat_partitions()
+        kinds: dict[int, list[str]] = {}  # the same for all that lies in one partition
+        for fragment in self.fragments():
+            index, _ = place_in(flats, fragment.tensors["value"])
+            if index not in kinds:
+                kinds[index] = list(kinds_of(fragment.name))
+        for index, stored in kinds.items():  # what is padding alone starts anew
+            allocate_state(self.engine.basic_optimizer, flats[index], stored, steps)
 
     def state_written(self) -> None:
         pass  # the model's own weights are the checkpoint's already: the engine was built from them

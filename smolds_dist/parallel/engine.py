@@ -78,10 +78,6 @@ class Engine(Protocol):
         """Elementwise sum over all ranks."""
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Consolidated weights, as `DeepSeekV3ForCausalLM` names them, on rank 0's CPU; collective."""
-        ...
-
     def fragments(self) -> Iterator[Fragment]:
         """What this rank holds of weights and optimizer state, in an order that never changes. Not collective.
 
@@ -143,4 +139,4 @@ def allocate_state(optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: I
 
 
 def optimizer_step_count(optimizer: torch.optim.Optimizer) -> int:
-    return next((int(state["step"]) for state in optimizer.state.values() if "step" in state), 0)
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)

@@ -1,4 +1,4 @@
-"""DeepSpeed and its AutoEP for our model: the configuration, the workarounds, and full weights out of sharded experts."""
+"""DeepSpeed and its AutoEP for our model: the configuration and the workarounds."""
 
 import json
 from functools import partial
@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolds_dist.costs.memory import BUCKET, PREFETCHED
 from smolds_dist.errors import ConfigError
-from smolds_dist.parallel.fragments import logical_name
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
 
@@ -172,41 +170,3 @@ def keep_router_logits(model: nn.Module) -> None:
 
     for layer in autoep_layers(model).values():
         layer.router.gate.register_forward_hook(partial(keep, layer))
-
-
-def consolidated_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights under the names of `DeepSeekV3ForCausalLM.state_dict()`, on rank 0's CPU; empty on the other ranks.
-
-    Collective: every rank calls it. Sharded experts are gathered within rank 0's expert group, ZeRO 3's slices within
-    their data-parallel group, one tensor at a time.
-    """
-    import deepspeed
-
-    layers, experts_of = autoep_layers(model), expert_parameters(model)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    main = dist.get_rank() == 0
-    state = {}
-    for name, tensor in tensors.items():
-        if name.endswith("tokens_per_expert") or name in experts_of:
-            continue
-        name = logical_name(name)
-        with deepspeed.zero.GatheredParameters([tensor] if isinstance(tensor, nn.Parameter) else []):
-            if main:
-                state[name] = tensor.detach().cpu().clone()
-    for prefix, layer in layers.items():
-        experts = layer.experts
-        with deepspeed.zero.GatheredParameters([experts.w1, experts.w2, experts.w3]):
-            local = {
-                "gate_up_proj": torch.cat((experts.w1.detach(), experts.w3.detach()), dim=1),
-                "down_proj": experts.w2.detach().contiguous(),
-            }
-        for weight, shard in local.items():
-            if layer.ep_size > 1:
-                shards = [torch.empty_like(shard) for _ in range(layer.ep_size)]
-                dist.all_gather(shards, shard, group=layer.ep_group)
-                shard = torch.cat(shards)
-            if main:
-                state[f"{prefix}.experts.{weight}"] = shard.cpu()
-    if main and "lm_head.weight" not in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state

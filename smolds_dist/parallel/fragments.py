@@ -29,6 +29,7 @@ class Fragment:
     """Elements [start, start + n) of a logical tensor, as views [n] of what the engine works on."""
 
     name: str
+    shape: tuple[int, ...]  # of the logical tensor
     start: int
     tensors: dict[str, Tensor]  # "value" in fp32 and the optimizer's state, such as "exp_avg"
     replica: int = 0  # which of the `replicas` ranks that hold the same elements this one is
@@ -38,7 +39,8 @@ class Fragment:
         """The part that this rank writes where several hold the same."""
         length = len(self.tensors["value"])
         begin, end = (length * place // self.replicas for place in (self.replica, self.replica + 1))
-        return Fragment(self.name, self.start + begin, {kind: t[begin:end] for kind, t in self.tensors.items()})
+        tensors = {kind: t[begin:end] for kind, t in self.tensors.items()}
+        return Fragment(self.name, self.shape, self.start + begin, tensors)
 
 
 def logical_name(name: str) -> str:
@@ -83,8 +85,16 @@ def cut(
         first, last = max(begin, start), min(after, end)
         if first < last:
             part = slice(first - start, last - start)
-            yield Fragment(name, first - begin, {kind: t[part] for kind, t in tensors.items()}, **replica)
+            yield Fragment(name, shape, first - begin, {kind: t[part] for kind, t in tensors.items()}, **replica)
         begin = after
+
+
+def place_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:
+    """Which of the flat tensors `view` is a view of, and its first element there."""
+    for index, flat in enumerate(flats):
+        if 0 <= (distance := view.data_ptr() - flat.data_ptr()) < flat.nbytes:
+            return index, distance // flat.element_size()
+    raise ValueError("a view of none of the tensors")
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -88,9 +88,6 @@ class LocalEngine:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
-
     def fragments(self) -> Iterator[Fragment]:
         for name, (parameter, master) in self.masters.items():
             tensors = {"value": master} | same_shape(self.optimizer.state[master], master)

@@ -247,16 +247,11 @@ def _fastest(config: RunConfig, layouts: dict[int, Layout], hardware: Hardware, 
 
 def _zero_stages(config: RunConfig, engine: str) -> list[int]:
     """The ZeRO stages that may be taken, the preferred first."""
-    wanted, muon = config.parallel.zero, config.train.optimizer == "muon"
+    wanted = config.parallel.zero
     if wanted == "auto":
-        return [0] if engine == "local" or muon else [1, 2, 3]
+        return [0] if engine == "local" else [1, 2, 3]
     if engine == "local" and wanted:
         raise ConfigError(f"--parallel.zero {wanted} needs DeepSpeed; use --parallel.engine deepspeed, or zero 0.")
-    if muon and wanted:
-        raise ConfigError(
-            f"--train.optimizer muon needs whole matrices, which ZeRO {wanted} cuts into pieces; "
-            "use --parallel.zero 0, or --train.optimizer adamw."
-        )
     return [wanted]
 
 
@@ -302,6 +297,4 @@ def _why_stage(config: RunConfig, layout: Layout) -> str:
         return "one process needs neither ZeRO nor a process group"
     if config.parallel.zero != "auto":
         return f"ZeRO {layout.zero} as asked"
-    if config.train.optimizer == "muon":
-        return "no ZeRO, because Muon needs whole matrices"
     return f"ZeRO {layout.zero} is the lowest stage that fits"

@@ -54,7 +54,7 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
         expert_sizes(world, config.model.num_experts) if config.parallel.expert == "auto" else [config.parallel.expert]
     )
     stages = [config.parallel.zero] if config.parallel.zero != "auto" else [0, 1, 2, 3]
-    if local or config.train.optimizer == "muon":
+    if local:
         stages = [0]
     per_rank = config.train.global_batch // world
     batches = [config.train.micro_batch] if config.train.micro_batch else _divisors(per_rank)

@@ -70,6 +70,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon steps along the orthogonalised momentum, scaled by 0.2 sqrt(max(rows, columns)) so that its updates are as large
     as AdamW's (arXiv 2502.16982, equation 4). Stacked experts [E, rows, columns] count as E matrices.
+
+    Parameters of a group with `on_matrices` are flat and need not hold whole matrices: that function takes a parameter,
+    values of its shape, and what is to be done to whole matrices [N, rows, columns], and replaces the values.
     """
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float = 1e-8):
@@ -94,10 +97,11 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum = state["momentum"]
         momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
         nesterov = gradient.lerp(momentum, MUON_MOMENTUM)
+        if "on_matrices" in group:
+            return group["on_matrices"](parameter, nesterov, muon_update)
         *stack, rows, columns = parameter.shape
         matrices = nesterov.view(*stack, group["matrices"], rows // group["matrices"], columns)
-        scale = 0.2 * math.sqrt(max(matrices.shape[-2:]))
-        return orthogonalise(matrices).reshape(parameter.shape) * scale
+        return muon_update(matrices).reshape(parameter.shape)
 
     @staticmethod
     def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
@@ -111,6 +115,11 @@ class MuonAdamW(torch.optim.Optimizer):
         square.lerp_(gradient.square(), 1 - beta2)
         root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return mean / (1 - beta1**step) / root
+
+
+def muon_update(matrices: Tensor) -> Tensor:
+    """Of the momentum [..., rows, columns]: orthogonalised, and as large as AdamW's."""
+    return orthogonalise(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -12,19 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, prepare_resumed
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.data.waiting import StoppedWaitingError, Waiting, stop_waiting
 from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.inference.harness import evaluate_live, find_tasks, load_tasks
 from smolds_dist.inference.held_out import evaluate
 from smolds_dist.inference.samples import sample
+from smolds_dist.interchange.final_export import export_model
 from smolds_dist.launching.failure import RankReport
 from smolds_dist.launching.signals import EXIT_CODES, StopRequest
 from smolds_dist.launching.state import noted_state
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.observe.summary import summary
-from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.meeting import Patience
 from smolds_dist.parallel.process_group import end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
@@ -183,7 +181,14 @@ def run_steps(job: Job, training: Training) -> int:
             return EXIT_CODES[asked]
     terminal.close()
 
-    export_model(config, training.engine, job.model_config, job.data.tokenizer, job.main)
+    export_model(
+        config.run_dir / "export",
+        training.engine,
+        training.balancer,
+        job.topology,
+        job.model_config,
+        job.data.tokenizer,
+    )
     if terminal.shown:
         terminal.say(summary(config, job.data.val_unigram_entropy))
     return 0
@@ -317,17 +322,3 @@ def write_samples(
     if training.metrics is not None and texts:
         training.metrics.samples(step, texts)
         training.terminal.say(f"step {step}: {next(iter(texts.values()))!r}")
-
-
-def export_model(
-    config: RunConfig, engine: Engine, model_config: DeepSeekV3Config, tokenizer: PreTrainedTokenizerBase, main: bool
-) -> None:
-    """Saves model and tokenizer in Hugging Face format to `export/`. Collective."""
-    state = engine.state_dict()
-    if main:
-        with torch.device("meta"):
-            skeleton = DeepSeekV3ForCausalLM(model_config)
-        folder = config.run_dir / "export"
-        skeleton.config.dtype = state["lm_head.weight"].dtype
-        skeleton.save_pretrained(folder, state_dict=state)
-        save_tokenizer(tokenizer, folder)

@@ -1,0 +1,150 @@
+"""The model of a job as a folder in Hugging Face format, written by all ranks: nothing is whole anywhere.
+
+Every file has one rank that writes it, tensor by tensor as the others send their parts. What is written does not depend on
+the ranks: one process writes the same files.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import BufferedWriter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from smolds_dist.checkpoint.files import by_bytes
+from smolds_dist.data.tokenizer import save_tokenizer
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.fragments import logical_shapes
+from smolds_dist.parallel.gather import Gatherer
+from smolds_dist.parallel.topology import Topology
+
+FILE_BYTES = 2_000_000_000
+ROUND_BYTES = 2**26  # of one file's tensors, that travel at a time
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def export_model(
+    folder: Path,
+    engine: Engine,
+    balancer: Balancer,
+    topology: Topology,
+    model_config: DeepSeekV3Config,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes weights, in the dtype that the run computes in, configuration and tokenizer. Collective."""
+    with torch.device("meta"):
+        skeleton = DeepSeekV3ForCausalLM(model_config)
+    dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
+    for parameter in skeleton.parameters():
+        parameter.data = parameter.data.to(dtype)
+    write_weights(folder, skeleton, engine, balancer, topology)
+    if topology.rank == 0:
+        skeleton.config.architectures, skeleton.config.dtype = [type(skeleton).__name__], dtype
+        skeleton.config.save_pretrained(folder)
+        skeleton.generation_config.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+
+
+def write_weights(
+    folder: Path,
+    skeleton: nn.Module,
+    engine: Engine,
+    balancer: Balancer,
+    topology: Topology,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Writes safetensors files as transformers names them, and where there are several their index. Collective.
+
+    Args:
+        skeleton: the model without storage, in the dtype that is wanted.
+        file_bytes: a file has as many tensors as fit into this; a larger one alone.
+    """
+    biases = balancer.named_biases()
+    parameters = dict(skeleton.named_parameters())  # a tied weight once
+    stored = {name: bias.to("meta") for name, bias in biases.items()} | parameters
+    tensors = {name: stored[name] for name in skeleton.state_dict() if name in stored}
+    # Each sorted as safetensors does it, so that its own files are the same.
+    files = [
+        dict(sorted(some.items(), key=lambda item: (-item[1].itemsize, item[0])))
+        for some in by_bytes(tensors.items(), file_bytes)
+    ]
+    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    if topology.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    engine.barrier()
+    gatherer = Gatherer(engine.fragments(), engine.device, next(iter(parameters.values())).dtype)
+    for first in range(0, len(files), topology.world_size):
+        together = files[first : first + topology.world_size]
+        with ExitStack() as opened:
+            if topology.rank < len(together):
+                path = folder / names[first + topology.rank]
+                out = opened.enter_context(new_safetensors(path, together[topology.rank]))
+            for wanted in in_rounds(together, set(biases), topology.world_size):
+                found = iter(gatherer([[name for name in some if name not in biases] for some in wanted]))
+                for name in wanted[topology.rank]:
+                    tensor = biases[name].cpu() if name in biases else next(found)
+                    out.write(tensor.view(torch.uint8).numpy().data)
+    engine.barrier()
+    if topology.rank == 0:
+        for old in folder.glob("model*.safetensors*"):
+            if old.name not in names:
+                old.unlink()
+        if len(files) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            places = {name: file for some, file in zip(files, names, strict=True) for name in some}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def new_safetensors(path: Path, tensors: dict[str, Tensor]) -> Iterator[BufferedWriter]:
+    """A safetensors file whose values are to be written, in this order; it has its name once it is whole.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, tensor in tensors.items():
+        offsets = [begin, begin + tensor.nbytes]
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        begin += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        yield file
+    part.replace(path)
+
+
+def in_rounds(files: list[dict[str, Tensor]], biases: set[str], world: int) -> Iterator[list[list[str]]]:
+    """For each rank the logical tensors of its file in order, so many of every file at a time as `ROUND_BYTES` hold."""
+    waiting = [parts_of(tensors, biases) for tensors in files]
+    while any(waiting):
+        wanted: list[list[str]] = [[] for _ in range(world)]
+        for names, parts in zip(wanted, waiting, strict=False):  # fewer files than ranks
+            size = 0
+            while parts and (not names or size + parts[0][1] <= ROUND_BYTES):
+                name, nbytes = parts.pop(0)
+                names.append(name)
+                size += nbytes
+        yield wanted
+
+
+def parts_of(tensors: dict[str, Tensor], biases: set[str]) -> list[tuple[str, int]]:
+    """Name and bytes of the logical tensors that a file's tensors are made of, in order."""
+    return [
+        (part, torch.Size(shape).numel() * tensor.itemsize)
+        for name, tensor in tensors.items()
+        for part, shape in (
+            {name: tuple(tensor.shape)} if name in biases else logical_shapes(name, tensor.shape)
+        ).items()
+    ]

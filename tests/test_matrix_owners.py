@@ -1,0 +1,99 @@
+"""Who computes which matrix where ZeRO has cut them; that the numbers are right is told by test_parity.py."""
+
+import pytest
+import torch
+
+from smolds_dist.parallel import matrix_owners
+from smolds_dist.parallel.matrix_owners import Part, Plan, _in_batches, plan_for
+
+WORLD = 4
+SHAPES = {
+    f"layer{i}.{kind}": shape for i in range(6) for kind, shape in (("q", (12, 8)), ("o", (8, 12)), ("up", (24, 8)))
+}
+SIZE = sum(rows * columns for rows, columns in SHAPES.values())
+
+
+def flat_partitions() -> list[list[Part]]:
+    """As ZeRO 1 cuts them: one after the other in a row, of which every rank has an equal part."""
+    share = -(-SIZE // WORLD)
+    held: list[list[Part]] = [[] for _ in range(WORLD)]
+    begin = 0
+    for name, shape in SHAPES.items():
+        end = begin + shape[0] * shape[1]
+        for rank in range(WORLD):
+            first, last = max(begin, rank * share), min(end, (rank + 1) * share)
+            if first < last:
+                held[rank].append(Part(name, shape, first - begin, first - rank * share, last - first))
+        begin = end
+    return held
+
+
+def cut_each() -> list[list[Part]]:
+    """As ZeRO 3 cuts them: of each every rank has an equal part."""
+    held: list[list[Part]] = [[] for _ in range(WORLD)]
+    offset = 0
+    for name, shape in SHAPES.items():
+        share = shape[0] * shape[1] // WORLD
+        for rank in range(WORLD):
+            held[rank].append(Part(name, shape, rank * share, offset, share))
+        offset += share
+    return held
+
+
+def plans(held: list[list[Part]]) -> list[Plan]:
+    return [plan_for(held, rank, [0.0] * WORLD) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("held", [flat_partitions(), cut_each()], ids=("zero1", "zero3"))
+@pytest.mark.parametrize("most", [200, 10**9])
+def test_every_matrix_is_computed_once_by_a_rank_that_gets_all_of_it(monkeypatch, held, most):
+    monkeypatch.setattr(matrix_owners, "ROUND", most)
+    made = plans(held)
+    computed = [part.matrix for plan in made for part in plan.whole]
+    assert len({len(plan.rounds) for plan in made}) == 1  # else ranks would wait for each other for ever
+    for number in range(len(made[0].rounds)):
+        for owner, plan in enumerate(made):
+            received = plan.rounds[number].received
+            for sender, parts in enumerate(received):
+                assert parts == made[sender].rounds[number].sent[owner]
+            elements = dict.fromkeys((part.matrix for parts in received for part in parts), 0)
+            for part in (part for parts in received for part in parts):
+                elements[part.matrix] += part.length
+            assert all(elements[name] == torch.Size(SHAPES[name]).numel() for name in elements)
+            computed += elements
+        together = {part.matrix for plan in made for parts in plan.rounds[number].sent for part in parts}
+        assert len(together) == 1 or sum(torch.Size(SHAPES[name]).numel() for name in together) <= most
+    assert sorted(computed) == sorted(SHAPES)
+
+
+def test_the_work_is_shared_out():
+    work = [
+        sum(
+            matrix_owners._work(SHAPES[name]) for name in {p.matrix for parts in plan.rounds[0].received for p in parts}
+        )
+        for plan in plans(cut_each())
+    ]
+    assert max(work) - min(work) <= max(map(matrix_owners._work, SHAPES.values()))
+
+
+def test_only_matrices_at_the_borders_travel_between_flat_partitions():
+    travelling = {
+        part.matrix for plan in plans(flat_partitions()) for r in plan.rounds for parts in r.sent for part in parts
+    }
+    assert len(travelling) <= WORLD - 1
+
+
+def test_batches_hold_one_shape_and_are_bounded(monkeypatch):
+    monkeypatch.setattr(matrix_owners, "BATCH", 60)
+    shapes = [(2, 8), (8, 2), (2, 8), (2, 8), (2, 8), (20, 10), (8, 2)]
+    matrices = [torch.randn(rows * columns) for rows, columns in shapes]
+    expected = [3 * matrix for matrix in matrices]
+    seen = []
+
+    def triple(several):
+        seen.append(tuple(several.shape))
+        return 3 * several
+
+    _in_batches(zip(shapes, matrices, strict=True), triple)
+    assert sorted(seen) == [(1, 2, 8), (1, 20, 10), (2, 8, 2), (3, 2, 8)]
+    assert all(torch.equal(one, other) for one, other in zip(matrices, expected, strict=True))
