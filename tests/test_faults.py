@@ -64,6 +64,29 @@ def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):
     assert killed >= 20 and while_saving >= 5, (killed, while_saving)
 
 
+def test_the_cause_of_an_earlier_jobs_end_is_forgotten_however_short_ago_that_was(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from smolds_dist.launching.failure import RankReport
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.settings import Parallel
+RankReport(Path(sys.argv[1]), RankInfo(), Parallel())
+print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
+"""
+    cause = tmp_path / "ranks" / "cause.txt"
+    cause.parent.mkdir()
+    cause.write_text("rank 1 on host n1 was killed by signal 9\n")
+    time.sleep(0.05)
+    finished = run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
+    assert finished.stdout == "False\n", finished.text
+    # What another rank of this job has told already stays.
+    cause.write_text("rank 1 on host n1 failed\n")
+    os.utime(cause, (time.time() + 60, time.time() + 60))
+    finished = run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
+    assert finished.stdout == "True\n", finished.text
+
+
 def test_second_signal_leaves_at_once(small_run, tmp_path):
     options = [*small_run, "--run.name=slow", "--train.global_batch=20000", "--train.micro_batch=2"]  # minutes a step
     command = [sys.executable, "-m", "smolds_dist", "train", *options]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.launching import hang
-from smolds_dist.parallel.ranks import RankInfo, host_name, process_state, system_name
+from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
 from smolds_dist.settings import Parallel
 
 LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
@@ -62,9 +62,7 @@ class RankReport:
 
     def _forget_earlier_jobs(self) -> None:
         """Every rank does, because each begins to watch at once: only what is older than this process is of another job."""
-        import psutil
-
-        begun = psutil.Process().create_time()
+        begun = process_started()
         for name in ("cause.txt", hang.SIGN, hang.STACKS):
             with contextlib.suppress(FileNotFoundError):
                 if (self.folder / name).stat().st_mtime < begun:

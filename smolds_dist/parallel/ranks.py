@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -324,3 +325,18 @@ def process_state(pid: int) -> str:
     except ProcessLookupError:
         return "X"
     return "S"
+
+
+def process_started() -> float:
+    """When this process started, as `time.time()` has it, to a hundredth of a second.
+
+    `psutil.Process.create_time` adds the time since boot to the time of boot in whole seconds (7.2, Linux), so it may be a
+    second early.
+    """
+    import psutil
+
+    started = psutil.Process().create_time()
+    if sys.platform != "linux":
+        return started
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - (started - psutil.boot_time())
+    return time.time() - age
