@@ -18,7 +18,7 @@ from smolds_dist.bench.dense import ACTIVE, MIXTURE, TOTAL, counted_as, make_mod
 from smolds_dist.bench.train import take_turn, variants_of
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.memory import parameter_counts
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.settings import Model
 from smolds_dist.training.compiling import has_compiler
@@ -63,8 +63,7 @@ def test_the_active_sizes_flops_are_the_mixtures_without_its_router():
 def test_the_dense_model_is_llama_and_shares_the_mixtures_other_weights():
     config = dict(SMALL, max_position_embeddings=64)
     model = make_model(DeepSeekV3Config(**config), 64, seed=0).eval()
-    torch.manual_seed(0)
-    mixture = dict(DeepSeekV3ForCausalLM(DeepSeekV3Config(**config)).named_parameters())
+    mixture = dict(make_model(DeepSeekV3Config(**config), None, seed=0).named_parameters())
     for name, parameter in model.named_parameters():
         assert ".mlp." in name or torch.equal(parameter, mixture[name])
     ours = model.config
@@ -115,6 +114,24 @@ def test_bench_dense_trains_as_smolds_train_on_the_same_batches_for_all(corpus, 
     )
     (val_loss,) = [row["val_loss"] for row in rows if "val_loss" in row]
     assert by_tokens[MIXTURE]["val_losses"]["12"] == pytest.approx(val_loss, abs=1e-6)
+
+
+def test_bench_scale_tells_what_ranks_hold_and_read(tmp_path):
+    told = tmp_path / "scale.json"
+    asked = ["--what", "build", "resume", "export", "--ranks", "2", "--zero", "1", "3", f"--json={told}"]
+    given = ["--preset=debug", "--dtype=fp32", "--data.seq_len=32", f"--dir={tmp_path}"]
+    finished = smolds("bench", "scale", *given, *asked)
+    assert finished.returncode == 0, finished.text
+    first, third = json.loads(told.read_text())["layouts"]
+    assert (first["zero"], third["zero"]) == (1, 3)
+    for row in (first, third):
+        assert row["build"] > row["kept"] / 2 and row["export"] >= 0 and row["resume"] > 0
+    # At ZeRO 3 a rank reads what it holds of weights and moments; at ZeRO 1 also the weights that others update.
+    assert third["read"] == pytest.approx(third["state"], rel=0.01)
+    assert first["read"] < 1.4 * first["state"]
+    assert "peak of resume" in finished.stdout
+    wrong = smolds("bench", "scale", "--what", "speed", "build")
+    assert wrong.returncode == 2 and "--what speed goes alone" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from smolds_dist.data.batch import by_document
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import mean_loss
-from smolds_dist.model import enable_activation_checkpointing
+from smolds_dist.model import empty_model, enable_activation_checkpointing
 from smolds_dist.model.attention import eager_attention
 from smolds_dist.model.causal_attention import Documents, causal_attention
 from smolds_dist.observe.rows import read_rows
+from smolds_dist.parallel.fragments import fill_parameters
+from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.trainer import train
 
 EOS = 0
@@ -147,6 +149,15 @@ def test_every_topology_trains_the_same(short_documents, tmp_path):
     assert found.returncode == 0, found.text
 
 
+def first_model(config, data):
+    """What a run starts from."""
+    from smolds_dist.training.build import make_model_config
+
+    model = empty_model(make_model_config(config, data))
+    fill_parameters(model, InitialValues(config.train.seed, model.config.initializer_range).fill)
+    return model
+
+
 def test_first_loss_is_that_of_the_documents_alone(short_documents, tmp_path):
     """A step's loss in metrics.jsonl is the mean over all labels of the batch, however they fall into micro batches."""
     options = [*short_documents, "--parallel.device=cpu", "--train.dtype=fp32", "--train.steps=1"]
@@ -154,11 +165,7 @@ def test_first_loss_is_that_of_the_documents_alone(short_documents, tmp_path):
     train(config)
     first = next(row["loss"] for row in read_rows(tmp_path / "runs" / "one" / "metrics.jsonl") if "loss" in row)
     data = prepare_data(config)
-    from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.training.build import make_model_config
-
-    torch.manual_seed(config.train.seed)
-    model = DeepSeekV3ForCausalLM(make_model_config(config, data))
+    model = first_model(config, data)
     ids = data.batch(range(config.train.global_batch))
     eos = data.tokenizer.eos_token_id
     loss, counted = mean_loss(model, ids.flatten().numpy(), config.data.seq_len, len(ids), eos)
@@ -175,11 +182,7 @@ def test_packed_documents_train_as_each_alone(short_documents, tmp_path):
     train(config)
     first = next(row["loss"] for row in read_rows(tmp_path / "runs" / "packed" / "metrics.jsonl") if "loss" in row)
     data = prepare_data(config)
-    from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.training.build import make_model_config
-
-    torch.manual_seed(config.train.seed)
-    model = DeepSeekV3ForCausalLM(make_model_config(config, data))
+    model = first_model(config, data)
     samples = data.samples(np.arange(config.train.global_batch))
     total = count = 0
     padding = False

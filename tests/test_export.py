@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
-from smolds_dist.checkpoint.resume import load_weights
 from smolds_dist.config import load_config
 from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.prepare import prepare_data
@@ -33,7 +32,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.build import engine_for, make_model_config
+from smolds_dist.training.build import make_model_config, new_engine
 from smolds_dist.training.clock import StepClock
 from smolds_dist.training.optim import learning_rate
 from smolds_dist.training.step import accumulate_gradients
@@ -111,10 +110,8 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
 
     checkpoint = run_dir / "checkpoints" / "step_00000006"
     reader, data = CheckpointReader(checkpoint, read_manifest(checkpoint)), prepare_data(config)
-    model = DeepSeekV3ForCausalLM(make_model_config(config, data))
-    load_weights(reader, model)
     topology = plan_topology(config, detect_machine(), RankInfo())
-    engine = engine_for(model, config, topology)
+    engine = new_engine(make_model_config(config, data), config, topology, reader)
     balancer = Balancer(engine.model, config.train.balance_rate)
     for name, bias in balancer.named_biases().items():
         reader.read(name, "value", 0, bias)

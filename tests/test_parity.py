@@ -149,7 +149,13 @@ def results_of(world: int, saved) -> dict[tuple, dict]:
     """Every case without a break; each leaves a checkpoint on its way."""
     cases = CASES.get(world, [one for place, one in CONTINUED_FROM if place == 0])
     todo = [
-        dict(options=list(options), disturb=disturb, steps=STEPS, save=folder_of(saved, world, (options, disturb)))
+        dict(
+            options=list(options),
+            disturb=disturb,
+            steps=STEPS,
+            save=folder_of(saved, world, (options, disturb)),
+            export=f"{folder_of(saved, world, (options, disturb))}/begun",
+        )
         for options, disturb in cases
     ]
     return dict(zip(cases, train_all(world, todo), strict=True))
@@ -212,6 +218,16 @@ def test_the_reference_learns_and_its_gradients_are_clipped():
     assert max(norms) > 0.5  # else no topology's clipping would be seen
     # 8 sequences x 32 tokens x 2 experts a step, however they are cut into micro batches
     assert reference()["totals"] == [[512.0, 512.0]] * STEPS
+
+
+@pytest.mark.parametrize(("world", "one"), [(world, one) for world, cases in CASES.items() for one in cases])
+def test_every_layout_starts_from_the_same_model_bit_for_bit(saved, tmp_path, world, one):
+    results_of(world, saved)
+    train_case(list(options_without_layout(one)), disturb=False, steps=0, export=str(tmp_path))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 2
+    for file in files:
+        assert (Path(folder_of(saved, world, one)) / "begun" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize(("world", "topology"), [(world, one) for world, cases in LAYOUTS.items() for one in cases])

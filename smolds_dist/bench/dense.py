@@ -26,12 +26,14 @@ from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.memory import parameter_counts
 from smolds_dist.data.batch import TrainingData, batch_digest
 from smolds_dist.errors import ConfigError
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, empty_model
 from smolds_dist.model.moe import SwiGLU
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, model_inputs
+from smolds_dist.parallel.fragments import fill_parameters
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Model, RunConfig, Train
+from smolds_dist.training.initial_values import InitialValues
 
 MIXTURE, ACTIVE, TOTAL = "mixture", "dense, active size", "dense, total size"
 UNITS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training steps"}
@@ -104,14 +106,13 @@ def counted_as(model: Model, width: int | None) -> Model:
 
 def make_model(config: DeepSeekV3Config, width: int | None, seed: int) -> DeepSeekV3ForCausalLM:
     """The mixture, or the same model with plain SwiGLU layers of `width` in place of its mixtures; no router is left."""
-    torch.manual_seed(seed)
-    model = DeepSeekV3ForCausalLM(config)
+    model = empty_model(config)
     if width is not None:
         # Losses of routers that are not there.
         config.router_aux_loss_coef = config.sequence_balance_coef = config.z_loss_coef = 0.0
         for block in model.model.layers[config.first_k_dense_replace :]:
             block.mlp = SwiGLU(config.hidden_size, width)
-            block.mlp.apply(model._init_weights)
+    fill_parameters(model, InitialValues(seed, config.initializer_range).fill)
     return model
 
 

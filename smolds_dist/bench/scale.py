@@ -1,4 +1,4 @@
-"""`smolds bench scale`: tokens per second on 1, 2, 4, ... ranks, and what keeps them from more.
+"""`smolds bench scale`: tokens per second on 1, 2, 4, ... ranks and what keeps them from more, or what they hold and read.
 
 The tokens of a step stay the same. On a CPU, ranks share the machine's cores, so that more of them cannot be faster than
 one: what is to be seen is what sharing the experts costs.
@@ -6,11 +6,13 @@ one: what is to be seen is what sharing the experts costs.
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import Task
+from smolds_dist.bench.scale_memory import KINDS, bench_memory
 from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
 from smolds_dist.errors import ConfigError
 
@@ -24,13 +26,23 @@ def bench_scale(args: list[str]) -> None:
         ConfigError: for options that are none, or more ranks than there are GPUs.
     """
     parser = bench_parser("scale", __doc__)
+    parser.add_argument(
+        "--what", nargs="+", choices=("speed", *KINDS), default=["speed"], help="speed, or memory and what is read"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, of all but speed")
+    parser.add_argument("--dir", type=Path, help="a folder on the disk to write checkpoints to, of all but speed")
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each number of ranks")
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     options, settings = parse(parser, args)
     check_at_least_one(options, "sequences", "rounds", "steps")
+    if "speed" in options.what and len(options.what) > 1:
+        raise ConfigError("--what speed goes alone; measure the other things in a second run.")
+    if options.what != ["speed"]:
+        bench_memory(options, settings)
+        return
     result = measure(options, settings)
     keep(options, result)
     print(table(result))

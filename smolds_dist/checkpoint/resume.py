@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from smolds_dist.checkpoint.files import (
     CheckpointReader,
@@ -25,7 +24,6 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
-from smolds_dist.parallel.fragments import cut, logical_shapes
 from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, saved_sources
@@ -239,22 +237,17 @@ def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None
     return None, message or "; ".join(find_damage(folder, part=slice(place - 1, place))) or "a rank cannot read it"
 
 
-def load_weights(reader: CheckpointReader, model: nn.Module) -> None:
-    """Fills a model without ranks, in fp32, before an engine cuts it up: so every layout's weights come out right."""
-    for name, parameter in model.named_parameters():
-        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": parameter.detach().view(-1)}):
-            reader.fill(fragment)
-
-
 @torch.no_grad()
 def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> Progress:
-    """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was."""
+    """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was.
+
+    Weights are the engine's already: it was made with `reader.fill`.
+    """
     manifest = reader.manifest
-    if manifest.optimizer_steps:  # else there are weights alone, which `load_weights` has put in
+    if manifest.optimizer_steps:  # else there are weights alone
         engine.allocate_optimizer_state(lambda name: sorted(reader.kinds(name) - {"value"}), manifest.optimizer_steps)
         for fragment in engine.fragments():
-            reader.fill(fragment)
-        engine.state_written()
+            reader.fill(fragment.only(*fragment.tensors.keys() - {"value"}))
     for name, bias in balancer.named_biases().items():
         reader.read(name, "value", 0, bias)
     # A rank that there was not before goes on with what it has.

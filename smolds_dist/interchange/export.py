@@ -268,11 +268,11 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
 
 def build_model(reader: CheckpointReader, config: Any) -> Any:
     """Our model, in fp32 on the CPU, with a checkpoint's weights and selection biases."""
-    from smolds_dist.checkpoint.resume import load_weights
-    from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.model import empty_model
+    from smolds_dist.parallel.fragments import fill_parameters
 
-    model = DeepSeekV3ForCausalLM(config)
-    load_weights(reader, model)
+    model = empty_model(config)
+    fill_parameters(model, reader.fill)
     for name, bias in _selection_biases(reader):
         model.get_buffer(name).copy_(bias)
     return model

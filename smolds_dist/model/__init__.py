@@ -9,6 +9,7 @@ from smolds_dist.model.modeling import (
     DeepSeekV3ForCausalLM,
     DeepSeekV3Model,
     RMSNorm,
+    empty_model,
     enable_activation_checkpointing,
 )
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
@@ -27,5 +28,6 @@ __all__ = [
     "DeepSeekV3Model",
     "RMSNorm",
     "TopKRouter",
+    "empty_model",
     "enable_activation_checkpointing",
 ]

@@ -274,6 +274,14 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         return torch.stack(losses).sum() / (config.num_hidden_layers - config.first_k_dense_replace)
 
 
+def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:
+    """A model whose parameters hold nothing: their memory is not touched before they are filled."""
+    with init.no_init_weights():
+        model = DeepSeekV3ForCausalLM(config)
+    model.tie_weights()  # which goes with the initialisation
+    return model
+
+
 def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM) -> None:
     """Keeps only every block's input for the backward pass, which recomputes the rest."""
     # The method's name from transformers 5.23 on, and the older one.

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.cpu_experts import use_our_experts
 from smolds_dist.parallel.engine import (
+    Fill,
     KindsOf,
     Update,
     allocate_state,
@@ -30,6 +32,39 @@ from smolds_dist.parallel.expert_parallel import (
 )
 from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes, place_in
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices
+from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig
+
+if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
+    from smolds_dist.model import DeepSeekV3Config
+
+
+@contextmanager
+def cut_while_building(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> Iterator[None]:
+    """A model that is built here has its layers cut one by one (ZeRO 3), so that no rank ever holds a whole one."""
+    import deepspeed
+
+    settings = deepspeed_config(config, topology, model_config)
+    # The dtype is the configuration's: DeepSpeed 0.19 takes another than the one that is given by itself. And it would put
+    # a linear layer of its own in the place of PyTorch's for the whole process.
+    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
+        yield
+
+
+@torch.no_grad()
+def fill_kept(model: nn.Module, fill: Fill) -> None:
+    """Gives values to all that AutoEP, and at ZeRO 3 the cutting while building, have left to this rank."""
+    experts = expert_parameters(model)
+    parameter: Any
+    for name, parameter in model.named_parameters():
+        part = getattr(parameter, "ds_tensor", None)
+        if part is None:
+            start, shape, held = 0, parameter.shape, parameter
+        else:
+            start, shape, held = parameter.ds_zero_partition_rank * part.numel(), parameter.ds_shape, part
+        shapes = logical_shapes(name, shape, experts.get(name, 0))
+        for fragment in cut(shapes, start, {"value": held.detach().view(-1)}):
+            fill(fragment)
 
 
 class DeepSpeedEngine:
@@ -39,7 +74,7 @@ class DeepSpeedEngine:
     code, but has not been tested.
     """
 
-    def __init__(self, model, config, topology, group_parameters, make_optimizer):
+    def __init__(self, model, config, topology, group_parameters, make_optimizer, fill: Fill | None):
         import deepspeed
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -53,6 +88,8 @@ class DeepSpeedEngine:
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             # Called after AutoEP has put its own expert weights in place of ours.
+            if fill is not None:
+                fill_kept(model, fill)
             if topology.device == "cpu":
                 use_our_experts(model)
             known = {id(parameter) for parameter in parameters}
@@ -71,7 +108,7 @@ class DeepSpeedEngine:
                 model=model,
                 optimizer=optimizer,
                 config=deepspeed_config(config, topology, model.config),
-                model_parameters=list(model.parameters()),
+                model_parameters=model.parameters(),  # a list would keep the experts that AutoEP lets go of
                 dist_init_required=False,
             )
         except ValidationError as error:  # pydantic's, which DeepSpeed checks its configuration with
@@ -95,6 +132,9 @@ class DeepSpeedEngine:
                 groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
                 self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
             keep_routers_in_fp32(self.model)
+            if fill is not None:  # what the optimizer works on was made from rounded weights
+                for fragment in self.fragments():
+                    fill(fragment.only("value"))
         if model.config.has_router_losses:
             keep_router_logits(self.model)
 
@@ -232,9 +272,6 @@ class DeepSpeedEngine:
                 kinds[index] = list(kinds_of(fragment.name))
         for index, stored in kinds.items():  # what is padding alone starts anew
             allocate_state(self.engine.basic_optimizer, flats[index], stored, steps)
-
-    def state_written(self) -> None:
-        pass  # the model's own weights are the checkpoint's already: the engine was built from them
 
     def barrier(self) -> None:
         dist.barrier()

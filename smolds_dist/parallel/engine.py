@@ -15,6 +15,7 @@ from smolds_dist.parallel.fragments import Fragment
 GroupParameters = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
 MakeOptimizer = Callable[[list[dict]], torch.optim.Optimizer]
 KindsOf = Callable[[str], Iterable[str]]
+Fill = Callable[[Fragment], None]  # puts what belongs there into every kind of a fragment
 
 
 class Update(NamedTuple):
@@ -81,7 +82,7 @@ class Engine(Protocol):
     def fragments(self) -> Iterator[Fragment]:
         """What this rank holds of weights and optimizer state, in an order that never changes. Not collective.
 
-        The views are live: what is written to them before `state_written` is what training goes on with.
+        The views are live: optimizer state that is written to them is what training goes on with.
         """
         ...
 
@@ -96,10 +97,6 @@ class Engine(Protocol):
         Args:
             kinds_of: names of the state of a logical tensor, "value" left out.
         """
-        ...
-
-    def state_written(self) -> None:
-        """Ends a restoration: what was written to the fragments reaches wherever the engine keeps it."""
         ...
 
     def barrier(self) -> None:

@@ -8,8 +8,8 @@ written any other can read.
 Shape letters: E experts, I expert width, H hidden.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 
 from torch import Size, Tensor, nn
@@ -34,6 +34,10 @@ class Fragment:
     tensors: dict[str, Tensor]  # "value" in fp32 and the optimizer's state, such as "exp_avg"
     replica: int = 0  # which of the `replicas` ranks that hold the same elements this one is
     replicas: int = 1
+
+    def only(self, *kinds: str) -> "Fragment":
+        """Some of its kinds, which it has."""
+        return replace(self, tensors={kind: self.tensors[kind] for kind in kinds})
 
     def share(self) -> "Fragment":
         """The part that this rank writes where several hold the same."""
@@ -87,6 +91,13 @@ def cut(
             part = slice(first - start, last - start)
             yield Fragment(name, shape, first - begin, {kind: t[part] for kind, t in tensors.items()}, **replica)
         begin = after
+
+
+def fill_parameters(model: nn.Module, fill: Callable[[Fragment], None]) -> None:
+    """Fills a model without ranks, logical tensor by logical tensor."""
+    for name, parameter in model.named_parameters():
+        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": parameter.detach().view(-1)}):
+            fill(fragment)
 
 
 def place_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:

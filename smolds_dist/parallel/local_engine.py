@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from smolds_dist.parallel.engine import (
+    Fill,
     KindsOf,
     Update,
     allocate_state,
@@ -16,7 +17,7 @@ from smolds_dist.parallel.engine import (
     same_shape,
     squares_by_part,
 )
-from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
+from smolds_dist.parallel.fragments import Fragment, cut, fill_parameters, logical_shapes
 
 
 class LocalEngine:
@@ -26,7 +27,9 @@ class LocalEngine:
     MPS runs the same code, but has not been tested on Apple hardware.
     """
 
-    def __init__(self, model, config, topology, group_parameters, make_optimizer):
+    def __init__(self, model, config, topology, group_parameters, make_optimizer, fill: Fill | None):
+        if fill is not None:
+            fill_parameters(model, fill)
         self.device = torch.device(topology.torch_device)
         self.model = model.to(self.device).train()
         self.accumulation = topology.accumulation
@@ -76,7 +79,7 @@ class LocalEngine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if applied:
-            self.state_written()
+            self._round_weights()
         return Update(norm, applied, squares if by_part else {})
 
     def time_all_to_all(self, on: bool) -> None:
@@ -103,7 +106,7 @@ class LocalEngine:
             allocate_state(self.optimizer, master, kinds_of(next(iter(logical_shapes(name, parameter.shape)))), steps)
 
     @torch.no_grad()
-    def state_written(self) -> None:
+    def _round_weights(self) -> None:
         for parameter, master in self.pairs:
             if parameter is not master:
                 parameter.copy_(master)

@@ -1,5 +1,6 @@
 """Before the first step: all that a run needs, from a new model, a checkpoint, or after a rollback."""
 
+import math
 import platform
 import socket
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
-from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, check_contents, load_weights, open_checkpoint, restore
+from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, check_contents, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import largest_products
@@ -24,14 +25,19 @@ from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.data.unique import UniqueTexts
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.launching.signals import StopRequest
-from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
+from smolds_dist.model import (
+    DeepSeekV3Config,
+    DeepSeekV3ForCausalLM,
+    empty_model,
+    enable_activation_checkpointing,
+)
 from smolds_dist.observe.metrics import MetricsWriter
 from smolds_dist.observe.rows import recent_losses
 from smolds_dist.observe.terminal import Terminal
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.engine import Engine, Fill
 from smolds_dist.parallel.fragments import tensor_shapes
-from smolds_dist.parallel.make_engine import make_engine
+from smolds_dist.parallel.make_engine import make_engine, under_construction
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.parallel.uniform_routing import force_uniform_routing
@@ -40,6 +46,7 @@ from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import StepClock, matrix_product_peak
 from smolds_dist.training.compiling import compile_model
 from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.optim import make_optimizer, parameter_groups
 from smolds_dist.training.profiling import Profiler
 from smolds_dist.training.rank_checks import SlowRanks
@@ -144,16 +151,13 @@ def router_losses(train: Train) -> dict[str, float]:
 def build(job: Job, reader: CheckpointReader | None) -> Training:
     """Model, engine and all that writes, from a checkpoint if there is one. Collective."""
     config, topology = job.config, job.topology
-    torch.manual_seed(config.train.seed)  # every rank builds the same model, whatever the topology
-    model = DeepSeekV3ForCausalLM(job.model_config)
-    if config.train.activation_checkpointing:
-        enable_activation_checkpointing(model)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    tensors = tensor_shapes(model)
+    torch.manual_seed(config.train.seed)
     if reader:
         check_contents(reader, job.data)
-        load_weights(reader, model)
-    engine = engine_for(model, config, topology)
+    with torch.device("meta"):
+        tensors = tensor_shapes(DeepSeekV3ForCausalLM(job.model_config))
+    num_parameters = sum(math.prod(shape) for shape in tensors.values())
+    engine = new_engine(job.model_config, config, topology, reader)
     engine.model.register_forward_pre_hook(lambda *_: job.beat())
     rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
     balancer = Balancer(engine.model, rate)
@@ -219,10 +223,27 @@ def untold_failures(run_dir: Path) -> list[dict]:
     return [{new: row[old] for old, new in keys.items()} for row in failures if row["number"] not in told]
 
 
-def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topology) -> Engine:
-    """The run's engine around `model`, with its optimizer."""
+def new_engine(
+    model_config: DeepSeekV3Config, config: RunConfig, topology: Topology, reader: CheckpointReader | None
+) -> Engine:
+    """The run's engine around a model with initial weights, or a checkpoint's: of these each rank makes or reads what it
+    keeps."""
+    with under_construction(config, topology, model_config):
+        model = empty_model(model_config)
+    if config.train.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    initial = InitialValues(config.train.seed, model_config.initializer_range)
+    return engine_for(model, config, topology, reader.fill if reader else initial.fill)
+
+
+def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topology, fill: Fill | None = None) -> Engine:
+    """The run's engine around `model`, with its optimizer.
+
+    Args:
+        fill: where `model` holds nothing yet: gives each part that this rank keeps its values.
+    """
     groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
-    engine = make_engine(model, config, topology, groups, optimizer)
+    engine = make_engine(model, config, topology, groups, optimizer, fill)
     if config.model.force_uniform_routing:
         force_uniform_routing(engine.model)
     return engine

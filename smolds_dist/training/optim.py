@@ -37,7 +37,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
         )
     }  # fmt: skip
     for name, parameter in named_parameters:
-        if parameter.ndim < 2:
+        if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:  # ZeRO 3 keeps the shape there of what it has cut
             kind = "norms"
         elif "embed_tokens" in name or "lm_head" in name:
             kind = "embeddings"

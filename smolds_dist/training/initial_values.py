@@ -1,0 +1,43 @@
+"""A new model's values: each a pure function of the seed, the name of its logical tensor and its place there.
+
+So every layout starts from the same model, and a rank makes what it keeps and nothing else.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from smolds_dist.parallel.fragments import Fragment
+
+BLOCK = 2**16
+"""Elements that come from one start of the counter-based generator (Philox, Salmon et al., SC 2011)."""
+
+
+class InitialValues:
+    """Normal with standard deviation `std` for matrices, 1 for the weights of norms.
+
+    Args:
+        seed: of the run.
+        std: the model's `initializer_range`.
+    """
+
+    def __init__(self, seed: int, std: float):
+        self.seed, self.std = seed, std
+
+    @torch.no_grad()
+    def fill(self, fragment: Fragment) -> None:
+        """Fills the fragment's value, in its dtype."""
+        out = fragment.tensors["value"]
+        if len(fragment.shape) == 1:
+            out.fill_(1.0)
+            return
+        key = int.from_bytes(hashlib.sha256(f"{self.seed}:{fragment.name}".encode()).digest()[:16])
+        start, end = fragment.start, fragment.start + len(out)
+        for number in range(start // BLOCK, -(-end // BLOCK)):
+            begin = number * BLOCK
+            first, last = max(begin, start), min(begin + BLOCK, end)
+            # 2^128 draws lie between two blocks, so that no block reaches into the next one's.
+            generator = np.random.Generator(np.random.Philox(key=key, counter=number << 128))
+            values = generator.standard_normal(last - begin, dtype=np.float32)[first - begin :]
+            out[first - start : last - start].copy_(torch.from_numpy(values).mul_(self.std))
