@@ -100,7 +100,8 @@ def test_uses_run_as_written(shorter, corpus, kept_run, tmp_path):
         words = {"torchrun": 1, "smolds bench": 3}
         program = next((" ".join(command.split()[:n]) for start, n in words.items() if command.startswith(start)), None)
         program = program or " ".join(command.split()[:2])
-        kind = next((f"{program} {what}" for what in ("resume", "profile") if what in command), program)
+        asked = {"--checkpoint.resume": "resume", "--profile.steps": "profile"}
+        kind = next((f"{program} {what}" for option, what in asked.items() if option in command), program)
         if "docs/run" in command and program == "smolds train":
             kind = "smolds train show"
         if "again/config" in command or "smollm2/config" in command:
