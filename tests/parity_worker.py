@@ -28,6 +28,7 @@ from smolds_dist.training.step import accumulate_gradients
 
 VOCAB = 96
 SAVE_AT = 10
+MOST_IN_A_FILE = 25_000  # elements of an export: more than any tensor has, fewer than any model
 BASE = [
     # Under some seeds, more of them the larger the learning rate, a token's second and third expert have the same score but
     # for rounding, and runs part there.
@@ -97,7 +98,14 @@ def train_case(
             skeleton = DeepSeekV3ForCausalLM(model_config)
         if topology.dtype == "bf16":
             skeleton.bfloat16()
-        write_weights(Path(export), skeleton, engine, balancer, topology, file_bytes=60_000)
+        write_weights(
+            Path(export),
+            skeleton,
+            engine,
+            balancer,
+            topology,
+            file_bytes=MOST_IN_A_FILE * skeleton.lm_head.weight.itemsize,
+        )
     shards = Shards()
     ahead = BatchesAhead(shards, config.train.global_batch)
     losses, norms, totals, applied = [], [], [], []

@@ -75,11 +75,11 @@ def rows_by_step(folder: Path) -> dict[int, dict]:
     return {row["step"]: row for row in read_rows(folder / "runs" / "one" / "metrics.jsonl") if "loss" in row}
 
 
-def assert_same(rows: dict[int, dict], expected: dict[int, dict]) -> None:
+def assert_same(rows: dict[int, dict], expected: dict[int, dict], tolerance: float = 1e-5) -> None:
     assert sorted(rows) == sorted(expected) == list(range(1, STEPS + 1))
     for step, row in expected.items():
         assert rows[step]["batch"] == row["batch"], step
-        assert rows[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), step
+        assert rows[step]["loss"] == pytest.approx(row["loss"], rel=tolerance), step
         assert rows[step]["unique_texts"] == row["unique_texts"]
 
 
@@ -118,7 +118,8 @@ def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, pr
             break
         wait_for(lambda until=until: max(rows_by_step(tmp_path), default=0) >= until, process, tmp_path)
         kill(process)
-    assert_same(rows_by_step(tmp_path), prepared[1])
+    # Rounding differs between topologies; in step 58 it decides which expert one token goes to.
+    assert_same(rows_by_step(tmp_path), prepared[1], tolerance=1e-4)
 
 
 def start_job(args: list[str], folder: Path) -> subprocess.Popen:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from parity_worker import SAVE_AT, train_case
+from parity_worker import MOST_IN_A_FILE, SAVE_AT, train_case
 from ranks import run_ranks
 from safetensors.torch import save_file
 
@@ -225,7 +225,7 @@ def test_every_layout_starts_from_the_same_model_bit_for_bit(saved, tmp_path, wo
     results_of(world, saved)
     train_case(list(options_without_layout(one)), disturb=False, steps=0, export=str(tmp_path))
     files = sorted(tmp_path.iterdir())
-    assert len(files) > 2
+    assert len(files) > 1
     for file in files:
         assert (Path(folder_of(saved, world, one)) / "begun" / file.name).read_bytes() == file.read_bytes()
 
@@ -319,7 +319,7 @@ def test_all_ranks_together_write_the_files_that_one_process_writes(saved, tmp_p
     state = model.state_dict()
     split = split_torch_state_dict_into_shards(
         {name: tensor for name, tensor in state.items() if name in dict(model.named_parameters()) or "bias" in name},
-        max_shard_size=60_000,
+        max_shard_size=MOST_IN_A_FILE * state["lm_head.weight"].itemsize,
     )
     assert len(split.filename_to_tensors) > 1
     for name, tensors in split.filename_to_tensors.items():
