@@ -87,7 +87,7 @@ def write_weights(
             if topology.rank < len(together):
                 path = folder / names[first + topology.rank]
                 out = opened.enter_context(new_safetensors(path, together[topology.rank]))
-            for wanted in in_rounds(together, set(biases), topology.world_size):
+            for wanted in in_rounds(together, topology.world_size):
                 found = iter(gatherer([[name for name in some if name not in biases] for some in wanted]))
                 for name in wanted[topology.rank]:
                     tensor = biases[name].cpu() if name in biases else next(found)
@@ -125,9 +125,9 @@ def new_safetensors(path: Path, tensors: dict[str, Tensor]) -> Iterator[Buffered
     part.replace(path)
 
 
-def in_rounds(files: list[dict[str, Tensor]], biases: set[str], world: int) -> Iterator[list[list[str]]]:
+def in_rounds(files: list[dict[str, Tensor]], world: int) -> Iterator[list[list[str]]]:
     """For each rank the logical tensors of its file in order, so many of every file at a time as `ROUND_BYTES` hold."""
-    waiting = [parts_of(tensors, biases) for tensors in files]
+    waiting = [parts_of(tensors) for tensors in files]
     while any(waiting):
         wanted: list[list[str]] = [[] for _ in range(world)]
         for names, parts in zip(wanted, waiting, strict=False):  # fewer files than ranks
@@ -139,12 +139,10 @@ def in_rounds(files: list[dict[str, Tensor]], biases: set[str], world: int) -> I
         yield wanted
 
 
-def parts_of(tensors: dict[str, Tensor], biases: set[str]) -> list[tuple[str, int]]:
+def parts_of(tensors: dict[str, Tensor]) -> list[tuple[str, int]]:
     """Name and bytes of the logical tensors that a file's tensors are made of, in order."""
     return [
         (part, torch.Size(shape).numel() * tensor.itemsize)
         for name, tensor in tensors.items()
-        for part, shape in (
-            {name: tuple(tensor.shape)} if name in biases else logical_shapes(name, tensor.shape)
-        ).items()
+        for part, shape in logical_shapes(name, tensor.shape).items()
     ]
