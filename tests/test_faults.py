@@ -22,6 +22,7 @@ from smolds_dist.checkpoint.writer import CheckpointWriter, OtherRankError
 from smolds_dist.config import load_config
 from smolds_dist.data.tokens import digest, is_held_out
 from smolds_dist.errors import TrainingStoppedError
+from smolds_dist.launching.failure import find_dead
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
@@ -85,6 +86,51 @@ print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
     os.utime(cause, (time.time() + 60, time.time() + 60))
     finished = run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
     assert finished.stdout == "True\n", finished.text
+
+
+@pytest.fixture
+def memory_group():
+    """A control group for memory of 200 MB: its folder, in either version."""
+    groups = Path("/sys/fs/cgroup")
+    groups = groups / "memory" if (groups / "memory").is_dir() else groups
+    folder = groups / f"smolds-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        limit = next(folder / name for name in ("memory.limit_in_bytes", "memory.max") if (folder / name).exists())
+        limit.write_text("200000000")
+    except (OSError, StopIteration) as error:
+        pytest.skip(f"no control group for memory can be made here: {error!r}")
+    yield folder
+    folder.rmdir()
+
+
+def test_out_of_memory_is_told_of_the_rank_that_it_befell_not_of_another_that_was_killed(memory_group, tmp_path):
+    script = """
+import os, signal, sys
+from pathlib import Path
+Path(sys.argv[3] + "/cgroup.procs").write_text(str(os.getpid())) if sys.argv[3] else None
+from smolds_dist.launching.failure import RankReport
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.settings import Parallel
+rank = int(sys.argv[2])
+RankReport(Path(sys.argv[1]), RankInfo(rank=rank), Parallel())
+if rank:
+    print("begun", flush=True)
+    sys.stdin.read()
+bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL)
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "b"), "1", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    finished = run([sys.executable, "-c", script, str(tmp_path / "a"), "0", str(memory_group)], timeout=60)
+    assert finished.returncode == -signal.SIGKILL, finished.text
+    other.communicate(timeout=60)
+    assert other.returncode == -signal.SIGKILL
+    assert find_dead(tmp_path / "a" / "ranks") and find_dead(tmp_path / "b" / "ranks")
+    word = "was killed by signal 9"
+    assert (tmp_path / "a" / "ranks" / "cause.txt").read_text().endswith(f"{word}: the machine is out of memory\n")
+    assert (tmp_path / "b" / "ranks" / "cause.txt").read_text().endswith(f"{word}\n")
 
 
 def test_second_signal_leaves_at_once(small_run, tmp_path):

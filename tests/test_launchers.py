@@ -19,7 +19,7 @@ from ranks import Finished, is_running, run, smolds
 
 from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.config import load_config
-from smolds_dist.launching.launcher import launch
+from smolds_dist.launching.launcher import launch, run_ranks
 from smolds_dist.launching.output import NoiseFilter
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.topology import Machine
@@ -140,6 +140,12 @@ def test_signal_saves_the_step_on_all_ranks(long_run, tmp_path, launcher, number
     assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == [f"step_{len(losses(run_dir)):08}"]
     assert not (run_dir / "ranks" / "cause.txt").exists()
     assert "smolds:" not in finished.stderr
+
+
+def test_exit_code_of_a_stop_that_nobody_asked_for_is_a_failure(tmp_path):
+    """srun gives the highest code of all tasks, also that of one which it sent SIGTERM because another had failed."""
+    code, cause = run_ranks(["sh", "-c", "exit 143"], dict(os.environ), tmp_path, remote=True)
+    assert (code, cause) == (1, "the ranks ended with exit code 143")
 
 
 def test_single_process_stops_on_a_signal_too(long_run, tmp_path):

@@ -297,5 +297,5 @@ def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp
     assert f"rank 1 on host {bad} was killed by signal 9" in text
     assert (f"goes back into the queue, and on without {bad}." in text) == (instead == "queue"), text
     state = json.loads((run_dir / "state.json").read_text())
-    assert state["host"] in {"n1", "n2"} - {bad} and state["ranks"] == (1 if instead == "fewer" else 2)
+    assert state["host"] in {"n1", "n2"} - {bad} and state["ranks"] == (1 if instead == "fewer" else 2), text
     assert [step for step, _ in losses(run_dir)] == list(range(1, 401)), text

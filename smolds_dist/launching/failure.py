@@ -52,9 +52,11 @@ class RankReport:
         self._forget_earlier_jobs()
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
         faulthandler.enable(self._fault_file)  # a segmentation fault leaves its name there
+        memory_events = _memory_events()
         self.entry: dict[str, Any] = {
             "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": system_name(), "job": job_token(),
-            "started": time.time(), "out_of_memory_kills": _out_of_memory_kills(), "state": "running",
+            "started": time.time(), "memory_events": memory_events, "kills_before": _out_of_memory_kills(memory_events),
+            "state": "running",
         }  # fmt: skip
         self._write()
         if info.world_size > 1:
@@ -157,7 +159,7 @@ def find_dead(folder: Path, job: str | None = None, since: float = 0.0) -> bool:
             if fault:
                 why = f"crashed: {fault[0]} (stack: {crash})"
             else:  # every other end leaves a word
-                memory = _out_of_memory_kills() > entry["out_of_memory_kills"]
+                memory = _out_of_memory_kills(entry["memory_events"]) > entry["kills_before"]
                 why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
             return _note(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
     return False
@@ -225,10 +227,24 @@ def _is_dead(entry: dict[str, Any]) -> bool:
     return entry["system"] == system_name() and process_state(entry["pid"]) in "ZX"
 
 
-def _out_of_memory_kills() -> int:
-    """The kernel's count of processes killed for memory, since boot."""
+def _memory_events() -> str:
+    """The file that counts the processes killed for memory in this process's control group (version 2 or 1), so that what
+    befell others of this machine is not taken for it; the machine's own count where there are no such groups."""
+    groups = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            place = path.lstrip("/")
+            if number == "0" and (groups / place / "memory.events").exists():
+                return str(groups / place / "memory.events")
+            if "memory" in controllers.split(",") and (groups / "memory" / place / "memory.oom_control").exists():
+                return str(groups / "memory" / place / "memory.oom_control")
+    return "/proc/vmstat"
+
+
+def _out_of_memory_kills(memory_events: str) -> int:
     try:
-        match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        match = re.search(r"^oom_kill (\d+)", Path(memory_events).read_text(), re.MULTILINE)
         return int(match.group(1)) if match else 0
-    except OSError:
+    except OSError:  # the group has gone with its processes
         return 0

@@ -92,7 +92,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
         command = rank_command(now, args, on_cpu)
         if plan.launcher == "none":
             return _run_alone(command, environment)
-        return _run(command, environment, config.run_dir, remote=plan.launcher in ("mpi", "slurm"))
+        return run_ranks(command, environment, config.run_dir, remote=plan.launcher in ("mpi", "slurm"))
 
     def elsewhere(failures: list[Failure]) -> bool:
         bad, now = bad_nodes(failures), bad_nodes(failures[-1:])
@@ -293,7 +293,7 @@ def _run_alone(command: list[str], environment: dict[str, str]) -> tuple[int, st
     return 128 - code, f"the process was killed by signal {-code}"
 
 
-def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote: bool) -> tuple[int, str]:
+def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, remote: bool) -> tuple[int, str]:
     """Runs the launcher, passes signals on to the ranks, and ends with one line if they failed.
 
     Returns:
@@ -302,8 +302,10 @@ def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote:
     began = time.time()
     ranks = run_dir / "ranks"
     hidden: list[str] = []
+    asked: list[int] = []
 
     def pass_on(process: subprocess.Popen, number: int) -> None:
+        asked.append(number)
         # torchrun and deepspeed would kill the ranks; the ranks want to save their work.
         if remote or not signal_ranks(ranks, number, began):
             process.send_signal(number)
@@ -325,7 +327,10 @@ def _run(command: list[str], environment: dict[str, str], run_dir: Path, remote:
         said = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
         last = f"{how}; the last that was heard of them: {said}"
         print(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", file=sys.stderr)
-    return code if code > 0 else 128 - code, cause or told.rstrip(".") or how
+    code = code if code > 0 else 128 - code
+    if code in EXIT_CODES.values() and not asked:
+        code = 1  # srun gives the highest code of all ranks, also of those that it signalled because another had failed
+    return code, cause or told.rstrip(".") or how
 
 
 def _noted_cause(ranks: Path, began: float) -> str:
