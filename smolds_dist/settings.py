@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+Recomputed = Literal["none", "attention", "experts", "selective", "full"]
+
 
 @dataclass
 class Run:
@@ -216,7 +218,9 @@ class Train:
     """Of the balance loss within each sequence, which DeepSeek-V3 has beside the bias, 1e-4 there; 0: none."""
     z_loss_coef: float = 0.0
     """Of the routers' z-loss, which keeps their logits small, usually 1e-3; 0: none."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputed | bool = "none"
+    """What the backward pass computes again instead of keeping it: attention with its norms; experts, or what a block has in
+    their place; all but the results of products and attention (selective); or whole blocks. true is full, false none."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile for what runs between matrix products; auto: where a compiler is found and the run is long."""
     eval_every: int = 500
@@ -229,6 +233,10 @@ class Train:
     """Deviations above the recent losses from which a loss is a spike, for instance 8; 0 turns the guard off."""
     spike_steps: int = 3
     """Spikes in a row after which the run goes back to its last checkpoint and leaves the samples since then out."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.activation_checkpointing, bool):  # as it was until it had names
+            self.activation_checkpointing = "full" if self.activation_checkpointing else "none"
 
 
 @dataclass

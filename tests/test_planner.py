@@ -1,5 +1,6 @@
 """The planner: its counts against the model's own, its formulas against hand calculation, simulation and published runs."""
 
+import gc
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_ac
 from smolds_dist.planner import published
 from smolds_dist.planner.command import plan
 from smolds_dist.planner.published import GENERATIONS, HALVES, compare, error_factor, fit, published_runs
-from smolds_dist.planner.search import best_first, candidates
+from smolds_dist.planner.search import RECOMPUTED, best_first, candidates
 from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_run, simulate_step
 from smolds_dist.settings import Model
 
@@ -48,13 +49,13 @@ LATENT = dict(
 # Memory
 
 
-@pytest.mark.parametrize("settings", [GQA, LATENT])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("settings", [GQA, LATENT, GQA | {"first_k_dense_replace": 2, "dense_intermediate_size": 160}])
+@pytest.mark.parametrize("recompute", RECOMPUTED)
 def test_activations_are_what_autograd_keeps(settings, recompute):
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings)).train()
-    if recompute:
-        enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, recompute)
     kept: dict[int, int] = {}
+    before = {one.untyped_storage().data_ptr() for one in live_tensors()}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -63,15 +64,23 @@ def test_activations_are_what_autograd_keeps(settings, recompute):
     ids = torch.randint(0, 512, (4, 256))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    for tensor in live_tensors():  # what selective checkpointing keeps is not autograd's
+        if tensor.untyped_storage().data_ptr() not in before:
+            note(tensor)
     for tensor in model.parameters():
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     assert loss.requires_grad
     vocabulary = 512 * 96 * 4  # its weight's gradient, which counts as the logits'
     layout = Layout(1, 1, 1, 0, 4, 1, 256, "fp32", device="cpu", engine="local", recompute=recompute)
     predicted = activation_bytes(Model(**settings), layout)
-    if recompute:  # one block's insides exist later, in the backward pass
-        predicted -= saved_elements(Model(**settings), swiglu=2) / 4 * 1024 * 4
+    # Of what is computed again, one block's exists later, in the backward pass.
+    whole, rest = (saved_elements(Model(**settings), 2, recompute=what) for what in ("none", recompute))
+    predicted -= (whole - rest) / 4 * 1024 * 4
     assert sum(kept.values()) - vocabulary == pytest.approx(predicted, rel=0.05)
+
+
+def live_tensors() -> list[torch.Tensor]:
+    return [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
 
 
 def test_state_shrinks_with_every_stage_and_counts_what_zero_replicates():
@@ -114,7 +123,9 @@ def test_parameter_counts_are_the_models(options):
 def test_memory_grows_with_what_needs_it():
     base = rank_memory(MODEL, LAYOUT, 1e9).total
     assert rank_memory(MODEL, replace(LAYOUT, micro_batch=8), 1e9).total > base
-    assert rank_memory(MODEL, replace(LAYOUT, recompute=True), 1e9).total < base
+    by_what = {what: rank_memory(MODEL, replace(LAYOUT, recompute=what), 1e9).total for what in RECOMPUTED}
+    assert by_what["none"] == base and max(by_what, key=lambda what: by_what[what]) == "none"
+    assert min(by_what, key=lambda what: by_what[what]) == "full"
     assert rank_memory(MODEL, replace(LAYOUT, expert=1), 1e9).total > base
     assert rank_memory(MODEL, LAYOUT, 1e9, max_vio=0.5).total > base
     assert rank_memory(MODEL, replace(LAYOUT, copies=True), 1e9).total == base  # of a GPU's, to the host's memory
@@ -152,7 +163,12 @@ def test_a_machine_without_costs_takes_what_its_products_take():
     time = step_time(MODEL, LAYOUT, free)
     flops = flops_per_token(MODEL, 1024) * LAYOUT.tokens_per_step / LAYOUT.world
     assert time.total == pytest.approx(flops / 989e12)
-    assert step_time(MODEL, replace(LAYOUT, recompute=True), free).total == pytest.approx(time.total * 4 / 3)
+    # Computed again is a forward pass of all but the head.
+    head = 2 * 384 * 49_152 * LAYOUT.tokens_per_step / LAYOUT.world / 989e12
+    by_what = {what: step_time(MODEL, replace(LAYOUT, recompute=what), free).total for what in RECOMPUTED}
+    assert by_what["full"] == pytest.approx(time.total * 4 / 3 - head)
+    assert by_what["attention"] + by_what["experts"] == pytest.approx(by_what["full"] + time.total)
+    assert by_what["selective"] == by_what["none"] == time.total
 
 
 def test_all_to_all_by_hand():
@@ -165,7 +181,8 @@ def test_all_to_all_by_hand():
     outside = 24 * 4 * (1e-5 + 6e-4 + rows * row * 6 / 8 / (0.75 * 10e9))
     assert all_to_all_seconds(MODEL, crossing, machine) == pytest.approx(outside)
     assert all_to_all_seconds(MODEL, replace(LAYOUT, expert=1), machine) == 0
-    assert all_to_all_seconds(MODEL, replace(LAYOUT, recompute=True), machine) == pytest.approx(inside * 1.5)
+    assert all_to_all_seconds(MODEL, replace(LAYOUT, recompute="full"), machine) == pytest.approx(inside * 1.5)
+    assert all_to_all_seconds(MODEL, replace(LAYOUT, recompute="attention"), machine) == pytest.approx(inside)
 
 
 def test_rows_that_cross_once_by_hand():
@@ -216,7 +233,10 @@ def test_traffic_of_zero_stages():
     [
         LAYOUT,
         replace(LAYOUT, expert=1, zero=3),
-        replace(LAYOUT, per_node=4, recompute=True),
+        replace(LAYOUT, per_node=4, recompute="full"),
+        replace(LAYOUT, zero=3, recompute="experts"),
+        replace(LAYOUT, recompute="attention"),
+        replace(LAYOUT, recompute="selective"),
         replace(LAYOUT, world=1, per_node=1, expert=1, zero=0),
     ],
 )

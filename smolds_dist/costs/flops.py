@@ -16,6 +16,17 @@ def layers_of(model: Any) -> tuple[int, int]:
 
 def product_weights(model: Any) -> tuple[int, int]:
     """Weights that a token meets in matrix products: outside the routed experts, and in those that it chose."""
+    hidden = model.hidden_size
+    expert = 3 * hidden * model.intermediate_size
+    dense, mixtures = layers_of(model)
+    outside = mixtures * (hidden * model.num_experts + model.n_shared_experts * expert)
+    outside += dense * 3 * hidden * (model.dense_intermediate_size or 0)
+    routed = mixtures * model.num_experts_per_tok * expert
+    return attention_weights(model) + outside + hidden * model.vocab_size, routed
+
+
+def attention_weights(model: Any) -> int:
+    """Of all layers' projections."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     if model.attention == "latent":
         key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
@@ -26,13 +37,7 @@ def product_weights(model: Any) -> tuple[int, int]:
     else:
         value = model.head_dim
         attention = hidden * value * (heads + 2 * model.num_key_value_heads)
-    attention += heads * value * hidden
-    expert = 3 * hidden * model.intermediate_size
-    dense, mixtures = layers_of(model)
-    outside = mixtures * (hidden * model.num_experts + model.n_shared_experts * expert)
-    outside += dense * 3 * hidden * (model.dense_intermediate_size or 0)
-    routed = mixtures * model.num_experts_per_tok * expert
-    return model.num_hidden_layers * attention + outside + hidden * model.vocab_size, routed
+    return model.num_hidden_layers * (attention + heads * value * hidden)
 
 
 def attention_flops(model: Any, seq_len: int) -> float:

@@ -27,7 +27,7 @@ class Layout:
     dtype: str  # fp32 or bf16; of published runs also fp8
     device: str = "cuda"
     engine: str = "deepspeed"
-    recompute: bool = False  # activations, in the backward pass
+    recompute: str = "none"  # in the backward pass: none, attention, experts, selective or full
     optimizer: str = "adamw"
     offload: bool = False  # the optimizer's state in the host's memory
     copies: bool = False  # to host memory of what a checkpoint holds, which is written from there in the background
@@ -91,7 +91,7 @@ def layout_of(config: Any, topology: Any) -> Layout:
 def configured(config: Any) -> dict[str, Any]:
     """The fields of a `Layout` that a `RunConfig` sets whatever the topology, and the DeepSpeed file of its own, if any."""
     fields = {
-        "recompute": config.train.activation_checkpointing,
+        "recompute": str(config.train.activation_checkpointing),
         "optimizer": config.train.optimizer,
         "copies": bool(config.checkpoint.every and config.checkpoint.background),
     }

@@ -64,15 +64,32 @@ def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
     ]  # fmt: skip
 
 
-def saved_elements(model: Any, swiglu: int, fuller: float = 1.0) -> float:
+def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str = "none") -> float:
     """Numbers that the forward pass keeps for the backward pass, for one token and all layers together.
 
     Args:
         swiglu: numbers that SwiGLU keeps, in widths of an expert.
         fuller: rows of the rank's experts over the mean rank's.
+        recompute: as `Layout.recompute`.
     """
     m = model
     H, K, width = m.hidden_size, m.num_experts_per_tok, m.intermediate_size
+    dense, mixtures = layers_of(m)
+    if recompute == "full":
+        return m.num_hidden_layers * H
+    if recompute == "selective":  # results of products
+        if m.attention == "latent":
+            key, value = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
+            projected = (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim
+            projected += m.num_attention_heads * (key + m.qk_nope_head_dim + 2 * value)
+        else:
+            projected = 2 * m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
+        experts = m.num_experts + fuller * K * (H + 2 * width)
+        experts += (H + 2 * m.n_shared_experts * width) if m.n_shared_experts else 0
+        feed_forward = mixtures * experts + dense * (H + 2 * (m.dense_intermediate_size or 0))
+        return (
+            m.num_hidden_layers * (2 * H + projected) + feed_forward
+        )  # a block's input, and what attention adds to it
     if m.attention == "latent":
         key, value = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
         heads = m.num_attention_heads
@@ -83,8 +100,11 @@ def saved_elements(model: Any, swiglu: int, fuller: float = 1.0) -> float:
         if m.qk_norm:  # their inputs
             attention += m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
     experts = fuller * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
-    dense, mixtures = layers_of(m)
     feed_forward = mixtures * experts + dense * 4 * (m.dense_intermediate_size or 0)
+    if recompute == "attention":
+        return m.num_hidden_layers * 2 * H + feed_forward  # what goes into a block, and into its feed-forward layer
+    if recompute == "experts":
+        feed_forward = 0
     return m.num_hidden_layers * (4 * H + attention) + feed_forward  # two norms' inputs and outputs
 
 
@@ -203,7 +223,7 @@ def keeps_whole_gradients(layout: Layout) -> bool:
 
 
 def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
-    """Of what the forward pass keeps; under recomputation a block's input each, and one block's insides."""
+    """Of what the forward pass keeps; and of what is computed again, one block's."""
     tokens, width = layout.tokens, layout.element_bytes
     # Our own function keeps gate and up. What DeepSpeed and grouped products leave to autograd keeps silu(gate), their
     # product, or both.
@@ -214,9 +234,9 @@ def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
     kept = saved_elements(model, swiglu, fuller)
     if layout.device == "cuda" and width == 2:
         kept += layers_of(model)[1] * model.hidden_size * 2  # the router reads an fp32 copy
-    if layout.recompute:
-        layers = model.num_hidden_layers
-        kept = layers * model.hidden_size + kept / layers
+    if layout.recompute != "none":
+        rest = saved_elements(model, swiglu, fuller, layout.recompute)
+        kept = rest + (kept - rest) / model.num_hidden_layers
     kept += 2 * model.hidden_size  # the last norm's input, and the loss's gradient
     return kept * tokens * width
 
@@ -247,8 +267,6 @@ def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
     if layout.device == "cpu":
         buffers += CPU_BF16_KERNELS if layout.element_bytes == 2 else 0.0
         buffers += CPU_RANKS if layout.world > 1 else 0.0
-        # Every rank builds the whole model before it keeps its own experts; what it gives back is used again in part.
-        buffers += (1 - REUSED) * 4 * (sum(parameter_counts(model)) - own)
     if layout.device == "cuda":
         buffers += CUBLAS_WORKSPACE + gpu_bucket_bytes(layout)
     elif layout.zero:

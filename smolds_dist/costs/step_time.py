@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from smolds_dist.costs.flops import attention_flops, layers_of, product_weights
+from smolds_dist.costs.flops import attention_flops, attention_weights, layers_of, product_weights
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout, stretch
-from smolds_dist.costs.memory import rank_parameters, saved_elements
+from smolds_dist.costs.memory import parameter_counts, rank_parameters, saved_elements
 
 # Of a link's bandwidth that collectives reach; NCCL's own tests show 70 to 85 %.
 LINK_SHARE = 0.75
@@ -53,9 +53,7 @@ def step_time(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.
     dense, experts = (passes * seconds for seconds in product_seconds(model, layout, machine))
     stretched = experts * stretch(max_vio, model.num_experts, layout.expert)
     elementwise = passes * elementwise_seconds(model, layout, machine)
-    overhead = (
-        passes * model.num_hidden_layers / layout.pipeline * machine.overhead * (4 / 3 if layout.recompute else 1)
-    )
+    overhead = passes * overhead_seconds(model, layout, machine)
     exchange = passes * all_to_all_seconds(model, layout, machine, max_vio)
     if layout.hides_all_to_all:
         exchange = max(0.0, exchange - dense - experts)
@@ -77,18 +75,32 @@ def step_time(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.
     )
 
 
+def recomputed(layout: Layout) -> tuple[bool, bool]:
+    """Whether the backward pass makes attention's products again, and those of the feed-forward layers."""
+    return layout.recompute in ("attention", "full"), layout.recompute in ("experts", "full")
+
+
+def overhead_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
+    """Of a pass: what a layer costs however few tokens there are; a third of it in the forward pass."""
+    again = 1 / 3 if layout.recompute == "selective" else sum(recomputed(layout)) / 6
+    return model.num_hidden_layers / layout.pipeline * machine.overhead * (1 + again)
+
+
 def product_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[float, float]:
     """Of a forward and backward pass, outside and inside the routed experts: FLOPs over the reachable share of the peak.
 
-    2 FLOPs per weight and token, three times over (PaLM, arXiv 2204.02311, appendix B); recomputation adds a forward pass.
+    2 FLOPs per weight and token, three times over (PaLM, arXiv 2204.02311, appendix B); recomputation adds a forward pass of
+    the layers, not of the head.
     In fp8 training, attention's own products and the head stay in bf16 (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
     """
     dense, experts = product_weights(model)
-    head = model.hidden_size * model.vocab_size
-    factor = (4 if layout.recompute else 3) * layout.tokens / (layout.tensor * layout.pipeline)
+    head, attention = model.hidden_size * model.vocab_size, attention_weights(model)
+    tokens = layout.tokens / (layout.tensor * layout.pipeline)
     flops, wide = machine.flops(layout.dtype), machine.flops("bf16" if layout.dtype == "fp8" else layout.dtype)
-    outside = 2 * (dense - head) / flops + (2 * head + attention_flops(model, layout.seq_len)) / wide
-    return factor * outside, factor * 2 * experts / flops
+    in_attention, in_experts = (3 + again for again in recomputed(layout))
+    outside = 3 * 2 * head / wide + in_experts * 2 * (dense - head - attention) / flops
+    outside += in_attention * (2 * attention / flops + attention_flops(model, layout.seq_len) / wide)
+    return tokens * outside, tokens * in_experts * 2 * experts / flops
 
 
 def elementwise_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
@@ -103,7 +115,12 @@ def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: f
     if layout.expert == 1:
         return 0.0
     once = exchange_seconds(model, layout, machine, 1 + stretch(max_vio, model.num_experts, layout.expert))
-    return layers_of(model)[1] / layout.pipeline * once * (6 if layout.recompute else 4)
+    return (
+        layers_of(model)[1]
+        / layout.pipeline
+        * once
+        * (6 if layout.recompute in ("experts", "selective", "full") else 4)
+    )
 
 
 def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: float) -> float:
@@ -137,12 +154,14 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     Over n ranks, (n - 1) / n of the bytes move for a reduction to slices, the same for gathering slices, and both for a
     reduction to all; latencies add up along a tree of depth log2(n), as in NCCL's double binary trees. Dense weights are
     reduced over all replicas, an expert's over those that hold it. ZeRO 2 and 3 reduce in every pass; ZeRO 3 also gathers
-    weights, before the forward and before the backward pass.
+    weights, before the forward and before the backward pass, and what is computed again once more.
     """
     width = layout.gradient_bytes or layout.element_bytes
     total = 0.0
     passes = layout.accumulation
-    for parameters, replicas, near in rank_parameters(model, layout):
+    for (parameters, replicas, near), again in zip(
+        rank_parameters(model, layout), gathered_again(model, layout), strict=True
+    ):
         if replicas == 1:
             continue
         reduced, gathered = parameters * width, parameters * layout.element_bytes
@@ -150,11 +169,18 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
             0: 2 * reduced,
             1: reduced + gathered,
             2: passes * reduced + gathered,
-            3: passes * (reduced + (3 if layout.recompute else 2) * gathered),
+            3: passes * (reduced + (2 + again) * gathered),
         }[layout.zero]
         bandwidth, latency = way_out(near, replicas, machine)
         total += (replicas - 1) / replicas * volume / bandwidth + 2 * math.log2(replicas) * latency
     return total
+
+
+def gathered_again(model: Any, layout: Layout) -> tuple[float, float]:
+    """Shares of the weights outside and inside the routed experts that ZeRO 3 gathers once more to compute again."""
+    blocks = layout.recompute in ("selective", "full")
+    attention = attention_weights(model) / parameter_counts(model)[0] if layout.recompute == "attention" else 0.0
+    return (1.0 if blocks else attention), float(blocks or layout.recompute == "experts")
 
 
 def way_out(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:

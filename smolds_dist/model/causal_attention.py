@@ -81,7 +81,7 @@ def causal_attention(
     if documents is not None and device.family(query) == "cuda":
         return varlen_attention(query, key, value, scale, documents)
     query = query * scale
-    if documents is None and device.is_traced():
+    if documents is None and device.calls_operators():
         return _opaque_attention(query, key, value)
     return _CausalAttention.apply(query, key, value, documents)
 
@@ -181,8 +181,8 @@ def _attention_gradients(
 
 @torch.library.custom_op("smolds::causal_attention", mutates_args=())
 def _opaque_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`_attention` of whole sequences for torch.compile, which leaves it as it is. Not for other callers: it hides its
-    products from a count of FLOPs."""
+    """`_attention` of whole sequences for torch.compile, which leaves it as it is, and for selective checkpointing. Not for
+    other callers: it hides its products from a count of FLOPs."""
     return _attention(query, key, value, _whole_blocks(query.shape[2], query.dtype))
 
 

@@ -3,8 +3,13 @@
 All that the model does otherwise on one kind than on another asks here, so that tests can run every branch on a CPU.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+_operators = False
 
 
 def family(x: Tensor) -> str:
@@ -16,6 +21,22 @@ def is_traced() -> bool:
     """Whether torch.compile or torch.export reads the code instead of running it. Then no number may be waited for, shapes
     follow from those of the inputs, and plain operations are better than functions of our own: the compiler fuses them."""
     return torch.compiler.is_compiling()
+
+
+def calls_operators() -> bool:
+    """Whether kernels are to be called as PyTorch's operators are, so that others can see, and keep, what they give."""
+    return _operators or is_traced()
+
+
+@contextmanager
+def as_operators() -> Iterator[None]:
+    """Has `calls_operators` be true."""
+    global _operators
+    before, _operators = _operators, True
+    try:
+        yield
+    finally:
+        _operators = before
 
 
 def is_exported() -> bool:

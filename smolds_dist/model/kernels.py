@@ -57,7 +57,7 @@ def expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_E
     with torch.autocast(x_PH.device.type, enabled=False):
         if device.family(x_PH) == "cuda" and x_PH.dtype == torch.bfloat16:
             return grouped_expert_ffn(x_PH, counts_E, gate_up, down_EHI)
-        if device.is_traced():
+        if device.calls_operators():
             return _opaque_expert_ffn(x_PH, counts_E, down_EHI, gate_up)[0]
         return _ExpertFFN.apply(x_PH, tuple(counts_E.tolist()), down_EHI, *gate_up)
 
@@ -164,8 +164,9 @@ def _ffn_gradients(
 def _opaque_expert_ffn(
     x_PH: Tensor, counts_E: Tensor, down_EHI: Tensor, gate_up: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`_ffn_by_expert` for torch.compile, which leaves it as it is and need not know the counts. Not for other callers: it
-    hides its products from a count of FLOPs. What goes into the activation is one tensor [P, 2 I] here."""
+    """`_ffn_by_expert` for torch.compile, which leaves it as it is and need not know the counts, and for selective
+    checkpointing. Not for other callers: it hides its products from a count of FLOPs. What goes into the activation is one
+    tensor [P, 2 I] here."""
     out_PH, inner = _ffn_by_expert(x_PH, counts_E.tolist(), down_EHI, gate_up)
     return out_PH, inner[0] if len(inner) == 1 else torch.cat(inner, dim=-1)
 

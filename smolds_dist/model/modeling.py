@@ -4,10 +4,12 @@ Shape letters: B batch, S sequence, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -25,6 +27,7 @@ from smolds_dist.model.kernels import linear_cross_entropy
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopKRouter, balance_loss, z_loss
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
+from smolds_dist.model.selective import keep_products
 
 
 class DeepSeekV3Block(GradientCheckpointingLayer):
@@ -39,13 +42,19 @@ class DeepSeekV3Block(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config.hidden_size, dense) if dense else DeepSeekMoE(config)
 
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self.recomputed = "none"  # attention, or experts, in the backward pass
 
     def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
-        attend = self.attend
+        attend: Callable[..., tuple[Tensor, Tensor]] = self.attend
+        feed_forward: Callable[[Tensor], Tensor] = self.mlp
         if self.compiled_attend and self.training and attention_inputs.get("documents") is None:
             attend = self.compiled_attend
+        if self.recomputed == "attention" and self.training:
+            attend = partial(checkpoint, attend, use_reentrant=False)
+        if self.recomputed == "experts" and self.training:
+            feed_forward = partial(checkpoint, feed_forward, use_reentrant=False)
         x_BSH, normed_BSH = attend(x_BSH, **attention_inputs)
-        return x_BSH + self.mlp(normed_BSH)
+        return x_BSH + feed_forward(normed_BSH)
 
     def attend(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, Tensor]:
         """The block up to its feed-forward layer: what is added to, and what goes in."""
@@ -282,8 +291,19 @@ def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:
     return model
 
 
-def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM) -> None:
-    """Keeps only every block's input for the backward pass, which recomputes the rest."""
-    # The method's name from transformers 5.23 on, and the older one.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, what: str = "full") -> None:
+    """Has the backward pass compute again what is otherwise kept from the forward pass.
+
+    Args:
+        what: none; attention (with its norms: a block keeps its input and what its feed-forward layer takes); experts (of a
+            block's feed-forward layer only the input is kept); full (a block keeps its input); or selective: a block keeps
+            its input and the results of matrix products and attention, and computes again what is cheap: norms, rotary
+            embedding, activations, dispatching and combining; under expert parallelism also all-to-all.
+    """
+    if what in ("attention", "experts"):
+        for block in model.model.layers:
+            block.recomputed = what
+    elif what != "none":
+        # The method's name from transformers 5.23 on, and the older one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False} | ({"context_fn": keep_products} if what == "selective" else {}))

@@ -109,7 +109,7 @@ def report(
         at = one.layout
         verdict = "the best" if one is best else why_not(one, best, machine)
         lines.append(
-            f"{at.expert:>6} {at.zero:>4} {at.micro_batch:>5} {'yes' if at.recompute else 'no':>9} "
+            f"{at.expert:>6} {at.zero:>4} {at.micro_batch:>5} {at.recompute:>9} "
             f"{one.tokens_per_s:>12,.0f} {one.memory.total / 1e9:>6,.1f} GB  {verdict}"
         )
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout, layout_of
@@ -11,9 +11,10 @@ from smolds_dist.costs.step_time import StepTime, step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
-from smolds_dist.settings import RunConfig
+from smolds_dist.settings import Recomputed, RunConfig
 
 MOST_SEQUENCES = 64  # of a micro batch that is tried
+RECOMPUTED: tuple[Recomputed, ...] = get_args(Recomputed)
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Candidate:
 
 
 def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, max_vio: float) -> Iterator[Candidate]:
-    """Every layout that the topology admits: expert-parallel sizes, ZeRO stages, micro batches, with and without
-    recomputation; what the configuration sets, rather than leaves to "auto", is kept.
+    """Every layout that the topology admits: expert-parallel sizes, ZeRO stages, micro batches, and what is
+    computed again; what the configuration sets, rather than leaves to "auto", is kept.
 
     Raises:
         ConfigError: where none is admitted, with the topology's reason.
@@ -58,14 +59,15 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
         stages = [0]
     per_rank = config.train.global_batch // world
     batches = [config.train.micro_batch] if config.train.micro_batch else _divisors(per_rank)
-    recomputed = {config.train.activation_checkpointing, True}
+    asked = config.train.activation_checkpointing
+    recomputed = RECOMPUTED if asked == "none" else (asked,)
     for size in sizes:
         for zero in stages:
             for batch in batches:
-                for recompute in sorted(recomputed):
+                for recompute in recomputed:
                     settings = {
                         "parallel.expert": size, "parallel.zero": zero, "train.micro_batch": batch,
-                        "train.activation_checkpointing": str(recompute).lower(),
+                        "train.activation_checkpointing": recompute,
                     }  # fmt: skip
                     tried = replace(
                         base,

@@ -22,6 +22,7 @@ from smolds_dist.costs.step_time import (
     RESTART_SECONDS,
     elementwise_seconds,
     exchange_seconds,
+    overhead_seconds,
     product_seconds,
     step_time,
 )
@@ -121,12 +122,11 @@ def _program(
     size, own = layout.expert, model.num_experts // layout.expert
     group, place = (rank // size * size, size), rank % size
     dense, experts = (seconds / len(loads) for seconds in product_seconds(model, layout, machine))
-    overhead = model.num_hidden_layers * machine.overhead * (4 / 3 if layout.recompute else 1)
-    other = (elementwise_seconds(model, layout, machine) + overhead) / len(loads)
+    other = (elementwise_seconds(model, layout, machine) + overhead_seconds(model, layout, machine)) / len(loads)
     # Of the rows of each layer, relative to the mean rank; it sends its own, however few it gets.
     share = [sum(load[place * own : (place + 1) * own]) * size for load in loads]
     turns = [(1, range(len(loads))), (2, range(len(loads) - 1, -1, -1))]
-    if layout.recompute:
+    if layout.recompute in ("experts", "selective", "full"):  # which sends rows once more
         turns.insert(1, (1, range(len(loads))))
     parts = sum(part for part, _ in turns)
     for _ in range(layout.accumulation):

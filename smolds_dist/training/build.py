@@ -230,8 +230,7 @@ def new_engine(
     keeps."""
     with under_construction(config, topology, model_config):
         model = empty_model(model_config)
-    if config.train.activation_checkpointing:
-        enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, str(config.train.activation_checkpointing))
     initial = InitialValues(config.train.seed, model_config.initializer_range)
     return engine_for(model, config, topology, reader.fill if reader else initial.fill)
 
