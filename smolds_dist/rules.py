@@ -38,6 +38,11 @@ def validate(config: RunConfig) -> None:
             f"--data.seq_len {config.data.seq_len} is longer than --model.max_position_embeddings "
             f"{config.model.max_position_embeddings}; lower the first or raise the second."
         )
+    if config.train.activation_checkpointing == "selective" and config.train.compile is True:
+        raise ConfigError(
+            "--train.activation_checkpointing selective looks at every operator, which --train.compile true hides; use "
+            "attention, experts or full, or --train.compile false."
+        )
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         raise ConfigError(
             f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "

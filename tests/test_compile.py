@@ -46,20 +46,21 @@ def loss_and_gradients(model) -> list[torch.Tensor]:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("settings", "dtype", "checkpointing", "tolerance"),
+    ("settings", "dtype", "recomputed", "tolerance"),
     [
-        (dict(GQA_FAMILY, num_hidden_layers=2), "fp32", False, 1e-5),
-        (dict(LATENT_FAMILY, num_hidden_layers=2), "fp32", True, 1e-5),
-        (dict(GQA, num_hidden_layers=1), "bf16", False, 3e-2),
+        (dict(GQA_FAMILY, num_hidden_layers=2), "fp32", "none", 1e-5),
+        (dict(LATENT_FAMILY, num_hidden_layers=2), "fp32", "full", 1e-5),
+        (dict(GQA, num_hidden_layers=1), "fp32", "attention", 1e-5),
+        (dict(GQA, num_hidden_layers=1), "fp32", "experts", 1e-5),
+        (dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2),
     ],
 )
-def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, checkpointing, tolerance):
+def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed, tolerance):
     model = build(settings).train()
     if dtype == "bf16":
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    if checkpointing:
-        enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, recomputed)
     expected = loss_and_gradients(model)
     compile_here(model, dtype)
     before = graphs()

@@ -63,6 +63,7 @@ MISTAKES = [
     ("--train.dtype=fp8", "'auto', 'fp32', 'bf16'"),
     ("--train.seed=-1", "0 or more"),
     ("--train.micro_batch=3", "valid values: 1, 2, 4, 8"),
+    ("--train.activation_checkpointing=some", "'selective', 'full' or true or false"),
     ("--train.beta2=1", "less than 1"),
     ("--data.val_fraction=0.9", "0.5"),
     ("--data.seq_len=1", "at least 2"),
@@ -106,13 +107,20 @@ MISTAKES = [
 ]
 
 
-def test_combinations_of_model_settings_are_refused():
+def test_activation_checkpointing_was_true_or_false_once():
+    for given, meant in (("true", "full"), ("false", "none"), ("selective", "selective")):
+        config = load_config(["--preset", "debug", f"--train.activation_checkpointing={given}"])
+        assert config.train.activation_checkpointing == meant
+
+
+def test_combinations_of_settings_are_refused():
     groups = ["--model.n_group=4", "--model.topk_group=1"]
     for options, fix in (
         (["--model.n_group=3", "--model.topk_group=1"], "valid values: 1, 2, 4"),
         ([*groups, "--model.num_experts_per_tok=3"], "must leave enough"),
         (["--model.n_group=2", "--model.topk_group=3"], "at most n_group"),
         (["--model.attention=latent", "--model.qk_norm=head"], "for --model.attention gqa"),
+        (["--train.compile=true", "--train.activation_checkpointing=selective"], "use attention, experts or full"),
     ):
         with pytest.raises(ConfigError, match=fix):
             load_config(["--preset", "debug", *options])

@@ -76,14 +76,13 @@ def test_positions_and_labels_begin_anew():
 SETTINGS = {"gqa": GQA, "latent": LATENT}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recomputed", ["none", "attention", "selective", "full"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("attention", SETTINGS)
-def test_packed_documents_have_the_losses_and_gradients_of_each_alone(attention, implementation, checkpointing):
+def test_packed_documents_have_the_losses_and_gradients_of_each_alone(attention, implementation, recomputed):
     model = build(SETTINGS[attention]).train()
     model.config._attn_implementation = implementation
-    if checkpointing:
-        enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, recomputed)
     rows = [[3, 50, 20, 47], [100, 20], [120]]
     ids = packed(rows)
     positions, labels = by_document(ids, EOS)

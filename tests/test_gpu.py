@@ -213,11 +213,12 @@ LATENT_RUN = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--mod
     [
         ("--parallel.engine=local",),
         ("--parallel.engine=local", *LATENT_RUN),
-        ("--parallel.engine=local", "--train.activation_checkpointing=true"),
+        ("--parallel.engine=local", "--train.activation_checkpointing=full"),
+        ("--parallel.engine=local", "--train.activation_checkpointing=selective"),
         *((f"--parallel.zero={zero}", "--parallel.engine=deepspeed") for zero in range(4)),
         ("--parallel.zero=1", "--parallel.engine=deepspeed", *LATENT_RUN),
     ],
-    ids=["local", "latent", "checkpointing", "zero 0", "zero 1", "zero 2", "zero 3", "zero 1 latent"],
+    ids=["local", "latent", "full", "selective", "zero 0", "zero 1", "zero 2", "zero 3", "zero 1 latent"],
 )
 def test_twenty_steps_are_the_cpus(small_run, tmp_path, options):
     model = [option for option in options if option.startswith("--model.")]

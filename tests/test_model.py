@@ -1,5 +1,7 @@
 """The model against transformers' own implementations of the same function."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +18,7 @@ from transformers import (
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
+from smolds_dist.settings import Recomputed
 
 SMALL = dict(vocab_size=160, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6)
 GQA = dict(SMALL, num_key_value_heads=2, head_dim=8)
@@ -152,12 +155,11 @@ def test_padded_batch_equals_transformers(pair):
     torch.testing.assert_close(ours_logits, peer_logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_equal_transformers(pair, checkpointing):
+@pytest.mark.parametrize("recomputed", get_args(Recomputed))
+def test_loss_and_gradients_equal_transformers(pair, recomputed):
     ours, peer = pair
     ids = tokens(3, 40)
-    if checkpointing:
-        enable_activation_checkpointing(ours)
+    enable_activation_checkpointing(ours, recomputed)
     ours_loss, peer_loss = ours.train()(input_ids=ids, labels=ids).loss, peer.train()(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(ours_loss, peer_loss, atol=1e-5, rtol=0)
     ours_loss.backward()

@@ -38,6 +38,10 @@ DISTURBED = {
     "gqa": case(CHECKPOINTING, expert=2, zero=1, disturb=True),
     "latent": case(*LATENT, CHECKPOINTING, expert=2, zero=3, disturb=True),
 }
+IN_PARTS = [
+    case(f"--train.activation_checkpointing={what}", expert=2, zero=zero)
+    for what, zero in (("attention", 3), ("experts", 3), ("selective", 3), ("selective", 1))
+]
 # What published models have besides: dense layers, shared experts, an output weight of their own, YaRN, groups, norms of
 # queries and keys; and the routers' losses.
 FAMILY = (
@@ -68,16 +72,30 @@ WITH_MUON = {
     4: [case(MUON, expert=2, zero=1), case(MUON, expert=2, zero=3)],
 }
 MUON_IN_BF16 = [case(MUON, BF16, expert=2, zero=zero) for zero in (0, 1, 3)]
-# No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers.
+# No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers. ZeRO 3 steps
+# in many pieces too.
 SMALL_BUCKETS = [
     case(f"--parallel.ds_config={Path(__file__).with_name('small_buckets.json')}", expert=2, zero=zero)
     for zero in (1, 3)
+]
+OFFLOADED = [
+    case(f"--parallel.ds_config={Path(__file__).with_name('offload.json')}", expert=2, zero=zero) for zero in (1, 2, 3)
 ]
 IN_BF16 = [case(BF16, expert=2, zero=zero) for zero in (0, 1, 2, 3)]
 # What the ranks of a world size train one after the other; they are started once.
 CASES = {
     1: LAYOUTS[1],
-    2: [*LAYOUTS[2], *DISTURBED.values(), *WITH_MUON[2], *SMALL_BUCKETS, *IN_BF16, *MUON_IN_BF16, *FAMILIES[2]],
+    2: [
+        *LAYOUTS[2],
+        *DISTURBED.values(),
+        *IN_PARTS,
+        *WITH_MUON[2],
+        *SMALL_BUCKETS,
+        *OFFLOADED,
+        *IN_BF16,
+        *MUON_IN_BF16,
+        *FAMILIES[2],
+    ],
     4: [*LAYOUTS[4], *WITH_MUON[4], *FAMILIES[4]],
 }
 
@@ -96,6 +114,9 @@ CHANGES = [
     ((2, case(expert=2, zero=0)), (2, case(expert=2, zero=1))),
     ((4, case(expert=2, zero=1)), (2, case(expert=2, zero=0))),
     ((2, case(expert=1, zero=3)), (4, case(expert=4, zero=2))),
+    ((2, OFFLOADED[2]), LOCAL),
+    ((2, OFFLOADED[0]), (2, OFFLOADED[2])),
+    (LOCAL, (2, OFFLOADED[1])),
     ((0, case(MUON)), (2, case(MUON, expert=2, zero=0))),
     ((2, case(MUON, expert=2, zero=0)), (4, case(MUON, expert=2, zero=3))),
     ((4, case(MUON, expert=2, zero=1)), (2, case(MUON, expert=1, zero=3))),
@@ -110,6 +131,7 @@ SAME = [
     *((2, case(expert=2, zero=zero)) for zero in (0, 1, 2, 3)),
     (0, case(BF16)),
     *((2, one) for one in IN_BF16),
+    (2, OFFLOADED[2]),
     (2, DISTURBED["latent"]),
     (2, case(MUON, expert=2, zero=1)),
     (2, case(MUON, BF16, expert=2, zero=3)),
@@ -264,9 +286,19 @@ def test_counts_leave_out_evaluation_sampling_and_recomputation(saved, attention
     assert_same_run(results_of(2, saved)[DISTURBED[attention]], reference(*model))
 
 
+@pytest.mark.parametrize("one", IN_PARTS)
+def test_computing_parts_again_gives_the_single_process_run(saved, one):
+    assert_same_run(results_of(2, saved)[one], reference())
+
+
 @pytest.mark.parametrize(("world", "one"), [(world, one) for world, cases in WITH_MUON.items() for one in cases])
 def test_muon_gives_the_single_process_run(saved, world, one):
     assert_same_run(results_of(world, saved)[one], reference(*options_without_layout(one)))
+
+
+@pytest.mark.parametrize("one", OFFLOADED, ids=("zero1", "zero2", "zero3"))
+def test_an_optimizer_in_the_hosts_memory_gives_the_single_process_run(saved, one):
+    assert_same_run(results_of(2, saved)[one], reference())
 
 
 @pytest.mark.parametrize("one", SMALL_BUCKETS, ids=("zero1", "zero3"))

@@ -2,13 +2,15 @@
 
 Memory: every number of ranks, ZeRO stage and size, of which a process's peak is measured over real steps. Time: the machine
 is calibrated with one process, then steps of several ranks are measured and predicted. Layout: every expert-parallel size is
-measured, and the one that a run would take must be the fastest or close to it. Published: `planner/published.yaml`, of which
+measured, and the one that a run would take must be the fastest or close to it. Recompute: each kind of activation
+checkpointing. Published: `planner/published.yaml`, of which
 one half chooses the two figures of each generation of GPUs and the other tests them.
 """
 
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,10 +32,12 @@ from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import parse_hardware
 from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.memory import PROCESS_BYTES, parameter_counts, rank_memory
+from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, expert_sizes, plan_topology
 from smolds_dist.planner.published import HALVES, WITHIN, compare, error_factor, fit
+from smolds_dist.planner.search import RECOMPUTED
 
 # Large enough that the model and not the process is what is measured.
 MEMORY_SIZES = (
@@ -50,6 +54,7 @@ TIME_SIZES = (
 
 LAYOUT_SIZES = (*TIME_SIZES, dict(hidden_size=384, intermediate_size=256, num_hidden_layers=6, vocab_size=8192))
 LAYOUT_ROUNDS = 2  # in which all sizes take turns
+RECOMPUTED_ROUNDS = 2
 
 
 def bench_plan(args: list[str]) -> None:
@@ -150,6 +155,44 @@ def against_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"hardware": entry, "steps": rows}, "\n".join(text)
 
 
+def against_recomputation(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Memory and time of each kind of activation checkpointing in one process; time as a multiple of that without."""
+    entry = measure_machine()
+    machine = parse_hardware("here", entry)
+    rows: list[dict[str, Any]] = []
+    for size in MEMORY_SIZES[: options.sizes]:
+        seconds: dict[str, list[float]] = {what: [] for what in RECOMPUTED}
+        memory = dict.fromkeys(RECOMPUTED, 0)
+        for _ in range(RECOMPUTED_ROUNDS):
+            for what in RECOMPUTED:
+                say(f"recompute: hidden {size['hidden_size']}, {what}")
+                found, peak = measure_step(size, settings=(f"--train.activation_checkpointing={what}",))
+                seconds[what] += found
+                memory[what] = max(memory[what], peak)
+        layout = Layout(1, 1, 1, 0, SEQUENCES, 1, SEQ_LEN, "fp32", device=machine.device)
+        process = PROCESS_BYTES["cpu"] if machine.device == "cpu" else 0.0
+        for what in RECOMPUTED:
+            at, model = replace(layout, recompute=what), model_of(size)
+            times = (step_time(model, one, machine).total for one in (at, layout))
+            rows.append(
+                {
+                    "size": size, "recompute": what,
+                    "memory": {"predicted": rank_memory(model, at, process).total, "measured": memory[what]},
+                    "slower": {"predicted": next(times) / next(times),
+                               "measured": median(a / b for a, b in zip(seconds[what], seconds["none"], strict=True))},
+                }
+            )  # fmt: skip
+    text = ["hidden layers recompute   memory  measured  ratio  slower measured"]
+    for row in rows:
+        size, memory, slower = row["size"], row["memory"], row["slower"]
+        text.append(
+            f"{size['hidden_size']:>6} {size['num_hidden_layers']:>6} {row['recompute']:>9} "
+            f"{memory['predicted'] / 1e9:>5,.2f} GB {memory['measured'] / 1e9:>6,.2f} GB "
+            f"{memory['predicted'] / memory['measured']:>6.2f} {slower['predicted']:>7.2f} {slower['measured']:>8.2f}"
+        )
+    return {"hardware": entry, "layouts": rows}, "\n".join(text)
+
+
 def against_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The expert-parallel size that `plan_topology` takes on this machine, calibrated, against measured steps of all."""
     entry = measure_machine()
@@ -227,4 +270,7 @@ def against_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str
     return {"errors": errors, "figures": chosen, "runs": rows}, "\n".join(text)
 
 
-KINDS = {"memory": against_memory, "time": against_time, "layout": against_layouts, "published": against_published}
+KINDS = {
+    "memory": against_memory, "time": against_time, "layout": against_layouts, "recompute": against_recomputation,
+    "published": against_published,
+}  # fmt: skip

@@ -22,6 +22,8 @@ REUSED = 0.5
 BUCKET = {"cpu": 4_000_000, "mps": 50_000_000, "cuda": 50_000_000}
 # Numbers of the weights that ZeRO 3 gathers ahead in one piece, `stage3_prefetch_bucket_size` in ds_configs.
 PREFETCHED = 10_000_000
+# Numbers that ZeRO 3 steps at a time, `sub_group_size` in ds_configs, each time with a copy of their gradients.
+SUB_GROUP = 20_000_000
 # Of a process before there is a model, where nothing has been measured: Python's libraries, or CUDA's context and NCCL.
 PROCESS_BYTES = {"cpu": 0.4e9, "mps": 1e9, "cuda": 1.5e9}
 CUBLAS_WORKSPACE = 67e6  # bytes, two of 32 MiB
@@ -256,8 +258,8 @@ def logits_bytes(model: Any, layout: Layout) -> float:
 def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
     """What tokens are exchanged in, what DeepSpeed's ZeRO reduces and gathers in, and what else libraries take.
 
-    Two buckets of gradients, one filled while the other travels; an fp32 gradient of the rank's slice for the step; with
-    ZeRO 3 the gathered weights, of which DeepSpeed lets a billion live, and the piece that they are copied out of.
+    Two buckets of gradients, one filled while the other travels; an fp32 gradient of what is stepped at a time; with ZeRO 3
+    the gathered weights, of which DeepSpeed lets a billion live, and the piece that they are copied out of.
     """
     held = rank_parameters(model, layout)
     own = sum(parameters for parameters, _, _ in held)
@@ -274,7 +276,7 @@ def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
         if layout.device == "cpu":
             bucket = min(own, bucket)  # only what is written to is there
         slices = sum(parameters / replicas for parameters, replicas, _ in held)
-        buffers += 2 * bucket * layout.element_bytes + 4 * slices
+        buffers += 2 * bucket * layout.element_bytes + 4 * (min(slices, SUB_GROUP) if layout.zero == 3 else slices)
     if layout.zero == 3 and layout.device == "cuda":  # one bucket, which outlives the step
         buffers += (layout.bucket or BUCKET["cuda"]) * layout.element_bytes
     if layout.zero == 3 and (layout.device != "cuda" or layout.replicas > 1):  # else there is nothing to gather

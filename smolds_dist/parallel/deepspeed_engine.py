@@ -67,6 +67,21 @@ def fill_kept(model: nn.Module, fill: Fill) -> None:
             fill(fragment)
 
 
+def places_in_partitions(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]]:
+    """Where ZeRO 3 puts this rank's part of each parameter, by its id: flat partition, first element and length.
+
+    Args:
+        groups: the parameters of each partition, which lie there one after the other.
+    """
+    places = {}
+    for index, parameters in enumerate(groups):
+        begin = 0
+        for parameter in parameters:
+            places[id(parameter)] = (index, begin, parameter.partition_numel())
+            begin += parameter.partition_numel()
+    return places
+
+
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0 to 3 and AutoEP, over nccl or gloo.
 
@@ -119,8 +134,7 @@ class DeepSpeedEngine:
             raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; mend it.") from None
         self.model = self.engine.module
         if topology.zero == 3:
-            parameters_in = self.engine.optimizer.fp16_groups  # by partition
-            self._flat_of = {id(p): index for index, several in enumerate(parameters_in) for p in several}
+            self._places = places_in_partitions(self.engine.optimizer.fp16_groups)
         if config.train.optimizer == "muon" and topology.zero:
             self._owners = MatrixOwners(self.fragments(), self._flat_partitions(), self.device)
         self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
@@ -238,13 +252,12 @@ class DeepSpeedEngine:
             tensors = {"value": flat} | same_shape(states[flat], flat)
             views = {kind: t.detach().narrow(0, place.start, place.numel) for kind, t in tensors.items()}
             return mapping.lp_fragment_address.start, views, parameter.shape
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        views = {"value": safe_get_local_fp32_param(parameter).detach()}
-        flat = self._flat_partitions()[self._flat_of[id(parameter)]]
-        for kind in same_shape(states[flat], flat):
-            views[kind] = safe_get_local_optimizer_state(parameter, kind).detach()
-        return parameter.ds_zero_partition_rank * len(views["value"]), views, parameter.ds_shape
+        # DeepSpeed's `safe_get_local_...` give copies where the optimizer is offloaded (0.19.8), and these are live.
+        index, begin, length = self._places[id(parameter)]
+        flat = self._flat_partitions()[index]
+        tensors = {"value": flat} | same_shape(states[flat], flat)
+        views = {kind: tensor.detach().narrow(0, begin, length) for kind, tensor in tensors.items()}
+        return parameter.ds_zero_partition_rank * length, views, parameter.ds_shape
 
     def _flat_partitions(self) -> list[Tensor]:
         """What DeepSpeed's optimizer works on from ZeRO 1 on: this rank's part of every group, flat and fp32."""

@@ -18,6 +18,11 @@ if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
 
 
+# Where state may be offloaded to. What is on a disk no rank can see, and offloaded weights cannot be filled in, before
+# DeepSpeed has moved them away (0.19.8): for both it offers copies alone.
+OFFLOADED = {"offload_optimizer": ("none", "cpu"), "offload_param": ("none",)}
+
+
 def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config") -> dict[str, Any]:
     """`ds_configs/zeroN.json`, or the user's own file, with every "auto" filled in.
 
@@ -38,10 +43,12 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
-    for section in ("offload_optimizer", "offload_param"):
-        if topology.zero == 3 and zero.get(section, {}).get("device", "none") != "none":
+    for section, devices in OFFLOADED.items():
+        device = zero.get(section, {}).get("device", "none")
+        if device not in devices:
             raise ConfigError(
-                f"{path} sets {section} for ZeRO 3, which checkpoints cannot reach; remove it, or use ZeRO 2."
+                f"{path} sets {section} to {device}, of which DeepSpeed gives checkpoints no more than copies; use "
+                f"{' or '.join(devices)}."
             )
     known = {
         "train_batch_size": config.train.global_batch,

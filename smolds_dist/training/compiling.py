@@ -46,7 +46,9 @@ def compile_model(
     Args:
         peak_seconds: of the rest of the run, were it nothing but matrix products at their peak.
     """
-    if not is_wanted(config.train.compile, topology.device, peak_seconds):
+    # Under selective checkpointing, which looks at every operator, all would be compiled once more in the first step.
+    selective = config.train.activation_checkpointing == "selective"
+    if selective or not is_wanted(config.train.compile, topology.device, peak_seconds):
         return False
     began = time.perf_counter()
     terminal.say("compiling; what is compiled is kept in PyTorch's cache for later runs")
