@@ -105,6 +105,8 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
             '{"zero_optimization": {"reduce_bucket_size": "large"}}',
             "reduce_bucket_size: Input should be a valid integer",
         ),
+        ('{"zero_optimization": {"offload_param": {"device": "cpu"}}}', "sets offload_param to cpu"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "use none or cpu"),
     ],
 )
 def test_own_deepspeed_configuration_that_is_none_is_one_sentence(small_run, tmp_path, text, complaint):
