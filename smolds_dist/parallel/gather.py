@@ -77,11 +77,13 @@ class Gatherer:
             if len(share.tensors["value"]):
                 self._mine[share.name].append(share)
         mine = [
-            (self._number[name], one.start, len(one.tensors["value"])) for name, held in self._mine.items() for one in held
+            (self._number[name], one.start, len(one.tensors["value"]))
+            for name, held in self._mine.items()
+            for one in held
         ]
-        self._find(rows_of_all(mine, 3, device))
+        self.find_in(rows_of_all(mine, 3, device))
 
-    def _find(self, held: np.ndarray) -> None:
+    def find_in(self, held: np.ndarray) -> None:
         """Keeps what the ranks hold so that a tensor's parts are found at once.
 
         Args:

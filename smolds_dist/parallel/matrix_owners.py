@@ -2,8 +2,8 @@
 
 The owner gathers the parts, computes on the whole, and sends everyone's part of the result back, so that each matrix is
 computed once (distributed Muon, arXiv 2502.16982, algorithm 1). What a rank holds whole never travels: at ZeRO 1 and 2
-that is all but the matrices at the borders of the ranks' partitions; at ZeRO 3 every matrix is cut. Every rank makes the same
-plan out of all ranks' parts, of which there are at ZeRO 3 as many as ranks times matrices that a rank has a part of.
+that is all but the matrices at the borders of the ranks' partitions; at ZeRO 3 every matrix is cut. Every rank makes the
+same plan out of all ranks' parts, of which there are at ZeRO 3 as many as ranks times matrices that a rank has a part of.
 
 Shape letters: N matrices of one shape, R rows, C columns.
 """
@@ -121,16 +121,14 @@ class MatrixOwners:
         return all_to_all(pieces, sizes, expected, torch.empty(0, device=self._device))
 
 
-def plan_for(
-    held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray
-) -> Plan:
+def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:
     """What `rank` computes and exchanges. Every rank gets the same owners, as long as it is asked about the same.
 
     All ranks' parts are looked at in arrays alone; Python loops over the matrices, and over what `rank` sends and receives.
 
     Args:
-        held: the parts of one partition that all ranks hold [M, 5]: rank, number of the matrix, and the rest as in `Part`; in
-            the order of the ranks.
+        held: the parts of one partition that all ranks hold [M, 5], in the order of the ranks: rank, number of the matrix,
+            start, offset and length.
         matrices: shapes by name, in the order of their numbers, which is that of the names.
         world: how many ranks there are.
         loads: work [world] that each rank has already, which is added to; an owner is the least loaded rank of those that
