@@ -69,7 +69,9 @@ def bench_control(options: Any, settings: list[str]) -> None:
     """
     for ranks in options.ranks:
         if ranks < 1 or (ranks > PER_NODE and ranks % PER_NODE):
-            raise ConfigError(f"--ranks {ranks} must be less than {PER_NODE}, or whole nodes of {PER_NODE}.")
+            raise ConfigError(
+                f"--ranks {ranks} is neither part of a node of {PER_NODE} nor whole nodes; use 8, 16, 24, ..."
+            )
     by_ranks = {}
     for ranks in options.ranks:
         say(f"rank 0 of {ranks:,}")
@@ -98,9 +100,9 @@ def of_run(ranks: int, folder: Path) -> list[str]:
 
 
 def growth(result: dict[str, Any], piece: str) -> float:
-    """The power of the number of ranks that the seconds of a piece grow with, from the fewest ranks to the most; at most
-    about 1 is what is asked for."""
-    numbers = sorted(map(int, result["ranks"]))
+    """The power of the number of ranks that the seconds of a piece grow with between the two largest numbers, where what is
+    constant counts least. 1 is as the ranks."""
+    numbers = sorted(map(int, result["ranks"]))[-2:]
     first, last = (result["ranks"][str(n)]["seconds"][piece] for n in (numbers[0], numbers[-1]))
     return math.log(last / first) / math.log(numbers[-1] / numbers[0]) if len(numbers) > 1 else 0.0
 
@@ -110,7 +112,7 @@ def table(result: dict[str, Any]) -> str:
     ranks = result["ranks"]
     lines = [
         f"{result['preset']}, narrow, on {result['machine']}",
-        "processor time of rank 0 in ms, and the power of the number of ranks that it grows with",
+        "processor time of rank 0 in ms, and the power of the number of ranks that it grows with at the end",
         f"{'ranks':46}" + "".join(f"{int(n):>12,}" for n in ranks) + f"{'power':>8}",
         f"{'parts of tensors, of all ranks':46}" + "".join(f"{one['parts']:>12,}" for one in ranks.values()),
     ]
@@ -266,8 +268,8 @@ def plan(config: RunConfig, world: int) -> None:
     best_first(list(candidates(asked, machine, world // here, here, 0.0)), machine)
 
 
-def samples_of_steps(config: RunConfig, topology: Topology) -> Callable[[], Any]:
-    """Finds rank 0's samples of the next step, each time that it is called; the first is step `STEP`.
+def samples_of_steps(config: RunConfig, topology: Topology) -> Callable[[], list[list[Piece]]]:
+    """Finds a rank's samples of the next step, each time that it is called; the first is the one after step `STEP`.
 
     The source is one of so many units of `UNIT_TOKENS` tokens that the run stays in its first epoch.
     """
@@ -286,15 +288,14 @@ def samples_of_steps(config: RunConfig, topology: Topology) -> Callable[[], Any]
     ]
     step = STEP
 
-    def find() -> None:
+    def find() -> list[list[Piece]]:
         nonlocal step
         for order, taken in zip(orders, mixture.totals(step * size).tolist(), strict=True):
             order.extend(taken - 1)
         first = (step - 1) * size + topology.rank * topology.per_rank
         source, number = mixture.look_up(np.arange(first, first + topology.per_rank))
-        for at, order in enumerate(orders):
-            order.pieces(number[source == at])
         step += 1
+        return [pieces for at, order in enumerate(orders) for pieces in order.pieces(number[source == at])]
 
     find()  # gets to know all that comes before
     return find
