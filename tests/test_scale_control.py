@@ -118,7 +118,7 @@ def test_a_rank_watches_all_until_it_computes_and_then_its_own_hosts(tmp_path):
 
 def test_bench_scale_control_has_a_line_for_each_piece(tmp_path):
     told, picture = tmp_path / "control.json", tmp_path / "control.png"
-    sizes = ["--preset=debug", "--model.num_hidden_layers=1", "--ranks", "4", "8"]
+    sizes = ["--preset=debug", "--model.num_hidden_layers=1", "--rounds=1", "--ranks", "4", "8"]
     finished = smolds("bench", "scale", "--what=control", *sizes, f"--json={told}", f"--picture={picture}")
     assert finished.returncode == 0, finished.text
     result = json.loads(told.read_text())
@@ -151,7 +151,8 @@ def test_nothing_that_was_measured_grows_faster_than_the_ranks():
     result = json.loads((ROOT / "smolds_dist" / "bench" / "results" / "scale_control.json").read_text())
     assert list(map(int, result["ranks"])) == RANKS
     for piece in result["ranks"]["64"]["seconds"]:
-        assert growth(result, piece) < 1.15, piece
+        # 2 where it grew as the square. Sorting, and what a cache no longer holds, make it a little more than 1.
+        assert growth(result, piece) < 1.5, piece
 
 
 def test_growth_is_the_power_between_the_last_two():

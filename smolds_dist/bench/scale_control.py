@@ -16,14 +16,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from smolds_dist.bench.common import keep, run_python
+from smolds_dist.bench.common import check_at_least_one, keep, run_python
 from smolds_dist.bench.train import processor, say
 from smolds_dist.checkpoint.files import RANDOM, CheckpointReader, checkpoint_name, publish, write_tensors
 from smolds_dist.checkpoint.resume import open_checkpoint, restore
@@ -67,19 +67,23 @@ def bench_control(options: Any, settings: list[str]) -> None:
     Raises:
         ConfigError: for numbers of ranks that no nodes of eight have, or where one fails.
     """
+    check_at_least_one(options, "rounds")
     for ranks in options.ranks:
         if ranks < 1 or (ranks > PER_NODE and ranks % PER_NODE):
             raise ConfigError(
                 f"--ranks {ranks} is neither part of a node of {PER_NODE} nor whole nodes; use 8, 16, 24, ..."
             )
-    by_ranks = {}
-    for ranks in options.ranks:
-        say(f"rank 0 of {ranks:,}")
+    by_ranks: dict[str, dict[str, Any]] = {}
+    for number, ranks in product(range(options.rounds), options.ranks):
+        say(f"round {number + 1} of {options.rounds}: rank 0 of {ranks:,}")
         with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=options.dir) as folder:
             given = ["--preset", options.preset, *NARROW, *settings, *of_run(ranks, Path(folder))]
             told = Path(folder) / "told.json"
             run_python(["-m", "smolds_dist.bench.scale_control", str(ranks), json.dumps(given), str(told)])
-            by_ranks[str(ranks)] = json.loads(told.read_text())
+            answer = json.loads(told.read_text())
+        before = by_ranks.setdefault(str(ranks), answer)["seconds"]
+        for piece, seconds in answer["seconds"].items():
+            before[piece] = min(seconds, before[piece])
     result = {
         "date": time.strftime("%Y-%m-%d"), "machine": processor(), "preset": options.preset,
         "settings": [*NARROW, *settings], "ranks": by_ranks,
@@ -200,7 +204,7 @@ def tensors_of(engine: "DeepSpeedEngine", rank: int) -> dict[str, torch.Tensor]:
 
 
 class Times:
-    """Seconds of processor time by piece of work: neither what others do on the machine nor how fast its disk is counts."""
+    """Processor time by piece of work, so that waiting for the disk or for other programs does not count."""
 
     def __init__(self) -> None:
         self._taken: dict[str, list[float]] = defaultdict(list)
@@ -215,8 +219,9 @@ class Times:
             if time.perf_counter() >= end:
                 return result
 
-    def medians(self) -> dict[str, float]:
-        return {piece: median(taken) for piece, taken in self._taken.items()}
+    def least(self) -> dict[str, float]:
+        """Seconds: the shortest of each piece's times, because others make them only longer."""
+        return {piece: min(taken) for piece, taken in self._taken.items()}
 
 
 def measure(world: int, given: list[str]) -> dict[str, Any]:
@@ -252,7 +257,7 @@ def measure(world: int, given: list[str]) -> dict[str, Any]:
     write_all(writer, engine, world)
     measure_saving(times, writer, engine, balancer)
     measure_resuming(times, config, topology, engine, balancer)
-    return {"parts": len(held), "seconds": times.medians()}
+    return {"parts": len(held), "seconds": times.least()}
 
 
 def plan(config: RunConfig, world: int) -> None:
