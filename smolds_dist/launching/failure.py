@@ -43,7 +43,7 @@ class RankReport:
         self.folder = run_dir / "ranks"
         self.grace = settings.grace
         self.timeout = settings.timeout or float("inf")
-        self.rank = info.rank
+        self.rank, self.world_size = info.rank, info.world_size
         self.passes = 0
         self._near: list[Path] | None = None
         self._last_beat = time.monotonic()
@@ -122,10 +122,12 @@ class RankReport:
 
     def near(self) -> list[Path] | None:
         """The entries of this host's ranks, the only ones in which a dead rank can be seen; None, for all, until every rank
-        has its entry, which is so once they compute together."""
+        has its entry of this start, which is so once they compute together."""
         if self._near is None and self.passes:
-            mine = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] == system_name()]
-            self._near = [self.folder / f"rank_{entry['rank']:05}.json" for entry in mine]
+            entries = _entries(self.folder, self.entry["job"])
+            if len(entries) == self.world_size:  # else a file could not be read just now
+                mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
+                self._near = [self.folder / f"rank_{rank:05}.json" for rank in mine]
         return self._near
 
     def _watch(self) -> None:
