@@ -35,7 +35,7 @@ def bench_scale(args: list[str]) -> None:
     )
     parser.add_argument("--ranks", type=int, nargs="+", help="1 2 4 where not given; of control 64 256 1024")
     parser.add_argument("--picture", type=Path, help="file for the curves of control, .png")
-    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, of all but speed")
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, of build, resume and export")
     parser.add_argument("--dir", type=Path, help="a folder on the disk to write checkpoints to, of all but speed")
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     add_dtype(parser)

@@ -1,6 +1,6 @@
 """What became of every rank, so that a job's bad end is told in one line: which rank, on which host, and why.
 
-Every rank keeps `RUN/ranks/rank_00003.json` and watches those of the others, whichever program started them. Who finds
+Every rank keeps `RUN/ranks/rank_00003.json` and watches those of its host, whichever program started them. Who finds
 the cause first puts it into `RUN/ranks/cause.txt` and prints it; the others leave in silence. Ranks on several hosts
 need the run folder on a shared file system for that, as checkpoints do.
 """

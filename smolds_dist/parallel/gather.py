@@ -1,7 +1,7 @@
 """Whole logical tensors out of what the ranks hold of them, each at the rank that wants it and a few at a time.
 
-At ZeRO 3 every rank holds a part of every tensor, so that what all ranks must know of each other grows with both: the parts
-travel and stay as rows of numbers, and nothing loops over those of all ranks in Python.
+Every rank knows the parts that all ranks hold, at ZeRO 3 ranks times those of one rank. They travel and stay as rows of
+numbers; Python loops over those of wanted tensors alone.
 """
 
 from collections import defaultdict

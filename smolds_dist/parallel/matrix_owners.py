@@ -77,7 +77,7 @@ class MatrixOwners:
         number = {name: place for place, name in enumerate(matrices)}
         mine = []
         for fragment in fragments:
-            if fragment.name in number:
+            if len(fragment.shape) == 2:
                 index, offset = place_in(flats, fragment.tensors["value"])
                 mine.append((index, number[fragment.name], fragment.start, offset, len(fragment.tensors["value"])))
         held = rows_of_all(mine, 5, device)
