@@ -1,5 +1,6 @@
 """Who computes which matrix where ZeRO has cut them; that the numbers are right is told by test_parity.py."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,7 +42,14 @@ def cut_each() -> list[list[Part]]:
 
 
 def plans(held: list[list[Part]]) -> list[Plan]:
-    return [plan_for(held, rank, [0.0] * WORLD) for rank in range(WORLD)]
+    matrices = {name: SHAPES[name] for name in sorted(SHAPES)}
+    number = {name: place for place, name in enumerate(matrices)}
+    rows = [
+        (rank, number[part.matrix], part.start, part.offset, part.length)
+        for rank, parts in enumerate(held)
+        for part in parts
+    ]
+    return [plan_for(np.array(rows), matrices, WORLD, rank, np.zeros(WORLD)) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("held", [flat_partitions(), cut_each()], ids=("zero1", "zero3"))

@@ -1,4 +1,4 @@
-"""`smolds bench scale`: tokens per second on 1, 2, 4, ... ranks and what keeps them from more, or what they hold and read.
+"""`smolds bench scale`: tokens per second on 1, 2, 4, ... ranks, what they hold and read, or what control costs rank 0.
 
 The tokens of a step stay the same. On a CPU, ranks share the machine's cores, so that more of them cannot be faster than
 one: what is to be seen is what sharing the experts costs.
@@ -27,10 +27,15 @@ def bench_scale(args: list[str]) -> None:
     """
     parser = bench_parser("scale", __doc__)
     parser.add_argument(
-        "--what", nargs="+", choices=("speed", *KINDS), default=["speed"], help="speed, or memory and what is read"
+        "--what",
+        nargs="+",
+        choices=("speed", "control", *KINDS),
+        default=["speed"],
+        help="speed, or memory and what is read, or what rank 0 of many ranks does beside training",
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, of all but speed")
+    parser.add_argument("--ranks", type=int, nargs="+", help="1 2 4 where not given; of control 64 256 1024")
+    parser.add_argument("--picture", type=Path, help="file for the curves of control, .png")
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, of build, resume and export")
     parser.add_argument("--dir", type=Path, help="a folder on the disk to write checkpoints to, of all but speed")
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     add_dtype(parser)
@@ -38,8 +43,18 @@ def bench_scale(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     options, settings = parse(parser, args)
     check_at_least_one(options, "sequences", "rounds", "steps")
-    if "speed" in options.what and len(options.what) > 1:
-        raise ConfigError("--what speed goes alone; measure the other things in a second run.")
+    for alone in ("speed", "control"):
+        if alone in options.what and len(options.what) > 1:
+            raise ConfigError(f"--what {alone} goes alone; measure the other things in a second run.")
+    if options.picture and options.what != ["control"]:
+        raise ConfigError("--picture is of --what control; leave it out.")
+    if options.what == ["control"]:
+        from smolds_dist.bench.scale_control import RANKS, bench_control
+
+        options.ranks = options.ranks or RANKS
+        bench_control(options, settings)
+        return
+    options.ranks = options.ranks or [1, 2, 4]
     if options.what != ["speed"]:
         bench_memory(options, settings)
         return

@@ -291,7 +291,7 @@ class CheckpointReader:
         """
         pieces = self._index.get(name, {}).get(kind, [])
         done, end = start, start + len(out)
-        at = max(0, bisect_right([piece.start for piece in pieces], start) - 1)
+        at = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
         for piece in pieces[at:]:
             first, last = max(done, piece.start), min(end, piece.start + piece.length)
             if first > done or done >= end:

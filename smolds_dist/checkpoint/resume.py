@@ -222,10 +222,10 @@ def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None
     reader, message, place = None, "", 0
     try:
         manifest = read_manifest(folder)
-        for number in range(topology.rank, len(manifest.files), topology.world_size):
-            if find_damage(folder, part=slice(number, number + 1)):
-                place = number + 1
-                break
+        share = slice(topology.rank, None, topology.world_size)
+        if find_damage(folder, part=share):  # looks at all of its share with one reading of the manifest
+            numbers = range(len(manifest.files))[share]
+            place = next((n + 1 for n in numbers if find_damage(folder, part=slice(n, n + 1))), 2**20)
         else:
             reader = CheckpointReader(folder, manifest)
             reader.check_coverage()

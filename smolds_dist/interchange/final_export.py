@@ -20,7 +20,7 @@ from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
-from smolds_dist.parallel.fragments import logical_shapes
+from smolds_dist.parallel.fragments import logical_shapes, tensor_shapes
 from smolds_dist.parallel.gather import Gatherer
 from smolds_dist.parallel.topology import Topology
 
@@ -80,7 +80,8 @@ def write_weights(
     if topology.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     engine.barrier()
-    gatherer = Gatherer(engine.fragments(), engine.device, next(iter(parameters.values())).dtype)
+    dtype = next(iter(parameters.values())).dtype
+    gatherer = Gatherer(engine.fragments(), tensor_shapes(skeleton), engine.device, dtype)
     for first in range(0, len(files), topology.world_size):
         together = files[first : first + topology.world_size]
         with ExitStack() as opened:

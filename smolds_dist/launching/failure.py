@@ -1,6 +1,6 @@
 """What became of every rank, so that a job's bad end is told in one line: which rank, on which host, and why.
 
-Every rank keeps `RUN/ranks/rank_00003.json` and watches those of the others, whichever program started them. Who finds
+Every rank keeps `RUN/ranks/rank_00003.json` and watches those of its host, whichever program started them. Who finds
 the cause first puts it into `RUN/ranks/cause.txt` and prints it; the others leave in silence. Ranks on several hosts
 need the run folder on a shared file system for that, as checkpoints do.
 """
@@ -43,8 +43,9 @@ class RankReport:
         self.folder = run_dir / "ranks"
         self.grace = settings.grace
         self.timeout = settings.timeout or float("inf")
-        self.rank = info.rank
+        self.rank, self.world_size = info.rank, info.world_size
         self.passes = 0
+        self._near: list[Path] | None = None
         self._last_beat = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(f"rank_{info.rank:05}.*"):
@@ -104,7 +105,7 @@ class RankReport:
             # The other end of a broken connection is the cause; its host's ranks see it best.
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
-                if (self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"]):
+                if (self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"], self.near()):
                     return
                 time.sleep(0.2)
             others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
@@ -119,6 +120,16 @@ class RankReport:
                 return
         _tell(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
+    def near(self) -> list[Path] | None:
+        """The entries of this host's ranks, the only ones in which a dead rank can be seen; None, for all, until every rank
+        has its entry of this start, which is so once they compute together."""
+        if self._near is None and self.passes:
+            entries = _entries(self.folder, self.entry["job"])
+            if len(entries) == self.world_size:  # else a file could not be read just now
+                mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
+                self._near = [self.folder / f"rank_{rank:05}.json" for rank in mine]
+        return self._near
+
     def _watch(self) -> None:
         while self.entry["state"] == "running":
             time.sleep(1)
@@ -131,7 +142,7 @@ class RankReport:
                     hang.kill_silent(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
-            if not ((self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"])):
+            if not ((self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"], self.near())):
                 continue
             time.sleep(self.grace)
             if self.entry["state"] == "running":
@@ -139,9 +150,13 @@ class RankReport:
                 os._exit(1)
 
 
-def tell_dead(folder: Path, job: str) -> bool:
-    """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
-    if find_dead(folder, job):
+def tell_dead(folder: Path, job: str, files: list[Path] | None = None) -> bool:
+    """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now.
+
+    Args:
+        files: the entries to look at; all where not given.
+    """
+    if find_dead(folder, job, files=files):
         print(
             f"\nsmolds: {(folder / 'cause.txt').read_text().strip()}; the other ranks stop.",
             file=sys.stderr,
@@ -150,9 +165,9 @@ def tell_dead(folder: Path, job: str) -> bool:
     return (folder / "cause.txt").exists()
 
 
-def find_dead(folder: Path, job: str | None = None, since: float = 0.0) -> bool:
+def find_dead(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
     """Notes a rank of this host that ended without a word as the cause; whether it has, as the first."""
-    for entry in _entries(folder, job):
+    for entry in _entries(folder, job, files):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
             crash = folder / f"rank_{entry['rank']:05}.crash"
             fault = crash.read_text().splitlines() if crash.exists() else []
@@ -211,9 +226,9 @@ def _tell(folder: Path, cause: str) -> None:
         print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
 
 
-def _entries(folder: Path, job: str | None = None) -> list[dict[str, Any]]:
+def _entries(folder: Path, job: str | None = None, files: list[Path] | None = None) -> list[dict[str, Any]]:
     entries = []
-    for path in sorted(folder.glob("rank_*.json")):
+    for path in sorted(folder.glob("rank_*.json")) if files is None else files:
         try:
             entry = json.loads(path.read_text())
         except (OSError, ValueError):

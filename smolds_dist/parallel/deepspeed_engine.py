@@ -82,6 +82,23 @@ def places_in_partitions(groups: list[list[Any]]) -> dict[int, tuple[int, int, i
     return places
 
 
+def shapes_of_all(model: nn.Module, expert: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all logical tensors, those of the experts on other ranks too.
+
+    Args:
+        model: as AutoEP has left it.
+        expert: ranks that share one set of experts.
+    """
+    experts = expert_parameters(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if name in experts:
+            shape = (expert * shape[0], *shape[1:])
+        shapes |= logical_shapes(name, shape)
+    return shapes
+
+
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0 to 3 and AutoEP, over nccl or gloo.
 
@@ -136,7 +153,8 @@ class DeepSpeedEngine:
         if topology.zero == 3:
             self._places = places_in_partitions(self.engine.optimizer.fp16_groups)
         if config.train.optimizer == "muon" and topology.zero:
-            self._owners = MatrixOwners(self.fragments(), self._flat_partitions(), self.device)
+            shapes = shapes_of_all(self.model, topology.expert)
+            self._owners = MatrixOwners(self.fragments(), self._flat_partitions(), shapes, self.device)
         self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
         if topology.dtype == "bf16":
             if topology.zero == 0:

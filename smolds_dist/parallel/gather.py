@@ -1,8 +1,14 @@
-"""Whole logical tensors out of what the ranks hold of them, each at the rank that wants it and a few at a time."""
+"""Whole logical tensors out of what the ranks hold of them, each at the rank that wants it and a few at a time.
+
+Every rank knows the parts that all ranks hold, at ZeRO 3 ranks times those of one rank. They travel and stay as rows of
+numbers; Python loops over those of wanted tensors alone.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,27 +33,73 @@ def all_to_all(pieces: list[Tensor], sizes: list[int], coming: list[int], like: 
     return received
 
 
+def rows_of_all(mine: Sequence[Sequence[int]], width: int, device: torch.device) -> np.ndarray:
+    """The rows of all ranks in the ranks' order, each with its rank before it: int64 [M, 1 + width]. Collective, unless
+    there is one process.
+
+    Args:
+        mine: this rank's rows of `width` numbers.
+        device: where collectives take their tensors from.
+    """
+    rows = torch.tensor(mine, dtype=torch.int64).view(len(mine), width)
+    everyone = [rows]
+    if dist.is_initialized():
+        count = torch.tensor([len(rows)], device=device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, count)
+        lengths = torch.cat(counts).tolist()
+        padded = rows.new_zeros(max(lengths), width)
+        padded[: len(rows)] = rows
+        padded = padded.to(device)
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(gathered, padded)
+        everyone = [some[:length].cpu() for some, length in zip(gathered, lengths, strict=True)]
+    ranks = np.repeat(np.arange(len(everyone)), [len(some) for some in everyone])
+    return np.column_stack((ranks, torch.cat(everyone).numpy()))
+
+
 class Gatherer:
     """Brings logical tensors together. Made, and called, by all ranks.
 
     Args:
         fragments: what this rank holds, as live views.
+        names: of all logical tensors of the model, in the same order on all ranks.
         device: where collectives take their tensors from.
         dtype: what values are rounded to.
     """
 
-    def __init__(self, fragments: Iterable[Fragment], device: torch.device, dtype: torch.dtype):
+    def __init__(self, fragments: Iterable[Fragment], names: Iterable[str], device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
+        self._number = {name: number for number, name in enumerate(names)}
         self._mine: dict[str, list[Fragment]] = defaultdict(list)
         for fragment in fragments:
             share = fragment.share()
             if len(share.tensors["value"]):
                 self._mine[share.name].append(share)
-        mine = {n: [(one.start, len(one.tensors["value"])) for one in held] for n, held in self._mine.items()}
-        self._held = [mine]  # by rank: start and length of what it holds of each tensor
-        if dist.is_initialized():
-            self._held = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(self._held, mine)
+        mine = [
+            (self._number[name], one.start, len(one.tensors["value"]))
+            for name, held in self._mine.items()
+            for one in held
+        ]
+        self.find_in(rows_of_all(mine, 3, device))
+
+    def find_in(self, held: np.ndarray) -> None:
+        """Keeps what the ranks hold so that a tensor's parts are found at once.
+
+        Args:
+            held: rank, number of the tensor, start and length of each part [M, 4], in the order of the ranks.
+        """
+        self._held = held[np.argsort(held[:, 1], kind="stable")]  # by tensor, and within one by rank
+        self._begin = np.searchsorted(self._held[:, 1], np.arange(len(self._number) + 1))
+
+    def _parts_of(self, names: list[str]) -> np.ndarray:
+        """Rank, place in `names`, start and length of each part [P, 4], in the order in which they come: by rank, and of one
+        rank by name."""
+        numbers = [self._number[name] for name in names]
+        some = [self._held[self._begin[number] : self._begin[number + 1]] for number in numbers]
+        parts = np.concatenate([np.empty((0, 4), np.int64), *some])
+        parts[:, 1] = np.repeat(np.arange(len(names)), [len(one) for one in some])
+        return parts[np.argsort(parts[:, 0], kind="stable")]
 
     def __call__(self, wanted: list[list[str]]) -> list[Tensor]:
         """The tensors that this rank is to have, whole and flat [n], on the CPU.
@@ -62,16 +114,14 @@ class Gatherer:
             pieces += [one.view(torch.uint8) for one in found]
             sizes.append(sum(one.nbytes for one in found))
         names = wanted[dist.get_rank() if dist.is_initialized() else 0]
-        coming = [
-            self.dtype.itemsize * sum(length for n in names for _, length in held.get(n, ())) for held in self._held
-        ]
-        received = all_to_all(pieces, sizes, coming, like).cpu().view(self.dtype)
-        lengths = {n: sum(length for held in self._held for _, length in held.get(n, ())) for n in names}
-        whole = {n: torch.empty(length, dtype=self.dtype) for n, length in lengths.items()}
-        begin = 0
-        for held in self._held:
-            for name in names:
-                for start, length in held.get(name, ()):
-                    whole[name][start : start + length] = received[begin : begin + length]
-                    begin += length
-        return [whole[name] for name in names]
+        parts = self._parts_of(names)
+        coming = np.zeros(len(wanted), np.int64)
+        np.add.at(coming, parts[:, 0], self.dtype.itemsize * parts[:, 3])
+        received = all_to_all(pieces, sizes, coming.tolist(), like).cpu().view(self.dtype)
+        lengths = np.zeros(len(names), np.int64)
+        np.add.at(lengths, parts[:, 1], parts[:, 3])
+        whole = [torch.empty(length, dtype=self.dtype) for length in lengths.tolist()]
+        ends = accumulate(parts[:, 3].tolist())
+        for (_, place, start, length), end in zip(parts.tolist(), ends, strict=True):
+            whole[place][start : start + length] = received[end - length : end]
+        return whole

@@ -2,7 +2,8 @@
 
 The owner gathers the parts, computes on the whole, and sends everyone's part of the result back, so that each matrix is
 computed once (distributed Muon, arXiv 2502.16982, algorithm 1). What a rank holds whole never travels: at ZeRO 1 and 2
-that is all but the matrices at the borders of the ranks' partitions; at ZeRO 3 every matrix is cut.
+that is all but the matrices at the borders of the ranks' partitions; at ZeRO 3 every matrix is cut. Every rank makes the
+same plan out of all ranks' parts, of which there are at ZeRO 3 as many as ranks times matrices that a rank has a part of.
 
 Shape letters: N matrices of one shape, R rows, C columns.
 """
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from smolds_dist.parallel.fragments import Fragment, place_in
-from smolds_dist.parallel.gather import all_to_all
+from smolds_dist.parallel.gather import all_to_all, rows_of_all
 
 ROUND = 2**25
 """Elements of the matrices that are gathered at a time, over all ranks: bounds what an owner holds beside its own parts."""
@@ -58,23 +60,32 @@ class MatrixOwners:
         fragments: what this rank holds.
         flats: the partitions [n] that the optimizer works on, which the fragments' values are views of; as many, in the
             same order, on all ranks.
+        shapes: of all logical tensors of the model, by name.
         device: where collectives take their tensors from.
     """
 
-    def __init__(self, fragments: Iterable[Fragment], flats: list[Tensor], device: torch.device):
+    def __init__(
+        self,
+        fragments: Iterable[Fragment],
+        flats: list[Tensor],
+        shapes: dict[str, tuple[int, ...]],
+        device: torch.device,
+    ):
         self._device = device
         self._index = {id(flat): index for index, flat in enumerate(flats)}
-        mine: list[list[Part]] = [[] for _ in flats]
+        matrices = {name: shapes[name] for name in sorted(shapes) if len(shapes[name]) == 2}
+        number = {name: place for place, name in enumerate(matrices)}
+        mine = []
         for fragment in fragments:
             if len(fragment.shape) == 2:
                 index, offset = place_in(flats, fragment.tensors["value"])
-                length = len(fragment.tensors["value"])
-                mine[index].append(Part(fragment.name, fragment.shape, fragment.start, offset, length))
-        everyone: list[list[list[Part]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-        loads = [0.0] * len(everyone)
+                mine.append((index, number[fragment.name], fragment.start, offset, len(fragment.tensors["value"])))
+        held = rows_of_all(mine, 5, device)
+        world = dist.get_world_size()
+        loads = np.zeros(world)
         self._plans = [
-            plan_for([held[index] for held in everyone], dist.get_rank(), loads) for index in range(len(flats))
+            plan_for(np.delete(held[held[:, 1] == index], 1, axis=1), matrices, world, dist.get_rank(), loads)
+            for index in range(len(flats))
         ]
 
     def apply(self, flat: Tensor, values: Tensor, function: OnMatrices) -> Tensor:
@@ -110,43 +121,56 @@ class MatrixOwners:
         return all_to_all(pieces, sizes, expected, torch.empty(0, device=self._device))
 
 
-def plan_for(held: list[list[Part]], rank: int, loads: list[float]) -> Plan:
+def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:
     """What `rank` computes and exchanges. Every rank gets the same owners, as long as it is asked about the same.
 
+    All ranks' parts are looked at in arrays alone; Python loops over the matrices, and over what `rank` sends and receives.
+
     Args:
-        held: the parts of one partition that each rank holds.
-        loads: work that each rank has already, which is added to; an owner is the least loaded rank of those that hold
-            a part.
+        held: the parts of one partition that all ranks hold [M, 5], in the order of the ranks: rank, number of the matrix,
+            start, offset and length.
+        matrices: shapes by name, in the order of their numbers, which is that of the names.
+        world: how many ranks there are.
+        loads: work [world] that each rank has already, which is added to; an owner is the least loaded rank of those that
+            hold a part.
     """
-    holders: dict[str, list[int]] = defaultdict(list)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for holder, parts in enumerate(held):
-        for part in parts:
-            holders[part.matrix].append(holder)
-            shapes[part.matrix] = part.shape
-    for matrix, ranks in holders.items():
-        if len(ranks) == 1:
-            loads[ranks[0]] += _work(shapes[matrix])
-    cut = sorted((m for m, ranks in holders.items() if len(ranks) > 1), key=lambda m: (-_work(shapes[m]), m))
-    owner: dict[str, int] = {}
-    for matrix in cut:
-        owner[matrix] = min(holders[matrix], key=lambda holder: (loads[holder], holder))
-        loads[owner[matrix]] += _work(shapes[matrix])
+    names, shapes = list(matrices), list(matrices.values())
+    holder, matrix = held[:, 0], held[:, 1]
+    work = np.array([_work(shape) for shape in shapes])
+    parts_of = np.bincount(matrix, minlength=len(names))
+    alone = parts_of[matrix] == 1
+    np.add.at(loads, holder[alone], work[matrix[alone]])
+    cut = sorted(np.flatnonzero(parts_of > 1).tolist(), key=lambda number: -work[number])
+    by_matrix = np.argsort(matrix, kind="stable")  # within one in the order of the ranks
+    end = np.cumsum(parts_of)
+    owner = np.full(len(names), -1)
+    for number in cut:
+        holders = holder[by_matrix[end[number] - parts_of[number] : end[number]]]
+        owner[number] = holders[loads[holders].argmin()]  # the first of them where loads are the same
+        loads[owner[number]] += work[number]
     number_of = _rounds(cut, shapes)
-    rounds = [Round([[] for _ in held], [[] for _ in held]) for _ in range(max(number_of.values(), default=-1) + 1)]
-    for holder, parts in enumerate(held):
-        for part in parts:
-            if part.matrix in owner:
-                if holder == rank:
-                    rounds[number_of[part.matrix]].sent[owner[part.matrix]].append(part)
-                if owner[part.matrix] == rank:
-                    rounds[number_of[part.matrix]].received[holder].append(part)
-    return Plan([part for part in held[rank] if part.matrix not in owner], rounds)
+    rounds = [
+        Round([[] for _ in range(world)], [[] for _ in range(world)])
+        for _ in range(max(number_of.values(), default=-1) + 1)
+    ]
+
+    def part(number: int, start: int, offset: int, length: int) -> Part:
+        return Part(names[number], shapes[number], start, offset, length)
+
+    whole = []
+    for _, number, *place in held[holder == rank].tolist():
+        if owner[number] < 0:
+            whole.append(part(number, *place))
+        else:
+            rounds[number_of[number]].sent[owner[number]].append(part(number, *place))
+    for other, number, *place in held[owner[matrix] == rank].tolist():
+        rounds[number_of[number]].received[other].append(part(number, *place))
+    return Plan(whole, rounds)
 
 
-def _rounds(matrices: list[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def _rounds(matrices: list[int], shapes: list[tuple[int, ...]]) -> dict[int, int]:
     """The round of each: so many in one that they are `ROUND` elements, or one matrix."""
-    numbers: dict[str, int] = {}
+    numbers: dict[int, int] = {}
     number = elements = 0
     for matrix in matrices:
         size = torch.Size(shapes[matrix]).numel()
