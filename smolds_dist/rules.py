@@ -43,6 +43,10 @@ def validate(config: RunConfig) -> None:
             "--train.activation_checkpointing selective looks at every operator, which --train.compile true hides; use "
             "attention, experts or full, or --train.compile false."
         )
+    if config.train.qk_clip and config.model.qk_norm:
+        raise ConfigError(
+            "--train.qk_clip shrinks what --model.qk_norm makes large again, and the norm bounds the logits; leave one out."
+        )
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         raise ConfigError(
             f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
@@ -74,7 +78,7 @@ _AT_LEAST_ONE = (
     "model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.max_position_embeddings"
 ).split()
 _NOT_NEGATIVE = (
-    "train.seed train.warmup_steps train.weight_decay train.grad_clip train.balance_rate train.aux_loss_coef "
+    "train.seed train.warmup_steps train.weight_decay train.grad_clip train.qk_clip train.balance_rate train.aux_loss_coef "
     "train.sequence_balance_coef train.z_loss_coef parallel.grace parallel.timeout "
     "parallel.compare_every parallel.check_every "
     "train.spike_threshold train.eval_every checkpoint.every checkpoint.keep_every "

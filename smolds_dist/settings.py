@@ -209,6 +209,9 @@ class Train:
     beta2: float = 0.95
     grad_clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    qk_clip: float = 0.0
+    """Largest attention logit, beyond which a step shrinks what a head's queries and keys are made with, 100 in Kimi K2 with
+    Muon; 0: none."""
     balance: Literal["bias", "aux_loss", "none"] = "bias"
     balance_rate: float = 1e-3
     """Change of a selection bias per step; after the warm-up it falls with the learning rate."""

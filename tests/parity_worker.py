@@ -24,6 +24,7 @@ from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import new_engine, router_losses
 from smolds_dist.training.clock import StepClock
 from smolds_dist.training.optim import PARTS, learning_rate
+from smolds_dist.training.qk_clip import QkClip
 from smolds_dist.training.step import accumulate_gradients
 
 VOCAB = 96
@@ -108,6 +109,7 @@ def train_case(
         )
     shards = Shards()
     ahead = BatchesAhead(shards, config.train.global_batch)
+    clip = QkClip(engine, model_config, config.train.qk_clip)
     losses, norms, totals, applied = [], [], [], []
     shares, entropies, histograms, seconds = [], [], [], []
     for step in range(progress.step + 1, steps + 1):
@@ -123,7 +125,8 @@ def train_case(
         loss, _ = accumulate_gradients(topology, ahead, first_sample, engine, balancer, routers, clock)
         engine.forward = forward
         with clock.phase("optimizer"):
-            norm, updated, squares = engine.step(learning_rate(step, config.train), by_part=True)
+            factors = clip.factors(clip.take())
+            norm, updated, squares = engine.step(learning_rate(step, config.train), by_part=True, factors=factors)
         seconds.append(clock.seconds)
         clock.lap()
         squares = engine.sum_over_ranks(torch.tensor([float(squares.get(part, 0.0)) for part in PARTS]))

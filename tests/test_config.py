@@ -120,6 +120,7 @@ def test_combinations_of_settings_are_refused():
         ([*groups, "--model.num_experts_per_tok=3"], "must leave enough"),
         (["--model.n_group=2", "--model.topk_group=3"], "at most n_group"),
         (["--model.attention=latent", "--model.qk_norm=head"], "for --model.attention gqa"),
+        (["--train.qk_clip=100", "--model.qk_norm=head"], "leave one out"),
         (["--train.compile=true", "--train.activation_checkpointing=selective"], "use attention, experts or full"),
     ):
         with pytest.raises(ConfigError, match=fix):

@@ -42,6 +42,13 @@ IN_PARTS = [
     case(f"--train.activation_checkpointing={what}", expert=2, zero=zero)
     for what, zero in (("attention", 3), ("experts", 3), ("selective", 3), ("selective", 1))
 ]
+# So low that heads are clipped in every step.
+QK_CLIP = "--train.qk_clip=0.5"
+CLIPPED = [
+    *(case(QK_CLIP, expert=2, zero=zero) for zero in (0, 1, 3)),
+    case(QK_CLIP, "--train.optimizer=muon", expert=2, zero=2),
+    case(*LATENT, QK_CLIP, expert=2, zero=1),
+]
 # What published models have besides: dense layers, shared experts, an output weight of their own, YaRN, groups, norms of
 # queries and keys; and the routers' losses.
 FAMILY = (
@@ -89,6 +96,7 @@ CASES = {
         *LAYOUTS[2],
         *DISTURBED.values(),
         *IN_PARTS,
+        *CLIPPED,
         *WITH_MUON[2],
         *SMALL_BUCKETS,
         *OFFLOADED,
@@ -294,6 +302,14 @@ def test_computing_parts_again_gives_the_single_process_run(saved, one):
 @pytest.mark.parametrize(("world", "one"), [(world, one) for world, cases in WITH_MUON.items() for one in cases])
 def test_muon_gives_the_single_process_run(saved, world, one):
     assert_same_run(results_of(world, saved)[one], reference(*options_without_layout(one)))
+
+
+@pytest.mark.parametrize("one", CLIPPED)
+def test_clipped_attention_gives_the_single_process_run(saved, one):
+    options = options_without_layout(one)
+    expected = reference(*options)
+    assert expected["losses"] != reference(*(option for option in options if option != QK_CLIP))["losses"]
+    assert_same_run(results_of(2, saved)[one], expected)
 
 
 @pytest.mark.parametrize("one", OFFLOADED, ids=("zero1", "zero2", "zero3"))

@@ -16,6 +16,8 @@ from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import apply_rotary, score_factor
 
+LOGITS_BLOCK = 256  # queries whose logits are held at once, where they are looked at
+
 
 class DeepSeekV3Attention(nn.Module):
     """Causal self-attention over [B, S, H], grouped-query or latent as `config.attention` says.
@@ -58,6 +60,8 @@ class DeepSeekV3Attention(nn.Module):
             if self.qk_norm:
                 together = (heads, config.num_key_value_heads) if self.qk_norm == "all" else (1, 1)
                 self.q_norm, self.k_norm = (RMSNorm(n * config.head_dim, config.rms_norm_eps) for n in together)
+        self.largest_logits: Tensor | None = None
+        """[N], fp32: where somebody looks at the largest logits of training's passes, these so far."""
         self.scaling = self.qk_head_dim**-0.5 * (score_factor(config.rope_scaling) if self.latent else 1.0)
 
     def forward(
@@ -74,6 +78,9 @@ class DeepSeekV3Attention(nn.Module):
         eager; the others never hold them. `documents` stands for a mask on the fast path, and is given for no other."""
         project = self._latent_qkv if self.latent else self._grouped_query_qkv
         query, key, value = project(x_BSH, *rotary, cache)
+        if self.largest_logits is not None and self.training:
+            found_N = largest_logits(query, key, self.scaling, attention_mask, documents)
+            self.largest_logits.copy_(torch.maximum(self.largest_logits, found_N))
         weights = None
         if output_attentions or self.config._attn_implementation == "eager":
             out, weights = eager_attention(query, key, value, attention_mask, self.scaling)
@@ -135,6 +142,38 @@ class DeepSeekV3Attention(nn.Module):
         query = torch.cat((q_nope, apply_rotary(q_rope, cos, sin)), dim=-1)
         key = torch.cat((k_nope, k_rope.expand(-1, config.num_attention_heads, -1, -1)), dim=-1)
         return query, key, value
+
+
+@torch.no_grad()
+def largest_logits(
+    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, documents: Documents | None = None
+) -> Tensor:
+    """The largest of each head's logits, before softmax, over what it sees: [N], fp32.
+
+    Args:
+        query: [B, N, S, D].
+        key: [B, G, S, D].
+        mask: as of `eager_attention`.
+        documents: attention stays within them.
+    """
+    B, N, S, D = query.shape
+    grouped = query.view(B, key.shape[1], -1, S, D)
+    places_S = torch.arange(S, device=query.device)
+    largest_N = torch.full((N,), -torch.inf, device=query.device)
+    for begin in range(0, S, LOGITS_BLOCK):
+        end = min(begin + LOGITS_BLOCK, S)
+        scores = (grouped[:, :, :, begin:end] @ key[:, :, None, :end].mT).float()  # [B, G, N / G, C, Z]
+        if mask is not None:
+            part = mask[:, :, None, begin:end, :end]
+            hidden = ~part if part.dtype == torch.bool else part < 0
+        else:
+            hidden = places_S[:end] > places_S[begin:end, None]
+            if documents is not None:
+                hidden = (hidden | (places_S[:end] < documents.first_BS[:, begin:end, None]))[:, None, None]
+        largest_N = torch.maximum(
+            largest_N, scores.masked_fill_(hidden, -torch.inf).amax((0, 3, 4)).flatten() * scaling
+        )
+    return largest_N
 
 
 def eager_attention(

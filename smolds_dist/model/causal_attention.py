@@ -35,25 +35,25 @@ class Documents:
 
     def __init__(self, position_ids: Tensor):
         places_S = torch.arange(position_ids.shape[1], device=position_ids.device)
-        self._first_BS = places_S - position_ids  # where each token's document begins
+        self.first_BS = places_S - position_ids  # where each token's document begins
         self._blocks: dict[torch.dtype, list[tuple[slice, slice, Tensor]]] = {}
 
     @cached_property
     def bounds(self) -> Tensor:
         """Where each document begins among all B x S tokens, and the end (int32), as kernels for sequences of many lengths
         want it. The host waits for their number, once for all layers."""
-        first = torch.arange(self._first_BS.shape[1], device=self._first_BS.device) == self._first_BS
+        first = torch.arange(self.first_BS.shape[1], device=self.first_BS.device) == self.first_BS
         return F.pad(first.flatten().nonzero().flatten(), (0, 1), value=first.numel()).to(torch.int32)
 
     def blocks(self, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
         """Each block's queries, the keys that it meets, and what is added to its scores [B, C, Z]: 0, or -inf for a key of
         another document or after the query. Made once for all layers."""
         if dtype not in self._blocks:
-            self._blocks[dtype] = [self._block(queries, dtype) for queries in _blocks(self._first_BS.shape[1], dtype)]
+            self._blocks[dtype] = [self._block(queries, dtype) for queries in _blocks(self.first_BS.shape[1], dtype)]
         return self._blocks[dtype]
 
     def _block(self, queries: slice, dtype: torch.dtype) -> tuple[slice, slice, Tensor]:
-        first_BC = self._first_BS[:, queries]
+        first_BC = self.first_BS[:, queries]
         keys = slice(int(first_BC.min()), queries.stop)
         places_Z, places_C = (torch.arange(part.start, part.stop) for part in (keys, queries))
         hidden_BCZ = (places_Z < first_BC[..., None]) | (places_Z > places_C[:, None])

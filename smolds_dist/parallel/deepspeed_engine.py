@@ -21,6 +21,7 @@ from smolds_dist.parallel.engine import (
     nan_unless_finite,
     optimizer_step_count,
     same_shape,
+    scale_rows,
     squares_by_part,
 )
 from smolds_dist.parallel.expert_parallel import (
@@ -116,6 +117,8 @@ class DeepSpeedEngine:
         self._norm = float("nan")
         self._applied = True
         self._squares: dict[str, Tensor] | None = None  # where this step's are wanted
+        # What to multiply by, by id of what the optimizer works on: parts of it and the factors of their rows.
+        self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
         self._clock = CommunicationClock("all_to_all_single")
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -130,6 +133,7 @@ class DeepSpeedEngine:
             built = make_optimizer([group for group in groups if group["params"]])
             before_step = self._clip_without_zero if topology.zero == 0 else self._note_squares
             built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
+            built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
             for group in built.param_groups:
                 if topology.zero and group["muon"]:
                     group["on_matrices"] = self._on_matrices
@@ -180,6 +184,13 @@ class DeepSpeedEngine:
             for part, square in squares_by_part(optimizer).items():
                 self._squares[part] = self._squares.get(part, 0.0) + square
 
+    def _scale_updated(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before DeepSpeed copies what is updated to the model's weights; ZeRO steps one group or slice at a time."""
+        for group in optimizer.param_groups if self._applied else ():
+            for updated in group["params"]:
+                for fragment, rows in self._factors.get(id(updated), ()):
+                    scale_rows(fragment, rows)
+
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips by the norm over all experts, also those on other ranks.
 
@@ -215,7 +226,16 @@ class DeepSpeedEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only moves DeepSpeed's own count of micro batches on
 
-    def step(self, lr: float, by_part: bool = False) -> Update:
+    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
+        self._factors.clear()
+        if factors:
+            flats = self._flat_partitions()
+            if self.topology.zero == 0:
+                flats = [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+            for fragment in self.fragments():
+                if fragment.name in factors:
+                    index, _ = place_in(flats, fragment.tensors["value"])
+                    self._factors.setdefault(id(flats[index]), []).append((fragment, factors[fragment.name]))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self._norm = float("nan")

@@ -59,11 +59,12 @@ class Engine(Protocol):
         """Adds the gradient of `loss` / accumulation to the step's."""
         ...
 
-    def step(self, lr: float, by_part: bool = False) -> Update:
+    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
         """Averages over ranks, clips, updates and clears the gradients.
 
         Args:
             by_part: whether to fill in `Update.squares`.
+            factors: of the rows of logical tensors, by name, which these are multiplied by once they are updated.
         """
         ...
 
@@ -116,6 +117,14 @@ def squares_by_part(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         if gradients:
             norms.setdefault(group["part"], []).append(nn.utils.get_total_norm(gradients))
     return {part: torch.stack(several).square().sum() for part, several in norms.items()}
+
+
+@torch.no_grad()
+def scale_rows(fragment: Fragment, factors_R: Tensor) -> None:
+    """Multiplies what is held of a matrix [R, C] by a factor of each row."""
+    value = fragment.tensors["value"]
+    rows = torch.arange(fragment.start, fragment.start + len(value), device=value.device) // fragment.shape[1]
+    value.mul_(factors_R.to(value.device)[rows])
 
 
 def nan_unless_finite(loss: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from smolds_dist.parallel.engine import (
     nan_unless_finite,
     optimizer_step_count,
     same_shape,
+    scale_rows,
     squares_by_part,
 )
 from smolds_dist.parallel.fragments import Fragment, cut, fill_parameters, logical_shapes
@@ -65,7 +66,7 @@ class LocalEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * nan_unless_finite(loss) / self.accumulation).backward()
 
-    def step(self, lr: float, by_part: bool = False) -> Update:
+    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
         squares = squares_by_part(self.optimizer)
         total = torch.stack(list(squares.values())).sum().sqrt()
         norm = total.item()
@@ -77,6 +78,10 @@ class LocalEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if factors:
+                for fragment in self.fragments():
+                    if fragment.name in factors:
+                        scale_rows(fragment, factors[fragment.name])
         self.optimizer.zero_grad(set_to_none=True)
         if applied:
             self._round_weights()

@@ -49,6 +49,7 @@ from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.optim import make_optimizer, parameter_groups
 from smolds_dist.training.profiling import Profiler
+from smolds_dist.training.qk_clip import QkClip
 from smolds_dist.training.rank_checks import SlowRanks
 
 
@@ -89,6 +90,7 @@ class Training:
     profiler: Profiler
     peak: float  # FLOP/s of all ranks together, in matrix products
     slow: SlowRanks
+    qk_clip: QkClip
 
     def close(self) -> None:
         self.terminal.close()
@@ -210,6 +212,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         Profiler(config, topology),
         peak,
         SlowRanks(topology),
+        QkClip(engine, job.model_config, config.train.qk_clip),
     )
 
 

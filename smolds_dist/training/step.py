@@ -52,7 +52,8 @@ def take_step(job: Job, training: Training, step: int) -> Step:
         stopped=lambda: job.stop.asked is not None,
     )
     with clock.phase("optimizer"):
-        update = engine.step(lr, by_part=measured)
+        logits_LN = training.qk_clip.take()
+        update = engine.step(lr, by_part=measured, factors=training.qk_clip.factors(logits_LN))
         # The biases settle as the weights do: a last step's jump would show in every later forward pass.
         settling = 1.0 if step <= config.train.warmup_steps else lr / config.train.lr
         counts_LE = training.balancer.step(update.applied, settling)
@@ -77,6 +78,9 @@ def take_step(job: Job, training: Training, step: int) -> Step:
     row["mfu"] = float(f"{share:.4g}")  # digits, not decimals: a small model's share of a large GPU is tiny
     digest = sum(int(byte) << 8 * place for place, byte in enumerate(digest_bytes)) % 2**32
     row |= {"batch": f"{digest:08x}"} | data_row(job, training, first_sample)
+    if logits_LN is not None and update.applied:  # else they may be NaN, which JSON has no number for
+        row |= {"max_logit": float(f"{logits_LN.max():.4g}")}
+        row |= {"clipped_heads": int((logits_LN > config.train.qk_clip).sum())}
     if measured:
         means = {name: total / topology.world_size for name, total in zip(PHASES, phases, strict=True)}
         means["other"] = seconds - sum(means.values())
