@@ -58,6 +58,7 @@ KINDS = ("value", "exp_avg", "exp_avg_sq")
 SAVES = 5  # checkpoints that are written, of which two stay
 STEP = 1000  # whose samples are looked up
 UNIT_TOKENS = 2**22
+SHORTEST = 1e-6  # seconds that are told apart from none
 ASK_FOR = 0.3  # seconds in which a short piece of work is repeated
 
 
@@ -213,9 +214,10 @@ class Times:
         """What `work` gives; where it may be done `again`, it is, for `ASK_FOR` seconds."""
         end = time.perf_counter() + (ASK_FOR if again else 0)
         while True:
-            begin = time.process_time()
+            # Of this thread: the clock of a process with several may step back (seen in a virtual machine).
+            begin = time.thread_time()
             result = work()
-            self._taken[piece].append(time.process_time() - begin)
+            self._taken[piece].append(max(time.thread_time() - begin, SHORTEST))
             if time.perf_counter() >= end:
                 return result
 
