@@ -10,7 +10,7 @@ import time
 
 import pytest
 from ranks import run, smolds
-from test_launchers import end, start_and_wait_for_steps, start_launch
+from test_launchers import end, losses, start_and_wait_for_steps, start_launch
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.state import SUBMITTED, read_state, write_state
@@ -33,6 +33,9 @@ def lines_of(folder) -> dict[str, str]:
 def test_states_of_real_runs(long_run, tmp_path):
     folder = tmp_path / "runs"
     job = start_launch("torchrun", [*long_run, "--run.name=pair"], folder / "pair")
+    while len(losses(folder / "pair")) < 3:  # before there is a second step, nobody knows what is left
+        assert job.poll() is None
+        time.sleep(0.1)
     line = lines_of(folder)["pair"]
     assert re.search(rf"running on {host_name()}, 2 ranks +[\d,]+ of 100,000 +\d\.\d{{4}} +[\d,]+ +20\d\d-", line), line
     assert re.search(r" \d+:\d\d:\d\d$", line), line

@@ -22,7 +22,7 @@ REUSED = 0.5
 BUCKET = {"cpu": 4_000_000, "mps": 50_000_000, "cuda": 50_000_000}
 # Numbers of the weights that ZeRO 3 gathers ahead in one piece, `stage3_prefetch_bucket_size` in ds_configs.
 PREFETCHED = 10_000_000
-# Numbers that ZeRO 3 steps at a time, `sub_group_size` in ds_configs, each time with a copy of their gradients.
+# Numbers that ZeRO 3 steps at a time, each time with a copy of their gradients: `sub_group_size` in ds_configs.
 SUB_GROUP = 20_000_000
 # Of a process before there is a model, where nothing has been measured: Python's libraries, or CUDA's context and NCCL.
 PROCESS_BYTES = {"cpu": 0.4e9, "mps": 1e9, "cuda": 1.5e9}

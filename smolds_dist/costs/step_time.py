@@ -115,12 +115,8 @@ def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: f
     if layout.expert == 1:
         return 0.0
     once = exchange_seconds(model, layout, machine, 1 + stretch(max_vio, model.num_experts, layout.expert))
-    return (
-        layers_of(model)[1]
-        / layout.pipeline
-        * once
-        * (6 if layout.recompute in ("experts", "selective", "full") else 4)
-    )
+    times = 4 if layout.recompute in ("none", "attention") else 6
+    return layers_of(model)[1] / layout.pipeline * once * times
 
 
 def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: float) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smolds_dist.costs.memory import BUCKET, PREFETCHED
+from smolds_dist.costs.memory import BUCKET, PREFETCHED, SUB_GROUP
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
@@ -62,7 +62,11 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         "expert_parallel": autoep_section(topology.expert, model),
     }
     zero.setdefault("stage", "auto")
-    sizes = {"reduce_bucket_size": BUCKET[topology.device], "stage3_prefetch_bucket_size": PREFETCHED}
+    sizes = {
+        "reduce_bucket_size": BUCKET[topology.device],
+        "stage3_prefetch_bucket_size": PREFETCHED,
+        "sub_group_size": SUB_GROUP,
+    }
     zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
     for name, value in known.items():
         section, _, key = name.rpartition(".")
