@@ -233,7 +233,6 @@ def new_engine(
     keeps."""
     with under_construction(config, topology, model_config):
         model = empty_model(model_config)
-    enable_activation_checkpointing(model, str(config.train.activation_checkpointing))
     initial = InitialValues(config.train.seed, model_config.initializer_range)
     return engine_for(model, config, topology, reader.fill if reader else initial.fill)
 
@@ -244,6 +243,7 @@ def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topolo
     Args:
         fill: where `model` holds nothing yet: gives each part that this rank keeps its values.
     """
+    enable_activation_checkpointing(model, str(config.train.activation_checkpointing))
     groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
     engine = make_engine(model, config, topology, groups, optimizer, fill)
     if config.model.force_uniform_routing:
