@@ -160,16 +160,17 @@ def against_recomputation(options: argparse.Namespace) -> tuple[dict[str, Any], 
     entry = measure_machine()
     machine = parse_hardware("here", entry)
     rows: list[dict[str, Any]] = []
+    plain = ("--parallel.engine=local",)  # DeepSpeed's own buffers would hide what activations need
     for size in MEMORY_SIZES[: options.sizes]:
         seconds: dict[str, list[float]] = {what: [] for what in RECOMPUTED}
         memory = dict.fromkeys(RECOMPUTED, 0)
         for _ in range(RECOMPUTED_ROUNDS):
             for what in RECOMPUTED:
                 say(f"recompute: hidden {size['hidden_size']}, {what}")
-                found, peak = measure_step(size, settings=(f"--train.activation_checkpointing={what}",))
+                found, peak = measure_step(size, settings=(f"--train.activation_checkpointing={what}", *plain))
                 seconds[what] += found
                 memory[what] = max(memory[what], peak)
-        layout = Layout(1, 1, 1, 0, SEQUENCES, 1, SEQ_LEN, "fp32", device=machine.device)
+        layout = Layout(1, 1, 1, 0, SEQUENCES, 1, SEQ_LEN, "fp32", device=machine.device, engine="local")
         process = PROCESS_BYTES["cpu"] if machine.device == "cpu" else 0.0
         for what in RECOMPUTED:
             at, model = replace(layout, recompute=what), model_of(size)
