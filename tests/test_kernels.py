@@ -13,6 +13,7 @@ from smolds_dist.model.kernels import (
     expert_ffn_reference,
     grouped_expert_ffn,
     linear_cross_entropy,
+    row_multiple,
 )
 from smolds_dist.model.moe import sort_by_expert
 from smolds_dist.model.rotary import apply_rotary, rotary_angles
@@ -139,6 +140,15 @@ def test_rotary_turns_pairs_as_complex_numbers(dtype, tolerance):
     for ours, reference in zip(got, wanted, strict=True):
         assert ours.dtype == dtype
         assert (ours - reference).norm() <= tolerance * reference.norm()
+
+
+def test_few_rows_are_padded_little_and_many_to_few_shapes():
+    def padded(rows: int, dtype: torch.dtype) -> int:
+        multiple = row_multiple(torch.empty(rows, 2, dtype=dtype))
+        return -(-rows // multiple) * multiple
+
+    assert {padded(rows, torch.bfloat16) for rows in range(1, 257)} == {1, 2, 4, 8, 16, 32, 64, 128, 192, 256}
+    assert all(padded(rows, torch.float32) == rows for rows in range(1, 257))
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

@@ -24,11 +24,20 @@ SOFTMAX_SIZE = 1 << 20  # probabilities of an fp32 softmax that are held at once
 
 
 def row_multiple(x: Tensor) -> int:
-    """What each expert's rows should be padded to a multiple of."""
+    """What each expert's rows should be padded to a multiple of.
+
+    Args:
+        x: tokens [T, H] or routed rows [P, H]; an expert gets no more rows than there are.
+    """
     kind = device.family(x)
     if kind == "cuda":
         return CUDA_ROW_MULTIPLE
-    return CPU_ROW_MULTIPLE if kind == "cpu" and x.dtype != torch.float32 else 1
+    if kind != "cpu" or x.dtype == torch.float32:
+        return 1
+    if device.is_traced():
+        return CPU_ROW_MULTIPLE
+    # A text that is written token by token has few rows: powers of two are few shapes, too.
+    return min(CPU_ROW_MULTIPLE, 1 << (len(x) - 1).bit_length()) if len(x) else 1
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
