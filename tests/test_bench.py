@@ -118,7 +118,7 @@ def test_bench_dense_trains_as_smolds_train_on_the_same_batches_for_all(corpus, 
 
 def test_bench_scale_tells_what_ranks_hold_and_read(tmp_path):
     told = tmp_path / "scale.json"
-    asked = ["--what", "build", "resume", "export", "--ranks", "2", "--zero", "1", "3", f"--json={told}"]
+    asked = ["--what", "build", "resume", "export", "generate", "--ranks", "2", "--zero", "1", "3", f"--json={told}"]
     given = ["--preset=debug", "--dtype=fp32", "--data.seq_len=32", f"--dir={tmp_path}"]
     finished = smolds("bench", "scale", *given, *asked)
     assert finished.returncode == 0, finished.text
@@ -126,6 +126,7 @@ def test_bench_scale_tells_what_ranks_hold_and_read(tmp_path):
     assert (first["zero"], third["zero"]) == (1, 3)
     for row in (first, third):
         assert row["build"] > row["kept"] / 2 and row["export"] >= 0 and row["resume"] > 0
+        assert 0 <= row["generate"] < row["build"]
     # At ZeRO 3 a rank reads what it holds of weights and moments; at ZeRO 1 also the weights that others update.
     assert third["read"] == pytest.approx(third["state"], rel=0.01)
     assert first["read"] < 1.4 * first["state"]

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from smolds_dist.costs.flops import orthogonalisation_flops
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.settings import Train
 from smolds_dist.training.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
@@ -64,6 +66,27 @@ def test_muon_treats_gate_and_up_of_every_expert_as_its_own_matrix():
     torch.testing.assert_close(stacked.view(8, 6, 5), torch.stack(list(apart)))
     # updates are as large as AdamW's: about 0.2 per entry at full rank
     assert 0.05 < (stacked / 0.1).square().mean().sqrt() < 0.5
+
+
+LATENT = dict(attention="latent", kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+
+
+@pytest.mark.parametrize("attention", [{}, LATENT, LATENT | dict(q_lora_rank=6)])
+def test_flops_of_muon_are_those_that_pytorch_counts(attention):
+    config = DeepSeekV3Config(
+        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=4, first_k_dense_replace=1, dense_intermediate_size=12,
+        n_shared_experts=1, **attention,
+    )  # fmt: skip
+    model = DeepSeekV3ForCausalLM(config)
+    optimizer = make_optimizer(
+        parameter_groups(model.named_parameters(), Train(optimizer="muon")), Train(optimizer="muon")
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == sum(orthogonalisation_flops(config))
 
 
 def test_adamw_half_equals_pytorch():

@@ -73,10 +73,10 @@ FAMILIES = {
 WITH_MUON = {
     2: [
         *(case(MUON, expert=2, zero=zero) for zero in (0, 1, 2, 3)),
-        *(case(MUON, expert=1, zero=zero) for zero in (1, 3)),
+        *(case(MUON, expert=1, zero=zero) for zero in (0, 1, 3)),
         case(*DEEPSEEK, MUON, expert=2, zero=1),
     ],
-    4: [case(MUON, expert=2, zero=1), case(MUON, expert=2, zero=3)],
+    4: [case(MUON, expert=2, zero=zero) for zero in (0, 1, 3)],
 }
 MUON_IN_BF16 = [case(MUON, BF16, expert=2, zero=zero) for zero in (0, 1, 3)]
 # No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers. ZeRO 3 steps

@@ -69,8 +69,9 @@ def run_python(arguments: list[str]) -> str:
     return finished.stdout
 
 
-def rows_of_training(given: list[str], run_dir: Path) -> list[dict[str, Any]]:
-    """What a run of `smolds train` writes that saves, evaluates and samples nothing on its way.
+def rows_of_training(given: list[str], run_dir: Path, ranks: int = 1) -> list[dict[str, Any]]:
+    """What a run of `smolds train`, on several ranks of `smolds launch`, writes that saves, evaluates and samples nothing on
+    its way.
 
     Raises:
         ConfigError: where it fails.
@@ -78,7 +79,8 @@ def rows_of_training(given: list[str], run_dir: Path) -> list[dict[str, Any]]:
     from smolds_dist.observe.rows import read_rows
 
     quiet = ["-q", "--train.eval_every=0", "--checkpoint.every=0", "--log.sample_every=0"]
-    run_python(["-m", "smolds_dist", "train", *given, *quiet])
+    start = ["train"] if ranks == 1 else ["launch", "--nproc-per-node", str(ranks), "--"]
+    run_python(["-m", "smolds_dist", *start, *given, *quiet])
     return read_rows(run_dir / "metrics.jsonl")
 
 

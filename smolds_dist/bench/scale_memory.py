@@ -1,7 +1,8 @@
-"""`smolds bench scale --what build resume export`: what ranks hold in memory, and read, beside what they keep.
+"""`smolds bench scale --what build resume export generate`: what ranks hold in memory, and read, beside what they keep.
 
-Every number of ranks and ZeRO stage builds the model; where more is asked for it takes a step, saves and exports, and other
-processes resume. Peaks are the kernel's, of a process's resident memory above what it had before; the largest rank's counts.
+Every number of ranks and ZeRO stage builds the model; where more is asked for it takes a step, saves, exports, evaluates a
+batch and writes a few tokens, and other processes resume. Peaks are the kernel's, of a process's resident memory above what
+it had before; the largest rank's counts.
 """
 
 import json
@@ -11,12 +12,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from smolds_dist.bench.common import keep, run_python
 from smolds_dist.errors import ConfigError
 
-KINDS = ("build", "resume", "export")
+KINDS = ("build", "resume", "export", "generate")
+PROMPT, NEW = 16, 4  # tokens
 
 
 def bench_memory(options: Any, settings: list[str]) -> None:
@@ -65,7 +67,7 @@ def table(result: dict[str, Any]) -> str:
     """
     columns = {
         "kept": "kept", "build": "peak of build", "state": "state", "read": "read", "resume": "peak of resume",
-        "export": "peak of export",
+        "export": "peak of export", "generate": "of eval and generate",
     }  # fmt: skip
     shown = {name: title for name, title in columns.items() if name in result["layouts"][0]}
     lines = [
@@ -93,11 +95,14 @@ def forget_peak() -> int:
 
 def measure(phase: str, given: list[str]) -> None:
     """One rank's work; what it has measured goes into a file of its own."""
+    import numpy as np
     import torch
 
     from smolds_dist.checkpoint.resume import open_checkpoint, restore
     from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
     from smolds_dist.config import load_config
+    from smolds_dist.data.held_out import HeldOut
+    from smolds_dist.inference.held_out import evaluate_source
     from smolds_dist.interchange.final_export import write_weights
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
@@ -151,6 +156,14 @@ def measure(phase: str, given: list[str]) -> None:
         before = forget_peak()
         write_weights(config.run_dir / "export", skeleton, engine, balancer, topology)
         told["export"] = resident("VmHWM") - before
+        before = forget_peak()
+        text = HeldOut(ids.repeat(topology.world_size, 1).flatten().numpy(), np.empty(0), 0, 0.0, [])
+        evaluate_source(config, topology, engine, text, None)
+        prompt, model = ids[:, :PROMPT], cast(Any, engine.model)
+        with torch.no_grad():
+            mask = torch.ones_like(prompt)
+            model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=NEW, eos_token_id=None)
+        told["generate"] = resident("VmHWM") - before
     Path(config.run.dir, f"told_{topology.rank}.json").write_text(json.dumps(told))
     engine.barrier()
     engine.close()

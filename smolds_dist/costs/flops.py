@@ -27,17 +27,23 @@ def product_weights(model: Any) -> tuple[int, int]:
 
 def attention_weights(model: Any) -> int:
     """Of all layers' projections."""
+    return model.num_hidden_layers * sum(rows * columns for rows, columns in attention_matrices(model))
+
+
+def attention_matrices(model: Any) -> list[tuple[int, int]]:
+    """Shapes of a layer's projections."""
     hidden, heads = model.hidden_size, model.num_attention_heads
-    if model.attention == "latent":
-        key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
-        rank = model.q_lora_rank
-        attention = hidden * heads * key if rank is None else rank * (hidden + heads * key)
-        attention += hidden * (model.kv_lora_rank + model.qk_rope_head_dim)
-        attention += model.kv_lora_rank * heads * (model.qk_nope_head_dim + value)
-    else:
-        value = model.head_dim
-        attention = hidden * value * (heads + 2 * model.num_key_value_heads)
-    return model.num_hidden_layers * (attention + heads * value * hidden)
+    if model.attention != "latent":
+        width, shared = heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        return [(width, hidden), (shared, hidden), (shared, hidden), (hidden, width)]
+    query, value = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim), heads * model.v_head_dim
+    rank = model.q_lora_rank
+    return [
+        *([(query, hidden)] if rank is None else [(rank, hidden), (query, rank)]),
+        (model.kv_lora_rank + model.qk_rope_head_dim, hidden),
+        (heads * model.qk_nope_head_dim + value, model.kv_lora_rank),
+        (hidden, value),
+    ]
 
 
 def attention_flops(model: Any, seq_len: int) -> float:
@@ -59,6 +65,24 @@ def flops_per_token(model: Any, seq_len: int) -> float:
     computed again under activation checkpointing does not count, nor do norms and softmax.
     """
     return 3 * (2 * sum(product_weights(model)) + attention_flops(model, seq_len))
+
+
+def orthogonalisation_flops(model: Any) -> tuple[float, float]:
+    """Of a step of Muon, which orthogonalises every matrix between hidden states: outside the experts, and of all experts.
+
+    A round of Newton-Schulz is two products of a matrix [r, c], r <= c, with a Gram matrix, and one of two Gram matrices:
+    4 r^2 c + 2 r^3 (arXiv 2502.16982, section 2.1), five times over.
+    """
+
+    def flops(*matrices: tuple[int, int]) -> float:
+        return sum(5.0 * (4 * min(one) ** 2 * max(one) + 2 * min(one) ** 3) for one in matrices)
+
+    hidden = model.hidden_size
+    dense, mixtures = layers_of(model)
+    swiglu = flops((model.intermediate_size, hidden)) * 3
+    outside = model.num_hidden_layers * flops(*attention_matrices(model)) + mixtures * model.n_shared_experts * swiglu
+    outside += dense * flops((model.dense_intermediate_size or 0, hidden)) * 3
+    return outside, mixtures * model.num_experts * swiglu
 
 
 def largest_products(model: Any, tokens: int) -> tuple[tuple[int, int, int], ...]:

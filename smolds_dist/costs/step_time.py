@@ -8,7 +8,13 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from smolds_dist.costs.flops import attention_flops, attention_weights, layers_of, product_weights
+from smolds_dist.costs.flops import (
+    attention_flops,
+    attention_weights,
+    layers_of,
+    orthogonalisation_flops,
+    product_weights,
+)
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout, stretch
 from smolds_dist.costs.memory import parameter_counts, rank_parameters, saved_elements
@@ -191,16 +197,21 @@ def way_out(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:
 
 
 def optimizer_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
-    """Of the update: what AdamW reads and writes of the slice that this rank keeps, over memory bandwidth.
+    """Of the update: what AdamW reads and writes of the slice that this rank keeps, over memory bandwidth; with Muon also
+    its products, in fp32, which the ranks that hold the same, or parts of it, share out.
 
     Read: gradient, weight, two moments; written: weight and moments; all fp32, and a bf16 copy where weights are bf16. An
     offloaded optimizer gets its gradients over the host's link, sends weights back, and works at `HOST_BANDWIDTH`.
     """
     width = 28 + (2 if layout.element_bytes == 2 else 0)
     kept = sum(n / (replicas if layout.zero else 1) for n, replicas, _ in rank_parameters(model, layout))
+    products = 0.0
+    if layout.optimizer == "muon":
+        parts = zip(orthogonalisation_flops(model), rank_parameters(model, layout), (1, layout.expert), strict=True)
+        products = sum(flops / apart / replicas for flops, (_, replicas, _), apart in parts) / machine.flops("fp32")
     if layout.offload:
-        return kept * (2 * layout.element_bytes / machine.host_link + width / HOST_BANDWIDTH)
-    return kept * width / machine.bandwidth
+        return products + kept * (2 * layout.element_bytes / machine.host_link + width / HOST_BANDWIDTH)
+    return products + kept * width / machine.bandwidth
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ from smolds_dist.parallel.expert_parallel import (
     keep_routers_in_fp32,
 )
 from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes, place_in
-from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices
+from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_among
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
 
@@ -135,8 +136,8 @@ class DeepSpeedEngine:
             built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
             built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
             for group in built.param_groups:
-                if topology.zero and group["muon"]:
-                    group["on_matrices"] = self._on_matrices
+                if group["muon"] and (topology.zero or len(self._holders(group)) > 1):
+                    group["on_matrices"] = partial(self._on_matrices, self._holders(group))
             return built
 
         try:
@@ -174,9 +175,19 @@ class DeepSpeedEngine:
         if model.config.has_router_losses:
             keep_router_logits(self.model)
 
-    def _on_matrices(self, flat: Tensor, values: Tensor, function: OnMatrices) -> Tensor:
-        """For an optimizer that is made before what it works on is cut."""
-        return self._owners.apply(flat, values, function)
+    def _holders(self, group: dict) -> range:
+        """The ranks that hold the same parameters of a group as this one."""
+        apart = self.topology.expert if group["part"] == "experts" else 1
+        return range(self.topology.rank % apart, self.topology.world_size, apart)
+
+    def _on_matrices(
+        self, holders: range, parameters: list[Tensor], values: list[Tensor], function: OnMatrices
+    ) -> None:
+        if self.topology.zero == 0:
+            apply_among(holders, values, function, self.device)
+        else:  # the optimizer was made before what it works on was cut, and the owners after
+            for flat, one in zip(parameters, values, strict=True):
+                self._owners.apply(flat, one, function)
 
     def _note_squares(self, optimizer: torch.optim.Optimizer) -> None:
         """Adds up what this rank's slices hold, after clipping; ZeRO steps one group or slice at a time."""

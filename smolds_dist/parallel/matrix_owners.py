@@ -1,9 +1,11 @@
-"""Whole matrices where ZeRO has cut them: every cut matrix has one owner among the ranks that hold parts of it.
+"""Functions of whole matrices, each computed by one of the ranks that hold it or a part of it: its owner.
 
-The owner gathers the parts, computes on the whole, and sends everyone's part of the result back, so that each matrix is
-computed once (distributed Muon, arXiv 2502.16982, algorithm 1). What a rank holds whole never travels: at ZeRO 1 and 2
-that is all but the matrices at the borders of the ranks' partitions; at ZeRO 3 every matrix is cut. Every rank makes the
-same plan out of all ranks' parts, of which there are at ZeRO 3 as many as ranks times matrices that a rank has a part of.
+Where ZeRO has cut a matrix, the owner gathers the parts, computes on the whole, and sends everyone's part of the result back
+(distributed Muon, arXiv 2502.16982, algorithm 1). Every rank makes the same plan out of all ranks' parts, of which there are
+at ZeRO 3 as many as ranks times matrices that a rank has a part of. What one rank holds whole never travels: at ZeRO 1 and 2
+that is all but the matrices at the borders of the ranks' partitions; at ZeRO 3 every matrix is cut.
+
+Where several ranks hold the same, as at ZeRO 0, the owner sends them the result.
 
 Shape letters: N matrices of one shape, R rows, C columns.
 """
@@ -88,7 +90,7 @@ class MatrixOwners:
             for index in range(len(flats))
         ]
 
-    def apply(self, flat: Tensor, values: Tensor, function: OnMatrices) -> Tensor:
+    def apply(self, flat: Tensor, values: Tensor, function: OnMatrices) -> None:
         """Replaces `values` [n], which are of the partition `flat`, by `function` of the matrices. Collective.
 
         Every rank calls it for the same partitions in the same order.
@@ -114,11 +116,43 @@ class MatrixOwners:
             for place in ours:
                 place.copy_(back[begin : begin + len(place)])
                 begin += len(place)
-        return values
 
     def _exchange(self, pieces: list[Tensor], given: list[list[Part]], coming: list[list[Part]]) -> Tensor:
         sizes, expected = ([sum(part.length for part in parts) for parts in one] for one in (given, coming))
         return all_to_all(pieces, sizes, expected, torch.empty(0, device=self._device))
+
+
+def apply_among(ranks: range, stacks: list[Tensor], function: OnMatrices, device: torch.device) -> None:
+    """Replaces stacked matrices [N, R, C], which several ranks hold, by `function` of them. Collective, of all ranks.
+
+    Args:
+        ranks: those that hold the same, this one among them.
+        device: where collectives take their tensors from.
+    """
+    matrices = [matrix for stack in stacks for matrix in stack]
+    owned: dict[int, list[Tensor]] = {rank: [] for rank in ranks}
+    loads = dict.fromkeys(ranks, 0.0)
+    for matrix in sorted(
+        matrices, key=lambda matrix: -_work(tuple(matrix.shape))
+    ):  # a stable order: the same on all ranks
+        owner = min(ranks, key=loads.__getitem__)
+        loads[owner] += _work(tuple(matrix.shape))
+        owned[owner].append(matrix)
+    rank = dist.get_rank()
+    _in_batches(((tuple(matrix.shape), matrix) for matrix in owned[rank]), function)
+    sizes = {owner: sum(matrix.numel() for matrix in some) for owner, some in owned.items()}
+    others = [other in ranks and other != rank for other in range(dist.get_world_size())]
+    received = all_to_all(
+        [matrix.reshape(-1) for other in others if other for matrix in owned[rank]],
+        [sizes[rank] if other else 0 for other in others],
+        [sizes[number] if other else 0 for number, other in enumerate(others)],
+        torch.empty(0, device=device),
+    )
+    begin = 0
+    for owner in ranks:
+        for matrix in owned[owner] if owner != rank else ():
+            matrix.copy_(received[begin : begin + matrix.numel()].view(matrix.shape))
+            begin += matrix.numel()
 
 
 def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:

@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules: AdamW for everything, or Muon for the matrices and AdamW for the rest."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from smolds_dist.settings import Train
 
 MUON_MOMENTUM = 0.95
+TOGETHER = 2**25
+"""Elements whose updates are held at a time where ranks share the work: each waits for the others once for all of them."""
 PARTS = ("embeddings", "attention", "dense_layers", "routers", "experts", "shared_experts", "norms")  # of a model
 
 
@@ -71,8 +74,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon steps along the orthogonalised momentum, scaled by 0.2 sqrt(max(rows, columns)) so that its updates are as large
     as AdamW's (arXiv 2502.16982, equation 4). Stacked experts [E, rows, columns] count as E matrices.
 
-    Parameters of a group with `on_matrices` are flat and need not hold whole matrices: that function takes a parameter,
-    values of its shape, and what is to be done to whole matrices [N, rows, columns], and replaces the values.
+    In a group with `on_matrices` that function sees to the matrices, of several parameters at a time, so that ranks can
+    share the work. It takes the parameters, a tensor of values for each, and what is to be done to matrices [N, rows,
+    columns], and replaces the values. These are such matrices themselves, or flat where ZeRO has cut the parameters.
     """
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float = 1e-8):
@@ -82,26 +86,31 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         assert closure is None, "no closure: the engine computes the gradients"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = (self._muon if group["muon"] else self._adam)(
-                    parameter, parameter.grad, self.state[parameter], group
-                )
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            for some in together(group):
+                if group["muon"]:
+                    updates = self._muon(some, group)
+                else:
+                    updates = [self._adam(p, p.grad, self.state[p], group) for p in some]
+                for parameter, update in zip(some, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-    @staticmethod
-    def _muon(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"]
-        momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
-        nesterov = gradient.lerp(momentum, MUON_MOMENTUM)
+    def _muon(self, parameters: list[Any], group: dict) -> list[Tensor]:
+        values = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+            nesterov = parameter.grad.lerp(momentum, MUON_MOMENTUM)
+            if parameter.ndim > 1:
+                rows, columns = parameter.shape[-2:]
+                nesterov = nesterov.view(-1, rows // group["matrices"], columns)
+            values.append(nesterov)
         if "on_matrices" in group:
-            return group["on_matrices"](parameter, nesterov, muon_update)
-        *stack, rows, columns = parameter.shape
-        matrices = nesterov.view(*stack, group["matrices"], rows // group["matrices"], columns)
-        return muon_update(matrices).reshape(parameter.shape)
+            group["on_matrices"](parameters, values, muon_update)
+        else:
+            values = [muon_update(matrices) for matrices in values]
+        return [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
 
     @staticmethod
     def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
@@ -115,6 +124,20 @@ class MuonAdamW(torch.optim.Optimizer):
         square.lerp_(gradient.square(), 1 - beta2)
         root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return mean / (1 - beta1**step) / root
+
+
+def together(group: dict) -> Iterator[list[Any]]:
+    """The parameters of a group that have gradients: one at a time, or, of those that ranks share the work on, `TOGETHER`
+    elements or a little more."""
+    some: list[Any] = []
+    for parameter in group["params"]:
+        if parameter.grad is not None:
+            some.append(parameter)
+            if "on_matrices" not in group or sum(p.numel() for p in some) >= TOGETHER:
+                yield some
+                some = []
+    if some:
+        yield some
 
 
 def muon_update(matrices: Tensor) -> Tensor:
