@@ -1,8 +1,10 @@
 """The topology's rules, as pure functions of a configuration, a machine and a rank."""
 
+import sys
 from dataclasses import replace
 
 import pytest
+import ranks
 
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import known_hardware
@@ -40,6 +42,51 @@ def test_bf16_is_advised_against_where_the_cpu_has_none():
     for machine in (replace(CPU, bf16=True), GPUS):
         assert "bf16" not in plan(machine, 1, asked).reason
     assert "bf16" not in plan(CPU, 1).reason
+
+
+def test_where_memory_is_short_a_cpu_gets_back_what_a_step_frees():
+    little = replace(CPU, memory=100_000_000)
+    short, asked = plan(little, 2), plan(replace(CPU, memory=10**12), 2, "--parallel.keep_memory=false")
+    for topology in (short, asked):
+        assert not topology.keeps_memory and "what a step frees goes back to the system" in topology.reason
+    for topology in (
+        plan(CPU, 2),
+        plan(replace(CPU, memory=10**12), 2),
+        plan(little, 2, "--parallel.keep_memory=true"),
+    ):
+        assert topology.keeps_memory and "goes back" not in topology.reason
+
+
+FREES = """
+import sys
+
+import psutil
+import torch
+
+from smolds_dist.config import load_config
+from smolds_dist.model import DeepSeekV3Config
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.training.build import new_engine
+
+config = load_config(["--preset=debug", "--model.vocab_size=64", f"--parallel.keep_memory={sys.argv[1]}"])
+topology = plan_topology(config, detect_machine(), RankInfo(0, 0, 1))
+engine = new_engine(DeepSeekV3Config(**config.model.architecture()), config, topology, None)
+before = psutil.Process().memory_info().rss
+tensor = torch.ones(25_000_000)
+del tensor
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that is told")
+def test_freed_memory_is_kept_or_given_back_as_asked():
+    grown = {}
+    for keeps in ("true", "false"):
+        finished = ranks.run([sys.executable, "-c", FREES, keeps], timeout=60)
+        assert not finished.returncode, finished.text
+        grown[keeps] = int(finished.stdout.splitlines()[-1])
+    assert grown["true"] > 90e6 and grown["false"] < 10e6
 
 
 @pytest.mark.parametrize(

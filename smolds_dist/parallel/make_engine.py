@@ -46,7 +46,7 @@ def make_engine(
         from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine  # needs deepspeed, which may not be here
 
         engine = DeepSpeedEngine(model, config, topology, group_parameters, make_optimizer, fill)
-    if topology.device == "cpu":
+    if topology.device == "cpu" and topology.keeps_memory:
         keep_freed_memory()  # from here on: what was needed for the building goes back
     return engine
 
@@ -55,7 +55,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep large blocks that are freed, for the next ones, in this process from now on (Linux).
 
     Left alone, it gives every large block back to the kernel and gets new pages for the next, all zeroed: for a step's
-    temporary tensors that takes longer than what is computed in them.
+    temporary tensors that takes longer than what is computed in them. The price is what lies between blocks that are in use:
+    measured with half a billion parameters on four ranks at ZeRO 3, 4.3 GB in place of 3.3.
     """
     _set_malloc(trim_threshold=-1, mmap_max=0)
 
@@ -63,8 +64,8 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Has glibc give every block of a megabyte back to the kernel as soon as it is freed (Linux).
 
-    While a model is built, most of what is freed is never wanted again. Left alone, glibc keeps blocks of up to 32 MB once
-    it has seen some freed.
+    While a model is built, most of what is freed is never wanted again, and where memory is short it stays so. Left alone,
+    glibc keeps blocks of up to 32 MB once it has seen some freed.
     """
     _set_malloc(trim_threshold=2**20, mmap_max=2**16, mmap_threshold=2**20)
 

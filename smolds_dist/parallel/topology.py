@@ -49,6 +49,7 @@ class Topology:
     micro_batch: int  # sequences per forward pass of one rank
     accumulation: int  # forward passes per step of one rank
     nodes: int = 1
+    keeps_memory: bool = True  # on a CPU, what a step has freed stays with the process
     reason: str = ""  # one sentence on why the layout is what it is
 
     @property
@@ -147,7 +148,10 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         else:
             firsts = {size: _first_that_fits(config, layouts[size], memory)[0] for size in sizes}
             expert, why_expert = _fastest(config, firsts, hardware.shared_by(rank.ranks_per_node), memory)
-    layout, why_layout = _first_that_fits(config, layouts[expert], memory)
+    layout, why_layout, fits = _first_that_fits(config, layouts[expert], memory)
+    keeps_memory = fits if parallel.keep_memory == "auto" else parallel.keep_memory
+    if device == "cpu" and not keeps_memory:
+        why_layout += "; what a step frees goes back to the system, which takes time"
     if device == "cpu" == machine.devices[0] and dtype == "bf16" and not machine.bf16:
         why_layout += (
             "; fp32 would be many times as fast, because this CPU has no bf16 products: leave --train.dtype out"
@@ -165,6 +169,7 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         micro_batch=layout.micro_batch,
         accumulation=layout.accumulation,
         nodes=-(-world // rank.ranks_per_node),
+        keeps_memory=keeps_memory,
         reason=f"{why_expert}; {why_layout}." if world > 1 else f"{why_layout}.",
     )
 
@@ -276,20 +281,21 @@ def _micro_batches(config: RunConfig, world: int, device: str) -> list[int]:
     return [wanted]
 
 
-def _first_that_fits(config: RunConfig, layouts: list[Layout], memory: int | None) -> tuple[Layout, str]:
-    """The first layout that fits into a device's memory, by `costs.memory`, else the one that needs least; and why."""
+def _first_that_fits(config: RunConfig, layouts: list[Layout], memory: int | None) -> tuple[Layout, str, bool]:
+    """The first layout that fits into a device's memory, by `costs.memory`, else the one that needs least; why; and whether
+    it fits, as far as is known."""
     if memory is None:
         why = _why_stage(config, layouts[0]).removesuffix(" is the lowest stage that fits")
-        return layouts[0], f"{why}, the device's memory is unknown"
+        return layouts[0], f"{why}, the device's memory is unknown", True
     model, process = with_vocabulary(config), PROCESS_BYTES[layouts[0].device]
     needs = [rank_memory(model, layout, process).total for layout in layouts]
     place = next((i for i, need in enumerate(needs) if need <= MEMORY_SHARE * memory), None)
-    warning = ""
+    warning, fits = "", place is not None
     if place is None:
         place = needs.index(min(needs))
         warning = f", which is the least there is, yet more than {MEMORY_SHARE:.0%}"
     amount = f"a rank needs {needs[place] / 1e9:,.2g} of {memory / 1e9:,.2g} GB{warning}"
-    return layouts[place], f"{_why_stage(config, layouts[place])}, {amount}"
+    return layouts[place], f"{_why_stage(config, layouts[place])}, {amount}", fits
 
 
 def _why_stage(config: RunConfig, layout: Layout) -> str:
