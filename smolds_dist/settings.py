@@ -259,8 +259,8 @@ class Parallel:
     ds_config: str | None = None
     """Your own DeepSpeed JSON instead of ds_configs/zeroN.json."""
     keep_memory: Literal["auto"] | bool = "auto"
-    """On Linux CPUs, keep what a step frees for the next one, which makes it faster; auto: unless a rank needs more than 90 % of
-    the memory."""
+    """On Linux CPUs, keep what a step frees for the next one, which makes it faster; auto: unless a rank needs more than
+    90 % of the memory."""
     grace: float = 10.0
     """Seconds after a rank's death until the others leave by force."""
     timeout: float = 600.0
