@@ -129,30 +129,27 @@ def apply_among(ranks: range, stacks: list[Tensor], function: OnMatrices, device
         ranks: those that hold the same, this one among them.
         device: where collectives take their tensors from.
     """
-    matrices = [matrix for stack in stacks for matrix in stack]
-    owned: dict[int, list[Tensor]] = {rank: [] for rank in ranks}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    others = [other for other in ranks if other != rank]
+    owned: dict[int, list[Tensor]] = {owner: [] for owner in ranks}
     loads = dict.fromkeys(ranks, 0.0)
-    for matrix in sorted(
-        matrices, key=lambda matrix: -_work(tuple(matrix.shape))
-    ):  # a stable order: the same on all ranks
+    matrices = [(_work(tuple(matrix.shape)), matrix) for stack in stacks for matrix in stack]
+    for work, matrix in sorted(matrices, key=lambda one: -one[0]):  # a stable order, the same on all ranks
         owner = min(ranks, key=loads.__getitem__)
-        loads[owner] += _work(tuple(matrix.shape))
+        loads[owner] += work
         owned[owner].append(matrix)
-    rank = dist.get_rank()
     _in_batches(((tuple(matrix.shape), matrix) for matrix in owned[rank]), function)
     sizes = {owner: sum(matrix.numel() for matrix in some) for owner, some in owned.items()}
-    others = [other in ranks and other != rank for other in range(dist.get_world_size())]
     received = all_to_all(
-        [matrix.reshape(-1) for other in others if other for matrix in owned[rank]],
-        [sizes[rank] if other else 0 for other in others],
-        [sizes[number] if other else 0 for number, other in enumerate(others)],
+        [matrix.reshape(-1) for _ in others for matrix in owned[rank]],
+        [sizes[rank] if other in others else 0 for other in range(world)],
+        [sizes[other] if other in others else 0 for other in range(world)],
         torch.empty(0, device=device),
     )
     begin = 0
-    for owner in ranks:
-        for matrix in owned[owner] if owner != rank else ():
-            matrix.copy_(received[begin : begin + matrix.numel()].view(matrix.shape))
-            begin += matrix.numel()
+    for matrix in chain.from_iterable(owned[other] for other in others):
+        matrix.copy_(received[begin : begin + matrix.numel()].view(matrix.shape))
+        begin += matrix.numel()
 
 
 def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:

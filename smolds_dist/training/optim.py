@@ -110,7 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
             group["on_matrices"](parameters, values, muon_update)
         else:
             values = [muon_update(matrices) for matrices in values]
-        return [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
+        return [value.reshape(p.shape) for p, value in zip(parameters, values, strict=True)]
 
     @staticmethod
     def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
