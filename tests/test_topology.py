@@ -69,7 +69,8 @@ from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import new_engine
 
-config = load_config(["--preset=debug", "--model.vocab_size=64", f"--parallel.keep_memory={sys.argv[1]}"])
+given = ["--preset=debug", "--parallel.device=cpu", "--model.vocab_size=64", f"--parallel.keep_memory={sys.argv[1]}"]
+config = load_config(given)
 topology = plan_topology(config, detect_machine(), RankInfo(0, 0, 1))
 engine = new_engine(DeepSeekV3Config(**config.model.architecture()), config, topology, None)
 before = psutil.Process().memory_info().rss

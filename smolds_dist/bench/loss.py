@@ -59,8 +59,9 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
     """The target, and what everyone needs for it."""
     from smolds_dist.data.prepare import prepare_data
 
-    target = load_config(given).train
-    prepare_data(load_config(given))
+    config = load_config(given)
+    target = config.train
+    prepare_data(config)
     say(f"smolds, {target.steps} steps")
     ours = train_smolds(given, folder / "smolds", options.ranks)
 

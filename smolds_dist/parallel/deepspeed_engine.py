@@ -136,8 +136,9 @@ class DeepSpeedEngine:
             built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
             built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
             for group in built.param_groups:
-                if group["muon"] and (topology.zero or len(self._holders(group)) > 1):
-                    group["on_matrices"] = partial(self._on_matrices, self._holders(group))
+                holders = self._holders(group["part"] == "experts")
+                if group["muon"] and (topology.zero or len(holders) > 1):
+                    group["on_matrices"] = partial(self._on_matrices, holders)
             return built
 
         try:
@@ -175,9 +176,9 @@ class DeepSpeedEngine:
         if model.config.has_router_losses:
             keep_router_logits(self.model)
 
-    def _holders(self, group: dict) -> range:
-        """The ranks that hold the same parameters of a group as this one."""
-        apart = self.topology.expert if group["part"] == "experts" else 1
+    def _holders(self, of_experts: bool) -> range:
+        """The ranks that have the same experts as this one, or the same of all the rest."""
+        apart = self.topology.expert if of_experts else 1
         return range(self.topology.rank % apart, self.topology.world_size, apart)
 
     def _on_matrices(
@@ -211,7 +212,7 @@ class DeepSpeedEngine:
         shares = squares_by_part(optimizer)
         for part in shares:
             # Ranks that hold the same have the same averaged gradients: count them once.
-            shares[part] /= self.topology.world_size // (self.topology.expert if part == "experts" else 1)
+            shares[part] /= len(self._holders(part == "experts"))
         if self._squares is not None:
             self._squares |= shares
         total = torch.stack(list(shares.values())).sum()
@@ -272,17 +273,12 @@ class DeepSpeedEngine:
         experts = expert_parameters(self.model)
         for name, parameter in self.model.named_parameters():
             start, tensors, shape = self._held(parameter)
-            first_expert, ranks_apart = 0, 1  # ranks that hold the same are this far apart
-            if name in experts:
-                ranks_apart, first_expert = self.topology.expert, experts[name]
             replicas = {}
             if self.topology.zero == 0:
-                replicas = {
-                    "replica": self.topology.rank // ranks_apart,
-                    "replicas": self.topology.world_size // ranks_apart,
-                }
+                holders = self._holders(name in experts)
+                replicas = {"replica": holders.index(self.topology.rank), "replicas": len(holders)}
             if tensors:
-                yield from cut(logical_shapes(name, shape, first_expert), start, tensors, **replicas)
+                yield from cut(logical_shapes(name, shape, experts.get(name, 0)), start, tensors, **replicas)
 
     def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor], torch.Size]:
         """First element, flat views by kind (none: nothing of it is here) and whole shape of what this rank holds."""

@@ -133,12 +133,12 @@ def apply_among(ranks: range, stacks: list[Tensor], function: OnMatrices, device
     others = [other for other in ranks if other != rank]
     owned: dict[int, list[Tensor]] = {owner: [] for owner in ranks}
     loads = dict.fromkeys(ranks, 0.0)
-    matrices = [(_work(tuple(matrix.shape)), matrix) for stack in stacks for matrix in stack]
+    matrices = [(_work(matrix.shape), matrix) for stack in stacks for matrix in stack]
     for work, matrix in sorted(matrices, key=lambda one: -one[0]):  # a stable order, the same on all ranks
         owner = min(ranks, key=loads.__getitem__)
         loads[owner] += work
         owned[owner].append(matrix)
-    _in_batches(((tuple(matrix.shape), matrix) for matrix in owned[rank]), function)
+    _in_batches(((matrix.shape, matrix) for matrix in owned[rank]), function)
     sizes = {owner: sum(matrix.numel() for matrix in some) for owner, some in owned.items()}
     received = all_to_all(
         [matrix.reshape(-1) for _ in others for matrix in owned[rank]],
