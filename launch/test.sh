@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests. Options go through to pytest, for instance: ./launch/test.sh -k config
+# Sets everything up and runs the tests; with --all also those marked long. Options go through to pytest, for instance:
+#   ./launch/test.sh -k config
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 set_up_tests
 

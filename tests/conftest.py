@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 
 import pytest
 
@@ -20,9 +21,29 @@ LONGEST = [
 ]
 
 
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that two workers end at about the same time."""
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the tests marked long, as before a release")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect tests marked long unless --all is set; sort the longest files first, so that two workers end together."""
+    if not config.getoption("--all"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the time of the slowest files; CONTRIBUTING.md has the table of all of them."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section(f"time by file, of {sum(seconds.values()) / 60:.1f} worker minutes")
+    for file, total in seconds.most_common(10):
+        terminalreporter.write_line(f"{total:7.1f}s {file}")
 
 
 @pytest.fixture(scope="session")
