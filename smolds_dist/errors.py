@@ -1,7 +1,6 @@
 """The one error type for a user's mistakes, and the parser that raises it."""
 
 import argparse
-import sys
 from typing import Any, NoReturn
 
 
@@ -36,21 +35,12 @@ class OptionParser(argparse.ArgumentParser):
     """argparse's parser, which tells a mistake as a `ConfigError` instead of ending the process.
 
     Args:
-        renamed: options that had another name once, by that name; who gives it is told the new one.
         example: a command line that `--help` shows at its end.
     """
 
-    def __init__(self, *args: Any, renamed: dict[str, str] | None = None, example: str = "", **kwargs: Any):
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._renamed = renamed or {}
         self.epilog = f"example: {example}" if example else None
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]  # as argparse has it
-        for word in sys.argv[1:] if args is None else args:
-            name = str(word).partition("=")[0]
-            if name in self._renamed:
-                self.error(f"{name} is {self._renamed[name]} now")
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.")

@@ -209,26 +209,6 @@ def test_help_has_an_example(command, monkeypatch, capsys):
     assert f"example: smolds {command}".strip() in shown and len(shown) > 100
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("launch --procs 2", "--nproc-per-node"),
-        ("eval runs/first --tokens=5", "--max-tokens"),
-        ("eval runs/first --batch 5", "--batch-size"),
-        ("eval runs/first --few-shot 5", "--num-fewshot"),
-        ("eval runs/first --task-folder tasks", "--include-path"),
-        ("export runs/first --to exported --file-gb 2", "--max-shard-size"),
-        ("generate runs/first --tokens 5", "--max-new-tokens"),
-        ("bench generate --tokens 5", "--max-new-tokens"),
-    ],
-)
-def test_an_options_old_name_is_answered_with_the_new_one(old, new, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["smolds", *old.split()])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert f"is {new} now" in capsys.readouterr().err
-
-
 def test_version_is_told():
     finished = smolds("--version", timeout=30)
     assert finished.returncode == 0

@@ -97,8 +97,6 @@ def test_mistakes_are_told(kept_run, tmp_path):
     for args, words in (
         ([run_dir, "--top-p", "0"], "more than 0"),
         ([run_dir, "--max-new-tokens", "0"], "at least 1"),
-        ([run_dir, "--tokens", "5"], "--tokens is --max-new-tokens now"),
-        ([run_dir, "--batch=5"], "--batch is --batch-size now"),
         ([run_dir, "--prompts", str(tmp_path / "none")], "not a file"),
         ([run_dir, "--step", "5"], "no checkpoint of step 5"),
         ([str(tmp_path)], "holds no model"),

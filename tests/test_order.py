@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from smolds_dist.data.mixture import Mixture, exact_shares, first_part
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, FirstOrder, Piece, SourceOrder, permuted
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Piece, SourceOrder, permuted
 from smolds_dist.data.packing import best_fit
 from smolds_dist.data.parts import UNIT_BYTES, units_of, units_of_files
 from smolds_dist.data.source import File
@@ -19,9 +19,7 @@ from smolds_dist.data.units import DOCUMENT
 from smolds_dist.settings import Source
 
 
-def order_of(
-    starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int, version: int = 2
-) -> SourceOrder:
+def order_of(starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int) -> SourceOrder:
     """Units of one piece each, numbered within the source."""
     bounds = [*starts, tokens]
 
@@ -29,7 +27,7 @@ def order_of(
         unit = int(following[0])
         return [Piece(0, bounds[unit], bounds[unit + 1] - bounds[unit])]
 
-    return SourceOrder(len(starts), pieces_of, seq_len, seed, window_tokens, version=version)
+    return SourceOrder(len(starts), pieces_of, seq_len, seed, window_tokens)
 
 
 def keys_of(number: int) -> np.ndarray:
@@ -57,25 +55,26 @@ def test_permutation_is_an_even_one():
 def test_order_stays_what_it_was():
     """Recorded when the order was made: a run goes on in it, on any machine, with any version of any library."""
     order = order_of([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100)
-    epochs, places = order.places(np.arange(70))
-    assert epochs.tolist() == [0] * 33 + [1] * 33 + [2] * 4
-    assert (10 * places).tolist() == RECORDED
-    assert order.pieces(np.array([0, 24])) == RECORDED_PIECES
+    epochs, places = order.places(np.arange(40))
+    assert epochs.tolist() == [0] * 33 + [1] * 7
+    assert places.tolist() == RECORDED
+    assert order.pieces(np.array([0, 3])) == RECORDED_PIECES
     large = order_of([0], 10**13, seq_len=1000, seed=2**40, window_tokens=2**28)
     assert (1000 * large.places(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1]).tolist() == RECORDED_LARGE
     assert units_of([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
-    first = FirstOrder(320, seq_len=32, seed=0)
-    assert [piece.start // 32 for (piece,) in first.pieces(np.arange(10))] == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
-    assert FirstOrder(320, 32, 2**32).pieces(np.arange(10)) == first.pieces(np.arange(10))
+    source = Source("jsonl:*")
+    files = [File(f"{number}.jsonl", size, "") for number, size in enumerate([2**19] * 4 + [2**25 + 1, 2**21])]
+    units = units_of_files(source, files)
+    assert [[(part.file, part.number, part.of) for part in unit] for unit in units] == RECORDED_UNITS
 
 
 RECORDED = [
-    20, 250, 140, 120, 210, 160, 130, 60, 30, 110, 150, 270, 280, 0, 80, 230, 200, 10, 260, 240, 290, 40, 170, 50,
-    70, 100, 90, 220, 180, 190, 300, 320, 310, 190, 110, 220, 210, 40, 90, 140, 0, 30, 50, 130, 200, 150, 120, 160,
-    170, 20, 60, 70, 80, 180, 100, 10, 300, 310, 290, 260, 280, 320, 230, 250, 240, 270, 70, 200, 50, 160,
+    9, 2, 1, 7, 4, 3, 5, 8, 6, 0, 27, 22, 10, 16, 25, 18, 28, 23, 15, 13, 17, 19, 24, 11,
+    30, 32, 12, 31, 14, 26, 20, 29, 21, 9, 7, 8, 3, 6, 1, 2,
 ]  # fmt: skip
-RECORDED_PIECES = [[(0, 20, 10)], [(0, 70, 5), (0, 100, 5)]]
-RECORDED_LARGE = [7561775650000, 9080268589000, 9011089762000, 7296580008000, 5647225277000]
+RECORDED_PIECES = [[(0, 90, 10)], [(0, 70, 5), (0, 75, 5)]]
+RECORDED_LARGE = [9037558459000, 8193538121000, 5797450439000, 998896847000, 2986002147000]
+RECORDED_UNITS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)], [(1, 0, 1), (2, 0, 1)], [(4, 0, 3)]]
 
 
 def test_small_files_travel_together_but_not_with_their_neighbours():
@@ -268,20 +267,3 @@ def test_packed_samples_hold_every_token_once_and_cut_only_what_is_too_long(wind
     again = packed_order(units, 64, window)
     last = sum(map(len, seen)) - 1
     assert again.pieces(np.array([last, 0, total])) == [seen[2][-1], seen[0][0], seen[1][0]]
-
-
-def test_new_order_stays_what_it_is():
-    """Recorded when it was made, as of the second one above."""
-    order = order_of([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100, version=3)
-    assert order.places(np.arange(40))[1].tolist() == RECORDED_THIRD
-    source = Source("jsonl:*")
-    files = [File(f"{number}.jsonl", size, "") for number, size in enumerate([2**19] * 4 + [2**25 + 1, 2**21])]
-    units = units_of_files(source, files)
-    assert [[(part.file, part.number, part.of) for part in unit] for unit in units] == RECORDED_UNITS
-
-
-RECORDED_THIRD = [
-    9, 2, 1, 7, 4, 3, 5, 8, 6, 0, 27, 22, 10, 16, 25, 18, 28, 23, 15, 13, 17, 19, 24, 11,
-    30, 32, 12, 31, 14, 26, 20, 29, 21, 9, 7, 8, 3, 6, 1, 2,
-]  # fmt: skip
-RECORDED_UNITS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)], [(1, 0, 1), (2, 0, 1)], [(4, 0, 3)]]

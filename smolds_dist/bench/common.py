@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def bench_parser(name: str, doc: str, renamed: dict[str, str] | None = None) -> OptionParser:
+def bench_parser(name: str, doc: str) -> OptionParser:
     """The options that every benchmark has, described by the first line of its module's docstring."""
     parser = OptionParser(
         prog=f"smolds bench {name}",
         description=doc.partition("\n")[0],
-        renamed=renamed,
         example=f"smolds bench {name} --preset debug --json {name}.json",
     )
     parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")

@@ -21,7 +21,7 @@ def bench_generate(args: list[str]) -> None:
     Raises:
         ConfigError: for options that are none, or a text that is too short to have quarters or too long for the model.
     """
-    parser = bench_parser("generate", __doc__, {"--tokens": "--max-new-tokens"})
+    parser = bench_parser("generate", __doc__)
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of a text")
     parser.add_argument("--rounds", type=int, default=3, help="texts of each")
     options, settings = parse(parser, args)

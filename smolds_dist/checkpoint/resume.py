@@ -32,7 +32,7 @@ UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.unique.Uniq
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:
-    """The run's data, in the order and with the tokenizer of the checkpoint that it continues from, if it does.
+    """The run's data, with the tokenizer of the checkpoint that it continues from, if it does.
 
     Raises:
         ConfigError: as `check_resumable` and `prepare_data` do.
@@ -43,9 +43,7 @@ def prepare_resumed(config: RunConfig) -> TrainingData:
     folder, manifest = found
     tokenizer = folder.parent.parent / "tokenizer"
     known = config.data.tokenizer == "train" and (tokenizer / "tokenizer.json").is_file()
-    # Runs began in the first order before checkpoints named one.
-    order, limits = manifest.data.get("order", 1), manifest.data.get("limits")
-    return prepare_data(config, order, tokenizer if known else None, limits, manifest.samples)
+    return prepare_data(config, tokenizer if known else None, manifest.data["limits"], manifest.samples)
 
 
 def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
@@ -125,9 +123,8 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
         raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
     for section, names in kept.items():
         for name in names:
-            settings = getattr(config, section)
-            now = asdict(settings)[name]
-            then = saved[section].get(name, getattr(type(settings)(), name))  # older versions had fewer settings
+            now = asdict(getattr(config, section))[name]
+            then = saved[section][name]
             if then != now:
                 raise ConfigError(
                     f"{folder} was written with --{section}.{name} {then}, this run has {now}; "
@@ -143,8 +140,7 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     Stages that begin later may be others.
     """
     saved = saved_sources(manifest.config["data"])
-    whole = [(manifest.samples, dict.fromkeys(saved, 1.0))]
-    before = first_part(manifest.data.get("schedule", whole), manifest.samples)
+    before = first_part(manifest.data["schedule"], manifest.samples)
     now = first_part(mixture_of(config).schedule(), manifest.samples)
     advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
     for name in names_in(before):
@@ -172,19 +168,21 @@ def check_contents(reader: CheckpointReader, data: TrainingData) -> None:
     saved, identity = reader.manifest.data, data.identity(reader.manifest.samples)
     if saved["tokenizer"] != identity["tokenizer"]:
         raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
+    if reader.manifest.weights_only:
+        return
+    if saved["order"] != identity["order"]:
+        raise ConfigError(
+            f"{reader.folder} was trained in version {saved['order']} of the sample order, this is version "
+            f"{identity['order']}; start a new --run.name."
+        )
     advice = (
         "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
     )
-    for name in names_in(first_part(saved.get("schedule", []), reader.manifest.samples)):
+    for name in names_in(first_part(saved["schedule"], reader.manifest.samples)):
         if saved["contents"][name] != identity["contents"][name]:
             raise ConfigError(
                 f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."
             )
-    if "contents" not in saved and saved["train_tokens"] not in (None, identity.get("train_tokens")):
-        raise ConfigError(
-            f"the corpus has changed since {reader.folder} was written: it had {saved['train_tokens']:,} training tokens, "
-            f"now it has {identity['train_tokens']:,}; {advice}."
-        )
 
 
 def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = None) -> CheckpointReader | None:

@@ -14,17 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.mixture import Mixture
-from smolds_dist.data.order import FirstOrder, Piece, SourceOrder
+from smolds_dist.data.order import VERSION, Piece, SourceOrder
 from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.data.unit_source import Progress, UnitSource
-from smolds_dist.data.whole import WholeSource
 from smolds_dist.settings import Data
 
 
 class Sample(NamedTuple):
     """Where a sample's tokens are."""
 
-    source: UnitSource | WholeSource
+    source: UnitSource
     pieces: list[Piece]
 
 
@@ -33,8 +32,8 @@ class TrainingData:
     """All that a run is trained on and measured by."""
 
     tokenizer: PreTrainedTokenizerBase
-    sources: dict[str, UnitSource | WholeSource]
-    orders: dict[str, SourceOrder | FirstOrder]
+    sources: dict[str, UnitSource]
+    orders: dict[str, SourceOrder]
     mixture: Mixture
     seq_len: int
     limits: dict[str, int | None]  # tokens after which the reading of a source stopped
@@ -42,8 +41,7 @@ class TrainingData:
     def tell_progress(self, progress: Progress) -> None:
         """What is told from now on while tokens are made or waited for."""
         for source in self.sources.values():
-            if isinstance(source, UnitSource):
-                source.progress = progress
+            source.progress = progress
 
     def reach(self, samples: int) -> None:
         """Waits for the tokens of the run's first `samples` samples."""
@@ -98,7 +96,7 @@ class TrainingData:
     @cached_property
     def _fixed(self) -> dict:
         return {
-            "order": next(iter(self.orders.values())).version,
+            "order": VERSION,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "limits": self.limits,
             "schedule": self.mixture.schedule(),
@@ -108,17 +106,11 @@ class TrainingData:
         """What the tokens of the run's first `samples` samples depend on, for checkpoints."""
         totals = self.mixture.totals(samples).tolist()
         contents = {name: self._content(name, total) for name, total in zip(self.sources, totals, strict=True)}
-        whole = [source for source in self.sources.values() if isinstance(source, WholeSource)]
-        # What checkpoints had before they had contents.
-        counts = {"train_tokens": sum(source.meta.train_tokens for source in whole)} if whole else {}
-        return self._fixed | counts | {"contents": contents}
+        return self._fixed | {"contents": contents}
 
     def _content(self, name: str, samples: int) -> str:
         """Digest of a source's training texts up to the end of the window with the last of its first `samples` samples."""
         source, order = self.sources[name], self.orders[name]
-        if isinstance(source, WholeSource):
-            return source.meta.content
-        assert isinstance(order, SourceOrder)
         return source.content(order.units_until(samples - 1) if samples else np.zeros(0, np.int64))
 
 

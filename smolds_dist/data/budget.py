@@ -40,13 +40,9 @@ def unit_orders(data: TrainingData, samples: int) -> list[tuple[UnitSource, Sour
     """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
     totals = data.mixture.totals(samples).tolist()
     triples = zip(data.sources.values(), data.orders.values(), totals, strict=True)
-    return [
-        (source, order, max(0, taken - 1))
-        for source, order, taken in triples
-        if isinstance(source, UnitSource) and isinstance(order, SourceOrder) and len(source.units) > 1
-    ]
+    return [(source, order, max(0, taken - 1)) for source, order, taken in triples if len(source.units) > 1]
 
 
 def bytes_there(data: TrainingData) -> int:
     """Bytes of all tokens that are there."""
-    return sum(source.bytes_there() for source in data.sources.values() if isinstance(source, UnitSource))
+    return sum(source.bytes_there() for source in data.sources.values())

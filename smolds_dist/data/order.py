@@ -1,15 +1,12 @@
 """Order: which tokens of one source its n-th sample has. A pure function of the source's units, the sequence length and the
 seed.
 
-A unit is what is tokenised at once: a part of a large file, a file, or several small ones. From version 2 on, every epoch
-runs through the units in a new order. What they hold, one after the other, is cut into samples of `seq_len` tokens, or its
+A unit is what is tokenised at once: a part of a large file, a file, or several small ones. Every epoch runs through the
+units in a new order. What they hold, one after the other, is cut into samples of `seq_len` tokens, or its
 documents are packed into samples; these are shuffled within windows of consecutive units. The windows of the first epoch
 begin small and double, so that a corpus that is still being tokenised can be trained on; later ones have their full size,
 which holds a smaller corpus whole. Samples are not listed anywhere: a keyed permutation says where each one is, so that
 memory does not depend on their number.
-
-Version 1 shuffles all samples of the source. Version 2 has files as units, however large, and counts only those that have
-tokens. Runs that began in these go on in them.
 """
 
 import hashlib
@@ -22,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-VERSION = 3  # of a new run's order; a run keeps its own
+VERSION = 3  # of the order; a checkpoint of another one is refused
 FIRST_WINDOW = 2**22  # tokens
 ROUNDS = 6
 PACKED_WINDOWS = 4  # whose samples are kept
@@ -68,13 +65,12 @@ class Epoch:
 
 
 class SourceOrder:
-    """The order of versions 2 and 3. Several threads may ask it.
+    """The order of a source. Several threads may ask it.
 
     Args:
         units: how many there are.
         window_tokens: size of a full window.
         pack: makes samples of a window's documents; without, its stream of tokens is cut.
-        version: 2 or 3.
     """
 
     def __init__(
@@ -85,9 +81,7 @@ class SourceOrder:
         seed: int,
         window_tokens: int,
         pack: Pack | None = None,
-        version: int = VERSION,
     ):
-        self.version = version
         self._units, self._pieces_of, self._pack = units, pieces_of, pack
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._first = self._new_epoch(0)
@@ -276,33 +270,7 @@ class SourceOrder:
         return pieces
 
     def _key(self, epoch: int, what: str) -> np.ndarray:
-        return key_for(f"{self.version} {self._seed} {epoch} {what}")
-
-
-class FirstOrder:
-    """The order of version 1, for runs that began in it."""
-
-    version = 1
-    complete = True
-
-    def __init__(self, tokens: int, seq_len: int, seed: int):
-        self.num_tokens, self.num_samples = tokens, tokens // seq_len
-        self._seq_len, self._seed = seq_len, seed
-        self._epoch = lru_cache(maxsize=2)(self._permutation)
-
-    def extend(self, _sample: int | None, wait: bool = True) -> bool:
-        """As `SourceOrder.extend`: all is known."""
-        return True
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        # RandomState's stream is frozen by NumPy's compatibility policy; default_rng's may change between versions.
-        return np.random.RandomState([self._seed % 2**32, epoch]).permutation(self.num_samples)
-
-    def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
-        """As `SourceOrder.pieces`."""
-        epochs, places = np.divmod(positions, self.num_samples)
-        samples = (int(self._epoch(int(e))[p]) for e, p in zip(epochs, places, strict=True))
-        return [[Piece(0, sample * self._seq_len, self._seq_len)] for sample in samples]
+        return key_for(f"{VERSION} {self._seed} {epoch} {what}")
 
 
 def permuted(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:

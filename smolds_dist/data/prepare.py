@@ -1,21 +1,19 @@
 """From a run's settings to its `TrainingData`: tokenizer, tokens of every source, and their order."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cache import cache_folder, json_damage, key_of, written_once
+from smolds_dist.data.held_out import SMALLEST_TOKENS
 from smolds_dist.data.hub import resolve
 from smolds_dist.data.mixture import Mixture, mixture_of
-from smolds_dist.data.order import VERSION
-from smolds_dist.data.source import File, files_of, fingerprint
+from smolds_dist.data.source import File, fingerprint
 from smolds_dist.data.text import documents
 from smolds_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from smolds_dist.data.unit_source import UnitSource
-from smolds_dist.data.whole import SMALLEST_VAL_TOKENS, WholeSource, whole_sources
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import ProgressBar
 from smolds_dist.settings import RunConfig, Source
@@ -44,18 +42,15 @@ class Bar:
             self._bars[source.name] = ProgressBar(what, shown=self._shown)
         self._bars[source.name].show(source.tokens_found + tokens)
 
-    def tell_left_out(self, sources: Mapping[str, UnitSource | WholeSource]) -> None:
+    def tell_left_out(self, sources: dict[str, UnitSource]) -> None:
         """What was left out of those sources that were worked on."""
         for name in self._bars:
-            source = sources[name]
-            if isinstance(source, UnitSource):
-                for line in source.left_out():
-                    print(line, file=sys.stderr, flush=True)
+            for line in sources[name].left_out():
+                print(line, file=sys.stderr, flush=True)
 
 
 def prepare_data(
     config: RunConfig,
-    order: int = VERSION,
     tokenizer: Path | None = None,
     limits: dict[str, int | None] | None = None,
     samples: int = 0,
@@ -64,7 +59,6 @@ def prepare_data(
     window, or all up to a later one. Safe to call from many processes and nodes at the same time; they share the work.
 
     Args:
-        order: version of the order; that of the checkpoint to continue from.
         tokenizer: folder of the tokenizer that the run began with; what the settings say where not given.
         limits: tokens after which the reading of a source stopped when the run began, by name.
         samples: of the run, that have been trained on.
@@ -74,7 +68,7 @@ def prepare_data(
             (`max_epochs`).
     """
     with Bar(config) as bar:
-        data = find_data(config, order, tokenizer, limits, bar)
+        data = find_data(config, tokenizer, limits, bar)
         _begin(config, data, samples)
         bar.tell_left_out(data.sources)
     _check_sizes(config, data)
@@ -85,12 +79,11 @@ def prepare_data(
 def begin_data(config: RunConfig) -> TrainingData:
     """A new run's data, but for training text that is not tokenised yet."""
     with Bar(config) as bar:
-        return find_data(config, VERSION, None, None, bar)
+        return find_data(config, None, None, bar)
 
 
 def find_data(
     config: RunConfig,
-    order: int,
     tokenizer: Path | None,
     limits: dict[str, int | None] | None,
     bar: Bar,
@@ -99,19 +92,15 @@ def find_data(
     cache = cache_folder(config.data.cache_dir)
     read_as, files = dict[str, Source](), dict[str, list[File]]()
     for name, one in config.data.mixed.items():
-        read_as[name], files[name] = resolve(one, cache) if order == VERSION else (one, files_of(one))
+        read_as[name], files[name] = resolve(one, cache)
     tokenizer = tokenizer or _tokenizer_folder(config, cache, read_as, files)
     loaded = load_tokenizer(str(tokenizer) if tokenizer else config.data.tokenizer)
     mixture = mixture_of(config)
     limits = {name: _token_limit(config, one, name, mixture) for name, one in read_as.items()} | (limits or {})
     seq_len, seed, window = config.data.seq_len, config.train.seed, config.data.window_tokens
-    if order < VERSION:
-        whole = whole_sources(config, cache, loaded, limits, files)
-        orders = {name: one.order(seq_len, seed, window, order) for name, one in whole.items()}
-        return TrainingData(loaded, dict(whole), orders, mixture, seq_len, limits)
     sources = _unit_sources(config, cache, loaded, limits, read_as, files, bar)
-    unit_orders = {name: one.order(seq_len, seed, window, config.data.packing) for name, one in sources.items()}
-    return TrainingData(loaded, dict(sources), dict(unit_orders), mixture, seq_len, limits)
+    orders = {name: one.order(seq_len, seed, window, config.data.packing) for name, one in sources.items()}
+    return TrainingData(loaded, sources, orders, mixture, seq_len, limits)
 
 
 def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
@@ -124,7 +113,7 @@ def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
         tokens = f"{name}: {totals[name] * data.seq_len:,} tokens"
         if name in epochs:
             lines.append(f"{tokens}, {epochs[name]:.3g} epochs of {data.orders[name].num_tokens:,}")
-        elif isinstance(source, UnitSource):
+        else:
             lines.append(f"{tokens}; {source.num_found:,} of {len(source.units):,} parts are tokenised so far")
     return lines
 
@@ -208,4 +197,4 @@ def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture)
     if config.data.max_tokens or not source.source.startswith("hf:"):
         return config.data.max_tokens
     samples = mixture.totals(config.train.steps * config.train.global_batch)[mixture.names.index(name)]
-    return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + SMALLEST_VAL_TOKENS
+    return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + SMALLEST_TOKENS

@@ -19,7 +19,6 @@ from smolds_dist.config import load_config, save_config
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.budget import DiskBudget, bytes_there, unit_orders
 from smolds_dist.data.cores import free_cores, use_all_cores
-from smolds_dist.data.order import SourceOrder
 from smolds_dist.data.prepare import Bar, find_data
 from smolds_dist.data.unit_source import AT_ONCE, UnitSource
 from smolds_dist.errors import ConfigError
@@ -34,7 +33,6 @@ class Work:
 
     config: str  # path of the run's settings
     parent: int  # process without which it ends
-    order: int
     tokenizer: str  # a folder, or a name on the Hub
     limits: dict[str, int | None]
     ahead: bool  # of a training, whose cores it must leave alone
@@ -53,12 +51,10 @@ class Workers:
         self._folder = tempfile.TemporaryDirectory(prefix="smolds-workers-")
         settings = Path(self._folder.name) / "config.yaml"
         save_config(config, settings)
-        told = data.identity(0)
         self._position = Path(self._folder.name) / "position"
         self.tell_position(0)
         work = Work(
-            str(settings), os.getpid(), told["order"], data.tokenizer.name_or_path, told["limits"], ahead,
-            str(self._position),
+            str(settings), os.getpid(), data.tokenizer.name_or_path, data.limits, ahead, str(self._position),
         )  # fmt: skip
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(work))]
@@ -125,8 +121,6 @@ def wanted_units(data: TrainingData, samples: int) -> list[tuple[UnitSource, int
     missing: list[tuple[int, UnitSource, list[int]]] = []
     for name, source in data.sources.items():
         order = data.orders[name]
-        if not isinstance(source, UnitSource) or not isinstance(order, SourceOrder):
-            continue
         if needed[name] and not order.extend(needed[name] - 1, wait=False):
             units = [unit for unit in order.wanted_units().tolist() if not source.find(unit)][:AT_ONCE]
             missing.append((runs_dry(data, name, order.num_known, samples), source, units))
@@ -154,7 +148,7 @@ def work(told: Work) -> None:
     use_all_cores()
     config = load_config(["--config", told.config, "-q"])
     with Bar(config) as bar:
-        data = find_data(config, told.order, Path(told.tokenizer), told.limits, bar)
+        data = find_data(config, Path(told.tokenizer), told.limits, bar)
     data.tell_progress(lambda source, tokens: end_without(told.parent))
     refused = set[tuple[str, int]]()
     samples = config.train.steps * config.train.global_batch
@@ -177,8 +171,7 @@ def within_budget(
 ) -> list[tuple[UnitSource, int]]:
     """Of the wanted units those for which there is room, after those that the run comes to next and that were removed."""
     for source in data.sources.values():
-        if isinstance(source, UnitSource):
-            source.look()
+        source.look()
     if bytes_there(data) >= budget:
         return []
     again = [

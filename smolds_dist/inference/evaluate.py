@@ -29,12 +29,6 @@ def evaluate_model(args: list[str]) -> None:
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
         "all of --data.source, or without one the held-out text of the model's run. With --tasks, lm-evaluation-harness's "
         "tasks instead.",
-        renamed={
-            "--tokens": "--max-tokens",
-            "--batch": "--batch-size",
-            "--few-shot": "--num-fewshot",
-            "--task-folder": "--include-path",
-        },
         example="smolds eval runs/first --data.source text:'corpus/*.txt' --max-tokens 100000",
     )
     parser.add_argument("model", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")

@@ -18,7 +18,6 @@ def generate(args: list[str]) -> None:
         prog="smolds generate",
         description="Continue prompts with a trained model.",
         example="smolds generate runs/first --prompt 'def ' --max-new-tokens 50 --temperature 0.7",
-        renamed={"--tokens": "--max-new-tokens", "--batch": "--batch-size"},
     )
     parser.add_argument("source", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
     parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")

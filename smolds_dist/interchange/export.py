@@ -107,7 +107,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="smolds export",
         description="Writes a checkpoint, of any layout, as a model that plain transformers loads, or llama.cpp.",
-        renamed={"--file-gb": "--max-shard-size"},
         example="smolds export runs/first --to exported --dtype bf16",
     )
     parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder (runs/NAME), or a checkpoint's")

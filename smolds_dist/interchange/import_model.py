@@ -225,7 +225,7 @@ def write_checkpoint(
         val_loss=None,
         config=asdict(config),
         topology=asdict(topology),
-        data={"train_tokens": None, "tokenizer": tokenizer},
+        data={"tokenizer": tokenizer},
         versions=package_versions(),
         tensors={name: list(shape) for name, shape in shapes.items()},
         files=files,

@@ -345,7 +345,6 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="smolds launch",
         usage="smolds launch [--nproc-per-node N] [--launcher NAME] [--hostfile FILE] [--restarts N] -- TRAIN-OPTIONS",
         description="Starts the ranks of `smolds train`.",
-        renamed={"--procs": "--nproc-per-node"},
         example="smolds launch --nproc-per-node 2 -- --preset debug --run.name pair --data.source text:'corpus/*.txt'",
         allow_abbrev=False,
     )

@@ -71,15 +71,14 @@ def show(args: list[str]) -> int:
     start = [row for row in rows if row.get("event") == "start" and row["step"] < options.step][-1]
     config = load_config(["--config", str(options.run / "config.yaml"), "-q"])
     own = config.data.tokenizer == "train"
-    began = start.get("data", {"order": 1, "limits": None})  # before it was recorded
-    found = prepare_data(config, began["order"], options.run / "tokenizer" if own else None, began["limits"])
+    found = prepare_data(config, options.run / "tokenizer" if own else None, start["data"]["limits"])
 
     batch = config.train.global_batch
     skipped = sum(r["skipped_samples"] for r in rows if r.get("event") == "rollback" and r["step"] < options.step)
     first = skipped + (options.step - 1) * batch
     indices = range(first, first + batch)
     digest = f"{batch_digest(found.batch(indices), indices):08x}"
-    same = row.get("batch", digest) == digest
+    same = row["batch"] == digest
     if options.rank is not None:
         ranks = start.get("world_size", 1)
         if not 0 <= options.rank < ranks:
@@ -95,8 +94,7 @@ def show(args: list[str]) -> int:
         for part in parts:
             print(f"== sample {index}, {sample.source.name}: {place_in_words(config, sample, part)}\n{part['text']}")
     if not options.json:
-        recorded = f"recorded as {row['batch']}" if "batch" in row else "of which no digest was recorded"
-        print(f"== batch {digest}, {recorded}")
+        print(f"== batch {digest}, recorded as {row['batch']}")
     if not same:
         print("the texts are not those that the run has seen: the files of its sources have changed since then")
     return 0 if same else 1
@@ -180,7 +178,6 @@ def stats(args: list[str]) -> int:
         order.extend(None)
     epochs = found.epochs(config.train.steps * config.train.global_batch)
     for name, source in found.sources.items():
-        assert isinstance(source, UnitSource)  # as the newest order has them
         told = (
             facts_of(source, found.orders[name].num_tokens)
             | packing_of(found, name)

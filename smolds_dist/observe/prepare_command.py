@@ -9,7 +9,6 @@ from smolds_dist.config import load_config
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cores import free_cores
 from smolds_dist.data.prepare import begin_data
-from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.data.workers import Workers
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.progress import ProgressBar
@@ -47,7 +46,7 @@ def prepare(args: list[str]) -> int:
 
 def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers) -> None:
     """Shows how far the workers are until there is all that the run wants."""
-    sources = [source for source in data.sources.values() if isinstance(source, UnitSource)]
+    sources = data.sources.values()
     files = sum(len(source.files) for source in sources)
     for source in sources:
         source.look()
@@ -70,7 +69,7 @@ def wanted_tokens(data: TrainingData, samples: int) -> int | None:
     """About how many tokens the run wants to have; None before there are any of each source."""
     total = 0.0
     for (_, source), needed in zip(data.sources.items(), data.mixture.totals(samples).tolist(), strict=True):
-        if not isinstance(source, UnitSource) or not source.num_found:
+        if not source.num_found:
             return None
         all_of_it = source.tokens_found / source.num_found * len(source.units)
         total += max(source.tokens_found, min(all_of_it, needed * data.seq_len))
@@ -81,10 +80,9 @@ def outcome(data: TrainingData) -> list[str]:
     """What there is now, a line for each source, and what was left out."""
     lines = []
     for name, source in data.sources.items():
-        if isinstance(source, UnitSource):
-            source.look()
-            lines.append(
-                f"{name}: {source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
-            )
-            lines += [f"  {line}" for line in source.left_out()]
+        source.look()
+        lines.append(
+            f"{name}: {source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
+        )
+        lines += [f"  {line}" for line in source.left_out()]
     return lines

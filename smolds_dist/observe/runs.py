@@ -119,7 +119,7 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
         return f"waiting in Slurm, job {submitted['job']}"
     silent = now - max(state.get("started", 0.0), last_row or 0.0)
     is_silent = silent > max(SILENT, STEPS * (step_seconds or 0.0))
-    if not state:  # from before runs noted it
+    if not state:  # it could not be written
         return "ended" if is_silent else "running"
     restarts = len(read_rows(folder / RESTARTS))
     again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""

@@ -175,11 +175,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     if job.main:
         texts = UniqueTexts(job.data)
         if reader:
-            state = reader.stored(UNIQUE_TEXTS)
-            for kind, content in state.items():
+            for kind, content in reader.stored(UNIQUE_TEXTS).items():
                 texts.restore(kind, content.numpy())
-            if not state:  # a checkpoint from before there was one
-                texts.see(range(reader.manifest.samples))
         remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
         save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")
@@ -261,7 +258,7 @@ def environment(job: Job, num_parameters: int, peak: float) -> dict:
         "reason": topology.reason,
         "parameters": num_parameters,
         "dense_layers": job.model_config.first_k_dense_replace,
-        "data": {name: job.data.identity(0)[name] for name in ("order", "limits")},
+        "data": {"limits": job.data.limits},
         "host": socket.gethostname(),
         "system": platform.platform(),
         "device": device,
