@@ -22,7 +22,7 @@ USAGE = """usage: smolds COMMAND [options]
   runs       all runs at a glance, or what sets two apart: smolds runs [--watch] | diff runs/A runs/B
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure: smolds bench train | roofline | dense | loss | balance | scale | plan | data | generate | ...
+  bench      measure a training step against its alternatives: smolds bench train
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
@@ -152,7 +152,7 @@ def _board(args: list[str]) -> None:
 
 
 def _bench(args: list[str]) -> None:
-    from smolds_dist.bench.command import bench
+    from smolds_dist.bench.train import bench
 
     bench(args)
 
