@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import os
 from dataclasses import replace
 from statistics import mean
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from ranks import ROOT, smolds
 
-from smolds_dist.bench.calibrate import calibrate
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.hardware import FILE, Link, load_hardware
@@ -150,7 +148,7 @@ def test_offloading_and_buckets_are_read_from_the_runs_own_file(tmp_path, capsys
     asked = ["--preset", "moe-7b-a1b", "--parallel.zero=2", "--parallel.expert=8"]
     found = []
     for more in ([], [f"--parallel.ds_config={file}"]):
-        plan(["--json", str(tmp_path / "plan.json"), "--", *asked, *more], calibrate)
+        plan(["--json", str(tmp_path / "plan.json"), "--", *asked, *more])
         found.append(json.loads((tmp_path / "plan.json").read_text())["layouts"][0])
     capsys.readouterr()
     assert found[0]["memory"]["optimizer"] > found[1]["memory"]["optimizer"] == 0
@@ -294,7 +292,7 @@ def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, ca
     result = tmp_path / "plan.json"
     picture = tmp_path / "plan.png"
     options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--picture", str(picture)]
-    plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"], calibrate)
+    plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"])
     text = capsys.readouterr().out
     found = json.loads(result.read_text())
     rates = [one["tokens_per_s"] for one in found["layouts"]]
@@ -310,7 +308,7 @@ def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, ca
 def test_plan_for_several_nodes_ends_in_a_batch_script(capsys):
     from smolds_dist.launching.slurm import slurm
 
-    plan(["--hardware", "h100", "--nodes", "4", "--target-tokens", "1e10", "--", "--preset", "moe-1b-a200m"], calibrate)
+    plan(["--hardware", "h100", "--nodes", "4", "--target-tokens", "1e10", "--", "--preset", "moe-1b-a200m"])
     line = capsys.readouterr().out.strip().splitlines()[-1].split()
     slurm(line[2:])
     script = capsys.readouterr().out
@@ -319,10 +317,10 @@ def test_plan_for_several_nodes_ends_in_a_batch_script(capsys):
 
 def test_recorded_loads_are_simulated(kept_run, capsys):
     model = ["--model.num_hidden_layers=3", "--train.global_batch=16"]
-    plan(["--hardware", "a100", "--loads", str(kept_run[0]), "--", "--preset", "debug", *model], calibrate)
+    plan(["--hardware", "a100", "--loads", str(kept_run[0]), "--", "--preset", "debug", *model])
     assert "simulated with the loads" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="8 experts, the model 16"):
-        plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"], calibrate)
+        plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"])
 
 
 def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
@@ -337,7 +335,7 @@ def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
         (["--fast"], "does not know"),
     ):
         with pytest.raises(ConfigError, match=words):
-            plan(args, calibrate)
+            plan(args)
     finished = smolds("plan", "--", *huge)
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.text
 
@@ -364,10 +362,3 @@ def test_predicted_memory_is_what_a_process_takes(ranks, zero):
         pytest.skip(f"needs {ranks} GPUs, or none")
     row = compare_memory(MEMORY_SIZES[1], ranks, zero, steps=10)
     assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
-
-
-def test_this_machines_link_is_measured():
-    from smolds_dist.bench.calibrate import _link
-
-    latency, bandwidth = _link("cpu", os.cpu_count() or 1)
-    assert 1e-6 < latency < 1 and 1e6 < bandwidth < 1e12
