@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from importlib import import_module
 
 from smolds_dist.errors import ConfigError, RankError, RankFailedError
 
@@ -16,13 +17,13 @@ USAGE = """usage: smolds COMMAND [options]
   launch     start the ranks that fit this machine or allocation: smolds launch -- TRAIN-OPTIONS
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
   plan       memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
-  doctor     check this machine: smolds doctor [--fix]
+  doctor     check this machine: smolds doctor
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
   data       ask what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
   runs       all runs at a glance, or what sets two apart: smolds runs [--watch] | diff runs/A runs/B
   report     write a run's training log, samples and picture: smolds report runs/NAME
   board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure: smolds bench train | roofline | dense | loss | balance | scale | plan | data | generate | ...
+  bench      measure a training step against its alternatives: smolds bench train
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
@@ -30,12 +31,28 @@ USAGE = """usage: smolds COMMAND [options]
 
 `smolds COMMAND --help` tells more, `smolds --version` the version."""
 
+# What each command calls, imported when it is called: it takes the options and returns an exit code, None for 0.
+COMMANDS = {
+    "train": "cli:train_rank",
+    "launch": "launching.launcher:launch",
+    "slurm": "launching.slurm:slurm",
+    "plan": "planner.command:plan",
+    "doctor": "launching.doctor:doctor",
+    "checkpoint": "checkpoint.command:checkpoint",
+    "data": "observe.data_command:data",
+    "runs": "observe.runs:runs",
+    "report": "observe.report:report",
+    "board": "observe.board:board",
+    "bench": "bench.train:bench",
+    "export": "interchange.export:export",
+    "import": "interchange.import_model:import_model",
+    "generate": "inference.generate:generate",
+    "eval": "inference.evaluate:evaluate_model",
+}
+
 
 def main() -> None:
     """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
-    commands = {"train": _train, "launch": _launch, "slurm": _slurm, "doctor": _doctor, "generate": _generate}
-    commands |= {"checkpoint": _checkpoint, "bench": _bench, "report": _report, "board": _board}
-    commands |= {"export": _export, "import": _import, "eval": _eval, "plan": _plan, "data": _data, "runs": _runs}
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
     name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
@@ -47,9 +64,10 @@ def main() -> None:
         print(f"smolds {version('smolds-dist')}")
         return
     try:
-        if name not in commands:
-            raise ConfigError(f"smolds {name!r} is no command; use one of {', '.join(commands)}.")
-        commands[name](args)
+        if name not in COMMANDS:
+            raise ConfigError(f"smolds {name!r} is not a command; use one of {', '.join(COMMANDS)}.")
+        module, _, function = COMMANDS[name].partition(":")
+        sys.exit(getattr(import_module(f"smolds_dist.{module}"), function)(args))
     except ConfigError as error:
         from smolds_dist.parallel.ranks import is_first_rank
 
@@ -67,7 +85,8 @@ def main() -> None:
         sys.exit(141)
 
 
-def _train(args: list[str]) -> None:
+def train_rank(args: list[str]) -> int:
+    """`smolds train`: this process trains, alone or as a rank of a job; returns the exit code."""
     from smolds_dist.config import load_config
     from smolds_dist.parallel.ranks import join_ranks, share_cores
 
@@ -93,89 +112,4 @@ def _train(args: list[str]) -> None:
         code = 1
     if info.world_size > 1:
         end_rank(code)
-    sys.exit(code)
-
-
-def _launch(args: list[str]) -> None:
-    from smolds_dist.launching.launcher import launch
-
-    sys.exit(launch(args))
-
-
-def _slurm(args: list[str]) -> None:
-    from smolds_dist.launching.slurm import slurm
-
-    slurm(args)
-
-
-def _plan(args: list[str]) -> None:
-    from smolds_dist.bench.calibrate import calibrate
-    from smolds_dist.planner.command import plan
-
-    plan(args, calibrate)
-
-
-def _doctor(args: list[str]) -> None:
-    from smolds_dist.launching.doctor import doctor
-
-    sys.exit(doctor(args))
-
-
-def _data(args: list[str]) -> None:
-    from smolds_dist.observe.data_command import data
-
-    sys.exit(data(args))
-
-
-def _checkpoint(args: list[str]) -> None:
-    from smolds_dist.checkpoint.command import checkpoint
-
-    sys.exit(checkpoint(args))
-
-
-def _runs(args: list[str]) -> None:
-    from smolds_dist.observe.runs import runs
-
-    runs(args)
-
-
-def _report(args: list[str]) -> None:
-    from smolds_dist.observe.report import report
-
-    report(args)
-
-
-def _board(args: list[str]) -> None:
-    from smolds_dist.observe.board import board
-
-    board(args)
-
-
-def _bench(args: list[str]) -> None:
-    from smolds_dist.bench.command import bench
-
-    bench(args)
-
-
-def _export(args: list[str]) -> None:
-    from smolds_dist.interchange.export import export
-
-    export(args)
-
-
-def _import(args: list[str]) -> None:
-    from smolds_dist.interchange.import_model import import_model
-
-    import_model(args)
-
-
-def _eval(args: list[str]) -> None:
-    from smolds_dist.inference.evaluate import evaluate_model
-
-    evaluate_model(args)
-
-
-def _generate(args: list[str]) -> None:
-    from smolds_dist.inference.generate import generate
-
-    generate(args)
+    return code

@@ -76,7 +76,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     validate(config)
     if config.model.force_uniform_routing and not benchmark:
         raise ConfigError(
-            "--model.force_uniform_routing trains a router to which nothing listens; it is for smolds bench train and scale."
+            "--model.force_uniform_routing trains a router to which nothing listens; it is for smolds bench and benchmarks/."
         )
     return config
 

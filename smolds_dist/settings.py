@@ -78,7 +78,7 @@ class Model:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     force_uniform_routing: bool = False
-    """Tokens take turns among the experts, whatever the router says; for `smolds bench` alone."""
+    """Tokens take turns among the experts, whatever the router says; for `smolds bench` and `benchmarks/` alone."""
 
     def architecture(self) -> dict[str, Any]:
         """What `DeepSeekV3Config` takes."""

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "smolds_dist"
 FLOORS = (
     ("__main__",),
     ("cli", "__init__"),
-    ("bench",),
     ("planner",),
+    ("bench",),
     ("training",),
     ("inference",),
     ("interchange",),
@@ -26,7 +26,7 @@ FLOORS = (
     ("rules",),
     ("settings",),
     ("model",),
-    ("errors", "progress", "rows"),
+    ("errors", "files", "progress", "rows"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,5 +1,7 @@
 """The peak that FLOPs utilisation is a share of."""
 
+import time
+
 import pytest
 import torch
 
@@ -42,18 +44,20 @@ def test_peak_is_that_of_the_best_shape_that_does_not_take_long(rates, peak, pro
 
 
 def test_peak_of_this_machine_is_that_of_a_product_it_has_made(monkeypatch):
-    shapes = []
+    shapes, rates = [], []
     product = torch.mm
 
     def noted(left, right, out):
+        begin = time.perf_counter()
+        product(left, right, out=out)
         shapes.append((*left.shape, right.shape[1]))
-        return product(left, right, out=out)
+        rates.append(2 * left.numel() * right.shape[1] / (time.perf_counter() - begin))
 
     monkeypatch.setattr(torch, "mm", noted)
     small, large = (64, 64, 64), (512, 384, 1024)
     peak = matrix_product_peak(torch.device("cpu"), torch.float32, 0.001, (small, large))
     assert large in shapes and small not in shapes
-    assert 1e8 < peak < 1e14
+    assert max(rates) / 2 < peak <= max(rates)  # which are timed from inside
     assert all(shapes.count(shape) >= 2 for shape in shapes)  # the first call only warms up
     assert all(2 * M * K * N / peak < LONGEST_PRODUCT for M, K, N in set(shapes) - {shapes[0]})
 

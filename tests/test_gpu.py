@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from ranks import smolds
 
-from smolds_dist.bench.plan import MEMORY_SIZES, compare_memory
+from benchmarks.plan import MEMORY_SIZES, compare_memory
 from smolds_dist.checkpoint.files import RANDOM
 from smolds_dist.checkpoint.writer import CheckpointWriter
 from smolds_dist.config import load_config

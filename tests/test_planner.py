@@ -1,10 +1,8 @@
-"""The planner: its counts against the model's own, its formulas against hand calculation, simulation and published runs."""
+"""The planner: its counts against the model's own, its formulas against hand calculation and simulation."""
 
 import contextlib
 import gc
-import hashlib
 import json
-import os
 from dataclasses import replace
 from statistics import mean
 
@@ -12,7 +10,6 @@ import pytest
 import torch
 from ranks import ROOT, smolds
 
-from smolds_dist.bench.calibrate import calibrate
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.hardware import FILE, Link, load_hardware
@@ -29,9 +26,7 @@ from smolds_dist.costs.step_time import all_to_all_seconds, product_seconds, run
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.launcher import launch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
-from smolds_dist.planner import published
 from smolds_dist.planner.command import plan
-from smolds_dist.planner.published import GENERATIONS, HALVES, compare, error_factor, fit, published_runs
 from smolds_dist.planner.search import RECOMPUTED, best_first, candidates
 from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_run, simulate_step
 from smolds_dist.settings import Model
@@ -153,7 +148,7 @@ def test_offloading_and_buckets_are_read_from_the_runs_own_file(tmp_path, capsys
     asked = ["--preset", "moe-7b-a1b", "--parallel.zero=2", "--parallel.expert=8"]
     found = []
     for more in ([], [f"--parallel.ds_config={file}"]):
-        plan(["--json", str(tmp_path / "plan.json"), "--", *asked, *more], calibrate)
+        plan(["--json", str(tmp_path / "plan.json"), "--", *asked, *more])
         found.append(json.loads((tmp_path / "plan.json").read_text())["layouts"][0])
     capsys.readouterr()
     assert found[0]["memory"]["optimizer"] > found[1]["memory"]["optimizer"] == 0
@@ -279,64 +274,7 @@ def test_simulated_failures_cost_what_the_formula_expects():
     assert all(run.seconds > 100_000 for run in runs)
 
 
-# Published runs, and figures
-
-
-def test_published_throughput_on_both_halves():
-    """The errors that docs/planning.md tells, with a little room; a formula that breaks leaves it on one half at least."""
-    found = compare()
-    for half, runs, factor, share in ((HALVES[0], 30, 1.08, 0.85), (HALVES[1], 25, 1.22, 0.65)):
-        own = [one for one in found if one.run.half == half]
-        assert len(own) >= runs and error_factor(own) <= factor and sum(one.hit for one in own) >= share * len(own)
-
-
-def test_a_run_has_a_source_and_its_name_alone_decides_its_half():
-    runs = published_runs()
-    assert len({run.name for run in runs}) == len(runs) >= 32
-    for run in runs:
-        assert "http" in run.source or "arXiv" in run.source
-        assert run.half == HALVES[int(hashlib.sha256(run.name.encode()).hexdigest(), 16) % 2]
-        assert replace(run, published=1.0, source="", layout=LAYOUT).half == run.half
-
-
-def test_figures_of_gpus_are_those_that_the_fitted_half_gives():
-    for key, (utilisation, overhead, _) in fit().items():
-        machine = load_hardware(key)
-        assert (machine.utilisation, machine.overhead) == (utilisation, overhead)
-
-
-@pytest.fixture
-def coarse(monkeypatch):
-    monkeypatch.setattr(published, "UTILISATIONS", (0.3, 0.6))
-    monkeypatch.setattr(published, "OVERHEADS", (1e-3, 8e-3))
-
-
-def test_a_fit_sees_nothing_of_the_tested_half(coarse, monkeypatch):
-    before, runs = fit(), published_runs()
-    wrong = [replace(run, published=run.published * (3 if run.half == "tested" else 1)) for run in runs]
-    monkeypatch.setattr(published, "published_runs", lambda: wrong)
-    assert fit() == before
-    faster = [replace(run, published=run.published * (3 if run.half == "fitted" else 1)) for run in runs]
-    monkeypatch.setattr(published, "published_runs", lambda: faster)
-    assert fit() != before
-
-
-def test_a_generation_with_few_runs_takes_what_its_neighbour_has(coarse, monkeypatch):
-    """Runs made to fit one pair: of four of a generation the pair is found, of one its utilisation, of none nothing."""
-    run = next(run for run in published_runs() if run.half == "fitted" and run.hardware == "h100")
-    pairs = {"gb200": (0.6, 1e-3, 4), "b200": (0.3, 8e-3, 1)}
-    made = []
-    for key, (utilisation, overhead, count) in pairs.items():
-        machine = replace(load_hardware(key), utilisation=utilisation, overhead=overhead)
-        moved = replace(run, hardware=key)
-        exact = replace(moved, published=published.predict_run(moved, machine).predicted)
-        made += count * [exact]
-    assert all(one.half == "fitted" for one in made)
-    monkeypatch.setattr(published, "published_runs", lambda: made)
-    found = fit()
-    assert found["gb200"] == (0.6, 1e-3, 4) and found["b200"][1:] == (1e-3, 1)
-    assert found["h100"] == (*found["b200"][:2], 0) == found["a100"]
-    assert list(found) == [key for keys in reversed(GENERATIONS) for key in keys]
+# Figures
 
 
 def test_every_hardware_entry_is_complete_and_has_sources():
@@ -354,7 +292,7 @@ def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, ca
     result = tmp_path / "plan.json"
     picture = tmp_path / "plan.png"
     options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--picture", str(picture)]
-    plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"], calibrate)
+    plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"])
     text = capsys.readouterr().out
     found = json.loads(result.read_text())
     rates = [one["tokens_per_s"] for one in found["layouts"]]
@@ -370,7 +308,7 @@ def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, ca
 def test_plan_for_several_nodes_ends_in_a_batch_script(capsys):
     from smolds_dist.launching.slurm import slurm
 
-    plan(["--hardware", "h100", "--nodes", "4", "--target-tokens", "1e10", "--", "--preset", "moe-1b-a200m"], calibrate)
+    plan(["--hardware", "h100", "--nodes", "4", "--target-tokens", "1e10", "--", "--preset", "moe-1b-a200m"])
     line = capsys.readouterr().out.strip().splitlines()[-1].split()
     slurm(line[2:])
     script = capsys.readouterr().out
@@ -379,10 +317,10 @@ def test_plan_for_several_nodes_ends_in_a_batch_script(capsys):
 
 def test_recorded_loads_are_simulated(kept_run, capsys):
     model = ["--model.num_hidden_layers=3", "--train.global_batch=16"]
-    plan(["--hardware", "a100", "--loads", str(kept_run[0]), "--", "--preset", "debug", *model], calibrate)
+    plan(["--hardware", "a100", "--loads", str(kept_run[0]), "--", "--preset", "debug", *model])
     assert "simulated with the loads" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="8 experts, the model 16"):
-        plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"], calibrate)
+        plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"])
 
 
 def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
@@ -397,7 +335,7 @@ def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
         (["--fast"], "does not know"),
     ):
         with pytest.raises(ConfigError, match=words):
-            plan(args, calibrate)
+            plan(args)
     finished = smolds("plan", "--", *huge)
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.text
 
@@ -415,18 +353,12 @@ def test_the_number_of_tokens_changes_the_choice():
 # Against measurement
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 2)])
 def test_predicted_memory_is_what_a_process_takes(ranks, zero):
-    from smolds_dist.bench.plan import MEMORY_SIZES, compare_memory
+    from benchmarks.plan import MEMORY_SIZES, compare_memory
 
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs, or none")
     row = compare_memory(MEMORY_SIZES[1], ranks, zero, steps=10)
     assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
-
-
-def test_this_machines_link_is_measured():
-    from smolds_dist.bench.calibrate import _link
-
-    latency, bandwidth = _link("cpu", os.cpu_count() or 1)
-    assert 1e-6 < latency < 1 and 1e6 < bandwidth < 1e12

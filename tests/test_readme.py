@@ -31,7 +31,8 @@ BLOCKS = [block for file in FILES for block in re.findall(r"```bash\n(.*?)```", 
 # A command that stands on two pages runs once.
 COMMANDS = list(dict.fromkeys(line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()))
 SCRIPTS = [command for command in COMMANDS if command.startswith("./")]
-USES = [command for command in COMMANDS if not command.startswith(("./", "sbatch"))]  # sbatch: see test_slurm.py
+# sbatch: see test_slurm.py; benchmarks: see test_benchmarks.py
+USES = [command for command in COMMANDS if not command.startswith(("./", "sbatch", "python -m benchmarks"))]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
@@ -52,19 +53,8 @@ def shorter(cache):
         "smolds report": "",
         "smolds runs": "",
         "smolds bench train": f"{speed} --only smolds transformers --no-compile",
-        "smolds bench roofline": " --preset debug --sequences=1 --steps=1",
-        "smolds bench loss": f" --steps=2 --longest=1 --learning-rates 1e-3 {text}",
-        "smolds bench balance": f" --steps=2 {text}",
-        "smolds bench dense": f" --steps=2 --learning-rates 1e-3 --train.eval_sequences=4{text}",
-        "smolds bench scale": f"{speed} --ranks 1 2",
-        "smolds bench generate": " --preset debug --max-new-tokens=8 --rounds=1",
-        "smolds bench plan": " --what memory published --sizes 1 --ranks 1 --zero 0 --steps 2",
-        "smolds bench data": " --rounds=1 --megabytes=1 --steps=5",
         "smolds data": "",
         "smolds plan": "",
-        "smolds bench checkpoint": " --preset debug --repeats=1",
-        "smolds bench upcycle": f" --steps=2 --further=2 --only 'from scratch' {text}",
-        "smolds bench logging": " --preset debug --repeats=1",
         "torchrun": f"{training} --train.steps=2",
         "smolds slurm": "",
         "smolds doctor": "",
@@ -111,7 +101,7 @@ def test_uses_run_as_written(shorter, corpus, kept_run, tmp_path):
         if "--dry-run" in command:
             assert run(["bash", "-c", command], timeout=60, cwd=tmp_path, PATH=PATH).returncode == 0
             continue
-        needs_extras = program == "smolds bench loss" or "--tasks" in command
+        needs_extras = "--tasks" in command
         packages = {"PYTHONPATH": f"{EXTRAS}{os.pathsep}{ROOT}"} if needs_extras else {}
         finished = run(["bash", "-c", command + shorter[kind]], timeout=240, cwd=tmp_path, PATH=PATH, **packages)
         assert finished.returncode == 0, f"{command}\n{finished.text}"

@@ -5,10 +5,7 @@ reaches by training steps of three sizes in one process, on DeepSpeed's engine, 
 the same code is there for CUDA, not tested.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from smolds_dist.costs.hardware import Hardware, parse_hardware
 from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
+from smolds_dist.launching.doctor_probes import measure_all_to_all
 from smolds_dist.settings import Model
 
 # Three sizes whose time is spent differently: in many small products, in the vocabulary's, in large ones.
@@ -32,7 +30,6 @@ SIZES = (
     dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=2, vocab_size=8192),
 )
 SEQUENCES, SEQ_LEN, STEPS = 4, 512, 4
-EXCHANGED = (4_096, 16_777_216)  # bytes to a peer, for the latency and the bandwidth
 
 
 def calibrate(path: Path) -> None:
@@ -184,45 +181,13 @@ def memory_bandwidth(device: Any) -> float:
 
 
 def _link(device: str, devices: int) -> tuple[float, float]:
-    """Latency and bandwidth of an exchange between two ranks; of a copy, where there is one device that takes one rank."""
+    """Latency and bandwidth of an exchange between two ranks; typical ones where there is one device for one rank."""
     if device != "cpu" and devices < 2:
         return 1e-5, 1e9
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = subprocess.run(
-        [*command, "-m", "smolds_dist.bench.calibrate", device], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
-    if finished.returncode:
-        raise ConfigError(f"the link between two ranks cannot be measured: {finished.stderr.strip().splitlines()[-1]}.")
-    latency, bandwidth = json.loads(finished.stdout.strip().splitlines()[-1])
-    return latency, bandwidth
-
-
-def _exchange(device: str) -> None:
-    """What two ranks do for `_link`: all-to-all of few and of many bytes; rank 0 prints latency and bandwidth."""
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if device == "cuda":
-        torch.cuda.set_device(dist.get_rank())
-    seconds = []
-    for size in EXCHANGED:
-        sent = torch.ones(2 * size, dtype=torch.uint8, device=device)
-        got = torch.empty_like(sent)
-        times = []
-        for _ in range(12):
-            dist.barrier()
-            begin = time.perf_counter()
-            dist.all_to_all_single(got, sent)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        seconds.append(median(times))
-    if dist.get_rank() == 0:
-        print(json.dumps([seconds[0], (EXCHANGED[1] - EXCHANGED[0]) / (seconds[1] - seconds[0])]), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    found, error = measure_all_to_all("nccl" if device == "cuda" else "gloo")
+    if found is None:
+        raise ConfigError(f"the link between two ranks cannot be measured ({error}); see `smolds doctor`.")
+    return found["latency"], found["bandwidth"]
 
 
 def _name(device: str) -> str:
@@ -237,9 +202,3 @@ def _name(device: str) -> str:
 
 def _say(text: str) -> None:
     print(f"measuring {text}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("device")
-    _exchange(parser.parse_args().device)

@@ -1,29 +1,21 @@
-"""What benchmarks share: options, processes, rows and results."""
+"""What benchmarks share, those of `benchmarks/` among them: options and results."""
 
 import argparse
 import json
-import subprocess
-import sys
-from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.parallel.topology import detect_machine
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
 
-
-def bench_parser(name: str, doc: str) -> OptionParser:
+def bench_parser(command: str, doc: str | None) -> OptionParser:
     """The options that every benchmark has, described by the first line of its module's docstring."""
     parser = OptionParser(
-        prog=f"smolds bench {name}",
-        description=doc.partition("\n")[0],
-        example=f"smolds bench {name} --preset debug --json {name}.json",
+        prog=command,
+        description=(doc or "").partition("\n")[0],
+        example=f"{command} --preset debug --json {command.split()[-1]}.json",
     )
     parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -55,57 +47,6 @@ def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run_python(arguments: list[str]) -> str:
-    """What another process of this Python prints.
-
-    Raises:
-        ConfigError: with the last thing that it said, where it fails.
-    """
-    finished = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    if finished.returncode:
-        last = (finished.stderr.strip() or "killed").splitlines()[-1]
-        raise ConfigError(f"{' '.join(arguments[:3])} failed: {last}")
-    return finished.stdout
-
-
-def rows_of_training(given: list[str], run_dir: Path, ranks: int = 1) -> list[dict[str, Any]]:
-    """What a run of `smolds train`, on several ranks of `smolds launch`, writes that saves, evaluates and samples nothing on
-    its way.
-
-    Raises:
-        ConfigError: where it fails.
-    """
-    from smolds_dist.observe.rows import read_rows
-
-    quiet = ["-q", "--train.eval_every=0", "--checkpoint.every=0", "--log.sample_every=0"]
-    start = ["train"] if ranks == 1 else ["launch", "--nproc-per-node", str(ranks), "--"]
-    run_python(["-m", "smolds_dist", *start, *given, *quiet])
-    return read_rows(run_dir / "metrics.jsonl")
-
-
-def held_out_loss(
-    loss_of: Callable[["Tensor", "Tensor"], float], tokens: "np.ndarray", seq_len: int, eval_sequences: int
-) -> float:
-    """Mean loss in nats per token over the first `eval_sequences` sequences of held-out tokens.
-
-    Args:
-        loss_of: the mean loss of ids [B, S] with labels [B, S], of which negative ones do not count.
-    """
-    import torch
-
-    from smolds_dist.data.batch import evaluation_batch
-
-    num_sequences = min(eval_sequences, len(tokens) // seq_len)
-    total = labelled = 0.0
-    with torch.no_grad():
-        for start in range(0, num_sequences, 8):
-            ids, labels = evaluation_batch(tokens, seq_len, range(start, start + 8), num_sequences)
-            count = (labels[:, 1:] >= 0).sum().item()
-            total += loss_of(ids, labels) * count
-            labelled += count
-    return total / labelled
-
-
 def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
     """Refuses counts below 1.
 
@@ -117,16 +58,3 @@ def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} is out of range; it must be at least 1."
             )
-
-
-def stdlib_texts(megabytes: int) -> list[str]:
-    """The standard library's source, again and again, until there is enough."""
-    from smolds_dist.data.source import files_of
-    from smolds_dist.data.text import documents
-
-    data = load_config(["--preset", "debug", "-q"]).data
-    texts = [str(document.text) for document in documents(data.mixed["stdlib"], files_of(data.mixed["stdlib"]), data)]
-    size = sum(map(len, texts))
-    texts *= -(-megabytes * 10**6 // size)
-    ends = accumulate(map(len, texts))
-    return [text for text, end in zip(texts, ends, strict=True) if end - len(text) < megabytes * 10**6]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,7 @@ class Task:
     seq_len: int
     dtype: str  # fp32 or bf16
     device: str
-    # Of transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; of smolds: "compile", or "traffic", which tells where
-    # time goes.
+    # Of transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; of smolds: "" or "compile".
     variant: str = ""
     settings: tuple[str, ...] = ()  # that change the preset
 
@@ -67,7 +66,8 @@ class Gate:
     number of an expert's tokens, are compiled anew until none is new.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, answers: TextIO):
+        self._answers = answers
         self._cuda = task.device.startswith("cuda")
         self._left = 0
         self._seconds: list[float] = []
@@ -93,7 +93,7 @@ class Gate:
         if not self._left:
             if self._main:
                 answer = {"seconds": self._seconds, "compiling": self._compiling, "memory": self._memory()}
-                print(json.dumps(answer | {"notes": self.notes}), file=_answers, flush=True)
+                print(json.dumps(answer | {"notes": self.notes}), file=self._answers, flush=True)
             self._seconds, self.notes = [], []
 
     def _asked(self) -> int:
@@ -154,13 +154,11 @@ def smolds_engine(task: Task) -> "tuple[Engine, Balancer, Topology]":
 
 def smolds(task: Task, gate: Gate) -> None:
     """Our model and engine."""
-    from smolds_dist.bench.traffic import Traffic
     from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.training.compiling import try_to_compile
 
     engine, balancer, topology = smolds_engine(task)
     ids = task.batch()
-    traffic = Traffic(engine, topology) if task.variant == "traffic" else None
     if task.variant == "compile":
         config = DeepSeekV3Config(**task.model_settings())
         if error := try_to_compile(engine, topology, task.seq_len, config):
@@ -170,12 +168,8 @@ def smolds(task: Task, gate: Gate) -> None:
         with balancer.counting():
             loss = engine.forward(ids, ids)
         engine.backward(loss)
-        if traffic:
-            traffic.wait()
         engine.step(1e-4)
         balancer.step()
-        if traffic:
-            gate.notes.append(traffic.seconds())
 
     repeat(gate, step)
 
@@ -357,9 +351,15 @@ CONTENDERS: dict[str, Callable[[Task, Gate], None]] = {
     "masked": masked_loop,
 }
 
-if __name__ == "__main__":
-    # Only answers go to standard output, whatever the libraries print.
-    _answers = os.fdopen(os.dup(1), "w")
+
+def answer(contenders: dict[str, Callable[[Task, Gate], None]]) -> None:
+    """Takes steps of the contender that this process's argument names. Only answers go to standard output, whatever the
+    libraries print."""
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    wanted = Task(**json.loads(sys.argv[1]))
-    CONTENDERS[wanted.contender](wanted, Gate(wanted))
+    task = Task(**json.loads(sys.argv[1]))
+    contenders[task.contender](task, Gate(task, answers))
+
+
+if __name__ == "__main__":
+    answer(CONTENDERS)

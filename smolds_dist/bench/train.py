@@ -31,13 +31,28 @@ OTHER_COMMIT = "smolds, --against"
 LONGEST = 900  # seconds until an answer that does not come counts as a failure
 
 
+def bench(args: list[str]) -> None:
+    """`smolds bench NAME`.
+
+    Raises:
+        ConfigError: for a name other than `train`.
+    """
+    name, *options = args or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: smolds bench train [options]\n\nexample: smolds bench train --preset debug")
+    elif name != "train":
+        raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
+    else:
+        bench_train(options)
+
+
 def bench_train(args: list[str]) -> None:
     """Measures, prints a table and, with --json, writes all numbers.
 
     Raises:
         ConfigError: for options that are none.
     """
-    parser = bench_parser("train", __doc__)
+    parser = bench_parser("smolds bench train", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
@@ -204,11 +219,14 @@ def best_variant(task: Task, trials: dict[str, float], modes: Sequence[str]) -> 
     return replace(task, variant=max(rates, key=lambda variant: rates[variant])) if rates else None
 
 
-def take_turn(task: Task, steps: int, ranks: int, checkout: Path | None = None) -> dict[str, Any]:
+def take_turn(
+    task: Task, steps: int, ranks: int, checkout: Path | None = None, module: str = "smolds_dist.bench.contenders"
+) -> dict[str, Any]:
     """Starts a contender, lets it warm up for a step, and takes `steps`.
 
     Args:
         checkout: of another commit, whose code runs.
+        module: that takes the steps.
 
     Raises:
         ConfigError: where it fails, with the last thing that it said.
@@ -217,7 +235,7 @@ def take_turn(task: Task, steps: int, ranks: int, checkout: Path | None = None) 
     told = {
         name: value for name, value in asdict(task).items() if value != usual[name]
     }  # an older commit may know no more
-    command = [sys.executable, "-m", "smolds_dist.bench.contenders", json.dumps(told)]
+    command = [sys.executable, "-m", module, json.dumps(told)]
     environment = dict(os.environ)
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]

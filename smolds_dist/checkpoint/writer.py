@@ -33,6 +33,7 @@ from smolds_dist.checkpoint.files import (
     step_of,
     write_tensors,
 )
+from smolds_dist.files import replace_text
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
@@ -180,7 +181,7 @@ class CheckpointWriter:
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
             written = write_tensors(path, tensors)
-            _write_json(entry, written)
+            replace_text(entry, json.dumps(written))
             if self.topology.rank == 0:
                 manifest.files.update(self._files_of_all_ranks(unfinished))
                 CheckpointReader(unfinished, manifest).check_coverage()
@@ -191,7 +192,7 @@ class CheckpointWriter:
             self.failed_step = manifest.step
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)  # makes room for the next line
-                _write_json(entry, {"error": self._error})
+                replace_text(entry, json.dumps({"error": self._error}))
             if self.topology.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -251,12 +252,6 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    part.replace(path)
 
 
 def _reason(error: Exception) -> str:

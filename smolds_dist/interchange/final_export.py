@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.checkpoint.files import by_bytes
 from smolds_dist.data.tokenizer import save_tokenizer
+from smolds_dist.files import replaced
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -119,11 +120,9 @@ def new_safetensors(path: Path, tensors: dict[str, Tensor]) -> Iterator[Buffered
         begin += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with replaced(path) as part, part.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         yield file
-    part.replace(path)
 
 
 def in_rounds(files: list[dict[str, Tensor]], world: int) -> Iterator[list[list[str]]]:

@@ -26,10 +26,8 @@ from smolds_dist.launching.doctor_checks import (
     check_gpu,
     check_hub,
     check_launchers,
-    check_locks,
     check_system,
     check_versions,
-    extensions_dir,
     is_offline,
     version_of,
 )
@@ -41,9 +39,8 @@ def doctor(args: list[str]) -> int:
     parser = OptionParser(
         prog="smolds doctor",
         description="Checks this machine, one line per check; exit code 1 where one fails.",
-        example="smolds doctor --fix",
+        example="smolds doctor --device cpu",
     )
-    parser.add_argument("--fix", action="store_true", help="remove build locks that dead processes left")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="what to train on")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     options = parser.parse_args(args)
@@ -80,10 +77,9 @@ def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Itera
         gpus = len(torch["gpus"]) if options.device in ("auto", "cuda") else 0
         yield from _guarded("all-to-all", check_all_to_all, "nccl" if gpus > 1 else "gloo")
     yield from _guarded("compilers", check_compilers, bool(torch["gpus"]))
-    folders = {"runs": options.dir, "data cache": Path("~/.cache/smolds").expanduser(), "extensions": extensions_dir()}
+    folders = {"runs": options.dir, "data cache": Path("~/.cache/smolds").expanduser()}
     for name, folder in folders.items():
         yield from _guarded(name, check_folder, name, folder)
-    yield from _guarded("build locks", check_locks, extensions_dir(), options.fix)
     yield from _guarded("hub", check_hub, probes.get("hub"))
     yield from _guarded("environment", check_environment)
 

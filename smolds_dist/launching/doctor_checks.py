@@ -12,7 +12,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.launching.doctor_probes import PROBE_LIMITS, Probe, hub_endpoint, probe_args
+from smolds_dist.launching.doctor_probes import Probe, hub_endpoint, measure_all_to_all
 
 GB = 1e9
-LOCK_AGE = 600  # seconds without a written file after which a build that no process here holds counts as dead
-NETWORK_FILE_SYSTEMS = set("nfs nfs4 lustre gpfs beegfs ceph cifs smb3 9p virtiofs afs orangefs pvfs2".split())
 # As `smolds launch --launcher mpi` starts ranks on a CPU
 MPI_OPTIONS = ["--oversubscribe", *(["--allow-run-as-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
 
@@ -286,11 +283,9 @@ def check_compilers(cuda: bool) -> Iterator[Finding]:
 
 def check_all_to_all(backend: str) -> Iterator[Finding]:
     """Two real ranks exchange tensors, as experts on different ranks do."""
-    limit, where = PROBE_LIMITS["all-to-all"], "GPUs" if backend == "nccl" else "CPU processes"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with Probe([*start, *probe_args("all-to-all", backend)], limit, OMP_NUM_THREADS="1") as probe:
-        found, error = probe.answer()
-    if error:
+    where = "GPUs" if backend == "nccl" else "CPU processes"
+    found, error = measure_all_to_all(backend)
+    if found is None:
         variable = "NCCL_DEBUG=INFO" if backend == "nccl" else "GLOO_SOCKET_IFNAME=lo"
         yield Finding("fail", "all-to-all", f"two ranks over {backend}: {error}", f"try again with {variable}")
     else:
@@ -314,78 +309,6 @@ def check_folder(name: str, folder: Path) -> Iterator[Finding]:
         return
     level = "fail" if free < 1 * GB else "warn" if free < 20 * GB else "ok"
     yield Finding(level, name, f"{folder}, {free / GB:.1f} GB free", "" if level == "ok" else "free some disk space")
-
-
-def extensions_dir() -> Path:
-    """Where torch, and DeepSpeed through it, builds extensions: one folder per extension, with a `lock` in a build."""
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
-        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    cache = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "torch_extensions"
-
-
-def check_locks(root: Path, fix: bool = False) -> Iterator[Finding]:
-    """Build locks that nobody will ever release, on which every later build of that extension waits for ever.
-
-    torch makes the file `lock` in an extension's folder, keeps it open during the build and removes it afterwards. So a
-    build is alive while a process has its lock open, or while ninja, perhaps an orphan of it, works in the folder. A lock
-    without either may still belong to another node where the folder is on a network file system, or to another user's
-    process. Those can't be seen from here, but their build writes files: there, only after ten minutes without one does
-    the lock count as stale. `fix` removes stale locks, never others.
-    """
-    locks = sorted(path for path in root.rglob("lock") if path.is_file())
-    if not locks:
-        yield Finding("ok", "build locks", f"none below {root}")
-    for lock in locks:
-        try:
-            holder = _builder_of(lock)
-            idle = time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir() if path.is_file())
-        except (FileNotFoundError, ValueError):  # released meanwhile
-            continue
-        if holder:
-            yield Finding("ok", "build lock", f"{lock} is held by process {holder}, which builds right now")
-        elif idle < LOCK_AGE and _may_be_held_unseen(lock):
-            text = f"{lock} is {max(0.0, idle) / 60:.0f} minutes old, and no process here holds it"
-            advice = f"if nobody else builds there, run this again after {LOCK_AGE // 60} minutes"
-            yield Finding("warn", "build lock", text, advice)
-        elif fix:
-            try:
-                lock.unlink(missing_ok=True)
-                yield Finding("ok", "build lock", f"removed {lock}, left by a dead process")
-            except OSError as error:
-                yield Finding("fail", "build lock", f"{lock} cannot be removed ({error.strerror})", "ask its owner")
-        else:
-            text = f"{lock} was left by a dead process, every later build would wait for it"
-            yield Finding("fail", "build lock", text, "`smolds doctor --fix` removes it")
-
-
-def _may_be_held_unseen(lock: Path) -> bool:
-    """Whether another node or user could be building there."""
-    with contextlib.suppress(OSError):
-        if os.geteuid() not in (0, lock.stat().st_uid):
-            return True
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-        here = max((m for m in mounts if lock.resolve().is_relative_to(m[0])), key=lambda m: len(m[0]))
-        return here[1] in NETWORK_FILE_SYSTEMS or here[1].startswith("fuse")
-    return True
-
-
-def _builder_of(lock: Path) -> int | None:
-    """A living process that has the lock open, or a ninja in its folder."""
-    held, folder = os.stat(lock), os.stat(lock.parent)
-
-    def same(link: Path, file: os.stat_result) -> bool:
-        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            return os.path.samestat(os.stat(link), file)
-        return False
-
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(same(link, held) for link in (process / "fd").iterdir()):
-                return int(process.name)
-            if (process / "comm").read_text().strip().startswith("ninja") and same(process / "cwd", folder):
-                return int(process.name)
-    return None
 
 
 # Network and environment

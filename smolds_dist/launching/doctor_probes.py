@@ -78,6 +78,14 @@ def probe_args(name: str, *args: str) -> list[str]:
     return ["-m", "smolds_dist.launching.doctor_probes", name, *args]
 
 
+def measure_all_to_all(backend: str) -> tuple[dict[str, float] | None, str]:
+    """Latency in seconds and bandwidth in bytes/s of an exchange between two ranks of this machine, or what went wrong."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, *probe_args("all-to-all", backend)]
+    with Probe(command, PROBE_LIMITS["all-to-all"], OMP_NUM_THREADS="1") as probe:
+        return probe.answer()
+
+
 def hub_endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
@@ -170,12 +178,21 @@ def _probe_all_to_all(backend: str) -> dict[str, float] | None:
 
     large = 2**26 if backend == "nccl" else 2**23
     exchange(256, 20)
-    latency = statistics.median(exchange(256, 300))
+    small_times = exchange(256, 300)
     exchange(large, 1)
-    bandwidth = 4 * large * (world - 1) / world / statistics.median(exchange(large, 5))
+    found = link_figures(small_times, exchange(large, 5), 4 * large, world)
     dist.barrier()
     dist.destroy_process_group()
-    return {"latency": latency, "bandwidth": bandwidth} if rank == 0 else None
+    return found if rank == 0 else None
+
+
+def link_figures(small: list[float], large: list[float], size: int, world: int) -> dict[str, float]:
+    """Latency and bandwidth, from the seconds of small exchanges and of large ones of `size` bytes a rank, of which its own
+    share stays where it is."""
+    return {
+        "latency": statistics.median(small),
+        "bandwidth": size * (world - 1) / world / statistics.median(large),
+    }
 
 
 def _probe(name: str, *args: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.launching import hang
+from smolds_dist.launching.state import write_state
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
 from smolds_dist.settings import Parallel
 
@@ -72,11 +73,7 @@ class RankReport:
                     (self.folder / name).unlink()
 
     def _write(self) -> None:
-        path = self.folder / f"rank_{self.rank:05}.json"
-        part = path.with_suffix(".part")
-        with contextlib.suppress(OSError):  # a full disk must not end a rank
-            part.write_text(json.dumps(self.entry))
-            part.replace(path)
+        write_state(self.folder, self.entry, f"rank_{self.rank:05}.json")
 
     def beat(self) -> None:
         """A sign of life: another forward pass begins."""

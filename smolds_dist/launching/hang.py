@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.files import replaced
 from smolds_dist.parallel.ranks import process_state, system_name
 
 SIGN = "hanging"
@@ -29,12 +30,10 @@ def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], id
         passes: forward passes that it has begun.
     """
     (folder / SIGN).touch()
-    part = _stacks_of(folder, own).with_suffix(".part")
-    with part.open("w") as file:
+    with replaced(_stacks_of(folder, own)) as part, part.open("w") as file:
         file.write(f"rank {own['rank']} on host {own['host']}: {passes} forward passes, the last {idle:.0f} s ago\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
-    part.replace(_stacks_of(folder, own))
     deadline = time.monotonic() + ANSWER_SECONDS
     while _silent(folder, entries) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.errors import first_line
+from smolds_dist.files import replace_text
 from smolds_dist.parallel.ranks import host_name, system_name
 
 STATE = "state.json"
@@ -17,10 +18,8 @@ SUBMITTED = "submitted.json"  # of a run that waits in Slurm's queue
 
 def write_state(run_dir: Path, entry: dict[str, Any], name: str = STATE) -> None:
     """Replaces the file as a whole; a full disk must not end a run."""
-    part = run_dir / f"{name}.part"
     with contextlib.suppress(OSError):
-        part.write_text(json.dumps(entry))
-        part.replace(run_dir / name)
+        replace_text(run_dir / name, json.dumps(entry))
 
 
 def read_state(run_dir: Path, name: str = STATE) -> dict[str, Any]:

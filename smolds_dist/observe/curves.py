@@ -4,6 +4,20 @@ import math
 
 from smolds_dist.observe.rows import is_kept
 
+# What `smolds runs diff` lists and `smolds report --html` draws, by its name in a row of metrics.jsonl
+CURVES = {
+    "loss": "Loss, nats per token",
+    "val_loss": "Loss on held-out text, nats per token",
+    "val_bits_per_byte": "Bits per byte on held-out text",
+    "max_vio": "Expert imbalance (MaxVio of a batch)",
+    "max_vio_window": "Expert imbalance (MaxVio of 100 steps)",
+    "grad_norm": "Gradient norm",
+    "lr": "Learning rate",
+    "tokens_per_s": "Tokens per second",
+    "mfu": "Share of the peak FLOP/s",
+    "unique_texts": "Distinct texts trained on",
+    "memory_gb": "Memory of the largest rank, GB",
+}
 TRAIN = ("loss", "lr", "grad_norm")
 SPEED = ("tokens_per_s", "mfu", "memory_gb")
 

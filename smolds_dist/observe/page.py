@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from smolds_dist.observe.curves import CURVES
 from smolds_dist.observe.overview import events, manifests_of, overview, smooth
 from smolds_dist.observe.rows import dense_layers, read_rows
 from smolds_dist.observe.runs import settings_that_differ
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
 
 FRAMES = 60  # positions of the slider
 POINTS = 2000  # of a curve
-# What a row of metrics.jsonl calls it, and what the page does.
-CURVES = {
-    "loss": "Loss, nats per token",
-    "val_loss": "Loss on held-out text, nats per token",
-    "max_vio": "Expert imbalance (MaxVio of a batch)",
-    "grad_norm": "Gradient norm",
-    "lr": "Learning rate",
-    "tokens_per_s": "Tokens per second",
-    "unique_texts": "Distinct texts trained on",
-    "memory_gb": "Memory of the largest rank, GB",
-}
 SMOOTHED = ("loss", "max_vio", "tokens_per_s")
 ENVIRONMENT = ("host", "system", "device", "threads", "topology", "reason", "parameters", "versions")
 STYLE = """

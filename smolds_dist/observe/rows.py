@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from smolds_dist.files import replace_text
 from smolds_dist.rows import read_rows
 
 WINDOW = 100  # steps of the wider MaxVio
@@ -28,10 +29,8 @@ def keep_rows(path: Path, last_step: int) -> list[dict]:
     """
     if not path.exists():
         return []
-    part = path.with_suffix(".part")
     kept = [row for row in read_rows(path) if row["step"] <= last_step]
-    part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    part.replace(path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
 

@@ -21,13 +21,13 @@ import yaml
 
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching.state import SUBMITTED, read_state
+from smolds_dist.observe.curves import CURVES
 from smolds_dist.parallel.ranks import process_state, system_name
 from smolds_dist.rows import RESTARTS, read_rows
 
 TAIL = 1 << 18  # bytes of a metrics.jsonl that are read from its end
 SILENT = 120.0  # seconds without a row, and `STEPS` steps' time, after which a run on another host counts as silent
 STEPS = 20
-CURVES = ("loss", "val_loss", "val_bits_per_byte", "max_vio_window", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from smolds_dist.errors import first_line
+from smolds_dist.files import replace_text
 from smolds_dist.launching.state import read_state
 from smolds_dist.observe.curves import curves_of, first_mixture
 
@@ -165,6 +166,5 @@ class Feed:
 
     def _write_note(self, note: dict) -> None:
         with _writing:
-            part = self._run_dir / f"{NOTES}.part"
-            part.write_text(json.dumps(read_state(self._run_dir, NOTES) | {self.name: note}))
-            part.replace(self._run_dir / NOTES)
+            notes = read_state(self._run_dir, NOTES) | {self.name: note}
+            replace_text(self._run_dir / NOTES, json.dumps(notes))

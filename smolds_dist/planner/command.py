@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,16 @@ from smolds_dist.settings import RunConfig
 MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
 
 
-def plan(args: list[str], calibrate: Callable[[Path], None]) -> None:
+def plan(args: list[str]) -> None:
     """Prints the plan; with --json and --picture writes it too. With --calibrate measures this machine instead.
-
-    Args:
-        calibrate: measures this machine and writes it to a file; it stands among the benchmarks, a floor above.
 
     Raises:
         ConfigError: where an option is out of range, no layout fits, or the run goes over its budget.
     """
     options, train_args = _parse(args)
     if options.calibrate:
+        from smolds_dist.bench.calibrate import calibrate
+
         calibrate(options.calibrate)
         return
     config = load_config(train_args, prog="smolds plan --")

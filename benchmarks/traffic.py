@@ -1,4 +1,7 @@
-"""Where the time of a step on several ranks goes: into all-to-all, optimizer traffic, and waiting for each other."""
+"""Where the time of a step on several ranks goes: into all-to-all, optimizer traffic, and waiting for each other.
+
+`benchmarks.scale` starts it as `smolds_dist.bench.train.take_turn` starts contenders.
+"""
 
 import time
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from smolds_dist.bench.contenders import Gate, Task, answer, repeat, smolds_engine
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.expert_parallel import CommunicationClock, autoep_layers
 from smolds_dist.parallel.topology import Topology
@@ -66,3 +70,24 @@ class Traffic:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
+
+
+def measured_step(task: Task, gate: Gate) -> None:
+    """smolds' step, whose notes say where its time went."""
+    engine, balancer, topology = smolds_engine(task)
+    ids, traffic = task.batch(), Traffic(engine, topology)
+
+    def step() -> None:
+        with balancer.counting():
+            loss = engine.forward(ids, ids)
+        engine.backward(loss)
+        traffic.wait()
+        engine.step(1e-4)
+        balancer.step()
+        gate.notes.append(traffic.seconds())
+
+    repeat(gate, step)
+
+
+if __name__ == "__main__":
+    answer({"smolds": measured_step})

@@ -1,4 +1,4 @@
-"""`smolds bench scale`: tokens per second on 1, 2, 4, ... ranks, what they hold and read, or what control costs rank 0.
+"""`python -m benchmarks scale`: tokens per second on 1, 2, 4, ... ranks, and where their time goes.
 
 The tokens of a step stay the same. On a CPU, ranks share the machine's cores, so that more of them cannot be faster than
 one: what is to be seen is what sharing the experts costs.
@@ -6,65 +6,38 @@ one: what is to be seen is what sharing the experts costs.
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.contenders import Task
-from smolds_dist.bench.scale_memory import KINDS, bench_memory
 from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
 from smolds_dist.errors import ConfigError
 
 PARTS = ("all_to_all", "optimizer_traffic", "waiting")
 
 
-def bench_scale(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     """Measures, prints a table and, with --json, writes all numbers.
 
     Raises:
         ConfigError: for options that are none, or more ranks than there are GPUs.
     """
-    parser = bench_parser("scale", __doc__)
-    parser.add_argument(
-        "--what",
-        nargs="+",
-        choices=("speed", "control", *KINDS),
-        default=["speed"],
-        help="speed, or memory and what is read, or what rank 0 of many ranks does beside training",
-    )
-    parser.add_argument("--ranks", type=int, nargs="+", help="1 2 4 where not given; of control 64 256 1024")
-    parser.add_argument("--picture", type=Path, help="file for the curves of control, .png")
-    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages, of build, resume and export")
-    parser.add_argument("--dir", type=Path, help="a folder on the disk to write checkpoints to, of all but speed")
+    parser = bench_parser("python -m benchmarks scale", __doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers to compare")
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each number of ranks")
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     options, settings = parse(parser, args)
     check_at_least_one(options, "sequences", "rounds", "steps")
-    for alone in ("speed", "control"):
-        if alone in options.what and len(options.what) > 1:
-            raise ConfigError(f"--what {alone} goes alone; measure the other things in a second run.")
-    if options.picture and options.what != ["control"]:
-        raise ConfigError("--picture is of --what control; leave it out.")
-    if options.what == ["control"]:
-        from smolds_dist.bench.scale_control import RANKS, bench_control
-
-        options.ranks = options.ranks or RANKS
-        bench_control(options, settings)
-        return
-    options.ranks = options.ranks or [1, 2, 4]
-    if options.what != ["speed"]:
-        bench_memory(options, settings)
-        return
     result = measure(options, settings)
     keep(options, result)
     print(table(result))
 
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
-    """Speed without, and shares of the time with the barriers of `bench.traffic`, for each number of ranks."""
+    """Speed without, and shares of the time with the barriers of `benchmarks.traffic`, for each number of ranks."""
     whole = replace(make_task(options, settings), contender="smolds")
     for ranks in options.ranks:
         if ranks < 1 or options.sequences % ranks:
@@ -83,7 +56,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
             rates[ranks].append(tokens / median(answer["seconds"]))
             memory[ranks] = max(memory[ranks], answer["memory"] / 1e9)
             if ranks > 1:
-                shares[ranks] += take_turn(replace(task, variant="traffic"), options.steps, ranks)["notes"]
+                shares[ranks] += take_turn(task, options.steps, ranks, module="benchmarks.traffic")["notes"]
     by_ranks = {}
     for ranks in tasks:
         notes = shares[ranks]

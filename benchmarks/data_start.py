@@ -1,5 +1,4 @@
-"""`smolds bench data --what start prepare`: how soon a run begins on a large corpus, what tokenising beside it costs, and
-what several processes that tokenise gain."""
+"""For `benchmarks.data`: how soon a run begins on a large corpus, and what tokenizing in the background costs."""
 
 import json
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import stdlib_texts
+from benchmarks.common import stdlib_texts
 from smolds_dist.observe.rows import read_rows
 
 START_MEGABYTES, PREPARE_MEGABYTES = 1000, 200

@@ -1,4 +1,4 @@
-"""One training by transformers' Trainer, for `smolds bench loss`: `python -m smolds_dist.bench.trainer JSON`."""
+"""One training by transformers' Trainer, for `python -m benchmarks loss`: `python -m benchmarks.trainer JSON`."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from smolds_dist.bench.common import held_out_loss
+from benchmarks.common import held_out_loss
 from smolds_dist.config import load_config
 
 

@@ -1,7 +1,7 @@
-"""`smolds bench roofline`: where the time of a training step goes, by kind of operation, and how little of it could do.
+"""`python -m benchmarks roofline`: the time of a training step by kind of operation, and its lower bounds.
 
 Some steps of smolds in one process are profiled. A kind's bound is what its matrix products take alone, each timed in its
-own shape, and for all else the time that memory takes for `costs.least_bytes`: what operations that were fused would move.
+own shape, and for all else the time that memory takes for `least_bytes`: what operations that were fused would move.
 PyTorch's profiler records what operations are given, not what they write, and an operation that need not be there has no
 bound worth to reach; so bytes follow from the model's shapes, not from the operations as they are. Products count as they
 are, with padding and with the scores that the backward pass computes again.
@@ -27,8 +27,8 @@ from smolds_dist.bench.train import describe_machine, make_task, say
 if TYPE_CHECKING:
     import torch
 
+    from benchmarks.operations import Operation
     from smolds_dist.bench.contenders import Task
-    from smolds_dist.bench.operations import Operation
     from smolds_dist.training.clock import Product
 
 PRODUCT_SECONDS = 0.02  # for which each shape is repeated
@@ -36,13 +36,13 @@ PEAK_SECONDS = 0.5  # likewise for the peak
 SHOWN = 12  # operations of a kind that the JSON names
 
 
-def bench_roofline(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     """Measures, prints a table and, with --json, writes all numbers.
 
     Raises:
         ConfigError: for options that are none.
     """
-    parser = bench_parser("roofline", __doc__)
+    parser = bench_parser("python -m benchmarks roofline", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="of a step")
     add_dtype(parser)
     parser.add_argument("--steps", type=int, default=3, help="profiled, and as many not, after two to warm up")
@@ -99,8 +99,8 @@ def take_steps(task: "Task", steps: int) -> tuple[list[float], "list[tuple[list[
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
+    from benchmarks.operations import STEP, operations_of, recorded_modules
     from smolds_dist.bench.contenders import smolds_engine
-    from smolds_dist.bench.operations import STEP, operations_of, recorded_modules
 
     engine, balancer, _ = smolds_engine(task)
     ids, on_cuda = task.batch(), task.device.startswith("cuda")
@@ -170,9 +170,9 @@ def bounds_of(
     """Seconds of a step that each kind takes at least."""
     import torch
 
-    from smolds_dist.bench.operations import KINDS, SCORES
+    from benchmarks.least_bytes import least_bytes
+    from benchmarks.operations import KINDS, SCORES
     from smolds_dist.costs.flops import attention_flops
-    from smolds_dist.costs.least_bytes import least_bytes
 
     dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
     moved = least_bytes(model, tokens, dtype.itemsize)

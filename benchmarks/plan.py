@@ -1,10 +1,10 @@
-"""`smolds bench plan`: the planner's predictions against measured memory, measured time, and published throughput.
+"""`python -m benchmarks plan`: the planner's predictions against measured memory, measured time, and published throughput.
 
 Memory: every number of ranks, ZeRO stage and size, of which a process's peak is measured over real steps. Time: the machine
 is calibrated with one process, then steps of several ranks are measured and predicted. Layout: every expert-parallel size is
 measured, and the one that a run would take must be the fastest or close to it. Recompute: each kind of activation
-checkpointing. Published: `planner/published.yaml`, of which
-one half chooses the two figures of each generation of GPUs and the other tests them.
+checkpointing. Published: `published.yaml`, of which one half chooses two figures of each generation of GPUs and the other
+tests them.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.published import HALVES, WITHIN, compare, error_factor, fit
 from smolds_dist.bench.calibrate import (
     SEQ_LEN,
     SEQUENCES,
@@ -36,7 +37,6 @@ from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, expert_sizes, plan_topology
-from smolds_dist.planner.published import HALVES, WITHIN, compare, error_factor, fit
 from smolds_dist.planner.search import RECOMPUTED
 
 # Large enough that the model and not the process is what is measured.
@@ -57,16 +57,16 @@ LAYOUT_ROUNDS = 2  # in which all sizes take turns
 RECOMPUTED_ROUNDS = 2
 
 
-def bench_plan(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     """Measures, prints a table for each kind, and with --json writes all numbers.
 
     Raises:
         ConfigError: for options that are none, or where a measured process fails.
     """
     parser = OptionParser(
-        prog="smolds bench plan",
+        prog="python -m benchmarks plan",
         description=(__doc__ or "").partition("\n")[0],
-        example="smolds bench plan --what memory published --sizes 1 --json plan.json",
+        example="python -m benchmarks plan --what memory published --sizes 1 --json plan.json",
     )
     parser.add_argument("--what", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])

@@ -1,4 +1,4 @@
-"""`smolds bench loss`: seconds and tokens until a validation loss, with Muon, with AdamW, and by transformers' Trainer.
+"""`python -m benchmarks loss`: time to a validation loss, with Muon, with AdamW, and by transformers' Trainer.
 
 smolds trains for --steps, with Muon unless told otherwise; the loss that it reaches is the target. The others train on the
 same text, with the same tokenizer, sequences and batch, and the best of several learning rates, for longer and longer until
@@ -16,22 +16,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse, rows_of_training, run_python
+from benchmarks.common import rows_of_training, run_python
+from benchmarks.trainer import Job
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.train import processor, say
-from smolds_dist.bench.trainer import Job
 from smolds_dist.config import load_config
 
 LONGER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # times the steps of smolds
 Train = Callable[[float | None, int], dict[str, Any]]  # with a learning rate, None for its own; for so many steps
 
 
-def bench_loss(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     """Trains, prints a table and, with --json, writes all numbers.
 
     Raises:
         ConfigError: for options that are none, and where a training fails.
     """
-    parser = bench_parser("loss", __doc__)
+    parser = bench_parser("python -m benchmarks loss", __doc__)
     parser.set_defaults(preset="debug")
     parser.add_argument("--steps", type=int, help="of smolds; the preset's where not given")
     parser.add_argument("--ranks", type=int, default=1, help="of smolds; the Trainer has a place beside one alone")
@@ -72,7 +73,7 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
 
     def trainer(rate: float | None, steps: int) -> dict[str, Any]:
         job = json.dumps(asdict(Job(given, steps, rate)))
-        return json.loads(run_python(["-m", "smolds_dist.bench.trainer", job]).splitlines()[-1])
+        return json.loads(run_python(["-m", "benchmarks.trainer", job]).splitlines()[-1])
 
     def train(name: str, contender: Train, rate: float | None, times: float) -> dict[str, Any]:
         steps = max(1, round(target.steps * times))

@@ -1,5 +1,4 @@
-"""`smolds bench data`: tokenising against the tokenizer alone, the time of a batch, the order's memory, documents apart,
-the start of a run.
+"""`python -m benchmarks data`: tokenizing, the time of a batch, the order's memory, masked documents, the start of a run.
 
 The same texts, which are the standard library's, are encoded by `tokenizers` from memory and made to shards from jsonl
 files, in turns. Batches come from three sources; the order's memory is that of a billion samples, whose tokens nobody has
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from smolds_dist.bench.common import check_at_least_one, keep, stdlib_texts
+from benchmarks.common import stdlib_texts
+from smolds_dist.bench.common import check_at_least_one, keep
 from smolds_dist.bench.train import processor
 from smolds_dist.config import load_config
 from smolds_dist.errors import OptionParser
@@ -29,16 +29,16 @@ BATCHES = 200
 DOCUMENTS = (100, 300, 1000)  # tokens of one, in the mean
 
 
-def bench_data(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     """Measures, prints, and, with --json, writes all numbers.
 
     Raises:
         ConfigError: for options that are none.
     """
     parser = OptionParser(
-        prog="smolds bench data",
+        prog="python -m benchmarks data",
         description=(__doc__ or "").partition("\n")[0],
-        example="smolds bench data --what tokenise",
+        example="python -m benchmarks data --what tokenise",
     )
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="all where not given")
@@ -50,7 +50,7 @@ def bench_data(args: list[str]) -> None:
     options = parser.parse_args(args)
     check_at_least_one(options, "rounds", "megabytes", "steps")
     rounds = options.rounds or 5
-    from smolds_dist.bench.data_start import prepare, start
+    from benchmarks.data_start import prepare, start
 
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
     folder = Path(tempfile.mkdtemp(prefix="bench-data-"))

@@ -1,4 +1,4 @@
-"""`smolds bench checkpoint`: seconds that training stands still for a save, against DeepSpeed's `save_checkpoint`.
+"""`python -m benchmarks checkpoint`: seconds that training stands still for a save, against DeepSpeed's `save_checkpoint`.
 
 Both save the same state of the same DeepSpeed engine (ZeRO 1, one process), in turn, to the same disk.
 """
@@ -18,13 +18,13 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 
 
-def bench_checkpoint(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     """Measures, prints a table and, with --json, writes all numbers.
 
     Raises:
         ConfigError: for options that are none.
     """
-    parser = bench_parser("checkpoint", __doc__)
+    parser = bench_parser("python -m benchmarks checkpoint", __doc__)
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="a folder on the disk to write to")
     options = parser.parse_args(args)

@@ -1,4 +1,4 @@
-"""`smolds bench dense`: whether a mixture pays, against dense models on the same tokens.
+"""`python -m benchmarks dense`: whether a mixture pays, against dense models on the same tokens.
 
 One dense model is as wide as the experts that a token chooses: it has the mixture's active size, and with it, but for the
 router, its FLOPs per token. The other is as wide as all experts: it has the mixture's total size, and costs more. All train
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from smolds_dist.bench.common import bench_parser, check_at_least_one, held_out_loss, keep, parse
+from benchmarks.common import held_out_loss
+from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
 from smolds_dist.bench.train import processor, say
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
@@ -42,13 +43,13 @@ EVALUATIONS = 10  # of a run, at even distances, the last at the end
 NEARLY = 0.02  # a run whose steps differ by no more than this share stands for another
 
 
-def bench_dense(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     """Trains everyone, prints a table and, with --json and --picture, writes all numbers and draws them.
 
     Raises:
         ConfigError: for options that are none, and for settings that dense models cannot have.
     """
-    parser = bench_parser("dense", __doc__)
+    parser = bench_parser("python -m benchmarks dense", __doc__)
     parser.set_defaults(preset="debug")
     parser.add_argument("--steps", type=int, help="of the mixture; the preset's where not given")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="tried by each")
@@ -80,7 +81,7 @@ def check_settings(config: RunConfig) -> None:
         ConfigError: naming the setting.
     """
     if config.data.document_mask:
-        raise ConfigError("--data.document_mask is not for smolds bench dense; leave it out.")
+        raise ConfigError("--data.document_mask is not for python -m benchmarks dense; leave it out.")
     if config.model.num_experts == config.model.num_experts_per_tok:
         raise ConfigError(
             f"--model.num_experts_per_tok {config.model.num_experts_per_tok} chooses every expert, so that active and "
