@@ -28,13 +28,16 @@ from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.guard import LEAST, WINDOW, LossGuard, LossSpikeError
 
+# Of each part: runs, ranks, seed.
+FEW, TWENTY = [(3, 1, 1), (2, 2, 3)], [(8, 1, 1), (8, 1, 2), (4, 2, 3)]
 
-def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):
+
+@pytest.mark.parametrize("parts", [FEW, pytest.param(TWENTY, marks=pytest.mark.long)], ids=["few", "twenty"])
+def test_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path, parts):
     options = [
         *small_run, "--train.steps=20", "--checkpoint.every=1", "--train.eval_every=10", "--log.sample_every=10",
         "--parallel.device=cpu", "--train.dtype=fp32", "--model.intermediate_size=256",
     ]  # fmt: skip
-    parts = [(8, 1, 1), (8, 1, 2), (4, 2, 3)]  # runs, ranks, seed
     workers = []
     for number, (runs, world, seed) in enumerate(parts):
         folder = tmp_path / f"part{number}"
@@ -61,8 +64,9 @@ def test_twenty_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path):
             killed += result.get("killed", 0)
             while_saving += result.get("while_saving", 0)
             finished += "killed" in result
-    assert finished == 20
-    assert killed >= 20 and while_saving >= 5, (killed, while_saving)
+    runs = sum(runs for runs, _, _ in parts)
+    assert finished == runs
+    assert killed >= runs and while_saving >= runs // 4, (killed, while_saving)
 
 
 def test_the_cause_of_an_earlier_jobs_end_is_forgotten_however_short_ago_that_was(tmp_path):
@@ -79,12 +83,13 @@ print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
     cause.parent.mkdir()
     cause.write_text("rank 1 on host n1 was killed by signal 9\n")
     time.sleep(0.05)
-    finished = run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
+    (tmp_path / "script.py").write_text(script)
+    finished = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
     assert finished.stdout == "False\n", finished.text
     # What another rank of this job has told already stays.
     cause.write_text("rank 1 on host n1 failed\n")
     os.utime(cause, (time.time() + 60, time.time() + 60))
-    finished = run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
+    finished = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
     assert finished.stdout == "True\n", finished.text
 
 
@@ -135,8 +140,10 @@ bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL
 
 def test_second_signal_leaves_at_once(small_run, tmp_path):
     options = [*small_run, "--run.name=slow", "--train.global_batch=20000", "--train.micro_batch=2"]  # minutes a step
-    command = [sys.executable, "-m", "smolds_dist", "train", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [warm.python(), "-m", "smolds_dist", "train", *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=warm.environment()
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "runs" / "slow" / "config.yaml").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -186,14 +193,14 @@ def test_full_disk_is_told_and_older_checkpoints_stay_whole(small_run, tmp_path,
         if kill -0 $run 2>/dev/null; then sleep 1; rm {small}/ballast; sleep 1; kill -TERM $run; fi
         wait $run; echo "code $?"
         rm -f {small}/ballast
-        {smolds_command} checkpoint verify {small}/full; echo "verified $?"
-        echo ROWS; cat {small}/full/metrics.jsonl
+        cp -r {small}/full {tmp_path}/full
     """
     finished = on_file_system(small, "size=6m", script)
-    text, _, metrics = finished.stdout.partition("ROWS\n")
-    steps = [row["step"] for row in map(json.loads, metrics.splitlines()) if "loss" in row]
+    text = finished.stdout
+    steps = [row["step"] for row in read_rows(tmp_path / "full" / "metrics.jsonl") if "loss" in row]
     assert "could not be written (" in finished.stderr and "No space left on device" in finished.stderr, finished.text
-    assert "verified 0" in text, finished.text
+    verified = smolds("checkpoint", "verify", str(tmp_path / "full"))
+    assert verified.returncode == 0, verified.text
     assert steps == list(range(1, len(steps) + 1)), finished.text
     assert "Traceback" not in finished.stderr, finished.text
     if on_error == "stop":

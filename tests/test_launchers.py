@@ -149,12 +149,9 @@ def test_exit_code_of_a_stop_that_nobody_asked_for_is_a_failure(tmp_path):
 
 
 def test_single_process_stops_on_a_signal_too(long_run, tmp_path):
-    command = [sys.executable, "-m", "smolds_dist", "train", *long_run, "--run.name=alone"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [warm.python(), "-m", "smolds_dist", "train", *long_run, "--run.name=alone"]
     run_dir = tmp_path / "runs" / "alone"
-    while not losses(run_dir):
-        assert process.poll() is None
-        time.sleep(0.1)
+    process = start_and_wait_for_steps(command, run_dir)
     process.send_signal(signal.SIGTERM)
     finished = end(process, timeout=30)
     assert finished.returncode == 143, finished.text
@@ -182,7 +179,7 @@ def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
     assert finished.returncode == 0, finished.text
     assert "expert parallel size 2" in finished.stdout
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    by_hand = ["mpirun", *root, "--oversubscribe", "-n", "2", sys.executable, "-m", "smolds_dist", "train", *options]
+    by_hand = ["mpirun", *root, "--oversubscribe", "-n", "2", warm.python(), "-m", "smolds_dist", "train", *options]
     finished = run([*by_hand, "--run.name=by_hand"], timeout=120)
     assert finished.returncode == 0, finished.text
     for name in ("launched", "by_hand"):
@@ -204,6 +201,7 @@ def test_locks_that_a_dead_build_left_stop_no_run(options, tmp_path):
     assert sorted(extensions.rglob("*")) == before  # no build begins, so none can be killed in its middle
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
 def test_hostfile_trains_the_run_of_one_process_on_two_hosts(options, tmp_path):
@@ -223,6 +221,7 @@ def test_hostfile_trains_the_run_of_one_process_on_two_hosts(options, tmp_path):
         assert [entry["host"] for entry in ranks] == list(two_hosts.NAMES)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
 def test_rank_killed_on_another_host_ends_the_job_and_is_named(long_run, tmp_path):

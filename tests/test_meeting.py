@@ -1,6 +1,6 @@
 """Ranks that wait for others: they say so, name what they believe it from, and come to an end."""
 
-import os
+import re
 import shutil
 import signal
 import socket
@@ -10,7 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ranks import ROOT, Finished, run, smolds
+import warm
+from ranks import Finished, run, smolds
 
 from smolds_dist.errors import ConfigError, RankError
 from smolds_dist.parallel import meeting
@@ -90,7 +91,12 @@ def left_over(rank: int, port: str) -> dict[str, str]:
     }
 
 
-def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, place):
+# Seconds that a rank waits, and after which it says so: with ten and more, once before it gives up.
+PATIENCES = [(2, [2]), pytest.param(12, [10, 12], marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize(("timeout", "told_after"), PATIENCES)
+def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, place, timeout, told_after):
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": place}
     cases = {
         "first": left_over(0, place),
@@ -99,7 +105,7 @@ def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, place):
     }
 
     def train(name: str) -> Finished:
-        options = [*small_run, f"--run.name={name}", "--parallel.timeout=12"]
+        options = [*small_run, f"--run.name={name}", f"--parallel.timeout={timeout}"]
         return smolds("train", *options, timeout=90, **cases[name])
 
     with ThreadPoolExecutor() as pool:
@@ -111,7 +117,7 @@ def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, place):
     }.items():
         assert finished[name].returncode == 2, finished[name].text
         told = [line for line in finished[name].stderr.splitlines() if line.startswith("smolds: ")]
-        for line, seconds in zip(told, (10, 12), strict=True):
+        for line, seconds in zip(told, told_after, strict=True):
             assert line.startswith(f"smolds: rank {rank} has waited {seconds} s for rank {other} at 127.0.0.1:"), line
             assert f"because {variable} says that there are 2; `unset {unset}` to train in this process alone" in line
 
@@ -137,12 +143,12 @@ def test_variables_that_contradict_each_other_are_refused_at_once(small_run, tmp
 
 def test_first_rank_has_the_time_to_say_what_all_have_found_wrong(small_run, place):
     """A launcher ends all ranks once one has ended, so the others must not be the first to."""
-    command = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--model.num_experts=0"]
+    command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--model.num_experts=0"]
     ranks = {}
     for rank in ("1", "0"):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        ranks[rank] = subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.PIPE, text=True)
-        time.sleep(2)
+        ranks[rank] = subprocess.Popen(command, env=warm.environment() | variables, stderr=subprocess.PIPE, text=True)
+        time.sleep(1)
     try:
         assert "model.num_experts" in ranks["0"].communicate(timeout=60)[1] and ranks["0"].returncode == 2
         assert ranks["1"].poll() is None
@@ -163,24 +169,25 @@ def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path,
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no Open MPI here")
-def test_rank_of_mpirun_says_that_the_others_do_not_come(small_run):
+@pytest.mark.parametrize(("timeout", "told_after"), PATIENCES)
+def test_rank_of_mpirun_says_that_the_others_do_not_come(small_run, timeout, told_after):
     pytest.importorskip("mpi4py")
-    train = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--parallel.timeout=11"]
+    train = [sys.executable, "-m", "smolds_dist", "train", *small_run, f"--parallel.timeout={timeout}"]
     script = 'if [ "$OMPI_COMM_WORLD_RANK" = 0 ]; then exec "$@"; else sleep 60; fi'
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     finished = run([*mpirun, "bash", "-c", script, "bash", *train], timeout=50)
     assert finished.returncode == 2, finished.text
-    for seconds in (10, 11):
-        assert (
-            f"smolds: rank 0 has waited {seconds} s for the other ranks of its MPI job, because OMPI" in finished.stderr
-        )
+    told = re.findall(
+        r"smolds: rank 0 has waited (\d+) s for the other ranks of its MPI job, because OMPI", finished.stderr
+    )
+    assert told == [str(seconds) for seconds in told_after]
     assert "`unset OMPI_COMM_WORLD_SIZE` to train in this process alone" in finished.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_ends_the_waiting_at_once(small_run, tmp_path, place, number, code):
-    command = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--run.name=waiting"]
-    environment = os.environ | left_over(1, place) | {"PYTHONPATH": str(ROOT)}
+    command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--run.name=waiting"]
+    environment = warm.environment() | left_over(1, place)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     entry = tmp_path / "runs" / "waiting" / "ranks" / "rank_00001.json"
     try:

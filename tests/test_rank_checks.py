@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import warm
 from ranks import ROOT, run, smolds
 from test_launchers import end, start_and_wait_for_steps
 
@@ -23,7 +24,7 @@ def test_slow_rank_is_named_in_one_line_and_in_the_metrics(small_run, tmp_path):
     options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--run.name=slow", "--train.steps=100000"]
     options += ["--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0", "--parallel.compare_every=20"]
     run_dir = tmp_path / "runs" / "slow"
-    command = [sys.executable, "-m", "smolds_dist", "launch", "--nproc-per-node=2", "--", *options]
+    command = [warm.python(), "-m", "smolds_dist", "launch", "--nproc-per-node=2", "--", *options]
     job = start_and_wait_for_steps(command, run_dir)
     pid = next(entry["pid"] for entry in _entries(run_dir / "ranks") if entry["rank"] == 1)
     enough = threading.Event()

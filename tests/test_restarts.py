@@ -1,26 +1,24 @@
 """`smolds launch --restarts`: jobs that fail for real and end by themselves, with the rows of an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import warm
 from ranks import rows_without_timing, smolds
 from test_launchers import end, losses, start_and_wait_for_steps
 
 from smolds_dist.launching import restarts
 from smolds_dist.launching.restarts import Failure, bad_nodes, keep_running, made_no_step, resume_options, wait
 from smolds_dist.rows import RESTARTS, read_rows
-
-KILLS = int(os.environ.get("SMOLDS_KILLS", "4"))
-STEPS = 15 * KILLS
 
 
 @pytest.fixture
@@ -32,38 +30,53 @@ def options(small_run):
 
 
 def launch_command(*options: str) -> list[str]:
-    """Started cold: the processes that it starts are its children then."""
-    return [sys.executable, "-m", "smolds_dist", "launch", *options]
+    return [warm.python(), "-m", "smolds_dist", "launch", *options]
 
 
-def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_undisturbed_one(options, tmp_path):
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    files = sorted((run_dir / "ranks").glob("rank_*.json"))
+    return [psutil.Process(json.loads(path.read_text())["pid"]) for path in files]
+
+
+def torchrun_of(run_dir: Path) -> psutil.Process:
+    """The parent of the ranks' processes, or of what stands for them where ranks fork (see warm.py)."""
+    parents = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if {"train", f"--run.name={run_dir.name}"} <= set(words) and "torch.distributed.run" not in words:
+                parents.add(process.ppid())
+    (parent,) = parents
+    return psutil.Process(parent)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.long)])
+def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_undisturbed_one(options, tmp_path, kills):
     """Killed are single ranks, and what starts them, each time a few steps further on."""
-    options += [f"--train.steps={STEPS}"]
+    options += [f"--train.steps={15 * kills}"]
     whole = smolds("launch", "--nproc-per-node=2", "--", *options, "--run.name=whole", timeout=200)
     assert whole.returncode == 0, whole.text
     run_dir, dice = tmp_path / "runs" / "killed", random.Random(0)
-    command = launch_command("--nproc-per-node=2", f"--restarts={KILLS}", "--", *options, "--run.name=killed")
+    command = launch_command("--nproc-per-node=2", f"--restarts={kills}", "--", *options, "--run.name=killed")
     job, failed = start_and_wait_for_steps(command, run_dir), 0
-    for kill in range(KILLS):
+    for kill in range(kills):
         reached = failed + dice.randrange(1, 5)
         wait_until(lambda: len(losses(run_dir)) >= reached, job)  # noqa: B023  called at once
-        ranks = [json.loads(path.read_text())["pid"] for path in (run_dir / "ranks").glob("rank_*.json")]
-        (torchrun,) = psutil.Process(job.pid).children()
-        os.kill([*ranks, torchrun.pid][kill % 3], signal.SIGKILL)
+        [*ranks_of(run_dir), torchrun_of(run_dir)][kill % 3].kill()
         wait_until(lambda: len(read_rows(run_dir / RESTARTS)) == kill + 1, job)  # noqa: B023
         failed = read_rows(run_dir / RESTARTS)[-1]["step"]
         wait_until(lambda: any(r.get("number") == kill + 1 for r in read_rows(run_dir / "metrics.jsonl")), job)  # noqa: B023
     finished = end(job, timeout=200)
     assert finished.returncode == 0, finished.text
-    assert finished.stderr.count(f" of {KILLS} in 1 s.") == KILLS
+    assert finished.stderr.count(f" of {kills} in 1 s.") == kills
     told = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"]
-    assert [row["number"] for row in told] == list(range(1, KILLS + 1))
+    assert [row["number"] for row in told] == list(range(1, kills + 1))
     assert all(row["cause"].endswith("was killed by signal 9") for row in told)
-    assert sum(row["cause"].startswith("what started the ranks") for row in told) == KILLS // 3, told
+    assert sum(row["cause"].startswith("what started the ranks") for row in told) == kills // 3, told
     assert without_events(run_dir) == without_events(tmp_path / "runs" / "whole")
     report = smolds("report", str(run_dir))
     assert report.returncode == 0, report.text
-    assert f"restart {KILLS}, because after step" in (run_dir / "log_training.md").read_text()
+    assert f"restart {kills}, because after step" in (run_dir / "log_training.md").read_text()
 
 
 def wait_until(holds, job: subprocess.Popen, seconds: float = 120) -> None:
@@ -78,18 +91,16 @@ def without_events(run_dir: Path) -> list[dict]:
 
 
 def test_failure_that_comes_back_at_its_step_ends_the_job_with_both_tracebacks(options, tmp_path):
-    """A folder stands where the samples are to be written after step 100."""
+    """A folder stands where the samples are to be written after step 6."""
     run_dir = tmp_path / "runs" / "same"
-    options += ["--run.name=same", "--train.steps=1000", "--log.sample_every=100"]
-    command = launch_command("--nproc-per-node=2", "--restarts=9", "--", *options)
-    job = start_and_wait_for_steps(command, run_dir)
-    (run_dir / "samples.jsonl").mkdir()
-    finished = end(job, timeout=200)
+    options += ["--run.name=same", "--train.steps=1000", "--log.sample_every=6"]
+    (run_dir / "samples.jsonl").mkdir(parents=True)
+    finished = smolds("launch", "--nproc-per-node=2", "--restarts=9", "--", *options, timeout=200)
     assert finished.returncode == 1, finished.text
     failures = read_rows(run_dir / RESTARTS)
-    assert [(row["step"], row["code"]) for row in failures] == [(100, 1)] * 3
+    assert [(row["step"], row["code"]) for row in failures] == [(6, 1)] * 3
     assert "restart 2 of 9 in 2 s." in finished.stderr and "restart 3" not in finished.stderr
-    assert "3 starts in a row ended after step 100: another one would not help." in finished.stderr
+    assert "3 starts in a row ended after step 6: another one would not help." in finished.stderr
     assert finished.stderr.count("Traceback") == 2 and finished.stderr.count("IsADirectoryError") >= 5, finished.text
     assert all((Path(row["logs"]) / "rank_00000.log").exists() for row in failures)
 
@@ -98,8 +109,8 @@ def test_single_process_is_restarted_too(options, tmp_path):
     run_dir = tmp_path / "runs" / "one"
     options += ["--run.name=one", "--train.steps=300", "--checkpoint.every=100"]
     job = start_and_wait_for_steps(launch_command("--launcher=none", "--restarts=1", "--", *options), run_dir)
-    (child,) = psutil.Process(job.pid).children()
-    child.kill()
+    (rank,) = ranks_of(run_dir)
+    rank.kill()
     finished = end(job, timeout=120)
     assert finished.returncode == 0, finished.text
     (failure,) = read_rows(run_dir / RESTARTS)

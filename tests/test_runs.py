@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import warm
 from ranks import run, smolds
 from test_launchers import end, losses, start_and_wait_for_steps, start_launch
 
@@ -43,7 +44,7 @@ def test_states_of_real_runs(long_run, tmp_path):
     end(job, timeout=20)
     assert f"failed: rank 1 on host {host_name()} was killed by signal 9" in lines_of(folder)["pair"]
 
-    train = [sys.executable, "-m", "smolds_dist", "train", *long_run]
+    train = [warm.python(), "-m", "smolds_dist", "train", *long_run]
     job = start_and_wait_for_steps([*train, "--run.name=stopped"], folder / "stopped")
     job.send_signal(signal.SIGTERM)
     assert end(job, timeout=20).returncode == 143
@@ -128,8 +129,8 @@ def test_difference_names_settings_and_last_values(kept_run, tmp_path):
 
 
 def test_watch_draws_again_until_ctrl_c(kept_run):
-    command = [sys.executable, "-m", "smolds_dist", "runs", str(kept_run[0].parent), "--watch", "--every=0.1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [warm.python(), "-m", "smolds_dist", "runs", str(kept_run[0].parent), "--watch", "--every=0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=warm.environment())
     assert process.stdout is not None
     heads = 0
     while heads < 3:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import ranks
 import slurm_cluster
+import warm
 from ranks import PATIENCE, ROOT, Finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,7 +23,8 @@ from smolds_dist.config import load_config
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
-# Slurm's daemons watch, signal and kill the processes that they started.
+# Slurm's daemons watch, signal and kill the processes that they started. What forks (see warm.py) is none of theirs, and is
+# for jobs that end by themselves.
 run, smolds = partial(ranks.run, cold=True), partial(ranks.smolds, cold=True)
 needs_slurm = pytest.mark.skipif(bool(slurm_cluster.available()), reason=str(slurm_cluster.available()))
 BIN = str(Path(sys.executable).parent)
@@ -32,6 +34,12 @@ BIN = str(Path(sys.executable).parent)
 def cluster(tmp_path_factory):
     with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
         yield environment | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def forking(cluster):
+    """The cluster for jobs that end by themselves: their Python forks from one that has imported everything."""
+    return cluster | {"PATH": f"{Path(warm.python()).parent}:{cluster['PATH']}"}
 
 
 @pytest.fixture
@@ -56,8 +64,10 @@ def assert_same(ours: list[tuple[int, float]], expected: list[tuple[int, float]]
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in expected], rel=1e-3)
 
 
-def submit(command: list[str], cluster: dict[str, str], cwd: Path) -> str:
-    finished = run(["sbatch", "--parsable", *command], timeout=30, cwd=cwd, **cluster)
+def submit(command: str, options: list[str], cluster: dict[str, str], cwd: Path) -> str:
+    """Submits a command line as a page has it, with further options at its end; returns the job's number."""
+    line = f"{command.replace('sbatch ', 'sbatch --parsable ', 1)} {shlex.join(options)}"
+    finished = run(["bash", "-c", line], timeout=30, cwd=cwd, **cluster)
     assert finished.returncode == 0, finished.text
     return finished.stdout.strip()
 
@@ -66,7 +76,7 @@ def wait_for(condition, timeout: float, what: str) -> None:
     deadline = time.monotonic() + PATIENCE * timeout
     while not condition():
         assert time.monotonic() < deadline, f"no {what} within {PATIENCE * timeout} s"
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def is_gone(job: str, cluster: dict[str, str]) -> bool:
@@ -82,13 +92,13 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
     options = options_of(small_run)
     expected = reference(options, tmp_path)
     options += ["--parallel.expert=2"]
-    by_hand = [sys.executable, "-m", "smolds_dist", "train", *options, "--run.name=srun"]
+    by_hand = [warm.python(), "-m", "smolds_dist", "train", *options, "--run.name=srun"]
     finished = run(["srun", "--nodes=2", "--ntasks=2", *by_hand], timeout=120, **cluster)
     assert finished.returncode == 0, finished.text
     assert "2 ranks over gloo on 2 nodes" in finished.stdout
     assert_same(losses(tmp_path / "runs" / "srun"), expected)
 
-    launch = [sys.executable, "-m", "smolds_dist", "launch", "--", *options, "--run.name=launch"]
+    launch = [warm.python(), "-m", "smolds_dist", "launch", "--", *options, "--run.name=launch"]
     finished = run(["salloc", "--nodes=2", "--ntasks-per-node=1", *launch], timeout=120, **cluster)
     assert finished.returncode == 0, finished.text
     assert_same(losses(tmp_path / "runs" / "launch"), expected)
@@ -97,52 +107,43 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
 
 
 @needs_slurm
-def test_time_limit_saves_requeues_and_resumes(small_run, tmp_path, cluster, repository):
-    # More steps than any machine takes until the signal, which Slurm sends up to half a minute ahead of the 60 seconds: half
-    # a minute after the start at the earliest, since before there are processes it would reach nobody.
-    options = [*options_of(small_run), "--log.tensorboard=true", "--parallel.expert=2", "--train.lr=5e-4"]
-    options += [
-        "--train.schedule=wsd",
-        "--train.decay_fraction=0",
-    ]  # losses do not depend on how many steps there will be
+@pytest.mark.parametrize("ahead_of", ["a signal", pytest.param("the time limit", marks=pytest.mark.long)])
+def test_warning_saves_requeues_and_resumes_and_scancel_saves_too(small_run, tmp_path, cluster, repository, ahead_of):
+    """The command of the page, on two nodes. Slurm sends the warning of a time limit to every step, as `scancel --signal`
+    does, up to half a minute ahead of the 60 seconds."""
+    commands = re.findall(r"^sbatch .*$", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
+    assert len(commands) == 1
+    minutes = 2 if ahead_of == "the time limit" else 20
+    layout = f"sbatch --nodes=2 --ntasks-per-node=1 --time={minutes} --signal=USR1@60 "
+    options = [*options_of(small_run)[2:], "--log.tensorboard=true", "--parallel.expert=2", "--train.lr=5e-4"]
+    options += ["--train.schedule=wsd", "--train.decay_fraction=0"]  # losses do not depend on the number of steps
     options += ["--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
-    layout = ["--nodes=2", "--ntasks-per-node=1", "--time=2", "--signal=USR1@60"]
-    limited = [*options, "--run.name=limited", "--train.steps=20000"]
-    job = submit([*layout, "slurm/train.sbatch", *limited], cluster, repository)
-    run_dir, output = tmp_path / "runs" / "limited", repository / f"slurm-{job}.out"
+    # More steps than any machine takes until the signal.
+    job = submit(commands[0].replace("sbatch ", layout, 1), [*options, "--train.steps=20000"], cluster, repository)
+    run_dir, output = tmp_path / "runs" / "night", repository / f"slurm-{job}.out"
 
     def starts() -> list[int]:
         return [row["step"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "start"]
 
-    wait_for(lambda: len(starts()) > 1 and len(losses(run_dir)) >= starts()[1] + 10, 300, "steps after the requeue")
+    if ahead_of == "a signal":
+        wait_for(lambda: losses(run_dir), 90, "first step")
+        run(["scancel", "--signal=USR1", job], timeout=30, **cluster)
+    wait_for(lambda: len(starts()) > 1 and len(losses(run_dir)) >= starts()[1] + 2, 300, "steps after the requeue")
     run(["scancel", job], timeout=30, **cluster)
     wait_for(lambda: is_gone(job, cluster), 60, "end of the job")
     text = output.read_text()
-    assert "stopped by SIGUSR1 after step" in text, text[-3000:]
-    assert "continuing from" in text
+    assert "stopped by SIGUSR1 after step" in text and "continuing from" in text, text[-3000:]
     steps = len(losses(run_dir))
+    assert max((run_dir / "checkpoints").glob("step_*")).name == f"step_{steps:08}", text[-3000:]
     # The reference has the same topology: over this many steps another one's rounding would show.
     launched = ranks.smolds(
-        "launch", "--nproc-per-node=2", "--", *options, "--run.name=reference", f"--train.steps={steps}", timeout=240
-    )
+        "launch", "--nproc-per-node=2", "--", "--preset=debug", *options, "--run.name=reference", f"--train.steps={steps}",
+        timeout=240,
+    )  # fmt: skip
     assert launched.returncode == 0, launched.text
     assert losses(run_dir) == losses(tmp_path / "runs" / "reference")
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, steps + 1))
-
-
-@needs_slurm
-def test_scancel_saves_and_the_next_job_goes_on(small_run, tmp_path, cluster, repository):
-    options = [*options_of(small_run), "--train.steps=3000", "--train.eval_every=0", "--checkpoint.every=0"]
-    options += ["--run.name=cancelled", "--parallel.expert=2"]
-    job = submit(["--nodes=2", "--ntasks-per-node=1", "slurm/train.sbatch", *options], cluster, repository)
-    run_dir = tmp_path / "runs" / "cancelled"
-    wait_for(lambda: losses(run_dir), 60, "first step")
-    run(["scancel", job], timeout=30, **cluster)
-    wait_for(lambda: is_gone(job, cluster), 30, "end of the job")
-    checkpoints = list((run_dir / "checkpoints").glob("step_*"))
-    assert len(checkpoints) == 1, (repository / f"slurm-{job}.out").read_text()[-3000:]
-    assert checkpoints[0].name == f"step_{losses(run_dir)[-1][0]:08}"
 
 
 @needs_slurm
@@ -188,57 +189,32 @@ def is_rank(pid: int, rank: int, run_folder: str) -> bool:
 
 
 @needs_slurm
-def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, cluster, repository):
+def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, forking, repository):
     (repository / "sweep.txt").write_text("--train.seed 1\n--train.seed 2 --train.steps 3\n")
     options = [*options_of(small_run), "--train.steps=2"]
-    layout = ["--ntasks-per-node=1", "--nodes=1", "--array=1-2"]
-    job = submit([*layout, "slurm/array.sbatch", "sweep.txt", *options], cluster, repository)
-    wait_for(lambda: is_gone(job, cluster), 90, "end of the jobs")
+    layout = "--ntasks-per-node=1 --nodes=1 --array=1-2"
+    job = submit(f"sbatch {layout} slurm/array.sbatch sweep.txt", options, forking, repository)
+    wait_for(lambda: is_gone(job, forking), 90, "end of the jobs")
     runs = {n: tmp_path / "runs" / f"sweep-{job}-{n}" for n in (1, 2)}
     assert [len(losses(runs[n])) for n in (1, 2)] == [2, 3]
     assert losses(runs[1])[0] != losses(runs[2])[0]
 
 
 @needs_slurm
-def test_readmes_sbatch_command_runs(small_run, tmp_path, cluster, repository):
-    commands = re.findall(r"^sbatch .*$", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
-    assert len(commands) == 1
-    # Slurm's own options go first; the training's, at the end, make it short.
-    shorter = shlex.join([*options_of(small_run)[2:], "--train.steps=2"])
-    command = commands[0].replace("sbatch ", "sbatch --parsable --ntasks-per-node=1 ", 1) + f" {shorter}"
-    finished = run(["bash", "-c", command], timeout=30, cwd=repository, **cluster)
-    assert finished.returncode == 0, finished.text
-    job = finished.stdout.strip()
-    wait_for(lambda: is_gone(job, cluster), 60, "end of the job")
-    assert len(losses(tmp_path / "runs" / "night")) == 2, (repository / f"slurm-{job}.out").read_text()
-
-
-@needs_slurm
-def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, cluster, repository):
+def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, forking):
     options = [*options_of(small_run), "--run.name=prepared", f"--data.cache_dir={tmp_path}/cache"]
     start = ["slurm", "--prepare", "--nodes=2", "--time=5", "--submit", "--", *options]
-    submitted = ranks.smolds(*start, cwd=tmp_path, **cluster)
+    submitted = ranks.smolds(*start, cwd=tmp_path, **forking)
     assert submitted.returncode == 0, submitted.text
     assert "tokenising in 2 tasks" in submitted.stdout
     job = submitted.stdout.split()[2].rstrip(":")
-    wait_for(lambda: is_gone(job, cluster), 90, "end of the jobs")
+    wait_for(lambda: is_gone(job, forking), 90, "end of the jobs")
     texts = [(tmp_path / f"slurm-{job}_{task}.out").read_text() for task in (0, 1)]
     assert all(re.search(r"text: (\d+) of \1 parts are tokenised", text) for text in texts), texts
     found = sorted((tmp_path / "cache" / "units").glob("*/*/meta.json"))
-    trained = ranks.smolds("train", *options)
+    trained = ranks.smolds("train", *options, "--train.steps=1")
     assert trained.returncode == 0, trained.text
     assert sorted((tmp_path / "cache" / "units").glob("*/*/meta.json")) == found != []
-
-
-@needs_slurm
-def test_submit_prints_the_jobs_id_and_the_job_runs(small_run, tmp_path, cluster):
-    options = [*options_of(small_run), "--train.steps=2", "--run.name=sub mitted"]
-    start = ["slurm", "--nodes", "1", "--tasks-per-node", "2", "--time", "5", "--submit", "--", *options]
-    finished = smolds(*start, cwd=tmp_path, **cluster)
-    assert finished.returncode == 0, finished.text
-    job = finished.stdout.split(":")[0].removeprefix("submitted job ")
-    wait_for(lambda: is_gone(job, cluster), 60, "end of the job")
-    assert len(losses(tmp_path / "runs" / "sub mitted")) == 2, (tmp_path / f"slurm-{job}.out").read_text()
 
 
 def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
@@ -270,25 +246,28 @@ def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
     ],
 )
 def test_mistake_is_one_sentence(options, fix, tmp_path):
-    finished = smolds("slurm", *options, cwd=tmp_path)
+    finished = ranks.smolds("slurm", *options, cwd=tmp_path)
     assert finished.returncode == 2, finished.text
     assert fix in finished.stderr
     assert finished.stderr.count("\n") == 1
 
 
 @needs_slurm
-@pytest.mark.parametrize("instead", ["spare", "queue", "fewer"])
+@pytest.mark.parametrize(
+    "instead", ["spare", *(pytest.param(one, marks=pytest.mark.long) for one in ("queue", "fewer"))]
+)
 def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp_path, cluster, instead):
     """A spare node of the allocation takes its place, the job goes back into the queue without it, or on with fewer."""
-    options = [*options_of(small_run), "--run.name=moved", "--train.steps=400", "--checkpoint.every=5"]
+    steps = 60 if instead == "spare" else 400
+    options = [*options_of(small_run), "--run.name=mo ved", f"--train.steps={steps}", "--checkpoint.every=5"]
     options += ["--train.eval_every=0", "--log.sample_every=0"]
     nodes = ["--nodes=2", "--tasks-per-node=1"] if instead == "fewer" else ["--nodes=1", "--tasks-per-node=2"]
     asked = [*nodes, "--time=10", "--restarts=2", "--output=job.out", "--submit"]
     asked += {"spare": ["--spares=1"], "queue": [], "fewer": ["--restarts-shrink"]}[instead]
     finished = smolds("slurm", *asked, "--", *options, cwd=tmp_path, **cluster)
     assert finished.returncode == 0, finished.text
-    (job,) = re.findall(r"submitted job (\d+)", finished.stdout)
-    run_dir = tmp_path / "runs" / "moved"
+    (job,) = re.findall(r"^submitted job (\d+):", finished.stdout)
+    run_dir = tmp_path / "runs" / "mo ved"
     wait_for(lambda: losses(run_dir), 90, "first step")
     bad = json.loads((run_dir / "ranks" / "rank_00001.json").read_text())["host"]
     kill_rank(1, run_dir)
@@ -298,4 +277,4 @@ def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp
     assert (f"goes back into the queue, and on without {bad}." in text) == (instead == "queue"), text
     state = json.loads((run_dir / "state.json").read_text())
     assert state["host"] in {"n1", "n2"} - {bad} and state["ranks"] == (1 if instead == "fewer" else 2), text
-    assert [step for step, _ in losses(run_dir)] == list(range(1, 401)), text
+    assert [step for step, _ in losses(run_dir)] == list(range(1, steps + 1)), text

@@ -219,12 +219,13 @@ def _waiting_told(info: RankInfo, timeout: float) -> Iterator[None]:
         print(f"smolds: {still_waiting(info, seconds, 'the other ranks of its MPI job')}", file=sys.stderr, flush=True)
 
     def watch() -> None:
-        first = min(TELL_AFTER, timeout or TELL_AFTER)
-        if over.wait(first):
-            return
-        tell(first)
-        if timeout and not over.wait(timeout - first):
-            tell(timeout)
+        waited = 0.0
+        for seconds in sorted({min(TELL_AFTER, timeout or TELL_AFTER), timeout or TELL_AFTER}):
+            if over.wait(seconds - waited):
+                return
+            tell(seconds)
+            waited = seconds
+        if timeout:
             os._exit(2)
 
     threading.Thread(target=watch, name="watch-mpi", daemon=True).start()
