@@ -32,11 +32,7 @@ LONGEST = 900  # seconds until an answer that does not come counts as a failure
 
 
 def bench(args: list[str]) -> None:
-    """`smolds bench NAME`.
-
-    Raises:
-        ConfigError: for a name other than `train`.
-    """
+    """`smolds bench NAME`."""
     name, *options = args or ["--help"]
     if name in ("-h", "--help"):
         print("usage: smolds bench train [options]\n\nexample: smolds bench train --preset debug")

@@ -19,11 +19,42 @@ from smolds_dist.settings import RunConfig
 
 
 def evaluate_model(args: list[str]) -> None:
-    """Prints loss, perplexity and bits per byte, or the tasks' table; with --json writes them too.
+    """Prints loss, perplexity and bits per byte, or the tasks' table; with --json writes them too."""
+    options, settings = _parse(args)
+    if options.tasks:
+        _evaluate_tasks(options, settings)
+        return
+    from smolds_dist.data.batch import document_end
 
-    Raises:
-        ConfigError: where there is no model, no text, no such task, or an option is out of range.
-    """
+    config, held_out = _what(options.model, settings)
+    model, tokenizer = load_model(options.model, options.step)
+    results, end_of_text = [], document_end(config.data, tokenizer)
+    for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
+        begin = time.perf_counter()
+        loss, counted = mean_loss(
+            model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
+        )
+        result = {
+            "text": f"{source}{', held out' if held_out else ''}",
+            "tokens": counted,
+            "sequence_length": config.data.seq_len,
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": loss / math.log(2) * len(ids) / num_bytes,
+        }
+        results.append(result)
+        print(
+            f"{result['text']}: {counted:,} tokens in sequences of {config.data.seq_len:,}\n"
+            f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per "
+            f"byte ({time.perf_counter() - begin:.1f} s)",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
+
+
+def _parse(args: list[str]) -> tuple[Any, list[str]]:
+    """The command's own options, and the settings of the text."""
     parser = OptionParser(
         prog="smolds eval",
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
@@ -52,40 +83,13 @@ def evaluate_model(args: list[str]) -> None:
     options, settings = parser.parse_known_args(args)
     if options.max_tokens < 2 or options.batch_size < 1:
         raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
-    if options.tasks:
-        _evaluate_tasks(options, settings)
-        return
-    if any(given is not None for given in (options.include_path, options.num_fewshot, options.limit)):
+    if not options.tasks and any(
+        given is not None for given in (options.include_path, options.num_fewshot, options.limit)
+    ):
         raise ConfigError(
             "--include-path, --num-fewshot and --limit belong to --tasks; name some tasks, or leave them out."
         )
-    from smolds_dist.data.batch import document_end
-
-    config, held_out = _what(options.model, settings)
-    model, tokenizer = load_model(options.model, options.step)
-    results, end_of_text = [], document_end(config.data, tokenizer)
-    for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
-        begin = time.perf_counter()
-        loss, counted = mean_loss(
-            model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
-        )
-        result = {
-            "text": f"{source}{', held out' if held_out else ''}",
-            "tokens": counted,
-            "sequence_length": config.data.seq_len,
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "bits_per_byte": loss / math.log(2) * len(ids) / num_bytes,
-        }
-        results.append(result)
-        print(
-            f"{result['text']}: {counted:,} tokens in sequences of {config.data.seq_len:,}\n"
-            f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per "
-            f"byte ({time.perf_counter() - begin:.1f} s)",
-            flush=True,
-        )
-    if options.json:
-        options.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
+    return options, settings
 
 
 def _evaluate_tasks(options: Any, settings: list[str]) -> None:

@@ -8,7 +8,6 @@ Shape letters: L layers, E experts.
 """
 
 import heapq
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from smolds_dist.costs.step_time import (
     step_time,
 )
 from smolds_dist.errors import ConfigError
+from smolds_dist.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,7 @@ def loads_of_run(run: Path) -> list[list[float]]:
     Raises:
         ConfigError: where the run has recorded none.
     """
-    file = run / "metrics.jsonl"
-    loads = None
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-            loads = row.get("load", loads)
+    loads = next((row["load"] for row in reversed(read_rows(run / "metrics.jsonl")) if "load" in row), None)
     if loads is None:
         raise ConfigError(f"{run} has no recorded expert loads; name a run's folder that has trained a step.")
     return loads
