@@ -31,7 +31,8 @@ USAGE = """usage: smolds COMMAND [options]
 
 `smolds COMMAND --help` tells more, `smolds --version` the version."""
 
-# What each command calls, imported when it is called: it takes the options and returns an exit code, None for 0.
+# What each command calls, imported when it is called: it takes the options and returns an exit code, None for 0. All raise
+# `ConfigError` where options contradict each other, are out of range, or name what is not there.
 COMMANDS = {
     "train": "cli:train_rank",
     "launch": "launching.launcher:launch",

@@ -8,8 +8,9 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from smolds_dist.architecture import contradictions, divisors
 from smolds_dist.errors import ConfigError
-from smolds_dist.settings import SOURCE_KINDS, TRACKERS, Data, Model, RunConfig, Stage
+from smolds_dist.settings import SOURCE_KINDS, TRACKERS, Data, RunConfig, Stage
 
 
 def validate(config: RunConfig) -> None:
@@ -50,7 +51,7 @@ def validate(config: RunConfig) -> None:
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         raise ConfigError(
             f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
-            f"{config.train.global_batch}; valid values: {_divisors(config.train.global_batch)}."
+            f"{config.train.global_batch}; valid values: {divisors(config.train.global_batch)}."
         )
     if config.data.disk_budget_gb is not None and not 0 < config.data.disk_budget_gb < math.inf:
         raise ConfigError(
@@ -64,10 +65,6 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"--parallel.ds_config {config.parallel.ds_config!r} is not a file; give a DeepSpeed JSON file."
         )
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 _AT_LEAST_ONE = (
@@ -205,36 +202,12 @@ def _check_stages(data: Data) -> None:
 
 def _check_model(config: RunConfig) -> None:
     m = config.model
-    if m.attention == "gqa" and m.num_attention_heads % m.num_key_value_heads:
-        raise ConfigError(
-            f"--model.num_key_value_heads {m.num_key_value_heads} does not divide --model.num_attention_heads "
-            f"{m.num_attention_heads}; valid values: {_divisors(m.num_attention_heads)}."
-        )
-    if m.num_experts_per_tok > m.num_experts:
-        raise ConfigError(
-            f"--model.num_experts_per_tok {m.num_experts_per_tok} exceeds --model.num_experts {m.num_experts}; lower it."
-        )
-    name, dims = ("head_dim", m.head_dim) if m.attention == "gqa" else ("qk_rope_head_dim", m.qk_rope_head_dim)
-    if dims % 2:
-        raise ConfigError(f"--model.{name} {dims} is odd, but rotary embedding turns pairs; use {dims + 1}.")
-    if m.first_k_dense_replace >= m.num_hidden_layers:
-        raise ConfigError(
-            f"--model.first_k_dense_replace {m.first_k_dense_replace} leaves none of --model.num_hidden_layers "
-            f"{m.num_hidden_layers} a mixture of experts; lower it."
-        )
-    if m.first_k_dense_replace and m.dense_intermediate_size is None:
-        together = m.intermediate_size * (m.num_experts_per_tok + m.n_shared_experts)
-        raise ConfigError(
-            f"--model.first_k_dense_replace {m.first_k_dense_replace} needs --model.dense_intermediate_size, the width of "
-            f"these layers; {together} is what a token's experts have together."
-        )
-    if m.qk_norm and m.attention == "latent":
-        raise ConfigError("--model.qk_norm is for --model.attention gqa; latent attention norms its latents already.")
+    if found := next(contradictions(m, "--model."), None):
+        raise ConfigError(found)
     if m.latent_norm_eps is not None and not 0 < m.latent_norm_eps < math.inf:
         raise ConfigError(
             f"--model.latent_norm_eps {m.latent_norm_eps} is out of range; it must be more than 0, or null."
         )
-    _check_groups(m)
     if (yarn := m.rope_scaling) and not (
         1 <= yarn.factor < math.inf
         and yarn.original_max_position_embeddings > 0
@@ -243,24 +216,4 @@ def _check_model(config: RunConfig) -> None:
         raise ConfigError(
             "--model.rope_scaling is out of range; factor and original_max_position_embeddings must be at least 1, and "
             "beta_slow more than 0 and less than beta_fast."
-        )
-
-
-def _check_groups(m: Model) -> None:
-    if (m.n_group is None) != (m.topk_group is None):
-        raise ConfigError("--model.n_group and --model.topk_group belong together; give both, or neither.")
-    if m.n_group is None or m.topk_group is None:
-        return
-    if m.num_experts % m.n_group or m.num_experts // m.n_group < 2:
-        fitting = ", ".join(str(n) for n in range(1, m.num_experts // 2 + 1) if m.num_experts % n == 0)
-        raise ConfigError(
-            f"--model.n_group {m.n_group} does not cut --model.num_experts {m.num_experts} into groups of at least 2; valid "
-            f"values: {fitting or 'none, leave it out'}."
-        )
-    within = m.topk_group * (m.num_experts // m.n_group)
-    if m.topk_group > m.n_group or within < m.num_experts_per_tok:
-        raise ConfigError(
-            f"--model.topk_group {m.topk_group} of --model.n_group {m.n_group} leaves {min(within, m.num_experts)} experts "
-            f"to choose --model.num_experts_per_tok {m.num_experts_per_tok} from; it must leave enough, and be at most "
-            "n_group."
         )

@@ -26,7 +26,7 @@ FLOORS = (
     ("rules",),
     ("settings",),
     ("model",),
-    ("errors", "files", "progress", "rows"),
+    ("architecture", "errors", "files", "progress", "rows"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

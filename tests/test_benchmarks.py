@@ -213,6 +213,7 @@ def coarse(monkeypatch):
     monkeypatch.setattr(published, "OVERHEADS", (1e-3, 8e-3))
 
 
+@pytest.mark.long
 def test_a_fit_sees_nothing_of_the_tested_half(coarse, monkeypatch):
     before, runs = fit(), published_runs()
     wrong = [replace(run, published=run.published * (3 if run.half == "tested" else 1)) for run in runs]

@@ -3,7 +3,8 @@
 import contextlib
 import gc
 import json
-from dataclasses import replace
+import random
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import pytest
@@ -12,7 +13,7 @@ from ranks import ROOT, smolds
 
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.costs.hardware import FILE, Link, load_hardware
+from smolds_dist.costs.hardware import FILE, Hardware, Link, load_hardware
 from smolds_dist.costs.layout import Layout, stretch
 from smolds_dist.costs.memory import (
     activation_bytes,
@@ -22,13 +23,13 @@ from smolds_dist.costs.memory import (
     state_bytes,
     with_vocabulary,
 )
-from smolds_dist.costs.step_time import all_to_all_seconds, product_seconds, run_time, step_time
+from smolds_dist.costs.step_time import RESTART_SECONDS, all_to_all_seconds, product_seconds, run_time, step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.launcher import launch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.planner.command import plan
 from smolds_dist.planner.search import RECOMPUTED, best_first, candidates
-from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_run, simulate_step
+from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_step
 from smolds_dist.settings import Model
 
 MODEL = with_vocabulary(load_config(["--preset", "smollm2-deepseek-255m"]))
@@ -262,6 +263,36 @@ def test_uneven_loads_and_stragglers_cost_time_and_make_ranks_wait():
 def test_ranks_that_wait_for_ever_are_an_error():
     with pytest.raises(RuntimeError, match="for ever"):
         run_programs([iter([Meeting((0, 2), 1.0)]), iter([Work(1.0)])])
+
+
+@dataclass(frozen=True)
+class SimulatedRun:
+    seconds: float
+    failures: int
+    repeated_steps: int
+
+
+def simulate_run(step: float, steps: int, layout: Layout, machine: Hardware, every: int, seed: int = 0) -> SimulatedRun:
+    """A run with failures that come at random, each of which throws it back to its last checkpoint.
+
+    Args:
+        step: seconds of a step.
+        every: steps between checkpoints; 0: none.
+    """
+    chance = random.Random(seed)
+    rate = layout.world / (machine.failures * 3600)
+    now, done, failures, repeated = 0.0, 0, 0, 0
+    next_failure = chance.expovariate(rate)
+    while done < steps:
+        # Nothing happens until the failure: as many steps as fit.
+        fit = min(steps - done, int((next_failure - now) // step))
+        now, done = now + fit * step, done + fit
+        if done < steps:
+            saved = done // every * every if every else 0
+            failures, repeated, done = failures + 1, repeated + done - saved, saved
+            now = next_failure + RESTART_SECONDS
+            next_failure = now + chance.expovariate(rate)
+    return SimulatedRun(now, failures, repeated)
 
 
 def test_simulated_failures_cost_what_the_formula_expects():

@@ -32,14 +32,11 @@ LONGEST = 900  # seconds until an answer that does not come counts as a failure
 
 
 def bench(args: list[str]) -> None:
-    """`smolds bench NAME`.
-
-    Raises:
-        ConfigError: for a name other than `train`.
-    """
+    """`smolds bench NAME`."""
     name, *options = args or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: smolds bench train [options]\n\nexample: smolds bench train --preset debug")
+        print("usage: smolds bench train [options]\n\nMeasures a step of training against transformers, DeepSpeed and others.")
+        print("\nexample: smolds bench train --preset debug")
     elif name != "train":
         raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
     else:

@@ -10,14 +10,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from smolds_dist.checkpoint.files import (
-    CheckpointReader,
-    DamagedCheckpointError,
     Manifest,
     checkpoint_name,
     checkpoints_in,
     find_damage,
     open_verified,
     publish,
+    read_all,
     read_manifest,
     remove,
     step_of,
@@ -27,11 +26,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 
 
 def checkpoint(args: list[str]) -> int:
-    """Runs one of the commands; returns the exit code: 1 where `verify` finds damage.
-
-    Raises:
-        ConfigError: where a run or a step is not there, or nothing whole would be left.
-    """
+    """Runs one of the commands; returns the exit code: 1 where `verify` finds damage."""
     options = _parse(args)
     folders = _folders(options.run)
     if options.command == "ls":
@@ -121,17 +116,12 @@ def _list(folders: list[Path]) -> None:
 def _verify(folders: list[Path]) -> int:
     damaged = 0
     for folder in reversed(folders):
-        damage = find_damage(folder)
-        if not damage:
-            try:
-                manifest = read_manifest(folder)
-                CheckpointReader(folder, manifest).check_coverage()
-            except DamagedCheckpointError as error:
-                damage = [str(error)]
+        reader, damage = read_all(folder)
         damaged += bool(damage)
         for line in damage:
             print(f"{folder.name}  damaged  {line}")
-        if not damage:
+        if reader is not None:
+            manifest = reader.manifest
             listed = {*manifest.files, "manifest.json", "manifest.json.sha256"}
             extra = sorted(path.name for path in folder.iterdir() if path.name not in listed)
             note = f"; not part of it and never read: {', '.join(extra)}" if extra else ""

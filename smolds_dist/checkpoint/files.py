@@ -337,18 +337,26 @@ class CheckpointReader:
         }
 
 
+def read_all(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
+    """A reader of a checkpoint of which every file and tensor is there, or what is wrong with it, as `find_damage`."""
+    damage = find_damage(folder)
+    if damage:
+        return None, damage
+    try:
+        reader = CheckpointReader(folder, read_manifest(folder))
+        reader.check_coverage()
+        return reader, []
+    except DamagedCheckpointError as error:
+        return None, [str(error)]
+
+
 def open_verified(folder: Path) -> CheckpointReader:
     """A reader of a checkpoint that is whole.
 
     Raises:
         ConfigError: where it is not.
     """
-    damage = find_damage(folder)
-    if not damage:
-        try:
-            reader = CheckpointReader(folder, read_manifest(folder))
-            reader.check_coverage()
-            return reader
-        except DamagedCheckpointError as error:
-            damage = [str(error)]
-    raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
+    reader, damage = read_all(folder)
+    if reader is None:
+        raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")
+    return reader

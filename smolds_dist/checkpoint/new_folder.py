@@ -26,38 +26,33 @@ def new_folder(to: Path) -> Iterator[Path]:
     Raises:
         ConfigError: where none can be made.
     """
-    with _unfinished(to, Path.mkdir) as part:
+    part = _beside(to, Path.mkdir)
+    try:
         yield part
         if to.exists():
             to.rmdir()
         part.rename(to)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
 def new_file(to: Path) -> Iterator[Path]:
-    """As `new_folder`, for a file to write.
-
-    Raises:
-        ConfigError: where none can be made.
-    """
-    with _unfinished(to, Path.touch) as part:
+    """As `new_folder`, for a file to write."""
+    part = _beside(to, Path.touch)
+    try:
         yield part
         part.rename(to)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-@contextmanager
-def _unfinished(to: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """What `make` makes beside `to`, under a name that nobody else has; it is gone in the end."""
+def _beside(to: Path, make: Callable[[Path], None]) -> Path:
+    """Makes something beside `to`, under a name that nobody else has."""
     part = to.with_name(f".{to.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         make(part)
     except OSError as error:
         raise ConfigError(f"--to {to} cannot be made ({error.strerror}); choose another place.") from None
-    try:
-        yield part
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+    return part

@@ -9,11 +9,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 
 
 def generate(args: list[str]) -> None:
-    """Prints the prompt and its continuation, token by token; or, for a file of prompts, a line of JSON for each.
-
-    Raises:
-        ConfigError: where there is no model, or an option is out of range.
-    """
+    """Prints the prompt and its continuation, token by token; or, for a file of prompts, a line of JSON for each."""
     parser = OptionParser(
         prog="smolds generate",
         description="Continue prompts with a trained model.",

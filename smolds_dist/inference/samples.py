@@ -45,10 +45,9 @@ def continue_prompts(
         stop_at_end: end a text at its end-of-text token.
         streamer: of transformers, told every token of a single prompt.
     """
-    device = next(model.parameters()).device
+    device, eos = next(model.parameters()).device, tokenizer.eos_token_id
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     longest = max(len(ids) for ids, _ in encoded)
-    eos = tokenizer.eos_token_id
     ids_BS = torch.tensor([[eos] * (longest - len(ids)) + ids for ids, _ in encoded], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in encoded], device=device)
     first = FirstToken([allowed.to(device) for _, allowed in encoded], longest)

@@ -44,11 +44,7 @@ save_file({"logits": logits}, sys.argv[2])
 
 
 def export(args: list[str]) -> None:
-    """Writes the folder, checks it, and with --push uploads it.
-
-    Raises:
-        ConfigError: where there is no whole checkpoint, no exact counterpart in transformers, or the folder exists.
-    """
+    """Writes the folder, checks it, and with --push uploads it."""
     options = _parse(args)
 
     from smolds_dist.interchange.model_card import write_card

@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,7 @@ PART_BYTES = 200_000_000  # of a file of the checkpoint; what is written is held
 
 
 def import_model(args: list[str]) -> None:
-    """Makes the run's folder, with its settings, tokenizer and a checkpoint of step 0.
-
-    Raises:
-        ConfigError: where the folder holds no model with a counterpart here, or the run exists.
-    """
+    """Makes the run's folder, with its settings, tokenizer and a checkpoint of step 0."""
     options, settings = _parse(args)
     folder, to = options.folder, options.to
     names = [f"--run.dir={to.parent}", f"--run.name={to.name}"]
@@ -181,7 +177,6 @@ def write_checkpoint(
         built = DeepSeekV3ForCausalLM(ours)
     shapes = tensor_shapes(built)
     biases = {name: tuple(b.shape) for name, b in built.named_buffers() if name.endswith("e_score_correction_bias")}
-    missing = dict(shapes | biases)
 
     def theirs(name: str) -> str:
         """A logical tensor's name in the folder's files."""
@@ -193,30 +188,7 @@ def write_checkpoint(
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in given:
-            if name == "lm_head.weight" and config.model.tie_word_embeddings:
-                continue
-            if name not in missing and name in shapes | biases:
-                raise ConfigError(f"{folder} holds {theirs(name)} twice; leave one of the files that do.")
-            if tuple(tensor.shape) != missing.get(name):
-                wanted = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
-                raise ConfigError(
-                    f"{folder} has a tensor {theirs(name)} of shape {list(tensor.shape)}, {wanted}; it is another model."
-                )
-            if not tensor.isfinite().all():
-                raise ConfigError(f"{folder} has numbers in {theirs(name)} that are not finite; get its file anew.")
-            del missing[name]
-            yield f"{name}:value:0", tensor.float().flatten().contiguous()
-        # A model that was balanced in another way has no biases, and one with a single expert no router.
-        routers = [name for name in shapes if name.endswith(".mlp.gate.weight") and config.model.num_experts == 1]
-        for name in (*biases, *routers):
-            if shape := missing.pop(name, None):
-                yield f"{name}:value:0", torch.zeros(shape).flatten()
-        if missing:
-            raise ConfigError(f"{folder} lacks the tensor {theirs(next(iter(missing)))}; it is not complete.")
-
-    files = write_parts(unfinished, tensors(), PART_BYTES)
+    files = write_parts(unfinished, checked(folder, given, config.model, shapes, biases, theirs), PART_BYTES)
     topology: Topology = plan_topology(config, detect_machine(), RankInfo())
     manifest = Manifest(
         **asdict(Progress()),
@@ -232,6 +204,46 @@ def write_checkpoint(
         weights_only=True,
     )
     publish(unfinished, manifest)
+
+
+def checked(
+    folder: Path,
+    given: Iterable[tuple[str, Any]],
+    model: Model,
+    shapes: dict[str, tuple[int, ...]],
+    biases: dict[str, tuple[int, ...]],
+    theirs: Callable[[str], str],
+) -> Iterator[tuple[str, Any]]:
+    """The tensors as a checkpoint has them, flat and in fp32, each of which has to be there once in its shape.
+
+    Args:
+        shapes, biases: of the model's parameters and selection biases.
+        theirs: a logical tensor's name in the folder's files.
+    """
+    import torch
+
+    missing = dict(shapes | biases)
+    for name, tensor in given:
+        if name == "lm_head.weight" and model.tie_word_embeddings:
+            continue
+        if name not in missing and name in shapes | biases:
+            raise ConfigError(f"{folder} holds {theirs(name)} twice; leave one of the files that do.")
+        if tuple(tensor.shape) != missing.get(name):
+            wanted = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
+            raise ConfigError(
+                f"{folder} has a tensor {theirs(name)} of shape {list(tensor.shape)}, {wanted}; it is another model."
+            )
+        if not tensor.isfinite().all():
+            raise ConfigError(f"{folder} has numbers in {theirs(name)} that are not finite; get its file anew.")
+        del missing[name]
+        yield f"{name}:value:0", tensor.float().flatten().contiguous()
+    # A model that was balanced in another way has no biases, and one with a single expert no router.
+    routers = [name for name in shapes if name.endswith(".mlp.gate.weight") and model.num_experts == 1]
+    for name in (*biases, *routers):
+        if shape := missing.pop(name, None):
+            yield f"{name}:value:0", torch.zeros(shape).flatten()
+    if missing:
+        raise ConfigError(f"{folder} lacks the tensor {theirs(next(iter(missing)))}; it is not complete.")
 
 
 def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str, Any]]:

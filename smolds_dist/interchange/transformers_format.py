@@ -13,22 +13,13 @@ Shape letters: n heads, D rows of a head, P of them rotary, C columns.
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import (
-    DeepseekV3Config,
-    Ernie4_5_MoeConfig,
-    LlamaConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    PreTrainedConfig,
-    Qwen3MoeConfig,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from smolds_dist.model import DeepSeekV3Config
 
@@ -49,7 +40,56 @@ _SHARED_FIELDS = (
 _YARN_FIELDS = (
     "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate"
 ).split()
-_LATENT_FIELDS = "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
+_GQA = {
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "num_experts_per_tok": "num_experts_per_tok",
+}
+_DENSE_FIRST = (
+    "ernie4_5_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+)  # whose first layers may be dense; `intermediate_size` is theirs
+# Of each kind of model, its names of our fields.
+_FIELDS: dict[str, dict[str, str]] = {
+    "ernie4_5_moe": _GQA
+    | {
+        "intermediate_size": "moe_intermediate_size",
+        "num_experts": "moe_num_experts",
+        "num_experts_per_tok": "moe_k",
+        "n_shared_experts": "moe_num_shared_experts",
+        "first_k_dense_replace": "moe_layer_start_index",
+    },
+    "mixtral": _GQA | {"intermediate_size": "intermediate_size", "num_experts": "num_local_experts"},
+    "qwen3_moe": _GQA
+    | {"intermediate_size": "moe_intermediate_size", "num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
+    "olmoe": _GQA
+    | {"intermediate_size": "intermediate_size", "num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
+    "llama": _GQA | {"intermediate_size": "intermediate_size"},
+    "deepseek_v3": {
+        "intermediate_size": "moe_intermediate_size",
+        "num_experts": "n_routed_experts",
+        **{
+            name: name
+            for name in (
+                "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok "
+                "n_shared_experts n_group topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace"
+            ).split()
+        },
+    },
+}
+del _FIELDS["olmoe"]["head_dim"], _FIELDS["llama"]["num_experts_per_tok"]
+_SOFTMAX = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": None, "attention": "gqa"}
+_EXPERTS_ALONE = {"n_shared_experts": 0, "first_k_dense_replace": 0}
+# What each kind takes for granted.
+_FIXED: dict[str, dict[str, Any]] = {
+    "ernie4_5_moe": _SOFTMAX | {"norm_topk_prob": True, "qk_norm": None},
+    "mixtral": _SOFTMAX | {"norm_topk_prob": True, "qk_norm": None} | _EXPERTS_ALONE,
+    "qwen3_moe": _SOFTMAX | {"qk_norm": "head", "n_shared_experts": 0},
+    "olmoe": _SOFTMAX | {"qk_norm": "all"} | _EXPERTS_ALONE,
+    "llama": _SOFTMAX | {"num_experts": 1, "num_experts_per_tok": 1, "qk_norm": None} | _EXPERTS_ALONE,
+    "deepseek_v3": {"attention": "latent", "scoring_func": "sigmoid"},
+}
 # Of their configurations what changes nothing in what a model computes, or is compared in another way.
 _NO_MATTER = (
     "dtype torch_dtype architectures transformers_version use_cache _name_or_path pretraining_tp output_router_logits "
@@ -87,7 +127,7 @@ def transformers_config(config: DeepSeekV3Config, biased: bool = True, kind: str
     common = {name: getattr(config, name) for name in _SHARED_FIELDS}
     scaling = {name: value for name, value in (config.rope_scaling or {}).items() if value is not None}
     common["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
-    theirs = _COUNTERPARTS[kind](config, common)
+    theirs = _counterpart(config, kind, common)
     if biased and kind in UNBIASED:
         raise ValueError(
             f"{CLASSES[kind]} has no selection biases; train with balance none or aux_loss to keep them 0."
@@ -110,125 +150,41 @@ def save_transformers_config(theirs: PreTrainedConfig, folder: Path) -> None:
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _grouped_query(config: DeepSeekV3Config, kind: str, **fixed: Any) -> dict[str, Any]:
-    """What all classes with grouped-query attention and softmax scores have in common."""
-    fixed = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": None, "attention": "gqa"} | fixed
+def _counterpart(config: DeepSeekV3Config, kind: str, common: dict[str, Any]) -> PreTrainedConfig:
+    fixed = _FIXED[kind]
+    if config.scoring_func != fixed["scoring_func"] and kind in ("ernie4_5_moe", "deepseek_v3"):
+        raise ValueError(
+            f"no transformers model has attention={fixed['attention']!r} with scoring_func={config.scoring_func!r}; gqa "
+            "needs softmax, latent needs sigmoid."
+        )
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise ValueError(
                 f"{CLASSES[kind]} has no counterpart for {name}={getattr(config, name)!r}, only {value!r}."
             )
-    return {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
-
-
-_WITHOUT = {"n_shared_experts": 0, "first_k_dense_replace": 0}
-
-
-def _ernie(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
-    if config.scoring_func != "softmax":
-        raise ValueError(
-            f"no transformers model has attention='gqa' with scoring_func={config.scoring_func!r}; gqa needs softmax, "
-            "latent needs sigmoid."
-        )
-    return Ernie4_5_MoeConfig(
-        **common,
-        **_grouped_query(config, "ernie4_5_moe", norm_topk_prob=True, qk_norm=None),
-        intermediate_size=config.dense_intermediate_size or config.intermediate_size,
-        moe_intermediate_size=config.intermediate_size,
-        moe_num_experts=config.num_experts,
-        moe_k=config.num_experts_per_tok,
-        moe_num_shared_experts=config.n_shared_experts,
-        moe_layer_start_index=config.first_k_dense_replace,
-    )
-
-
-def _mixtral(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
-    return MixtralConfig(
-        **common,
-        **_grouped_query(config, "mixtral", norm_topk_prob=True, qk_norm=None, **_WITHOUT),
-        intermediate_size=config.intermediate_size,
-        num_local_experts=config.num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-    )
-
-
-def _qwen3(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
-    return Qwen3MoeConfig(
-        **common,
-        **_grouped_query(config, "qwen3_moe", qk_norm="head", n_shared_experts=0),
-        intermediate_size=config.dense_intermediate_size or config.intermediate_size,
-        moe_intermediate_size=config.intermediate_size,
-        num_experts=config.num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        norm_topk_prob=config.norm_topk_prob,
-        mlp_only_layers=list(range(config.first_k_dense_replace)),
-    )
-
-
-def _olmoe(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
-    shape = _grouped_query(config, "olmoe", qk_norm="all", **_WITHOUT)
-    if shape.pop("head_dim") * config.num_attention_heads != config.hidden_size:
+    theirs = common | {name: getattr(config, ours) for ours, name in _FIELDS[kind].items()}
+    if kind in _DENSE_FIRST:
+        theirs["intermediate_size"] = config.dense_intermediate_size or config.intermediate_size
+    if kind == "qwen3_moe":
+        theirs["mlp_only_layers"] = list(range(config.first_k_dense_replace))
+    if kind == "olmoe" and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise ValueError(
             f"{CLASSES['olmoe']} has no head_dim of its own; it must be hidden_size / num_attention_heads."
         )
-    return OlmoeConfig(
-        **common,
-        **shape,
-        intermediate_size=config.intermediate_size,
-        num_experts=config.num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        norm_topk_prob=config.norm_topk_prob,
-    )
-
-
-def _llama(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
-    shape = _grouped_query(config, "llama", num_experts=1, qk_norm=None, **_WITHOUT)
-    return LlamaConfig(**common, **shape, intermediate_size=config.intermediate_size)
-
-
-def _deepseek(config: DeepSeekV3Config, common: dict[str, Any]) -> PreTrainedConfig:
-    if config.scoring_func != "sigmoid":
-        raise ValueError(
-            f"no transformers model has attention='latent' with scoring_func={config.scoring_func!r}; gqa needs softmax, "
-            "latent needs sigmoid."
-        )
-    if not config.n_shared_experts:
-        raise ValueError("transformers' DeepSeek-V3 always has a shared expert; n_shared_experts=0 has no counterpart.")
-    if (config.rms_norm_eps if config.latent_norm_eps is None else config.latent_norm_eps) != LATENT_NORM_EPS:
-        raise ValueError(
-            "transformers' DeepSeek-V3 fixes the latent norms' epsilon; only latent_norm_eps=1e-6 matches."
-        )
-    theirs = DeepseekV3Config(
-        **common,
-        **{name: getattr(config, name) for name in _LATENT_FIELDS},
-        num_key_value_heads=config.num_attention_heads,
-        intermediate_size=config.dense_intermediate_size or config.intermediate_size,
-        moe_intermediate_size=config.intermediate_size,
-        n_routed_experts=config.num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        n_shared_experts=config.n_shared_experts,
-        n_group=config.n_group or 1,
-        topk_group=config.topk_group or 1,
-        norm_topk_prob=config.norm_topk_prob,
-        routed_scaling_factor=config.routed_scaling_factor,
-        first_k_dense_replace=config.first_k_dense_replace,
-        rope_interleave=True,
-        num_mtp_layers=0,
-    )
-    # transformers takes these for granted; others read them.
-    for name, value in {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}.items():
-        setattr(theirs, name, value)
-    return theirs
-
-
-_COUNTERPARTS: dict[str, Callable[[DeepSeekV3Config, dict[str, Any]], PreTrainedConfig]] = {
-    "ernie4_5_moe": _ernie,
-    "mixtral": _mixtral,
-    "qwen3_moe": _qwen3,
-    "olmoe": _olmoe,
-    "llama": _llama,
-    "deepseek_v3": _deepseek,
-}
+    if kind == "deepseek_v3":
+        if not config.n_shared_experts:
+            raise ValueError(
+                "transformers' DeepSeek-V3 always has a shared expert; n_shared_experts=0 has no counterpart."
+            )
+        if (config.rms_norm_eps if config.latent_norm_eps is None else config.latent_norm_eps) != LATENT_NORM_EPS:
+            raise ValueError(
+                "transformers' DeepSeek-V3 fixes the latent norms' epsilon; only latent_norm_eps=1e-6 matches."
+            )
+        theirs |= {"num_key_value_heads": config.num_attention_heads, "rope_interleave": True, "num_mtp_layers": 0}
+        theirs |= {"n_group": config.n_group or 1, "topk_group": config.topk_group or 1}
+        # transformers takes these for granted; others read them.
+        theirs |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    return CONFIG_MAPPING[kind](**theirs)
 
 
 def to_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> tuple[str, Tensor] | None:
@@ -326,7 +282,7 @@ def our_config(theirs: Any) -> DeepSeekV3Config:
     # What our configuration cannot say must be as our way back would say it.
     expected = transformers_config(ours, biased=False, kind=kind).to_dict()
     for name, value in theirs.to_dict().items():
-        if name == "intermediate_size" and kind in ("ernie4_5_moe", "deepseek_v3", "qwen3_moe"):
+        if name == "intermediate_size" and kind in _DENSE_FIRST:
             continue  # of dense layers, which there may be none of
         if name == "head_dim" and value is None:
             continue  # hidden_size / num_attention_heads
@@ -355,55 +311,20 @@ def _rope(theirs: Any) -> dict[str, Any]:
 def _parts(theirs: Any) -> dict[str, Any]:
     """Attention, mixture of experts and dense layers."""
     kind = theirs.model_type
+    ours = {name: getattr(theirs, called, None) for name, called in _FIELDS[kind].items()} | _FIXED[kind]
     if kind == "deepseek_v3":
-        groups = (theirs.n_group, theirs.topk_group) if (theirs.n_group or 1) > 1 else (None, None)
-        return (
-            {name: getattr(theirs, name) for name in (*_LATENT_FIELDS, "num_experts_per_tok", "n_shared_experts")}
-            | {
-                "attention": "latent",
-                "scoring_func": "sigmoid",
-                "latent_norm_eps": LATENT_NORM_EPS,
-                "intermediate_size": theirs.moe_intermediate_size,
-                "num_experts": theirs.n_routed_experts,
-                "norm_topk_prob": theirs.norm_topk_prob,
-                "routed_scaling_factor": theirs.routed_scaling_factor,
-                "n_group": groups[0],
-                "topk_group": groups[1],
-            }
-            | _dense(theirs, theirs.first_k_dense_replace)
-        )
-    heads = theirs.num_attention_heads
-    common = {
-        "attention": "gqa",
-        "scoring_func": "softmax",
-        "num_key_value_heads": theirs.num_key_value_heads or heads,
-        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
-    }
-    if kind == "ernie4_5_moe":
-        return (
-            common
-            | {
-                "intermediate_size": theirs.moe_intermediate_size,
-                "num_experts": theirs.moe_num_experts,
-                "num_experts_per_tok": theirs.moe_k,
-                "n_shared_experts": theirs.moe_num_shared_experts,
-            }
-            | _dense(theirs, theirs.moe_layer_start_index)
-        )
-    if kind == "llama":
-        return common | {"intermediate_size": theirs.intermediate_size, "num_experts": 1, "num_experts_per_tok": 1}
-    common |= {"num_experts_per_tok": theirs.num_experts_per_tok}
-    if kind == "mixtral":
-        return common | {"intermediate_size": theirs.intermediate_size, "num_experts": theirs.num_local_experts}
-    common |= {"num_experts": theirs.num_experts, "norm_topk_prob": theirs.norm_topk_prob}
-    if kind == "olmoe":
-        return common | {"intermediate_size": theirs.intermediate_size, "qk_norm": "all"}
-    leading = len(theirs.mlp_only_layers or [])
-    return common | {"intermediate_size": theirs.moe_intermediate_size, "qk_norm": "head"} | _dense(theirs, leading)
-
-
-def _dense(theirs: Any, layers: int) -> dict[str, Any]:
-    return {"first_k_dense_replace": layers, "dense_intermediate_size": theirs.intermediate_size if layers else None}
+        ours["latent_norm_eps"] = LATENT_NORM_EPS
+        if (ours["n_group"] or 1) == 1:
+            ours["n_group"] = ours["topk_group"] = None
+    else:
+        heads = theirs.num_attention_heads
+        ours["num_key_value_heads"] = theirs.num_key_value_heads or heads
+        ours["head_dim"] = ours.get("head_dim") or theirs.hidden_size // heads
+    if kind == "qwen3_moe":
+        ours["first_k_dense_replace"] = len(theirs.mlp_only_layers or [])
+    if ours["first_k_dense_replace"]:
+        ours["dense_intermediate_size"] = theirs.intermediate_size
+    return ours
 
 
 def transformers_state_dict(state: dict[str, Tensor], config: DeepSeekV3Config) -> dict[str, Tensor]:

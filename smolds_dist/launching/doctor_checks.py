@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.doctor_probes import Probe, hub_endpoint, measure_all_to_all
 
 GB = 1e9
@@ -87,7 +88,7 @@ def _memory() -> tuple[float, float] | None:
         except ImportError:
             return None
         total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
-    for folder in _control_groups("memory"):
+    for folder in control_groups("memory"):
         for limit_name, used_name, cache_name in (
             ("memory.max", "memory.current", "inactive_file "),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
@@ -103,7 +104,7 @@ def _memory() -> tuple[float, float] | None:
 def _core_quota() -> float | None:
     """Cores whose time the control group grants; None without a limit."""
     quotas = []
-    for folder in _control_groups("cpu"):
+    for folder in control_groups("cpu"):
         with contextlib.suppress(OSError, ValueError):
             quota, period = map(int, (folder / "cpu.max").read_text().split())
             quotas.append(quota / period)
@@ -111,17 +112,6 @@ def _core_quota() -> float | None:
             quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
             quotas += [quota / period] if quota > 0 else []
     return min(quotas, default=None)
-
-
-def _control_groups(controller: str) -> Iterator[Path]:
-    """This process's control group and those above it, of version 2 and of version 1."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "" or controller in controllers.split(","):
-                root = Path("/sys/fs/cgroup") / controllers
-                group = root / path.lstrip("/")
-                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 
 
 def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
@@ -160,20 +150,6 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _requirements() -> list[str]:
-    """smolds' requirements from its installed metadata, or from setup.cfg where only PYTHONPATH leads here."""
-    try:
-        return importlib.metadata.requires("smolds-dist") or []
-    except importlib.metadata.PackageNotFoundError:
-        import configparser
-
-        parser = configparser.ConfigParser()
-        parser.read(Path(__file__).parents[2] / "setup.cfg")
-        mpi = parser.get("options.extras_require", "mpi", fallback="").split("\n")
-        lines = parser.get("options", "install_requires", fallback="").split("\n")
-        return [line for line in lines if line] + [f'{line}; extra == "mpi"' for line in mpi if line]
-
-
 def check_versions() -> Iterator[Finding]:
     """Every requirement of setup.cfg against what is installed."""
     try:
@@ -181,10 +157,12 @@ def check_versions() -> Iterator[Finding]:
     except ImportError:
         yield Finding("fail", "packaging", "not installed", "pip install -e . in smolds' folder installs everything")
         return
-    requirements = [Requirement(line) for line in _requirements()]
-    if not requirements:
+    try:
+        lines = importlib.metadata.requires("smolds-dist") or []
+    except importlib.metadata.PackageNotFoundError:
         yield Finding("warn", "smolds-dist", "not installed, so the versions it needs are unknown", "pip install -e .")
-    for requirement in requirements:
+        return
+    for requirement in map(Requirement, lines):
         if requirement.marker and not requirement.marker.evaluate({"extra": "mpi"}):
             continue
         name, version, optional = requirement.name, version_of(requirement.name), "extra" in str(requirement.marker)
@@ -263,22 +241,17 @@ def _slurm(probe: Probe | None) -> Finding:
 
 
 def check_compilers(cuda: bool) -> Iterator[Finding]:
-    """On a CPU nothing compiles: smolds skips DeepSpeed's shared-memory op. On CUDA, Triton needs a C compiler."""
-    wanted = [os.environ.get("CC") or "gcc", os.environ.get("CXX") or "g++", "ninja", "nvcc"]
-    found, missing = [], []
-    for command in wanted:
-        program = command.split()[0]
-        if shutil.which(program):
-            release = re.search(r"\d+(\.\d+)+", _output(program, "--version"))
-            found.append(f"{program} {release[0]}" if release else program)
-        elif cuda or program != "nvcc":
-            missing.append(program)
-    text = ", ".join(found + [f"no {program}" for program in missing])
-    if cuda and not any(shutil.which(name.split()[0]) for name in (wanted[0], "cc", "clang")):
+    """On CUDA, Triton needs a C compiler; on a CPU, torch.compile needs one of C++."""
+    wanted = (os.environ.get("CC") or "gcc cc clang") if cuda else (os.environ.get("CXX") or "g++ clang++")
+    found = next((program for program in wanted.split() if shutil.which(program)), None)
+    if found:
+        release = re.search(r"\d+(\.\d+)+", _output(found, "--version"))
+        yield Finding("ok", "compilers", f"{found} {release[0]}" if release else found)
+    elif cuda:
         advice = "install gcc: on CUDA, the expert layers' Triton kernels are compiled on first use"
-        yield Finding("warn", "compilers", text, advice)
+        yield Finding("warn", "compilers", "no C compiler", advice)
     else:
-        yield Finding("ok", "compilers", text if cuda else f"{text} (on a CPU, smolds compiles nothing)")
+        yield Finding("ok", "compilers", "no C++ compiler, needed only for --train.compile on")
 
 
 def check_all_to_all(backend: str) -> Iterator[Finding]:

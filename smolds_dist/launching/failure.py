@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.launching import hang
+from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.state import write_state
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
 from smolds_dist.settings import Parallel
@@ -242,16 +243,8 @@ def _is_dead(entry: dict[str, Any]) -> bool:
 def _memory_events() -> str:
     """The file that counts the processes killed for memory in this process's control group (version 2 or 1), so that what
     befell others of this machine is not taken for it; the machine's own count where there are no such groups."""
-    groups = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            place = path.lstrip("/")
-            if number == "0" and (groups / place / "memory.events").exists():
-                return str(groups / place / "memory.events")
-            if "memory" in controllers.split(",") and (groups / "memory" / place / "memory.oom_control").exists():
-                return str(groups / "memory" / place / "memory.oom_control")
-    return "/proc/vmstat"
+    files = (group / name for group in control_groups("memory") for name in ("memory.events", "memory.oom_control"))
+    return str(next((file for file in files if file.exists()), "/proc/vmstat"))
 
 
 def _out_of_memory_kills(memory_events: str) -> int:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.launching import restarts
 from smolds_dist.launching.failure import end_ranks, exit_code_of_stop, find_dead, signal_ranks
 from smolds_dist.launching.output import run_quietly
 from smolds_dist.launching.restarts import Failure, bad_nodes, keep_running, resume_options
@@ -62,9 +63,6 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
 
     Args:
         machine: what to plan for; this machine where not given.
-
-    Raises:
-        ConfigError: for options or a configuration that cannot work.
     """
     options, train_args = _parse(args)
     config = load_config(train_args, prog="smolds launch --")
@@ -126,34 +124,14 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         raise ConfigError(f"--launcher {launcher} takes no --hostfile; use --launcher deepspeed or mpi.")
     nodes, here = 1, (min(2, available_cores()) if on_cpu else machine.device_count)
     if launcher == "slurm":
-        if "SLURM_JOB_ID" not in env:
-            raise ConfigError("--launcher slurm works inside an allocation; use salloc or sbatch, or `smolds slurm`.")
-        nodes = int(env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", 1)))
-        tasks, per_node = env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
-        gpus = env.get("SLURM_GPUS_ON_NODE")
-        here = int(per_node or (int(tasks) // nodes if tasks else gpus if gpus and not on_cpu else 1))
-        if options.spares >= nodes:
-            raise ConfigError(
-                f"--spares {options.spares} leaves none of the allocation's {nodes} nodes; ask for more nodes."
-            )
-        nodes -= options.spares
+        nodes, here = _allocation(options, env, on_cpu)
     if hosts:
         slots = set(hosts.values())
         if len(slots) > 1:
             raise ConfigError(f"{options.hostfile} gives its hosts different slots ({sorted(slots)}); make them equal.")
         nodes, here = len(hosts), slots.pop()
     if options.nproc_per_node != "auto":
-        if not options.nproc_per_node.isdecimal() or int(options.nproc_per_node) < 1:
-            raise ConfigError(
-                f"--nproc-per-node {options.nproc_per_node!r} is no number of ranks; give auto, or 1 or more."
-            )
-        asked = int(options.nproc_per_node)
-        if nodes > 1 and launcher == "deepspeed" and asked != here:
-            raise ConfigError(
-                f"--nproc-per-node {asked} is not the {here} slots that {options.hostfile} gives each host; leave it out, "
-                "or change the slots."
-            )
-        here = asked
+        here = _asked_ranks(options, nodes, here, launcher)
     procs = nodes * here
     on_gpu = not on_cpu and machine.devices[0] == "cuda"
     if on_gpu and nodes == 1 and launcher != "slurm" and procs > machine.device_count:
@@ -170,6 +148,36 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
     if procs == 1 and launcher in ("torchrun", "deepspeed"):
         launcher = "none"
     return Plan(launcher, procs, here, options.hostfile)
+
+
+def _allocation(options: argparse.Namespace, env: "os._Environ[str] | dict", on_cpu: bool) -> tuple[int, int]:
+    """Nodes of the Slurm allocation that this process is in, without spares, and ranks on each."""
+    if "SLURM_JOB_ID" not in env:
+        raise ConfigError("--launcher slurm works inside an allocation; use salloc or sbatch, or `smolds slurm`.")
+    nodes = int(env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", 1)))
+    tasks, per_node = env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
+    gpus = env.get("SLURM_GPUS_ON_NODE")
+    here = int(per_node or (int(tasks) // nodes if tasks else gpus if gpus and not on_cpu else 1))
+    if options.spares >= nodes:
+        raise ConfigError(
+            f"--spares {options.spares} leaves none of the allocation's {nodes} nodes; ask for more nodes."
+        )
+    return nodes - options.spares, here
+
+
+def _asked_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: str) -> int:
+    """The ranks per machine that --nproc-per-node asks for."""
+    if not options.nproc_per_node.isdecimal() or int(options.nproc_per_node) < 1:
+        raise ConfigError(
+            f"--nproc-per-node {options.nproc_per_node!r} is no number of ranks; give auto, or 1 or more."
+        )
+    asked = int(options.nproc_per_node)
+    if nodes > 1 and launcher == "deepspeed" and asked != here:
+        raise ConfigError(
+            f"--nproc-per-node {asked} is not the {here} slots that {options.hostfile} gives each host; leave it out, "
+            "or change the slots."
+        )
+    return asked
 
 
 def plan_again(
@@ -356,33 +364,10 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="program that starts the ranks")
     parser.add_argument("--hostfile", type=Path, help="several machines: a line `host slots=N` for each")
-    parser.add_argument(
-        "--restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="where the ranks fail, start them again from the newest whole checkpoint, up to N times",
-    )
-    parser.add_argument(
-        "--restarts-shrink",
-        action="store_true",
-        help="start again on fewer GPUs or nodes where some are lost; the checkpoint takes any layout",
-    )
-    parser.add_argument(
-        "--spares",
-        type=int,
-        default=0,
-        metavar="N",
-        help="nodes of a Slurm allocation that wait to take the place of one that failed",
-    )
+    restarts.add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
     options, train_args = parser.parse_before_training(args)
-    for name in ("restarts", "spares"):
-        if getattr(options, name) < 0:
-            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 0.")
-    for name in ("spares", "restarts_shrink"):
-        if getattr(options, name) and not options.restarts:
-            raise ConfigError(f"--{name.replace('_', '-')} is for another start; give --restarts too.")
+    restarts.check_options(options)
     return options, train_args
 
 

@@ -8,6 +8,7 @@ Every failure is a row of `RUN/restarts.jsonl`, which the next start takes over 
 (`RUN/ranks`: logs, stacks, cause) is kept in `RUN/ranks-1`, `RUN/ranks-2`, ...
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.rows import RESTARTS, read_rows
 
@@ -77,6 +79,43 @@ def keep_running(
             return EXIT_CODES[asked]
         code, cause = start(failures)
     return code
+
+
+def add_options(parser: OptionParser) -> None:
+    """The options of `smolds launch` and `smolds slurm`, which writes them into its script."""
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="where the ranks fail, start them again from the newest whole checkpoint, up to N times",
+    )
+    parser.add_argument(
+        "--restarts-shrink",
+        action="store_true",
+        help="start again on fewer GPUs or nodes where some are lost; the checkpoint takes any layout",
+    )
+    parser.add_argument(
+        "--spares",
+        type=int,
+        default=0,
+        metavar="N",
+        help="nodes of a Slurm allocation that wait to take the place of one that failed",
+    )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses values out of range.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in ("restarts", "spares"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 0.")
+    for name in ("spares", "restarts_shrink"):
+        if getattr(options, name) and not options.restarts:
+            raise ConfigError(f"--{name.replace('_', '-')} is for another start; give --restarts too.")
 
 
 def note_failure(run_dir: Path, code: int, cause: str) -> Failure:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.launching import restarts
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.state import SUBMITTED, write_state
 from smolds_dist.parallel.ranks import RankInfo
@@ -45,11 +46,7 @@ TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
 
 
 def slurm(args: list[str]) -> None:
-    """Prints the script; with --submit, writes it to the run's folder, submits it and prints the job's id.
-
-    Raises:
-        ConfigError: for options that Slurm or the run cannot take, or where sbatch refuses the job.
-    """
+    """Prints the script; with --submit, writes it to the run's folder, submits it and prints the job's id."""
     options, train_args = _parse(args)
     config = load_config(train_args, prog="smolds slurm --")
     if any(arg.partition("=")[0] == "--checkpoint.resume" for arg in train_args):
@@ -99,7 +96,7 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
     """The batch script's text. Nothing in names or options can run: words are checked, arguments quoted."""
     directives = {
         "job-name": options.job_name or str(config.run.name).replace(" ", "-"),
-        "nodes": options.nodes + (options.spares or 0),
+        "nodes": options.nodes + options.spares,
         "ntasks-per-node": per_node,
         "gpus-per-node": options.gpus_per_node,
         "cpus-per-task": options.cpus_per_task,
@@ -110,10 +107,10 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
         "open-mode": "append",
         "output": options.output or "slurm-%j.out",
     }
-    restarts = f" --restarts {options.restarts}" if options.restarts else ""
-    restarts += f" --spares {options.spares}" if options.spares else ""
-    restarts += " --restarts-shrink" if options.restarts_shrink else ""
-    return fill(SCRIPT.replace("{restarts}", restarts), directives, train_args)
+    again = f" --restarts {options.restarts}" if options.restarts else ""
+    again += f" --spares {options.spares}" if options.spares else ""
+    again += " --restarts-shrink" if options.restarts_shrink else ""
+    return fill(SCRIPT.replace("{restarts}", again), directives, train_args)
 
 
 def fill(script: str, directives: dict[str, object], train_args: list[str]) -> str:
@@ -186,13 +183,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--warn", type=int, default=120, help="seconds ahead of the limit at which all ranks save and stop"
     )
-    parser.add_argument(
-        "--restarts", type=int, metavar="N", help="where the ranks fail, start them again, up to N times within the job"
-    )
-    parser.add_argument("--restarts-shrink", action="store_true", help="start again on fewer nodes where some are lost")
-    parser.add_argument(
-        "--spares", type=int, metavar="N", help="nodes more than --nodes, to take the place of one that failed"
-    )
+    restarts.add_options(parser)
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--job-name", help="the run's name where not given")
@@ -204,8 +195,9 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, train_args = parser.parse_before_training(args)
     if not TIME.fullmatch(options.time):
         raise ConfigError(f"--time {options.time!r} is no time limit; give one as minutes, H:MM:SS or D-HH:MM:SS.")
-    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "warn", "restarts", "spares"):
+    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "warn"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range; it must be at least 1.")
+    restarts.check_options(options)
     return options, train_args

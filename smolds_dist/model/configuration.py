@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from smolds_dist.architecture import contradictions
+
 
 @strict
 class DeepSeekV3Config(PreTrainedConfig):
@@ -78,45 +80,12 @@ class DeepSeekV3Config(PreTrainedConfig):
             raise ValueError(f"attention={self.attention!r} is unknown; use 'gqa' or 'latent'.")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring_func={self.scoring_func!r} is unknown; use 'softmax' or 'sigmoid'.")
-        if self.attention == "gqa" and self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}; choose a divisor."
-            )
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and num_experts={self.num_experts}."
-            )
-        if self.rotary_dim % 2:
-            raise ValueError(f"the rotary part of a head has {self.rotary_dim} dimensions; it must be even.")
-        if not 0 <= self.first_k_dense_replace < self.num_hidden_layers:
-            raise ValueError(
-                f"first_k_dense_replace={self.first_k_dense_replace} must lie between 0 and "
-                f"num_hidden_layers - 1={self.num_hidden_layers - 1}."
-            )
-        if self.first_k_dense_replace and not self.dense_intermediate_size:
-            raise ValueError("first_k_dense_replace needs dense_intermediate_size, the width of these layers.")
-        if self.qk_norm not in (None, "head", "all") or (self.qk_norm and self.attention != "gqa"):
-            raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; use 'head', 'all' or None, with attention='gqa'.")
+        if self.qk_norm not in (None, "head", "all"):
+            raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; use 'head', 'all' or None.")
         if (self.rope_scaling or {}).get("rope_type", "yarn") != "yarn":
             raise ValueError(f"rope_scaling={self.rope_scaling} is unknown; only rope_type 'yarn' is there.")
-        self._validate_groups()
-
-    def _validate_groups(self) -> None:
-        if (self.n_group is None) != (self.topk_group is None):
-            raise ValueError("n_group and topk_group belong together; give both or none.")
-        if self.n_group is None or self.topk_group is None:
-            return
-        if self.num_experts % self.n_group or self.num_experts // self.n_group < 2:
-            raise ValueError(
-                f"n_group={self.n_group} must divide num_experts={self.num_experts} into groups of at least 2."
-            )
-        within = self.topk_group * (self.num_experts // self.n_group)
-        if not (1 <= self.topk_group <= self.n_group and self.num_experts_per_tok <= within):
-            raise ValueError(
-                f"topk_group={self.topk_group} of n_group={self.n_group} groups have {within} experts; "
-                f"num_experts_per_tok={self.num_experts_per_tok} are needed."
-            )
+        if found := next(contradictions(self), None):
+            raise ValueError(found)
 
     @property
     def has_router_losses(self) -> bool:

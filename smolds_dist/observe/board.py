@@ -13,11 +13,7 @@ SAMPLES = {"images": 200, "text": 200, "histograms": 200}
 
 
 def board(args: list[str]) -> None:
-    """Serves until Ctrl-C.
-
-    Raises:
-        ConfigError: where there is nothing to show, or the port is taken.
-    """
+    """Serves until Ctrl-C."""
     parser = OptionParser(
         prog="smolds board",
         description="Opens TensorBoard on localhost for some runs, or for all in ./runs; Custom Scalars has a tab Experts.",

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from smolds_dist.observe.append import AppendedFile
+from smolds_dist.files import AppendedFile
 from smolds_dist.observe.rows import WINDOW, keep_rows, rounded
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.parallel.balancer import max_violation

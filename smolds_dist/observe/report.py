@@ -31,11 +31,7 @@ LOSS_ROWS = 25
 
 
 def report(args: list[str]) -> None:
-    """Writes the reports and prints their paths.
-
-    Raises:
-        ConfigError: where a folder holds no run, or several runs are given without a place for their picture.
-    """
+    """Writes the reports and prints their paths."""
     parser = OptionParser(
         prog="smolds report",
         description="Writes log_training.md, sample_outputs.md and training_metrics.png; several runs share a picture.",

@@ -45,11 +45,7 @@ class Run:
 
 
 def runs(args: list[str]) -> None:
-    """Prints the table, again and again with --watch, or with `diff` what sets two runs apart.
-
-    Raises:
-        ConfigError: where a folder is none, or holds no run.
-    """
+    """Prints the table, again and again with --watch, or with `diff` what sets two runs apart."""
     if args[:1] == ["diff"]:
         print(difference(*_parse_diff(args[1:])))
         return

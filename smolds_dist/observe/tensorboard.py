@@ -22,7 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram, histogram_raw, hparams, image, text
 
-from smolds_dist.observe.append import AppendedFile
+from smolds_dist.files import AppendedFile
 from smolds_dist.observe.curves import curves_of, first_mixture
 from smolds_dist.observe.rows import is_kept
 

@@ -23,11 +23,7 @@ MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
 
 
 def plan(args: list[str]) -> None:
-    """Prints the plan; with --json and --picture writes it too. With --calibrate measures this machine instead.
-
-    Raises:
-        ConfigError: where an option is out of range, no layout fits, or the run goes over its budget.
-    """
+    """Prints the plan; with --json and --picture writes it too. With --calibrate measures this machine instead."""
     options, train_args = _parse(args)
     if options.calibrate:
         from smolds_dist.bench.calibrate import calibrate

@@ -8,7 +8,6 @@ Shape letters: L layers, E experts.
 """
 
 import heapq
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from smolds_dist.costs.flops import layers_of
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.step_time import (
-    RESTART_SECONDS,
     elementwise_seconds,
     exchange_seconds,
     overhead_seconds,
@@ -27,6 +25,7 @@ from smolds_dist.costs.step_time import (
     step_time,
 )
 from smolds_dist.errors import ConfigError
+from smolds_dist.rows import read_rows
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,7 @@ def loads_of_run(run: Path) -> list[list[float]]:
     Raises:
         ConfigError: where the run has recorded none.
     """
-    file = run / "metrics.jsonl"
-    loads = None
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-            loads = row.get("load", loads)
+    loads = next((row["load"] for row in reversed(read_rows(run / "metrics.jsonl")) if "load" in row), None)
     if loads is None:
         raise ConfigError(f"{run} has no recorded expert loads; name a run's folder that has trained a step.")
     return loads
@@ -142,33 +136,3 @@ def _program(
     if layout.world > 1:
         yield Meeting((0, layout.world), closed.gradients)
     yield Work(closed.optimizer)
-
-
-@dataclass(frozen=True)
-class SimulatedRun:
-    seconds: float
-    failures: int
-    repeated_steps: int
-
-
-def simulate_run(step: float, steps: int, layout: Layout, machine: Hardware, every: int, seed: int = 0) -> SimulatedRun:
-    """A run with failures that come at random, each of which throws it back to its last checkpoint.
-
-    Args:
-        step: seconds of a step.
-        every: steps between checkpoints; 0: none.
-    """
-    chance = random.Random(seed)
-    rate = layout.world / (machine.failures * 3600)
-    now, done, failures, repeated = 0.0, 0, 0, 0
-    next_failure = chance.expovariate(rate)
-    while done < steps:
-        # Nothing happens until the failure: as many steps as fit.
-        fit = min(steps - done, int((next_failure - now) // step))
-        now, done = now + fit * step, done + fit
-        if done < steps:
-            saved = done // every * every if every else 0
-            failures, repeated, done = failures + 1, repeated + done - saved, saved
-            now = next_failure + RESTART_SECONDS
-            next_failure = now + chance.expovariate(rate)
-    return SimulatedRun(now, failures, repeated)
