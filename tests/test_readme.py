@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import EXTRAS, ROOT, run
-from test_harness import write_task
+from ranks import ROOT, run
 from test_import import make_model
 
 from smolds_dist.data.tokenizer import load_tokenizer
@@ -32,6 +31,7 @@ BENCHMARKS = "balance checkpoint data dense generate logging loss plan roofline 
 NOT_HERE = {
     "./launch/": "test_scripts_work runs them",
     "sbatch ": "test_slurm.py submits it to a real cluster",
+    "smolds eval exported --tasks": "test_harness.py scores such a task, against a count by hand",
     "pdoc ": "test_examples.py runs it and reads its warnings",
     "python benchmarks": "runs by hand and before a release",
     "python -m benchmarks": "runs by hand and before a release",
@@ -61,6 +61,9 @@ HERE = {
     for page, commands in EVERYWHERE.items()
 }
 
+# Commands that take half a minute on a quiet machine and run with --all.
+LONG = ("smolds plan --calibrate",)
+
 SIZES = (
     " --model.hidden_size=32 --model.intermediate_size=32 --model.num_hidden_layers=2 --model.num_attention_heads=2"
     " --model.num_key_value_heads=1 --model.head_dim=16"
@@ -79,7 +82,6 @@ class Case:
     said: str = ""  # what standard output must have, a regular expression
     made: tuple[str, ...] = ()  # patterns of files that it must write
     steps: int = 0  # of the run that it names, all of them in its metrics
-    extras: bool = False  # whether it needs the packages of .venv/extras
 
 
 # The first that matches a command holds for it.
@@ -93,7 +95,12 @@ CASES = [
         3,
     ),
     Case("smolds train .*--profile.steps", f"{TINY} --train.steps=13", made=("runs/traced/profile/*",), steps=13),
-    Case("smolds train --config examples/mixture", f"{TINY} --train.steps=2", r"python.*own", steps=2),
+    Case(
+        "smolds train --config examples/mixture",
+        f"{TINY} --train.steps=2",
+        r"own: 64 tokens, .*\npython: 192 tokens",
+        steps=2,
+    ),
     Case("smolds train --config docs/run", f"{TINY} --train.micro_batch=2 --train.steps=1", "stdlib", steps=1),
     Case("smolds train --config runs/", f"{SHORT} --train.steps=1", "continuing from runs/", steps=1),
     Case("smolds train", f"{TINY} --train.steps=2", "validation loss", ("runs/*/export/model.safetensors",), 2),
@@ -139,7 +146,6 @@ CASES = [
         "is the run runs/",
         ("runs/*/checkpoints/*/manifest.json", "runs/*/config.yaml"),
     ),
-    Case("smolds eval .*--tasks", " --limit=2", "quiz", extras=True),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
     Case("smolds plan .*--picture", "", "start it with", ("plan.png",)),
@@ -164,10 +170,9 @@ def finish(command: str, folder: Path, cache: Path) -> None:
     case = case_of(command)
     marker = folder / "begun"
     marker.touch()
-    packages = {"PYTHONPATH": f"{EXTRAS}{os.pathsep}{ROOT}"} if case.extras else {}
     begun = time.time()
     whole = command + case.extra.replace("CACHE", str(cache))
-    finished = run(["bash", "-c", whole], timeout=120, cwd=folder, PATH=PATH, **packages)
+    finished = run(["bash", "-c", whole], timeout=120, cwd=folder, PATH=PATH)
     with open("/tmp/sa-readme.log", "a") as log:
         print(f"=== {time.time() - begun:.1f} {whole}\n{finished.stdout}", file=log)
     assert finished.returncode == 0, f"{whole}\n{finished.text}"
@@ -215,7 +220,6 @@ def readme(corpus, cache, kept_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(kept_run[0] / "tokenizer", folder / "tokenizer")
     make_model(folder / "SmolLM2-135M", load_tokenizer(str(folder / "tokenizer")), "smollm2_135m")
-    write_task(folder / "tasks", "quiz")
     (folder / "prompts.txt").write_text("def add\nfor number in")
     for name, target in {"corpus": corpus, "docs": ROOT / "docs", "examples": ROOT / "examples"}.items():
         (folder / name).symlink_to(target)
@@ -243,7 +247,14 @@ def test_commands_of_the_page_run_and_leave_what_they_should(page, readme, cache
     folder = tmp_path / "here"
     shutil.copytree(readme, folder, symlinks=True)
     for command in HERE[page]:
-        finish(command, folder, cache)
+        if not command.startswith(LONG):
+            finish(command, folder, cache)
+
+
+@pytest.mark.long
+def test_long_commands_run_and_leave_what_they_should(readme, cache):
+    for command in dict.fromkeys(command for page in HERE.values() for command in page if command.startswith(LONG)):
+        finish(command, readme, cache)
 
 
 def test_every_command_has_a_case_and_every_case_a_command():

@@ -50,7 +50,7 @@ def torchrun_of(run_dir: Path) -> psutil.Process:
     return psutil.Process(parent)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_undisturbed_one(options, tmp_path, kills):
     """Killed are single ranks, and what starts them, each time a few steps further on."""
     options += [f"--train.steps={15 * kills}"]
