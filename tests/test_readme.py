@@ -187,7 +187,8 @@ def finish(command: str, folder: Path, cache: Path) -> None:
 
 
 def assert_board_serves(command: str, folder: Path) -> None:
-    names = [path.name for path in (folder / "runs").iterdir() if "runs/" not in command or str(path.name) in command]
+    names = [path.parent.name for path in folder.glob("runs/*/tensorboard")]
+    names = [name for name in names if f"runs/{name}" in command] or names
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -202,7 +203,7 @@ def assert_board_serves(command: str, folder: Path) -> None:
                     runs = answer.read().decode()
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 runs = ""
-            if names and all(name in runs for name in names):
+            if all(name in runs for name in names):
                 return
             assert time.monotonic() < deadline, f"{command}: no runs shown, only {runs!r}"
             assert board.poll() is None, f"{command}: ended with exit code {board.returncode}"
