@@ -67,6 +67,12 @@ def test_killed_it_leaves_nothing_behind(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "OMPI_COMM_WORLD_RANK"])  # from deepspeed and mpirun
+def test_it_forks_where_only_later_code_reads_the_environment(tmp_path, name):
+    process = start(tmp_path, "print('torch' in sys.modules)", **{name: "1"})
+    assert process.communicate(timeout=30)[0] == "True\n"
+
+
 @pytest.mark.parametrize("name", ["HF_HOME", "OMP_NUM_THREADS", "PYTHONPATH"])
 def test_it_starts_for_real_where_imports_would_read_another_environment(tmp_path, name):
     process = start(tmp_path, "print('torch' in sys.modules, sys.executable)", **{name: str(tmp_path)})
