@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,9 @@ from smolds_dist.observe.rows import dense_layers, load_table, read_rows
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.rules import trackers_in
 from smolds_dist.settings import Model, saved_sources
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NGRAM = 3
 UNIQUE_CONTENT = (
@@ -146,17 +149,19 @@ def sample_log(run: Path) -> str:
 
 
 def draw(runs: list[Path], path: Path) -> None:
-    """Loss and unique texts over steps, expert balance beside them; a line for each run."""
-    import matplotlib
+    """Saves `figure_of` these runs."""
+    figure_of(runs).savefig(path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+def figure_of(runs: list[Path]) -> "Figure":
+    """Loss and unique texts over steps, expert balance beside them; a line for each run."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
     # An opaque light ground reads the same on light and dark pages.
-    figure, ((loss_axes, balance_axes), (unique_axes, last_axes)) = pyplot.subplots(
-        2, 2, figsize=(12, 7.5), dpi=110, facecolor="white", layout="constrained"
-    )
-    colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    figure = Figure(figsize=(12, 7.5), dpi=110, facecolor="white", layout="constrained")
+    (loss_axes, balance_axes), (unique_axes, last_axes) = figure.subplots(2, 2)
+    colours = rcParams["axes.prop_cycle"].by_key()["color"]
     for number, run in enumerate(runs):
         colour, name = colours[number % len(colours)], run.resolve().name
         rows = read_rows(run / "metrics.jsonl")
@@ -193,11 +198,10 @@ def draw(runs: list[Path], path: Path) -> None:
             speed = [(row["step"], row["tokens_per_s"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row]
             last_axes.plot(*zip(*speed, strict=True), color=colours[number % len(colours)], label=run.resolve().name)
         _finish(last_axes, "Speed", "tokens per second")
-    figure.savefig(path)
-    pyplot.close(figure)
+    return figure
 
 
-def _draw_load(figure: Any, axes: Any, rows: list[dict]) -> None:
+def _draw_load(figure: "Figure", axes: Any, rows: list[dict]) -> None:
     loads = [row["load"] for row in rows if "load" in row][-20:]
     if not loads:
         axes.set_axis_off()
