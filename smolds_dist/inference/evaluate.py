@@ -24,6 +24,14 @@ def evaluate_model(args: list[str]) -> None:
     Raises:
         ConfigError: where there is no model, no text, no such task, or an option is out of range.
     """
+    options, settings = _parse(args)
+    result = _evaluate_tasks(options, settings) if options.tasks else _evaluate_texts(options, settings)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _parse(args: list[str]) -> tuple[Any, list[str]]:
+    """The command's own options, and those of the text."""
     parser = OptionParser(
         prog="smolds eval",
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
@@ -52,13 +60,16 @@ def evaluate_model(args: list[str]) -> None:
     options, settings = parser.parse_known_args(args)
     if options.max_tokens < 2 or options.batch_size < 1:
         raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
-    if options.tasks:
-        _evaluate_tasks(options, settings)
-        return
-    if any(given is not None for given in (options.include_path, options.num_fewshot, options.limit)):
+    if not options.tasks and any(
+        given is not None for given in (options.include_path, options.num_fewshot, options.limit)
+    ):
         raise ConfigError(
             "--include-path, --num-fewshot and --limit belong to --tasks; name some tasks, or leave them out."
         )
+    return options, settings
+
+
+def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
     from smolds_dist.data.batch import document_end
 
     config, held_out = _what(options.model, settings)
@@ -84,11 +95,10 @@ def evaluate_model(args: list[str]) -> None:
             f"byte ({time.perf_counter() - begin:.1f} s)",
             flush=True,
         )
-    if options.json:
-        options.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
+    return results[0] if len(results) == 1 else results
 
 
-def _evaluate_tasks(options: Any, settings: list[str]) -> None:
+def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
     from smolds_dist.inference.harness import evaluate_tasks, find_tasks, load_tasks
 
     if settings:
@@ -96,9 +106,8 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> None:
     tasks = load_tasks(options.tasks, find_tasks(options.tasks, options.include_path))
     model, tokenizer = load_model(options.model, options.step)
     result, table = evaluate_tasks(model, tokenizer, tasks, options.num_fewshot, options.limit, options.batch_size)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table)
+    return result
 
 
 def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:

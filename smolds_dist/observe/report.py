@@ -238,17 +238,18 @@ def _losses(rows: list[dict]) -> list[tuple]:
     every = max(1, len(steps) // LOSS_ROWS)
     chosen = sorted({*list(steps)[::every], *evaluated, max(steps)} & set(steps))
 
-    def cell(row: dict, name: str, digits: int = 4) -> str:
-        return "" if row.get(name) is None else f"{row[name]:.{digits}f}"
-
     table = []
     for step in chosen:
         row, held_out = steps[step], evaluated.get(step, {})
         table.append((
-            step, f"{row['tokens']:,}", cell(row, "loss") or "not finite", cell(held_out, "val_loss"),
-            cell(held_out, "val_bits_per_byte", 3), cell(row, "grad_norm", 3), cell(row, "max_vio", 2),
+            step, f"{row['tokens']:,}", _cell(row, "loss") or "not finite", _cell(held_out, "val_loss"),
+            _cell(held_out, "val_bits_per_byte", 3), _cell(row, "grad_norm", 3), _cell(row, "max_vio", 2),
         ))  # fmt: skip
     return table
+
+
+def _cell(row: dict, name: str, digits: int = 4) -> str:
+    return "" if row.get(name) is None else f"{row[name]:.{digits}f}"
 
 
 def _sources(config: dict, rows: list[dict]) -> list[tuple]:
@@ -259,11 +260,8 @@ def _sources(config: dict, rows: list[dict]) -> list[tuple]:
     table = []
     for name, one in sources.items():
         own = "" if len(sources) == 1 else f"/{name}"
-        loss, bits = held_out.get(f"val_loss{own}"), held_out.get(f"val_bits_per_byte{own}")
-        table.append((
-            name, f"`{one.source}`", f"{epochs[name]:.3g}" if name in epochs else "",
-            "" if loss is None else f"{loss:.4f}", "" if bits is None else f"{bits:.3f}",
-        ))  # fmt: skip
+        loss, bits = _cell(held_out, f"val_loss{own}"), _cell(held_out, f"val_bits_per_byte{own}", 3)
+        table.append((name, f"`{one.source}`", f"{epochs[name]:.3g}" if name in epochs else "", loss, bits))
     return table
 
 
@@ -277,7 +275,7 @@ def _mixture(run: Path, config: dict) -> list[str]:
 
 def _checkpoint(manifest: Manifest) -> tuple:
     size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
-    loss = "" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
+    loss = _cell({"loss": manifest.val_loss}, "loss")
     return manifest.step, manifest.created[:16].replace("T", " "), f"{size:.3f} GB", loss, manifest.layout
 
 
