@@ -28,7 +28,8 @@ class TrainingStoppedError(Exception):
 
 def first_line(error: Exception) -> str:
     """An error's message in a sentence of ours."""
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -5,11 +5,11 @@ import re
 import shutil
 
 import matplotlib.image
+import numpy as np
 import pytest
-from ranks import smolds
 
 from smolds_dist.errors import ConfigError
-from smolds_dist.observe.report import report, sample_log, training_log, unique_content
+from smolds_dist.observe.report import figure_of, report, sample_log, training_log, unique_content
 from smolds_dist.observe.rows import read_rows
 
 
@@ -60,7 +60,27 @@ def test_report_of_a_run_holds_its_numbers(copied, capsys):
     picture = matplotlib.image.imread(copied / "training_metrics.png")
     assert picture.shape[0] > 700 and picture.shape[1] > 1100
     assert (picture[..., 3] == 1).all()  # opaque: the same on light and dark pages
-    assert picture[..., :3].std() > 0.05
+
+
+def points_of(line) -> list[tuple]:
+    return [*zip(*(column.tolist() for column in map(np.asarray, line.get_data())), strict=True)]
+
+
+def test_picture_of_a_run_shows_its_rows(copied):
+    rows = read_rows(copied / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    loss, balance, texts, load, *_ = figure_of([copied]).axes
+    raw, smooth, held_out = loss.get_lines()
+    assert points_of(raw) == [(row["step"], row["loss"]) for row in steps]
+    assert points_of(held_out) == [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    mean = (0.9 * steps[0]["loss"] + steps[1]["loss"]) / 1.9
+    assert points_of(smooth)[:2] == [(1, pytest.approx(steps[0]["loss"])), (2, pytest.approx(mean))]
+    assert points_of(balance.get_lines()[0]) == [(row["step"], row["max_vio"]) for row in steps]
+    for line, name in zip(texts.get_lines(), ("seen_texts", "unique_texts"), strict=True):
+        assert points_of(line) == [(row["step"], row[name]) for row in steps]
+    (picture,) = load.get_images()
+    shares = np.array([row["load"] for row in steps]).mean(0) * 8
+    assert picture.get_array().tolist() == [pytest.approx(layer) for layer in shares.tolist()]
 
 
 def test_events_are_told_and_values_that_are_not_finite_are_drawn_around(copied):
@@ -96,12 +116,15 @@ def test_log_needs_no_checkpoint(copied):
 
 
 def test_several_runs_share_a_picture(kept_run, copied, tmp_path):
-    finished = smolds("report", str(kept_run[0]), str(copied), "--to", str(tmp_path / "both"))
-    assert finished.returncode == 0, finished.text
+    report([str(kept_run[0]), str(copied), "--to", str(tmp_path / "both")])
     assert [path.name for path in (tmp_path / "both").iterdir()] == ["training_metrics.png"]
-    report([str(copied), "--to", str(tmp_path / "alone")])
-    one, two = (matplotlib.image.imread(tmp_path / name / "training_metrics.png") for name in ("alone", "both"))
-    assert (one != two).any()
+    other = copied.rename(tmp_path / "two")
+    loss, _, _, speed = figure_of([kept_run[0], other]).axes
+    assert [line.get_label() for line in speed.get_lines()] == ["one", "two"]
+    assert [line.get_label() for line in loss.get_lines()[2::3]] == ["one, held out", "two, held out"]
+    rows = [row for row in read_rows(other / "metrics.jsonl") if "loss" in row]
+    for line in speed.get_lines():
+        assert points_of(line) == [(row["step"], row["tokens_per_s"]) for row in rows]
 
 
 @pytest.mark.parametrize(("args", "fix"), [(["nowhere"], "holds no training steps"), (["RUN", "RUN"], "--to")])

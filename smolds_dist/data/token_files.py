@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smolds_dist.data.source import BadFileError, open_file
+from smolds_dist.errors import first_line
 
 MEGATRON = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
@@ -83,11 +84,14 @@ def _flat(path: str, dtype: str) -> np.ndarray:
         has_header = file.read(6) == b"\x93NUMPY"
     if not has_header:
         return _array(path, dtype)
-    if _is_plain(path):
-        tokens: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    else:
-        with open_file(path) as file:
-            tokens = np.lib.format.read_array(file, allow_pickle=False)
+    try:
+        if _is_plain(path):
+            tokens: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        else:
+            with open_file(path) as file:
+                tokens = np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:  # cut short, or objects, which would have to be unpickled
+        raise BadFileError(f"cannot be read ({first_line(error)})") from None
     if tokens.dtype.kind not in "ui":
         raise BadFileError(f"holds {tokens.dtype}, no token ids")
     return tokens.reshape(-1)

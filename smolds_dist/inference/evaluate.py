@@ -19,38 +19,15 @@ from smolds_dist.settings import RunConfig
 
 
 def evaluate_model(args: list[str]) -> None:
-    """Prints loss, perplexity and bits per byte, or the tasks' table; with --json writes them too."""
-    options, settings = _parse(args)
-    if options.tasks:
-        _evaluate_tasks(options, settings)
-        return
-    from smolds_dist.data.batch import document_end
+    """Prints loss, perplexity and bits per byte, or the tasks' table; with --json writes them too.
 
-    config, held_out = _what(options.model, settings)
-    model, tokenizer = load_model(options.model, options.step)
-    results, end_of_text = [], document_end(config.data, tokenizer)
-    for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
-        begin = time.perf_counter()
-        loss, counted = mean_loss(
-            model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
-        )
-        result = {
-            "text": f"{source}{', held out' if held_out else ''}",
-            "tokens": counted,
-            "sequence_length": config.data.seq_len,
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "bits_per_byte": loss / math.log(2) * len(ids) / num_bytes,
-        }
-        results.append(result)
-        print(
-            f"{result['text']}: {counted:,} tokens in sequences of {config.data.seq_len:,}\n"
-            f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per "
-            f"byte ({time.perf_counter() - begin:.1f} s)",
-            flush=True,
-        )
+    Raises:
+        ConfigError: where there is no model, no text, no such task, or an option is out of range.
+    """
+    options, settings = _parse(args)
+    result = _evaluate_tasks(options, settings) if options.tasks else _evaluate_texts(options, settings)
     if options.json:
-        options.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _parse(args: list[str]) -> tuple[Any, list[str]]:
@@ -86,7 +63,36 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
     return options, settings
 
 
-def _evaluate_tasks(options: Any, settings: list[str]) -> None:
+def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
+    from smolds_dist.data.batch import document_end
+
+    config, held_out = _what(options.model, settings)
+    model, tokenizer = load_model(options.model, options.step)
+    results, end_of_text = [], document_end(config.data, tokenizer)
+    for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
+        begin = time.perf_counter()
+        loss, counted = mean_loss(
+            model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
+        )
+        result = {
+            "text": f"{source}{', held out' if held_out else ''}",
+            "tokens": counted,
+            "sequence_length": config.data.seq_len,
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": loss / math.log(2) * len(ids) / num_bytes,
+        }
+        results.append(result)
+        print(
+            f"{result['text']}: {counted:,} tokens in sequences of {config.data.seq_len:,}\n"
+            f"loss {loss:.4f} nats per token, perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits per "
+            f"byte ({time.perf_counter() - begin:.1f} s)",
+            flush=True,
+        )
+    return results[0] if len(results) == 1 else results
+
+
+def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
     from smolds_dist.inference.harness import evaluate_tasks, find_tasks, load_tasks
 
     if settings:
@@ -94,9 +100,8 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> None:
     tasks = load_tasks(options.tasks, find_tasks(options.tasks, options.include_path))
     model, tokenizer = load_model(options.model, options.step)
     result, table = evaluate_tasks(model, tokenizer, tasks, options.num_fewshot, options.limit, options.batch_size)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table)
+    return result
 
 
 def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:

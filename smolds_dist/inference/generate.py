@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError, OptionParser, first_line
 
 
 def generate(args: list[str]) -> None:
@@ -75,14 +75,19 @@ def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
 
     transformers.logging.disable_progress_bar()
     if is_export:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        safely: dict = {"trust_remote_code": False, "use_safetensors": True}
+        try:
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **safely)
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise ConfigError(
+                f"{folder} cannot be loaded ({first_line(error)}); name a model of transformers' own classes, with its "
+                "tokenizer and safetensors files."
+            ) from None
     else:
-        from smolds_dist.checkpoint.files import open_verified
-        from smolds_dist.interchange.export import build_model, find_checkpoint, model_config, tokenizer_of
+        from smolds_dist.interchange.export import build_model, find_checkpoint, open_model
 
-        reader = open_verified(find_checkpoint(source, step))
-        tokenizer = tokenizer_of(reader.folder, reader.manifest)
-        model = build_model(reader, model_config(reader.manifest, tokenizer))
+        reader, config, tokenizer = open_model(find_checkpoint(source, step))
+        model = build_model(reader, config)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

@@ -26,7 +26,7 @@ from smolds_dist.checkpoint.files import (
     open_verified,
 )
 from smolds_dist.checkpoint.new_folder import check_free, new_file, new_folder
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError, OptionParser, first_line
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TOLERANCE = 1e-3  # of the largest logit, between transformers' logits and ours, both computed in fp32
@@ -54,9 +54,7 @@ def export(args: list[str]) -> None:
     if options.format == "gguf":
         _export_gguf(folder, options)
         return
-    reader = open_verified(folder)
-    tokenizer = tokenizer_of(folder, reader.manifest)
-    config = model_config(reader.manifest, tokenizer)
+    reader, config, tokenizer = open_model(folder)
     dtype = _dtype(options, reader.manifest)
     with new_folder(options.to) as part:
         write(reader, config, tokenizer, part, options.format, dtype, options.max_shard_bytes)
@@ -74,22 +72,12 @@ def _export_gguf(folder: Path, options: argparse.Namespace) -> None:
     to = options.to
     if to.suffix != ".gguf" or to.exists():
         raise ConfigError(f"--to {to} is no new file that --format gguf could write; give one such as model.gguf.")
-    reader = open_verified(folder)
-    tokenizer = tokenizer_of(folder, reader.manifest)
-    config = model_config(reader.manifest, tokenizer)
+    reader, config, tokenizer = open_model(folder)
     description, text = modelfile(to)
     with new_file(to) as part:
-        write_gguf(
-            part,
-            folder.resolve().parent.parent.name,
-            reader,
-            dict(_selection_biases(reader)),
-            config,
-            tokenizer,
-            _dtype(options, reader.manifest),
-            options.quantise,
-            options.check,
-        )
+        name, biases = folder.resolve().parent.parent.name, dict(_selection_biases(reader))
+        dtype = _dtype(options, reader.manifest)
+        write_gguf(part, name, reader, biases, config, tokenizer, dtype, options.quantise, options.check)
     description.write_text(text, encoding="utf-8")
     read_back = ", which has been read back" if options.check else ""
     print(f"{folder} is in {to}{read_back}; {description} describes it to Ollama")
@@ -169,6 +157,17 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
     return whole
 
 
+def open_model(folder: Path) -> tuple[CheckpointReader, Any, Any]:
+    """A checkpoint's verified contents, and its model's configuration and tokenizer.
+
+    Raises:
+        ConfigError: where the checkpoint is damaged, or lacks its tokenizer.
+    """
+    reader = open_verified(folder)
+    tokenizer = tokenizer_of(folder, reader.manifest)
+    return reader, model_config(reader.manifest, tokenizer), tokenizer
+
+
 def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
     """The tokenizer that a checkpoint's run was trained with.
 
@@ -220,15 +219,13 @@ def write(
     written.dtype = DTYPES[dtype]
     if kind == "transformers":
         save_transformers_config(written, folder)
+        tensors = _for_transformers(reader, config, written.model_type)
     else:
         written.save_pretrained(folder)
+        tensors = _for_smolds(reader, config)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    if kind == "transformers":
-        tensors = _for_transformers(reader, config, written.model_type)
-    else:
-        tensors = _for_smolds(reader, config)
     _write_files(tensors, folder, DTYPES[dtype], file_bytes)
 
 
@@ -285,6 +282,8 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
     import torch
     from safetensors.torch import save_file
 
+    from smolds_dist.interchange.final_export import file_names
+
     def converted() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
             bias = name.endswith("e_score_correction_bias")
@@ -299,9 +298,7 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
         files.append(folder / f"unnamed-{len(files)}")
         save_file(batch, files[-1], metadata={"format": "pt"})
         files[-1].chmod(0o644)
-    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    if len(files) == 1:
-        names = ["model.safetensors"]
+    names = file_names(len(files))
     for file, final in zip(files, names, strict=True):
         file.rename(folder / final)
     if len(files) > 1:
@@ -320,37 +317,27 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
     from safetensors.torch import load_file, save_file
 
     ids = torch.randint(0, config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "tensors"
-        save_file({"ids": ids}, path)
-        # Isolated, so that nothing of this project is found by chance.
-        command = [
-            sys.executable,
-            *(["-I"] if kind == "transformers" else []),
-            "-c",
-            CHECK,
-            str(folder),
-            str(path),
-            kind,
-        ]
-        finished = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        if finished.returncode:
-            raise RuntimeError(f"the export does not load: {finished.stderr.strip()[-2000:]}")
-        theirs = load_file(path)["logits"]
     model = build_model(reader, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
         ours = model(input_ids=ids, use_cache=False).logits
+    del model  # there is one model in memory at a time
     if not ours.isfinite().all():
         raise ConfigError(
             "the checkpoint's logits are not finite, so its training has gone wrong; choose an earlier one with --step."
         )
+    isolated = ["-I"] if kind == "transformers" else []  # so that nothing of this project is found by chance
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tensors"
+        save_file({"ids": ids}, path)
+        finished = subprocess.run(
+            [sys.executable, *isolated, "-c", CHECK, str(folder), str(path), kind],
+            capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        if finished.returncode:
+            raise RuntimeError(f"the export does not load: {finished.stderr.strip()[-2000:]}")
+        theirs = load_file(path)["logits"]
     difference = (ours - theirs).abs().max().item()
     if not difference <= TOLERANCE * ours.abs().max().item():
         raise RuntimeError(f"the export computes other logits than the checkpoint: they differ by {difference:.2g}")
@@ -369,9 +356,8 @@ def push(folder: Path, name: str) -> None:
         api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name)
     except Exception as error:  # of the network, the token, the name: the Hub's client has no common type for them
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{folder} could not be pushed to {name!r} ({reason}); it is complete here: check HF_TOKEN and the network, and "
-            f"push it with `hf upload {name} {folder}`."
+            f"{folder} could not be pushed to {name!r} ({first_line(error)}); it is complete here: check HF_TOKEN and the "
+            f"network, and push it with `hf upload {name} {folder}`."
         ) from None
     print(f"pushed to {api.endpoint}/{name}")

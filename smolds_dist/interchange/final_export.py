@@ -75,9 +75,7 @@ def write_weights(
         dict(sorted(some.items(), key=lambda item: (-item[1].itemsize, item[0])))
         for some in by_bytes(tensors.items(), file_bytes)
     ]
-    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = ["model.safetensors"]
+    names = file_names(len(files))
     if topology.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     engine.barrier()
@@ -104,6 +102,13 @@ def write_weights(
             places = {name: file for some, file in zip(files, names, strict=True) for name in some}
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def file_names(count: int) -> list[str]:
+    """Of a model's files, as transformers names them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 @contextmanager

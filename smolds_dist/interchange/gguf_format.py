@@ -35,12 +35,7 @@ _FILE_TYPES = {
     Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
     Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_TYPES = {
-    bool: GGUFValueType.BOOL,
-    int: GGUFValueType.UINT32,
-    float: GGUFValueType.FLOAT32,
-    str: GGUFValueType.STRING,
-}
+_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 # Modules of a layer and of the whole model, as the file calls them.
 _NAMES = {
     "model.embed_tokens": "token_embd",

@@ -16,7 +16,7 @@ from typing import Any
 from smolds_dist.checkpoint.files import Manifest, checkpoint_name, publish, write_parts
 from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.config import load_config, save_config
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError, OptionParser, first_line
 from smolds_dist.interchange import upcycle
 from smolds_dist.rules import validate
 from smolds_dist.settings import Model, RunConfig, Yarn
@@ -130,15 +130,14 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     from smolds_dist.interchange.transformers_format import our_config
 
     try:
-        theirs = transformers.AutoConfig.from_pretrained(folder)
+        theirs = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if isinstance(theirs, smolds_dist.model.DeepSeekV3Config):
             return theirs, theirs
         return theirs, our_config(theirs)
     except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"{folder} cannot be imported ({reason}); smolds knows ERNIE 4.5 MoE, DeepSeek-V3, Mixtral, Qwen3-MoE, OLMoE "
-            "and Llama models with the features that its own have."
+            f"{folder} cannot be imported ({first_line(error)}); smolds knows ERNIE 4.5 MoE, DeepSeek-V3, Mixtral, "
+            "Qwen3-MoE, OLMoE and Llama models with the features that its own have."
         ) from None
 
 

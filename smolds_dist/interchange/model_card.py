@@ -5,6 +5,7 @@ from typing import Any
 
 from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.data.mixture import first_part, in_words
+from smolds_dist.observe.overview import parameters_of
 from smolds_dist.observe.report import draw, markdown_table
 from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.observe.summary import facts
@@ -36,16 +37,13 @@ def texts(manifest: Manifest) -> list[tuple[str, str]]:
 
 def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str) -> str:
     """The card as Markdown, with the metadata that the Hub reads at its top."""
-    from torch import Size
-
-    parameters = sum(Size(shape).numel() for shape in manifest.tensors.values())
     train, data = manifest.config["train"], manifest.config["data"]
     tokens = manifest.step * train["global_batch"] * data["seq_len"]
     experts = (
         f"{config.num_experts} in each of {config.num_hidden_layers} layers, {config.num_experts_per_tok} for a token"
     )
     table: list[tuple[str, str]] = [
-        ("parameters", f"{parameters:,}"),
+        ("parameters", f"{parameters_of(manifest):,}"),
         ("experts", experts),
         ("attention", "multi-head latent" if config.attention == "latent" else "grouped-query"),
         *texts(manifest),

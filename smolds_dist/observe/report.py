@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,9 @@ from smolds_dist.observe.rows import dense_layers, load_table, read_rows
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.rules import trackers_in
 from smolds_dist.settings import Model, saved_sources
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NGRAM = 3
 UNIQUE_CONTENT = (
@@ -142,17 +145,19 @@ def sample_log(run: Path) -> str:
 
 
 def draw(runs: list[Path], path: Path) -> None:
-    """Loss and unique texts over steps, expert balance beside them; a line for each run."""
-    import matplotlib
+    """Saves `figure_of` these runs."""
+    figure_of(runs).savefig(path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+def figure_of(runs: list[Path]) -> "Figure":
+    """Loss and unique texts over steps, expert balance beside them; a line for each run."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
     # An opaque light ground reads the same on light and dark pages.
-    figure, ((loss_axes, balance_axes), (unique_axes, last_axes)) = pyplot.subplots(
-        2, 2, figsize=(12, 7.5), dpi=110, facecolor="white", layout="constrained"
-    )
-    colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+    figure = Figure(figsize=(12, 7.5), dpi=110, facecolor="white", layout="constrained")
+    (loss_axes, balance_axes), (unique_axes, last_axes) = figure.subplots(2, 2)
+    colours = rcParams["axes.prop_cycle"].by_key()["color"]
     for number, run in enumerate(runs):
         colour, name = colours[number % len(colours)], run.resolve().name
         rows = read_rows(run / "metrics.jsonl")
@@ -189,11 +194,10 @@ def draw(runs: list[Path], path: Path) -> None:
             speed = [(row["step"], row["tokens_per_s"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row]
             last_axes.plot(*zip(*speed, strict=True), color=colours[number % len(colours)], label=run.resolve().name)
         _finish(last_axes, "Speed", "tokens per second")
-    figure.savefig(path)
-    pyplot.close(figure)
+    return figure
 
 
-def _draw_load(figure: Any, axes: Any, rows: list[dict]) -> None:
+def _draw_load(figure: "Figure", axes: Any, rows: list[dict]) -> None:
     loads = [row["load"] for row in rows if "load" in row][-20:]
     if not loads:
         axes.set_axis_off()
@@ -230,17 +234,18 @@ def _losses(rows: list[dict]) -> list[tuple]:
     every = max(1, len(steps) // LOSS_ROWS)
     chosen = sorted({*list(steps)[::every], *evaluated, max(steps)} & set(steps))
 
-    def cell(row: dict, name: str, digits: int = 4) -> str:
-        return "" if row.get(name) is None else f"{row[name]:.{digits}f}"
-
     table = []
     for step in chosen:
         row, held_out = steps[step], evaluated.get(step, {})
         table.append((
-            step, f"{row['tokens']:,}", cell(row, "loss") or "not finite", cell(held_out, "val_loss"),
-            cell(held_out, "val_bits_per_byte", 3), cell(row, "grad_norm", 3), cell(row, "max_vio", 2),
+            step, f"{row['tokens']:,}", _cell(row, "loss") or "not finite", _cell(held_out, "val_loss"),
+            _cell(held_out, "val_bits_per_byte", 3), _cell(row, "grad_norm", 3), _cell(row, "max_vio", 2),
         ))  # fmt: skip
     return table
+
+
+def _cell(row: dict, name: str, digits: int = 4) -> str:
+    return "" if row.get(name) is None else f"{row[name]:.{digits}f}"
 
 
 def _sources(config: dict, rows: list[dict]) -> list[tuple]:
@@ -251,11 +256,8 @@ def _sources(config: dict, rows: list[dict]) -> list[tuple]:
     table = []
     for name, one in sources.items():
         own = "" if len(sources) == 1 else f"/{name}"
-        loss, bits = held_out.get(f"val_loss{own}"), held_out.get(f"val_bits_per_byte{own}")
-        table.append((
-            name, f"`{one.source}`", f"{epochs[name]:.3g}" if name in epochs else "",
-            "" if loss is None else f"{loss:.4f}", "" if bits is None else f"{bits:.3f}",
-        ))  # fmt: skip
+        loss, bits = _cell(held_out, f"val_loss{own}"), _cell(held_out, f"val_bits_per_byte{own}", 3)
+        table.append((name, f"`{one.source}`", f"{epochs[name]:.3g}" if name in epochs else "", loss, bits))
     return table
 
 
@@ -269,7 +271,7 @@ def _mixture(run: Path, config: dict) -> list[str]:
 
 def _checkpoint(manifest: Manifest) -> tuple:
     size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
-    loss = "" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
+    loss = _cell({"loss": manifest.val_loss}, "loss")
     return manifest.step, manifest.created[:16].replace("T", " "), f"{size:.3f} GB", loss, manifest.layout
 
 
