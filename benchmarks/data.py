@@ -117,11 +117,10 @@ def in_words(result: dict[str, Any]) -> list[str]:
 
 def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
     """Tokens per second of the tokenizer alone and of all the way from files to shards; their ratio by medians."""
-    from smolds_dist.data.parts import units_of_files
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.source import files_of
     from smolds_dist.data.tokenizer import text_encoder
-    from smolds_dist.data.units import write_unit
+    from smolds_dist.data.units import Corpus, write_unit
 
     texts = stdlib_texts(megabytes)
     (folder / "text").mkdir()
@@ -142,11 +141,11 @@ def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
         alone = tokens / (time.perf_counter() - begin)
         begin = time.perf_counter()
         source = config.data.mixed["jsonl"]
-        files = files_of(source)
-        for at, unit in enumerate(units_of_files(source, files)):
+        corpus = Corpus("jsonl", source.source, source, files_of(source), config.data, tokenizer)
+        for at, unit in enumerate(corpus.units):
             out = folder / f"units{number}-{at}"
             out.mkdir()
-            write_unit(out, unit, source, files, config.data, tokenizer)
+            write_unit(out, unit, corpus)
         ours = tokens / (time.perf_counter() - begin)
         if number:  # the first turn warms up
             speeds["tokenizers"].append(alone)

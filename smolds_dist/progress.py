@@ -2,10 +2,19 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TextIO
 
 from tqdm import tqdm
+
+FIRST_LOG = 5.0  # seconds of waiting before a training logs what it waits for
+LOG_EVERY = 15.0
+NEW_WAIT = 2.0  # seconds without an update, after which it is another wait
+NAP = 0.5  # seconds between two heartbeats
 
 
 class ProgressBar:
@@ -54,3 +63,121 @@ class ProgressBar:
             self._bar.close()
             self._bar = None
         self._shown = False
+
+
+class StoppedWaitingError(Exception):
+    """The text that a run waits for does not come, and it was asked to stop: on all ranks alike, before a step."""
+
+
+@dataclass(frozen=True)
+class SourceProgress:
+    """How far a source has come."""
+
+    name: str
+    label: str  # the source as the settings have it
+    tokens: int
+    units: int  # that are complete
+    all_units: int
+
+
+class Reporter:
+    """Hears from a process that tokenizes text or waits for it, every moment: shows how far that has come, gives the sign of
+    life that others need, and ends the work where it is to end.
+
+    Before training it draws a bar for each source; from `begin_training` on it logs what the run waits for.
+
+    Args:
+        shown: whether there are bars.
+    """
+
+    def __init__(self, shown: bool = False):
+        self.heartbeat: Callable[[], None] = lambda: None
+        self._log: Callable[[str], None] | None = None
+        self._shown, self._stopped = shown, False
+        self._bars: dict[str, ProgressBar] = {}
+        self._began = self._logged = self._heard = -1e9
+        self._tokens = 0  # when the wait began
+        self._last: SourceProgress | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources that were worked on before training."""
+        return list(self._bars)
+
+    def update(self, done: SourceProgress) -> None:
+        """To be called again and again, also while nothing comes.
+
+        Raises:
+            StoppedWaitingError: after `stop`.
+        """
+        self._last = done
+        self._beat()
+        if self._log is not None:
+            self._log_wait(done, self._log)
+            return
+        if done.name not in self._bars:
+            self._bars[done.name] = ProgressBar(f"Tokenising {done.label}: token", shown=self._shown)
+        self._bars[done.name].show(done.tokens)
+
+    def _beat(self) -> None:
+        if self._stopped:
+            raise StoppedWaitingError
+        self.heartbeat()
+
+    def _log_wait(self, done: SourceProgress, log: Callable[[str], None]) -> None:
+        now = time.monotonic()
+        if now - self._heard > NEW_WAIT:
+            self._began, self._logged, self._tokens = now, now + FIRST_LOG - LOG_EVERY, done.tokens
+        self._heard = now
+        if now - self._logged >= LOG_EVERY:
+            self._logged = now
+            rate = (done.tokens - self._tokens) / (now - self._began)
+            log(
+                f"waiting for text of {done.name}: {done.units:,} of {done.all_units:,} parts are tokenised, "
+                f"{rate:,.0f} tokens/s come in"
+            )
+
+    def sleep(self, seconds: float) -> None:
+        """Sleeps, and repeats the last update meanwhile."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._last is not None:
+                self.update(self._last)
+            else:
+                self._beat()
+            time.sleep(min(left, NAP))
+
+    def close_bars(self) -> None:
+        """No bar is drawn from now on."""
+        self._shown = False
+        for bar in self._bars.values():
+            bar.close()
+
+    def begin_training(self, log: Callable[[str], None], heartbeat: Callable[[], None]) -> None:
+        """From now on logs what is waited for.
+
+        Args:
+            heartbeat: gives the other ranks a sign of life.
+        """
+        self._log, self.heartbeat, self._stopped = log, heartbeat, False
+
+    def stop(self) -> None:
+        """Ends whatever works or waits."""
+        self._stopped = True
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While the block lasts, `current_reporter` of this thread is this one."""
+        before = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(before)
+
+
+_current: ContextVar[Reporter] = ContextVar("reporter", default=Reporter())  # noqa: B039 - it only sleeps
+
+
+def current_reporter() -> Reporter:
+    """That of the work under way; for what is too far down to be handed one."""
+    return _current.get()

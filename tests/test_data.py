@@ -15,12 +15,12 @@ import torch
 from tokenised import whole
 
 from smolds_dist.config import load_config
-from smolds_dist.data import unit_source, units
+from smolds_dist.data import held_out, unit_source, units
 from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.batch import batch_digest, evaluation_batch
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.source import files_of
-from smolds_dist.data.text import Tally, documents
+from smolds_dist.data.text import Tally, digest, documents, is_held_out
 from smolds_dist.errors import ConfigError
 
 
@@ -78,7 +78,8 @@ def test_standard_library_is_large_real_text():
         ("text:nothing/*.txt", "", "check the pattern"),
         ("jsonl:bad.jsonl", '{"text": "a"}\nno json\n', "line 2"),
         ("jsonl:bad.jsonl", '{"body": "a"}\n', "--data.text_field"),
-        ("text:bad.txt", "too short", "less than one sequence"),
+        ("text:bad.txt", "a single one", "split it into several"),
+        ("jsonl:bad.jsonl", '{"text": "too"}\n{"text": "short"}\n', "less than one sequence"),
         ("parquet:bad.parquet", None, "to body"),
     ],
 )
@@ -286,14 +287,32 @@ def test_shards_hold_every_document_once(corpus, cache):
     assert np.array_equal(prepare_shards(own).tokenizer.vocab, shards.tokenizer.vocab)
 
 
-def test_one_long_document_has_a_held_out_part(tmp_path):
-    (tmp_path / "one.txt").write_text(" ".join(f"word{i % 97} and{i % 13}" for i in range(20_000)))
-    shards = prepare_shards(configure(tmp_path, f"--data.source=text:{tmp_path}/one.txt"))
-    total = shards.train_tokens + shards.val_tokens
-    assert 0.03 * total < shards.val_tokens <= 0.1 * total + 1
-    assert len(shards.train) == shards.train_tokens
-    decoded = len(shards.tokenizer.decode(shards.val, skip_special_tokens=True).encode())
-    assert shards.val_bytes == pytest.approx(decoded, abs=20)
+def test_single_document_is_refused_and_of_two_one_is_held_out(tmp_path):
+    text = " ".join(f"word{i % 97} and{i % 13}" for i in range(2_000))
+    (tmp_path / "one.txt").write_text(text)
+    (tmp_path / "copy.txt").write_text(text)
+    config = configure(tmp_path, f"--data.source=text:{tmp_path}/*.txt")
+    with pytest.raises(ConfigError, match=r"is a single document, .*; split it into several files or rows"):
+        prepare_shards(config)
+    (tmp_path / "two.txt").write_text(text[::-1])
+    shards = prepare_shards(config)
+    sides = [documents_of(shards)[: len(shards.train_documents)], documents_of(shards)[len(shards.train_documents) :]]
+    assert sorted(map(sorted, sides)) == sorted([[text, text], [text[::-1]]])
+
+
+def test_held_out_text_ends_when_there_is_enough_and_the_rest_is_left_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "ENOUGH", 1000)
+    rows = [f"document {number} with words of its own, {number * 37}, and some more" for number in range(400)]
+    for count in (200, 400):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[:count]))
+        shards = prepare_shards(
+            configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl", "--data.val_fraction=0.2")
+        )
+        low = [row for row in rows[:count] if is_held_out(digest(row.encode()), 0.2)]
+        assert (
+            documents_of(shards) == [row for row in rows[:count] if row not in low] + low[: len(shards.val_documents)]
+        )
+        assert 1000 <= shards.val_bytes < 1000 + max(map(len, rows)) < sum(map(len, low))
 
 
 def test_max_tokens_stops_the_reading(corpus, cache):

@@ -20,7 +20,7 @@ from test_launchers import end, start_launch
 from smolds_dist.checkpoint.files import checkpoints_in, find_damage
 from smolds_dist.checkpoint.writer import CheckpointWriter, OtherRankError
 from smolds_dist.config import load_config
-from smolds_dist.data.tokens import digest, is_held_out
+from smolds_dist.data.text import digest, is_held_out
 from smolds_dist.errors import TrainingStoppedError
 from smolds_dist.launching.failure import find_dead
 from smolds_dist.observe.rows import read_rows

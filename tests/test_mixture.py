@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import yaml
 from ranks import smolds
-from test_data import configure
+from test_data import configure, documents_of
 from tokenised import whole
 
 from smolds_dist.checkpoint.files import read_manifest
 from smolds_dist.config import load_config
+from smolds_dist.data.batch import UniqueTexts, first_from, sketch_of
 from smolds_dist.data.prepare import prepare_data
-from smolds_dist.data.tokens import is_held_out
-from smolds_dist.data.unique import UniqueTexts, first_from, sketch_of
+from smolds_dist.data.text import digest, is_held_out
 from smolds_dist.errors import ConfigError
 from smolds_dist.observe.data_command import data as data_command
 from smolds_dist.observe.report import draw, training_log
@@ -186,31 +186,29 @@ def test_run_that_needs_more_epochs_than_allowed_is_refused(mixed):
 
 
 def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
-    """Also where one source is too short to hold out more than its end."""
+    """Whole documents on both sides; also of a source so small that `val_fraction` holds out none of it, and of copies."""
     rows = [f"document {number} with words of its own, {number * 37}, and some more" for number in range(300)]
     write = lambda name, texts: (tmp_path / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))  # noqa: E731
+    few = [text for text in rows if not is_held_out(digest(text.encode()), 0.01)][:20]
     write("all.jsonl", rows)
     write("some.jsonl", rows[100:200])
-    write("few.jsonl", [text for text in rows if not is_held_out(digest_of(text), 0.01)][:20])
+    write("few.jsonl", [*few, *few[::-1]])
     sources = {name: {"source": f"jsonl:{tmp_path}/{name}.jsonl"} for name in ("all", "some", "few")}
     for order in (["all", "some", "few"], ["few", "some", "all"]):
         given = {name: sources[name] for name in order}
         config = configure(tmp_path / "cache", f"--data.sources={json.dumps(given)}", "--data.val_fraction=0.01")
         found = prepare_data(config)
-        held_out, trained = ({*()}, {*()})
-        prepared = [whole(found, name) for name in found.sources]
-        for one in prepared:
-            texts = one.train_documents["text"]
-            trained |= set(texts[:-1].tolist() if texts[-1] in one.moved else texts.tolist())
-            held_out |= set(one.val_documents["text"].tolist())
-        cut = {one.moved[0] for one in prepared if one.moved}
-        assert cut and held_out and not (held_out & trained)
-
-
-def digest_of(text: str) -> int:
-    from smolds_dist.data.tokens import digest
-
-    return digest(text.encode())
+        trained, held_out = set[str](), set[str]()
+        for name in order:
+            one = whole(found, name)
+            texts, count = documents_of(one), len(one.train_documents)
+            trained |= set(texts[:count])
+            held_out |= set(texts[count:])
+            assert len(texts) == count + len(one.val_documents) and set(texts) <= set(rows)
+            assert {digest(text.encode()) for text in texts[count:]} == set(one.val_documents["text"].tolist())
+        assert trained | held_out == set(rows) and not trained & held_out
+        lowest = sorted(few, key=lambda text: digest(text.encode()))
+        assert set(documents_of(whole(found, "few"))[-4:]) == set(lowest[:2])  # a tenth, each twice
 
 
 # Unique content.
@@ -303,7 +301,7 @@ def test_counting_goes_on_from_a_checkpoint_and_without_one(copies, tmp_path):
 def test_state_of_the_counter_comes_back(copies, monkeypatch, kind):
     found = prepare_data(load_config(copies[1]))
     if kind == "sketch":
-        monkeypatch.setattr("smolds_dist.data.unique.LARGEST_EXACT", 100)
+        monkeypatch.setattr("smolds_dist.data.batch.LARGEST_EXACT", 100)
     one, two, exact = UniqueTexts(found), UniqueTexts(found), UniqueTexts(found)
     one.see(range(0, 400))
     assert one.state()[0] == kind

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from smolds_dist.data.mixture import Mixture, exact_shares, first_part
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Piece, SourceOrder, permuted
-from smolds_dist.data.packing import best_fit
-from smolds_dist.data.parts import UNIT_BYTES, units_of, units_of_files
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Piece, SourceOrder, best_fit, permuted
 from smolds_dist.data.source import File
-from smolds_dist.data.units import DOCUMENT
+from smolds_dist.data.units import DOCUMENT, UNIT_BYTES, units_of, units_of_files
 from smolds_dist.settings import Source
 
 

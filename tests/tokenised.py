@@ -32,7 +32,7 @@ def whole(found: TrainingData, name: str) -> SimpleNamespace:
         val_tokens=len(source.held_out.tokens),
         val_bytes=source.held_out.bytes,
         val_unigram_entropy=source.held_out.unigram_entropy,
-        moved=source.held_out.moved,
+        beyond=source.held_out.beyond,
         files=[file.path for file in source.files],
         folders=source.folders,
         left_out=source.left_out(),

@@ -35,7 +35,8 @@ def bench(args: list[str]) -> None:
     """`smolds bench NAME`."""
     name, *options = args or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: smolds bench train [options]\n\nMeasures a step of training against transformers, DeepSpeed and others.")
+        print("usage: smolds bench train [options]")
+        print("\nMeasures a step of training against transformers, DeepSpeed and others.")
         print("\nexample: smolds bench train --preset debug")
     elif name != "train":
         raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")

@@ -28,7 +28,7 @@ from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, saved_sources
 
-UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.unique.UniqueTexts`
+UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.batch.UniqueTexts`
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:

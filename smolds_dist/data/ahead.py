@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from smolds_dist.data.batch import batch_digest
-from smolds_dist.data.waiting import StoppedWaitingError
+from smolds_dist.progress import StoppedWaitingError
 
 LOOK_EVERY = 0.2  # seconds
 STOP_AFTER = 3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then

@@ -1,29 +1,30 @@
-"""Held-out text of a source: documents of its first units, of which only a few have to be read for it.
+"""Held-out text of a source: whole documents that are never trained on, in any source.
 
-Which documents are held out is said by their own digests, in all units of all sources; those of later units are left aside
-too, so that no copy of a held-out text is trained on. Held-out text thus does not grow with the corpus, and is there before
-the first step.
+A document is held out by its own digest: below `data.val_fraction` always, so that it stays on its side when the corpus
+grows, in every source, and copies stay together. The text is taken from the first units, until there is enough; documents of
+later units with such digests are left aside. So it does not grow with the corpus, and is there before the first step.
+
+Where that is too little, as of a small corpus, documents with the next higher digests are held out too. They are named
+(`HeldOut.beyond`), and left out of all sources.
 """
 
+import heapq
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.parts import Part
-from smolds_dist.data.source import File
-from smolds_dist.data.text import Document, documents
-from smolds_dist.data.token_files import Flat
-from smolds_dist.data.tokens import Tokenized, decoded_bytes, digest, is_held_out
-from smolds_dist.data.units import DOCUMENT, DocumentWriter, read_unit, token_dtype, tokens_of
-from smolds_dist.settings import Data, Source
+from smolds_dist.data.cache import key_of, written_once
+from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead, single_documents
+from smolds_dist.data.units import DOCUMENT, Corpus, DocumentWriter
+from smolds_dist.errors import ConfigError
 
-ENOUGH_TOKENS = 2**18  # of held-out text
-ENOUGH_BYTES = 2**28  # of text, read for it
-SMALLEST_TOKENS = 16_384  # or a tenth of the text that was read, whichever is less
+FORMAT = 1  # part of the key: raise it when the layout, the meaning of a file or the choice of documents changes
+# Bytes of text; of a `tokens` source four for each token.
+ENOUGH = 2**20  # held out
+MOST_READ = 2**28  # read for it
+LEAST = 2**16  # held out, or a tenth of what was read, whichever is less
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class HeldOutMeta:
     texts: int
     bytes: int
     unigram_entropy: float
-    kept: dict[str, int]  # of units whose last tokens were moved here: how many stay there
-    moved: list[int]
+    beyond: list[int]
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,31 @@ class HeldOut:
     """The held-out text of a source."""
 
     tokens: np.ndarray  # documents one after the other, each closed by the end-of-text token
-    documents: np.ndarray  # [texts] of `DOCUMENT`; the end of a text counts as one
+    documents: np.ndarray  # [texts] of `DOCUMENT`
     bytes: int  # UTF-8 bytes of the text
     unigram_entropy: float  # nats per token: the loss of the best model that ignores context
-    moved: list[int]  # digests of texts whose end was moved here
+    beyond: list[int]  # digests of those documents that `val_fraction` alone would not hold out
 
 
-def read_held_out(folder: Path) -> tuple[HeldOut, dict[int, int]]:
-    """The text, and how many tokens stay in those units whose last ones were moved here."""
+def find_held_out(corpus: Corpus, cache: Path, limit: int | None) -> HeldOut:
+    """The text, from the cache or written there.
+
+    Args:
+        limit: tokens that the run takes of the source; then not much more is read.
+
+    Raises:
+        ConfigError: where a file cannot be read and is not to be skipped, or all is one document.
+    """
+    most = min(MOST_READ, 8 * limit) if limit else MOST_READ
+    keys = [corpus.key(unit) for unit in range(len(corpus.units))]
+    folder = written_once(
+        cache / "held_out" / key_of(FORMAT, keys, most),
+        lambda folder: write_held_out(folder, corpus, most),
+        held_out_damage,
+    )
     meta = _read_meta(folder)
-    tokens = np.fromfile(folder / "tokens.bin", meta.dtype)
-    documents = np.fromfile(folder / "documents", DOCUMENT)
-    kept = {int(unit): tokens for unit, tokens in meta.kept.items()}
-    return HeldOut(tokens, documents, meta.bytes, meta.unigram_entropy, meta.moved), kept
+    tokens, documents = np.fromfile(folder / "tokens.bin", meta.dtype), np.fromfile(folder / "documents", DOCUMENT)
+    return HeldOut(tokens, documents, meta.bytes, meta.unigram_entropy, meta.beyond)
 
 
 def _read_meta(folder: Path) -> HeldOutMeta:
@@ -75,120 +87,87 @@ def held_out_damage(folder: Path) -> str | None:
     return None
 
 
-def write_held_out(
-    folder: Path,
-    units: list[list[Part]],
-    source: Source,
-    files: list[File],
-    data: Data,
-    tokenizer: PreTrainedTokenizerBase,
-    unit_folder: Callable[[int], Path],
-    most: int = ENOUGH_BYTES,
-    last: tuple[int, int, int] | None = None,
-) -> None:
-    """Writes the held-out text of a source to `folder`.
-
-    Where it is too little, as of few long documents, the last training tokens of the units that were read join it.
+def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
+    """Chooses the held-out text, by the text alone, and writes it to `folder`.
 
     Args:
-        unit_folder: makes a unit's tokens, if they are not there, and says where.
-        most: bytes of text, or of other files, that are read for it.
-        last: of the last unit, where it is not taken whole: part and number of its last document, and its training tokens.
-
-    Raises:
-        ConfigError: as `documents` does.
+        most: bytes of text that are read for it.
     """
-    dtype = token_dtype(tokenizer)
-    out = DocumentWriter(folder / "tokens.bin", folder / "documents", dtype)
-    num_bytes = read = 0
-    seen = _Seen()
-    while read < len(units) and out.tokens < ENOUGH_TOKENS and seen.bytes < most:
-        unit, whole_unit = units[read], last is None or read < len(units) - 1
-        candidates = _candidates(documents(source, files, data, parts=unit), data.val_fraction, seen, most)
-        for batch in tokens_of(candidates, unit, files, data, tokenizer):
-            found = [one for one in batch if is_held_out(one.text, data.val_fraction)]
-            if last and not whole_unit:
-                found = [one for one in found if (one.part, one.number) <= last[:2]]
-            out.add([one._replace(part=unit[one.part].file) for one in found])
-            num_bytes += sum(one.length or decoded_bytes(one, tokenizer) for one in found)
-            if out.tokens >= ENOUGH_TOKENS:
-                break
-        read += 1
-
-    kept: dict[str, int] = {}
-    moved: list[int] = []
-    if out.tokens < SMALLEST_TOKENS // 2:
-        folders = [unit_folder(number) for number in range(read)]
-        ends = {read - 1: last[2]} if last and read == len(units) else {}
-        for number, tail in _tails(out.tokens, folders, ends, data.val_fraction).items():
-            kept[str(number)] = tail.kept
-            moved += [one.text for one in tail.documents]
-            out.add([one._replace(part=units[number][one.part].file) for one in tail.documents])
-            num_bytes += sum(decoded_bytes(one, tokenizer) for one in tail.documents)
+    look_ahead(corpus.source, corpus.files, corpus.data)
+    parts = [part for unit in corpus.units for part in unit]
+    choice = Choice(corpus.data.val_fraction)
+    for document in single_documents(corpus.documents(parts), int(corpus.tokenizer.eos_token_id)):
+        choice.see(document)
+        if choice.size >= ENOUGH or (choice.read >= most and choice.several):
+            break
+    chosen, beyond = choice.chosen()
+    if choice.read and not chosen:
+        raise ConfigError(
+            f"{corpus.label!r} is a single document, which cannot be both trained on and held out; split it into several "
+            "files or rows."
+        )
+    out, num_bytes = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype), 0
+    for batch in corpus.tokenize(chosen, parts):
+        out.add([one._replace(part=parts[one.part].file) for one in batch])
+        num_bytes += sum(one.length or decoded_bytes(one, corpus.tokenizer) for one in batch)
     out.close()
-    counts = np.bincount(np.fromfile(folder / "tokens.bin", dtype), minlength=len(tokenizer))
+    counts = np.bincount(np.fromfile(folder / "tokens.bin", corpus.dtype), minlength=len(corpus.tokenizer))
     frequency = counts[counts > 0] / max(out.tokens, 1)
     entropy = float(-(frequency * np.log(frequency)).sum())
-    meta = HeldOutMeta(dtype.name, out.tokens, out.texts, num_bytes, entropy, kept, moved)
+    meta = HeldOutMeta(corpus.dtype.name, out.tokens, out.texts, num_bytes, entropy, beyond)
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
 
 
-@dataclass
-class _Seen:
-    bytes: int = 0  # of the documents that were looked at
-
-
-def _candidates(found: Iterator[Document], fraction: float, seen: _Seen, most: int) -> Iterator[Document]:
-    """Those that may be held out, until so many bytes were looked at; of text that is known before it is tokenised."""
-    for document in found:
-        text = document.text
-        if isinstance(text, str):
-            content = text.encode(errors="replace")
-            seen.bytes += len(content)
-            if is_held_out(digest(content), fraction):
-                yield document
-        else:
-            seen.bytes += (text.tokens if isinstance(text, Flat) else text).nbytes
-            yield document
-        if seen.bytes >= most:
-            return
-
-
-@dataclass
-class _Tail:
-    kept: int  # tokens of the unit
-    documents: list[Tokenized]
-
-
-def _tails(there: int, folders: list[Path], ends: dict[int, int], fraction: float) -> dict[int, _Tail]:
-    """The last tokens of units, so many as held-out text lacks; none where it lacks less than half.
+class Choice:
+    """Which documents are held out, of those that are shown to it.
 
     Args:
-        ends: where the training tokens of a unit end, where it is not at the unit's end.
+        fraction: all below this share of the digests.
     """
-    metas = [read_unit(folder) for folder in folders]
-    total = sum(meta.all_tokens for meta in metas) - sum(metas[unit].tokens - end for unit, end in ends.items())
-    wanted = max(int(fraction * total), min(SMALLEST_TOKENS, total // 10))
-    tails: dict[int, _Tail] = {}
-    missing = wanted - there if there < wanted / 2 else 0
-    for unit in reversed(range(len(folders))):
-        end = ends.get(unit, metas[unit].tokens)
-        count = min(missing, end)
-        if count:
-            tokens = np.fromfile(folders[unit] / "tokens.bin", metas[unit].dtype)[:end]
-            table = np.fromfile(folders[unit] / "documents", DOCUMENT)
-            tails[unit] = _tail(tokens, table[table["start"] < end], count)
-            missing -= count
-    return tails
 
+    def __init__(self, fraction: float):
+        self.read = self.size = 0  # bytes: all, and those below the fraction
+        self._fraction = fraction
+        self._below: list[Document] = []
+        # The next higher digests, `LEAST` bytes and no document more: copies together, with their bytes.
+        self._next: dict[int, tuple[int, list[Document]]] = {}
+        self._next_size = 0
+        self._highest: list[int] = []  # a heap of the same digests, negative
+        self._passed_over = False  # a document that is in neither
 
-def _tail(tokens: np.ndarray, table: np.ndarray, count: int) -> _Tail:
-    kept = len(tokens) - count
-    ends = np.append(table["start"][1:].astype(np.int64), len(tokens))
-    moved = []
-    for row, end in zip(table, ends.tolist(), strict=True):
-        if end > kept:
-            ids = tokens[max(int(row["start"]), kept) : end].astype("<u4").tobytes()
-            place = int(row["file"]), int(row["number"])
-            moved.append(Tokenized(*place, ids, int(row["text"]), int(row["beginning"]), 0))
-    return _Tail(kept, moved)
+    def see(self, document: Document) -> None:
+        """Another document."""
+        content = content_of(document)
+        text, size = digest(content), len(content)
+        self.read += size
+        if is_held_out(text, self._fraction):
+            self._below.append(document)
+            self.size += size
+            return
+        if text not in self._next:
+            heapq.heappush(self._highest, -text)
+        before, copies = self._next.get(text, (0, []))
+        self._next[text] = before + size, [*copies, document]
+        self._next_size += size
+        while self._next_size - self._next[-self._highest[0]][0] >= LEAST:
+            self._next_size -= self._next.pop(-heapq.heappop(self._highest))[0]
+            self._passed_over = True
+
+    @property
+    def several(self) -> bool:
+        """Whether there is something to choose from."""
+        return self._passed_over or bool(self._below) + len(self._next) > 1
+
+    def chosen(self) -> tuple[list[Document], list[int]]:
+        """The documents, and the digests of those above the fraction. At least one document is left to train on, if one is
+        above it."""
+        chosen, beyond, size = list(self._below), list[int](), self.size
+        for text in sorted(self._next):
+            last = not self._passed_over and len(beyond) == len(self._next) - 1
+            if size >= min(LEAST, self.read / 10) or last:
+                break
+            more, copies = self._next[text]
+            chosen += copies
+            beyond.append(text)
+            size += more
+        return chosen, beyond

@@ -3,50 +3,20 @@
 import sys
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cache import cache_folder, json_damage, key_of, written_once
-from smolds_dist.data.held_out import SMALLEST_TOKENS
-from smolds_dist.data.hub import resolve
+from smolds_dist.data.held_out import LEAST, find_held_out
 from smolds_dist.data.mixture import Mixture, mixture_of
-from smolds_dist.data.source import File, fingerprint
+from smolds_dist.data.source import File, fingerprint, resolve
 from smolds_dist.data.text import documents
 from smolds_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from smolds_dist.data.unit_source import UnitSource
+from smolds_dist.data.units import Corpus
 from smolds_dist.errors import ConfigError
-from smolds_dist.progress import ProgressBar
+from smolds_dist.progress import Reporter
 from smolds_dist.settings import RunConfig, Source
 
 TOKENIZER_FORMAT = 3  # raise it when training on the same text comes to another tokenizer
-
-
-class Bar:
-    """Shows how far each source has come, from the moment that there is something to tokenise."""
-
-    def __init__(self, config: RunConfig):
-        self._shown = config.log.level != "quiet"
-        self._bars: dict[str, ProgressBar] = {}
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for bar in self._bars.values():
-            bar.close()
-
-    def show(self, source: UnitSource, tokens: int) -> None:
-        """As `unit_source.Progress`."""
-        if source.name not in self._bars:
-            what = f"Tokenising {source.said}: token"
-            self._bars[source.name] = ProgressBar(what, shown=self._shown)
-        self._bars[source.name].show(source.tokens_found + tokens)
-
-    def tell_left_out(self, sources: dict[str, UnitSource]) -> None:
-        """What was left out of those sources that were worked on."""
-        for name in self._bars:
-            for line in sources[name].left_out():
-                print(line, file=sys.stderr, flush=True)
 
 
 def prepare_data(
@@ -67,28 +37,28 @@ def prepare_data(
         ConfigError: where a source is missing, or too small for one sequence in either split, or for the run
             (`max_epochs`).
     """
-    with Bar(config) as bar:
-        data = find_data(config, tokenizer, limits, bar)
+    reporter = Reporter(shown=config.log.level != "quiet")
+    try:
+        data = find_data(config, tokenizer, limits, reporter)
         _begin(config, data, samples)
-        bar.tell_left_out(data.sources)
+        for name in reporter.names:
+            for line in data.sources[name].left_out():
+                print(line, file=sys.stderr, flush=True)
+    finally:
+        reporter.close_bars()
     _check_sizes(config, data)
     _check_epochs(config, data)
     return data
 
 
-def begin_data(config: RunConfig) -> TrainingData:
-    """A new run's data, but for training text that is not tokenised yet."""
-    with Bar(config) as bar:
-        return find_data(config, None, None, bar)
-
-
 def find_data(
     config: RunConfig,
-    tokenizer: Path | None,
-    limits: dict[str, int | None] | None,
-    bar: Bar,
+    tokenizer: Path | None = None,
+    limits: dict[str, int | None] | None = None,
+    reporter: Reporter | None = None,
 ) -> TrainingData:
     """As `prepare_data`, but waits for no training text."""
+    reporter = reporter or Reporter()
     cache = cache_folder(config.data.cache_dir)
     read_as, files = dict[str, Source](), dict[str, list[File]]()
     for name, one in config.data.mixed.items():
@@ -98,9 +68,13 @@ def find_data(
     mixture = mixture_of(config)
     limits = {name: _token_limit(config, one, name, mixture) for name, one in read_as.items()} | (limits or {})
     seq_len, seed, window = config.data.seq_len, config.train.seed, config.data.window_tokens
-    sources = _unit_sources(config, cache, loaded, limits, read_as, files, bar)
+    corpora = [
+        Corpus(name, config.data.mixed[name].source, one, files[name], config.data, loaded)
+        for name, one in read_as.items()
+    ]
+    sources = _open_sources(corpora, cache, limits, reporter)
     orders = {name: one.order(seq_len, seed, window, config.data.packing) for name, one in sources.items()}
-    return TrainingData(loaded, sources, orders, mixture, seq_len, limits)
+    return TrainingData(loaded, sources, orders, mixture, seq_len, limits, reporter)
 
 
 def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
@@ -169,27 +143,17 @@ def _tokenizer_folder(
     return written_once(cache / "tokenizers" / key, train, json_damage("tokenizer.json"))
 
 
-def _unit_sources(
-    config: RunConfig,
-    cache: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: dict[str, int | None],
-    read_as: dict[str, Source],
-    files: dict[str, list[File]],
-    bar: Bar,
+def _open_sources(
+    corpora: list[Corpus], cache: Path, limits: dict[str, int | None], reporter: Reporter
 ) -> dict[str, UnitSource]:
-    """Each source. A text whose end one source holds out is left out of the others."""
-    data, sources = config.data, dict[str, UnitSource]()
-    for name, source in read_as.items():
-        endless = source.source.startswith("hf:")
-        limit, stream_limit = (None, limits[name]) if endless else (limits[name], None)
-        sources[name] = UnitSource(
-            name, data.mixed[name].source, source, files[name], data, tokenizer, cache, bar.show, limit, stream_limit
-        )
-    for one in sources.values():
-        elsewhere = [other.held_out.moved for other in sources.values() if other.held_out.moved != one.held_out.moved]
-        one.leave_out([text for moved in elsewhere for text in moved])
-    return sources
+    """Each source. What one holds out, none is trained on."""
+    with reporter.active():
+        held_out = [find_held_out(corpus, cache, limits[corpus.name]) for corpus in corpora]
+    aside = sorted({text for one in held_out for text in one.beyond})
+    return {
+        corpus.name: UnitSource(corpus, cache, one, aside, reporter, limits[corpus.name]).open()
+        for corpus, one in zip(corpora, held_out, strict=True)
+    }
 
 
 def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture) -> int | None:
@@ -197,4 +161,4 @@ def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture)
     if config.data.max_tokens or not source.source.startswith("hf:"):
         return config.data.max_tokens
     samples = mixture.totals(config.train.steps * config.train.global_batch)[mixture.names.index(name)]
-    return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + SMALLEST_TOKENS
+    return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + LEAST

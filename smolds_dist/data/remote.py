@@ -7,19 +7,16 @@ itself (a file that is gone, a refusal) is an error at once.
 import errno
 import io
 import sys
-import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from smolds_dist.errors import first_line
+from smolds_dist.progress import current_reporter
 
 BLOCK = 2**22  # bytes of one request, where the reader does not want more
 LONGEST_PAUSE = 60.0  # seconds between two tries
 TIMEOUT = 60.0  # seconds without a byte
 FINAL = (400, 401, 403, 404, 405, 410, 451)  # HTTP's answers that another try does not change
-# Called again and again while a server is waited for.
-waiting: ContextVar[Callable[[], None]] = ContextVar("waiting", default=lambda: None)
 
 T = TypeVar("T")
 
@@ -64,10 +61,7 @@ def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
                 raise
             why = _reason(error)
         print(f"{what} ({why}); trying again in {pause:.0f} s", file=sys.stderr, flush=True)
-        end = time.monotonic() + pause
-        while (left := end - time.monotonic()) > 0:
-            waiting.get()()
-            time.sleep(min(left, 0.5))
+        current_reporter().sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

@@ -1,22 +1,30 @@
-"""Text: which rows are documents, and what becomes of the others."""
+"""Text: which rows are documents, what becomes of the others, and documents as token ids with the digests by which equal
+texts are known.
+"""
 
+import hashlib
 import json
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.parts import Part
-from smolds_dist.data.rows import PLACES, BadRow, rows_before, rows_of
-from smolds_dist.data.source import BadFileError, File
-from smolds_dist.data.token_files import Flat
+from smolds_dist.data.rows import BLOCK, PLACES, BadRow, Flat, rows_before, rows_of
+from smolds_dist.data.source import BadFileError, File, Part
+from smolds_dist.data.tokenizer import text_encoder
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Data, Source
 
 BYTE_ORDER_MARK = "\ufeff"
+DOCUMENTS_AT_ONCE = 512
+BEGINNING = 50  # tokens by which the original run tells texts apart
 
 
 class Document(NamedTuple):
@@ -126,3 +134,134 @@ def look_ahead(source: Source, files: list[File], data: Data, most: int = 1000) 
     remote = any("://" in file.path for file in files)
     for file in files[: 32 if remote else most]:
         next(documents(source, [file], data), None)
+
+
+class Tokenized(NamedTuple):
+    """A document's tokens and where it stands."""
+
+    part: int  # as of its `Document`
+    number: int
+    ids: bytes  # little-endian uint32, the end-of-text token included
+    text: int  # 64-bit digest of the whole text
+    beginning: int  # of its first `BEGINNING` tokens
+    length: int  # UTF-8 bytes of the text; of a `tokens` source 0, to be found by decoding
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False
+) -> Iterator[list[Tokenized]]:
+    """Documents in their order, some hundred at once.
+
+    Encoding goes on in a thread, for the tokenizer leaves the interpreter free: meanwhile the next documents are read, and
+    the caller works on those that are done.
+
+    Args:
+        allow_control_tokens: text that spells a control token becomes it.
+
+    Raises:
+        WrongIdError: where ids of a `tokens` source do not fit the tokenizer.
+    """
+    encoder = text_encoder(tokenizer, allow_control_tokens)
+    eos, vocabulary = int(tokenizer.eos_token_id), len(tokenizer)
+    end = array("I", [eos]).tobytes()
+
+    def encode(batch: list[Document]) -> tuple[list[Document], list[bytes]]:
+        if not isinstance(batch[0].text, str):
+            return batch, [_checked(document, vocabulary) for document in batch]
+        encodings = encoder.encode_batch_fast([str(document.text) for document in batch], add_special_tokens=False)
+        return batch, [array("I", encoding.ids).tobytes() for encoding in encodings]
+
+    def finished(batch: list[Document], encoded: list[bytes]) -> list[Tokenized]:
+        done = []
+        for document, ids in zip(batch, encoded, strict=True):
+            content = content_of(document)
+            length = len(content) if isinstance(document.text, str) else 0
+            beginning = digest(ids[: 4 * BEGINNING])
+            done.append(Tokenized(document.part, document.number, ids + end, digest(content), beginning, length))
+        return done
+
+    with ThreadPoolExecutor(1, "tokenizer") as pool:
+        ahead: Future | None = None
+        for batch in _batches(single_documents(documents, eos)):
+            previous, ahead = ahead, pool.submit(encode, batch)
+            if previous:
+                yield finished(*previous.result())
+        if ahead:
+            yield finished(*ahead.result())
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    documents = iter(documents)
+    while batch := list(islice(documents, DOCUMENTS_AT_ONCE)):
+        yield batch
+
+
+def single_documents(found: Iterable[Document], eos: int) -> Iterator[Document]:
+    """The same, those of a flat file one by one; token ids without the end-of-text token, and none without tokens."""
+    for document in found:
+        if isinstance(document.text, str):
+            yield document
+            continue
+        text = document.text
+        for number, ids in _cut(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]:
+            if len(ids):
+                yield Document(document.part, number, ids[:-1] if ids[-1] == eos else ids)
+
+
+def content_of(document: Document) -> bytes:
+    """What a document's digest is made of: its text, or the ids of a `tokens` source as they are stored here."""
+    text = document.text
+    return text.encode(errors="replace") if isinstance(text, str) else np.asarray(text).astype("<u4").tobytes()
+
+
+def _checked(document: Document, vocabulary: int) -> bytes:
+    """The ids of a document of a `tokens` source.
+
+    Raises:
+        WrongIdError: where the tokenizer does not have one of them.
+    """
+    ids = np.asarray(document.text)
+    if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+        outside = int(ids.max()) if int(ids.max()) >= vocabulary else int(ids.min())
+        raise WrongIdError(document.part, document.number, outside, vocabulary)
+    return content_of(document)
+
+
+class WrongIdError(Exception):
+    """An id that the tokenizer does not have."""
+
+    def __init__(self, part: int, document: int, token: int, vocabulary: int):
+        super().__init__(
+            f"has in document {document:,} the id {token}; the tokenizer has ids from 0 to {vocabulary - 1}"
+        )
+        self.part = part
+
+
+def _cut(tokens: np.ndarray, eos: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The documents of a flat file, each with its end-of-text token; without holding all of it in memory."""
+    start = number = 0
+    for block in range(0, len(tokens), BLOCK):
+        for at in np.flatnonzero(tokens[block : block + BLOCK] == eos).tolist():
+            number += 1
+            yield number, np.asarray(tokens[start : block + at + 1])
+            start = block + at + 1
+    if start < len(tokens):
+        yield number + 1, np.asarray(tokens[start:])
+
+
+def digest(content: bytes) -> int:
+    """64 bits that tell texts apart."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def decoded_bytes(document: Tokenized, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the text of a document that came as tokens."""
+    ids = np.frombuffer(document.ids, "<u4")[:-1]
+    return len(str(tokenizer.decode(ids.tolist())).encode(errors="replace"))
+
+
+def is_held_out(text: int, fraction: float) -> bool:
+    """By a text's digest alone: a document stays on its side when the corpus grows, in every source, and copies stay
+    together.
+    """
+    return text < fraction * 2**64

@@ -11,132 +11,79 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.cache import key_of, write_if_free, written_once
-from smolds_dist.data.held_out import ENOUGH_BYTES, held_out_damage, read_held_out, write_held_out
-from smolds_dist.data.order import Piece, SourceOrder
-from smolds_dist.data.packing import best_fit
-from smolds_dist.data.parts import units_of_files
+from smolds_dist.data.cache import write_if_free
+from smolds_dist.data.held_out import HeldOut
+from smolds_dist.data.order import Piece, SourceOrder, best_fit
 from smolds_dist.data.rows import rows_before
-from smolds_dist.data.source import File, settings_of
-from smolds_dist.data.text import look_ahead
-from smolds_dist.data.tokenizer import tokenizer_digest
-from smolds_dist.data.units import DOCUMENT, FORMAT, UnitMeta, left_out_of, read_unit, unit_damage, write_unit
+from smolds_dist.data.units import DOCUMENT, Corpus, UnitMeta, left_out_of, read_unit, unit_damage, write_unit
 from smolds_dist.errors import ConfigError
-from smolds_dist.settings import Data, Source
+from smolds_dist.progress import Reporter, SourceProgress
 
 AT_ONCE = 16  # units that a process looks for work in, from the one that is wanted next
 OPEN_UNITS = 1024
 
-# Told while units are made or waited for: the source, and the tokens of the one that this process is making.
-Progress = Callable[["UnitSource", int], None]
-
 
 class UnitSource:
-    """The units of a source.
+    """The units of a source; `open` it before use.
 
     Args:
-        said: what the settings call it.
-        source: as it is read.
-        files: its files.
+        aside: digests of documents that some source of the run holds out though `val_fraction` would not; these are not
+            trained on.
+        reporter: hears of it while units are made or waited for.
         limit: tokens after which no more units are taken, with the documents of the last one up to there.
-        stream_limit: of a source that is one endless unit.
-
-    Raises:
-        ConfigError: where the text of a file cannot be read and is not to be skipped.
     """
 
     def __init__(
-        self,
-        name: str,
-        said: str,
-        source: Source,
-        files: list[File],
-        data: Data,
-        tokenizer: PreTrainedTokenizerBase,
-        cache: Path,
-        progress: Progress,
-        limit: int | None = None,
-        stream_limit: int | None = None,
+        self, corpus: Corpus, cache: Path, held_out: HeldOut, aside: list[int], reporter: Reporter, limit: int | None
     ):
-        self.name, self.said, self.source, self._data, self._tokenizer = name, said, source, data, tokenizer
-        self.files = files
-        self.units = units_of_files(source, files)
-        self.progress = progress
-        self._stream_limit = stream_limit
+        self.name, self.files, self.units = corpus.name, corpus.files, corpus.units
+        self.held_out = held_out
+        self._corpus, self._reporter, self._limit = corpus, reporter, limit
+        self._limits = {0: limit} if corpus.endless else {}  # of single units
+        self._cache = cache
+        self.folders = [self._folder_of(unit) for unit in range(len(self.units))]
+        self._aside = np.array(aside, dtype=np.uint64)
         self._found: dict[int, UnitMeta] = {}
-        self._also: np.ndarray = np.zeros(0, np.uint64)
+        self._trained: dict[int, list[Piece]] = {}  # of units that were found
+        self.tokens_found = 0  # of these, for training and aside
         self._open = lru_cache(OPEN_UNITS)(self._map_tokens)
         self._open_table = lru_cache(OPEN_UNITS)(self._map_table)
         self._rows_before = lru_cache(OPEN_UNITS)(
-            lambda part: rows_before(files[part.file], source, (part.number, part.of))
-        )
-        made_with = [
-            FORMAT, settings_of(source, data), tokenizer_digest(tokenizer), data.val_fraction, data.allow_control_tokens,
-            stream_limit,
-        ]  # fmt: skip
-        keys = [
-            key_of(made_with, [(*self._identity(part.file), part.number, part.of) for part in unit])
-            for unit in self.units
-        ]
-        self.folders = [cache / "units" / key[:2] / key for key in keys]
-        self._ends: dict[int, int] = {}  # where the training tokens of a unit end, where it is not at the unit's end
-        self._last: tuple[int, int, int] | None = None  # as of `write_held_out`
-        if not self.find(0):
-            look_ahead(source, files, data)
-        if limit:
-            self._take_up_to(limit)
-        key = key_of("held out", FORMAT, keys[: len(self.units)], self._last)
-        self.held_out, kept = read_held_out(
-            written_once(cache / "held_out" / key, self._write_held_out, held_out_damage)
-        )
-        for unit, end in kept.items():
-            self._ends[unit] = min(end, self._ends.get(unit, end))
-
-    def _identity(self, file: int) -> tuple[str, int, str]:
-        described = self.files[file]
-        # Several machines with the same Python share these.
-        path = Path(described.path).name if self.source.source == "stdlib" else described.path
-        return path, described.size, described.version
-
-    def _write_held_out(self, folder: Path) -> None:
-        # Of a stream about as much is read as the run reads of it.
-        most = ENOUGH_BYTES if self._stream_limit is None else min(ENOUGH_BYTES, 8 * self._stream_limit)
-        write_held_out(
-            folder, self.units, self.source, self.files, self._data, self._tokenizer, self._made, most, self._last
+            lambda part: rows_before(self.files[part.file], corpus.source, (part.number, part.of))
         )
 
-    def _made(self, unit: int) -> Path:
-        self._wait_for(np.array([unit]), self.has_tokens)
-        return self.folders[unit]
+    def _folder_of(self, unit: int) -> Path:
+        key = self._corpus.key(unit, self._limits.get(unit))
+        return self._cache / "units" / key[:2] / key
 
-    def _take_up_to(self, limit: int) -> None:
-        total = 0
+    def open(self) -> "UnitSource":
+        """The source itself, once it is known which units the limit leaves; for that, these are tokenized.
+
+        Raises:
+            ConfigError: where the text of a file cannot be read and is not to be skipped.
+        """
+        if self._limit is None or self._corpus.endless:
+            return self
         for unit in range(len(self.units)):
             self._wait_for(np.arange(unit, len(self.units)))
             meta = self._found[unit]
-            if total + meta.all_tokens >= limit:
-                self.units = self.units[: unit + 1]
-                self._end_with(unit, limit - total)
-                return
-            total += meta.all_tokens
+            if self.tokens_before(unit) + meta.all_tokens >= self._limit:
+                self._end_with(unit, self._limit - self.tokens_before(unit))
+                break
+        return self
+
+    def tokens_before(self, unit: int) -> int:
+        """Of the units before this one, which are all known."""
+        return sum(self._found[before].all_tokens for before in range(unit))
 
     def _end_with(self, unit: int, limit: int) -> None:
-        """Takes the unit's documents until there are so many tokens."""
-        meta, table = self._found[unit], self.table(unit)
-        lengths = np.diff(table["start"].astype(np.int64), append=meta.tokens)
-        trained = zip(table["file"].tolist(), table["number"].tolist(), lengths.tolist(), strict=True)
-        in_order = sorted([*trained, *map(tuple, meta.aside)])
-        enough = int(np.searchsorted(np.cumsum([tokens for _, _, tokens in in_order]), limit))
-        part, number, _ = in_order[enough]
-        places = zip(table["file"].tolist(), table["number"].tolist(), strict=True)
-        self._ends[unit] = int(lengths[[place <= (part, number) for place in places]].sum())
-        self._last = part, number, self._ends[unit]
-
-    def leave_out(self, texts: list[int]) -> None:
-        """Further texts that are not trained on, by digest, because another source holds them out."""
-        self._also = np.array(sorted(texts), dtype=np.uint64)
+        """Takes no further unit, and of this one the documents until there are so many tokens."""
+        self.units, self.folders, self._limits = self.units[: unit + 1], self.folders[: unit + 1], {unit: limit}
+        self._found = {before: self._found[before] for before in range(unit)}
+        self.tokens_found = self.tokens_before(unit)
+        self.folders[unit] = self._folder_of(unit)
+        self._wait_for(np.array([unit]))
 
     def find(self, unit: int) -> bool:
         """Whether it is known what a unit holds: its tokens are there, or have been."""
@@ -144,6 +91,7 @@ class UnitSource:
             for folder in (self.folders[unit], self._known(unit)):
                 if folder.is_dir() and not unit_damage(folder):
                     self._found[unit] = read_unit(folder)
+                    self.tokens_found += self._found[unit].all_tokens
                     return True
             return False
         return True
@@ -190,14 +138,17 @@ class UnitSource:
         write = partial(
             write_unit,
             unit=self.units[unit],
-            source=self.source,
-            files=self.files,
-            data=self._data,
-            tokenizer=self._tokenizer,
-            limit=self._stream_limit,
-            alive=lambda tokens: self.progress(self, tokens),
+            corpus=self._corpus,
+            limit=self._limits.get(unit),
+            report=self._report,
         )
-        return write_if_free(self.folders[unit], write, unit_damage) and self.find(unit)
+        with self._reporter.active():
+            return write_if_free(self.folders[unit], write, unit_damage) and self.find(unit)
+
+    def _report(self, tokens: int) -> None:
+        """Of the unit that this process is making there are so many."""
+        found, units = self.tokens_found + tokens, (len(self._found), len(self.units))
+        self._reporter.update(SourceProgress(self.name, self._corpus.label, found, *units))
 
     def pieces_of(self, following: np.ndarray, wait: bool) -> list[Piece] | None:
         """As `order.PiecesOf`."""
@@ -206,21 +157,19 @@ class UnitSource:
             if not wait:
                 return None
             self._wait_for(following)
-        length = self._ends.get(unit, self._found[unit].tokens)
-        if not len(self._also):
-            return [Piece(unit, 0, length)] if length else []
-        table = self.table(unit)
-        starts = np.minimum(table["start"].astype(np.int64), length)
-        ends = np.append(starts[1:], length)
-        pieces: list[Piece] = []
-        for start, end, out in zip(starts.tolist(), ends.tolist(), np.isin(table["text"], self._also), strict=True):
-            if out or start == end:
-                continue
-            if pieces and pieces[-1].start + pieces[-1].length == start:
-                pieces[-1] = pieces[-1]._replace(length=pieces[-1].length + end - start)
-            else:
-                pieces.append(Piece(unit, start, end - start))
-        return pieces
+        return self._trained_on(unit)
+
+    def _trained_on(self, unit: int) -> list[Piece]:
+        """A found unit's tokens but for documents that are held out; each piece is of whole documents."""
+        if unit not in self._trained:
+            bounds, kept = np.array([0, self._found[unit].tokens]), np.array([self._found[unit].tokens > 0])
+            if len(self._aside):
+                table = self.table(unit)
+                bounds = np.append(table["start"].astype(np.int64), bounds[-1])
+                kept = ~np.isin(table["text"], self._aside)
+            ends = bounds[np.flatnonzero(np.diff(kept, prepend=False, append=False))].reshape(-1, 2)
+            self._trained[unit] = [Piece(unit, start, end - start) for start, end in ends.tolist()]
+        return self._trained[unit]
 
     def _wait_for(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
         """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making.
@@ -229,11 +178,11 @@ class UnitSource:
             there: `find`, if not given.
         """
         unit = int(following[0])
-        at_once = 1 if self._data.disk_budget_gb else AT_ONCE
+        at_once = 1 if self._corpus.data.disk_budget_gb else AT_ONCE
         while not (there or self.find)(unit):
             if not self.make(unit) and not self._make_one_of(following[1:at_once].tolist()):
                 time.sleep(0.05)
-            self.progress(self, 0)
+            self._report(0)
 
     def _make_one_of(self, units: list[int]) -> bool:
         """Whether one was made. What is wrong with it will be told when it is wanted."""
@@ -261,14 +210,9 @@ class UnitSource:
         """Units of which this process knows that they are there."""
         return len(self._found)
 
-    @property
-    def tokens_found(self) -> int:
-        """Of these, for training and aside."""
-        return sum(meta.all_tokens for meta in self._found.values())
-
     def left_out(self) -> list[str]:
         """What the units that were found left out, in words."""
-        return left_out_of(self.said, list(self._found.values()))
+        return left_out_of(self._corpus.label, list(self._found.values()))
 
     def tokens(self, unit: int) -> np.ndarray:
         """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
@@ -299,9 +243,10 @@ class UnitSource:
 
     def content(self, units: np.ndarray) -> str:
         """Digest of the training texts of these units."""
-        found = hashlib.sha256(self._also.tobytes())
+        found = hashlib.sha256()
         for unit in units.tolist():
-            found.update(f"{self._found[unit].content} {self._ends.get(unit)}\n".encode())
+            pieces = [piece[1:] for piece in self._trained_on(unit)]
+            found.update(f"{self._found[unit].content} {pieces}\n".encode())
         return found.hexdigest()[:32]
 
 

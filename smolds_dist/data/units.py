@@ -1,5 +1,8 @@
-"""Units' tokens: each unit of a source has a folder of its own, which is written whole or not at all, by one of any number
-of processes and machines.
+"""Units: what of a source is tokenized at once. Each has a folder of its own, which is written whole or not at all, by one
+of any number of processes and machines.
+
+A unit is the smallest piece of work: it is read by one process, and the order of samples is made of units. Large files are
+cut into several, small ones travel together.
 
 Layout: `<cache>/units/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad_rows.jsonl` where rows were skipped.
 """
@@ -8,25 +11,119 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.parts import Part
-from smolds_dist.data.remote import waiting
-from smolds_dist.data.source import File
-from smolds_dist.data.text import Document, Tally, documents
-from smolds_dist.data.tokens import Tokenized, WrongIdError, is_held_out, tokenize
+from smolds_dist.data.cache import key_of
+from smolds_dist.data.order import key_for, permuted
+from smolds_dist.data.source import COMPRESSED, File, Part, settings_of
+from smolds_dist.data.text import Document, Tally, Tokenized, WrongIdError, documents, is_held_out, tokenize
+from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Data, Source
 
-FORMAT = 4  # part of every key: raise it when the layout or the meaning of a file changes
+FORMAT = 5  # part of every key: raise it when the layout or the meaning of a file changes
+UNIT_BYTES = 2**20  # small files travel together up to this size
+PART_BYTES = 2**24  # larger files are cut, where their format can be
+CUT = ("jsonl", "parquet")
 # A row of a table of documents: where its tokens start, its part of the unit and number there, digests of its text and its
 # beginning.
 DOCUMENT = np.dtype([("start", "<u8"), ("file", "<u4"), ("number", "<u4"), ("text", "<u8"), ("beginning", "<u8")])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of one of a run's sources, and how it becomes tokens."""
+
+    name: str  # among the run's sources
+    label: str  # the source as the settings have it
+    source: Source  # as it is read
+    files: list[File]
+    data: Data
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def units(self) -> list[list[Part]]:
+        return units_of_files(self.source, self.files)
+
+    @property
+    def endless(self) -> bool:
+        """Whether it is one unit that may have no end."""
+        return self.source.source.startswith("hf:")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its tokens where they are stored."""
+        return np.dtype(np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32)
+
+    @cached_property
+    def _made_with(self) -> list:
+        settings = settings_of(self.source, self.data)
+        return [
+            FORMAT, settings, tokenizer_digest(self.tokenizer), self.data.val_fraction, self.data.allow_control_tokens
+        ]  # fmt: skip
+
+    def key(self, unit: int, limit: int | None = None) -> str:
+        """Of the folder of a unit, or of its first `limit` tokens."""
+        described = []
+        for part in self.units[unit]:
+            file = self.files[part.file]
+            # Several machines with the same Python share these.
+            path = Path(file.path).name if self.source.source == "stdlib" else file.path
+            described.append((path, file.size, file.version, part.number, part.of))
+        return key_of(self._made_with, limit, described)
+
+    def documents(self, parts: list[Part], tally: Tally | None = None) -> Iterator[Document]:
+        """Those of some parts, as `text.documents`."""
+        return documents(self.source, self.files, self.data, tally, parts)
+
+    def tokenize(self, found: Iterable[Document], parts: list[Part]) -> Iterator[list[Tokenized]]:
+        """Documents of these parts as tokens, some hundred at once.
+
+        Raises:
+            ConfigError: where ids of a `tokens` source do not fit the tokenizer.
+        """
+        try:
+            yield from tokenize(found, self.tokenizer, self.data.allow_control_tokens)
+        except WrongIdError as error:
+            path = self.files[parts[error.part].file].path
+            raise ConfigError(f"{path} {error}; give the tokenizer that made them.") from None
+
+
+def units_of_files(source: Source, files: list[File]) -> list[list[Part]]:
+    """The units of a source, in an order that has nothing to do with the files' names."""
+    parts, sizes = [], []
+    for at, file in enumerate(files):
+        cut = source.source.partition(":")[0] in CUT and not file.path.endswith(COMPRESSED)
+        count = -(-file.size // PART_BYTES) if cut and file.size else 1
+        parts += [Part(at, number, count) for number in range(count)]
+        sizes += [file.size // count] * count
+    units: dict[int, list[Part]] = {}
+    for part, unit in zip(parts, units_of(sizes), strict=True):
+        units.setdefault(unit, []).append(part)
+    return [units[unit] for unit in sorted(units)]
+
+
+def units_of(sizes: list[int]) -> list[int]:
+    """The unit of each part of a source, whose sizes in bytes are given in the order of the names.
+
+    Small ones travel together, up to `UNIT_BYTES`, but not with their neighbours: those are often alike, and the first
+    window should be like the whole. So they are taken in a fixed order that has nothing to do with their names.
+    """
+    key = key_for("2 0 0 files")[None]
+    order = np.argsort(permuted(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), key))
+    units, unit, size = [0] * len(sizes), -1, UNIT_BYTES
+    for part in order.tolist():
+        if size + sizes[part] > UNIT_BYTES:
+            unit, size = unit + 1, 0
+        size += sizes[part]
+        units[part] = unit
+    return units
 
 
 @dataclass(frozen=True)
@@ -36,7 +133,7 @@ class UnitMeta:
     dtype: str
     tokens: int  # for training
     texts: int  # documents for training
-    aside: list[tuple[int, int, int]]  # documents that are not trained on, as their digests say: part, number, tokens
+    aside_tokens: int  # of documents that are not trained on, as their digests say
     text_bytes: int  # UTF-8 bytes of all text; 0 of a `tokens` source
     content: str  # digest of the training texts in their order
     rows: int
@@ -50,7 +147,7 @@ class UnitMeta:
     @property
     def all_tokens(self) -> int:
         """Those of documents aside too."""
-        return self.tokens + sum(tokens for _, _, tokens in self.aside)
+        return self.tokens + self.aside_tokens
 
 
 def read_unit(folder: Path) -> UnitMeta:
@@ -95,58 +192,45 @@ class DocumentWriter:
         self._table.close()
 
 
-def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
-    return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-
-
 def write_unit(
     folder: Path,
     unit: list[Part],
-    source: Source,
-    files: list[File],
-    data: Data,
-    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
     limit: int | None = None,
-    alive: Callable[[int], None] = lambda tokens: None,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Tokenises a unit into `folder`.
+    """Tokenizes a unit into `folder`.
 
     Args:
         limit: stop with the document that reaches so many tokens.
-        alive: told now and then how many tokens there are.
+        report: called now and then with the number of tokens so far.
 
     Raises:
         ConfigError: for a file or row that cannot be read and is not to be skipped.
     """
-    dtype = token_dtype(tokenizer)
     tally = Tally(say=lambda text: print(text, file=sys.stderr, flush=True), bad_rows=folder / "bad_rows.jsonl")
     content = hashlib.sha256()
-    aside: list[tuple[int, int, int]] = []
     read = text_bytes = 0
-    out = DocumentWriter(folder / "tokens.bin", folder / "documents", dtype)
-    waiting_before = waiting.set(lambda: alive(read))
+    out = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype)
     try:
-        for batch in tokens_of(documents(source, files, data, tally, unit), unit, files, data, tokenizer):
+        for batch in corpus.tokenize(corpus.documents(unit, tally), unit):
             if limit:
                 batch = _up_to(batch, limit - read)
-            kept = [one for one in batch if not is_held_out(one.text, data.val_fraction)]
+            kept = [one for one in batch if not is_held_out(one.text, corpus.data.val_fraction)]
             out.add(kept)
             content.update(b"".join(one.text.to_bytes(8, "big") for one in kept))
-            held_out = (one for one in batch if is_held_out(one.text, data.val_fraction))
-            aside += [(one.part, one.number, len(one.ids) // 4) for one in held_out]
             read += sum(len(one.ids) // 4 for one in batch)
             text_bytes += sum(one.length for one in batch)
-            alive(read)
+            report(read)
             if limit and read >= limit:
                 break
     finally:
-        waiting.reset(waiting_before)
         out.close()
     meta = UnitMeta(
-        dtype=dtype.name,
+        dtype=corpus.dtype.name,
         tokens=out.tokens,
         texts=out.texts,
-        aside=aside,
+        aside_tokens=read - out.tokens,
         text_bytes=text_bytes,
         content=content.hexdigest(),
         rows=tally.read,
@@ -154,21 +238,6 @@ def write_unit(
         bad_rows=dict(tally.bad),
     )
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
-
-
-def tokens_of(
-    found: Iterator[Document], unit: list[Part], files: list[File], data: Data, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[list[Tokenized]]:
-    """The tokens of documents of a unit, some hundred at once.
-
-    Raises:
-        ConfigError: where ids of a `tokens` source do not fit the tokenizer.
-    """
-    try:
-        yield from tokenize(found, tokenizer, data.allow_control_tokens)
-    except WrongIdError as error:
-        path = files[unit[error.part].file].path
-        raise ConfigError(f"{path} {error}; give the tokenizer that made them.") from None
 
 
 def _up_to(batch: list[Tokenized], limit: int) -> list[Tokenized]:

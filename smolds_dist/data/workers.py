@@ -17,11 +17,12 @@ from pathlib import Path
 
 from smolds_dist.config import load_config, save_config
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.budget import DiskBudget, bytes_there, unit_orders
 from smolds_dist.data.cores import free_cores, use_all_cores
-from smolds_dist.data.prepare import Bar, find_data
+from smolds_dist.data.order import SourceOrder
+from smolds_dist.data.prepare import find_data
 from smolds_dist.data.unit_source import AT_ONCE, UnitSource
 from smolds_dist.errors import ConfigError
+from smolds_dist.progress import Reporter
 from smolds_dist.settings import RunConfig
 
 IDLE = 0.2  # seconds between two looks, where others are making all that is wanted
@@ -92,6 +93,48 @@ class Workers:
         return any(process.poll() is None for process in self.processes)
 
 
+class DiskBudget:
+    """Tokens that lie behind a run give way to those that it wants next (`data.disk_budget_gb`): of one machine's cache, for
+    one process of it. What a unit held stays known, so that the order does not need its tokens; they are made again where a
+    later epoch wants them.
+
+    Args:
+        budget: bytes of tokens that may be there.
+    """
+
+    def __init__(self, data: TrainingData, budget: float):
+        self._data, self._budget = data, budget
+        self._at: list[tuple[int, int]] = []
+
+    def keep(self, samples: int) -> bool:
+        """The run has come so far: removes what lies behind, the oldest first, where there is too much.
+
+        Returns:
+            Whether it has come to another window.
+        """
+        at = [order.window_of(taken) for _, order, taken in unit_orders(self._data, samples)]
+        if at == self._at:
+            return False
+        self._at = at
+        over = bytes_there(self._data) - self._budget
+        for source, order, taken in unit_orders(self._data, samples):
+            for unit in order.units_behind(taken).tolist():
+                over -= source.remove(unit) if over > 0 else 0
+        return True
+
+
+def unit_orders(data: TrainingData, samples: int) -> list[tuple[UnitSource, SourceOrder, int]]:
+    """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
+    totals = data.mixture.totals(samples).tolist()
+    triples = zip(data.sources.values(), data.orders.values(), totals, strict=True)
+    return [(source, order, max(0, taken - 1)) for source, order, taken in triples if len(source.units) > 1]
+
+
+def bytes_there(data: TrainingData) -> int:
+    """Bytes of all tokens that are there."""
+    return sum(source.bytes_there() for source in data.sources.values())
+
+
 @contextmanager
 def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Iterator[Callable[[int], None]]:
     """The workers that a machine with so many ranks of a training should have, while the block lasts.
@@ -147,9 +190,9 @@ def work(told: Work) -> None:
         os.nice(19)
     use_all_cores()
     config = load_config(["--config", told.config, "-q"])
-    with Bar(config) as bar:
-        data = find_data(config, Path(told.tokenizer), told.limits, bar)
-    data.tell_progress(lambda source, tokens: end_without(told.parent))
+    reporter = Reporter()
+    reporter.heartbeat = lambda: end_without(told.parent)
+    data = find_data(config, Path(told.tokenizer), told.limits, reporter)
     refused = set[tuple[str, int]]()
     samples = config.train.steps * config.train.global_batch
     budget = config.data.disk_budget_gb if told.ahead else None

@@ -141,8 +141,7 @@ def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
     import numpy as np
 
     from smolds_dist.data.source import files_of
-    from smolds_dist.data.text import Tally, documents
-    from smolds_dist.data.tokens import decoded_bytes, tokenize
+    from smolds_dist.data.text import Tally, decoded_bytes, documents, tokenize
 
     for source in config.data.mixed.values():
         tally = Tally(say=lambda text: print(text, file=sys.stderr))

@@ -1,6 +1,6 @@
 """`smolds data prepare|show|stats|order`: what a run is trained on, asked of its data.
 
-smolds data prepare -- TRAIN-OPTIONS
+smolds data prepare --workers 8 -- TRAIN-OPTIONS
 smolds data show runs/NAME --step 100
 smolds data stats -- TRAIN-OPTIONS
 smolds data order --samples 0:100 -- TRAIN-OPTIONS
@@ -8,6 +8,7 @@ smolds data order --samples 0:100 -- TRAIN-OPTIONS
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from typing import Any
 import numpy as np
 
 from smolds_dist.config import load_config
-from smolds_dist.data.batch import Sample, TrainingData, batch_digest
-from smolds_dist.data.prepare import prepare_data, told_epochs
+from smolds_dist.data.batch import Sample, TrainingData, batch_digest, first_from
+from smolds_dist.data.cores import free_cores
+from smolds_dist.data.prepare import find_data, prepare_data, told_epochs
 from smolds_dist.data.rows import PLACES
-from smolds_dist.data.unique import first_from
 from smolds_dist.data.unit_source import UnitSource
+from smolds_dist.data.workers import Workers
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.observe.prepare_command import prepare
 from smolds_dist.observe.rows import read_rows
+from smolds_dist.progress import ProgressBar, Reporter
 from smolds_dist.settings import RunConfig
 
 BAR = 40  # characters of the longest
 MOST_SAMPLES = 50_000  # that are looked at to see what packing comes to
+LOOK_EVERY = 0.5  # seconds between two looks at what workers have made
 
 
 def data(args: list[str]) -> int:
@@ -49,6 +52,75 @@ def data(args: list[str]) -> int:
         )
         return 0
     raise ConfigError(f"smolds data {' '.join(args[:1])!r} is no command; use prepare, show, stats or order.")
+
+
+def prepare(args: list[str]) -> int:
+    """Tokenises what a run will want, long before it begins."""
+    parser = OptionParser(
+        prog="smolds data prepare",
+        description="Tokenises what a run will want. Any number of processes on any number of machines share the work, and "
+        "go on where others were stopped.",
+        example="smolds data prepare --workers 8 -- --preset smollm2-deepseek-255m",
+    )
+    parser.add_argument("--workers", type=int, help="processes that tokenise; by default one for each core, up to 16")
+    options, settings = parser.parse_before_training(args)
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers {options.workers} is out of range; it must be at least 1.")
+    config = load_config(settings, prog="smolds data prepare --")
+    reporter = Reporter(shown=config.log.level != "quiet")
+    data = find_data(config, reporter=reporter)
+    reporter.close_bars()
+    samples = config.train.steps * config.train.global_batch
+    if not data.covers(samples):
+        with Workers(config, data, options.workers or free_cores(0), ahead=False) as workers:
+            watch(config, data, samples, workers)
+    for line in outcome(data):
+        print(line)
+    return 0
+
+
+def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers) -> None:
+    """Shows how far the workers are until there is all that the run wants."""
+    sources = data.sources.values()
+    files = sum(len(source.files) for source in sources)
+    for source in sources:
+        source.look()
+    began, before = time.monotonic(), sum(source.tokens_found for source in sources)
+    bar = ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")
+    try:
+        while workers.busy() and not data.covers(samples):
+            time.sleep(LOOK_EVERY)
+            for source in sources:
+                source.look()
+            there, ready = sum(source.tokens_found for source in sources), sum(source.files_found for source in sources)
+            rate = (there - before) / (time.monotonic() - began)
+            bar.total = wanted_tokens(data, samples)
+            bar.show(there, f"{ready:,} of {files:,} files, {rate:,.0f} tokens/s")
+    finally:
+        bar.close()
+
+
+def wanted_tokens(data: TrainingData, samples: int) -> int | None:
+    """About how many tokens the run wants to have; None before there are any of each source."""
+    total = 0.0
+    for (_, source), needed in zip(data.sources.items(), data.mixture.totals(samples).tolist(), strict=True):
+        if not source.num_found:
+            return None
+        all_of_it = source.tokens_found / source.num_found * len(source.units)
+        total += max(source.tokens_found, min(all_of_it, needed * data.seq_len))
+    return round(total)
+
+
+def outcome(data: TrainingData) -> list[str]:
+    """What there is now, a line for each source, and what was left out."""
+    lines = []
+    for name, source in data.sources.items():
+        source.look()
+        lines.append(
+            f"{name}: {source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
+        )
+        lines += [f"  {line}" for line in source.left_out()]
+    return lines
 
 
 def show(args: list[str]) -> int:
@@ -199,13 +271,14 @@ def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
     Args:
         train_tokens: of the training split.
     """
-    tables = [(np.asarray(source.table(unit)), len(source.tokens(unit))) for unit in range(len(source.units))]
-    tables.append((source.held_out.documents, len(source.held_out.tokens)))
+    tables = [(source.held_out.documents, len(source.held_out.tokens))]
+    for unit in range(len(source.units)):
+        table = np.asarray(source.table(unit))
+        for _, start, length in source.pieces_of(np.array([unit]), True) or []:
+            first, end = first_from(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
+            tables.append((table[first:end], start + length))
     lengths = np.concatenate([np.diff(table["start"].astype(np.int64), append=end) for table, end in tables])
     texts = np.concatenate([table["text"] for table, _ in tables])
-    if source.held_out.moved:  # a text of which both splits have a part counts once
-        twice = np.isin(tables[-1][0]["text"], source.held_out.moved)
-        texts, lengths = texts[: len(texts) - twice.sum()], lengths[: len(lengths) - twice.sum()]
     tokens = train_tokens + len(source.held_out.tokens)
     bytes_per_token = source.text_bytes / source.tokens_found or source.held_out.bytes / len(source.held_out.tokens)
     powers, counts = np.unique(np.floor(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)

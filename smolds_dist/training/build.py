@@ -19,10 +19,9 @@ from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_ve
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import largest_products
 from smolds_dist.data.ahead import BatchesAhead
-from smolds_dist.data.batch import TrainingData
+from smolds_dist.data.batch import TrainingData, UniqueTexts
 from smolds_dist.data.prepare import told_epochs
 from smolds_dist.data.tokenizer import save_tokenizer
-from smolds_dist.data.unique import UniqueTexts
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.launching.signals import StopRequest
 from smolds_dist.model import (

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, prepare_resumed
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.data.waiting import StoppedWaitingError, Waiting, stop_waiting
 from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.inference.harness import evaluate_live, find_tasks, load_tasks
@@ -27,6 +26,7 @@ from smolds_dist.parallel.meeting import Patience
 from smolds_dist.parallel.process_group import end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.progress import StoppedWaitingError
 from smolds_dist.settings import RunConfig
 from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
@@ -100,7 +100,7 @@ def run(job: Job) -> int:
         )
     training = build(job, open_checkpoint(config, topology))
     while True:
-        job.data.tell_progress(Waiting(training.terminal.say, job.beat))
+        job.data.reporter.begin_training(training.terminal.say, job.beat)
         try:
             code = run_steps(job, training)
             break
@@ -125,7 +125,7 @@ def run_steps(job: Job, training: Training) -> int:
         try:
             done = take_step(job, training, step)
         except (ConfigError, StoppedWaitingError) as error:  # no text, on all ranks alike, before the step has begun
-            job.data.tell_progress(stop_waiting)
+            job.data.reporter.stop()
             if step > begin + 1:
                 save_without_text(config, training)
             if isinstance(error, ConfigError):
