@@ -24,7 +24,6 @@ import torch
 from smolds_dist.bench.scale_control import WORDS, fragments_of, join_fake_ranks, parts_of_all_ranks
 from smolds_dist.config import load_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.parallel.deepspeed_engine import shapes_of_all
 from smolds_dist.parallel.fragments import tensor_shapes
 from smolds_dist.parallel.gather import Gatherer
 from smolds_dist.parallel.matrix_owners import plan_for
@@ -38,7 +37,7 @@ model_config = DeepSeekV3Config(**config.model.architecture() | {"vocab_size": W
 engine = new_engine(model_config, config, topology, None)
 with torch.device("meta"):
     shapes = tensor_shapes(DeepSeekV3ForCausalLM(model_config))
-assert shapes_of_all(engine.model, topology.expert) == shapes
+assert engine.tensor_shapes() == shapes
 
 # What is told of any rank is what DeepSpeed has given to this one.
 own = [(one.name, one.start, one.tensors["value"].shape) for one in engine.fragments()]

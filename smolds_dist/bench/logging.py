@@ -51,7 +51,7 @@ def measure(preset: str, repeats: int, sequences: int, folder: Path) -> dict:
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
     from smolds_dist.training.build import Job, build, make_model_config
-    from smolds_dist.training.step import take_step
+    from smolds_dist.training.step_row import StepResult, sum_up
 
     steps = 10 * (repeats + 2)
     config = load_config([
@@ -69,16 +69,19 @@ def measure(preset: str, repeats: int, sequences: int, folder: Path) -> dict:
     with StopRequest() as stop:
         job = Job(config, topology, data, make_model_config(config, data), 0.0, stop, lambda: None)
         training = build(job, None)
-        assert training.metrics is not None
-        take_step(job, training, 1)
+
+        def take_step(step: int) -> StepResult:
+            return sum_up(job, training, training.stepper.take(step, (step - 1) * sequences))
+
+        take_step(1)
         for repeat in range(repeats):
             # Every tenth step is measured, here as in a run; 11 to 19 are not.
             for kind, step in (("", 11 + repeat % 9), ("measured_", 10 * (repeat + 2))):
                 begin = time.perf_counter()
-                done = take_step(job, training, step)
+                done = take_step(step)
                 times[f"{kind}step"].append(time.perf_counter() - begin)
                 begin = time.perf_counter()
-                training.metrics.training_row(done.row, done.counts)
+                training.log.training_row(done.row, done.counts)
                 times[f"{kind}row"].append(time.perf_counter() - begin)
         parameters = sum(parameter.numel() for parameter in training.engine.model.parameters())
         training.close()

@@ -24,32 +24,7 @@ def evaluate_model(args: list[str]) -> None:
     Raises:
         ConfigError: where there is no model, no text, no such task, or an option is out of range.
     """
-    parser = OptionParser(
-        prog="smolds eval",
-        description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
-        "all of --data.source, or without one the held-out text of the model's run. With --tasks, lm-evaluation-harness's "
-        "tasks instead.",
-        renamed={
-            "--tokens": "--max-tokens",
-            "--batch": "--batch-size",
-            "--few-shot": "--num-fewshot",
-            "--task-folder": "--include-path",
-        },
-        example="smolds eval runs/first --data.source text:'corpus/*.txt' --max-tokens 100000",
-    )
-    parser.add_argument("model", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
-    parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
-    parser.add_argument("--max-tokens", type=int, default=1_000_000, help="stop after so many")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences that are computed together")
-    parser.add_argument("--json", type=Path, help="file for the result")
-    tasks = parser.add_argument_group("lm-evaluation-harness (pip install 'smolds-dist[eval]')")
-    tasks.add_argument("--tasks", nargs="+", default=[], help="of the harness, or of --include-path")
-    tasks.add_argument("--include-path", type=Path, help="with YAML files of tasks of your own")
-    tasks.add_argument(
-        "--num-fewshot", type=int, help="examples before each question; the task's own number where not given"
-    )
-    tasks.add_argument("--limit", type=int, help="questions of each task")
-    options, settings = parser.parse_known_args(args)
+    options, settings = _parser().parse_known_args(args)
     if options.max_tokens < 2 or options.batch_size < 1:
         raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
     if options.tasks:
@@ -86,6 +61,35 @@ def evaluate_model(args: list[str]) -> None:
         )
     if options.json:
         options.json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n")
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(
+        prog="smolds eval",
+        description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
+        "all of --data.source, or without one the held-out text of the model's run. With --tasks, lm-evaluation-harness's "
+        "tasks instead.",
+        renamed={
+            "--tokens": "--max-tokens",
+            "--batch": "--batch-size",
+            "--few-shot": "--num-fewshot",
+            "--task-folder": "--include-path",
+        },
+        example="smolds eval runs/first --data.source text:'corpus/*.txt' --max-tokens 100000",
+    )
+    parser.add_argument("model", type=Path, help="a run's folder (runs/NAME), a checkpoint's, or an exported model's")
+    parser.add_argument("--step", type=int, help="of the run's checkpoints; its last model where not given")
+    parser.add_argument("--max-tokens", type=int, default=1_000_000, help="stop after so many")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences that are computed together")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    tasks = parser.add_argument_group("lm-evaluation-harness (pip install 'smolds-dist[eval]')")
+    tasks.add_argument("--tasks", nargs="+", default=[], help="of the harness, or of --include-path")
+    tasks.add_argument("--include-path", type=Path, help="with YAML files of tasks of your own")
+    tasks.add_argument(
+        "--num-fewshot", type=int, help="examples before each question; the task's own number where not given"
+    )
+    tasks.add_argument("--limit", type=int, help="questions of each task")
+    return parser
 
 
 def _evaluate_tasks(options: Any, settings: list[str]) -> None:
