@@ -57,10 +57,10 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.fragments import tensor_shapes
+    from smolds_dist.parallel.make_engine import make_engine
     from smolds_dist.parallel.process_group import start_process_group
     from smolds_dist.parallel.ranks import RankInfo
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.training.build import engine_for
 
     options = ["--parallel.engine=deepspeed", "--parallel.zero=1", "--train.global_batch=1", "--train.dtype=auto"]
     config = load_config(["--preset", preset, *options, f"--run.dir={folder}", "--checkpoint.keep_best=false"])
@@ -69,7 +69,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     settings = config.model.architecture() | {"vocab_size": config.model.vocab_size or 49_152}
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine: Any = engine_for(model, config, topology)
+    engine: Any = make_engine(model, config, topology)
     balancer = Balancer(engine.model, config.train.balance_rate)
     ids = torch.randint(0, settings["vocab_size"], (1, 256), generator=torch.Generator().manual_seed(0))
 

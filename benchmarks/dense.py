@@ -143,11 +143,12 @@ class Shared:
 
 def start(shared: Shared, width: int | None, steps: int, rate: float) -> Run:
     """A contender before its first step; `rate` is the learning rate after the warm-up."""
-    from smolds_dist.training.build import engine_for, make_model_config
+    from smolds_dist.parallel.make_engine import make_engine
+    from smolds_dist.training.build import make_model_config
 
     config = shared.config
     model = make_model(make_model_config(config, shared.data), width, config.train.seed)
-    engine = engine_for(model, config, shared.topology)
+    engine = make_engine(model, config, shared.topology)
     balance_rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
     balancer = Balancer(engine.model, balance_rate) if width is None else None
     return Run(engine, balancer, replace(config.train, steps=steps, lr=rate))
@@ -193,7 +194,7 @@ def validation_loss(shared: Shared, run: Run) -> float:
 
 def timed_step(run: Run, ids: torch.Tensor, micro_batch: int, step: int) -> float:
     """Trains on ids [global batch, S]; returns its seconds."""
-    from smolds_dist.training.optim import learning_rate
+    from smolds_dist.parallel.optim import learning_rate
 
     begin = now(run.engine.device)
     for part in ids.split(micro_batch):

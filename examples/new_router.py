@@ -15,10 +15,11 @@ from smolds_dist import DeepSeekV3ForCausalLM, load_config
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.model import TopKRouter
 from smolds_dist.parallel.balancer import Balancer, max_violation
+from smolds_dist.parallel.make_engine import make_engine
+from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.build import engine_for, make_model_config
-from smolds_dist.training.optim import learning_rate
+from smolds_dist.training.build import make_model_config
 
 JITTER = 0.01
 
@@ -43,7 +44,7 @@ def main(args: list[str]) -> None:
         block.mlp.gate = router
 
     topology = plan_topology(config, detect_machine(), RankInfo())
-    engine = engine_for(model, config, topology)
+    engine = make_engine(model, config, topology)
     balancer = Balancer(engine.model, config.train.balance_rate)
     for step in range(1, config.train.steps + 1):
         for start in range(

@@ -17,15 +17,13 @@ from smolds_dist.interchange.final_export import write_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.fragments import tensor_shapes
+from smolds_dist.parallel.optim import PARTS, learning_rate
 from smolds_dist.parallel.process_group import end_rank, start_process_group
 from smolds_dist.parallel.ranks import rank_from_environment
-from smolds_dist.parallel.router_statistics import RouterStatistics, entropy_and_histogram
+from smolds_dist.parallel.router_statistics import entropy_and_histogram
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import new_engine, router_losses
-from smolds_dist.training.clock import StepClock
-from smolds_dist.training.optim import PARTS, learning_rate
-from smolds_dist.training.qk_clip import QkClip
-from smolds_dist.training.step import accumulate_gradients
+from smolds_dist.training.step import Stepper
 
 VOCAB = 96
 SAVE_AT = 10
@@ -92,7 +90,6 @@ def train_case(
     reader = open_checkpoint(config, topology)
     engine = new_engine(model_config, config, topology, reader)
     balancer = Balancer(engine.model, config.train.balance_rate)
-    routers, clock = RouterStatistics(engine.model), StepClock(engine)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
     if export:
         with torch.device("meta"):
@@ -109,7 +106,8 @@ def train_case(
         )
     shards = Shards()
     ahead = BatchesAhead(shards, config.train.global_batch)
-    clip = QkClip(engine, model_config, config.train.qk_clip)
+    stepper = Stepper(engine, balancer, topology, config.train, ahead)
+    routers, clock, clip = stepper.routers, stepper.clock, stepper.qk_clip
     losses, norms, totals, applied = [], [], [], []
     shares, entropies, histograms, seconds = [], [], [], []
     for step in range(progress.step + 1, steps + 1):
@@ -122,7 +120,7 @@ def train_case(
             engine.forward = lambda *batch, forward=forward, factor=factor: forward(*batch) * factor
         first_sample = (step - 1) * config.train.global_batch
         clock.begin(measured=True)
-        loss, _ = accumulate_gradients(topology, ahead, first_sample, engine, balancer, routers, clock)
+        loss, _ = stepper.accumulate(first_sample)
         engine.forward = forward
         with clock.phase("optimizer"):
             factors = clip.factors(clip.take())

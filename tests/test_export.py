@@ -29,13 +29,11 @@ from smolds_dist.interchange.import_model import import_model
 from smolds_dist.model import DeepSeekV3ForCausalLM
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.ranks import RankInfo
-from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import make_model_config, new_engine
-from smolds_dist.training.clock import StepClock
-from smolds_dist.training.optim import learning_rate
-from smolds_dist.training.step import accumulate_gradients
+from smolds_dist.training.step import Stepper
 from smolds_dist.training.trainer import train
 
 LATENT = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
@@ -117,11 +115,10 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
         reader.read(name, "value", 0, bias)
         assert bias.any()
     expected = []
-    ahead = BatchesAhead(data, config.train.global_batch)
+    stepper = Stepper(engine, balancer, topology, config.train, BatchesAhead(data, config.train.global_batch))
     for step in (1, 2):
         first = (step - 1) * config.train.global_batch
-        routers, clock = RouterStatistics(engine.model), StepClock(engine)
-        loss, _ = accumulate_gradients(topology, ahead, first, engine, balancer, routers, clock)
+        loss, _ = stepper.accumulate(first)
         engine.step(learning_rate(step, config.train))
         balancer.step()
         expected.append(loss.item())

@@ -23,9 +23,7 @@ from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.build import engine_for
 from smolds_dist.training.clock import matrix_product_peak
-from smolds_dist.training.optim import make_optimizer, parameter_groups
 
 DEVICE = "cuda"
 pytestmark = [
@@ -181,8 +179,7 @@ def test_forward_and_backward_never_wait_for_the_device(settings):
         ["--preset=debug", "--train.global_batch=2", f"--parallel.device={DEVICE}", "--train.dtype=bf16"]
     )
     topology = plan_topology(config, detect_machine(), RankInfo())
-    groups = lambda parameters: parameter_groups(parameters, config.train)  # noqa: E731
-    engine = make_engine(pair(settings)[0], config, topology, groups, lambda g: make_optimizer(g, config.train))
+    engine = make_engine(pair(settings)[0], config, topology)
     batch = ids(2, 64).to(DEVICE)
     engine.backward(engine.forward(batch, batch))  # the first makes what later ones use
     torch.cuda.set_sync_debug_mode("error")
@@ -285,7 +282,7 @@ def test_checkpoint_is_copied_to_pinned_memory(small_run):
     """Only then does a copy not hold up the host, and run at the link's full speed."""
     config = load_config([*small_run, f"--parallel.device={DEVICE}", "--parallel.engine=local"])
     topology = plan_topology(config, detect_machine(), RankInfo())
-    engine = engine_for(pair(GQA)[0], config, topology)
+    engine = make_engine(pair(GQA)[0], config, topology)
     batch = ids(2, 64).to(DEVICE)
     engine.backward(engine.forward(batch, batch))
     engine.step(1e-3)

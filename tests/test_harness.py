@@ -76,8 +76,6 @@ def test_a_local_task_is_scored_as_by_hand(kept_run, tmp_path):
 
     unknown = smolds("eval", str(run_dir), "--tasks", "quiz", timeout=180, **path)
     assert unknown.returncode == 2 and "quiz is no task" in unknown.stderr and "Traceback" not in unknown.stderr
-    elsewhere = smolds("eval", str(run_dir), "--tasks", "hellaswag", timeout=180, **path)
-    assert elsewhere.returncode == 2 and "check the network" in elsewhere.stderr and "Traceback" not in elsewhere.stderr
 
 
 def test_mistakes_are_told(kept_run):
@@ -97,7 +95,10 @@ def test_without_the_harness_it_says_how_to_get_it(kept_run):
 
 
 @pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
-@pytest.mark.parametrize("layout", [["--parallel.expert=2"], ["--parallel.zero=3", "--parallel.expert=1"]])
+@pytest.mark.parametrize(
+    "layout",
+    [["--parallel.expert=2"], pytest.param(["--parallel.zero=3", "--parallel.expert=1"], marks=pytest.mark.long)],
+)
 def test_scores_while_training_are_those_of_the_steps_checkpoint(small_run, tmp_path, layout):
     """On two expert-parallel ranks and on two whose weights are cut; two ranks cannot share out five questions evenly.
     Training goes on as if nothing had been asked."""
@@ -148,7 +149,7 @@ def write_generating_task(folder, name):
 @pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
 def test_task_that_cannot_be_had_is_named_before_the_first_step(small_run, tmp_path):
     path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
-    for name, words in (("quiz", "quiz is no task"), ("hellaswag", "--eval.tasks hellaswag could not be loaded")):
-        refused = smolds("train", *small_run, f"--eval.tasks={name}", "--run.name=refused", timeout=120, **path)
-        assert refused.returncode == 2 and words in refused.stderr, refused.text
-        assert not read_rows(tmp_path / "runs" / "refused" / "metrics.jsonl")
+    refused = smolds("train", *small_run, "--eval.tasks=hellaswag", "--run.name=refused", timeout=120, **path)
+    assert refused.returncode == 2 and "--eval.tasks hellaswag could not be loaded" in refused.stderr, refused.text
+    assert "check the network" in refused.stderr and "Traceback" not in refused.stderr
+    assert not read_rows(tmp_path / "runs" / "refused" / "metrics.jsonl")

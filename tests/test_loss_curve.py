@@ -7,10 +7,10 @@ from transformers import Ernie4_5_MoeForCausalLM
 from smolds_dist.config import load_config
 from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.parallel.make_engine import make_engine
+from smolds_dist.parallel.optim import parameter_groups
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.build import engine_for
-from smolds_dist.training.optim import parameter_groups
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 200, 3, 160, 64  # more than one block of causal_attention
 
@@ -43,7 +43,7 @@ def test_fast_paths_learn_as_transformers_in_fp32(dtype, tolerance):
         for group in parameter_groups(peer.named_parameters(), config.train)
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(config.train.beta1, config.train.beta2))
-    engine = engine_for(model, config, plan_topology(config, detect_machine(), RankInfo()))
+    engine = make_engine(model, config, plan_topology(config, detect_machine(), RankInfo()))
 
     ours, theirs = [], []
     for ids in batches():

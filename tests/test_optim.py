@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolds_dist.costs.flops import orthogonalisation_flops
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.parallel.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
 from smolds_dist.settings import Train
-from smolds_dist.training.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
 
 
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():

@@ -12,9 +12,9 @@ from smolds_dist.data.batch import by_document
 from smolds_dist.model.attention import largest_logits
 from smolds_dist.model.causal_attention import Documents
 from smolds_dist.observe.rows import read_rows
+from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, plan_topology
-from smolds_dist.training.build import engine_for
 from smolds_dist.training.compiling import has_compiler, leave_uncompiled, try_to_compile
 from smolds_dist.training.qk_clip import QkClip
 from smolds_dist.training.trainer import train
@@ -41,7 +41,7 @@ def test_a_step_puts_the_largest_logits_of_clipped_heads_at_the_limit(kind, dtyp
     model = build(SETTINGS[kind]).train()
     config = load_config(["--preset", "debug", f"--train.dtype={dtype}", "--parallel.engine=local"])
     machine = Machine(("cpu",), 1, True, 10**10)
-    engine = engine_for(model, config, plan_topology(config, machine, RankInfo()))
+    engine = make_engine(model, config, plan_topology(config, machine, RankInfo()))
     clip = QkClip(engine, model.config, 1.0)
     ids = tokens(2, 24)
     seen = []

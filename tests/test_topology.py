@@ -101,6 +101,10 @@ def test_expert_sizes_divide_ranks_and_experts(world, experts, sizes):
 def test_auto_is_the_fastest_size_by_the_planners_formulas():
     """Of every machine that is known: no other size that fits into a node and into memory has a shorter step."""
     cases, sizes = 0, set()
+    configs = [
+        load_config(["--preset", preset, "--train.global_batch=64"])
+        for preset in ("debug", "smollm2-deepseek-255m", "moe-1b-a200m", "moe-7b-a1b")
+    ]
     for name, count, memory in (
         ("NVIDIA A100-SXM4-40GB", 8, 40e9), ("NVIDIA H100 80GB HBM3", 8, 80e9), ("NVIDIA B200", 4, 180e9), ("cpu", 4, 2e9),
         ("cpu", 2, 24e9),
@@ -109,9 +113,9 @@ def test_auto_is_the_fastest_size_by_the_planners_formulas():
         machine = Machine(tuple(dict.fromkeys((device, "cpu"))), count, device == "cuda", int(memory), name)
         hardware = known_hardware(name)
         assert hardware is not None
-        for preset in ("debug", "smollm2-deepseek-255m", "moe-1b-a200m", "moe-7b-a1b"):
+        for given in configs:
             for zero in (1, 3):
-                config = load_config(["--preset", preset, "--train.global_batch=64", f"--parallel.zero={zero}"])
+                config = replace(given, parallel=replace(given.parallel, zero=zero))
                 rank = RankInfo(0, 0, count, count)
                 chosen = plan_topology(config, machine, rank)
                 model, seconds = with_vocabulary(config), {}
@@ -124,7 +128,7 @@ def test_auto_is_the_fastest_size_by_the_planners_formulas():
                             step_time(model, layout, hardware.shared_by(count)).total / layout.tokens_per_step
                         )
                 expected = min(seconds, key=lambda size: seconds[size]) if seconds else count
-                assert chosen.expert == expected, (name, preset, zero, seconds)
+                assert chosen.expert == expected, (name, count, zero, seconds)
                 sizes.add((chosen.expert, bool(seconds)))
                 cases += 1
     assert cases == 40 and {one[0] for one in sizes} > {1} and (1, True) in sizes

@@ -46,6 +46,7 @@ def assert_holds_all(name: str, run_dir: Path, environment: dict[str, str]) -> N
     assert curves["load_layer_01/expert_03"] == loads and len(loads) == max(loads)
 
 
+@pytest.mark.long
 @needs_trackers
 def test_trackers_hold_what_the_metrics_say_also_after_a_run_went_on(small_run, tmp_path, environment):
     run_dir = tmp_path / "runs" / "tracked"

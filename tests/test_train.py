@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import options_of_small_run
 from ranks import rows_without_timing, smolds
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,14 +28,21 @@ def rows_of(run_dir):
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
 
-@pytest.fixture
-def finished(small_run, tmp_path):
-    """A run of six steps in this process."""
-    train(load_config([*small_run, "--run.name=one"]))
-    return tmp_path / "runs" / "one"
+@pytest.fixture(scope="module")
+def options(corpus, cache, tmp_path_factory):
+    """Of the run in `finished`."""
+    return [*options_of_small_run(corpus, cache, tmp_path_factory.mktemp("finished")), "--run.name=one"]
 
 
-def test_run_folder_is_complete(finished, small_run, capsys):
+@pytest.fixture(scope="module")
+def finished(options):
+    """A run of six steps in this process. To be looked at, not changed."""
+    config = load_config(options)
+    train(config)
+    return config.run_dir
+
+
+def test_run_folder_is_complete(finished, options):
     training, evaluation = rows_of(finished)
     assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in evaluation] == [3, 6]
@@ -69,7 +77,7 @@ def test_run_folder_is_complete(finished, small_run, capsys):
         (3, "def "), (3, "import "), (6, "def "), (6, "import "),
     ]  # fmt: skip
     assert all(row["text"].startswith(row["prompt"]) for row in samples)
-    assert load_config(["--config", str(finished / "config.yaml")]) == load_config([*small_run, "--run.name=one"])
+    assert load_config(["--config", str(finished / "config.yaml")]) == load_config(options)
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == [
         "latest", "step_00000004", "step_00000006",
     ]  # fmt: skip
@@ -83,10 +91,10 @@ def test_final_prompts_are_sampled_once(small_run, tmp_path):
     assert [(row["step"], row["prompt"]) for row in samples] == [(3, "def "), (6, "def "), (6, "while ")]
 
 
-def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, small_run):
+def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, options):
     _, evaluation = rows_of(finished)
     model = AutoModelForCausalLM.from_pretrained(finished / "export")
-    (source,) = prepare_data(load_config(small_run)).sources.values()
+    (source,) = prepare_data(load_config(options)).sources.values()
     ids, labels = evaluation_batch(source.held_out.tokens, 32, range(5), 5)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=labels).loss.item()
@@ -123,23 +131,23 @@ def test_resumed_run_equals_the_uninterrupted_one(finished, small_run, tmp_path)
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_existing_run_is_never_overwritten(finished, small_run):
+def test_existing_run_is_never_overwritten(finished, options):
     before = (finished / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match=r"--checkpoint\.resume auto"):
-        train(load_config([*small_run, "--run.name=one"]))
+        train(load_config(options))
     assert (finished / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("changed", "named"),
     [
         (["--train.global_batch=16"], "train.global_batch 8"),
         (["--model.num_experts=4"], "model.num_experts 8"),
         (["--data.seq_len=16"], "data.seq_len 32"),
     ],
 )
-def test_resume_with_another_model_or_data_is_refused(finished, small_run, options, named):
-    config = load_config([*small_run, "--run.name=one", "--checkpoint.resume=auto", *options])
+def test_resume_with_another_model_or_data_is_refused(finished, options, changed, named):
+    config = load_config([*options, "--checkpoint.resume=auto", *changed])
     with pytest.raises(ConfigError, match=named):
         check_resumable(config)
 

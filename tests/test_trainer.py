@@ -13,8 +13,15 @@ from ranks import EXTRAS, ROOT, run
 
 
 @pytest.mark.skipif(not EXTRAS.is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
-@pytest.mark.parametrize("way", ["trainer", "accelerate"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("way", "ranks"),
+    [
+        ("trainer", 2),
+        ("accelerate", 1),
+        pytest.param("trainer", 1, marks=pytest.mark.long),
+        pytest.param("accelerate", 2, marks=pytest.mark.long),
+    ],
+)
 def test_twenty_steps_are_those_of_transformers_model(way, ranks, tmp_path):
     start = [sys.executable]
     more = [way, str(tmp_path / "out")]

@@ -134,10 +134,10 @@ def smolds_engine(task: Task) -> "tuple[Engine, Balancer, Topology]":
     """Our model in its engine, plain PyTorch in one process, DeepSpeed with sharded experts in several; its balancer."""
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
+    from smolds_dist.parallel.make_engine import make_engine
     from smolds_dist.parallel.process_group import start_process_group
     from smolds_dist.parallel.ranks import rank_from_environment
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.training.build import engine_for
 
     info = rank_from_environment()
     config = task.config(
@@ -148,7 +148,7 @@ def smolds_engine(task: Task) -> "tuple[Engine, Balancer, Topology]":
     start_process_group(topology, info)
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**task.model_settings()))
-    engine = engine_for(model, config, topology)
+    engine = make_engine(model, config, topology)
     return engine, Balancer(engine.model, config.train.balance_rate), topology
 
 

@@ -30,6 +30,7 @@ from smolds_dist.checkpoint.files import (
     publish,
     read_manifest,
     remove,
+    remove_leftovers,
     step_of,
     write_tensors,
 )
@@ -79,6 +80,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self.failed_step = 0
+        if topology.rank == 0:
+            remove_leftovers(self.root)
 
     def prepare(self, engine: Engine) -> None:
         """Makes the host memory in the background, once the optimizer has state.

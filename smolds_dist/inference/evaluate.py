@@ -30,8 +30,7 @@ def evaluate_model(args: list[str]) -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """The command's own options, and the settings of the text."""
+def _parser() -> OptionParser:
     parser = OptionParser(
         prog="smolds eval",
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
@@ -51,7 +50,12 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
         "--num-fewshot", type=int, help="examples before each question; the task's own number where not given"
     )
     tasks.add_argument("--limit", type=int, help="questions of each task")
-    options, settings = parser.parse_known_args(args)
+    return parser
+
+
+def _parse(args: list[str]) -> tuple[Any, list[str]]:
+    """The command's own options, and the settings of the text."""
+    options, settings = _parser().parse_known_args(args)
     if options.max_tokens < 2 or options.batch_size < 1:
         raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
     if not options.tasks and any(

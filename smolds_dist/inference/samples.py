@@ -74,13 +74,11 @@ def continue_prompts(
             remove_invalid_values=True,  # of a model whose training has gone wrong, which is told elsewhere
         )
     model.train(was_training)
-    texts = []
-    for row, (ids, _) in zip(output.tolist(), encoded, strict=True):
-        new = row[longest:]
-        if stop_at_end and eos in new:
-            new = new[: new.index(eos)]
-        texts.append(str(tokenizer.decode(ids + new)).removeprefix(tokenizer.eos_token))
-    return texts
+    added = [row[longest:] for row in output.tolist()]
+    if stop_at_end:
+        added = [new[: [*new, eos].index(eos)] for new in added]
+    whole = [ids + new for (ids, _), new in zip(encoded, added, strict=True)]
+    return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(whole)]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], Tensor]:

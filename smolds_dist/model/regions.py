@@ -42,13 +42,13 @@ def region(function: Callable[Given, Result]) -> Region[Given, Result]:
     return Region(function)
 
 
-def compile_regions() -> None:
+def compile_regions(backend: str = "inductor") -> None:
     """From now on all regions of this process run compiled, each from its first call on.
 
     The number of rows is a variable for the compiler, so that it is not asked again when the experts' numbers change.
     """
     for one in _regions:
-        one.compiled = torch.compile(one.plain)
+        one.compiled = torch.compile(one.plain, backend=backend)
 
 
 def run_regions_plainly() -> None:

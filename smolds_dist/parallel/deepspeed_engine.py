@@ -1,7 +1,7 @@
 """The engine for several ranks: DeepSpeed's ZeRO and AutoEP."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,18 +32,27 @@ from smolds_dist.parallel.expert_parallel import (
     keep_router_logits,
     keep_routers_in_fp32,
 )
-from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes, place_in
+from smolds_dist.parallel.fragments import (
+    Fragment,
+    cut,
+    fill_parameters,
+    full_shape,
+    logical_shapes,
+    place_in,
+    tensor_shapes,
+)
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_among
+from smolds_dist.parallel.optim import make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.settings import RunConfig
+from smolds_dist.settings import RunConfig, Train
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
 
 
 @contextmanager
-def cut_while_building(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> Iterator[None]:
-    """A model that is built here has its layers cut one by one (ZeRO 3), so that no rank ever holds a whole one."""
+def zero3_init(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> Iterator[None]:
+    """A model that is built here has its layers sharded one by one (ZeRO 3), so that no rank ever holds a full one."""
     import deepspeed
 
     settings = deepspeed_config(config, topology, model_config)
@@ -51,22 +60,6 @@ def cut_while_building(config: RunConfig, topology: Topology, model_config: "Dee
     # a linear layer of its own in the place of PyTorch's for the whole process.
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
         yield
-
-
-@torch.no_grad()
-def fill_kept(model: nn.Module, fill: Fill) -> None:
-    """Gives values to all that AutoEP, and at ZeRO 3 the cutting while building, have left to this rank."""
-    experts = expert_parameters(model)
-    parameter: Any
-    for name, parameter in model.named_parameters():
-        part = getattr(parameter, "ds_tensor", None)
-        if part is None:
-            start, shape, held = 0, parameter.shape, parameter
-        else:
-            start, shape, held = parameter.ds_zero_partition_rank * part.numel(), parameter.ds_shape, part
-        shapes = logical_shapes(name, shape, experts.get(name, 0))
-        for fragment in cut(shapes, start, {"value": held.detach().view(-1)}):
-            fill(fragment)
 
 
 def places_in_partitions(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]]:
@@ -84,21 +77,28 @@ def places_in_partitions(groups: list[list[Any]]) -> dict[int, tuple[int, int, i
     return places
 
 
-def shapes_of_all(model: nn.Module, expert: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all logical tensors, those of the experts on other ranks too.
+def initialize(model: Any, config: RunConfig, topology: Topology, make: Callable[[Any], torch.optim.Optimizer]) -> Any:
+    """DeepSpeed's own engine around `model`.
 
-    Args:
-        model: as AutoEP has left it.
-        expert: ranks that share one set of experts.
+    Raises:
+        ConfigError: where the user's DeepSpeed file sets what DeepSpeed does not take.
     """
-    experts = expert_parameters(model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if name in experts:
-            shape = (expert * shape[0], *shape[1:])
-        shapes |= logical_shapes(name, shape)
-    return shapes
+    import deepspeed
+
+    try:
+        return deepspeed.initialize(
+            model=model,
+            optimizer=make,
+            config=deepspeed_config(config, topology, model.config),
+            model_parameters=model.parameters(),  # a list would keep the experts that AutoEP lets go of
+            dist_init_required=False,
+        )[0]
+    except ValidationError as error:  # pydantic's, which DeepSpeed checks its configuration with
+        if config.parallel.ds_config is None:
+            raise
+        wrong = error.errors()[0]
+        name = ".".join(map(str, wrong["loc"]))
+        raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; mend it.") from None
 
 
 class DeepSpeedEngine:
@@ -108,10 +108,7 @@ class DeepSpeedEngine:
     code, but has not been tested.
     """
 
-    def __init__(self, model, config, topology, group_parameters, make_optimizer, fill: Fill | None):
-        import deepspeed
-        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
+    def __init__(self, model: Any, config: RunConfig, topology: Topology, fill: Fill | None):
         self.device = torch.device(topology.torch_device)
         self.grad_clip = config.train.grad_clip
         self.topology = topology
@@ -120,61 +117,54 @@ class DeepSpeedEngine:
         self._squares: dict[str, Tensor] | None = None  # where this step's are wanted
         # What to multiply by, by id of what the optimizer works on: parts of it and the factors of their rows.
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
+        self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
         self._clock = CommunicationClock("all_to_all_single")
-
-        def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            # Called after AutoEP has put its own expert weights in place of ours.
-            if fill is not None:
-                fill_kept(model, fill)
-            if topology.device == "cpu":
-                use_our_experts(model)
-            known = {id(parameter) for parameter in parameters}
-            named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
-            groups = split_params_into_different_moe_groups_for_optimizer(group_parameters(named))
-            built = make_optimizer([group for group in groups if group["params"]])
-            before_step = self._clip_without_zero if topology.zero == 0 else self._note_squares
-            built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
-            built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
-            for group in built.param_groups:
-                holders = self._holders(group["part"] == "experts")
-                if group["muon"] and (topology.zero or len(holders) > 1):
-                    group["on_matrices"] = partial(self._on_matrices, holders)
-            return built
-
-        try:
-            self.engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=deepspeed_config(config, topology, model.config),
-                model_parameters=model.parameters(),  # a list would keep the experts that AutoEP lets go of
-                dist_init_required=False,
-            )
-        except ValidationError as error:  # pydantic's, which DeepSpeed checks its configuration with
-            if config.parallel.ds_config is None:
-                raise
-            wrong = error.errors()[0]
-            name = ".".join(map(str, wrong["loc"]))
-            raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; mend it.") from None
+        self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
         if topology.zero == 3:
             self._places = places_in_partitions(self.engine.optimizer.fp16_groups)
         if config.train.optimizer == "muon" and topology.zero:
-            shapes = shapes_of_all(self.model, topology.expert)
-            self._owners = MatrixOwners(self.fragments(), self._flat_partitions(), shapes, self.device)
-        self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
+            self._owners = MatrixOwners(self.fragments(), self._flats(), self.tensor_shapes(), self.device)
         if topology.dtype == "bf16":
-            if topology.zero == 0:
-                # DeepSpeed 0.19 without ZeRO allocates the state by a step on zero gradients, which Adam's bias
-                # correction would count as the first.
-                self.engine.basic_optimizer.state.clear()
-                groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
-                self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
-            keep_routers_in_fp32(self.model)
-            if fill is not None:  # what the optimizer works on was made from rounded weights
-                for fragment in self.fragments():
-                    fill(fragment.only("value"))
+            self._finish_bf16(fill)
         if model.config.has_router_losses:
             keep_router_logits(self.model)
+
+    def _make_optimizer(
+        self, model: nn.Module, train: Train, fill: Fill | None, parameters: list[nn.Parameter]
+    ) -> torch.optim.Optimizer:
+        """DeepSpeed calls it after AutoEP has put its own expert weights in place of ours."""
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+        if fill is not None:
+            fill_parameters(model, fill, expert_parameters(model))
+        if self.topology.device == "cpu":
+            use_our_experts(model)
+        known = {id(parameter) for parameter in parameters}
+        named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
+        groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
+        built = make_optimizer([group for group in groups if group["params"]], train)
+        before_step = self._clip_without_zero if self.topology.zero == 0 else self._note_squares
+        built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
+        built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
+        for group in built.param_groups:
+            holders = self._holders(group["part"] == "experts")
+            if group["muon"] and (self.topology.zero or len(holders) > 1):
+                group["on_matrices"] = partial(self._on_matrices, holders)
+        return built
+
+    def _finish_bf16(self, fill: Fill | None) -> None:
+        """Puts right what DeepSpeed's cast of the model to bf16 has touched."""
+        if self.topology.zero == 0:
+            # DeepSpeed 0.19 without ZeRO allocates the state by a step on zero gradients, which Adam's bias correction
+            # would count as the first.
+            self.engine.basic_optimizer.state.clear()
+            groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
+            self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
+        keep_routers_in_fp32(self.model)
+        if fill is not None:  # what the optimizer works on was made from rounded weights
+            for fragment in self.fragments():
+                fill(fragment.only("value"))
 
     def _holders(self, of_experts: bool) -> range:
         """The ranks that have the same experts as this one, or the same of all the rest."""
@@ -241,9 +231,7 @@ class DeepSpeedEngine:
     def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
         self._factors.clear()
         if factors:
-            flats = self._flat_partitions()
-            if self.topology.zero == 0:
-                flats = [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+            flats = self._flats()
             for fragment in self.fragments():
                 if fragment.name in factors:
                     index, _ = place_in(flats, fragment.tensors["value"])
@@ -272,43 +260,45 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         experts = expert_parameters(self.model)
         for name, parameter in self.model.named_parameters():
-            start, tensors, shape = self._held(parameter)
+            start, tensors = self._held(parameter)
             replicas = {}
             if self.topology.zero == 0:
                 holders = self._holders(name in experts)
                 replicas = {"replica": holders.index(self.topology.rank), "replicas": len(holders)}
             if tensors:
-                yield from cut(logical_shapes(name, shape, experts.get(name, 0)), start, tensors, **replicas)
+                shapes = logical_shapes(name, full_shape(parameter), experts.get(name, 0))
+                yield from cut(shapes, start, tensors, **replicas)
 
-    def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor], torch.Size]:
-        """First element, flat views by kind (none: nothing of it is here) and whole shape of what this rank holds."""
-        states = self.engine.basic_optimizer.state
+    def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
+        """First element, and flat views by kind, of what this rank holds of a parameter; no views where it holds nothing."""
+        start, part = 0, slice(None)
         if self.topology.zero == 0:
-            master = self._masters.get(id(parameter), parameter)
-            tensors = {"value": master} | same_shape(states[master], master)
-            return 0, {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}, parameter.shape
-        if self.topology.zero < 3:
+            flat = self._masters.get(id(parameter), parameter)
+        elif self.topology.zero < 3:
             # DeepSpeed's accessors refuse the experts' moments here (0.19.8): they are linked after the first group's
             # step, when the experts' group has none yet. The mapping holds their place all the same.
             mapping = parameter._hp_mapping
             if mapping is None:
-                return 0, {}, parameter.shape
-            place, flat = mapping.hp_fragment_address, self._flat_partitions()[mapping.param_group_index]
-            tensors = {"value": flat} | same_shape(states[flat], flat)
-            views = {kind: t.detach().narrow(0, place.start, place.numel) for kind, t in tensors.items()}
-            return mapping.lp_fragment_address.start, views, parameter.shape
-        # DeepSpeed's `safe_get_local_...` give copies where the optimizer is offloaded (0.19.8), and these are live.
-        index, begin, length = self._places[id(parameter)]
-        flat = self._flat_partitions()[index]
-        tensors = {"value": flat} | same_shape(states[flat], flat)
-        views = {kind: tensor.detach().narrow(0, begin, length) for kind, tensor in tensors.items()}
-        return parameter.ds_zero_partition_rank * length, views, parameter.ds_shape
+                return 0, {}
+            place, flat = mapping.hp_fragment_address, self._flats()[mapping.param_group_index]
+            start, part = mapping.lp_fragment_address.start, slice(place.start, place.start + place.numel)
+        else:
+            # DeepSpeed's `safe_get_local_...` give copies where the optimizer is offloaded (0.19.8), and these are live.
+            index, begin, length = self._places[id(parameter)]
+            flat = self._flats()[index]
+            start, part = parameter.ds_zero_partition_rank * length, slice(begin, begin + length)
+        tensors = {"value": flat} | same_shape(self.engine.basic_optimizer.state[flat], flat)
+        return start, {kind: tensor.detach().view(-1)[part] for kind, tensor in tensors.items()}
 
-    def _flat_partitions(self) -> list[Tensor]:
-        """What DeepSpeed's optimizer works on from ZeRO 1 on: this rank's part of every group, flat and fp32."""
+    def _flats(self) -> list[Tensor]:
+        """What the optimizer works on: without ZeRO the parameters or their fp32 copies, from ZeRO 1 on this rank's slice of
+        every group, flat and fp32."""
         if self.topology.zero == 3:
             return self.engine.optimizer.fp32_partitioned_groups_flat
-        return [group["params"][0] for group in self.engine.basic_optimizer.param_groups]
+        return [flat for group in self.engine.basic_optimizer.param_groups for flat in group["params"]]
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return tensor_shapes(self.model, expert_parameters(self.model), self.topology.expert)
 
     @property
     def optimizer_steps(self) -> int:
@@ -322,7 +312,7 @@ class DeepSpeedEngine:
                 master = self._masters.get(id(parameter), parameter)
                 allocate_state(self.engine.basic_optimizer, master, kinds_of(next(iter(names))), steps)
             return
-        flats = self._flat_partitions()
+        flats = self._flats()
         kinds: dict[int, list[str]] = {}  # the same for all that lies in one partition
         for fragment in self.fragments():
             index, _ = place_in(flats, fragment.tensors["value"])

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from smolds_dist.parallel.fragments import Fragment
 
-GroupParameters = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
-MakeOptimizer = Callable[[list[dict]], torch.optim.Optimizer]
 KindsOf = Callable[[str], Iterable[str]]
 Fill = Callable[[Fragment], None]  # puts what belongs there into every kind of a fragment
 
@@ -85,6 +83,10 @@ class Engine(Protocol):
 
         The views are live: optimizer state that is written to them is what training goes on with.
         """
+        ...
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all logical tensors of the model, those of other ranks' experts too."""
         ...
 
     @property

@@ -8,10 +8,13 @@ written any other can read.
 Shape letters: E experts, I expert width, H hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 
 # Names of expert weights: ours, stacked [E, 2 I, H] and [E, H, I]; and AutoEP's, of the experts that a rank has.
@@ -93,10 +96,21 @@ def cut(
         begin = after
 
 
-def fill_parameters(model: nn.Module, fill: Callable[[Fragment], None]) -> None:
-    """Fills a model without ranks, logical tensor by logical tensor."""
+@torch.no_grad()
+def fill_parameters(
+    model: nn.Module, fill: Callable[[Fragment], None], experts: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Fills what is here of a model, logical tensor by logical tensor.
+
+    Args:
+        experts: names of expert weights of which this rank has a part, each with the number of the first expert in it.
+    """
+    parameter: Any
     for name, parameter in model.named_parameters():
-        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": parameter.detach().view(-1)}):
+        held = getattr(parameter, "ds_tensor", parameter)  # at ZeRO 3 this rank's slice
+        start = 0 if held is parameter else parameter.ds_zero_partition_rank * held.numel()
+        shapes = logical_shapes(name, full_shape(parameter), experts.get(name, 0))
+        for fragment in cut(shapes, start, {"value": held.detach().view(-1)}):
             fill(fragment)
 
 
@@ -108,9 +122,19 @@ def place_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:
     raise ValueError("a view of none of the tensors")
 
 
-def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """All logical tensors of a model that no engine has cut."""
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO 3 has left a slice of it here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def tensor_shapes(model: nn.Module, experts: Container[str] = (), ranks: int = 1) -> dict[str, tuple[int, ...]]:
+    """All logical tensors of a model, those on other ranks too.
+
+    Args:
+        experts: names of expert weights that are shared by `ranks` ranks.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
-        shapes |= logical_shapes(name, parameter.shape)
+        rows, *others = full_shape(parameter)
+        shapes |= logical_shapes(name, (rows * ranks if name in experts else rows, *others))
     return shapes

@@ -18,7 +18,10 @@ from smolds_dist.parallel.engine import (
     scale_rows,
     squares_by_part,
 )
-from smolds_dist.parallel.fragments import Fragment, cut, fill_parameters, logical_shapes
+from smolds_dist.parallel.fragments import Fragment, cut, fill_parameters, logical_shapes, tensor_shapes
+from smolds_dist.parallel.optim import make_optimizer, parameter_groups
+from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import Train
 
 
 class LocalEngine:
@@ -28,16 +31,16 @@ class LocalEngine:
     MPS runs the same code, but has not been tested on Apple hardware.
     """
 
-    def __init__(self, model, config, topology, group_parameters, make_optimizer, fill: Fill | None):
+    def __init__(self, model: nn.Module, train: Train, topology: Topology, fill: Fill | None):
         if fill is not None:
             fill_parameters(model, fill)
         self.device = torch.device(topology.torch_device)
         self.model = model.to(self.device).train()
         self.accumulation = topology.accumulation
-        self.grad_clip = config.train.grad_clip
+        self.grad_clip = train.grad_clip
         # (model's parameter, optimizer's fp32 copy); the same tensor twice in fp32.
         self.pairs = [(parameter, parameter) for parameter in model.parameters()]
-        groups = group_parameters(model.named_parameters())
+        groups = parameter_groups(model.named_parameters(), train)
         if topology.dtype == "bf16":
             master_of = {p: nn.Parameter(p.detach().float().clone()) for p in model.parameters()}
             groups = [group | {"params": [master_of[p] for p in group["params"]]} for group in groups]
@@ -46,7 +49,7 @@ class LocalEngine:
                 # Parameters only: buffers hold selection biases, which stay fp32.
                 parameter.data = parameter.data.to(torch.bfloat16)
                 parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._move_grad(p, m))
-        self.optimizer = make_optimizer(groups)
+        self.optimizer = make_optimizer(groups, train)
         self.masters = dict(zip((name for name, _ in model.named_parameters()), self.pairs, strict=True))
 
     @staticmethod
@@ -101,6 +104,9 @@ class LocalEngine:
             tensors = {"value": master} | same_shape(self.optimizer.state[master], master)
             flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
             yield from cut(logical_shapes(name, parameter.shape), 0, flat)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return tensor_shapes(self.model)
 
     @property
     def optimizer_steps(self) -> int:

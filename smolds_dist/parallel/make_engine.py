@@ -1,51 +1,52 @@
-"""The choice between the two engines."""
+"""The run's engine, around a new model or one that is there."""
 
 import ctypes
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
-from smolds_dist.parallel.engine import Engine, Fill, GroupParameters, MakeOptimizer
+from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, empty_model, enable_activation_checkpointing
+from smolds_dist.parallel.engine import Engine, Fill
 from smolds_dist.parallel.local_engine import LocalEngine
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.parallel.uniform_routing import force_uniform_routing
 from smolds_dist.settings import RunConfig
 
-if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
-    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 
+def build_engine(model_config: DeepSeekV3Config, config: RunConfig, topology: Topology, fill: Fill) -> Engine:
+    """The engine around a new model; at ZeRO 3 every layer is sharded as soon as it is built.
 
-def under_construction(
-    config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config"
-) -> AbstractContextManager[None]:
-    """Where a model is built that an engine is to fill: at ZeRO 3 every layer is cut as soon as it is there."""
+    Args:
+        fill: gives each part that this process keeps its values.
+    """
     give_back_freed_memory()
-    if topology.engine == "local" or topology.zero < 3:
-        return nullcontext()
-    from smolds_dist.parallel.deepspeed_engine import cut_while_building
+    sharded: AbstractContextManager[None] = nullcontext()
+    if topology.engine == "deepspeed" and topology.zero == 3:
+        from smolds_dist.parallel.deepspeed_engine import zero3_init
 
-    return cut_while_building(config, topology, model_config)
+        sharded = zero3_init(config, topology, model_config)
+    with sharded:
+        model = empty_model(model_config)
+    return make_engine(model, config, topology, fill)
 
 
 def make_engine(
-    model: "DeepSeekV3ForCausalLM",
-    config: RunConfig,
-    topology: Topology,
-    group_parameters: GroupParameters,
-    make_optimizer: MakeOptimizer,
-    fill: Fill | None = None,
+    model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topology, fill: Fill | None = None
 ) -> Engine:
-    """The engine that `topology` names, with the model on its device and in its dtype.
+    """The engine that `topology` names around `model`, on its device and in its dtype, with its optimizer.
 
     Args:
         fill: where the model's parameters hold nothing yet: gives each part that this process keeps its values.
     """
+    enable_activation_checkpointing(model, str(config.train.activation_checkpointing))
     engine: Engine
     if topology.engine == "local":
-        engine = LocalEngine(model, config, topology, group_parameters, make_optimizer, fill)
+        engine = LocalEngine(model, config.train, topology, fill)
     else:
         from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine  # needs deepspeed, which may not be here
 
-        engine = DeepSpeedEngine(model, config, topology, group_parameters, make_optimizer, fill)
+        engine = DeepSpeedEngine(model, config, topology, fill)
+    if config.model.force_uniform_routing:
+        force_uniform_routing(engine.model)
     if topology.device == "cpu" and topology.keeps_memory:
         keep_freed_memory()  # from here on: what was needed for the building goes back
     return engine

@@ -16,7 +16,7 @@ from smolds_dist.costs.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, w
 from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
-from smolds_dist.settings import RunConfig
+from smolds_dist.settings import Model, Parallel, RunConfig, Train
 
 # Tokens of one forward pass that keep the device busy without filling its memory with activations.
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
@@ -104,58 +104,43 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     Raises:
         ConfigError: where a setting cannot work at this world size or on this machine, with the values that can.
     """
-    parallel, train, world = config.parallel, config.train, rank.world_size
-    if parallel.hardware is not None:
-        load_hardware(parallel.hardware)  # a mistake shows at once, not where it begins to matter
-    device = machine.devices[0] if parallel.device == "auto" else parallel.device
-    if device not in machine.devices:
-        raise ConfigError(f"--parallel.device {device} is not on this machine; use {' or '.join(machine.devices)}.")
-    if device == "cuda" and rank.local_rank >= machine.device_count:
-        raise ConfigError(
-            f"local rank {rank.local_rank} has no GPU of its own, this node has {machine.device_count}; start fewer ranks."
-        )
-    if device == "mps" and world > 1:
-        raise ConfigError("Apple's GPU takes one process; start one, or use --parallel.device cpu.")
-
-    engine = _engine(config, world)
-    dtype = train.dtype
+    parallel, world, per_node = config.parallel, rank.world_size, rank.ranks_per_node
+    hardware = load_hardware(parallel.hardware) if parallel.hardware else None
+    device = _device(parallel.device, machine, rank)
+    engine = _engine(parallel, world)
+    dtype: str = config.train.dtype
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" and machine.bf16 else "fp32"
-    sizes, why_expert = _expert_sizes(config, world, rank.ranks_per_node)
-    memory = machine.memory if device == machine.devices[0] else None
-    if memory is not None and device == "cpu":
-        memory = memory // rank.ranks_per_node
-    stages = _zero_stages(config, engine)
-    batches = _micro_batches(config, world, device)
+    experts = config.model.num_experts
+    sizes, why_expert = _expert_sizes(parallel.expert, experts, world, per_node)
+    stages = _zero_stages(parallel.zero, engine)
+    batches = _micro_batches(config.train, world, TOKENS_PER_PASS[device] // config.data.seq_len)
     settings = configured(config)
-    layouts = {
-        size: [
-            Layout(
-                world, rank.ranks_per_node, size, zero, batch, train.global_batch // (world * batch), config.data.seq_len,
-                dtype, device, engine, **settings,
-            )
-            for batch in batches
-            for zero in stages
-        ]
-        for size in sizes
-    }  # fmt: skip
+
+    def layout(size: int, zero: int, batch: int) -> Layout:
+        accumulation, seq_len = config.train.global_batch // (world * batch), config.data.seq_len
+        return Layout(world, per_node, size, zero, batch, accumulation, seq_len, dtype, device, engine, **settings)
+
+    memory = Memory(with_vocabulary(config), _memory(machine, device, per_node), PROCESS_BYTES[device])
+
+    def first(size: int) -> Layout:
+        return memory.first([layout(size, zero, batch) for batch in batches for zero in stages])
+
     expert = sizes[-1]
     if len(sizes) > 1:
-        hardware = hardware_of(config, machine, device)
+        hardware = hardware or _known(machine, device)
         if hardware is None:
-            unknown = "figures of this machine are not known, which smolds plan --calibrate measures"
-            why_expert = f"{why_expert}, and {unknown}"
+            why_expert += ", and figures of this machine are not known, which smolds plan --calibrate measures"
         else:
-            firsts = {size: _first_that_fits(config, layouts[size], memory)[0] for size in sizes}
-            expert, why_expert = _fastest(config, firsts, hardware.shared_by(rank.ranks_per_node), memory)
-    layout, why_layout, fits = _first_that_fits(config, layouts[expert], memory)
-    keeps_memory = fits if parallel.keep_memory == "auto" else parallel.keep_memory
+            firsts = {size: first(size) for size in sizes}
+            expert, why_expert = _fastest(memory, experts, firsts, hardware.shared_by(per_node))
+    chosen = first(expert)
+    why = _why_stage(chosen, parallel.zero != "auto", memory)
+    keeps_memory = memory.fits(chosen) if parallel.keep_memory == "auto" else parallel.keep_memory
     if device == "cpu" and not keeps_memory:
-        why_layout += "; what a step frees goes back to the system, which takes time"
+        why += "; what a step frees goes back to the system, which takes time"
     if device == "cpu" == machine.devices[0] and dtype == "bf16" and not machine.bf16:
-        why_layout += (
-            "; fp32 would be many times as fast, because this CPU has no bf16 products: leave --train.dtype out"
-        )
+        why += "; fp32 would be many times as fast, because this CPU has no bf16 products: leave --train.dtype out"
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,
@@ -164,14 +149,60 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         backend=None if engine == "local" else "nccl" if device == "cuda" else "gloo",
         engine=engine,
         expert=expert,
-        zero=layout.zero,
+        zero=chosen.zero,
         dtype=dtype,
-        micro_batch=layout.micro_batch,
-        accumulation=layout.accumulation,
-        nodes=-(-world // rank.ranks_per_node),
+        micro_batch=chosen.micro_batch,
+        accumulation=chosen.accumulation,
+        nodes=-(-world // per_node),
         keeps_memory=keeps_memory,
-        reason=f"{why_expert}; {why_layout}." if world > 1 else f"{why_layout}.",
+        reason=f"{why_expert}; {why}." if world > 1 else f"{why}.",
     )
+
+
+def _device(wanted: str, machine: Machine, rank: RankInfo) -> str:
+    device = machine.devices[0] if wanted == "auto" else wanted
+    if device not in machine.devices:
+        raise ConfigError(f"--parallel.device {device} is not on this machine; use {' or '.join(machine.devices)}.")
+    if device == "cuda" and rank.local_rank >= machine.device_count:
+        raise ConfigError(
+            f"local rank {rank.local_rank} has no GPU of its own, this node has {machine.device_count}; start fewer ranks."
+        )
+    if device == "mps" and rank.world_size > 1:
+        raise ConfigError("Apple's GPU takes one process; start one, or use --parallel.device cpu.")
+    return device
+
+
+def _memory(machine: Machine, device: str, per_node: int) -> int | None:
+    """Bytes that one rank has, where they are known."""
+    if machine.memory is None or device != machine.devices[0]:
+        return None
+    return machine.memory // per_node if device == "cpu" else machine.memory
+
+
+class Memory:
+    """What layouts need of a rank's memory, by `costs.memory`.
+
+    Args:
+        available: bytes; None where that is unknown.
+        process: bytes that a process takes before it has a model.
+    """
+
+    def __init__(self, model: Model, available: int | None, process: float):
+        self.model, self.available, self.process = model, available, process
+        self._needs: dict[Layout, float] = {}
+
+    def need(self, layout: Layout) -> float:
+        if layout not in self._needs:
+            self._needs[layout] = rank_memory(self.model, layout, self.process).total
+        return self._needs[layout]
+
+    def fits(self, layout: Layout) -> bool:
+        """Return True if it does, as far as is known."""
+        return self.available is None or self.need(layout) <= MEMORY_SHARE * self.available
+
+    def first(self, layouts: list[Layout]) -> Layout:
+        """The first that fits, else the one that needs least."""
+        return next(filter(self.fits, layouts), None) or min(layouts, key=self.need)
 
 
 def expert_sizes(world_size: int, num_experts: int) -> list[int]:
@@ -180,8 +211,7 @@ def expert_sizes(world_size: int, num_experts: int) -> list[int]:
     return [size for size in range(1, common + 1) if common % size == 0]
 
 
-def _engine(config: RunConfig, world: int) -> str:
-    parallel = config.parallel
+def _engine(parallel: Parallel, world: int) -> str:
     if parallel.engine == "local" and world > 1:
         raise ConfigError(f"--parallel.engine local is for one process, here are {world} ranks; use deepspeed or auto.")
     if parallel.engine != "auto":
@@ -190,10 +220,9 @@ def _engine(config: RunConfig, world: int) -> str:
     return "deepspeed" if world > 1 or wants_deepspeed else "local"
 
 
-def _expert_sizes(config: RunConfig, world: int, per_node: int) -> tuple[list[int], str]:
+def _expert_sizes(wanted: str | int, experts: int, world: int, per_node: int) -> tuple[list[int], str]:
     """The expert-parallel sizes that may be taken, the largest last, and why it would be that one: groups stay inside a node
     unless somebody asks for more."""
-    experts, wanted = config.model.num_experts, config.parallel.expert
     valid = expert_sizes(world, experts)
     inside = [size for size in valid if per_node % size == 0]
     if not isinstance(wanted, int):
@@ -211,34 +240,26 @@ def _expert_sizes(config: RunConfig, world: int, per_node: int) -> tuple[list[in
     return [wanted], f"{experts} experts are shared by {wanted} ranks as asked{where}"
 
 
-def hardware_of(config: RunConfig, machine: Machine, device: str) -> Hardware | None:
+def _known(machine: Machine, device: str) -> Hardware | None:
     """What the planner's formulas take for a machine, if there are figures."""
-    if config.parallel.hardware is not None:
-        return load_hardware(config.parallel.hardware)
     if machine.name is None:
         return None
     return known_hardware("cpu" if device == "cpu" else machine.name)
 
 
-def _fastest(config: RunConfig, layouts: dict[int, Layout], hardware: Hardware, memory: int | None) -> tuple[int, str]:
+def _fastest(memory: Memory, experts: int, layouts: dict[int, Layout], hardware: Hardware) -> tuple[int, str]:
     """The expert-parallel size with the shortest step among those that fit, and by how much it is.
 
     Args:
         layouts: of each size, the one that it would have.
-        memory: bytes of a device.
     """
-    model, experts = with_vocabulary(config), config.model.num_experts
-    process = PROCESS_BYTES[next(iter(layouts.values())).device]
-    fitting = {
-        size: layout
-        for size, layout in layouts.items()
-        if memory is None or rank_memory(model, layout, process).total <= MEMORY_SHARE * memory
-    }
+    fitting = {size: layout for size, layout in layouts.items() if memory.fits(layout)}
     if not fitting:  # the one that needs least is the one that shares most
         most = max(layouts)
         return most, f"{experts} experts are shared by {most} ranks, because fewer need more memory"
     tokens_per_s = {
-        size: layout.tokens_per_step / step_time(model, layout, hardware).total for size, layout in fitting.items()
+        size: layout.tokens_per_step / step_time(memory.model, layout, hardware).total
+        for size, layout in fitting.items()
     }
     best = max(tokens_per_s, key=lambda size: tokens_per_s[size])
     what = f"every rank holds all {experts} experts" if best == 1 else f"{experts} experts are shared by {best} ranks"
@@ -250,19 +271,22 @@ def _fastest(config: RunConfig, layouts: dict[int, Layout], hardware: Hardware, 
     return best, f"{what}, {gain:.1%} faster than where {shared}, by the planner's formulas for {hardware.name}"
 
 
-def _zero_stages(config: RunConfig, engine: str) -> list[int]:
+def _zero_stages(wanted: str | int, engine: str) -> list[int]:
     """The ZeRO stages that may be taken, the preferred first."""
-    wanted = config.parallel.zero
-    if wanted == "auto":
+    if not isinstance(wanted, int):
         return [0] if engine == "local" else [1, 2, 3]
     if engine == "local" and wanted:
         raise ConfigError(f"--parallel.zero {wanted} needs DeepSpeed; use --parallel.engine deepspeed, or zero 0.")
     return [wanted]
 
 
-def _micro_batches(config: RunConfig, world: int, device: str) -> list[int]:
-    """The micro batches that may be taken, the preferred first."""
-    batch, wanted = config.train.global_batch, config.train.micro_batch
+def _micro_batches(train: Train, world: int, most: int) -> list[int]:
+    """The micro batches that may be taken, the preferred first.
+
+    Args:
+        most: sequences of one, where the choice is free and more than one.
+    """
+    batch, wanted = train.global_batch, train.micro_batch
     if batch % world:
         raise ConfigError(
             f"--train.global_batch {batch} is not a multiple of the world size {world}; "
@@ -271,8 +295,7 @@ def _micro_batches(config: RunConfig, world: int, device: str) -> list[int]:
     per_rank = batch // world
     valid = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
     if wanted is None:
-        most = max(1, TOKENS_PER_PASS[device] // config.data.seq_len)
-        return [size for size in reversed(valid) if size <= most]
+        return [size for size in reversed(valid) if size <= max(1, most)]
     if wanted not in valid:
         raise ConfigError(
             f"--train.micro_batch {wanted} does not divide the {per_rank} sequences that each of {world} ranks has per "
@@ -281,26 +304,15 @@ def _micro_batches(config: RunConfig, world: int, device: str) -> list[int]:
     return [wanted]
 
 
-def _first_that_fits(config: RunConfig, layouts: list[Layout], memory: int | None) -> tuple[Layout, str, bool]:
-    """The first layout that fits into a device's memory, by `costs.memory`, else the one that needs least; why; and whether
-    it fits, as far as is known."""
-    if memory is None:
-        why = _why_stage(config, layouts[0]).removesuffix(" is the lowest stage that fits")
-        return layouts[0], f"{why}, the device's memory is unknown", True
-    model, process = with_vocabulary(config), PROCESS_BYTES[layouts[0].device]
-    needs = [rank_memory(model, layout, process).total for layout in layouts]
-    place = next((i for i, need in enumerate(needs) if need <= MEMORY_SHARE * memory), None)
-    warning, fits = "", place is not None
-    if place is None:
-        place = needs.index(min(needs))
-        warning = f", which is the least there is, yet more than {MEMORY_SHARE:.0%}"
-    amount = f"a rank needs {needs[place] / 1e9:,.2g} of {memory / 1e9:,.2g} GB{warning}"
-    return layouts[place], f"{_why_stage(config, layouts[place])}, {amount}", fits
-
-
-def _why_stage(config: RunConfig, layout: Layout) -> str:
+def _why_stage(layout: Layout, asked: bool, memory: Memory) -> str:
+    lowest = ""
     if layout.engine == "local":
-        return "one process needs neither ZeRO nor a process group"
-    if config.parallel.zero != "auto":
-        return f"ZeRO {layout.zero} as asked"
-    return f"ZeRO {layout.zero} is the lowest stage that fits"
+        why = "one process needs neither ZeRO nor a process group"
+    elif asked:
+        why = f"ZeRO {layout.zero} as asked"
+    else:
+        why, lowest = f"ZeRO {layout.zero}", " is the lowest stage that fits"
+    if memory.available is None:
+        return f"{why}, the device's memory is unknown"
+    warning = "" if memory.fits(layout) else f", which is the least there is, yet more than {MEMORY_SHARE:.0%}"
+    return f"{why}{lowest}, a rank needs {memory.need(layout) / 1e9:,.2g} of {memory.available / 1e9:,.2g} GB{warning}"

@@ -6,50 +6,39 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remove, remove_leftovers, step_of
-from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, check_contents, open_checkpoint, restore
+from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remove, step_of
+from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import largest_products
 from smolds_dist.data.ahead import BatchesAhead
-from smolds_dist.data.batch import TrainingData, UniqueTexts
+from smolds_dist.data.batch import TrainingData, UniqueTexts, document_end
 from smolds_dist.data.prepare import told_epochs
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.launching.signals import StopRequest
-from smolds_dist.model import (
-    DeepSeekV3Config,
-    DeepSeekV3ForCausalLM,
-    empty_model,
-    enable_activation_checkpointing,
-)
-from smolds_dist.observe.metrics import MetricsWriter
+from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.observe.rows import recent_losses
-from smolds_dist.observe.terminal import Terminal
+from smolds_dist.observe.run_log import RunLog
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.engine import Engine, Fill
-from smolds_dist.parallel.fragments import tensor_shapes
-from smolds_dist.parallel.make_engine import make_engine, under_construction
-from smolds_dist.parallel.router_statistics import RouterStatistics
+from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.make_engine import build_engine
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.parallel.uniform_routing import force_uniform_routing
 from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
-from smolds_dist.training.clock import StepClock, matrix_product_peak
+from smolds_dist.training.clock import matrix_product_peak
 from smolds_dist.training.compiling import compile_model
 from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
-from smolds_dist.training.optim import make_optimizer, parameter_groups
 from smolds_dist.training.profiling import Profiler
-from smolds_dist.training.qk_clip import QkClip
 from smolds_dist.training.rank_checks import SlowRanks
+from smolds_dist.training.step import Stepper
 
 
 @dataclass(frozen=True)
@@ -71,33 +60,35 @@ class Job:
         return self.topology.rank == 0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Training:
-    """What a rollback makes anew."""
+    """What a rollback makes again."""
 
     engine: Engine
     balancer: Balancer
-    routers: RouterStatistics
     progress: Progress
-    guard: LossGuard
-    checkpoints: CheckpointWriter
-    metrics: MetricsWriter | None  # on rank 0
     texts: UniqueTexts | None  # on rank 0
-    terminal: Terminal
-    clock: StepClock
-    ahead: BatchesAhead
+    stepper: Stepper
+    guard: LossGuard
+    slow: SlowRanks
+    checkpoints: CheckpointWriter
+    log: RunLog
     profiler: Profiler
     peak: float  # FLOP/s of all ranks together, in matrix products
-    slow: SlowRanks
-    qk_clip: QkClip
+
+    def save(self, val_loss: float | None = None, wait: bool = False) -> None:
+        """Begins to write a checkpoint; see `CheckpointWriter.save`. Collective."""
+        others: dict[str, torch.Tensor] = {}
+        if self.texts is not None:
+            kind, content = self.texts.state()
+            others[f"{UNIQUE_TEXTS}:{kind}:0"] = torch.from_numpy(content)
+        self.checkpoints.save(self.engine, self.balancer, self.progress, val_loss, others, wait=wait)
 
     def close(self) -> None:
-        self.terminal.close()
-        self.ahead.close()
+        self.stepper.close()
         self.profiler.close()
         self.checkpoints.wait()
-        if self.metrics is not None:
-            self.metrics.close()
+        self.log.close()
         self.engine.close()
 
 
@@ -153,63 +144,85 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     """Model, engine and all that writes, from a checkpoint if there is one. Collective."""
     config, topology = job.config, job.topology
     torch.manual_seed(config.train.seed)
-    if reader:
-        check_contents(reader, job.data)
-    with torch.device("meta"):
-        tensors = tensor_shapes(DeepSeekV3ForCausalLM(job.model_config))
-    num_parameters = sum(math.prod(shape) for shape in tensors.values())
     engine = new_engine(job.model_config, config, topology, reader)
     engine.model.register_forward_pre_hook(lambda *_: job.beat())
-    rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
-    balancer = Balancer(engine.model, rate)
+    balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
     progress = restore(reader, engine, balancer, topology) if reader else Progress()
-    checkpoints = CheckpointWriter(config, topology, tensors, job.data.identity)
-    dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
+    tensors = engine.tensor_shapes()
+    num_parameters = sum(math.prod(shape) for shape in tensors.values())
     shapes = largest_products(job.model_config, topology.micro_batch * config.data.seq_len)
-    peak = engine.sum_over_ranks(torch.tensor(matrix_product_peak(engine.device, dtype, shapes=shapes))).item()
-    terminal = Terminal(config.log, config.train.steps, progress.step, job.main)
+    dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
+    mine = matrix_product_peak(engine.device, dtype, shapes=shapes)
+    peak = engine.sum_over_ranks(torch.tensor(mine)).item()
     history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
 
-    metrics = texts = None
+    facts = environment(job, num_parameters, peak)
+    log = begin_log(job, progress.step, facts)
+    if reader:
+        log.say(f"continuing from {reader.folder}")
+    left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
+    compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, log)
+    return Training(
+        engine=engine,
+        balancer=balancer,
+        progress=progress,
+        texts=texts_seen(job.data, reader) if job.main else None,
+        stepper=Stepper(
+            engine,
+            balancer,
+            topology,
+            config.train,
+            BatchesAhead(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
+            end_of_text=document_end(config.data, job.data.tokenizer),
+            stopped=lambda: job.stop.asked is not None,
+        ),
+        guard=LossGuard(config.train, history),
+        slow=SlowRanks(topology),
+        checkpoints=CheckpointWriter(config, topology, tensors, job.data.identity),
+        log=log,
+        profiler=Profiler(config, topology),
+        peak=peak,
+    )
+
+
+def new_engine(
+    model_config: DeepSeekV3Config, config: RunConfig, topology: Topology, reader: CheckpointReader | None
+) -> Engine:
+    """The run's engine around a model with initial weights, or a checkpoint's: of these each rank makes or reads what it
+    keeps."""
+    initial = InitialValues(config.train.seed, model_config.initializer_range)
+    return build_engine(model_config, config, topology, reader.fill if reader else initial.fill)
+
+
+def begin_log(job: Job, step: int, facts: dict) -> RunLog:
+    """The run's log, with what it begins with; on rank 0 also the files that tell what the run is.
+
+    Args:
+        facts: `environment`.
+    """
+    config = job.config
+    log = RunLog(config, step, job.main)
     if job.main:
-        texts = UniqueTexts(job.data)
-        if reader:
-            for kind, content in reader.stored(UNIQUE_TEXTS).items():
-                texts.restore(kind, content.numpy())
-        remove_leftovers(checkpoints.root)
         save_config(config, config.run_dir / "config.yaml")
         save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")
-        metrics = MetricsWriter(config, progress.step)
-        metrics.row({"step": progress.step, "event": "start"} | environment(job, num_parameters, peak))
+        log.row(step, event="start", **facts)
         for failure in untold_failures(config.run_dir):
-            metrics.row({"step": progress.step, "event": "restart"} | failure)
-    terminal.say(f"{config.run.name}: {num_parameters:,} parameters, {topology}")
-    terminal.say(topology.reason)
-    left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
-    compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, terminal)
+            log.row(step, event="restart", **failure)
+    log.say(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
+    log.say(job.topology.reason)
     for line in told_epochs(config, job.data):
-        terminal.say(line)
-    if terminal.verbose:
-        terminal.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
-    if reader:
-        terminal.say(f"continuing from {reader.folder}")
-    return Training(
-        engine,
-        balancer,
-        RouterStatistics(engine.model),
-        progress,
-        LossGuard(config.train, history),
-        checkpoints,
-        metrics,
-        texts,
-        terminal,
-        StepClock(engine),
-        BatchesAhead(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
-        Profiler(config, topology),
-        peak,
-        SlowRanks(topology),
-        QkClip(engine, job.model_config, config.train.qk_clip),
-    )
+        log.say(line)
+    if log.verbose:
+        log.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+    return log
+
+
+def texts_seen(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
+    """The texts that a checkpoint says were trained on; none without one."""
+    texts = UniqueTexts(data)
+    for kind, content in (reader.stored(UNIQUE_TEXTS) if reader else {}).items():
+        texts.restore(kind, content.numpy())
+    return texts
 
 
 def untold_failures(run_dir: Path) -> list[dict]:
@@ -220,31 +233,6 @@ def untold_failures(run_dir: Path) -> list[dict]:
     told = {row["number"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"}
     keys = {"number": "number", "step": "failed_after", "cause": "cause", "logs": "logs"}
     return [{new: row[old] for old, new in keys.items()} for row in failures if row["number"] not in told]
-
-
-def new_engine(
-    model_config: DeepSeekV3Config, config: RunConfig, topology: Topology, reader: CheckpointReader | None
-) -> Engine:
-    """The run's engine around a model with initial weights, or a checkpoint's: of these each rank makes or reads what it
-    keeps."""
-    with under_construction(config, topology, model_config):
-        model = empty_model(model_config)
-    initial = InitialValues(config.train.seed, model_config.initializer_range)
-    return engine_for(model, config, topology, reader.fill if reader else initial.fill)
-
-
-def engine_for(model: DeepSeekV3ForCausalLM, config: RunConfig, topology: Topology, fill: Fill | None = None) -> Engine:
-    """The run's engine around `model`, with its optimizer.
-
-    Args:
-        fill: where `model` holds nothing yet: gives each part that this rank keeps its values.
-    """
-    enable_activation_checkpointing(model, str(config.train.activation_checkpointing))
-    groups, optimizer = partial(parameter_groups, train=config.train), partial(make_optimizer, train=config.train)
-    engine = make_engine(model, config, topology, groups, optimizer, fill)
-    if config.model.force_uniform_routing:
-        force_uniform_routing(engine.model)
-    return engine
 
 
 def environment(job: Job, num_parameters: int, peak: float) -> dict:
@@ -285,8 +273,7 @@ def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
     left_out = (spike.end - reader.manifest.step) * job.config.train.global_batch
     training.progress.skipped_samples += left_out
     training.progress.rollbacks = progress.rollbacks + 1
-    if training.metrics is not None:
-        event = {"event": "rollback", "spike_begin": spike.begin, "spike_end": spike.end, "skipped_samples": left_out}
-        training.metrics.row({"step": reader.manifest.step, **event})
-    training.terminal.say(f"{spike}; going on from step {reader.manifest.step} with other samples")
+    step, ends = reader.manifest.step, {"spike_begin": spike.begin, "spike_end": spike.end}
+    training.log.row(step, event="rollback", **ends, skipped_samples=left_out)
+    training.log.say(f"{spike}; going on from step {step} with other samples")
     return training

@@ -19,7 +19,7 @@ from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, DeepSeekV3ForCa
 from smolds_dist.model.kernels import expert_ffn
 from smolds_dist.model.regions import compile_regions, run_regions_plainly
 from smolds_dist.model.rotary import rotary_angles
-from smolds_dist.observe.terminal import Terminal
+from smolds_dist.observe.run_log import RunLog
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.topology import Topology
@@ -36,7 +36,7 @@ def compile_model(
     topology: Topology,
     model: DeepSeekV3Config,
     peak_seconds: float,
-    terminal: Terminal,
+    log: RunLog,
 ) -> bool:
     """Compiles where `train.compile` says so, before the first step; returns whether the model runs compiled. Collective.
 
@@ -51,7 +51,7 @@ def compile_model(
     if selective or not is_wanted(config.train.compile, topology.device, peak_seconds):
         return False
     began = time.perf_counter()
-    terminal.say("compiling; what is compiled is kept in PyTorch's cache for later runs")
+    log.say("compiling; what is compiled is kept in PyTorch's cache for later runs")
     error = None
     for turn in (True, False):
         if turn == (topology.local_rank == 0):
@@ -59,9 +59,9 @@ def compile_model(
         engine.barrier()
     if failed := largest_over_ranks(topology, error is not None):
         leave_uncompiled(engine.model)
-        terminal.warn(f"compiling failed ({error or 'on another rank'}); the run goes on without (--train.compile off)")
+        log.warn(f"compiling failed ({error or 'on another rank'}); the run goes on without (--train.compile off)")
     else:
-        terminal.say(f"compiled in {time.perf_counter() - began:.0f} s")
+        log.say(f"compiled in {time.perf_counter() - began:.0f} s")
     return not failed
 
 
@@ -79,13 +79,19 @@ def has_compiler(device: str) -> bool:
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
-def try_to_compile(engine: Engine, topology: Topology, seq_len: int, model: DeepSeekV3Config) -> str | None:
-    """Compiles all that training will call, by calling it; returns what went wrong."""
+def try_to_compile(
+    engine: Engine, topology: Topology, seq_len: int, model: DeepSeekV3Config, backend: str = "inductor"
+) -> str | None:
+    """Compiles all that training will call, by calling it; returns what went wrong.
+
+    Args:
+        backend: torch.compile's; aot_eager traces all the same, and makes no machine code.
+    """
     try:
-        compile_regions()
+        compile_regions(backend)
         call_regions(model, topology)
         if topology.zero < 3:  # whose hooks gather the weights, module by module
-            call_dense_parts(engine, topology, seq_len, model)
+            call_dense_parts(engine, topology, seq_len, model, backend)
     except Exception as error:  # whatever a compiler may raise
         return first_line(error)
     return None
@@ -111,7 +117,7 @@ def call_regions(config: DeepSeekV3Config, topology: Topology) -> None:
         expert_ffn(x_PH, counts_E, experts.gate_up_proj.chunk(2, dim=1), experts.down_proj).sum().backward()
 
 
-def call_dense_parts(engine: Engine, topology: Topology, seq_len: int, config: DeepSeekV3Config) -> None:
+def call_dense_parts(engine: Engine, topology: Topology, seq_len: int, config: DeepSeekV3Config, backend: str) -> None:
     """Forward and backward of each block's dense part; what the first leaves serves the others. Weights get no gradient."""
     blocks = dense_parts(engine.model)
     weight = next(blocks[0].self_attn.parameters())
@@ -120,7 +126,7 @@ def call_dense_parts(engine: Engine, topology: Topology, seq_len: int, config: D
     rotary = rotary_angles(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
     inputs = dict(rotary=rotary, attention_mask=None, cache=None, output_attentions=False, documents=None)
     for block in blocks:
-        block.compiled_attend = attend = torch.compile(block.attend, dynamic=False)
+        block.compiled_attend = attend = torch.compile(block.attend, dynamic=False, backend=backend)
         x.requires_grad_()
         outputs = attend(x, **inputs)
         torch.autograd.grad(outputs, x, [torch.zeros_like(one) for one in outputs])

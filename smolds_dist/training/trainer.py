@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, prepare_resumed
+from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepare_resumed
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
@@ -31,7 +31,7 @@ from smolds_dist.settings import RunConfig
 from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
 from smolds_dist.training.rank_checks import WINDOWS, find_difference, host_of, where
-from smolds_dist.training.step import take_step
+from smolds_dist.training.step_row import sum_up
 
 
 def train(config: RunConfig, info: RankInfo | None = None) -> int:
@@ -59,36 +59,54 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
         ended = held.enter_context(note)
         done, stop = held.enter_context(ahead), held.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
-        flops = flops_per_token(model_config, config.data.seq_len)
-        beat = report.beat if report else lambda: None
-        job = Job(config, topology, data, model_config, flops, stop, beat, tasks_of(config), done)
-        patience = Patience(
-            timeout=config.parallel.timeout or math.inf,
-            stopped=lambda: stop.asked is not None,
-            alive=report.alive if report else lambda: None,
+        job = Job(
+            config=config,
+            topology=topology,
+            data=data,
+            model_config=model_config,
+            flops_per_token=flops_per_token(model_config, config.data.seq_len),
+            stop=stop,
+            beat=report.beat if report else lambda: None,
+            tasks=tasks_of(config),
+            done=done,
         )
-        why = ""
-        try:
-            met = start_process_group(topology, info, patience)
-            code = run(job) if met else EXIT_CODES[signal.Signals(stop.asked or 0)]
-            outcome = "stopped" if code else "done"
-        except ConfigError:
-            if report:
-                report.end("refused", 2)
-            raise
-        except TrainingStoppedError as error:
-            code, outcome, why = 1, "failed", str(error)
-            if job.main:
-                print(f"\nsmolds: {error}.", file=sys.stderr, flush=True)
-        except Exception as error:
-            if report is None:  # a debugger should see the error where it happens
-                raise
-            report.fail(error)
-            raise RankFailedError from error
-        if report:
-            report.end(outcome, code)
+        code, why = run_and_report(job, info, report)
         ended(code, why)
     return code
+
+
+def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple[int, str]:
+    """As `run`, once the ranks have met; what comes of it is noted for whoever watches them.
+
+    Returns:
+        The exit code, and why the training failed where it has.
+    """
+    patience = Patience(
+        timeout=job.config.parallel.timeout or math.inf,
+        stopped=lambda: job.stop.asked is not None,
+        alive=report.alive if report else lambda: None,
+    )
+    why = ""
+    try:
+        met = start_process_group(job.topology, info, patience)
+        code = run(job) if met else EXIT_CODES[signal.Signals(job.stop.asked or 0)]
+        outcome = "stopped" if code else "done"
+    except ConfigError:
+        if report:
+            report.end("refused", 2)
+        raise
+    except TrainingStoppedError as error:
+        code, outcome, why = 1, "failed", str(error)
+        if job.main:
+            print(f"\nsmolds: {error}.", file=sys.stderr, flush=True)
+    except Exception as error:
+        if report is None:  # a debugger should see the error where it happens
+            raise
+        report.fail(error)
+        raise RankFailedError from error
+    if report:
+        report.end(outcome, code)
+    return code, why
 
 
 def run(job: Job) -> int:
@@ -98,9 +116,12 @@ def run(job: Job) -> int:
         raise ConfigError(
             f"{config.run_dir} is not seen by all ranks; choose a --run.dir on a file system that all nodes share."
         )
-    training = build(job, open_checkpoint(config, topology))
+    reader = open_checkpoint(config, topology)
+    if reader:
+        check_contents(reader, job.data)
+    training = build(job, reader)
     while True:
-        job.data.reporter.begin_training(training.terminal.say, job.beat)
+        job.data.reporter.begin_training(training.log.say, job.beat)
         try:
             code = run_steps(job, training)
             break
@@ -117,13 +138,14 @@ def run(job: Job) -> int:
 
 def run_steps(job: Job, training: Training) -> int:
     """The training itself; returns the exit code."""
-    config, progress, metrics = job.config, training.progress, training.metrics
-    terminal, clock = training.terminal, training.clock
+    config, progress, clock = job.config, training.progress, training.stepper.clock
     begin = progress.step
     for step in range(begin + 1, config.train.steps + 1):
+        last = step == config.train.steps
         training.profiler.begin(step)
+        first_sample = progress.skipped_samples + (step - 1) * config.train.global_batch
         try:
-            done = take_step(job, training, step)
+            taken = training.stepper.take(step, first_sample)
         except (ConfigError, StoppedWaitingError) as error:  # no text, on all ranks alike, before the step has begun
             job.data.reporter.stop()
             if step > begin + 1:
@@ -131,6 +153,7 @@ def run_steps(job: Job, training: Training) -> int:
             if isinstance(error, ConfigError):
                 raise
             return EXIT_CODES[signal.Signals(job.stop.asked or 0)]
+        result = sum_up(job, training, taken)
         with clock.paused():
             trace = training.profiler.end(step)
         progress.step = step
@@ -139,59 +162,74 @@ def run_steps(job: Job, training: Training) -> int:
         if step == begin + 1:
             with clock.paused():
                 training.checkpoints.prepare(training.engine)
-        if metrics is not None:
-            with clock.phase("logging"):
-                terminal.step(metrics.training_row(done.row, done.counts))
+        with clock.phase("logging"):
+            training.log.training_row(result.row, result.counts)
         if trace:
-            terminal.say(trace)
-        if done.failed:
-            heed_failure(config, training, done.error)
-        training.guard.check(step, done.row["loss"], done.counts is not None)
+            training.log.say(trace)
+        if result.failed:
+            heed_failure(config, training, result.error)
+        training.guard.check(step, result.row["loss"], result.counts is not None)
         tell_slow_ranks(job, training, step)
 
-        last = step == config.train.steps
-        val_loss = None
-        if last or (config.train.eval_every and step % config.train.eval_every == 0):
-            with clock.paused():
-                val_loss = evaluate_and_tell(job, training, step)
-        if job.tasks and (last or (config.eval.every and step % config.eval.every == 0)):
-            with clock.paused():
-                score_tasks(job, training, step)
-        if last or (config.log.sample_every and step % config.log.sample_every == 0):
-            with clock.paused():
-                prompts = config.log.sample_prompts + (config.log.final_prompts if last else [])
-                write_samples(config, training, job.data.tokenizer, step, prompts)
-        asked = None if last else job.stop.agreed(done.asked)
-        saving = asked or (config.checkpoint.every and (last or step % config.checkpoint.every == 0))
+        with clock.paused():
+            val_loss = look_at_model(job, training, step, last)
+        asked = None if last else job.stop.agreed(result.asked)
+        saving = asked or (config.checkpoint.every and is_due(step, config.checkpoint.every, last))
         if config.parallel.check_every and (saving or step % config.parallel.check_every == 0):
             check_weights(job, training, step)
         if saving:
             ending = bool(asked) or last
             with clock.paused():
-                training.checkpoints.save(
-                    training.engine, training.balancer, progress, val_loss, seen_so_far(training), wait=ending
-                )
+                training.save(val_loss, wait=ending)
             if ending and not is_saved(training, step):
                 return 1
         if asked:
-            terminal.close()
-            terminal.say(
-                f"stopped by {asked.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
-            )
-            return EXIT_CODES[asked]
-    terminal.close()
+            return end_early(training, asked)
+    finish(job, training)
+    return 0
 
+
+def is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something happens after `step` that happens at the end of the run and every so many steps; 0: only then."""
+    return last or bool(every and step % every == 0)
+
+
+def look_at_model(job: Job, training: Training, step: int, last: bool) -> float | None:
+    """Evaluates, scores and samples, where it is time for it; returns the validation loss. Collective."""
+    config, val_loss = job.config, None
+    if is_due(step, config.train.eval_every, last):
+        val_loss = evaluate_and_tell(job, training, step)
+    if job.tasks and is_due(step, config.eval.every, last):
+        score_tasks(job, training, step)
+    if is_due(step, config.log.sample_every, last):
+        prompts = config.log.sample_prompts + (config.log.final_prompts if last else [])
+        write_samples(config, training, job.data.tokenizer, step, prompts)
+    return val_loss
+
+
+def end_early(training: Training, asked: signal.Signals) -> int:
+    """After a signal, once its checkpoint is written; returns the exit code."""
+    training.log.close_bar()
+    step = training.progress.step
+    training.log.say(
+        f"stopped by {asked.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
+    )
+    return EXIT_CODES[asked]
+
+
+def finish(job: Job, training: Training) -> None:
+    """After the last step: the model is exported. Collective."""
+    training.log.close_bar()
     export_model(
-        config.run_dir / "export",
+        job.config.run_dir / "export",
         training.engine,
         training.balancer,
         job.topology,
         job.model_config,
         job.data.tokenizer,
     )
-    if terminal.shown:
-        terminal.say(summary(config, job.data.val_unigram_entropy))
-    return 0
+    if training.log.shown:
+        training.log.say(summary(job.config, job.data.val_unigram_entropy))
 
 
 def tell_slow_ranks(job: Job, training: Training, step: int) -> None:
@@ -201,10 +239,8 @@ def tell_slow_ranks(job: Job, training: Training, step: int) -> None:
         return
     for rank, times in training.slow.compare(training.engine.sum_over_ranks).items():
         host = host_of(job.config.run_dir, rank)
-        if training.metrics is not None:
-            event = {"event": "slow_rank", "rank": rank, "host": host, "times": round(times, 2)}
-            training.metrics.row({"step": step, **event})
-        training.terminal.say(
+        training.log.row(step, event="slow_rank", rank=rank, host=host, times=round(times, 2))
+        training.log.say(
             f"rank {rank} on host {host} has computed {times:.1f} times as long as the others in the last "
             f"{WINDOWS * every} steps; all of them wait for it"
         )
@@ -234,18 +270,10 @@ def save_without_text(config: RunConfig, training: Training) -> None:
     """Saves the last step of a run that has no text for the next one. Collective."""
     progress = training.progress
     if not (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
-        training.checkpoints.save(training.engine, training.balancer, progress, None, seen_so_far(training), wait=True)
+        training.save(wait=True)
         if not is_saved(training, progress.step):
             return
-    training.terminal.say(f"step {progress.step} is saved; continue with --checkpoint.resume auto")
-
-
-def seen_so_far(training: Training) -> dict[str, torch.Tensor]:
-    """What rank 0 adds to a checkpoint."""
-    if training.texts is None:
-        return {}
-    kind, content = training.texts.state()
-    return {f"{UNIQUE_TEXTS}:{kind}:0": torch.from_numpy(content)}
+    training.log.say(f"step {progress.step} is saved; continue with --checkpoint.resume auto")
 
 
 def heed_failure(config: RunConfig, training: Training, error: str | None) -> None:
@@ -262,7 +290,7 @@ def heed_failure(config: RunConfig, training: Training, error: str | None) -> No
         raise TrainingStoppedError(
             f"{what}, older ones are whole; make room, and continue with --checkpoint.resume auto"
         )
-    training.terminal.warn(f"{what}; training goes on, older checkpoints are whole")
+    training.log.warn(f"{what}; training goes on, older checkpoints are whole")
 
 
 def is_saved(training: Training, step: int) -> bool:
@@ -282,10 +310,9 @@ def is_saved(training: Training, step: int) -> bool:
 def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
     """The validation loss after `step`, which rank 0 writes down. Collective."""
     result = evaluate(job.config, job.topology, training.engine, job.data)
-    if training.metrics is not None:
-        tokens = step * job.config.train.global_batch * job.config.data.seq_len
-        training.metrics.row({"step": step, "tokens": tokens, **result})
-    training.terminal.say(
+    tokens = step * job.config.train.global_batch * job.config.data.seq_len
+    training.log.row(step, tokens=tokens, **result)
+    training.log.say(
         f"step {step}: validation loss {result['val_loss']:.4f}, {result['val_bits_per_byte']:.3f} bits per byte"
     )
     return result["val_loss"]
@@ -306,9 +333,8 @@ def tasks_of(config: RunConfig) -> list[Any]:
 def score_tasks(job: Job, training: Training, step: int) -> None:
     """Scores the model on the run's tasks; rank 0 writes the scores down. Collective."""
     scores = evaluate_live(training.engine, job.topology, job.data.tokenizer, job.tasks, job.config.eval)
-    if training.metrics is not None:
-        training.metrics.row({"step": step, "tasks": scores})
-    training.terminal.say(f"step {step}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
+    training.log.row(step, tasks=scores)
+    training.log.say(f"step {step}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
 
 
 def write_samples(
@@ -319,6 +345,6 @@ def write_samples(
     texts = {
         prompt: sample(training.engine.model, tokenizer, prompt, config.log.sample_tokens, seed) for prompt in prompts
     }
-    if training.metrics is not None and texts:
-        training.metrics.samples(step, texts)
-        training.terminal.say(f"step {step}: {next(iter(texts.values()))!r}")
+    if texts:
+        training.log.samples(step, texts)
+        training.log.say(f"step {step}: {next(iter(texts.values()))!r}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolds_dist.parallel.fragments import full_shape
 from smolds_dist.settings import Train
 
 MUON_MOMENTUM = 0.95
@@ -40,7 +41,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
         )
     }  # fmt: skip
     for name, parameter in named_parameters:
-        if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:  # ZeRO 3 keeps the shape there of what it has cut
+        if len(full_shape(parameter)) < 2:
             kind = "norms"
         elif "embed_tokens" in name or "lm_head" in name:
             kind = "embeddings"
