@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, check_at_least
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -35,7 +35,7 @@ def bench(args: list[str]) -> None:
     """`smolds bench NAME`."""
     name, *options = args or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: smolds bench train [options]\n\nMeasures a step of training against transformers, DeepSpeed and others.")
+        print("usage: smolds bench train [options]\n\nMeasures a step of training against transformers and DeepSpeed.")
         print("\nexample: smolds bench train --preset debug")
     elif name != "train":
         raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
@@ -66,7 +66,7 @@ def bench_train(args: list[str]) -> None:
     options, settings = parse(parser, args)
     if any(one.startswith("--train.optimizer") for one in settings):
         raise ConfigError("--train.optimizer is told by --optimizers here; use that.")
-    check_at_least_one(options, "sequences", "rounds", "steps")
+    check_at_least(1, options, "sequences", "rounds", "steps")
     if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
     if options.against and not (options.against / "smolds_dist" / "bench" / "contenders.py").is_file():
