@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import held_out_loss
-from smolds_dist.bench.common import bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import bench_parser, keep, parse
 from smolds_dist.bench.train import processor, say
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.memory import parameter_counts
 from smolds_dist.data.batch import TrainingData, batch_digest
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, check_at_least
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, empty_model
 from smolds_dist.model.moe import SwiGLU
 from smolds_dist.parallel.balancer import Balancer
@@ -55,7 +55,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="tried by each")
     parser.add_argument("--picture", type=Path, help="file for the curves, .png")
     options, settings = parse(parser, args)
-    check_at_least_one(options, "steps")
+    check_at_least(1, options, "steps")
     if any(not rate > 0 for rate in options.learning_rates):
         raise ConfigError(f"--learning-rates {options.learning_rates} must all be more than 0.")
     with tempfile.TemporaryDirectory(prefix="bench-dense-") as folder:

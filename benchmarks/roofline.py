@@ -21,8 +21,9 @@ from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.train import describe_machine, make_task, say
+from smolds_dist.errors import check_at_least
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def main(args: list[str]) -> None:
     add_dtype(parser)
     parser.add_argument("--steps", type=int, default=3, help="profiled, and as many not, after two to warm up")
     options, settings = parse(parser, args)
-    check_at_least_one(options, "sequences", "steps")
+    check_at_least(1, options, "sequences", "steps")
     result = measure(options, settings)
     keep(options, result)
     print(table(result))

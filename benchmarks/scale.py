@@ -9,10 +9,10 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import Task
 from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, check_at_least
 
 PARTS = ("all_to_all", "optimizer_traffic", "waiting")
 
@@ -30,7 +30,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each number of ranks")
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
     options, settings = parse(parser, args)
-    check_at_least_one(options, "sequences", "rounds", "steps")
+    check_at_least(1, options, "sequences", "rounds", "steps")
     result = measure(options, settings)
     keep(options, result)
     print(table(result))

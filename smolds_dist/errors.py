@@ -57,3 +57,15 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             raise ConfigError(f"{self.prog} does not know {unknown[0]!r}; options of the training go behind `--`.")
         return options, args[cut + 1 :]
+
+
+def check_at_least(least: int, options: argparse.Namespace, *names: str) -> None:
+    """Refuses lower values of options that are set.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g} is out of range; it must be at least {least}.")

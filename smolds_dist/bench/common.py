@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import OptionParser
 from smolds_dist.parallel.topology import detect_machine
 
 
@@ -45,16 +45,3 @@ def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Writes a result to the file that --json names, if it does."""
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def check_at_least_one(options: argparse.Namespace, *names: str) -> None:
-    """Refuses counts below 1.
-
-    Raises:
-        ConfigError: naming the first.
-    """
-    for name in names:
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {getattr(options, name)} is out of range; it must be at least 1."
-            )

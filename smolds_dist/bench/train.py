@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, check_at_least_one, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, check_at_least
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -67,7 +67,7 @@ def bench_train(args: list[str]) -> None:
     options, settings = parse(parser, args)
     if any(one.startswith("--train.optimizer") for one in settings):
         raise ConfigError("--train.optimizer is told by --optimizers here; use that.")
-    check_at_least_one(options, "sequences", "rounds", "steps")
+    check_at_least(1, options, "sequences", "rounds", "steps")
     if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
     if options.against and not (options.against / "smolds_dist" / "bench" / "contenders.py").is_file():

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError, OptionParser, check_at_least
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.rows import RESTARTS, read_rows
 
@@ -110,9 +110,7 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    for name in ("restarts", "spares"):
-        if getattr(options, name) < 0:
-            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; it must be at least 0.")
+    check_at_least(0, options, "restarts", "spares")
     for name in ("spares", "restarts_shrink"):
         if getattr(options, name) and not options.restarts:
             raise ConfigError(f"--{name.replace('_', '-')} is for another start; give --restarts too.")
