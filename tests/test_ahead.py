@@ -250,7 +250,7 @@ def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tm
 
 
 def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corpus, prepared, tmp_path):
-    """Two ranks, of which each waits for a part that another process holds the lock of. All parts are made by the training."""
+    """Two ranks, of which each waits for a part that another process holds the lock of; the training makes all parts."""
     options = [*options_of(corpus, tmp_path), "--checkpoint.every=0", "--data.workers=0"]
     found = prepare_data(load_config([*options, "-q"]))
     second = int(found.orders["jsonl"].wanted_units()[0])

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from ranks import smolds
 
-
 SHA = "a" * 40
 ROWS = [f"row {number} with some words, {number * 7}" for number in range(1000)]
 FILES = {
