@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
@@ -19,6 +20,7 @@ from ranks import is_running, smolds
 from test_remote import Server
 
 from smolds_dist.config import load_config
+from smolds_dist.data.batch import batch_digest
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.observe.rows import read_rows
 
@@ -75,15 +77,22 @@ def rows_by_step(folder: Path) -> dict[int, dict]:
     return {row["step"]: row for row in read_rows(folder / "runs" / "one" / "metrics.jsonl") if "loss" in row}
 
 
-def assert_same(rows: dict[int, dict], expected: dict[int, dict], tolerance: float = 1e-5) -> None:
+def assert_same(rows: dict[int, dict], expected: dict[int, dict], other_topologies: bool = False) -> None:
+    """Every step's batch and texts; and losses to 1e-6 where nothing else differs.
+
+    Between topologies rounding may send a single token to another expert: then some steps' losses are off by more.
+    """
     assert sorted(rows) == sorted(expected) == list(range(1, STEPS + 1))
+    off = {}
     for step, row in expected.items():
         assert rows[step]["batch"] == row["batch"], step
-        assert rows[step]["loss"] == pytest.approx(row["loss"], rel=tolerance), step
         assert rows[step]["unique_texts"] == row["unique_texts"]
+        off[step] = abs(rows[step]["loss"] / row["loss"] - 1)
+    assert max(off.values()) <= (5e-5 if other_topologies else 1e-6), off
+    assert median(off.values()) <= 1e-6, off
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_losses_are_those_of_a_prepared_corpus(corpus, prepared, tmp_path, workers):
     """With worker processes ahead, and without, where the training makes the tokens itself when it needs them."""
     trained = smolds("train", *options_of(corpus, tmp_path), f"--data.workers={workers}")
@@ -118,8 +127,7 @@ def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, pr
             break
         wait_for(lambda until=until: max(rows_by_step(tmp_path), default=0) >= until, process, tmp_path)
         kill(process)
-    # Rounding differs between topologies; in step 58 it decides which expert one token goes to.
-    assert_same(rows_by_step(tmp_path), prepared[1], tolerance=1e-4)
+    assert_same(rows_by_step(tmp_path), prepared[1], other_topologies=True)
 
 
 def start_job(args: list[str], folder: Path) -> subprocess.Popen:
@@ -168,16 +176,17 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_three_processes_of_which_two_are_killed_prepare_the_same_files(corpus, prepared, tmp_path):
-    """Ten times, at random moments. The third one ends the work alone."""
-    chance = random.Random(0)
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.long)])
+def test_three_processes_of_which_two_are_killed_prepare_the_same_files(corpus, prepared, tmp_path, times):
+    """At random moments. The third one ends the work alone."""
+    chance = random.Random(times)
     tokenizer = prepared[0] / "runs" / "one" / "tokenizer"
     options = ["--workers=1", "--", *options_of(corpus, tmp_path), "--train.steps=500", f"--data.tokenizer={tokenizer}"]
     alone = smolds("data", "prepare", *options)
     assert alone.returncode == 0, alone.text
     expected = files_of(tmp_path / "cache")
     assert sum(name.endswith("tokens.bin") for name in expected) == 7  # of six units, and of held-out text
-    for number in range(10):
+    for number in range(times):
         here = tmp_path / str(number)
         here.mkdir()
         args = ["data", "prepare", *options, f"--data.cache_dir={here}/cache"]
@@ -232,16 +241,16 @@ def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tm
     assert process.returncode == 0, (tmp_path / "out").read_text()
     assert max(there) <= 5 and min(there[-20:]) >= 1
     assert len(list((tmp_path / "cache" / "units").glob("*/*.known"))) >= 3
-    removed = rows_by_step(tmp_path)
-    kept = smolds("train", *options, "--run.name=kept", f"--data.cache_dir={tmp_path}/kept", timeout=200)
-    assert kept.returncode == 0, kept.text
-    rows = {row["step"]: row for row in read_rows(tmp_path / "runs" / "kept" / "metrics.jsonl") if "loss" in row}
-    assert rows[150]["epochs"]["jsonl"] > 1.05
-    assert [row["batch"] for row in rows.values()] == [row["batch"] for row in removed.values()]
+    rows = rows_by_step(tmp_path)
+    assert len(rows) == 150 and rows[150]["epochs"]["jsonl"] > 1.05
+    kept = prepare_data(load_config([*options, f"--data.cache_dir={prepared[0]}/cache", "-q"]))
+    for step, row in rows.items():
+        batch = range((step - 1) * 32, step * 32)
+        assert row["batch"] == f"{batch_digest(kept.batch(batch), batch):08x}"
 
 
-def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corpus, tmp_path):
-    """Two ranks, of which each waits for a part that another process holds the lock of."""
+def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corpus, prepared, tmp_path):
+    """Two ranks, of which each waits for a part that another process holds the lock of; the training makes all parts."""
     options = [*options_of(corpus, tmp_path), "--checkpoint.every=0", "--data.workers=0"]
     found = prepare_data(load_config([*options, "-q"]))
     second = int(found.orders["jsonl"].wanted_units()[0])
@@ -257,7 +266,7 @@ def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corp
     assert f"step {last} is saved" in said
     resumed = smolds("train", *options, "--checkpoint.resume=auto")
     assert resumed.returncode == 0, resumed.text
-    assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))
+    assert_same(rows_by_step(tmp_path), prepared[1], other_topologies=True)
 
 
 def test_training_goes_on_with_the_windows_there_are_while_the_server_is_away(corpus, prepared, tmp_path):

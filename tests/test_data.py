@@ -232,20 +232,22 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("kind", "name", "content", "what"), DAMAGED)
 def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys, kind, name, content, what):
-    (tmp_path / f"0.{kind if kind != 'text' else 'txt'}").write_bytes(GOOD.encode())
-    if kind == "jsonl":
-        (tmp_path / "0.jsonl").write_text(json.dumps({"text": GOOD}) + "\n")
-    elif kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": GOOD}]), tmp_path / "0.parquet")
+    good = [{"text": f"{GOOD} {number}"} for number in range(2)]
+    if kind == "text":
+        for number, row in enumerate(good):
+            (tmp_path / f"0{number}.txt").write_text(row["text"])
+    elif kind == "jsonl":
+        (tmp_path / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good), tmp_path / "0.parquet")
     (tmp_path / name).write_bytes(content)
     source = f"--data.source={kind}:{tmp_path}/*.{name.rpartition('.')[2]}"
     with pytest.raises(ConfigError, match=f"{name} {what}.*on_bad_file skip"):
         prepare_shards(configure(tmp_path / "cache", source))
     skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
-    tokens = prepare_shards(skipping).train_tokens
+    texts = documents_of(prepare_shards(skipping))
     assert re.search(f"{name} {what}.*; left out", capsys.readouterr().err)
-    alone = configure(tmp_path / "cache", source.replace("*.", "0."))
-    assert tokens >= 0.8 * prepare_shards(alone).train_tokens
+    assert sorted(texts) == sorted(row["text"] for row in good)
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "documents", "meta.json"])
@@ -317,10 +319,15 @@ def test_held_out_text_ends_when_there_is_enough_and_the_rest_is_left_aside(tmp_
 
 def test_max_tokens_stops_the_reading(corpus, cache):
     limited = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.max_tokens=5000")
-    whole = configure(cache, f"--data.source=text:{corpus}/*.txt")
-    counts = [shards.train_tokens + shards.val_tokens for shards in (prepare_shards(limited), prepare_shards(whole))]
-    longest = counts[1] / 40 * 2
-    assert 5000 <= counts[0] < 5000 + longest < counts[1]
+    whole_of_it = configure(cache, f"--data.source=text:{corpus}/*.txt")
+    counts = [prepare_data(config).sources["text"] for config in (limited, whole_of_it)]
+    counts[1].look()
+    found = [source.tokens_found for source in counts]
+    longest = found[1] / 40 * 2
+    assert 5000 <= found[0] < 5000 + longest < found[1]
+    few, all_of_it = prepare_shards(limited), prepare_shards(whole_of_it)
+    assert 2500 < few.train_tokens <= found[0] and few.val_tokens < 2000 + longest
+    assert np.array_equal(few.train[:2000], all_of_it.train[:2000])
 
 
 def prepare_in_process(cache, source, queue):
@@ -370,7 +377,8 @@ def test_killed_writer_leaves_nothing_that_is_believed(corpus, tmp_path):
 def test_edited_file_is_tokenised_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("some words " * 3000)
-    config = configure(tmp_path, f"--data.source=text:{path}")
+    (tmp_path / "b.txt").write_text("more words " * 3000)
+    config = configure(tmp_path, f"--data.source=text:{tmp_path}/*.txt")
     before = prepare_shards(config).folders
     path.write_text("other words " * 3000)
     assert prepare_shards(config).folders != before

@@ -236,8 +236,9 @@ def test_wrong_column_of_the_last_file_is_told_before_the_work_begins(tmp_path, 
 
 
 def test_tokens_have_a_longest_length(tmp_path):
-    (tmp_path / "a.txt").write_text(("字" * 3000 + "\n") * 20 + "abcdefghij" * 3000)
-    tokenizer = prepare_data(configure(tmp_path, f"--data.source=text:{tmp_path}/a.txt")).tokenizer
+    (tmp_path / "a.txt").write_text(("字" * 3000 + "\n") * 20)
+    (tmp_path / "b.txt").write_text("abcdefghij" * 3000)
+    tokenizer = prepare_data(configure(tmp_path, f"--data.source=text:{tmp_path}/*.txt")).tokenizer
     longest = max(tokenizer.get_vocab(), key=len)
     assert 8 < len(longest) <= LONGEST_TOKEN
 

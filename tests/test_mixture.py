@@ -22,7 +22,7 @@ from smolds_dist.observe.report import draw, training_log
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
-STEPS, BATCH = 200, 8
+STEPS, BATCH = 50, 8
 
 
 def sentences(chance: np.random.RandomState, words: list[str], count: int) -> list[str]:
@@ -38,7 +38,7 @@ def mixed(tmp_path_factory):
     for number in range(3):
         rows = sentences(chance, "a word of small text between the pages which the model reads".split(), 220)
         (folder / "web" / f"{number}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    rows = sentences(chance, "def return if else for in while x y ( ) : = + 1 2".split(), 80)
+    rows = sentences(chance, "def return if else for in while x y ( ) : = + 1 2".split(), 16)
     (folder / "code.jsonl").write_text("".join(json.dumps({"doc": {"content": row}}) + "\n" for row in rows))
     settings = {
         "preset": "debug",
@@ -55,12 +55,12 @@ def mixed(tmp_path_factory):
             "num_key_value_heads": 1, "head_dim": 16,
         },
         "train": {
-            "steps": STEPS, "global_batch": BATCH, "micro_batch": 4, "dtype": "fp32", "eval_every": 100,
+            "steps": STEPS, "global_batch": BATCH, "micro_batch": 4, "dtype": "fp32", "eval_every": 25,
             "eval_sequences": 6, "warmup_steps": 10, "lr": 1e-3,
             "seed": 1,
         },
         "parallel": {"device": "cpu"},
-        "checkpoint": {"every": 90, "keep": 9},
+        "checkpoint": {"every": 20, "keep": 9},
         "log": {"tensorboard": False, "sample_every": 0, "level": "quiet"},
         "run": {"dir": str(folder / "runs")},
     }  # fmt: skip
@@ -85,7 +85,7 @@ def steps_of(run) -> dict[int, dict]:
 
 def test_two_ranks_and_a_resumed_run_see_the_same_tokens(mixed, whole_run):
     expected = steps_of(whole_run)
-    assert expected[90]["epochs"]["code"] > 1  # stopped in its second epoch
+    assert expected[20]["epochs"]["code"] > 1  # stopped in its second epoch
     pair = smolds(
         "launch",
         "--nproc-per-node=2",
@@ -94,18 +94,17 @@ def test_two_ranks_and_a_resumed_run_see_the_same_tokens(mixed, whole_run):
         timeout=200,
     )
     assert pair.returncode == 0, pair.text
-    checkpoint = whole_run / "checkpoints" / "step_00000090"
+    checkpoint = whole_run / "checkpoints" / "step_00000020"
     going_on = options_of(mixed, "--run.name=resumed", "--train.micro_batch=1", f"--checkpoint.resume={checkpoint}")
     resumed = smolds("launch", "--nproc-per-node=2", "--", *going_on, timeout=200)
     assert resumed.returncode == 0, resumed.text
-    for name, first in (("pair", 1), ("resumed", 91)):
+    for name, first in (("pair", 1), ("resumed", 21)):
         found = steps_of(mixed / "runs" / name)
         assert sorted(found) == list(range(first, STEPS + 1))
         for step, row in found.items():
             for number in ("batch", "seen_texts", "unique_texts", "epochs"):
                 assert row[number] == expected[step][number], (name, step, number)
-            # Where two experts have the same score for a token but for rounding, two ranks part from one process a little.
-            assert row["loss"] == pytest.approx(expected[step]["loss"], abs=1e-4 if step <= 40 else 0.02)
+            assert row["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5), (name, step)
     assert len({row["batch"] for row in expected.values()}) == STEPS
 
 
@@ -114,7 +113,7 @@ def test_shares_are_exact_in_every_step_and_change_with_the_stage(mixed, whole_r
     due = Counter[str]()
     counts = Counter[str]()
     for step, row in steps_of(whole_run).items():
-        shares = {"web": 0.7, "code": 0.3} if step <= 160 else {"web": 0.3, "code": 0.7}
+        shares = {"web": 0.7, "code": 0.3} if step <= 40 else {"web": 0.3, "code": 0.7}
         indices = np.arange((step - 1) * BATCH, step * BATCH)
         counts += Counter(sample.source.name for sample in found.samples(indices))
         for name, share in shares.items():
@@ -126,7 +125,7 @@ def test_shares_are_exact_in_every_step_and_change_with_the_stage(mixed, whole_r
 
 def test_validation_is_by_source_and_its_mean_by_share(mixed, whole_run):
     rows = [row for row in read_rows(whole_run / "metrics.jsonl") if "val_loss" in row]
-    assert [row["step"] for row in rows] == [100, 200]
+    assert [row["step"] for row in rows] == [25, 50]
     share = (0.8 * 0.7 + 0.2 * 0.3, 0.8 * 0.3 + 0.2 * 0.7)
     for row in rows:
         for number in ("val_loss", "val_bits_per_byte"):
@@ -135,11 +134,11 @@ def test_validation_is_by_source_and_its_mean_by_share(mixed, whole_run):
         assert row["val_loss/web"] != row["val_loss/code"]
     log = training_log(whole_run)
     assert f"| {rows[-1]['val_loss/code']:.4f} | {rows[-1]['val_bits_per_byte/code']:.3f} |" in log
-    assert "The mixture: 70% web + 30% code until step 160, then 70% code + 30% web until step 200." in log
+    assert "The mixture: 70% web + 30% code until step 40, then 70% code + 30% web until step 50." in log
 
 
 def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed, whole_run, tmp_path):
-    checkpoint = whole_run / "checkpoints" / "step_00000090"
+    checkpoint = whole_run / "checkpoints" / "step_00000020"
     given = [*options_of(mixed), f"--run.dir={tmp_path}", "--run.name=other", f"--checkpoint.resume={checkpoint}"]
 
     def refused(*options: str) -> str:
@@ -147,7 +146,7 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
             train(load_config([*given, *options]))
         return str(error.value)
 
-    assert "was trained on 70% web + 30% code until step 90; this run would have begun with 60%" in refused(
+    assert "was trained on 70% web + 30% code until step 20; this run would have begun with 60%" in refused(
         "--data.sources.web.weight=0.6", "--data.sources.code.weight=0.4"
     )
     assert "was trained with text_field doc.content of the source 'code'" in refused(
@@ -156,18 +155,18 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
     assert "then 70% code" in refused(
         '--data.stages=[{"until": 0.1}, {"until": 1.0, "weights": {"web": 0.3, "code": 0.7}}]'
     )
-    # the same up to step 90, from there on a third source alone
+    # the same up to step 20, from there on a third source alone
     settings = yaml.safe_load((mixed / "run.yaml").read_text())
     new = mixed / "new.jsonl"
     new.write_text("".join(json.dumps({"text": f"row {n} of new text " * 9}) + "\n" for n in range(60)))
     settings["data"]["sources"]["new"] = {"source": f"jsonl:{new}", "weight": 0}
-    settings["data"]["stages"] = [{"until": 0.45}, {"until": 1.0, "weights": {"new": 1}}]
+    settings["data"]["stages"] = [{"until": 0.4}, {"until": 1.0, "weights": {"new": 1}}]
     settings["data"]["tokenizer"] = "train"
     (tmp_path / "later.yaml").write_text(yaml.safe_dump(settings))
-    train(load_config(["--config", str(tmp_path / "later.yaml"), *given[2:], "--train.steps=200"]))
+    train(load_config(["--config", str(tmp_path / "later.yaml"), *given[2:]]))
     rows = steps_of(tmp_path / "other")
-    assert sorted(rows) == list(range(91, 201))
-    assert rows[200]["epochs"]["web"] == rows[91]["epochs"]["web"] and rows[200]["epochs"]["new"] > 1
+    assert sorted(rows) == list(range(21, STEPS + 1))
+    assert rows[50]["epochs"]["web"] == rows[21]["epochs"]["web"] and rows[50]["epochs"]["new"] > 1
     # text that has been trained on must still be there
     code = (mixed / "code.jsonl").read_text()
     try:
@@ -179,7 +178,7 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
 
 def test_run_that_needs_more_epochs_than_allowed_is_refused(mixed):
     with pytest.raises(
-        ConfigError, match=r"takes 1\d,\d{3} tokens of the source 'code', which has .* more than its max_epochs 2;"
+        ConfigError, match=r"takes 4,\d{3} tokens of the source 'code', which has .* more than its max_epochs 2;"
     ):
         prepare_data(load_config(options_of(mixed, "--data.sources.code.max_epochs=2")))
     prepare_data(load_config(options_of(mixed, "--data.sources.code.max_epochs=9")))
@@ -207,8 +206,10 @@ def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
             assert len(texts) == count + len(one.val_documents) and set(texts) <= set(rows)
             assert {digest(text.encode()) for text in texts[count:]} == set(one.val_documents["text"].tolist())
         assert trained | held_out == set(rows) and not trained & held_out
+        small = whole(found, "few")
         lowest = sorted(few, key=lambda text: digest(text.encode()))
-        assert set(documents_of(whole(found, "few"))[-4:]) == set(lowest[:2])  # a tenth, each twice
+        chosen = documents_of(small)[len(small.train_documents) :]
+        assert 4 <= len(chosen) <= 6 and set(chosen) == set(lowest[: len(chosen) // 2])  # a tenth, each twice
 
 
 # Unique content.
@@ -337,7 +338,7 @@ def test_texts_of_a_step_are_those_that_were_trained_on(mixed, whole_run, capsys
         rows = [json.loads(line) for line in (mixed / name).read_text().splitlines()]
         lines[str(mixed / name)] = [row["text"] if "text" in row else row["doc"]["content"] for row in rows]
     found = prepare_data(load_config(options_of(mixed)))
-    for step in (1, 170):
+    for step in (1, 45):
         capsys.readouterr()
         assert data_command(["show", str(whole_run), "--step", str(step)]) == 0
         shown = capsys.readouterr().out
@@ -352,7 +353,7 @@ def test_texts_of_a_step_are_those_that_were_trained_on(mixed, whole_run, capsys
                 assert str(found.tokenizer.decode(ids)).startswith(part["text"])
                 assert f"{part['file']}, line {part['document']:,}" in shown
     assert data_command(["show", str(whole_run), "--step", "1", "--rank", "0", "--json"]) == 0
-    for args, fix in ((["--step", "999"], "steps up to 200"), (["--step", "1", "--rank", "7"], "ranks 0 to 0")):
+    for args, fix in ((["--step", "999"], "steps up to 50"), (["--step", "1", "--rank", "7"], "ranks 0 to 0")):
         with pytest.raises(ConfigError, match=fix):
             data_command(["show", str(whole_run), *args])
 
@@ -409,5 +410,5 @@ def test_stats_count_what_is_there(copies, capsys):
 def test_plan_tells_what_the_run_takes_of_each_source(mixed):
     planned = smolds("plan", "--hardware", "h100", "--nodes", "1", "--", *options_of(mixed, "--train.micro_batch=null"))
     assert planned.returncode == 0, planned.text
-    assert "text: 70% web + 30% code until step 160, then 70% code + 30% web until step 200" in planned.stdout
-    assert "tokens: 19,456 of code, 31,744 of web" in planned.stdout
+    assert "text: 70% web + 30% code until step 40, then 70% code + 30% web until step 50" in planned.stdout
+    assert "tokens: 4,864 of code, 7,936 of web" in planned.stdout

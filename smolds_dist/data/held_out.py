@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from smolds_dist.data.cache import key_of, written_once
-from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead, single_documents
+from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead
 from smolds_dist.data.units import DOCUMENT, Corpus, DocumentWriter
 from smolds_dist.errors import ConfigError
 
@@ -59,7 +59,7 @@ def find_held_out(corpus: Corpus, cache: Path, limit: int | None) -> HeldOut:
     Raises:
         ConfigError: where a file cannot be read and is not to be skipped, or all is one document.
     """
-    most = min(MOST_READ, 8 * limit) if limit else MOST_READ
+    most = min(MOST_READ, 4 * limit) if limit else MOST_READ
     keys = [corpus.key(unit) for unit in range(len(corpus.units))]
     folder = written_once(
         cache / "held_out" / key_of(FORMAT, keys, most),
@@ -96,7 +96,7 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
     look_ahead(corpus.source, corpus.files, corpus.data)
     parts = [part for unit in corpus.units for part in unit]
     choice = Choice(corpus.data.val_fraction)
-    for document in single_documents(corpus.documents(parts), int(corpus.tokenizer.eos_token_id)):
+    for document in corpus.documents(parts):
         choice.see(document)
         if choice.size >= ENOUGH or (choice.read >= most and choice.several):
             break
@@ -107,7 +107,7 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
             "files or rows."
         )
     out, num_bytes = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype), 0
-    for batch in corpus.tokenize(chosen, parts):
+    for batch in corpus.tokenize(chosen):
         out.add([one._replace(part=parts[one.part].file) for one in batch])
         num_bytes += sum(one.length or decoded_bytes(one, corpus.tokenizer) for one in batch)
     out.close()

@@ -150,24 +150,20 @@ class Tokenized(NamedTuple):
 def tokenize(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False
 ) -> Iterator[list[Tokenized]]:
-    """Documents in their order, some hundred at once.
+    """Documents in their order, as `single_documents` has them, some hundred at once.
 
     Encoding goes on in a thread, for the tokenizer leaves the interpreter free: meanwhile the next documents are read, and
     the caller works on those that are done.
 
     Args:
         allow_control_tokens: text that spells a control token becomes it.
-
-    Raises:
-        WrongIdError: where ids of a `tokens` source do not fit the tokenizer.
     """
     encoder = text_encoder(tokenizer, allow_control_tokens)
-    eos, vocabulary = int(tokenizer.eos_token_id), len(tokenizer)
-    end = array("I", [eos]).tobytes()
+    end = array("I", [int(tokenizer.eos_token_id)]).tobytes()
 
     def encode(batch: list[Document]) -> tuple[list[Document], list[bytes]]:
         if not isinstance(batch[0].text, str):
-            return batch, [_checked(document, vocabulary) for document in batch]
+            return batch, [content_of(document) for document in batch]
         encodings = encoder.encode_batch_fast([str(document.text) for document in batch], add_special_tokens=False)
         return batch, [array("I", encoding.ids).tobytes() for encoding in encodings]
 
@@ -182,7 +178,7 @@ def tokenize(
 
     with ThreadPoolExecutor(1, "tokenizer") as pool:
         ahead: Future | None = None
-        for batch in _batches(single_documents(documents, eos)):
+        for batch in _batches(documents):
             previous, ahead = ahead, pool.submit(encode, batch)
             if previous:
                 yield finished(*previous.result())
@@ -196,8 +192,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def single_documents(found: Iterable[Document], eos: int) -> Iterator[Document]:
-    """The same, those of a flat file one by one; token ids without the end-of-text token, and none without tokens."""
+def single_documents(found: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
+    """The same, those of a flat file one by one; token ids without the end-of-text token, and none without tokens.
+
+    Raises:
+        WrongIdError: where ids of a `tokens` source do not fit the tokenizer.
+    """
+    eos, vocabulary = int(tokenizer.eos_token_id), len(tokenizer)
     for document in found:
         if isinstance(document.text, str):
             yield document
@@ -205,6 +206,9 @@ def single_documents(found: Iterable[Document], eos: int) -> Iterator[Document]:
         text = document.text
         for number, ids in _cut(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]:
             if len(ids):
+                for outside in (int(ids.max()), int(ids.min())):
+                    if not 0 <= outside < vocabulary:
+                        raise WrongIdError(document.part, number, outside, vocabulary)
                 yield Document(document.part, number, ids[:-1] if ids[-1] == eos else ids)
 
 
@@ -212,19 +216,6 @@ def content_of(document: Document) -> bytes:
     """What a document's digest is made of: its text, or the ids of a `tokens` source as they are stored here."""
     text = document.text
     return text.encode(errors="replace") if isinstance(text, str) else np.asarray(text).astype("<u4").tobytes()
-
-
-def _checked(document: Document, vocabulary: int) -> bytes:
-    """The ids of a document of a `tokens` source.
-
-    Raises:
-        WrongIdError: where the tokenizer does not have one of them.
-    """
-    ids = np.asarray(document.text)
-    if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
-        outside = int(ids.max()) if int(ids.max()) >= vocabulary else int(ids.min())
-        raise WrongIdError(document.part, document.number, outside, vocabulary)
-    return content_of(document)
 
 
 class WrongIdError(Exception):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from smolds_dist.data.cache import key_of
 from smolds_dist.data.order import key_for, permuted
 from smolds_dist.data.source import COMPRESSED, File, Part, settings_of
-from smolds_dist.data.text import Document, Tally, Tokenized, WrongIdError, documents, is_held_out, tokenize
+from smolds_dist.data.text import (
+    Document,
+    Tally,
+    Tokenized,
+    WrongIdError,
+    documents,
+    is_held_out,
+    single_documents,
+    tokenize,
+)
 from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Data, Source
@@ -78,21 +87,22 @@ class Corpus:
             described.append((path, file.size, file.version, part.number, part.of))
         return key_of(self._made_with, limit, described)
 
-    def documents(self, parts: list[Part], tally: Tally | None = None) -> Iterator[Document]:
-        """Those of some parts, as `text.documents`."""
-        return documents(self.source, self.files, self.data, tally, parts)
-
-    def tokenize(self, found: Iterable[Document], parts: list[Part]) -> Iterator[list[Tokenized]]:
-        """Documents of these parts as tokens, some hundred at once.
+    def documents(self, parts: Sequence[Part] | None = None, tally: Tally | None = None) -> Iterator[Document]:
+        """Those of all files, or of these parts, one by one.
 
         Raises:
-            ConfigError: where ids of a `tokens` source do not fit the tokenizer.
+            ConfigError: as `text.documents`, and where ids of a `tokens` source do not fit the tokenizer.
         """
+        parts = parts or [Part(number, 0, 1) for number in range(len(self.files))]
         try:
-            yield from tokenize(found, self.tokenizer, self.data.allow_control_tokens)
+            yield from single_documents(documents(self.source, self.files, self.data, tally, parts), self.tokenizer)
         except WrongIdError as error:
             path = self.files[parts[error.part].file].path
             raise ConfigError(f"{path} {error}; give the tokenizer that made them.") from None
+
+    def tokenize(self, found: Iterable[Document]) -> Iterator[list[Tokenized]]:
+        """Such documents as tokens, some hundred at once."""
+        return tokenize(found, self.tokenizer, self.data.allow_control_tokens)
 
 
 def units_of_files(source: Source, files: list[File]) -> list[list[Part]]:
@@ -213,7 +223,7 @@ def write_unit(
     read = text_bytes = 0
     out = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype)
     try:
-        for batch in corpus.tokenize(corpus.documents(unit, tally), unit):
+        for batch in corpus.tokenize(corpus.documents(unit, tally)):
             if limit:
                 batch = _up_to(batch, limit - read)
             kept = [one for one in batch if not is_held_out(one.text, corpus.data.val_fraction)]

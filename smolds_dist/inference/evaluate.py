@@ -145,13 +145,14 @@ def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
     import numpy as np
 
     from smolds_dist.data.source import files_of
-    from smolds_dist.data.text import Tally, decoded_bytes, documents, tokenize
+    from smolds_dist.data.text import Tally, decoded_bytes
+    from smolds_dist.data.units import Corpus
 
-    for source in config.data.mixed.values():
+    for name, source in config.data.mixed.items():
         tally = Tally(say=lambda text: print(text, file=sys.stderr))
         parts, count, num_bytes = [], 0, 0
-        texts = documents(source, files_of(source), config.data, tally)
-        for batch in tokenize(texts, tokenizer, config.data.allow_control_tokens):
+        corpus = Corpus(name, source.source, source, files_of(source), config.data, tokenizer)
+        for batch in corpus.tokenize(corpus.documents(tally=tally)):
             for document in batch:
                 if count < limit:
                     parts.append(np.frombuffer(document.ids, "<u4"))
