@@ -109,14 +109,14 @@ def test_failure_that_comes_back_at_its_step_ends_the_job_with_both_tracebacks(o
 
 def test_single_process_is_restarted_too(options, tmp_path):
     run_dir = tmp_path / "runs" / "one"
-    options += ["--run.name=one", "--train.steps=300", "--checkpoint.every=100"]
+    options += ["--run.name=one", "--train.steps=150", "--checkpoint.every=50"]
     job = start_and_wait_for_steps(launch_command("--launcher=none", "--restarts=1", "--", *options), run_dir)
     os.kill(read_state(run_dir)["pid"], signal.SIGKILL)
     finished = end(job, timeout=120)
     assert finished.returncode == 0, finished.text
     (failure,) = read_rows(run_dir / RESTARTS)
     assert failure["cause"] == "the process was killed by signal 9" and failure["code"] == 137
-    assert len(losses(run_dir)) == 300
+    assert len(losses(run_dir)) == 150
 
 
 def started(codes: list[int], run_dir: Path, steps: list[int] | None = None):

@@ -33,7 +33,7 @@ BIN = str(Path(sys.executable).parent)
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     with slurm_cluster.slurm_cluster(tmp_path_factory.mktemp("slurm")) as environment:
-        yield environment | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        yield environment | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_killed_rank_ends_the_step_and_is_named(small_run, tmp_path, cluster):
     launch = [sys.executable, "-m", "smolds_dist", "launch", "--", *options]
     process = subprocess.Popen(
         ["salloc", "--nodes=2", "--ntasks-per-node=1", *launch],
-        env=os.environ | cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=warm.environment() | cluster, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     run_dir = tmp_path / "runs" / "killed"
     try:
