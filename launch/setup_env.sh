@@ -19,44 +19,58 @@ find_python() {
     exit 2
 }
 
-install_torch() {
-    if [ "$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then
-        echo "  torch: the build that pip chooses for this machine"
-        pip install -qq "$TORCH"
-        return
-    fi
-    # No NVIDIA GPU: pip's usual Linux build would bring several GB of CUDA libraries.
-    local version
-    version=$(pip install -qq --dry-run --no-deps --ignore-installed --report - "$TORCH" 2>/dev/null |
-        python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' || true)
-    if [[ "$version" == *+cpu ]]; then
-        echo "  torch: CPU build"
-        pip install -qq "$TORCH"
+# uv fetches packages together where pip does so one after the other, and leaves compiling to the first import. What it cannot
+# do here, pip does.
+find_uv() {
+    command -v uv >/dev/null || pip install -qq --no-compile uv 2>/dev/null || return 0
+    eval "$(pip config list | python launch/uv_settings.py)"
+    [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null || return 0
+    # No NVIDIA GPU: the usual build would bring several GB of CUDA libraries.
+    local dry_run=(uv pip install --dry-run --no-deps --reinstall "$TORCH")
+    if "${dry_run[@]}" 2>&1 | grep "+cpu" >/dev/null; then
+        echo "  torch: CPU build, from pip's index"
+    elif UV_TORCH_BACKEND=cpu "${dry_run[@]}" 2>&1 | grep "+cpu" >/dev/null; then
+        echo "  torch: CPU build, from PyTorch's index"
+        export UV_TORCH_BACKEND=cpu
     else
-        echo "  torch: CPU build, fetched by uv"
-        pip install -qq uv
-        uv pip install --quiet --torch-backend cpu "$TORCH" || {
-            echo "  torch: no CPU build to be had, taking the usual one with CUDA libraries"
-            pip install -qq "$TORCH"
-        }
+        echo "  torch: no CPU build to be had, taking the usual one with CUDA libraries"
     fi
 }
 
-# An environment beside the other, whose packages it sees, for what only a few tests need.
+install() {
+    if command -v uv >/dev/null; then
+        uv pip install --quiet "$@" && return
+        echo "  uv could not do it, trying pip"
+    fi
+    local cpu=()
+    [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && cpu=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    pip install -qq ${cpu[@]+"${cpu[@]}"} "$@"
+}
+
+# An environment beside the other, whose packages it sees, for what only a few tests need: what the other has, or has in
+# another version, is left out.
 install_beside() {
-    local name=$1 packages
+    local name=$1 packages wanted=".venv/$1.txt"
     shift
     packages=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    python -m venv ".venv/$name"
+    python -m venv --without-pip ".venv/$name"
     echo "import site; site.addsitedir('$packages')" >"${packages/.venv/.venv/$name}/main.pth"
+    if command -v uv >/dev/null; then
+        # uv prefers the versions that stand in the file already.
+        cp .venv/main.txt "$wanted"
+        printf '%s\n' "$@" | uv pip compile --quiet --no-header --no-annotate --output-file "$wanted" - >/dev/null &&
+            grep -vxFf .venv/main.txt "$wanted" |
+            uv pip install --quiet --no-deps --python ".venv/$name/bin/python" --requirements - && return
+    fi
     # pip tells on standard error what of the other environment these packages don't go with.
-    ".venv/$name/bin/pip" install -qq "$@" 2>.venv/pip.log || {
+    pip --python ".venv/$name/bin/python" install -qq "$@" 2>.venv/pip.log || {
         cat .venv/pip.log >&2
         exit 1
     }
 }
 
 install_extras() {
+    command -v uv >/dev/null && uv pip freeze | grep == >.venv/main.txt
     # In the environment itself, accelerate would make every import of transformers import DeepSpeed, and scikit-learn
     # would make it slow.
     echo "  accelerate, PEFT and lm-evaluation-harness"
@@ -81,15 +95,14 @@ set_up() {
     if [ ! -f .venv/bin/activate ] || ! is_installed run; then
         local python
         python=$(find_python)
-        echo "Setting up .venv (a few minutes the first time)"
+        echo "Setting up .venv (a minute or two the first time)"
         "$python" -m venv .venv
     fi
     # shellcheck disable=SC1091
     source .venv/bin/activate
     is_installed run && return
-    install_torch
-    echo "  smolds and its other requirements"
-    pip install -qq --editable .
+    find_uv
+    install "$TORCH" --editable .
     note_installed run
 }
 
@@ -97,7 +110,8 @@ set_up() {
 set_up_tests() {
     is_installed tests && return
     echo "  what tests need"
-    pip install -qq --editable ".[test]"
+    [ -n "${UV_INDEX_STRATEGY:-}" ] || find_uv
+    install "$TORCH" --editable ".[test]"
     install_extras
     note_installed tests
 }

@@ -26,6 +26,7 @@ def validate(config: RunConfig) -> None:
             f"--run.name {config.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
         )
     _check_data(config.data)
+    _check_time_budget(config)
     if config.profile.steps is not None:
         match = re.fullmatch(r"(\d+):(\d+)", config.profile.steps)
         if not match or not 1 <= int(match[1]) <= int(match[2]) <= config.train.steps:
@@ -79,13 +80,14 @@ _NOT_NEGATIVE = (
     "train.sequence_balance_coef train.z_loss_coef parallel.grace parallel.timeout "
     "parallel.compare_every parallel.check_every "
     "train.spike_threshold train.eval_every checkpoint.every checkpoint.keep_every "
-    "log.sample_every log.every eval.every model.n_shared_experts model.first_k_dense_replace model.initializer_range"
+    "log.sample_every log.sample_temperature log.every eval.every model.n_shared_experts model.first_k_dense_replace "
+    "model.initializer_range"
 ).split()
 _POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
 _SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()
 _OPTIONAL = (
-    "data.max_tokens train.micro_batch model.vocab_size model.q_lora_rank model.dense_intermediate_size model.n_group "
-    "model.topk_group eval.limit"
+    "data.max_tokens train.micro_batch train.time_budget model.vocab_size model.q_lora_rank model.dense_intermediate_size "
+    "model.n_group model.topk_group eval.limit"
 ).split()
 
 
@@ -198,6 +200,20 @@ def _check_stages(data: Data) -> None:
         if not sum(weights.values()):
             where = f"stage {number} of data.stages" if data.stages else "data.sources"
             raise ConfigError(f"{where} has no source with a weight; give at least one more than 0.")
+
+
+def _check_time_budget(config: RunConfig) -> None:
+    if config.train.time_budget is None:
+        return
+    if config.train.warmup_steps < 2:
+        raise ConfigError(
+            f"--train.time_budget measures a step during the warm-up, and --train.warmup_steps is "
+            f"{config.train.warmup_steps}; give at least 2."
+        )
+    if config.data.stages:
+        raise ConfigError(
+            "--train.time_budget changes the number of steps on the way, of which data.stages are shares; leave one out."
+        )
 
 
 def _check_model(config: RunConfig) -> None:

@@ -190,6 +190,8 @@ class Train:
     """The optimisation."""
 
     steps: int = 10_000
+    time_budget: float | None = None
+    """Seconds for all steps: at the end of the warm-up, steps is lowered to what fits on this machine; null: none."""
     seed: int = 0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     global_batch: int = 32
@@ -304,6 +306,8 @@ class Log:
     final_prompts: list[str] = field(default_factory=list)
     """Sampled too at the end of the run."""
     sample_tokens: int = 64
+    sample_temperature: float = 0.6
+    """0: always the likeliest token."""
     tensorboard: bool = True
     to: str = ""
     """Trackers beside TensorBoard, with commas between: wandb, mlflow, trackio."""

@@ -15,9 +15,15 @@ from smolds_dist.model import DeepSeekV3Config
 
 def test_presets_load_and_build_model_configurations():
     reference = "smollm2-deepseek-255m"
-    assert {"debug", reference, f"{reference}-local", f"{reference}-mla", "moe-1b-a200m", "moe-7b-a1b"} <= set(
-        preset_names()
-    )
+    assert {
+        "debug",
+        "quickstart",
+        reference,
+        f"{reference}-local",
+        f"{reference}-mla",
+        "moe-1b-a200m",
+        "moe-7b-a1b",
+    } <= set(preset_names())
     for name in preset_names():
         config = load_config(["--preset", name])
         assert config.run.name == name
@@ -57,6 +63,7 @@ MISTAKES = [
     ("--nonsense=5", "--help"),
     ("--train.steps=2.5", "int"),
     ("--train.steps=0", "at least 1"),
+    ("--train.time_budget=0", "at least 1, or null"),
     ("--train.lr=fast", "float"),
     ("--train.lr=0", "more than 0"),
     ("--train.balance=magic", "'bias', 'aux_loss', 'none'"),
@@ -121,6 +128,8 @@ def test_combinations_of_settings_are_refused():
         (["--model.n_group=2", "--model.topk_group=3"], "at most n_group"),
         (["--model.attention=latent", "--model.qk_norm=head"], "for --model.attention gqa"),
         (["--train.qk_clip=100", "--model.qk_norm=head"], "leave one out"),
+        (["--train.time_budget=60", "--train.warmup_steps=1"], "give at least 2"),
+        (["--train.time_budget=60", "--data.stages=[{until: 1}]"], "leave one out"),
         (["--train.compile=true", "--train.activation_checkpointing=selective"], "use attention, experts or full"),
     ):
         with pytest.raises(ConfigError, match=fix):

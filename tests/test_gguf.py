@@ -210,7 +210,7 @@ def test_file_says_what_is_in_it(kept_run, tmp_path):
     text = (to.parent / "Modelfile").read_text()
     for line in (
         "FROM ./model.gguf",
-        "PARAMETER temperature 0.8",
+        "PARAMETER temperature 0.6",
         "PARAMETER top_k 50",
         'TEMPLATE "{{ .Prompt }}"',
     ):

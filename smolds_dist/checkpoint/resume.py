@@ -41,6 +41,8 @@ def prepare_resumed(config: RunConfig) -> TrainingData:
     if found is None or found[1].weights_only:
         return prepare_data(config)
     folder, manifest = found
+    if config.train.time_budget and manifest.step >= config.train.warmup_steps:
+        config.train.steps = manifest.config["train"]["steps"]
     tokenizer = folder.parent.parent / "tokenizer"
     known = config.data.tokenizer == "train" and (tokenizer / "tokenizer.json").is_file()
     return prepare_data(config, tokenizer if known else None, manifest.data["limits"], manifest.samples)

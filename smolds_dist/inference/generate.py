@@ -20,7 +20,7 @@ def generate(args: list[str]) -> None:
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--prompts", type=Path, help="file with a prompt in each line; answers are lines of JSON")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="most tokens to add")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="choose among so many likeliest tokens; 0: among all")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the fewest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0)

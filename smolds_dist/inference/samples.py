@@ -13,7 +13,7 @@ from smolds_dist.model.regions import plain_regions
 
 
 def sample(
-    model, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, temperature: float = 0.8
+    model, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, temperature: float = 0.6
 ) -> str:
     """Continues `prompt` by exactly `tokens` tokens: expert-parallel ranks have to run the same number of forward passes."""
     return continue_prompts(model, tokenizer, [prompt], tokens, seed, temperature, stop_at_end=False)[0]
@@ -27,7 +27,7 @@ def continue_prompts(
     prompts: list[str],
     tokens: int,
     seed: int,
-    temperature: float = 0.8,
+    temperature: float = 0.6,
     top_k: int = 50,
     top_p: float = 1.0,
     stop_at_end: bool = True,
@@ -79,6 +79,12 @@ def continue_prompts(
         added = [new[: [*new, eos].index(eos)] for new in added]
     whole = [ids + new for (ids, _), new in zip(encoded, added, strict=True)]
     return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(whole)]
+
+
+def whole_lines(text: str) -> str:
+    """`text` to be shown: control characters escaped, and without an unfinished last line where there are others."""
+    lines = (text.rpartition("\n")[0].rstrip() or text).split("\n")
+    return "\n".join("    | " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], Tensor]:

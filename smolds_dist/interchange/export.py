@@ -224,7 +224,7 @@ def write(
         written.save_pretrained(folder)
         tensors = _for_smolds(reader, config)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    GenerationConfig(**ends, do_sample=True, temperature=0.8, top_k=50).save_pretrained(folder)
+    GenerationConfig(**ends, do_sample=True, temperature=0.6, top_k=50).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     _write_files(tensors, folder, DTYPES[dtype], file_bytes)
 

@@ -67,7 +67,7 @@ MODELFILE = """\
 FROM ./{file}
 # The model goes on from a text; it follows no instructions and holds no conversation.
 TEMPLATE "{{{{ .Prompt }}}}"
-PARAMETER temperature 0.8
+PARAMETER temperature 0.6
 PARAMETER top_k 50
 """
 

@@ -55,6 +55,10 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.samples(step, texts)
 
+    def fit(self, steps: int) -> None:
+        """Sets the run's number of steps from now on."""
+        self._bar.total = steps
+
     def close_bar(self) -> None:
         self._bar.close()
 

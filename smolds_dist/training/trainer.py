@@ -16,7 +16,7 @@ from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.inference.harness import evaluate_live, find_tasks, load_tasks
 from smolds_dist.inference.held_out import evaluate
-from smolds_dist.inference.samples import sample
+from smolds_dist.inference.samples import sample, whole_lines
 from smolds_dist.interchange.final_export import export_model
 from smolds_dist.launching.failure import RankReport
 from smolds_dist.launching.signals import EXIT_CODES, StopRequest
@@ -28,6 +28,7 @@ from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.progress import StoppedWaitingError
 from smolds_dist.settings import RunConfig
+from smolds_dist.training.budget import TimeBudget
 from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
 from smolds_dist.training.rank_checks import WINDOWS, find_difference, host_of, where
@@ -140,7 +141,9 @@ def run_steps(job: Job, training: Training) -> int:
     """The training itself; returns the exit code."""
     config, progress, clock = job.config, training.progress, training.stepper.clock
     begin = progress.step
-    for step in range(begin + 1, config.train.steps + 1):
+    budget = TimeBudget()
+    while progress.step < config.train.steps:
+        step = progress.step + 1
         last = step == config.train.steps
         training.profiler.begin(step)
         first_sample = progress.skipped_samples + (step - 1) * config.train.global_batch
@@ -170,6 +173,7 @@ def run_steps(job: Job, training: Training) -> int:
             heed_failure(config, training, result.error)
         training.guard.check(step, result.row["loss"], result.counts is not None)
         tell_slow_ranks(job, training, step)
+        budget.after_step(job, training, step)
 
         with clock.paused():
             val_loss = look_at_model(job, training, step, last)
@@ -341,10 +345,10 @@ def write_samples(
     config: RunConfig, training: Training, tokenizer: PreTrainedTokenizerBase, step: int, prompts: list[str]
 ) -> None:
     """Samples every prompt on all ranks; rank 0 keeps the texts and shows the first."""
-    seed = config.train.seed + step
+    seed, log, model = config.train.seed + step, config.log, training.engine.model
     texts = {
-        prompt: sample(training.engine.model, tokenizer, prompt, config.log.sample_tokens, seed) for prompt in prompts
+        prompt: sample(model, tokenizer, prompt, log.sample_tokens, seed, log.sample_temperature) for prompt in prompts
     }
     if texts:
         training.log.samples(step, texts)
-        training.log.say(f"step {step}: {next(iter(texts.values()))!r}")
+        training.log.say(f"step {step}, a sample:\n{whole_lines(next(iter(texts.values())))}")
