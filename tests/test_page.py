@@ -8,6 +8,7 @@ import pytest
 from ranks import smolds
 from test_tensorboard import CHROMIUM, SCREENSHOTS
 
+from smolds_dist.observe.curves import CURVES
 from smolds_dist.observe.page import FRAMES, POINTS, draw_curve, draw_loads, html_page
 from smolds_dist.observe.rows import read_rows
 
@@ -73,7 +74,7 @@ def test_browser_draws_the_curves_and_moves_the_slider(copied):
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto((copied / "report.html").as_uri())
-        expect(page.locator(".curves .js-plotly-plot")).to_have_count(8)
+        expect(page.locator(".curves .js-plotly-plot")).to_have_count(len(CURVES))
         widths = page.locator(".curves .js-plotly-plot .main-svg:first-child").evaluate_all(
             "all => all.map(one => one.getBoundingClientRect().width)"
         )
