@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from ranks import smolds
 from test_data import configure, documents_of
 from tokenised import whole
 
-from smolds_dist.checkpoint.files import read_manifest
+from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
+from smolds_dist.checkpoint.resume import check_contents
 from smolds_dist.config import load_config
 from smolds_dist.data.batch import UniqueTexts, first_from, sketch_of
 from smolds_dist.data.prepare import prepare_data
@@ -155,6 +157,10 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
     assert "then 70% code" in refused(
         '--data.stages=[{"until": 0.1}, {"until": 1.0, "weights": {"web": 0.3, "code": 0.7}}]'
     )
+    manifest = read_manifest(checkpoint)
+    earlier = CheckpointReader(checkpoint, replace(manifest, data=manifest.data | {"order": 2}))
+    with pytest.raises(ConfigError, match="version 2 of the sample order, this is version 3;"):
+        check_contents(earlier, prepare_data(load_config(options_of(mixed))))
     # the same up to step 20, from there on a third source alone
     settings = yaml.safe_load((mixed / "run.yaml").read_text())
     new = mixed / "new.jsonl"

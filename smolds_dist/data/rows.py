@@ -172,9 +172,8 @@ def _text_or_bad(value: Any, field: str, row: dict) -> Any:
 
 
 def _advice(fields: list[str]) -> str:
-    if not fields:
-        return "no field holds text"
-    return f"set --data.text_field to {'one of ' if len(fields) > 1 else ''}{', '.join(fields)}"
+    several = "one of " if len(fields) > 1 else ""
+    return f"set --data.text_field to {several}{', '.join(fields)}" if fields else "no field holds text"
 
 
 def _look_up(row: dict, field: str) -> tuple[bool, Any]:
