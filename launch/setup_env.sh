@@ -22,6 +22,8 @@ find_python() {
 # uv fetches packages together where pip does so one after the other, and leaves compiling to the first import. What it cannot
 # do here, pip does.
 find_uv() {
+    [ -z "${LOOKED_FOR_UV:-}" ] || return 0
+    LOOKED_FOR_UV=1
     command -v uv >/dev/null || pip install -qq --no-compile uv 2>/dev/null || return 0
     eval "$(pip config list | python launch/uv_settings.py)"
     [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null || return 0
@@ -42,9 +44,10 @@ install() {
         uv pip install --quiet "$@" && return
         echo "  uv could not do it, trying pip"
     fi
-    local cpu=()
-    [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && cpu=(--extra-index-url https://download.pytorch.org/whl/cpu)
-    pip install -qq ${cpu[@]+"${cpu[@]}"} "$@"
+    if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+        pip install -qq --no-deps --index-url https://download.pytorch.org/whl/cpu "$TORCH" || true
+    fi
+    pip install -qq "$@"
 }
 
 # An environment beside the other, whose packages it sees, for what only a few tests need: what the other has, or has in
@@ -110,7 +113,7 @@ set_up() {
 set_up_tests() {
     is_installed tests && return
     echo "  what tests need"
-    [ -n "${UV_INDEX_STRATEGY:-}" ] || find_uv
+    find_uv
     install "$TORCH" --editable ".[test]"
     install_extras
     note_installed tests
