@@ -44,9 +44,6 @@ install() {
         uv pip install --quiet "$@" && return
         echo "  uv could not do it, trying pip"
     fi
-    if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-        pip install -qq --no-deps --index-url https://download.pytorch.org/whl/cpu "$TORCH" || true
-    fi
     pip install -qq "$@"
 }
 
