@@ -48,11 +48,11 @@ def loss_and_gradients(model) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("settings", "dtype", "recomputed", "tolerance"),
     [
-        (dict(GQA_FAMILY, num_hidden_layers=2), "fp32", "none", 1e-5),
-        (dict(LATENT_FAMILY, num_hidden_layers=2), "fp32", "full", 1e-5),
         (dict(GQA, num_hidden_layers=1), "fp32", "attention", 1e-5),
-        (dict(GQA, num_hidden_layers=1), "fp32", "experts", 1e-5),
-        (dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2),
+        pytest.param(dict(GQA_FAMILY, num_hidden_layers=2), "fp32", "none", 1e-5, marks=pytest.mark.long),
+        pytest.param(dict(LATENT_FAMILY, num_hidden_layers=2), "fp32", "full", 1e-5, marks=pytest.mark.long),
+        pytest.param(dict(GQA, num_hidden_layers=1), "fp32", "experts", 1e-5, marks=pytest.mark.long),
+        pytest.param(dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2, marks=pytest.mark.long),
     ],
 )
 def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed, tolerance):
@@ -100,7 +100,7 @@ def test_a_run_compiles_before_its_first_step_and_never_again(small_run, monkeyp
 
 
 @needs_compiler
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_ranks_compile_one_after_the_other(small_run, tmp_path, zero):
     options = [*small_run, f"--parallel.zero={zero}"]
     for name, setting in (("eager", "off"), ("compiled", "on")):
