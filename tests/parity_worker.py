@@ -26,14 +26,15 @@ from smolds_dist.training.build import new_engine, router_losses
 from smolds_dist.training.step import Stepper
 
 VOCAB = 96
-SAVE_AT = 10
+STEPS = 8
+SAVE_AT = 4
 MOST_IN_A_FILE = 25_000  # elements of an export: more than any tensor has, fewer than any model
 BASE = [
     # Under some seeds, more of them the larger the learning rate, a token's second and third expert have the same score but
     # for rounding, and runs part there.
     "--train.seed=3",
-    "--preset=debug", "--parallel.device=cpu", "--train.dtype=fp32", "--train.global_batch=8", "--train.micro_batch=1",
-    "--train.steps=20", "--train.warmup_steps=4", "--train.lr=0.01", "--train.grad_clip=0.5", "--data.seq_len=32",
+    "--preset=debug", "--parallel.device=cpu", "--train.dtype=fp32", "--train.global_batch=8", "--train.micro_batch=2",
+    f"--train.steps={STEPS}", "--train.warmup_steps=2", "--train.lr=0.01", "--train.grad_clip=0.5", "--data.seq_len=32",
     "--model.hidden_size=32", "--model.intermediate_size=24", "--model.num_hidden_layers=2",
     "--model.num_attention_heads=2", "--model.num_key_value_heads=1", "--model.head_dim=16",
 ]  # fmt: skip
@@ -62,20 +63,21 @@ class Shards:
 def train_case(
     options: list[str],
     disturb: bool,
-    steps: int,
     save: str = "",
     resume: str = "",
     export: str = "",
-    poison: int | None = None,
+    poison: str = "",
+    skip: bool = False,
 ) -> dict:
-    """Losses, gradient norms, counts and final biases up to step `steps`.
+    """Losses, gradient norms and counts of all steps, and the weights and biases at the end.
 
     Args:
         disturb: every step is preceded by an evaluation pass and followed by sampling, which must change nothing.
         save: run folder to write a checkpoint to after step SAVE_AT.
         resume: checkpoint to continue from.
         export: folder that the weights which a run starts from are written to.
-        poison: the last rank's loss is NaN in step SAVE_AT if 0, infinite if 1.
+        poison: what the last rank's loss is in step SAVE_AT, "nan" or "inf".
+        skip: step SAVE_AT is left out.
     """
     options = [*options, f"--run.dir={save or 'unused'}", "--run.name=run"]
     config = load_config([*BASE, *options, *([f"--checkpoint.resume={resume}"] if resume else [])])
@@ -110,13 +112,14 @@ def train_case(
     routers, clock, clip = stepper.routers, stepper.clock, stepper.qk_clip
     losses, norms, totals, applied = [], [], [], []
     shares, entropies, histograms, seconds = [], [], [], []
-    for step in range(progress.step + 1, steps + 1):
+    for step in range(progress.step + 1, STEPS + 1):
+        if skip and step == SAVE_AT:
+            continue
         if disturb:
             evaluation_pass(engine, shards)
-        poisoned = poison is not None and step == SAVE_AT and topology.rank == topology.world_size - 1
         forward = engine.forward
-        if poisoned:
-            factor = (torch.nan, torch.inf)[poison]
+        if poison and step == SAVE_AT and topology.rank == topology.world_size - 1:
+            factor = float(poison)
             engine.forward = lambda *batch, forward=forward, factor=factor: forward(*batch) * factor
         first_sample = (step - 1) * config.train.global_batch
         clock.begin(measured=True)

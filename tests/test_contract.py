@@ -166,7 +166,7 @@ def test_embeddings_stand_for_ids(model):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["gqa", "latent"])
+@pytest.mark.parametrize("kind", ["gqa", pytest.param("latent", marks=pytest.mark.long)])
 def test_flex_attention_computes_the_same(kind):
     """Whole, padded and packed sequences. Not generation: for lengths that change Inductor can write C++ with errors. Nor
     40 tokens: PyTorch 2.13's kernel for AVX2 reads past such a length where heads are narrower than 32."""
@@ -353,7 +353,7 @@ def test_compiled_training_keeps_packed_documents_apart():
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize("kind", ["gqa", pytest.param("latent", marks=pytest.mark.long)])
 def test_torch_compile_trains_and_evaluates(kind):
     """In machine code, one in fp32, the other in bf16, with all experts for each token: rounding changes no choice. One
     layer, with shared experts in the place of a dense layer's: C++ compilers take minutes for more."""
@@ -372,13 +372,13 @@ def test_torch_compile_trains_and_evaluates(kind):
     assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
-@needs_compiler
-def test_blocks_are_compiled_as_a_gpu_computes_them(monkeypatch):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.long])])
+def test_blocks_are_compiled_as_a_gpu_computes_them(monkeypatch, backend):
     """Lengths that change were more than Inductor could put into an autograd function of ours."""
     monkeypatch.setattr(device, "family", lambda x: "cuda")
     settings = dict(GQA, num_hidden_layers=1, num_experts=4, num_experts_per_tok=4)
     model, plain = (build(settings).train().bfloat16() for _ in range(2))
-    model.model.layers[0].compile()
+    model.model.layers[0].compile(backend=backend)
     for shape in ((2, 24), (3, 30)):
         inputs = dict(input_ids=tokens(*shape), labels=tokens(*shape))
         assert_same_step(loss_and_gradients(model, **inputs), loss_and_gradients(plain, **inputs), 0.05)
@@ -464,7 +464,7 @@ def outcomes(folder) -> dict[str, str]:
         "lora_is_saved_and_loaded",
         "device_maps",
         "weights_are_offloaded",
-        pytest.param("trainer_compiles", marks=needs_compiler),
+        "trainer_compiles",
     ],
 )
 def test_with_accelerate_and_peft(promise, tmp_path_factory):

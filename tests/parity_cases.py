@@ -1,0 +1,153 @@
+"""What test_parity.py trains: the cases, and the changes of layout between them. What is LONG only runs with --all."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+LATENT = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
+# What published models have besides: dense layers, shared experts, an output weight of their own, YaRN, groups, norms of
+# queries and keys; and the routers' losses.
+FAMILY = (
+    "--model.num_hidden_layers=3", "--model.first_k_dense_replace=1", "--model.dense_intermediate_size=40",
+    "--model.n_shared_experts=1", "--model.tie_word_embeddings=false", "--train.sequence_balance_coef=0.05",
+    "--train.z_loss_coef=0.01", "--train.seed=4", "--train.lr=0.003",
+    '--model.rope_scaling={"factor": 4, "original_max_position_embeddings": 16}',
+)  # fmt: skip
+MODELS = {
+    "latent": LATENT,
+    "deepseek": (*LATENT, *FAMILY, "--model.n_group=4", "--model.topk_group=2", "--model.latent_norm_eps=1e-6"),
+    "qwen3": (*FAMILY, "--model.qk_norm=head"),
+    "olmoe": (*FAMILY, "--model.qk_norm=all", "--model.norm_topk_prob=false"),
+    # Of a micro batch, which has the same two sequences in every layout here.
+    "aux_loss": ("--train.balance=aux_loss", "--train.aux_loss_coef=0.05"),
+    "clip": ("--train.qk_clip=0.5",),  # so low that heads are clipped in every step
+    "muon": ("--train.optimizer=muon",),
+    "bf16": ("--train.dtype=bf16",),
+    "every": ("--model.num_experts_per_tok=8",),  # expert for each token, so that rounding changes no choice
+}
+# What must change no number.
+LAYOUTS = {
+    **{what: (f"--train.activation_checkpointing={what}",) for what in ("full", "selective", "attention", "experts")},
+    # No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers. ZeRO 3 steps
+    # in many pieces too.
+    "small_buckets": (f"--parallel.ds_config={Path(__file__).with_name('small_buckets.json')}",),
+    "offload": (f"--parallel.ds_config={Path(__file__).with_name('offload.json')}",),
+    "disturbed": (),  # evaluation before every step, sampling after it
+}
+
+
+class Case(NamedTuple):
+    """A model and a layout, by names of MODELS and LAYOUTS."""
+
+    world: int  # ranks; 0 is one process in plain PyTorch
+    expert: int
+    zero: int
+    names: tuple[str, ...]
+
+    @property
+    def options(self) -> list[str]:
+        layout = [f"--parallel.expert={self.expert}", f"--parallel.zero={self.zero}", "--parallel.engine=deepspeed"]
+        return [*(layout if self.world else ()), *(o for name in self.names for o in (MODELS | LAYOUTS)[name])]
+
+    @property
+    def disturb(self) -> bool:
+        return "disturbed" in self.names
+
+    @property
+    def reference(self) -> "Case":
+        """The same model in one process."""
+        return Case(0, 0, 0, tuple(name for name in self.names if name in MODELS))
+
+    def __str__(self) -> str:
+        return "-".join([f"w{self.world}e{self.expert}z{self.zero}" if self.world else "local", *self.names])
+
+
+def ranks(world: int, expert: int, zero: int, *names: str) -> Case:
+    return Case(world, expert, zero, names)
+
+
+def local(*names: str) -> Case:
+    return Case(0, 0, 0, names)
+
+
+# Every model, stage of ZeRO, optimizer and kind of recomputation, each with several of the others.
+CASES = [
+    ranks(2, 1, 0), ranks(2, 2, 1, "full", "disturbed"), ranks(2, 1, 2), ranks(2, 2, 3, "selective"),
+    ranks(2, 2, 0, "deepseek"), ranks(2, 1, 1, "deepseek"), ranks(2, 2, 2, "deepseek"), ranks(2, 1, 3, "deepseek"),
+    ranks(2, 2, 3, "deepseek", "full", "disturbed"), ranks(2, 2, 3, "qwen3", "attention"),
+    ranks(2, 2, 3, "olmoe", "experts"), ranks(2, 2, 1, "aux_loss", "selective"),
+    ranks(2, 2, 0, "clip"), ranks(2, 2, 3, "clip"), ranks(2, 2, 2, "clip", "muon"), ranks(2, 2, 1, "latent", "clip"),
+    ranks(2, 1, 0, "muon"), ranks(2, 1, 3, "muon"), ranks(2, 2, 3, "muon"), ranks(2, 2, 1, "deepseek", "muon"),
+    ranks(2, 2, 1, "small_buckets"), ranks(2, 2, 3, "small_buckets"), ranks(2, 2, 1, "offload"), ranks(2, 2, 3, "offload"),
+    ranks(2, 2, 0, "bf16", "every"), ranks(2, 2, 2, "bf16", "every"), ranks(2, 2, 1, "muon", "bf16"),
+    ranks(2, 2, 3, "muon", "bf16"),
+    ranks(4, 2, 1), ranks(4, 4, 2, "deepseek"), ranks(4, 2, 0, "muon"), ranks(4, 2, 3, "muon"),
+    ranks(1, 1, 1),
+]  # fmt: skip
+LONG_CASES = [
+    *(ranks(2, expert, zero, *names) for names in ((), ("deepseek",)) for expert in (1, 2) for zero in range(4)),
+    *(ranks(2, 2, zero, "muon") for zero in range(4)), ranks(2, 1, 1, "muon"),
+    *(ranks(2, 2, zero, "bf16") for zero in range(4)), *(ranks(2, 2, zero, "muon", "bf16") for zero in (0, 1, 3)),
+    ranks(2, 2, 3, "latent", "full", "disturbed"), ranks(2, 2, 3, "attention"), ranks(2, 2, 3, "experts"),
+    ranks(2, 2, 1, "selective"), ranks(2, 2, 1, "clip"), ranks(2, 2, 2, "offload"), ranks(2, 2, 1, "qwen3"),
+    ranks(2, 2, 3, "olmoe"), ranks(2, 2, 1, "aux_loss"),
+    ranks(4, 4, 2), ranks(4, 2, 1, "muon"), ranks(4, 2, 1, "deepseek"),
+]  # fmt: skip
+# From the first to the second.
+CHANGES = [
+    (local(), ranks(4, 2, 1)),
+    (ranks(2, 1, 0), local()),
+    (ranks(2, 2, 3, "selective"), ranks(2, 1, 2)),
+    (ranks(2, 1, 2), ranks(2, 2, 3, "selective")),
+    (ranks(4, 2, 1), ranks(2, 1, 0)),
+    (ranks(2, 2, 1, "full", "disturbed"), ranks(1, 1, 1)),
+    (ranks(2, 1, 3, "deepseek"), ranks(4, 4, 2, "deepseek")),
+    (local("deepseek"), ranks(2, 2, 0, "deepseek")),
+    (ranks(4, 2, 3, "muon"), ranks(2, 1, 0, "muon")),
+    (ranks(2, 1, 0, "muon"), ranks(4, 2, 3, "muon")),
+    (ranks(2, 2, 3, "muon"), local("muon")),
+    (ranks(2, 2, 1, "offload"), ranks(2, 2, 3, "offload")),
+]
+LONG_CHANGES = [
+    (local(), ranks(2, 2, 3)),
+    (ranks(2, 2, 3), local()),
+    (ranks(4, 4, 2), local()),
+    (ranks(1, 1, 1), ranks(2, 1, 3)),
+    (ranks(2, 2, 0), ranks(2, 2, 1)),
+    (ranks(4, 2, 1), ranks(2, 2, 0)),
+    (ranks(2, 1, 3), ranks(4, 4, 2)),
+    (ranks(2, 2, 3, "offload"), local()),
+    (local(), ranks(2, 2, 2, "offload")),
+    (local("muon"), ranks(2, 2, 0, "muon")),
+    (ranks(2, 2, 0, "muon"), ranks(4, 2, 3, "muon")),
+    (ranks(4, 2, 1, "muon"), ranks(2, 1, 3, "muon")),
+    (ranks(2, 2, 3, "muon"), ranks(2, 2, 1, "muon")),
+    (ranks(2, 2, 2, "muon"), local("muon")),
+    (local("deepseek"), ranks(2, 2, 3, "deepseek")),
+    (ranks(2, 2, 3, "deepseek"), ranks(4, 4, 2, "deepseek")),
+]
+# Within one layout the resumed run is the uninterrupted one to the last bit.
+SAME = [
+    local(), ranks(2, 2, 1, "full", "disturbed"), ranks(2, 2, 3, "selective"),
+    ranks(2, 2, 0, "bf16", "every"), ranks(2, 2, 3, "muon", "bf16"), ranks(2, 2, 3, "offload"), ranks(4, 2, 1),
+]  # fmt: skip
+LONG_SAME = [
+    local("bf16"), *(ranks(2, 2, zero) for zero in range(4)), *(ranks(2, 2, zero, "bf16") for zero in (1, 2, 3)),
+    ranks(2, 2, 3, "latent", "full", "disturbed"), ranks(2, 2, 1, "muon"),
+]  # fmt: skip
+# The last rank's loss is that in one step.
+POISONED = [
+    (local(), "nan"), (ranks(2, 2, 0), "nan"), (ranks(2, 2, 3), "inf"), (ranks(2, 2, 1, "bf16", "every"), "inf"),
+    (ranks(2, 2, 2, "bf16", "every"), "nan"),
+]  # fmt: skip
+LONG_POISONED = [
+    (local("bf16", "every"), "inf"), (ranks(2, 2, 1), "inf"), (ranks(2, 2, 2), "nan"),
+    (ranks(2, 2, 0, "bf16", "every"), "nan"), (ranks(2, 2, 3, "bf16", "every"), "inf"),
+]  # fmt: skip
+
+
+def with_long(short: list, long: list) -> list:
+    """What `parametrize` takes: cases, or tuples of several arguments. Those in `long` alone are marked so."""
+    alone = [(one,) if isinstance(one, Case) else one for one in long if one not in short]
+    return [*short, *(pytest.param(*arguments, marks=pytest.mark.long) for arguments in alone)]
