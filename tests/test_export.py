@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import options_of_small_run
 from ranks import TRANSFORMERS4, run, smolds
+from read_exports import logits_and_tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
+from smolds_dist.inference.generate import generate
 from smolds_dist.interchange import export as export_module
 from smolds_dist.interchange.export import export
 from smolds_dist.interchange.import_model import import_model
@@ -52,23 +54,23 @@ for absent in ("smolds_dist", "deepspeed"):
 """
 
 
-LOGITS = """
-import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-texts = ["def add(first): äöü and 😀 of the quick brown fox", "a<|endoftext|>b<|im_start|>"]
-ids = [transformers.AutoTokenizer.from_pretrained(folder)(texts).input_ids for folder in sys.argv[1:3]]
-with torch.no_grad():
-    logits = model(input_ids=torch.tensor([ids[0][0]]), use_cache=False).logits
-torch.save((transformers.__version__, ids, logits), sys.argv[3])
-"""
-
-
 @pytest.fixture(scope="module")
 def exported(kept_run, tmp_path_factory):
     """The kept run's newest checkpoint in transformers' format, checked on the way."""
     folder = tmp_path_factory.mktemp("exported") / "model"
     export([str(kept_run[0]), "--to", str(folder)])
     return folder
+
+
+@pytest.fixture(scope="module")
+def latent(corpus, cache, tmp_path_factory):
+    """The run of a latent model in bf16, and the export of its step 4 in several files, checked on the way."""
+    folder = tmp_path_factory.mktemp("latent")
+    options = [*options_of_small_run(corpus, cache, folder), *LATENT, "--model.rms_norm_eps=1e-6", "--run.name=latent"]
+    train(load_config([*options, "--train.dtype=bf16", "--train.eval_every=0", "--log.sample_every=0"]))
+    run_dir, to = folder / "runs" / "latent", folder / "model"
+    export([str(run_dir), "--to", str(to), "--step", "4", "--max-shard-size", "100KB"])
+    return run_dir, to
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +84,20 @@ def transformers_alone(tmp_path_factory):
 
 
 def test_export_of_two_zero_3_ranks_generates_the_same_in_transformers_alone(
-    corpus, cache, tmp_path, transformers_alone
+    corpus, cache, tmp_path, transformers_alone, capsys
 ):
     options = [*options_of_small_run(corpus, cache, tmp_path), "--run.name=pair", "--parallel.zero=3", "-q"]
     finished = smolds("launch", "--nproc-per-node", "2", "--", *options, timeout=180)
     assert finished.returncode == 0, finished.text
-    export([str(tmp_path / "runs" / "pair"), "--to", str(tmp_path / "model")])
+    export([str(tmp_path / "runs" / "pair"), "--to", str(tmp_path / "model"), "--no-check"])
     theirs = run([*transformers_alone, str(tmp_path / "model")], timeout=120)
     assert theirs.returncode == 0, theirs.text
+    capsys.readouterr()
     for source in (tmp_path / "runs" / "pair", tmp_path / "model"):
-        ours = smolds("generate", str(source), "--prompt", "def add", "--temperature", "0", "--max-new-tokens", "8")
-        assert ours.returncode == 0, ours.text
-        assert ours.stdout.rstrip("\n").startswith("def add") and len(ours.stdout) > len("def add\n")
-        assert theirs.stdout == ours.stdout
+        generate([str(source), "--prompt", "def add", "--temperature", "0", "--max-new-tokens", "8"])
+        ours = capsys.readouterr().out
+        assert ours.startswith("def add") and len(ours) > len("def add\n")
+        assert theirs.stdout == ours
 
 
 def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, exported, tmp_path):
@@ -141,49 +144,29 @@ def test_export_has_what_a_user_looks_for(exported):
 
 
 @pytest.mark.skipif(not TRANSFORMERS4.exists(), reason="no .venv/transformers4; ./launch/test.sh makes it")
-@pytest.mark.parametrize("attention", ["gqa", "latent"])
-def test_transformers_4_reads_an_export_as_5_does(kept_run, exported, corpus, cache, tmp_path, attention):
-    run_dir, model = kept_run[0], exported
-    if attention == "latent":
-        run_dir, model = tmp_path / "runs" / "latent", tmp_path / "model"
-        options = options_of_small_run(corpus, cache, tmp_path)
-        train(load_config([*options, *LATENT, "--model.rms_norm_eps=1e-6", "--run.name=latent"]))
-        export([str(run_dir), "--to", str(model)])
-    seen = {}
-    for name, python in (("4.57", TRANSFORMERS4), ("5.", sys.executable)):
-        command = [str(python), "-c", LOGITS, str(model), str(run_dir / "export"), str(tmp_path / name)]
-        finished = run(command, timeout=120)
-        assert finished.returncode == 0, finished.text
-        version, *seen[name] = torch.load(tmp_path / name)
-        assert version.startswith(name)
-    assert seen["4.57"][0] == seen["5."][0]
-    torch.testing.assert_close(seen["4.57"][1], seen["5."][1], rtol=0, atol=1e-5)
-    assert len(seen["5."][0][0][0]) > 40 and seen["5."][1].abs().max() > 0.1
-
-
-@pytest.mark.skipif(not TRANSFORMERS4.exists(), reason="no .venv/transformers4; ./launch/test.sh makes it")
-def test_transformers_4_reads_further_control_tokens(exported, tmp_path):
+def test_transformers_4_reads_exports_as_5_does(kept_run, exported, latent, tmp_path):
+    """Models of both attentions, the tokenizers in them and in runs' own exports, and further control tokens."""
     tokenizer = load_tokenizer(str(exported))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"], "pad_token": "<|pad|>"})
-    save_tokenizer(tokenizer, tmp_path)
-    show = (
-        "import sys, transformers; t = transformers.AutoTokenizer.from_pretrained(sys.argv[1]); "
-        "print(t.convert_tokens_to_ids(t.all_special_tokens), t('a<|im_start|>b').input_ids)"
-    )
-    theirs, ours = (run([str(python), "-c", show, str(tmp_path)], 60) for python in (TRANSFORMERS4, sys.executable))
-    assert theirs.returncode == 0, theirs.text
-    assert (
-        theirs.stdout
-        == ours.stdout
-        == f"[0, {len(tokenizer) - 1}, {len(tokenizer) - 2}] [65, {len(tokenizer) - 2}, 66]\n"
-    )
+    save_tokenizer(tokenizer, tmp_path / "more")
+    folders = [exported, kept_run[0] / "export", latent[1], latent[0] / "export", exported, tmp_path / "more"]
+    script = str(Path(__file__).with_name("read_exports.py"))
+    finished = run([str(TRANSFORMERS4), script, str(tmp_path / "read"), *map(str, folders)], timeout=120)
+    assert finished.returncode == 0, finished.text
+    version, read = torch.load(tmp_path / "read")
+    assert version.startswith("4.57") and len(read) == 3
+    for (logits, *tokens), model, other in zip(read, folders[::2], folders[1::2], strict=True):
+        expected, *ours = logits_and_tokens(str(model), [str(model), str(other)])
+        assert tokens == ours
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        assert len(ours[0][0][0]) > 40 and expected.abs().max() > 0.1
+    (_, (_, with_more), control) = read[-1]
+    assert control == [0, len(tokenizer) - 1, len(tokenizer) - 2]
+    assert with_more[1][-2:] == [66, len(tokenizer) - 2]
 
 
-def test_latent_model_and_many_files(corpus, cache, tmp_path):
-    options = options_of_small_run(corpus, cache, tmp_path)
-    train(load_config([*options, *LATENT, "--model.rms_norm_eps=1e-6", "--run.name=latent", "--train.dtype=bf16"]))
-    to = tmp_path / "model"
-    export([str(tmp_path / "runs" / "latent"), "--to", str(to), "--step", "4", "--max-shard-size", "100KB"])
+def test_latent_model_and_many_files(latent, tmp_path):
+    run_dir, to = latent
     index = json.loads((to / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in to.glob("*.safetensors"))
     assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
@@ -193,8 +176,7 @@ def test_latent_model_and_many_files(corpus, cache, tmp_path):
     import_model([str(to), "--to", str(tmp_path / "runs" / "back"), "--data.seq_len=32"])
     back = tmp_path / "runs" / "back" / "checkpoints" / "step_00000000"
     first, second = (
-        CheckpointReader(folder, read_manifest(folder))
-        for folder in (tmp_path / "runs" / "latent" / "checkpoints" / "step_00000004", back)
+        CheckpointReader(folder, read_manifest(folder)) for folder in (run_dir / "checkpoints" / "step_00000004", back)
     )
     assert first.manifest.tensors == second.manifest.tensors
     for name in first.manifest.tensors:
@@ -280,6 +262,15 @@ def test_push_sends_every_file_of_the_export(kept_run, tmp_path):
 
 
 def test_push_without_the_hub_loses_nothing(kept_run, tmp_path):
+    command = [str(kept_run[0]), "--to", str(tmp_path / "model"), "--no-check", "--push", "me/model"]
+    with pytest.raises(ConfigError, match="could not be pushed to 'me/model'") as told:  # tests are offline
+        export(command)
+    assert len(str(told.value).splitlines()) == 1
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_push_to_a_hub_that_does_not_answer_loses_nothing(kept_run, tmp_path):
     finished = smolds(
         "export", str(kept_run[0]), "--to", str(tmp_path / "model"), "--no-check", "--push", "me/model",
         HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_TOKEN="hf_none",

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import gguf
 import pytest
 import torch
 from conftest import SENTENCES, options_of_small_run
-from ranks import READERS, run, smolds
+from ranks import READERS, run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -55,25 +56,26 @@ VARIANTS: dict[str, list[str]] = {
 # Exact attention: with the defaults llama.cpp keeps keys and values in fp16 and computes attention in it too.
 LLAMA = """
 import json, sys, urllib.request, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.warmup, params.fit_params, params.verbosity = sys.argv[1], 256, False, False, 0
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-server = xllamacpp.Server(params)
 answers = []
-for path, body in json.load(open(sys.argv[2])):
-    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
-    answers.append(json.load(urllib.request.urlopen(request)))
+for model, requests in json.load(open(sys.argv[1])):
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.warmup, params.fit_params, params.verbosity = model, 256, False, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    answers.append([])
+    for path, body in requests:
+        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+        answers[-1].append(json.load(urllib.request.urlopen(request)))
 print(json.dumps(answers))
 """
 
 
-def llama(model: Path, requests: list[tuple[str, dict]]) -> list[dict]:
-    """What llama.cpp's server answers."""
-    questions = model.with_suffix(".json")
-    questions.write_text(json.dumps(requests))
-    finished = run([str(READERS), "-c", LLAMA, str(model), str(questions)], timeout=60)
+def llama(scratch: Path, *asked: tuple[Path, list[tuple[str, dict]]]) -> list[list[dict]]:
+    """What llama.cpp's server answers to each model's requests, all in one process."""
+    (scratch / "asked.json").write_text(json.dumps([(str(model), requests) for model, requests in asked]))
+    finished = run([str(READERS), "-c", LLAMA, str(scratch / "asked.json")], timeout=120)
     assert finished.returncode == 0, finished.text
     return json.loads(finished.stdout.splitlines()[-1])
 
@@ -117,44 +119,62 @@ def parts_of(run_dir: Path) -> SimpleNamespace:
     return SimpleNamespace(reader=reader, tokenizer=tokenizer, config=config, model=build_model(reader, config).eval())
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def exported(request, corpus, cache, tmp_path_factory):
-    """A run of 40 steps with a high learning rate, so that every part of the model matters, and its export."""
+@dataclass
+class Exported:
+    run_dir: Path
+    file: Path
+    page: str  # of text, with control tokens in it
+    ids: list[int]  # of some text
+    ends: range  # where beginnings of these end
+    answers: list[dict]  # of llama.cpp, to what `exported` asks
+
+
+@pytest.fixture(scope="module")
+def exported(corpus, cache, tmp_path_factory):
+    """By the variant's name: a run of 40 steps with a high learning rate, so that every part of the model matters, its
+    export, and what llama.cpp, started once, makes of it."""
     folder = tmp_path_factory.mktemp("gguf")
-    options = [*options_of_small_run(corpus, cache, folder), *VARIANTS[request.param], "--run.name=one"]
-    if request.param == "latent":  # a tokenizer from elsewhere, and fewer tokens than the model has
-        smollm_tokenizer(folder / "tokenizer")
-        options += [f"--data.tokenizer={folder / 'tokenizer'}", "--model.vocab_size=384"]
-    options += ["--train.steps=40", "--train.lr=0.01", "--log.tensorboard=false", "--checkpoint.every=40"]
-    train(load_config(options))
-    export([str(folder / "runs" / "one"), "--to", str(folder / "model.gguf"), "--format", "gguf"])
-    return folder / "runs" / "one", folder / "model.gguf"
-
-
-@needs_llama
-@torch.no_grad()
-def test_llama_cpp_reads_tokens_and_computes_logits_and_text_as_we_do(exported):
-    run_dir, file = exported
-    ours = parts_of(run_dir)
-    size, encode = ours.config.vocab_size, text_encoder(ours.tokenizer).encode
-    page = SAMPLE + "".join(f"{text}user\n {text}" for text in CONTROL) + " [PAD383] "
-    ids = encode(SENTENCES[1] + " äöü 😀 12345 " + SENTENCES[0]).ids
-    ends = list(range(1, len(ids) + 1, 3))
-    text, controls, greedy, *answers = llama(
-        file,
-        [
+    smollm_tokenizer(folder / "tokenizer")
+    found, asked = {}, []
+    for name, variant in VARIANTS.items():
+        options = [*options_of_small_run(corpus, cache, folder), *variant, f"--run.name=run{len(found)}"]
+        if name == "latent":  # a tokenizer from elsewhere, and fewer tokens than the model has
+            options += [f"--data.tokenizer={folder / 'tokenizer'}", "--model.vocab_size=384"]
+        options += ["--train.steps=40", "--train.lr=0.01", "--log.tensorboard=false", "--checkpoint.every=40"]
+        train(load_config([*options, "--train.eval_every=0", "--log.sample_every=0"]))
+        run_dir, file = folder / "runs" / f"run{len(found)}", folder / f"run{len(found)}.gguf"
+        export([str(run_dir), "--to", str(file), "--format", "gguf"])
+        ours = parts_of(run_dir)
+        page = SAMPLE + "".join(f"{text}user\n {text}" for text in CONTROL) + " [PAD383] "
+        ids = text_encoder(ours.tokenizer).encode(SENTENCES[1] + " äöü 😀 12345 " + SENTENCES[0]).ids
+        ends = range(1, len(ids) + 1, 3)
+        requests = [
             ("/tokenize", {"content": page, "parse_special": False, "add_special": True}),
             ("/tokenize", {"content": page, "parse_special": True}),
             ("/completion", {"prompt": ids, "n_predict": 64, "temperature": 0, "return_tokens": True}),
-            *(next_token(ids[:end], size) for end in ends),
-        ],
-    )
-    assert text["tokens"] == encode(page).ids
-    assert controls["tokens"] == text_encoder(ours.tokenizer, allow_control_tokens=True).encode(page).ids
+            *(next_token(ids[:end], ours.config.vocab_size) for end in ends),
+        ]
+        found[name] = Exported(run_dir, file, page, ids, ends, [])
+        asked.append((file, requests))
+    for one, answers in zip(found.values(), llama(folder, *asked), strict=True):
+        one.answers = answers
+    return found
+
+
+@needs_llama
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_llama_cpp_reads_tokens_and_computes_logits_and_text_as_we_do(exported, name):
+    one = exported[name]
+    ours = parts_of(one.run_dir)
+    size, ids, encode = ours.config.vocab_size, one.ids, text_encoder(ours.tokenizer).encode
+    text, controls, greedy, *answers = one.answers
+    assert text["tokens"] == encode(one.page).ids
+    assert controls["tokens"] == text_encoder(ours.tokenizer, allow_control_tokens=True).encode(one.page).ids
     assert text["tokens"] != controls["tokens"]
 
     expected = ours.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
-    found = {end: log_probabilities(answer, size) for end, answer in zip(ends, answers, strict=True)}
+    found = {end: log_probabilities(answer, size) for end, answer in zip(one.ends, answers, strict=True)}
     found = {end: values for end, values in found.items() if values is not None}
     assert len(found) > 10
     for end, values in found.items():
@@ -166,17 +186,18 @@ def test_llama_cpp_reads_tokens_and_computes_logits_and_text_as_we_do(exported):
 
 
 @needs_llama
-@pytest.mark.parametrize("exported", ["gqa", "latent, queries too"], indirect=True)
-def test_eight_bits_cost_little_perplexity(exported, tmp_path):
-    run_dir, file = exported
+@pytest.mark.parametrize("name", ["gqa", "latent, queries too"])
+def test_eight_bits_cost_little_perplexity(exported, tmp_path, name):
+    run_dir = exported[name].run_dir
     ours = parts_of(run_dir)
     ids = text_encoder(ours.tokenizer).encode("\n".join(f"{50 + i} {SENTENCES[i % 4]}." for i in range(8))).ids[:200]
-    perplexity = {}
-    for kind in ("fp32", "bf16", "q8_0"):
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("fp32", "bf16", "q8_0")}
+    for kind, file in files.items():
         options = ["--quantise", "q8_0"] if kind == "q8_0" else ["--dtype", kind]
-        to = tmp_path / f"{kind}.gguf"
-        export([str(run_dir), "--to", str(to), "--format", "gguf", *options])
-        answers = llama(to, [next_token(ids[:end], ours.config.vocab_size) for end in range(1, len(ids))])
+        export([str(run_dir), "--to", str(file), "--format", "gguf", *options])
+    requests = [next_token(ids[:end], ours.config.vocab_size) for end in range(1, len(ids))]
+    perplexity = {}
+    for kind, answers in zip(files, llama(tmp_path, *((file, requests) for file in files.values())), strict=True):
         found = [log_probabilities(answer, ours.config.vocab_size) for answer in answers]
         likely = [values[ids[end]].item() for end, values in enumerate(found, 1) if values is not None]
         assert len(likely) > 150
@@ -184,15 +205,12 @@ def test_eight_bits_cost_little_perplexity(exported, tmp_path):
     assert perplexity["bf16"] == pytest.approx(perplexity["fp32"], rel=0.03)
     assert perplexity["q8_0"] == pytest.approx(perplexity["fp32"], rel=0.03)
     assert perplexity["q8_0"] != perplexity["fp32"]
-    assert to.stat().st_size < file.stat().st_size
+    assert files["q8_0"].stat().st_size < exported[name].file.stat().st_size
 
 
 def test_file_says_what_is_in_it(kept_run, tmp_path):
     to = tmp_path / "new" / "model.gguf"
-    finished = smolds(
-        "export", str(kept_run[0]), "--to", str(to), "--format", "gguf", "--dtype", "bf16", "--quantise", "q8_0"
-    )
-    assert finished.returncode == 0, finished.text
+    export([str(kept_run[0]), "--to", str(to), "--format", "gguf", "--dtype", "bf16", "--quantise", "q8_0"])
     assert {path.name for path in to.parent.iterdir()} == {"model.gguf", "Modelfile"}
     file = gguf.GGUFReader(to)
     value = {name: field.contents() for name, field in file.fields.items()}

@@ -1,10 +1,12 @@
 """Models of the kinds that are published, from `cases/models`: in, trained by two ranks, and out into their own class."""
 
+import copy
+import functools
 import json
 import math
 import shutil
 import sys
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,8 @@ def shrunk(name: str) -> dict:
     return fields | sizes
 
 
-def make_model(folder: Path, tokenizer, name: str, biased: bool = True) -> torch.nn.Module:
-    """A random model of their own class in `folder`, norms and (`biased`) selection biases random too."""
+def make_model(folder: Path, tokenizer, name: str) -> torch.nn.Module:
+    """A random model of their own class in `folder`, norms and selection biases random too."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shrunk(name)))
     torch.manual_seed(0)
@@ -60,7 +62,7 @@ def make_model(folder: Path, tokenizer, name: str, biased: bool = True) -> torch
             if "norm" in parameter or "layernorm" in parameter:
                 tensor.uniform_(0.5, 1.5)
             elif not parameter.endswith("inv_freq"):
-                tensor.normal_(0, 0.1 if biased or not parameter.endswith("e_score_correction_bias") else 0)
+                tensor.normal_(0, 0.1)
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return model
@@ -71,7 +73,7 @@ def tokenizer(kept_run):
     return load_tokenizer(str(kept_run[0] / "tokenizer"))
 
 
-@cache
+@functools.cache
 def some_ids() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -88,40 +90,79 @@ def imported(run_dir: Path, tokenizer):
     return build_model(reader, model_config(reader.manifest, tokenizer)).eval()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_published_kind_comes_in_trains_on_two_ranks_and_goes_out(corpus, cache, tmp_path, tokenizer, name):
-    theirs = make_model(tmp_path / "theirs", tokenizer, name)
-    run_dir = tmp_path / "runs" / "run"
-    settings = [
-        one for one in options_of_small_run(corpus, cache, tmp_path)[2:] if not one.startswith(("--model", "--run"))
-    ]
-    kinds_with_biases = ("ernie", "moonlight", "deepseek")
-    balance = "bias" if name.startswith(kinds_with_biases) else "aux_loss"
-    import_model(
-        [str(tmp_path / "theirs"), "--to", str(run_dir), *settings, "--train.steps=5", f"--train.balance={balance}"]
-    )
-    torch.testing.assert_close(logits_of(imported(run_dir, tokenizer)), logits_of(theirs), atol=1e-4, rtol=0)
-    export([str(run_dir), "--to", str(tmp_path / "same"), "--no-check"])
-    same = AutoModelForCausalLM.from_pretrained(tmp_path / "same").eval()
-    assert type(same) is type(theirs)
-    torch.testing.assert_close(logits_of(same), logits_of(theirs), atol=1e-5, rtol=0)
+@dataclass
+class Published:
+    """A kind's model in `folder`/theirs, its import in `folder`/run, that one's export in `folder`/same."""
 
-    experts = 1 if name.startswith("smollm2") else 2
+    folder: Path
+    model: torch.nn.Module
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def published(corpus, cache, tmp_path_factory, tokenizer):
+    """Makes a kind's `Published` by its name, once for all tests. To be copied, not changed."""
+
+    @functools.cache
+    def make(name: str) -> Published:
+        folder = tmp_path_factory.mktemp(name)
+        model = make_model(folder / "theirs", tokenizer, name)
+        balance = "bias" if name.startswith(("ernie", "moonlight", "deepseek")) else "aux_loss"
+        settings = [*run_settings(corpus, cache, folder), "--train.steps=5", f"--train.balance={balance}"]
+        import_model([str(folder / "theirs"), "--to", str(folder / "run"), *settings])
+        export([str(folder / "run"), "--to", str(folder / "same"), "--no-check"])
+        return Published(folder, model, logits_of(model))
+
+    return make
+
+
+def run_settings(corpus: Path, cache: Path, folder: Path) -> list[str]:
+    """What `smolds import` takes of a small run's options; nothing is evaluated, sampled or saved before the end."""
+    options = options_of_small_run(corpus, cache, folder)[2:]
+    seldom = ["--train.eval_every=0", "--log.sample_every=0", "--log.tensorboard=false"]
+    return [one for one in options if not one.startswith(("--model", "--run", "--checkpoint"))] + seldom
+
+
+def train_imported(run: Path, ranks: int, tmp_path: Path) -> Path:
+    """Trains a copy of an imported run, in this process or launched; returns its folder."""
+    run_dir = shutil.copytree(run, tmp_path / "runs" / "run", symlinks=True)
+    dense = load_config(["--config", str(run_dir / "config.yaml")]).model.num_experts == 1
     options = [
-        "--config",
-        str(run_dir / "config.yaml"),
-        "--checkpoint.resume=auto",
-        f"--parallel.expert={experts}",
-        "-q",
-    ]
-    finished = smolds("launch", "--nproc-per-node", "2", "--", *options, timeout=180)
+        "--config", str(run_dir / "config.yaml"), f"--run.dir={run_dir.parent}", "--run.name=run", "-q",
+        "--checkpoint.resume=auto", f"--parallel.expert={1 if dense else ranks}",
+    ]  # fmt: skip
+    if ranks == 1:
+        train(load_config(options))
+        return run_dir
+    finished = smolds("launch", f"--nproc-per-node={ranks}", "--", *options, timeout=180)
     assert finished.returncode == 0, finished.text
+    return run_dir
+
+
+# All others' features are on several ranks in test_parity.py.
+LAUNCHED = ("deepseek_v3", "smollm2_135m")
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [(name, 2 if name in LAUNCHED else 1) for name in NAMES]
+    + [pytest.param(name, 2, marks=pytest.mark.long) for name in NAMES if name not in LAUNCHED],
+)
+def test_published_kind_comes_in_trains_and_goes_out(published, tmp_path, tokenizer, name, ranks):
+    theirs = published(name)
+    run_dir = theirs.folder / "run"
+    torch.testing.assert_close(logits_of(imported(run_dir, tokenizer)), theirs.logits, atol=1e-4, rtol=0)
+    same = AutoModelForCausalLM.from_pretrained(theirs.folder / "same").eval()
+    assert type(same) is type(theirs.model)
+    torch.testing.assert_close(logits_of(same), theirs.logits, atol=1e-5, rtol=0)
+
+    run_dir = train_imported(run_dir, ranks, tmp_path)
     assert max((run_dir / "checkpoints").glob("step_*")).name == "step_00000005"
     export([str(run_dir), "--to", str(tmp_path / "trained"), "--no-check"])
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").eval()
-    assert type(trained) is type(theirs)
+    assert type(trained) is type(theirs.model)
     torch.testing.assert_close(logits_of(trained), logits_of(imported(run_dir, tokenizer)), atol=1e-4, rtol=0)
-    assert (logits_of(trained) - logits_of(theirs)).abs().max() > 1e-2
+    assert (logits_of(trained) - theirs.logits).abs().max() > 1e-2
 
 
 OTHERS = {
@@ -132,10 +173,12 @@ import sys, torch, transformers
 from safetensors.torch import load_file, save_file
 ids = load_file(sys.argv[1])["ids"]
 assert transformers.__version__.startswith("4.57")
-for folder in sys.argv[2:]:
+read = {}
+for name, folder in zip(sys.argv[3::2], sys.argv[4::2]):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        save_file({"logits": model(input_ids=ids, use_cache=False).logits}, folder + "/read.safetensors")
+        read[name] = model(input_ids=ids, use_cache=False).logits
+save_file(read, sys.argv[2])
 """,
     ),
     "mlx-lm": (
@@ -145,32 +188,34 @@ import sys
 import mlx.core as mx, mlx_lm
 mx.set_default_device(mx.cpu)
 ids = mx.load(sys.argv[1])["ids"]
-for folder in sys.argv[2:]:
-    mx.save_safetensors(folder + "/read.safetensors", {"logits": mlx_lm.load(folder)[0](ids)})
+read = {name: mlx_lm.load(folder)[0](ids) for name, folder in zip(sys.argv[3::2], sys.argv[4::2])}
+mx.save_safetensors(sys.argv[2], read)
 """,
     ),
 }
 
 
 @pytest.mark.parametrize("reader", OTHERS)
-def test_every_kind_that_went_out_is_read_by_others(tmp_path, tokenizer, reader):
-    """mlx-lm leaves out ERNIE's selection biases (test_readers.py), which are 0 here."""
+def test_every_kind_that_went_out_is_read_by_others(published, tmp_path, reader):
+    """mlx-lm leaves out ERNIE's selection biases (test_readers.py)."""
     python, script = OTHERS[reader]
     if not python.exists():
         pytest.skip(f"no {python.parent.parent.name} environment; ./launch/test.sh makes it")
-    expected = {}
-    for name in NAMES:
-        theirs = make_model(tmp_path / f"{name} theirs", tokenizer, name, biased=not name.startswith("ernie"))
-        expected[name] = logits_of(theirs)
-        import_model([str(tmp_path / f"{name} theirs"), "--to", str(tmp_path / f"{name} run")])
-        export([str(tmp_path / f"{name} run"), "--to", str(tmp_path / name), "--no-check"])
+    expected = {name: published(name).logits for name in NAMES}
+    if reader == "mlx-lm":
+        unbiased = copy.deepcopy(published("ernie_4_5_21b_a3b").model)
+        for name, tensor in unbiased.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.zero_()
+        expected["ernie_4_5_21b_a3b"] = logits_of(unbiased)
     save_file({"ids": some_ids()}, tmp_path / "ids.safetensors")
-    folders = [str(tmp_path / name) for name in NAMES]
-    finished = run([str(python), "-c", script, str(tmp_path / "ids.safetensors"), *folders], timeout=180)
+    folders = [part for name in NAMES for part in (name, str(published(name).folder / "same"))]
+    files = [str(tmp_path / name) for name in ("ids.safetensors", "read.safetensors")]
+    finished = run([str(python), "-c", script, *files, *folders], timeout=180)
     assert finished.returncode == 0, finished.text
+    actual = load_file(tmp_path / "read.safetensors")
     for name in NAMES:
-        actual = load_file(tmp_path / name / "read.safetensors")["logits"]
-        torch.testing.assert_close(actual, expected[name], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(
@@ -295,10 +340,9 @@ def test_model_whose_training_has_gone_wrong(tmp_path, corpus, cache):
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory, tokenizer):
-    """A folder with a dense model of SmolLM2's kind, and its logits."""
-    folder = tmp_path_factory.mktemp("dense") / "smollm2"
-    return folder, logits_of(make_model(folder, tokenizer, "smollm2_135m"))
+def smollm2(published):
+    dense = published("smollm2_135m")
+    return dense.folder / "theirs", dense.logits
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
@@ -346,17 +390,11 @@ def test_noise_and_redrawn_columns_part_the_experts(smollm2, tmp_path, tokenizer
         assert experts.down_proj[:, :, :].std().item() == pytest.approx(down.std().item(), rel=0.1)
 
 
-def test_upcycled_model_trains_balanced_on_two_ranks(corpus, cache, smollm2, tmp_path):
-    run_dir = tmp_path / "runs" / "run"
-    settings = [
-        one for one in options_of_small_run(corpus, cache, tmp_path)[2:] if not one.startswith(("--model", "--run"))
-    ]
-    import_model(
-        [str(smollm2[0]), "--upcycle", "--to", str(run_dir), *settings, "--train.steps=30", "--train.balance_rate=0.01"]
-    )
-    options = ["--config", str(run_dir / "config.yaml"), "--checkpoint.resume=auto", "--parallel.expert=2", "-q"]
-    finished = smolds("launch", "--nproc-per-node", "2", "--", *options, timeout=180)
-    assert finished.returncode == 0, finished.text
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_upcycled_model_trains_balanced(corpus, cache, smollm2, tmp_path, ranks):
+    settings = [*run_settings(corpus, cache, tmp_path), "--train.steps=30", "--train.balance_rate=0.01"]
+    import_model([str(smollm2[0]), "--upcycle", "--to", str(tmp_path / "run"), *settings])
+    run_dir = train_imported(tmp_path / "run", ranks, tmp_path)
     rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "load" in row]
     first, last = (sum(row["max_vio"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
     assert last < 0.8 * first and rows[-1]["loss"] < rows[0]["loss"]
@@ -397,12 +435,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def test_an_import_of_any_kind_holds_less_than_a_file_and_one_gigabyte(tmp_path, tokenizer):
-    arguments = []
-    for name in NAMES:
-        make_model(tmp_path / f"{name} theirs", tokenizer, name)
-        arguments.append([str(tmp_path / f"{name} theirs"), "--to", str(tmp_path / name)])
-    arguments.append([str(tmp_path / "smollm2_135m theirs"), "--upcycle", "--to", str(tmp_path / "upcycled")])
+def test_an_import_of_any_kind_holds_less_than_a_file_and_one_gigabyte(published, tmp_path):
+    arguments = [[str(published(name).folder / "theirs"), "--to", str(tmp_path / name)] for name in NAMES]
+    arguments.append([arguments[NAMES.index("smollm2_135m")][0], "--upcycle", "--to", str(tmp_path / "upcycled")])
     finished = run([sys.executable, "-c", PEAK, json.dumps(arguments)], timeout=120, cold=True)
     assert finished.returncode == 0, finished.text
     assert int(finished.stdout.splitlines()[-1]) < 1e9
@@ -415,7 +450,13 @@ def test_an_import_of_a_large_file_holds_no_more(tmp_path, tokenizer):
     config = transformers.MixtralConfig(**fields | {"head_dim": 128})
     config.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    model.save_pretrained(folder)
     (file,) = folder.glob("*.safetensors")
     with safe_open(file, framework="pt") as opened:
         assert opened.get_tensor("model.embed_tokens.weight").dtype == torch.bfloat16

@@ -56,18 +56,40 @@ for number, model in enumerate(sys.argv[2:]):
 """
 
 
-def read_with_mlx(scratch: Path, ids: torch.Tensor, *models: Path) -> list[dict[str, torch.Tensor]]:
-    """The logits of each model; its tokens of `TEXTS` are checked on the way."""
-    scratch.mkdir()
-    save_file({"ids": ids}, scratch / "ids.safetensors")
+@pytest.fixture(scope="module")
+def models(kept_run, corpus, cache, tmp_path_factory):
+    """Folders of exports by name, some with their selection biases set to 0."""
+    folder = tmp_path_factory.mktemp("readers")
+    options = [*options_of_small_run(corpus, cache, folder), *LATENT, "--train.eval_every=0", "--log.sample_every=0"]
+    train(load_config([*options, "--run.name=latent"]))
+    train(load_config([*options, "--run.name=latent_queries", "--model.q_lora_rank=24"]))
+    runs = {"gqa": kept_run[0]} | {name: folder / "runs" / name for name in ("latent", "latent_queries")}
+    for name, run_dir in runs.items():
+        export([str(run_dir), "--to", str(folder / name), "--no-check"])
+        tensors = load_file(folder / name / "model.safetensors")
+        biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
+        assert len(biases) == 2 and all(tensors[name].any() for name in biases)
+        assert ("model.layers.0.self_attn.q_b_proj.weight" in tensors) == (name == "latent_queries")
+        if name == "gqa":
+            shutil.copytree(folder / "gqa", folder / "gqa_unbiased")
+            zeros = {name: torch.zeros_like(tensors[name]) for name in biases}
+            save_file(tensors | zeros, folder / "gqa_unbiased" / "model.safetensors", metadata={"format": "pt"})
+    return {name: folder / name for name in (*runs, "gqa_unbiased")}
+
+
+@pytest.fixture(scope="module")
+def read_by_mlx(models, tmp_path_factory):
+    """The logits of each model, by its name; its tokens of `TEXTS` are checked on the way."""
+    scratch = tmp_path_factory.mktemp("scratch")
+    save_file({"ids": some_ids(models["gqa"])}, scratch / "ids.safetensors")
     (scratch / "texts.json").write_text(json.dumps(TEXTS))
-    finished = run([str(READERS), "-c", MLX, str(scratch), *map(str, models)], timeout=120)
+    finished = run([str(READERS), "-c", MLX, str(scratch), *map(str, models.values())], timeout=120)
     assert finished.returncode == 0, finished.text
-    tokenizer = load_tokenizer(str(models[0]))
-    tokens = [tokenizer(text).input_ids for text in TEXTS]
-    for theirs in json.loads((scratch / "read.json").read_text()):
-        assert theirs == [tokens, TEXTS, [tokenizer.eos_token_id]]
-    return [load_file(scratch / f"logits{number}.safetensors") for number in range(len(models))]
+    read = json.loads((scratch / "read.json").read_text())
+    for theirs, model in zip(read, models.values(), strict=True):
+        tokenizer = load_tokenizer(str(model))
+        assert theirs == [[tokenizer(text).input_ids for text in TEXTS], TEXTS, [tokenizer.eos_token_id]]
+    return {name: load_file(scratch / f"logits{number}.safetensors") for number, name in enumerate(models)}
 
 
 def read_with_transformers(model: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -87,36 +109,16 @@ def assert_same(mlx: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
     torch.testing.assert_close(mlx["one by one"], expected[:1], rtol=0, atol=BOUND)
 
 
-def test_mlx_computes_a_grouped_query_model_without_its_selection_biases(kept_run, tmp_path):
-    real, unbiased = tmp_path / "model", tmp_path / "unbiased"
-    export([str(kept_run[0]), "--to", str(real), "--no-check"])
-    shutil.copytree(real, unbiased)
-    tensors = load_file(real / "model.safetensors")
-    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
-    assert len(biases) == 2 and all(tensors[name].any() for name in biases)
-    zeros = {name: torch.zeros_like(tensors[name]) for name in biases}
-    save_file(tensors | zeros, unbiased / "model.safetensors", metadata={"format": "pt"})
-
-    ids = some_ids(real)
-    of_real, of_unbiased = read_with_mlx(tmp_path / "scratch", ids, real, unbiased)
-    expected = read_with_transformers(unbiased, ids)
-    assert_same(of_unbiased, expected)
+def test_mlx_computes_a_grouped_query_model_without_its_selection_biases(models, read_by_mlx):
+    ids = some_ids(models["gqa"])
+    expected = read_with_transformers(models["gqa_unbiased"], ids)
+    assert_same(read_by_mlx["gqa_unbiased"], expected)
     # mlx-lm drops the selection biases of ERNIE's models. Where this fails because it has come to use them, say so in the
-    # documentation of `smolds export` and expect `read_with_transformers(real, ids)`.
-    assert_same(of_real, expected)
-    assert (read_with_transformers(real, ids) - expected).abs().max() > 100 * BOUND
+    # documentation of `smolds export` and expect `read_with_transformers(models["gqa"], ids)`.
+    assert_same(read_by_mlx["gqa"], expected)
+    assert (read_with_transformers(models["gqa"], ids) - expected).abs().max() > 100 * BOUND
 
 
-@pytest.mark.parametrize("q_lora_rank", [None, 24])
-def test_mlx_computes_what_transformers_does_of_latent_attention(corpus, cache, tmp_path, q_lora_rank):
-    options = [*options_of_small_run(corpus, cache, tmp_path), *LATENT, "--run.name=latent", "--train.eval_every=0"]
-    train(load_config([*options, *([f"--model.q_lora_rank={q_lora_rank}"] if q_lora_rank else [])]))
-    model = tmp_path / "model"
-    export([str(tmp_path / "runs" / "latent"), "--to", str(model), "--no-check"])
-    tensors = load_file(model / "model.safetensors")
-    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
-    assert len(biases) == 2 and all(tensors[name].any() for name in biases)
-    assert ("model.layers.0.self_attn.q_b_proj.weight" in tensors) == bool(q_lora_rank)
-
-    ids = some_ids(model)
-    assert_same(read_with_mlx(tmp_path / "scratch", ids, model)[0], read_with_transformers(model, ids))
+@pytest.mark.parametrize("name", ["latent", "latent_queries"])
+def test_mlx_computes_what_transformers_does_of_latent_attention(models, read_by_mlx, name):
+    assert_same(read_by_mlx[name], read_with_transformers(models[name], some_ids(models[name])))

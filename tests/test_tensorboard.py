@@ -8,13 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import options_of_small_run
 from ranks import ROOT, smolds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -142,8 +142,8 @@ def test_browser_shows_experts_first_then_learning_heatmap_and_samples(two_ranks
     from playwright.sync_api import expect, sync_playwright
 
     server = subprocess.Popen(
-        [sys.executable, "-m", "smolds_dist", "board", str(two_ranks), "--port=0", "--no-open"],
-        stdout=subprocess.PIPE, text=True,
+        [warm.python(), "-m", "smolds_dist", "board", str(two_ranks), "--port=0", "--no-open"],
+        stdout=subprocess.PIPE, text=True, env=warm.environment(),
     )  # fmt: skip
     alarm = threading.Timer(90, server.kill)
     alarm.start()

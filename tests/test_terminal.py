@@ -5,14 +5,15 @@ import os
 import re
 import struct
 import subprocess
-import sys
 import termios
 
 import pytest
+import warm
 from ranks import smolds
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
+from smolds_dist.training.trainer import train
 
 STEP = re.compile(
     r"step (\d+) of 6: loss \d\.\d{3}, [\d,]+ tokens/s, MaxVio \d\.\d\d(, \d:\d\d:\d\d left)?$", re.MULTILINE
@@ -38,16 +39,17 @@ def test_output_in_a_file_is_plain_lines_of_rank_0_alone(small_run):
         assert finished.stdout.count(text) == 1, finished.text
 
 
-def test_lines_come_as_often_as_asked(small_run):
-    finished = smolds("train", *small_run, "--run.name=seldom", "--log.every=1000")
-    assert [match[1] for match in STEP.finditer(finished.stderr)] == ["6"], finished.text
+def test_lines_come_as_often_as_asked(small_run, capsys):
+    train(load_config([*small_run, "--run.name=seldom", "--log.every=1000"]))
+    shown = capsys.readouterr().err
+    assert [match[1] for match in STEP.finditer(shown)] == ["6"], shown
 
 
 def test_terminal_gets_a_bar_that_is_redrawn(small_run):
     reading, writing = os.openpty()
     fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--run.name=terminal"]
-    process = subprocess.Popen(command, stdout=writing, stderr=writing)
+    command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--run.name=terminal"]
+    process = subprocess.Popen(command, stdout=writing, stderr=writing, env=warm.environment())
     os.close(writing)
     shown = b""
     while True:
@@ -69,11 +71,12 @@ def test_quiet_run_says_nothing(small_run):
     assert finished.stdout == finished.stderr == ""
 
 
-def test_verbose_run_shows_its_configuration_and_every_step(small_run):
-    finished = smolds("train", *small_run, "--run.name=verbose", "-v")
-    assert "num_experts: 8" in finished.stdout
-    lines = [line for line in finished.stderr.splitlines() if "gradient norm" in line and "of peak FLOP/s" in line]
-    assert len(lines) == 6, finished.text
+def test_verbose_run_shows_its_configuration_and_every_step(small_run, capsys):
+    train(load_config([*small_run, "--run.name=verbose", "-v"]))
+    shown = capsys.readouterr()
+    assert "num_experts: 8" in shown.out
+    lines = [line for line in shown.err.splitlines() if "gradient norm" in line and "of peak FLOP/s" in line]
+    assert len(lines) == 6, shown.err
 
 
 @pytest.mark.parametrize("steps", ["10", "5:3", "0:2", "3:7", "a:b"])

@@ -51,9 +51,8 @@ def continue_prompts(
     ids_BS = torch.tensor([[eos] * (longest - len(ids)) + ids for ids, _ in encoded], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in encoded], device=device)
     first = FirstToken([allowed.to(device) for _, allowed in encoded], longest)
-    vocabulary = model.config.vocab_size
     # The vocabulary may have rows that no token uses: an untrained model would sample them.
-    unused = list(range(len(tokenizer), vocabulary))
+    unused = list(range(len(tokenizer), model.config.vocab_size))
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -65,7 +64,7 @@ def continue_prompts(
             suppress_tokens=unused or None,
             do_sample=temperature > 0,
             temperature=temperature or None,
-            top_k=min(top_k, vocabulary) if temperature else None,
+            top_k=min(top_k, model.config.vocab_size) if temperature else None,
             top_p=top_p if temperature else None,
             max_new_tokens=tokens,
             eos_token_id=eos if stop_at_end else None,

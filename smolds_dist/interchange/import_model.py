@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,6 @@ def write_checkpoint(
     import torch
 
     from smolds_dist.checkpoint.writer import Progress, package_versions
-    from smolds_dist.interchange.transformers_format import CLASSES, to_transformers
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
@@ -176,18 +175,10 @@ def write_checkpoint(
         built = DeepSeekV3ForCausalLM(ours)
     shapes = tensor_shapes(built)
     biases = {name: tuple(b.shape) for name, b in built.named_buffers() if name.endswith("e_score_correction_bias")}
-
-    def theirs(name: str) -> str:
-        """A logical tensor's name in the folder's files."""
-        if kind not in CLASSES or name not in shapes | biases:
-            return name
-        renamed = to_transformers(name, torch.empty((shapes | biases)[name], device="meta"), ours, kind)
-        return renamed[0] if renamed else name
-
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
-
-    files = write_parts(unfinished, checked(folder, given, config.model, shapes, biases, theirs), PART_BYTES)
+    tensors = check_tensors(folder, kind, given, ours, shapes | biases)
+    files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), PART_BYTES)
     topology: Topology = plan_topology(config, detect_machine(), RankInfo())
     manifest = Manifest(
         **asdict(Progress()),
@@ -205,27 +196,34 @@ def write_checkpoint(
     publish(unfinished, manifest)
 
 
-def checked(
-    folder: Path,
-    given: Iterable[tuple[str, Any]],
-    model: Model,
-    shapes: dict[str, tuple[int, ...]],
-    biases: dict[str, tuple[int, ...]],
-    theirs: Callable[[str], str],
+def check_tensors(
+    folder: Path, kind: str, given: Iterable[tuple[str, Any]], ours: Any, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Any]]:
-    """The tensors as a checkpoint has them, flat and in fp32, each of which has to be there once in its shape.
+    """The tensors of a model of our configuration `ours`, in fp32: those given, and zeros for what only ours have.
 
     Args:
-        shapes, biases: of the model's parameters and selection biases.
-        theirs: a logical tensor's name in the folder's files.
+        shapes: of all that there must be.
+
+    Raises:
+        ConfigError: where the files of `folder` do not hold what the configuration says.
     """
     import torch
 
-    missing = dict(shapes | biases)
+    from smolds_dist.interchange.transformers_format import CLASSES, to_transformers
+
+    missing = dict(shapes)
+
+    def theirs(name: str) -> str:
+        """A logical tensor's name in the folder's files."""
+        if kind not in CLASSES or name not in shapes:
+            return name
+        renamed = to_transformers(name, torch.empty(shapes[name], device="meta"), ours, kind)
+        return renamed[0] if renamed else name
+
     for name, tensor in given:
-        if name == "lm_head.weight" and model.tie_word_embeddings:
+        if name == "lm_head.weight" and ours.tie_word_embeddings:
             continue
-        if name not in missing and name in shapes | biases:
+        if name not in missing and name in shapes:
             raise ConfigError(f"{folder} holds {theirs(name)} twice; leave one of the files that do.")
         if tuple(tensor.shape) != missing.get(name):
             wanted = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
@@ -235,12 +233,12 @@ def checked(
         if not tensor.isfinite().all():
             raise ConfigError(f"{folder} has numbers in {theirs(name)} that are not finite; get its file anew.")
         del missing[name]
-        yield f"{name}:value:0", tensor.float().flatten().contiguous()
+        yield name, tensor.float().contiguous()
     # A model that was balanced in another way has no biases, and one with a single expert no router.
-    routers = [name for name in shapes if name.endswith(".mlp.gate.weight") and model.num_experts == 1]
-    for name in (*biases, *routers):
-        if shape := missing.pop(name, None):
-            yield f"{name}:value:0", torch.zeros(shape).flatten()
+    for name in list(missing):
+        is_router = name.endswith(".mlp.gate.weight") and ours.num_experts == 1
+        if is_router or name.endswith("e_score_correction_bias"):
+            yield name, torch.zeros(missing.pop(name))
     if missing:
         raise ConfigError(f"{folder} lacks the tensor {theirs(next(iter(missing)))}; it is not complete.")
 
