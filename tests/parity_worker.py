@@ -13,6 +13,7 @@ from smolds_dist.checkpoint.resume import open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
 from smolds_dist.config import load_config
 from smolds_dist.data.ahead import BatchesAhead
+from smolds_dist.data.mixture import mixture_of
 from smolds_dist.interchange.final_export import write_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer
@@ -146,7 +147,9 @@ def train_case(
             engine.model.generate(prompt, do_sample=False, min_new_tokens=3, max_new_tokens=3, eos_token_id=None)
             engine.model.train()
         if save and step == SAVE_AT:
-            writer = CheckpointWriter(config, topology, tensors, lambda samples: {})
+            writer = CheckpointWriter(
+                config, topology, tensors, lambda samples: {"schedule": mixture_of(config).schedule()}
+            )
             writer.save(engine, balancer, Progress(step), None)  # in the background of the next steps
     if save:
         writer.wait()
