@@ -103,7 +103,7 @@ class RankReport:
             # The other end of a broken connection is the cause; its host's ranks see it best.
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
-                if (self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"], self.near()):
+                if self._tell_dead():
                     return
                 time.sleep(0.2)
             others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
@@ -140,31 +140,26 @@ class RankReport:
                     hang.kill_silent(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
-            if not ((self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"], self.near())):
-                continue
-            time.sleep(self.grace)
-            if self.entry["state"] == "running":
-                sys.stderr.flush()
-                os._exit(1)
+            if self._tell_dead():
+                time.sleep(self.grace)
+                if self.entry["state"] == "running":
+                    sys.stderr.flush()
+                    os._exit(1)
+
+    def _tell_dead(self) -> bool:
+        """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
+        cause = self.folder / "cause.txt"
+        if not cause.exists() and find_dead(self.folder, self.entry["job"], files=self.near()):
+            print(f"\nsmolds: {cause.read_text().strip()}; the other ranks stop.", file=sys.stderr, flush=True)
+        return cause.exists()
 
 
-def tell_dead(folder: Path, job: str, files: list[Path] | None = None) -> bool:
-    """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now.
+def find_dead(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
+    """Notes a rank of this host that ended without a word as the cause; whether it has, as the first.
 
     Args:
         files: the entries to look at; all where not given.
     """
-    if find_dead(folder, job, files=files):
-        print(
-            f"\nsmolds: {(folder / 'cause.txt').read_text().strip()}; the other ranks stop.",
-            file=sys.stderr,
-            flush=True,
-        )
-    return (folder / "cause.txt").exists()
-
-
-def find_dead(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
-    """Notes a rank of this host that ended without a word as the cause; whether it has, as the first."""
     for entry in _entries(folder, job, files):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
             crash = folder / f"rank_{entry['rank']:05}.crash"

@@ -7,7 +7,10 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
+
+from smolds_dist.launching.signals import handled_by
 
 # Log lines of torchrun, deepspeed, srun and mpirun. Ranks never print such.
 NOISE = re.compile(
@@ -62,23 +65,18 @@ def run_quietly(
     if sys.stderr.isatty():
         # The ranks' progress bar should go on seeing a terminal.
         reading, writing = os.openpty()
-        _copy_window_size(sys.stderr.fileno(), writing)
+        termios.tcsetwinsize(writing, termios.tcgetwinsize(sys.stderr.fileno()))
     else:
         reading, writing = os.pipe()
     process = subprocess.Popen(
         command, env=environment, stderr=writing, start_new_session=True, preexec_fn=_end_with_parent
     )
     os.close(writing)
-    before = {
-        number: signal.signal(number, lambda number, _frame: pass_on(process, number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
     try:
-        told = _pump(reading, process, hidden)
-        return process.wait(), told
+        with handled_by(lambda number, _frame: pass_on(process, number)):
+            told = _pump(reading, process, hidden)
+            return process.wait(), told
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(reading)
 
 
@@ -119,11 +117,3 @@ def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
 def _show(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
-
-
-def _copy_window_size(source: int, target: int) -> None:
-    import fcntl
-    import termios
-
-    size = fcntl.ioctl(source, termios.TIOCGWINSZ, bytes(8))
-    fcntl.ioctl(target, termios.TIOCSWINSZ, size)
