@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from smolds_dist.checkpoint.files import (
-    Manifest,
+    best_of,
     checkpoint_name,
     checkpoints_in,
     find_damage,
@@ -92,12 +92,7 @@ def _chosen(folders: list[Path], steps: list[int]) -> list[Path]:
 
 
 def _list(folders: list[Path]) -> None:
-    manifests: dict[Path, Manifest] = {}
-    for folder in folders:
-        if not find_damage(folder, contents=False):
-            manifests[folder] = read_manifest(folder)
-    losses = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
-    best = min(losses, key=lambda folder: losses[folder]) if losses else None
+    manifests = {folder: read_manifest(folder) for folder in folders if not find_damage(folder, contents=False)}
     print(f"{'step':>9}  {'saved':16}  {'size':>9}  {'val loss':>8}  layout")
     for folder in reversed(folders):
         manifest = manifests.get(folder)
@@ -106,7 +101,7 @@ def _list(folders: list[Path]) -> None:
             continue
         size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
         loss = "-" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
-        marks = [name for name, at in (("newest", next(iter(manifests))), ("best", best)) if at == folder]
+        marks = [name for name, at in (("newest", next(iter(manifests))), ("best", best_of(manifests))) if at == folder]
         print(
             f"{manifest.step:>9}  {manifest.created[:16].replace('T', ' ')}  {size:>6.3f} GB  {loss:>8}  "
             f"{manifest.layout}{' (' + ', '.join(marks) + ')' if marks else ''}"

@@ -8,6 +8,7 @@
 Nothing is pickled, nothing that the manifest does not list is read, and nothing is read before it has been verified.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -179,11 +180,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, once it is known to be what was written.
-
-    Raises:
-        DamagedCheckpointError: naming what is wrong with it.
-    """
+    """The manifest, if it is what was written; raises a `DamagedCheckpointError` that names what is wrong with it."""
     try:
         content = (folder / MANIFEST).read_bytes()
         digest = (folder / DIGEST).read_bytes()
@@ -222,6 +219,21 @@ def find_damage(folder: Path, contents: bool = True, part: slice = slice(None)) 
         elif contents and _sha256(path) != entry["sha256"]:
             damage.append(f"{name} is not what was written (SHA-256)")
     return damage
+
+
+def manifests_of(root: Path) -> dict[Path, Manifest]:
+    """Of the checkpoints in a run's `checkpoints` folder that have a sound one, newest first."""
+    found = {}
+    for folder in checkpoints_in(root):
+        with contextlib.suppress(DamagedCheckpointError):
+            found[folder] = read_manifest(folder)
+    return found
+
+
+def best_of(manifests: dict[Path, Manifest]) -> Path | None:
+    """The checkpoint with the lowest validation loss; None where none was evaluated."""
+    losses = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
+    return min(losses, key=lambda folder: losses[folder], default=None)
 
 
 # Reading
@@ -266,11 +278,8 @@ class CheckpointReader:
         return set(self._index.get(name, ()))
 
     def check_coverage(self) -> None:
-        """Every logical tensor must be there whole and once, in every kind that is stored of it.
-
-        Raises:
-            DamagedCheckpointError: naming the first that is not.
-        """
+        """Raises a `DamagedCheckpointError` naming the first logical tensor that is not there whole and once, in every kind
+        that is stored of it."""
         for name, shape in self.manifest.tensors.items():
             if "value" not in self.kinds(name):
                 raise DamagedCheckpointError(f"{name} is not in it")
@@ -284,11 +293,7 @@ class CheckpointReader:
                     raise DamagedCheckpointError(f"{kind} of {name} is not there whole and once")
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
-        """Fills `out` [n] with elements [start, start + n).
-
-        Raises:
-            DamagedCheckpointError: where they are not all there.
-        """
+        """Fills `out` [n] with elements [start, start + n); raises a `DamagedCheckpointError` where some are missing."""
         pieces = self._index.get(name, {}).get(kind, [])
         done, end = start, start + len(out)
         at = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
@@ -308,10 +313,6 @@ class CheckpointReader:
         """Fills every kind of a fragment."""
         for kind, tensor in fragment.tensors.items():
             self.read(fragment.name, kind, fragment.start, tensor)
-
-    def random_states(self, rank: int) -> dict[str, Tensor]:
-        """Generator states by device type that a rank of this number wrote; none if there was no such rank."""
-        return self.stored(f"{RANDOM}rank_{rank:05}")
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """By kind, what was stored in one piece under a name; nothing where there is none."""
@@ -351,11 +352,7 @@ def read_all(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
 
 
 def open_verified(folder: Path) -> CheckpointReader:
-    """A reader of a checkpoint that is whole.
-
-    Raises:
-        ConfigError: where it is not.
-    """
+    """A reader of a checkpoint; raises a `ConfigError` for one that is not whole."""
     reader, damage = read_all(folder)
     if reader is None:
         raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")

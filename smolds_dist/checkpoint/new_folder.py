@@ -10,11 +10,7 @@ from smolds_dist.errors import ConfigError
 
 
 def check_free(to: Path) -> None:
-    """Refuses a place that holds something.
-
-    Raises:
-        ConfigError: naming it.
-    """
+    """Raises a `ConfigError` for a place that holds something."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to {to} exists; choose another, or remove it.")
 

@@ -3,11 +3,14 @@
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from smolds_dist.checkpoint.files import (
+    RANDOM,
     CheckpointReader,
     DamagedCheckpointError,
     Manifest,
@@ -24,7 +27,6 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
-from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, saved_sources
 
@@ -32,11 +34,8 @@ UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.batch.Uniqu
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:
-    """The run's data, with the tokenizer of the checkpoint that it continues from, if it does.
-
-    Raises:
-        ConfigError: as `check_resumable` and `prepare_data` do.
-    """
+    """The run's data, with the tokenizer of the checkpoint that it continues from, if it does; raises a `ConfigError` as
+    `check_resumable` and `prepare_data` do."""
     found = check_resumable(config)
     if found is None or found[1].weights_only:
         return prepare_data(config)
@@ -62,9 +61,9 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
     own = checkpoints_in(config.run_dir / "checkpoints")
     metrics = config.run_dir / "metrics.jsonl"
     resume = config.checkpoint.resume
-    exists = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
+    exists = own or (metrics.exists() and metrics.stat().st_size)
     candidates = _candidates(config)
-    inside = bool(candidates) and candidates[0].resolve().parent == (config.run_dir / "checkpoints").resolve()
+    inside = candidates and candidates[0].resolve().parent == (config.run_dir / "checkpoints").resolve()
     if exists and resume != "auto" and not inside:
         raise ConfigError(
             f"{config.run_dir} already holds a run; continue it with --checkpoint.resume auto, choose another "
@@ -219,22 +218,19 @@ def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = 
 
 def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None, str]:
     """A reader of a whole checkpoint, or what is wrong with it, on all ranks alike. Every rank reads its share of files."""
-    reader, message, place = None, "", 0
+    reader, damage = None, []
     try:
-        manifest = read_manifest(folder)
-        share = slice(topology.rank, None, topology.world_size)
-        if find_damage(folder, part=share):  # looks at all of its share with one reading of the manifest
-            numbers = range(len(manifest.files))[share]
-            place = next((n + 1 for n in numbers if find_damage(folder, part=slice(n, n + 1))), 2**20)
-        else:
-            reader = CheckpointReader(folder, manifest)
+        damage = find_damage(folder, part=slice(topology.rank, None, topology.world_size))
+        if not damage:
+            reader = CheckpointReader(folder, read_manifest(folder))
             reader.check_coverage()
-    except (DamagedCheckpointError, OSError) as error:  # all ranks see the same manifest
-        message, place = str(error), 2**20
-    place = largest_over_ranks(topology, place)
-    if not place:
-        return reader, ""
-    return None, message or "; ".join(find_damage(folder, part=slice(place - 1, place))) or "a rank cannot read it"
+    except (DamagedCheckpointError, OSError) as error:
+        damage = [str(error)]
+    found = [damage] * topology.world_size
+    if topology.world_size > 1:
+        dist.all_gather_object(found, damage)
+    first = next(chain.from_iterable(found), "")
+    return None if first else reader, first
 
 
 @torch.no_grad()
@@ -251,7 +247,7 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
     for name, bias in balancer.named_biases().items():
         reader.read(name, "value", 0, bias)
     # A rank that there was not before goes on with what it has.
-    states = reader.random_states(topology.rank)
+    states = reader.stored(f"{RANDOM}rank_{topology.rank:05}")
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":

@@ -23,12 +23,11 @@ from torch import Tensor
 from smolds_dist.checkpoint.files import (
     RANDOM,
     CheckpointReader,
-    DamagedCheckpointError,
     Manifest,
+    best_of,
     checkpoint_name,
-    checkpoints_in,
+    manifests_of,
     publish,
-    read_manifest,
     remove,
     remove_leftovers,
     step_of,
@@ -89,14 +88,16 @@ class CheckpointWriter:
         The first use of fresh memory can take ten times as long as a copy into it.
         """
         if self.config.checkpoint.every and self.config.checkpoint.background:
-            wanted = {key: (t.shape, t.dtype, t.device) for key, t in self._live(engine, None).items()}
-            self._thread = threading.Thread(target=self._make_room, args=(wanted,), name="checkpoint", daemon=True)
-            self._thread.start()
+            self._start(self._make_room, self._live(engine, None))
 
-    def _make_room(self, wanted: dict[str, tuple]) -> None:
-        for key, (shape, dtype, device) in wanted.items():
-            if key not in self.staging or self.staging[key].shape != shape:
-                self.staging[key] = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda").zero_()
+    def _start(self, work: Callable[..., None], *args: object) -> None:
+        self._thread = threading.Thread(target=work, args=args, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if key not in self.staging or self.staging[key].shape != tensor.shape:
+                self.staging[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).zero_()
 
     def save(
         self,
@@ -119,16 +120,10 @@ class CheckpointWriter:
             shutil.rmtree(unfinished, ignore_errors=True)
         engine.barrier()  # so that no other rank's file is deleted
         tensors = self._live(engine, balancer) | (others or {})
-        if self.config.checkpoint.background and not wait:
-            tensors = self._copied(tensors)
-        else:
-            tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
-        manifest = self._manifest(engine, progress, val_loss)
-        self._thread = threading.Thread(
-            target=self._write, args=(unfinished, tensors, manifest), name="checkpoint", daemon=True
-        )
-        self._thread.start()
-        if wait or not self.config.checkpoint.background:
+        background = self.config.checkpoint.background and not wait
+        tensors = self._copied(tensors) if background else {key: tensor.cpu() for key, tensor in tensors.items()}
+        self._start(self._write, unfinished, tensors, self._manifest(engine, progress, val_loss))
+        if not background:
             self.wait()
 
     def wait(self) -> None:
@@ -156,7 +151,7 @@ class CheckpointWriter:
         return tensors
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self._make_room({key: (t.shape, t.dtype, t.device) for key, t in tensors.items()})
+        self._make_room(tensors)
         for key, tensor in tensors.items():
             self.staging[key].copy_(tensor, non_blocking=True)
         if self.topology.device == "cuda":
@@ -225,19 +220,14 @@ class CheckpointWriter:
     def _retain(self, newest: Path) -> None:
         """Deletes the checkpoints that nothing asks for any more. The one just written is whole, so one always stays."""
         settings = self.config.checkpoint
-        manifests = {}
-        for folder in checkpoints_in(self.root):
-            with contextlib.suppress(DamagedCheckpointError):  # a person should look at those
-                manifests[folder] = read_manifest(folder)
+        manifests = manifests_of(self.root)  # a person should look at the damaged ones
         kept = {newest, *list(manifests)[: settings.keep]}
         if settings.keep_every:
             kept |= {folder for folder in manifests if step_of(folder) % settings.keep_every == 0}
-        evaluated = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
-        if settings.keep_best and evaluated:
-            kept.add(min(evaluated, key=lambda folder: evaluated[folder]))
-        for folder in manifests:
-            if folder not in kept:
-                remove(folder)
+        if settings.keep_best and (best := best_of(manifests)):
+            kept.add(best)
+        for folder in manifests.keys() - kept:
+            remove(folder)
 
 
 def random_states(topology: Topology) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from uuid import uuid4
 from smolds_dist.errors import first_line
 from smolds_dist.files import replace_text
 from smolds_dist.launching.state import read_state
-from smolds_dist.observe.curves import curves_of, first_mixture
+from smolds_dist.observe.curves import curves_of
 
 PROJECT = "smolds"  # unless the tracker's own variable of the environment names one
 NOTES = "trackers.json"
@@ -125,8 +125,6 @@ class Feed:
 
     def __init__(self, name: str, run_dir: Path, config: dict, rows: Iterable[dict]):
         self.name, self._run_dir, self._config = name, run_dir, config
-        self._last_step = config["train"]["steps"]
-        self._first_mixture = first_mixture(config)
         self._waiting: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         for row in rows:
             self._waiting.put(row)
@@ -150,12 +148,14 @@ class Feed:
             tracker = CLASSES[self.name](self._run_dir, self._config, note)
             for row in iter(self._waiting.get, None):
                 kind = next(name for name in ("val_loss", "tasks", "step") if name in row)
-                points = curves_of(row, self._last_step, self._first_mixture)
+                points = curves_of(row, self._config)
                 if not points or row["step"] <= note.get(kind, 0):
                     continue
                 tracker.log(points, row["step"], row["time"])
                 note[kind] = row["step"]
-                self._write_note(note)
+                with _writing:
+                    notes = read_state(self._run_dir, NOTES) | {self.name: note}
+                    replace_text(self._run_dir / NOTES, json.dumps(notes))
             tracker.close()
         except Exception as error:  # whatever a client or its server does wrong
             self._say(f"has failed ({first_line(error)})")
@@ -163,8 +163,3 @@ class Feed:
     def _say(self, what: str) -> None:
         later = f"`smolds report --send {self.name} {self._run_dir}` fills it up"
         print(f"\nsmolds: {self.name} {what}; training goes on, and {later}.", file=sys.stderr, flush=True)
-
-    def _write_note(self, note: dict) -> None:
-        with _writing:
-            notes = read_state(self._run_dir, NOTES) | {self.name: note}
-            replace_text(self._run_dir / NOTES, json.dumps(notes))
