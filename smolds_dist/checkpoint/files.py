@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,12 +285,8 @@ class CheckpointReader:
             if "value" not in self.kinds(name):
                 raise DamagedCheckpointError(f"{name} is not in it")
             for kind, pieces in self._index[name].items():
-                end = 0
-                for piece in pieces:
-                    if piece.start != end:
-                        break
-                    end += piece.length
-                if end != Size(shape).numel() or end != sum(piece.length for piece in pieces):
+                *starts, end = accumulate((piece.length for piece in pieces), initial=0)
+                if end != Size(shape).numel() or starts != [piece.start for piece in pieces]:
                     raise DamagedCheckpointError(f"{kind} of {name} is not there whole and once")
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
@@ -329,13 +326,8 @@ class CheckpointReader:
 
     def others(self) -> dict[str, Tensor]:
         """What is not a parameter, by key: selection biases and random states."""
-        return {
-            piece.key: self._files[piece.file].get_tensor(piece.key)
-            for name, kinds in self._index.items()
-            if name not in self.manifest.tensors
-            for pieces in kinds.values()
-            for piece in pieces
-        }
+        names = [name for name in self._index if name not in self.manifest.tensors]
+        return {f"{name}:{kind}:0": tensor for name in names for kind, tensor in self.stored(name).items()}
 
 
 def read_all(folder: Path) -> tuple[CheckpointReader | None, list[str]]:

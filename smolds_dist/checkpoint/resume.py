@@ -9,17 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from smolds_dist.checkpoint.files import (
-    RANDOM,
-    CheckpointReader,
-    DamagedCheckpointError,
-    Manifest,
-    checkpoint_name,
-    checkpoints_in,
-    find_damage,
-    read_manifest,
-    step_of,
-)
+from smolds_dist.checkpoint import files
+from smolds_dist.checkpoint.files import CheckpointReader, DamagedCheckpointError, Manifest
 from smolds_dist.checkpoint.writer import Progress
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
@@ -58,7 +49,7 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
     Raises:
         ConfigError: naming the setting and the fix.
     """
-    own = checkpoints_in(config.run_dir / "checkpoints")
+    own = files.checkpoints_in(config.run_dir / "checkpoints")
     metrics = config.run_dir / "metrics.jsonl"
     resume = config.checkpoint.resume
     exists = own or (metrics.exists() and metrics.stat().st_size)
@@ -73,15 +64,15 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
         if inside and own[0].resolve() != candidates[0].resolve():
             raise ConfigError(
                 f"{config.run_dir} has newer checkpoints than {candidates[0].name}, up to {own[0].name}; remove them with "
-                f"`smolds checkpoint rm {config.run_dir} --after {step_of(candidates[0])}`, or continue under another "
+                f"`smolds checkpoint rm {config.run_dir} --after {files.step_of(candidates[0])}`, or continue under another "
                 f"--run.name with --checkpoint.resume {candidates[0]}."
             )
-        damage = find_damage(candidates[0], contents=False)
+        damage = files.find_damage(candidates[0], contents=False)
         if damage:
             raise ConfigError(f"{candidates[0]} is damaged: {damage[0]}; choose another checkpoint.")
     for folder in candidates:
-        if not find_damage(folder, contents=False):
-            manifest = read_manifest(folder)
+        if not files.find_damage(folder, contents=False):
+            manifest = files.read_manifest(folder)
             _check_compatible(config, folder, manifest)
             return folder, manifest
     return None
@@ -92,17 +83,17 @@ def _candidates(config: RunConfig) -> list[Path]:
     resume = config.checkpoint.resume
     if resume == "never":
         return []
-    own = checkpoints_in(config.run_dir / "checkpoints")
+    own = files.checkpoints_in(config.run_dir / "checkpoints")
     if resume == "auto":
         return own
     if resume.isdecimal():
-        asked = config.run_dir / "checkpoints" / checkpoint_name(int(resume))
+        asked = config.run_dir / "checkpoints" / files.checkpoint_name(int(resume))
     else:
         asked = Path(resume)
         if (asked / "checkpoints").is_dir():
-            asked = next(iter(checkpoints_in(asked / "checkpoints")), asked)
+            asked = next(iter(files.checkpoints_in(asked / "checkpoints")), asked)
     if not asked.is_dir() or not re.fullmatch(r"step_\d+", asked.resolve().name):
-        have = ", ".join(str(step_of(folder)) for folder in reversed(own)) or "none"
+        have = ", ".join(str(files.step_of(folder)) for folder in reversed(own)) or "none"
         raise ConfigError(
             f"--checkpoint.resume {resume!r} is no checkpoint; give never, auto, a step of this run ({have}), or a "
             "folder such as runs/NAME/checkpoints/step_00001000."
@@ -197,7 +188,7 @@ def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = 
     """
     candidates = _candidates(config)
     if before is not None:
-        candidates = [f for f in checkpoints_in(config.run_dir / "checkpoints") if step_of(f) < before]
+        candidates = [f for f in files.checkpoints_in(config.run_dir / "checkpoints") if files.step_of(f) < before]
     passed_over = []
     for folder in candidates:
         reader, damage = _verified(folder, topology)
@@ -220,9 +211,9 @@ def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None
     """A reader of a whole checkpoint, or what is wrong with it, on all ranks alike. Every rank reads its share of files."""
     reader, damage = None, []
     try:
-        damage = find_damage(folder, part=slice(topology.rank, None, topology.world_size))
+        damage = files.find_damage(folder, part=slice(topology.rank, None, topology.world_size))
         if not damage:
-            reader = CheckpointReader(folder, read_manifest(folder))
+            reader = CheckpointReader(folder, files.read_manifest(folder))
             reader.check_coverage()
     except (DamagedCheckpointError, OSError) as error:
         damage = [str(error)]
@@ -247,7 +238,7 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
     for name, bias in balancer.named_biases().items():
         reader.read(name, "value", 0, bias)
     # A rank that there was not before goes on with what it has.
-    states = reader.stored(f"{RANDOM}rank_{topology.rank:05}")
+    states = reader.stored(f"{files.RANDOM}rank_{topology.rank:05}")
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":

@@ -20,19 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolds_dist.checkpoint.files import (
-    RANDOM,
-    CheckpointReader,
-    Manifest,
-    best_of,
-    checkpoint_name,
-    manifests_of,
-    publish,
-    remove,
-    remove_leftovers,
-    step_of,
-    write_tensors,
-)
+from smolds_dist.checkpoint import files
+from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.files import replace_text
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -80,7 +69,7 @@ class CheckpointWriter:
         self._error: str | None = None
         self.failed_step = 0
         if topology.rank == 0:
-            remove_leftovers(self.root)
+            files.remove_leftovers(self.root)
 
     def prepare(self, engine: Engine) -> None:
         """Makes the host memory in the background, once the optimizer has state.
@@ -115,7 +104,7 @@ class CheckpointWriter:
             wait: come back when all of it is done.
         """
         self.wait()
-        unfinished = self.root / f"unfinished_{checkpoint_name(progress.step)}"
+        unfinished = self.root / f"unfinished_{files.checkpoint_name(progress.step)}"
         if self.topology.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         engine.barrier()  # so that no other rank's file is deleted
@@ -147,7 +136,7 @@ class CheckpointWriter:
         if self.topology.rank == 0 and balancer is not None:
             tensors |= {f"{name}:value:0": bias for name, bias in balancer.named_biases().items()}
         for kind, state in random_states(self.topology).items():
-            tensors[f"{RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
+            tensors[f"{files.RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
         return tensors
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -178,12 +167,12 @@ class CheckpointWriter:
         entry = path.with_suffix(".json")
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
-            written = write_tensors(path, tensors)
+            written = files.write_tensors(path, tensors)
             replace_text(entry, json.dumps(written))
             if self.topology.rank == 0:
                 manifest.files.update(self._files_of_all_ranks(unfinished))
                 CheckpointReader(unfinished, manifest).check_coverage()
-                self._retain(publish(unfinished, manifest))
+                self._retain(files.publish(unfinished, manifest))
         except Exception as error:  # whatever it was, the user must hear of it
             said = isinstance(error, OtherRankError)
             self._error = str(error) if said else f"rank {self.topology.rank}: {_reason(error)}"
@@ -200,7 +189,7 @@ class CheckpointWriter:
         Raises:
             OtherRankError: where a rank could not write its own, or takes too long.
         """
-        files = {}
+        entries = {}
         deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
         for rank in range(self.topology.world_size):
             path = unfinished / f"rank_{rank:05}.json"
@@ -213,21 +202,21 @@ class CheckpointWriter:
             entry = json.loads(path.read_text())
             if "error" in entry:
                 raise OtherRankError(entry["error"])
-            files[path.with_suffix(".safetensors").name] = entry
+            entries[path.with_suffix(".safetensors").name] = entry
             path.unlink()
-        return files
+        return entries
 
     def _retain(self, newest: Path) -> None:
         """Deletes the checkpoints that nothing asks for any more. The one just written is whole, so one always stays."""
         settings = self.config.checkpoint
-        manifests = manifests_of(self.root)  # a person should look at the damaged ones
+        manifests = files.manifests_of(self.root)  # a person should look at the damaged ones
         kept = {newest, *list(manifests)[: settings.keep]}
         if settings.keep_every:
-            kept |= {folder for folder in manifests if step_of(folder) % settings.keep_every == 0}
-        if settings.keep_best and (best := best_of(manifests)):
+            kept |= {folder for folder in manifests if files.step_of(folder) % settings.keep_every == 0}
+        if settings.keep_best and (best := files.best_of(manifests)):
             kept.add(best)
         for folder in manifests.keys() - kept:
-            remove(folder)
+            files.remove(folder)
 
 
 def random_states(topology: Topology) -> dict[str, Tensor]:

@@ -109,12 +109,9 @@ class RankReport:
             others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
             gone = [e for e in others if e["state"] == "running"]
             if gone:
-                ranks = ", ".join(str(e["rank"]) for e in gone)
-                word = "rank" if len(gone) == 1 else "one of the ranks"
-                _tell(
-                    self.folder,
-                    f"{word} {ranks} on host {gone[0]['host']} was killed or lost its network ({last_line})",
-                )
+                word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
+                who = f"{word} {ranks} on host {gone[0]['host']}"
+                _tell(self.folder, f"{who} was killed or lost its network ({last_line})")
                 return
         _tell(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 

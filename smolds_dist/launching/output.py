@@ -94,7 +94,7 @@ def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
             if process.poll() is not None:
                 break
             if rest and not noise.in_traceback and not noise.rule and not NOISE.match(rest.lstrip("\r")):
-                _show(rest)  # a progress bar's line has no end
+                print(rest, end="", file=sys.stderr, flush=True)  # a progress bar's line has no end
                 rest = ""
             continue
         try:
@@ -108,12 +108,7 @@ def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
             if noise.hides(line.rpartition("\r")[2] if line.startswith("\r") else line):
                 hidden.append(line)
             else:
-                _show(line)
+                print(line, end="", file=sys.stderr, flush=True)
     if rest:
-        _show(rest)
+        print(rest, end="", file=sys.stderr, flush=True)
     return noise.told
-
-
-def _show(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()

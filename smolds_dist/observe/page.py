@@ -6,6 +6,8 @@ Whatever runs have written, names and samples too, is text there and nothing tha
 
 import html
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +47,7 @@ def html_page(runs: list[Path]) -> str:
     charts = [curve for name in CURVES if (curve := draw_curve(rows, name))]
     first, *others = charts
     parts = [f"<h1>{_text(title)}</h1>", *(_facts(run, rows[run], len(runs) > 1) for run in runs)]
-    parts += [
-        "<h2>Curves</h2>",
-        '<div class="curves">',
-        _chart(first, "inline"),
-        *(_chart(one) for one in others),
-        "</div>",
-    ]
+    parts += ["<h2>Curves</h2>", '<div class="curves">', _chart(first, "inline"), *map(_chart, others), "</div>"]
     for run in runs:
         if loads := draw_loads(rows[run]):
             parts += [f"<h2>Load of every expert{_of(run, runs)}</h2>", _chart(loads)]
@@ -151,13 +147,10 @@ def _chart(figure: "Figure", code: str | bool = False) -> str:
 
 def _samples(rows: list[dict]) -> list[str]:
     """The samples by step, the last ones open."""
-    by_step: dict[int, list[dict]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], []).append(row)
     parts = []
-    for step, samples in by_step.items():
+    for step, samples in groupby(rows, key=itemgetter("step")):
         texts = "".join(f"<pre>{_text(sample['text'])}</pre>" for sample in samples)
-        opened = " open" if step == max(by_step) else ""
+        opened = " open" if step == rows[-1]["step"] else ""
         parts.append(f"<details{opened}><summary>step {step}</summary>{texts}</details>")
     return parts or ["<p>None.</p>"]
 

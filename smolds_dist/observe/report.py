@@ -5,7 +5,8 @@ Everything comes from the run's folder: `metrics.jsonl`, `samples.jsonl`, `confi
 
 import re
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,12 +138,12 @@ def sample_log(run: Path) -> str:
     """Prompts and samples at each interval as Markdown, each with its unique content."""
     parts = [f"# Samples of {run.resolve().name}", UNIQUE_CONTENT]
     rows = read_rows(run / "samples.jsonl")
-    for before, row in pairwise([{"step": None}, *rows]):
-        if row["step"] != before["step"]:
-            parts.append(f"## Step {row['step']}")
-        share = unique_content(row["text"])
-        ratio = "too short for a ratio" if share is None else f"unique content {share:.2f}"
-        parts += [f"Prompt `{row['prompt']}`, {ratio}:", _fenced(row["text"])]
+    for step, samples in groupby(rows, key=itemgetter("step")):
+        parts.append(f"## Step {step}")
+        for row in samples:
+            share = unique_content(row["text"])
+            ratio = "too short for a ratio" if share is None else f"unique content {share:.2f}"
+            parts += [f"Prompt `{row['prompt']}`, {ratio}:", _fenced(row["text"])]
     return "\n\n".join(parts if rows else [*parts, "None."]) + "\n"
 
 
@@ -178,8 +179,7 @@ def figure_of(runs: list[Path]) -> "Figure":
     )
     balance_axes.set_ylim(bottom=0)
     _finish(unique_axes, "Unique content: texts trained on, by their first 50 tokens", "texts")
-    unique_axes.set(xlim=loss_axes.get_xlim())
-    unique_axes.set_ylim(bottom=0)
+    unique_axes.set(xlim=loss_axes.get_xlim(), ylim=(0, None))
     if len(runs) == 1:
         _draw_load(figure, last_axes, rows)
     else:
@@ -195,9 +195,7 @@ def _draw_load(figure: "Figure", axes: Any, rows: list[dict]) -> None:
     load_LE = np.mean(loads, 0)
     layers, experts = load_LE.shape
     picture = axes.imshow(load_LE * experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    axes.set_title("Load of every expert, last 20 steps (1: its even share)")
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
+    axes.set(title="Load of every expert, last 20 steps (1: its even share)", xlabel="expert", ylabel="layer")
     axes.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
     ticks, first = range(layers) if layers <= 12 else range(0, layers, 4), dense_layers(rows)
     axes.set_yticks(ticks, [str(first + layer) for layer in ticks])
@@ -205,9 +203,7 @@ def _draw_load(figure: "Figure", axes: Any, rows: list[dict]) -> None:
 
 
 def _finish(axes: Any, title: str, unit: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
+    axes.set(title=title, xlabel="step", ylabel=unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

@@ -4,7 +4,6 @@ Everything comes from the runs' folders, so that it works from any host that see
 another host that has ended without a word is told by its silence.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -126,11 +125,10 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
         return f"failed: {why or 'see its output'}{again}"
     if state["state"] != "running":
         return state["state"] + again
-    if state["system"] == system_name():
-        if process_state(state["pid"]) in "ZX":
-            return f"failed: {why or 'its process is gone'}{again}"
-        return f"running on {where}{again}"
-    if is_silent:
+    here = state["system"] == system_name()
+    if here and process_state(state["pid"]) in "ZX":
+        return f"failed: {why or 'its process is gone'}{again}"
+    if is_silent and not here:
         return f"silent for {_duration(silent)} on {where}{again}"
     return f"running on {where}{again}"
 
@@ -157,18 +155,12 @@ def table(found: Iterable[Run]) -> str:
     """One line for each run, as wide as the terminal where there is one."""
     lines = [("run", "state", "step", "loss", "tokens/s", "started", "left")]
     for run in found:
+        step = f"{run.step:,} of {run.steps:,}" if run.steps else ""
+        loss = "" if run.loss is None else f"{run.loss:.4f}"
+        speed = "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}"
         started = datetime.fromtimestamp(run.started).strftime("%Y-%m-%d %H:%M") if run.started else ""
-        lines.append(
-            (
-                run.name,
-                run.state,
-                f"{run.step:,} of {run.steps:,}" if run.steps else "",
-                "" if run.loss is None else f"{run.loss:.4f}",
-                "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
-                started,
-                "" if run.left is None else _duration(run.left),
-            )
-        )
+        left = "" if run.left is None else _duration(run.left)
+        lines.append((run.name, run.state, step, loss, speed, started, left))
     if len(lines) == 1:
         return "no runs here"
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -193,7 +185,7 @@ def _parse_diff(args: list[str]) -> tuple[Path, Path]:
         example="smolds runs diff runs/first runs/second",
     )
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="a run's folder (runs/NAME)")
-    options: argparse.Namespace = parser.parse_args(args)
+    options = parser.parse_args(args)
     for run in options.runs:
         if not (run / "config.yaml").is_file():
             raise ConfigError(f"{run} holds no run; name a run's folder, such as runs/NAME.")

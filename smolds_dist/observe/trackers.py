@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from smolds_dist.errors import first_line
@@ -26,19 +26,21 @@ CLOSE_SECONDS = 60.0  # that a tracker may take for the last rows, when the run 
 _writing = threading.Lock()
 
 
-class Tracker(Protocol):
-    """One run at a tracker."""
+class Tracker:
+    """One run at a tracker, as wandb and trackio have it."""
+
+    _run: Any
 
     def log(self, points: dict[str, float], step: int, when: float) -> None:
         """Adds a point to each of the named curves; `when` in seconds since 1970."""
-        ...
+        self._run.log(points, step=step)
 
     def close(self) -> None:
         """Waits until everything has been taken."""
-        ...
+        self._run.finish()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """WANDB_PROJECT, WANDB_MODE=offline and the other variables work as everywhere; files are kept in the run's folder."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
@@ -51,14 +53,8 @@ class WeightsAndBiases:
             resume="allow", config=config, settings=quiet,
         )  # fmt: skip
 
-    def log(self, points: dict[str, float], step: int, when: float) -> None:
-        self._run.log(points, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class MLflow:
+class MLflow(Tracker):
     """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME count; without the first, all runs of a folder share its mlflow.db."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
@@ -90,7 +86,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-class Trackio:
+class Trackio(Tracker):
     """TRACKIO_PROJECT and TRACKIO_SPACE_ID count; without the second, runs are kept on this machine (TRACKIO_DIR)."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
@@ -102,18 +98,8 @@ class Trackio:
             space_id=os.environ.get("TRACKIO_SPACE_ID"), embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
-    def log(self, points: dict[str, float], step: int, when: float) -> None:
-        self._run.log(points, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-CLASSES: dict[str, Callable[[Path, dict, dict], Tracker]] = {
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
-    "trackio": Trackio,
-}
+CLASSES: dict[str, Callable[..., Tracker]] = {"wandb": WeightsAndBiases, "mlflow": MLflow, "trackio": Trackio}
 
 
 class Feed:
