@@ -16,7 +16,9 @@ from smolds_dist.errors import ConfigError, OptionParser
 def checkpoint(args: list[str]) -> int:
     """Runs one of the commands; returns the exit code: 1 where `verify` finds damage."""
     options = _parse(args)
-    folders = _folders(options.run)
+    folders = files.checkpoints_in(options.run / "checkpoints")
+    if not folders:
+        raise ConfigError(f"{options.run} holds no checkpoint; name a run's folder, such as runs/NAME.")
     if options.command == "ls":
         _list(folders)
     elif options.command == "verify":
@@ -61,13 +63,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
             )
             command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
     return parser.parse_args(args)
-
-
-def _folders(run: Path) -> list[Path]:
-    folders = files.checkpoints_in(run / "checkpoints")
-    if not folders:
-        raise ConfigError(f"{run} holds no checkpoint; name a run's folder, such as runs/NAME.")
-    return folders
 
 
 def _chosen(folders: list[Path], steps: list[int]) -> list[Path]:

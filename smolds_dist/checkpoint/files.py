@@ -257,7 +257,6 @@ class CheckpointReader:
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
-        self.bytes_read = 0
         self._files = {}
         for name in sorted(manifest.files):
             try:
@@ -301,7 +300,6 @@ class CheckpointReader:
             if first < last:
                 part = self._files[piece.file].get_slice(piece.key)[first - piece.start : last - piece.start]
                 out[first - start : last - start].copy_(part)
-                self.bytes_read += part.nbytes
                 done = last
         if done != end:
             raise DamagedCheckpointError(f"{kind} of {name} is not there from element {done}")

@@ -135,7 +135,11 @@ class CheckpointWriter:
                 tensors |= {f"{share.name}:{kind}:{share.start}": t for kind, t in share.tensors.items()}
         if self.topology.rank == 0 and balancer is not None:
             tensors |= {f"{name}:value:0": bias for name, bias in balancer.named_biases().items()}
-        for kind, state in random_states(self.topology).items():
+        # Training draws nothing from torch's generators once the model is made.
+        states = {"cpu": torch.get_rng_state()}
+        if self.topology.device == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state()
+        for kind, state in states.items():
             tensors[f"{files.RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
         return tensors
 
@@ -217,14 +221,6 @@ class CheckpointWriter:
             kept.add(best)
         for folder in manifests.keys() - kept:
             files.remove(folder)
-
-
-def random_states(topology: Topology) -> dict[str, Tensor]:
-    """State of torch's generators by device type. Training draws nothing from them once the model is made."""
-    states = {"cpu": torch.get_rng_state()}
-    if topology.device == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def package_versions() -> dict[str, str]:

@@ -183,12 +183,12 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
     return bool(mine)
 
 
-def end_ranks(folder: Path, since: float, seconds: float = 10.0) -> None:
+def end_ranks(folder: Path, since: float) -> None:
     """Kills what is left of a failed job's ranks on this machine, and waits for their end.
 
     Whoever started them may have died before them, and the next start wants their place.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 10.0
     while signal_ranks(folder, signal.SIGKILL, since) and time.monotonic() < deadline:
         time.sleep(0.1)
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,10 @@ def prepare(args: list[str]) -> int:
     if not data.covers(samples):
         with Workers(config, data, options.workers or free_cores(0), ahead=False) as workers:
             watch(config, data, samples, workers)
-    for line in outcome(data):
-        print(line)
+    for name, source in data.sources.items():
+        source.look()
+        tokenised = f"{source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
+        print(f"{name}: {tokenised}", *source.left_out(), sep="\n  ")
     return 0
 
 
@@ -82,8 +85,7 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
     for source in sources:
         source.look()
     began, before = time.monotonic(), sum(source.tokens_found for source in sources)
-    bar = ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")
-    try:
+    with closing(ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")) as bar:
         while workers.busy() and not data.covers(samples):
             time.sleep(LOOK_EVERY)
             for source in sources:
@@ -92,8 +94,6 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
             rate = (there - before) / (time.monotonic() - began)
             bar.total = wanted_tokens(data, samples)
             bar.show(there, f"{ready:,} of {files:,} files, {rate:,.0f} tokens/s")
-    finally:
-        bar.close()
 
 
 def wanted_tokens(data: TrainingData, samples: int) -> int | None:
@@ -105,18 +105,6 @@ def wanted_tokens(data: TrainingData, samples: int) -> int | None:
         all_of_it = source.tokens_found / source.num_found * len(source.units)
         total += max(source.tokens_found, min(all_of_it, needed * data.seq_len))
     return round(total)
-
-
-def outcome(data: TrainingData) -> list[str]:
-    """What there is now, a line for each source, and what was left out."""
-    lines = []
-    for name, source in data.sources.items():
-        source.look()
-        lines.append(
-            f"{name}: {source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
-        )
-        lines += [f"  {line}" for line in source.left_out()]
-    return lines
 
 
 def show(args: list[str]) -> int:

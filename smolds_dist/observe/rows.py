@@ -17,9 +17,9 @@ def is_kept(step: int, digits: int) -> bool:
     return step % max(1, 10 ** (len(str(step)) - digits)) == 0
 
 
-def rounded(values: Tensor, digits: int = 5) -> list:
+def rounded(values: Tensor) -> list:
     """Nested lists of numbers that are short in JSON."""
-    return values.double().cpu().round(decimals=digits).tolist()
+    return values.double().cpu().round(decimals=5).tolist()
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict]:
