@@ -6,6 +6,14 @@ from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.observe.summary import facts
 
 SMOOTHING = 0.9  # weight of what was before, in the thick curves of pictures
+EVENTS = {
+    "start": "after step {step}: started on {host}, {topology} ({versions})",
+    "rollback": "step {step}: back here from a loss spike in steps {spike_begin} to {spike_end}, {skipped_samples} samples "
+    "left out",
+    "restart": "after step {step}: restart {number}, because after step {failed_after} {cause}",
+    "slow_rank": "step {step}: rank {rank} on host {host} computed {times} times as long as the others",
+    "skipped": "step {step}: loss or gradient not finite, update skipped",
+}
 
 
 def column_of(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
@@ -55,23 +63,9 @@ def events(rows: list[dict]) -> list[str]:
     """What happened to a run beside its steps, in words."""
     told = []
     for row in rows:
-        if row.get("event") == "start":
-            versions = versions_in_words(row["versions"])
-            told.append(f"after step {row['step']}: started on {row['host']}, {row['topology']} ({versions})")
-        elif row.get("event") == "rollback":
-            told.append(
-                f"step {row['step']}: back here from a loss spike in steps {row['spike_begin']} to {row['spike_end']}, "
-                f"{row['skipped_samples']} samples left out"
-            )
-        elif row.get("event") == "restart":
-            told.append(
-                f"after step {row['step']}: restart {row['number']}, because after step {row['failed_after']} {row['cause']}"
-            )
-        elif row.get("event") == "slow_rank":
-            who = f"rank {row['rank']} on host {row['host']}"
-            told.append(f"step {row['step']}: {who} computed {row['times']} times as long as the others")
-        elif row.get("skipped"):
-            told.append(f"step {row['step']}: loss or gradient not finite, update skipped")
+        kind = "skipped" if row.get("skipped") else row.get("event")
+        if kind in EVENTS:
+            told.append(EVENTS[kind].format(**row | {"versions": versions_in_words(row.get("versions", {}))}))
     return told
 
 
