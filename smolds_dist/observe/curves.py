@@ -28,13 +28,10 @@ def first_mixture(config: dict) -> int:
 
 
 def curves_of(row: dict, config: dict) -> dict[str, float]:
-    """The points that a row adds to curves, by their names; none for an event.
+    """The points that a row adds to the curves of a run with these settings, by their names; none for an event.
 
     Of long runs not every row counts, so that trackers stay small: of the experts' curves steps with three digits before
     zeros, of the others with four and the last one.
-
-    Args:
-        config: the run's settings.
     """
     if "event" in row:
         return {}

@@ -1,10 +1,4 @@
-"""`smolds data prepare|show|stats|order`: what a run is trained on, asked of its data.
-
-smolds data prepare --workers 8 -- TRAIN-OPTIONS
-smolds data show runs/NAME --step 100
-smolds data stats -- TRAIN-OPTIONS
-smolds data order --samples 0:100 -- TRAIN-OPTIONS
-"""
+"""`smolds data prepare|show|stats|order`: what a run is trained on, asked of its data."""
 
 import argparse
 import json

@@ -1,5 +1,6 @@
 """A run in few words: how far it came, how well, how fast, and what happened on the way."""
 
+import math
 from itertools import pairwise
 
 from smolds_dist.checkpoint.files import Manifest
@@ -70,6 +71,4 @@ def events(rows: list[dict]) -> list[str]:
 
 
 def parameters_of(manifest: Manifest) -> int:
-    from torch import Size
-
-    return sum(Size(shape).numel() for shape in manifest.tensors.values())
+    return sum(math.prod(shape) for shape in manifest.tensors.values())

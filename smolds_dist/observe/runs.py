@@ -138,8 +138,7 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open("rb") as file:
-        file.seek(0, 2)
-        size = file.tell()
+        size = file.seek(0, 2)
         file.seek(max(0, size - TAIL))
         lines = file.read().splitlines()
     rows = []
