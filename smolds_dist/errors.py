@@ -47,11 +47,8 @@ class OptionParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.")
 
     def parse_before_training(self, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """This command's options, and those of the training behind `--`.
-
-        Raises:
-            ConfigError: for an option before `--` that is none of this command's.
-        """
+        """This command's options, and those of the training behind `--`; raises a `ConfigError` for an option before it that
+        is none of this command's."""
         cut = args.index("--") if "--" in args else len(args)
         options, unknown = self.parse_known_args(args[:cut])
         if unknown:
@@ -60,11 +57,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def check_at_least(least: int, options: argparse.Namespace, *names: str) -> None:
-    """Refuses lower values of options that are set.
-
-    Raises:
-        ConfigError: naming the first.
-    """
+    """Raises a `ConfigError` that names the first of these options that is set to a lower value."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value < least:

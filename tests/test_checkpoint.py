@@ -320,13 +320,13 @@ def test_mistake_in_the_command_line_ends_with_exit_code_2(kept_run):
 
 def test_random_states_come_back(copied):
     _, options = copied
-    states = opened(options).random_states(0)
+    states = opened(options).stored("random.rank_00000")
     torch.manual_seed(12345)
     before = torch.get_rng_state()
     assert not torch.equal(states["cpu"], before)
     torch.set_rng_state(states["cpu"])
     assert torch.equal(torch.get_rng_state(), states["cpu"])
-    assert opened(options).random_states(7) == {}
+    assert opened(options).stored("random.rank_00007") == {}
 
 
 def test_secrets_reach_no_file_of_a_run(small_run, tmp_path):

@@ -20,7 +20,7 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.text import digest, is_held_out
 from smolds_dist.errors import ConfigError
 from smolds_dist.observe.data_command import data as data_command
-from smolds_dist.observe.report import draw, training_log
+from smolds_dist.observe.report import figure_of, training_log
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
@@ -282,7 +282,7 @@ def test_curve_of_unique_content_is_drawn(copies, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "plot", lambda self, *xy, **how: (lines.update({how.get("label"): xy}), plot(self, *xy, **how))[1]
     )
-    draw([copies[0] / "runs" / "copies"], tmp_path / "picture.png")
+    figure_of([copies[0] / "runs" / "copies"]).savefig(tmp_path / "picture.png")
     rows = steps_of(copies[0] / "runs" / "copies")
     assert list(lines["copies, distinct"][1]) == [row["unique_texts"] for row in rows.values()]
     assert list(lines["copies, seen"][1]) == [row["seen_texts"] for row in rows.values()]

@@ -9,37 +9,27 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from smolds_dist.checkpoint.files import (
-    Manifest,
-    checkpoint_name,
-    checkpoints_in,
-    find_damage,
-    open_verified,
-    publish,
-    read_all,
-    read_manifest,
-    remove,
-    step_of,
-    write_parts,
-)
+from smolds_dist.checkpoint import files
 from smolds_dist.errors import ConfigError, OptionParser
 
 
 def checkpoint(args: list[str]) -> int:
     """Runs one of the commands; returns the exit code: 1 where `verify` finds damage."""
     options = _parse(args)
-    folders = _folders(options.run)
+    folders = files.checkpoints_in(options.run / "checkpoints")
+    if not folders:
+        raise ConfigError(f"{options.run} holds no checkpoint; name a run's folder, such as runs/NAME.")
     if options.command == "ls":
         _list(folders)
     elif options.command == "verify":
         return _verify(_chosen(folders, options.step) if options.step else folders)
     elif options.command == "convert":
-        (folder,) = _chosen(folders, [options.step] if options.step is not None else [step_of(folders[0])])
+        (folder,) = _chosen(folders, [options.step] if options.step is not None else [files.step_of(folders[0])])
         convert(folder, options.to, options.weights_only)
     else:
         if not options.step and options.after is None:
             raise ConfigError("smolds checkpoint rm needs --step N, or --after N for all later ones.")
-        later = [f for f in folders if options.after is not None and step_of(f) > options.after]
+        later = [f for f in folders if options.after is not None and files.step_of(f) > options.after]
         _remove(options.run, folders, list(dict.fromkeys([*_chosen(folders, options.step or []), *later])))
     return 0
 
@@ -75,15 +65,8 @@ def _parse(args: list[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _folders(run: Path) -> list[Path]:
-    folders = checkpoints_in(run / "checkpoints")
-    if not folders:
-        raise ConfigError(f"{run} holds no checkpoint; name a run's folder, such as runs/NAME.")
-    return folders
-
-
 def _chosen(folders: list[Path], steps: list[int]) -> list[Path]:
-    by_step = {step_of(folder): folder for folder in folders}
+    by_step = {files.step_of(folder): folder for folder in folders}
     for step in steps:
         if step not in by_step:
             have = ", ".join(map(str, sorted(by_step)))
@@ -92,21 +75,19 @@ def _chosen(folders: list[Path], steps: list[int]) -> list[Path]:
 
 
 def _list(folders: list[Path]) -> None:
-    manifests: dict[Path, Manifest] = {}
-    for folder in folders:
-        if not find_damage(folder, contents=False):
-            manifests[folder] = read_manifest(folder)
-    losses = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
-    best = min(losses, key=lambda folder: losses[folder]) if losses else None
+    manifests = {
+        folder: files.read_manifest(folder) for folder in folders if not files.find_damage(folder, contents=False)
+    }
+    marked = {"newest": next(iter(manifests), None), "best": files.best_of(manifests)}
     print(f"{'step':>9}  {'saved':16}  {'size':>9}  {'val loss':>8}  layout")
     for folder in reversed(folders):
         manifest = manifests.get(folder)
         if manifest is None:
-            print(f"{step_of(folder):>9}  damaged: {find_damage(folder, contents=False)[0]}")
+            print(f"{files.step_of(folder):>9}  damaged: {files.find_damage(folder, contents=False)[0]}")
             continue
         size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
         loss = "-" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
-        marks = [name for name, at in (("newest", next(iter(manifests))), ("best", best)) if at == folder]
+        marks = [name for name, at in marked.items() if at == folder]
         print(
             f"{manifest.step:>9}  {manifest.created[:16].replace('T', ' ')}  {size:>6.3f} GB  {loss:>8}  "
             f"{manifest.layout}{' (' + ', '.join(marks) + ')' if marks else ''}"
@@ -116,7 +97,7 @@ def _list(folders: list[Path]) -> None:
 def _verify(folders: list[Path]) -> int:
     damaged = 0
     for folder in reversed(folders):
-        reader, damage = read_all(folder)
+        reader, damage = files.read_all(folder)
         damaged += bool(damage)
         for line in damage:
             print(f"{folder.name}  damaged  {line}")
@@ -138,7 +119,7 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
     root = run / "checkpoints"
     if (root / folder.name).exists():
         raise ConfigError(f"{root / folder.name} exists; choose another --to.")
-    reader = open_verified(folder)
+    reader = files.open_verified(folder)
     unfinished = root / f"unfinished_{folder.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -149,8 +130,8 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
                 yield f"{name}:{kind}:0", reader.whole(name, kind).view(-1)
         yield from reader.others().items()
 
-    files = write_parts(unfinished, tensors())
-    written = publish(unfinished, replace(reader.manifest, files=files, weights_only=weights_only))
+    entries = files.write_parts(unfinished, tensors())
+    written = files.publish(unfinished, replace(reader.manifest, files=entries, weights_only=weights_only))
     print(f"wrote {written}")
     return written
 
@@ -163,14 +144,13 @@ def _remove(run: Path, folders: list[Path], doomed: list[Path]) -> None:
         raise ConfigError(f"{run} is being trained; wait for its end.") from None
     with lock:
         left = [folder for folder in folders if folder not in doomed]
-        whole = [folder for folder in doomed if not find_damage(folder, contents=False)]
-        if whole and not any(not find_damage(folder) for folder in left):
+        whole = [folder for folder in doomed if not files.find_damage(folder, contents=False)]
+        if whole and all(files.find_damage(folder) for folder in left):
             raise ConfigError(
-                f"{checkpoint_name(step_of(whole[0]))} is the last whole checkpoint of {run}; delete the folder yourself "
-                "if you mean it."
+                f"{whole[0].name} is the last whole checkpoint of {run}; delete the folder yourself if you mean it."
             )
         for folder in doomed:
-            remove(folder)
+            files.remove(folder)
             print(f"removed {folder}")
         latest = folders[0].parent / "latest"
         if not latest.exists():

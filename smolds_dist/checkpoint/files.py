@@ -8,6 +8,7 @@
 Nothing is pickled, nothing that the manifest does not list is read, and nothing is read before it has been verified.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,11 +181,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, once it is known to be what was written.
-
-    Raises:
-        DamagedCheckpointError: naming what is wrong with it.
-    """
+    """The manifest, if it is what was written; raises a `DamagedCheckpointError` that names what is wrong with it."""
     try:
         content = (folder / MANIFEST).read_bytes()
         digest = (folder / DIGEST).read_bytes()
@@ -224,6 +222,21 @@ def find_damage(folder: Path, contents: bool = True, part: slice = slice(None)) 
     return damage
 
 
+def manifests_of(root: Path) -> dict[Path, Manifest]:
+    """Of the checkpoints in a run's `checkpoints` folder that have a sound one, newest first."""
+    found = {}
+    for folder in checkpoints_in(root):
+        with contextlib.suppress(DamagedCheckpointError):
+            found[folder] = read_manifest(folder)
+    return found
+
+
+def best_of(manifests: dict[Path, Manifest]) -> Path | None:
+    """The checkpoint with the lowest validation loss; None where none was evaluated."""
+    losses = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
+    return min(losses, key=lambda folder: losses[folder], default=None)
+
+
 # Reading
 
 
@@ -244,7 +257,6 @@ class CheckpointReader:
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
-        self.bytes_read = 0
         self._files = {}
         for name in sorted(manifest.files):
             try:
@@ -266,29 +278,18 @@ class CheckpointReader:
         return set(self._index.get(name, ()))
 
     def check_coverage(self) -> None:
-        """Every logical tensor must be there whole and once, in every kind that is stored of it.
-
-        Raises:
-            DamagedCheckpointError: naming the first that is not.
-        """
+        """Raises a `DamagedCheckpointError` naming the first logical tensor that is not there whole and once, in every kind
+        that is stored of it."""
         for name, shape in self.manifest.tensors.items():
             if "value" not in self.kinds(name):
                 raise DamagedCheckpointError(f"{name} is not in it")
             for kind, pieces in self._index[name].items():
-                end = 0
-                for piece in pieces:
-                    if piece.start != end:
-                        break
-                    end += piece.length
-                if end != Size(shape).numel() or end != sum(piece.length for piece in pieces):
+                *starts, end = accumulate((piece.length for piece in pieces), initial=0)
+                if end != Size(shape).numel() or starts != [piece.start for piece in pieces]:
                     raise DamagedCheckpointError(f"{kind} of {name} is not there whole and once")
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
-        """Fills `out` [n] with elements [start, start + n).
-
-        Raises:
-            DamagedCheckpointError: where they are not all there.
-        """
+        """Fills `out` [n] with elements [start, start + n); raises a `DamagedCheckpointError` where some are missing."""
         pieces = self._index.get(name, {}).get(kind, [])
         done, end = start, start + len(out)
         at = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
@@ -299,7 +300,6 @@ class CheckpointReader:
             if first < last:
                 part = self._files[piece.file].get_slice(piece.key)[first - piece.start : last - piece.start]
                 out[first - start : last - start].copy_(part)
-                self.bytes_read += part.nbytes
                 done = last
         if done != end:
             raise DamagedCheckpointError(f"{kind} of {name} is not there from element {done}")
@@ -308,10 +308,6 @@ class CheckpointReader:
         """Fills every kind of a fragment."""
         for kind, tensor in fragment.tensors.items():
             self.read(fragment.name, kind, fragment.start, tensor)
-
-    def random_states(self, rank: int) -> dict[str, Tensor]:
-        """Generator states by device type that a rank of this number wrote; none if there was no such rank."""
-        return self.stored(f"{RANDOM}rank_{rank:05}")
 
     def stored(self, name: str) -> dict[str, Tensor]:
         """By kind, what was stored in one piece under a name; nothing where there is none."""
@@ -328,13 +324,8 @@ class CheckpointReader:
 
     def others(self) -> dict[str, Tensor]:
         """What is not a parameter, by key: selection biases and random states."""
-        return {
-            piece.key: self._files[piece.file].get_tensor(piece.key)
-            for name, kinds in self._index.items()
-            if name not in self.manifest.tensors
-            for pieces in kinds.values()
-            for piece in pieces
-        }
+        names = [name for name in self._index if name not in self.manifest.tensors]
+        return {f"{name}:{kind}:0": tensor for name in names for kind, tensor in self.stored(name).items()}
 
 
 def read_all(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
@@ -351,11 +342,7 @@ def read_all(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
 
 
 def open_verified(folder: Path) -> CheckpointReader:
-    """A reader of a checkpoint that is whole.
-
-    Raises:
-        ConfigError: where it is not.
-    """
+    """A reader of a checkpoint; raises a `ConfigError` for one that is not whole."""
     reader, damage = read_all(folder)
     if reader is None:
         raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")

@@ -3,20 +3,14 @@
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from smolds_dist.checkpoint.files import (
-    CheckpointReader,
-    DamagedCheckpointError,
-    Manifest,
-    checkpoint_name,
-    checkpoints_in,
-    find_damage,
-    read_manifest,
-    step_of,
-)
+from smolds_dist.checkpoint import files
+from smolds_dist.checkpoint.files import CheckpointReader, DamagedCheckpointError, Manifest
 from smolds_dist.checkpoint.writer import Progress
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
@@ -24,7 +18,6 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
-from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, saved_sources
 
@@ -32,11 +25,8 @@ UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.batch.Uniqu
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:
-    """The run's data, with the tokenizer of the checkpoint that it continues from, if it does.
-
-    Raises:
-        ConfigError: as `check_resumable` and `prepare_data` do.
-    """
+    """The run's data, with the tokenizer of the checkpoint that it continues from, if it does; raises a `ConfigError` as
+    `check_resumable` and `prepare_data` do."""
     found = check_resumable(config)
     if found is None or found[1].weights_only:
         return prepare_data(config)
@@ -59,12 +49,12 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
     Raises:
         ConfigError: naming the setting and the fix.
     """
-    own = checkpoints_in(config.run_dir / "checkpoints")
+    own = files.checkpoints_in(config.run_dir / "checkpoints")
     metrics = config.run_dir / "metrics.jsonl"
     resume = config.checkpoint.resume
-    exists = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
+    exists = own or (metrics.exists() and metrics.stat().st_size)
     candidates = _candidates(config)
-    inside = bool(candidates) and candidates[0].resolve().parent == (config.run_dir / "checkpoints").resolve()
+    inside = candidates and candidates[0].resolve().parent == (config.run_dir / "checkpoints").resolve()
     if exists and resume != "auto" and not inside:
         raise ConfigError(
             f"{config.run_dir} already holds a run; continue it with --checkpoint.resume auto, choose another "
@@ -74,15 +64,15 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
         if inside and own[0].resolve() != candidates[0].resolve():
             raise ConfigError(
                 f"{config.run_dir} has newer checkpoints than {candidates[0].name}, up to {own[0].name}; remove them with "
-                f"`smolds checkpoint rm {config.run_dir} --after {step_of(candidates[0])}`, or continue under another "
+                f"`smolds checkpoint rm {config.run_dir} --after {files.step_of(candidates[0])}`, or continue under another "
                 f"--run.name with --checkpoint.resume {candidates[0]}."
             )
-        damage = find_damage(candidates[0], contents=False)
+        damage = files.find_damage(candidates[0], contents=False)
         if damage:
             raise ConfigError(f"{candidates[0]} is damaged: {damage[0]}; choose another checkpoint.")
     for folder in candidates:
-        if not find_damage(folder, contents=False):
-            manifest = read_manifest(folder)
+        if not files.find_damage(folder, contents=False):
+            manifest = files.read_manifest(folder)
             _check_compatible(config, folder, manifest)
             return folder, manifest
     return None
@@ -93,17 +83,17 @@ def _candidates(config: RunConfig) -> list[Path]:
     resume = config.checkpoint.resume
     if resume == "never":
         return []
-    own = checkpoints_in(config.run_dir / "checkpoints")
+    own = files.checkpoints_in(config.run_dir / "checkpoints")
     if resume == "auto":
         return own
     if resume.isdecimal():
-        asked = config.run_dir / "checkpoints" / checkpoint_name(int(resume))
+        asked = config.run_dir / "checkpoints" / files.checkpoint_name(int(resume))
     else:
         asked = Path(resume)
         if (asked / "checkpoints").is_dir():
-            asked = next(iter(checkpoints_in(asked / "checkpoints")), asked)
+            asked = next(iter(files.checkpoints_in(asked / "checkpoints")), asked)
     if not asked.is_dir() or not re.fullmatch(r"step_\d+", asked.resolve().name):
-        have = ", ".join(str(step_of(folder)) for folder in reversed(own)) or "none"
+        have = ", ".join(str(files.step_of(folder)) for folder in reversed(own)) or "none"
         raise ConfigError(
             f"--checkpoint.resume {resume!r} is no checkpoint; give never, auto, a step of this run ({have}), or a "
             "folder such as runs/NAME/checkpoints/step_00001000."
@@ -198,7 +188,7 @@ def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = 
     """
     candidates = _candidates(config)
     if before is not None:
-        candidates = [f for f in checkpoints_in(config.run_dir / "checkpoints") if step_of(f) < before]
+        candidates = [f for f in files.checkpoints_in(config.run_dir / "checkpoints") if files.step_of(f) < before]
     passed_over = []
     for folder in candidates:
         reader, damage = _verified(folder, topology)
@@ -219,22 +209,19 @@ def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = 
 
 def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None, str]:
     """A reader of a whole checkpoint, or what is wrong with it, on all ranks alike. Every rank reads its share of files."""
-    reader, message, place = None, "", 0
+    reader, damage = None, []
     try:
-        manifest = read_manifest(folder)
-        share = slice(topology.rank, None, topology.world_size)
-        if find_damage(folder, part=share):  # looks at all of its share with one reading of the manifest
-            numbers = range(len(manifest.files))[share]
-            place = next((n + 1 for n in numbers if find_damage(folder, part=slice(n, n + 1))), 2**20)
-        else:
-            reader = CheckpointReader(folder, manifest)
+        damage = files.find_damage(folder, part=slice(topology.rank, None, topology.world_size))
+        if not damage:
+            reader = CheckpointReader(folder, files.read_manifest(folder))
             reader.check_coverage()
-    except (DamagedCheckpointError, OSError) as error:  # all ranks see the same manifest
-        message, place = str(error), 2**20
-    place = largest_over_ranks(topology, place)
-    if not place:
-        return reader, ""
-    return None, message or "; ".join(find_damage(folder, part=slice(place - 1, place))) or "a rank cannot read it"
+    except (DamagedCheckpointError, OSError) as error:
+        damage = [str(error)]
+    found = [damage] * topology.world_size
+    if topology.world_size > 1:
+        dist.all_gather_object(found, damage)
+    first = next(chain.from_iterable(found), "")
+    return None if first else reader, first
 
 
 @torch.no_grad()
@@ -251,7 +238,7 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
     for name, bias in balancer.named_biases().items():
         reader.read(name, "value", 0, bias)
     # A rank that there was not before goes on with what it has.
-    states = reader.random_states(topology.rank)
+    states = reader.stored(f"{files.RANDOM}rank_{topology.rank:05}")
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":

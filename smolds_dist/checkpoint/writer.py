@@ -20,20 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolds_dist.checkpoint.files import (
-    RANDOM,
-    CheckpointReader,
-    DamagedCheckpointError,
-    Manifest,
-    checkpoint_name,
-    checkpoints_in,
-    publish,
-    read_manifest,
-    remove,
-    remove_leftovers,
-    step_of,
-    write_tensors,
-)
+from smolds_dist.checkpoint import files
+from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.files import replace_text
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -81,7 +69,7 @@ class CheckpointWriter:
         self._error: str | None = None
         self.failed_step = 0
         if topology.rank == 0:
-            remove_leftovers(self.root)
+            files.remove_leftovers(self.root)
 
     def prepare(self, engine: Engine) -> None:
         """Makes the host memory in the background, once the optimizer has state.
@@ -89,14 +77,16 @@ class CheckpointWriter:
         The first use of fresh memory can take ten times as long as a copy into it.
         """
         if self.config.checkpoint.every and self.config.checkpoint.background:
-            wanted = {key: (t.shape, t.dtype, t.device) for key, t in self._live(engine, None).items()}
-            self._thread = threading.Thread(target=self._make_room, args=(wanted,), name="checkpoint", daemon=True)
-            self._thread.start()
+            self._start(self._make_room, self._live(engine, None))
 
-    def _make_room(self, wanted: dict[str, tuple]) -> None:
-        for key, (shape, dtype, device) in wanted.items():
-            if key not in self.staging or self.staging[key].shape != shape:
-                self.staging[key] = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda").zero_()
+    def _start(self, work: Callable[..., None], *args: object) -> None:
+        self._thread = threading.Thread(target=work, args=args, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if key not in self.staging or self.staging[key].shape != tensor.shape:
+                self.staging[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).zero_()
 
     def save(
         self,
@@ -114,21 +104,15 @@ class CheckpointWriter:
             wait: come back when all of it is done.
         """
         self.wait()
-        unfinished = self.root / f"unfinished_{checkpoint_name(progress.step)}"
+        unfinished = self.root / f"unfinished_{files.checkpoint_name(progress.step)}"
         if self.topology.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         engine.barrier()  # so that no other rank's file is deleted
         tensors = self._live(engine, balancer) | (others or {})
-        if self.config.checkpoint.background and not wait:
-            tensors = self._copied(tensors)
-        else:
-            tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
-        manifest = self._manifest(engine, progress, val_loss)
-        self._thread = threading.Thread(
-            target=self._write, args=(unfinished, tensors, manifest), name="checkpoint", daemon=True
-        )
-        self._thread.start()
-        if wait or not self.config.checkpoint.background:
+        background = self.config.checkpoint.background and not wait
+        tensors = self._copied(tensors) if background else {key: tensor.cpu() for key, tensor in tensors.items()}
+        self._start(self._write, unfinished, tensors, self._manifest(engine, progress, val_loss))
+        if not background:
             self.wait()
 
     def wait(self) -> None:
@@ -151,12 +135,16 @@ class CheckpointWriter:
                 tensors |= {f"{share.name}:{kind}:{share.start}": t for kind, t in share.tensors.items()}
         if self.topology.rank == 0 and balancer is not None:
             tensors |= {f"{name}:value:0": bias for name, bias in balancer.named_biases().items()}
-        for kind, state in random_states(self.topology).items():
-            tensors[f"{RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
+        # Training draws nothing from torch's generators once the model is made.
+        states = {"cpu": torch.get_rng_state()}
+        if self.topology.device == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state()
+        for kind, state in states.items():
+            tensors[f"{files.RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
         return tensors
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self._make_room({key: (t.shape, t.dtype, t.device) for key, t in tensors.items()})
+        self._make_room(tensors)
         for key, tensor in tensors.items():
             self.staging[key].copy_(tensor, non_blocking=True)
         if self.topology.device == "cuda":
@@ -183,12 +171,12 @@ class CheckpointWriter:
         entry = path.with_suffix(".json")
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
-            written = write_tensors(path, tensors)
+            written = files.write_tensors(path, tensors)
             replace_text(entry, json.dumps(written))
             if self.topology.rank == 0:
                 manifest.files.update(self._files_of_all_ranks(unfinished))
                 CheckpointReader(unfinished, manifest).check_coverage()
-                self._retain(publish(unfinished, manifest))
+                self._retain(files.publish(unfinished, manifest))
         except Exception as error:  # whatever it was, the user must hear of it
             said = isinstance(error, OtherRankError)
             self._error = str(error) if said else f"rank {self.topology.rank}: {_reason(error)}"
@@ -205,7 +193,7 @@ class CheckpointWriter:
         Raises:
             OtherRankError: where a rank could not write its own, or takes too long.
         """
-        files = {}
+        entries = {}
         deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
         for rank in range(self.topology.world_size):
             path = unfinished / f"rank_{rank:05}.json"
@@ -218,34 +206,21 @@ class CheckpointWriter:
             entry = json.loads(path.read_text())
             if "error" in entry:
                 raise OtherRankError(entry["error"])
-            files[path.with_suffix(".safetensors").name] = entry
+            entries[path.with_suffix(".safetensors").name] = entry
             path.unlink()
-        return files
+        return entries
 
     def _retain(self, newest: Path) -> None:
         """Deletes the checkpoints that nothing asks for any more. The one just written is whole, so one always stays."""
         settings = self.config.checkpoint
-        manifests = {}
-        for folder in checkpoints_in(self.root):
-            with contextlib.suppress(DamagedCheckpointError):  # a person should look at those
-                manifests[folder] = read_manifest(folder)
+        manifests = files.manifests_of(self.root)  # a person should look at the damaged ones
         kept = {newest, *list(manifests)[: settings.keep]}
         if settings.keep_every:
-            kept |= {folder for folder in manifests if step_of(folder) % settings.keep_every == 0}
-        evaluated = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
-        if settings.keep_best and evaluated:
-            kept.add(min(evaluated, key=lambda folder: evaluated[folder]))
-        for folder in manifests:
-            if folder not in kept:
-                remove(folder)
-
-
-def random_states(topology: Topology) -> dict[str, Tensor]:
-    """State of torch's generators by device type. Training draws nothing from them once the model is made."""
-    states = {"cpu": torch.get_rng_state()}
-    if topology.device == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+            kept |= {folder for folder in manifests if files.step_of(folder) % settings.keep_every == 0}
+        if settings.keep_best and (best := files.best_of(manifests)):
+            kept.add(best)
+        for folder in manifests.keys() - kept:
+            files.remove(folder)
 
 
 def package_versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.data.mixture import first_part, in_words
 from smolds_dist.observe.overview import parameters_of
-from smolds_dist.observe.report import draw, markdown_table
+from smolds_dist.observe.report import figure_of, markdown_table
 from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.observe.summary import facts
 
@@ -19,7 +19,7 @@ def write_card(folder: Path, checkpoint: Path, manifest: Manifest, config: Any, 
     rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= manifest.step]
     steps = [row for row in rows if "loss" in row]
     if steps:
-        draw([run], folder / PICTURE)
+        figure_of([run]).savefig(folder / PICTURE)
     (folder / "README.md").write_text(card(run.resolve().name, rows, manifest, config, kind), encoding="utf-8")
 
 

@@ -15,22 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.errors import OptionParser
-from smolds_dist.launching.doctor_checks import (
-    MPI_OPTIONS,
-    Finding,
-    check_all_to_all,
-    check_compilers,
-    check_deepspeed,
-    check_environment,
-    check_folder,
-    check_gpu,
-    check_hub,
-    check_launchers,
-    check_system,
-    check_versions,
-    is_offline,
-    version_of,
-)
+from smolds_dist.launching import doctor_checks as checks
+from smolds_dist.launching.doctor_checks import Finding
 from smolds_dist.launching.doctor_probes import PROBE_LIMITS, Probe, probe_args
 
 
@@ -56,32 +42,32 @@ def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Itera
     """All checks in order. Probes start first and together; the all-to-all runs alone, because it measures."""
 
     commands = {name: [sys.executable, *probe_args(name)] for name in ("torch", "deepspeed")}
-    if not is_offline():
+    if not checks.is_offline():
         commands["hub"] = [sys.executable, *probe_args("hub")]
-    if shutil.which("mpirun") and version_of("mpi4py"):
-        commands["mpi"] = ["mpirun", *MPI_OPTIONS, "-n", "2", sys.executable, *probe_args("mpi")]
+    if shutil.which("mpirun") and checks.version_of("mpi4py"):
+        commands["mpi"] = ["mpirun", *checks.MPI_OPTIONS, "-n", "2", sys.executable, *probe_args("mpi")]
     if shutil.which("scontrol"):
         commands["slurm"] = ["scontrol", "ping"]
     probes = {name: stack.enter_context(Probe(command, PROBE_LIMITS[name])) for name, command in commands.items()}
 
-    yield from _guarded("system", check_system)
+    yield from _guarded("system", checks.check_system)
     found, error = probes["torch"].answer()
     torch: dict[str, Any] = found or {"gpus": [], "mps": False}
-    yield from _guarded("gpu", check_gpu, torch, options.device)
-    yield from _guarded("versions", check_versions)
+    yield from _guarded("gpu", checks.check_gpu, torch, options.device)
+    yield from _guarded("versions", checks.check_versions)
     if error:
         yield Finding("fail", "torch import", error, "see `python -c 'import torch'`")
-    yield from _guarded("deepspeed import", check_deepspeed, probes["deepspeed"])
-    yield from _guarded("launchers", check_launchers, not error, probes)
+    yield from _guarded("deepspeed import", checks.check_deepspeed, probes["deepspeed"])
+    yield from _guarded("launchers", checks.check_launchers, not error, probes)
     if not error:
         gpus = len(torch["gpus"]) if options.device in ("auto", "cuda") else 0
-        yield from _guarded("all-to-all", check_all_to_all, "nccl" if gpus > 1 else "gloo")
-    yield from _guarded("compilers", check_compilers, bool(torch["gpus"]))
+        yield from _guarded("all-to-all", checks.check_all_to_all, "nccl" if gpus > 1 else "gloo")
+    yield from _guarded("compilers", checks.check_compilers, bool(torch["gpus"]))
     folders = {"runs": options.dir, "data cache": Path("~/.cache/smolds").expanduser()}
     for name, folder in folders.items():
-        yield from _guarded(name, check_folder, name, folder)
-    yield from _guarded("hub", check_hub, probes.get("hub"))
-    yield from _guarded("environment", check_environment)
+        yield from _guarded(name, checks.check_folder, name, folder)
+    yield from _guarded("hub", checks.check_hub, probes.get("hub"))
+    yield from _guarded("environment", checks.check_environment)
 
 
 def _guarded(name: str, check: Callable[..., Iterator[Finding]], *args: Any) -> Iterator[Finding]:

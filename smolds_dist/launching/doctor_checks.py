@@ -35,10 +35,11 @@ class Finding:
     level: str  # ok, warn or fail
     name: str
     detail: str
-    advice: str = ""  # what to do about it
+    advice: str = ""  # what to do about it, where it is not ok
 
     def __str__(self) -> str:
-        return f"{self.level:4}  {self.name:16}  {self.detail}{'; ' if self.advice else ''}{self.advice}"
+        advice = f"; {self.advice}" if self.advice and self.level != "ok" else ""
+        return f"{self.level:4}  {self.name:16}  {self.detail}{advice}"
 
 
 def _output(*command: str) -> str:
@@ -57,23 +58,17 @@ def check_system() -> Iterator[Finding]:
     """Python, cores and memory, as the process may use them and as a container's limits leave them."""
     python, system = platform.python_version(), f"{platform.system()} {platform.release()} {platform.machine()}"
     old = sys.version_info < (3, 11)
-    yield Finding("fail" if old else "ok", "python", f"{python} on {system}", "use Python 3.11 or later" if old else "")
+    yield Finding("fail" if old else "ok", "python", f"{python} on {system}", "use Python 3.11 or later")
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    text, quota = f"{cores} of {os.cpu_count()} cores usable", _core_quota()
-    if quota and quota < cores:
-        text, threads = f"{text}, but the container grants the time of {quota:.3g}", max(1, int(quota))
-        yield Finding("warn", "cpu", text, f"OMP_NUM_THREADS={threads} for a single process keeps threads from waiting")
-    else:
-        yield Finding("ok", "cpu", text)
+    text, quota = f"{cores} of {os.cpu_count()} cores usable", _core_quota() or cores
+    text += f", but the container grants the time of {quota:.3g}" if quota < cores else ""
+    advice = f"OMP_NUM_THREADS={max(1, int(quota))} for a single process keeps threads from waiting"
+    yield Finding("warn" if quota < cores else "ok", "cpu", text, advice)
 
-    memory = _memory()
-    if memory is None:
-        yield Finding("ok", "memory", "size unknown on this system")
-    else:
-        total, free = memory
-        text, low = f"{total / GB:.1f} GB, {free / GB:.1f} GB free", free < 2 * GB
-        yield Finding("warn" if low else "ok", "memory", text, "end other programs" if low else "")
+    total, free = _memory() or (0.0, 2 * GB)
+    text = f"{total / GB:.1f} GB, {free / GB:.1f} GB free" if total else "size unknown on this system"
+    yield Finding("warn" if free < 2 * GB else "ok", "memory", text, "end other programs")
 
 
 def _memory() -> tuple[float, float] | None:
@@ -118,12 +113,10 @@ def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
     """GPUs as torch sees them; a GPU that only the driver sees is the usual reason for a slow first run."""
     driver = Path("/proc/driver/nvidia/gpus").is_dir()
     for index, gpu in enumerate(torch["gpus"]):
-        name, text = f"gpu {index}", f"{gpu['name']}, {gpu['total'] / GB:.0f} GB, {gpu['free'] / GB:.0f} GB free"
-        if gpu["error"]:
-            level, advice = "warn" if device == "cpu" else "fail", "install the torch build for this GPU and driver"
-            yield Finding(level, name, f"{text}, but {gpu['error']}", advice)
-        else:
-            yield Finding("ok", name, text + ("" if gpu["bf16"] else ", no bf16"))
+        text = f"{gpu['name']}, {gpu['total'] / GB:.0f} GB, {gpu['free'] / GB:.0f} GB free"
+        text += f", but {gpu['error']}" if gpu["error"] else "" if gpu["bf16"] else ", no bf16"
+        level = "ok" if not gpu["error"] else "warn" if device == "cpu" else "fail"
+        yield Finding(level, f"gpu {index}", text, "install the torch build for this GPU and driver")
     if torch["gpus"]:
         yield Finding("ok", "cuda", f"CUDA {torch['cuda']}, NCCL {torch['nccl']}")
     elif device == "cuda" or (device == "auto" and driver):
@@ -183,11 +176,8 @@ def check_deepspeed(probe: Probe) -> Iterator[Finding]:
     if version_of("deepspeed") is None:
         return  # the versions say whether it should be here
     seconds, error = probe.answer()
-    if error:
-        advice = "see `python -c 'import deepspeed'`; one process trains without it"
-        yield Finding("fail", "deepspeed import", error, advice)
-    else:
-        yield Finding("ok", "deepspeed import", f"took {seconds:.1f} s")
+    advice = "see `python -c 'import deepspeed'`; one process trains without it"
+    yield Finding("fail" if error else "ok", "deepspeed import", error or f"took {seconds:.1f} s", advice)
 
 
 def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Finding]:
@@ -197,11 +187,9 @@ def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Fin
     yield Finding("ok", "deepspeed run", "works, as part of deepspeed" if works else "needs deepspeed")
     yield _mpirun(probes.get("mpi"))
     yield _slurm(probes.get("slurm"))
-    pdsh, ssh = shutil.which("pdsh"), shutil.which("ssh")
-    if not ssh:
-        yield Finding("ok", "pdsh, ssh", "ssh not installed, needed only for deepspeed on several nodes")
-    elif not pdsh:
-        yield Finding("ok", "pdsh, ssh", "pdsh not installed, needed only for deepspeed on several nodes")
+    missing = [program for program in ("ssh", "pdsh") if not shutil.which(program)]
+    if missing:
+        yield Finding("ok", "pdsh, ssh", f"{missing[0]} not installed, needed only for deepspeed on several nodes")
     elif not re.search(r"rcmd modules:.*\bssh\b", modules := _output("pdsh", "-V")):
         yield Finding("warn", "pdsh, ssh", "pdsh lacks its module for ssh", "build pdsh with ssh")
     else:
@@ -281,7 +269,7 @@ def check_folder(name: str, folder: Path) -> Iterator[Finding]:
         yield Finding("fail", name, f"{folder} cannot be written ({reason})", "choose another folder")
         return
     level = "fail" if free < 1 * GB else "warn" if free < 20 * GB else "ok"
-    yield Finding(level, name, f"{folder}, {free / GB:.1f} GB free", "" if level == "ok" else "free some disk space")
+    yield Finding(level, name, f"{folder}, {free / GB:.1f} GB free", "free some disk space")
 
 
 # Network and environment
@@ -296,11 +284,9 @@ def check_hub(probe: Probe | None) -> Iterator[Finding]:
     host = urllib.parse.urlsplit(hub_endpoint()).hostname or "HF_ENDPOINT"
     found, error = probe.answer()
     problem = error or found["problem"]
-    if problem:
-        advice = "the sources stdlib, text, jsonl and parquet work without it"
-        yield Finding("warn", "hub", f"{host} is not reachable ({problem}), {token}", advice)
-    else:
-        yield Finding("ok", "hub", f"{host} answers, {token}")
+    text = f"{host} is not reachable ({problem})" if problem else f"{host} answers"
+    advice = "the sources stdlib, text, jsonl and parquet work without it"
+    yield Finding("warn" if problem else "ok", "hub", f"{text}, {token}", advice)
 
 
 def is_offline() -> bool:
@@ -328,15 +314,10 @@ def check_environment() -> Iterator[Finding]:
         import resource
 
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if 0 <= files < 1024:
-            yield Finding("warn", "open files", f"at most {files}", "`ulimit -n 4096` before the start")
-        else:
-            yield Finding("ok", "open files", f"at most {files}" if files >= 0 else "no limit")
+        text = f"at most {files}" if files >= 0 else "no limit"
+        yield Finding("warn" if 0 <= files < 1024 else "ok", "open files", text, "`ulimit -n 4096` before the start")
     shm = Path("/dev/shm")
     if shm.is_dir():
         size = shutil.disk_usage(shm).total
-        if size < 64e6:
-            advice = "start the container with --shm-size 1g; NCCL keeps its buffers there"
-            yield Finding("warn", "/dev/shm", f"{size / 1e6:.0f} MB", advice)
-        else:
-            yield Finding("ok", "/dev/shm", f"{size / GB:.1f} GB")
+        level, text = ("warn", f"{size / 1e6:.0f} MB") if size < 64e6 else ("ok", f"{size / GB:.1f} GB")
+        yield Finding(level, "/dev/shm", text, "start the container with --shm-size 1g; NCCL keeps its buffers there")

@@ -189,10 +189,7 @@ def _probe_all_to_all(backend: str) -> dict[str, float] | None:
 def link_figures(small: list[float], large: list[float], size: int, world: int) -> dict[str, float]:
     """Latency and bandwidth, from the seconds of small exchanges and of large ones of `size` bytes a rank, of which its own
     share stays where it is."""
-    return {
-        "latency": statistics.median(small),
-        "bandwidth": size * (world - 1) / world / statistics.median(large),
-    }
+    return {"latency": statistics.median(small), "bandwidth": size * (world - 1) / world / statistics.median(large)}
 
 
 def _probe(name: str, *args: str) -> None:

@@ -103,18 +103,15 @@ class RankReport:
             # The other end of a broken connection is the cause; its host's ranks see it best.
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
-                if (self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"], self.near()):
+                if self._tell_dead():
                     return
                 time.sleep(0.2)
             others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
             gone = [e for e in others if e["state"] == "running"]
             if gone:
-                ranks = ", ".join(str(e["rank"]) for e in gone)
-                word = "rank" if len(gone) == 1 else "one of the ranks"
-                _tell(
-                    self.folder,
-                    f"{word} {ranks} on host {gone[0]['host']} was killed or lost its network ({last_line})",
-                )
+                word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
+                who = f"{word} {ranks} on host {gone[0]['host']}"
+                _tell(self.folder, f"{who} was killed or lost its network ({last_line})")
                 return
         _tell(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
@@ -140,31 +137,26 @@ class RankReport:
                     hang.kill_silent(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
-            if not ((self.folder / "cause.txt").exists() or tell_dead(self.folder, self.entry["job"], self.near())):
-                continue
-            time.sleep(self.grace)
-            if self.entry["state"] == "running":
-                sys.stderr.flush()
-                os._exit(1)
+            if self._tell_dead():
+                time.sleep(self.grace)
+                if self.entry["state"] == "running":
+                    sys.stderr.flush()
+                    os._exit(1)
+
+    def _tell_dead(self) -> bool:
+        """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
+        cause = self.folder / "cause.txt"
+        if not cause.exists() and find_dead(self.folder, self.entry["job"], files=self.near()):
+            print(f"\nsmolds: {cause.read_text().strip()}; the other ranks stop.", file=sys.stderr, flush=True)
+        return cause.exists()
 
 
-def tell_dead(folder: Path, job: str, files: list[Path] | None = None) -> bool:
-    """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now.
+def find_dead(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
+    """Notes a rank of this host that ended without a word as the cause; whether it has, as the first.
 
     Args:
         files: the entries to look at; all where not given.
     """
-    if find_dead(folder, job, files=files):
-        print(
-            f"\nsmolds: {(folder / 'cause.txt').read_text().strip()}; the other ranks stop.",
-            file=sys.stderr,
-            flush=True,
-        )
-    return (folder / "cause.txt").exists()
-
-
-def find_dead(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
-    """Notes a rank of this host that ended without a word as the cause; whether it has, as the first."""
     for entry in _entries(folder, job, files):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
             crash = folder / f"rank_{entry['rank']:05}.crash"
@@ -191,12 +183,12 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
     return bool(mine)
 
 
-def end_ranks(folder: Path, since: float, seconds: float = 10.0) -> None:
+def end_ranks(folder: Path, since: float) -> None:
     """Kills what is left of a failed job's ranks on this machine, and waits for their end.
 
     Whoever started them may have died before them, and the next start wants their place.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 10.0
     while signal_ranks(folder, signal.SIGKILL, since) and time.monotonic() < deadline:
         time.sleep(0.1)
 

@@ -32,7 +32,7 @@ from smolds_dist.launching import restarts
 from smolds_dist.launching.failure import end_ranks, exit_code_of_stop, find_dead, signal_ranks
 from smolds_dist.launching.output import run_quietly
 from smolds_dist.launching.restarts import Failure, bad_nodes, keep_running, resume_options
-from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.launching.slurm import requeue_without
 from smolds_dist.parallel.ranks import RankInfo, started_by
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
@@ -103,11 +103,8 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
 
 
 def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env: "os._Environ[str] | dict") -> Plan:
-    """The launcher, the number of ranks and their nodes.
-
-    Raises:
-        ConfigError: where the options contradict each other or the machine.
-    """
+    """The launcher, the number of ranks and their nodes; raises a `ConfigError` where the options contradict each other or
+    the machine."""
     on_cpu = device == "cpu" or machine.devices[0] == "cpu"
     hosts = read_hostfile(options.hostfile) if options.hostfile else {}
     launcher = options.launcher
@@ -249,11 +246,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots per host of a DeepSpeed or Open MPI hostfile, lines `host slots=N`.
-
-    Raises:
-        ConfigError: naming the line that is not such.
-    """
+    """Slots per host of a DeepSpeed or Open MPI hostfile, lines `host slots=N`; raises a `ConfigError` for others."""
     if not path.is_file():
         raise ConfigError(f"--hostfile {str(path)!r} is not a file; give one with a line `host slots=N` for each host.")
     hosts = {}
@@ -286,16 +279,13 @@ def _check_programs(plan: Plan) -> None:
 def _run_alone(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """One process, which gets the signals that this one gets; its exit code and, where it failed, why."""
     process = subprocess.Popen(command, env=environment)
-    # A terminal sends its interrupt to both.
-    before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
-    for number in EXIT_CODES:
-        if number != signal.SIGINT:
-            signal.signal(number, lambda number, _frame: process.send_signal(number))
-    try:
+
+    def pass_on(number: int, _frame: object) -> None:
+        if number != signal.SIGINT:  # which a terminal sends to both
+            process.send_signal(number)
+
+    with handled_by(pass_on):
         code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if code >= 0:
         return code, f"the process ended with exit code {code}"
     return 128 - code, f"the process was killed by signal {-code}"
@@ -324,7 +314,9 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
     stopped = exit_code_of_stop(ranks, began)
     if stopped is not None:
         return stopped, ""
-    cause = _noted_cause(ranks, began)
+    find_dead(ranks, since=began)  # a rank notes the cause, unless it was killed
+    noted = ranks / "cause.txt"
+    cause = noted.read_text().strip() if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
     end_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden))
@@ -339,13 +331,6 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
     if code in EXIT_CODES.values() and not asked:
         code = 1  # srun gives the highest code of all ranks, also of those that it signalled because another had failed
     return code, cause or told.rstrip(".") or how
-
-
-def _noted_cause(ranks: Path, began: float) -> str:
-    """Why the ranks ended: what one of them noted but could no longer say, or what can be seen of them."""
-    find_dead(ranks, since=began)
-    cause = ranks / "cause.txt"
-    return cause.read_text().strip() if cause.exists() and cause.stat().st_mtime >= began - 1 else ""
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -372,6 +357,5 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

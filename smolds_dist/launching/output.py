@@ -7,7 +7,10 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
+
+from smolds_dist.launching.signals import handled_by
 
 # Log lines of torchrun, deepspeed, srun and mpirun. Ranks never print such.
 NOISE = re.compile(
@@ -62,23 +65,18 @@ def run_quietly(
     if sys.stderr.isatty():
         # The ranks' progress bar should go on seeing a terminal.
         reading, writing = os.openpty()
-        _copy_window_size(sys.stderr.fileno(), writing)
+        termios.tcsetwinsize(writing, termios.tcgetwinsize(sys.stderr.fileno()))
     else:
         reading, writing = os.pipe()
     process = subprocess.Popen(
         command, env=environment, stderr=writing, start_new_session=True, preexec_fn=_end_with_parent
     )
     os.close(writing)
-    before = {
-        number: signal.signal(number, lambda number, _frame: pass_on(process, number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
     try:
-        told = _pump(reading, process, hidden)
-        return process.wait(), told
+        with handled_by(lambda number, _frame: pass_on(process, number)):
+            told = _pump(reading, process, hidden)
+            return process.wait(), told
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(reading)
 
 
@@ -96,7 +94,7 @@ def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
             if process.poll() is not None:
                 break
             if rest and not noise.in_traceback and not noise.rule and not NOISE.match(rest.lstrip("\r")):
-                _show(rest)  # a progress bar's line has no end
+                print(rest, end="", file=sys.stderr, flush=True)  # a progress bar's line has no end
                 rest = ""
             continue
         try:
@@ -110,20 +108,7 @@ def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
             if noise.hides(line.rpartition("\r")[2] if line.startswith("\r") else line):
                 hidden.append(line)
             else:
-                _show(line)
+                print(line, end="", file=sys.stderr, flush=True)
     if rest:
-        _show(rest)
+        print(rest, end="", file=sys.stderr, flush=True)
     return noise.told
-
-
-def _show(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
-def _copy_window_size(source: int, target: int) -> None:
-    import fcntl
-    import termios
-
-    size = fcntl.ioctl(source, termios.TIOCGWINSZ, bytes(8))
-    fcntl.ioctl(target, termios.TIOCSWINSZ, size)

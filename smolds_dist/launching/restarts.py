@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from smolds_dist.errors import ConfigError, OptionParser, check_at_least
@@ -105,11 +106,7 @@ def add_options(parser: OptionParser) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses values out of range.
-
-    Raises:
-        ConfigError: naming the option.
-    """
+    """Raises a `ConfigError` for values out of range."""
     check_at_least(0, options, "restarts", "spares")
     for name in ("spares", "restarts_shrink"):
         if getattr(options, name) and not options.restarts:
@@ -134,12 +131,7 @@ def note_failure(run_dir: Path, code: int, cause: str) -> Failure:
 
 def made_no_step(failures: list[Failure]) -> int:
     """How many of the last failures came after the same step."""
-    same = 0
-    for failure in reversed(failures):
-        if failure.step != failures[-1].step:
-            break
-        same += 1
-    return same
+    return len(list(takewhile(lambda failure: failure.step == failures[-1].step, reversed(failures))))
 
 
 def bad_nodes(failures: list[Failure]) -> list[str]:

@@ -7,23 +7,32 @@ SIGINT.
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-class StopRequest:
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While the block lasts, `handler` is called for these signals."""
+    before = {number: signal.signal(number, handler) for number in EXIT_CODES}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class StopRequest(ExitStack):
     """Remembers the signal that this process got; a context manager that puts the handlers back."""
 
     def __enter__(self) -> "StopRequest":
         self.asked: int | None = None
-        self._before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        self.enter_context(handled_by(self._note))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # one that came early is delivered now
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         # A launcher may pass one Slurm warning on by more than one way: only the others count as a second request.

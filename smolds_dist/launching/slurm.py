@@ -51,14 +51,14 @@ def slurm(args: list[str]) -> None:
     config = load_config(train_args, prog="smolds slurm --")
     if any(arg.partition("=")[0] == "--checkpoint.resume" for arg in train_args):
         raise ConfigError("--checkpoint.resume is always auto in a batch job, which may run in parts; leave it out.")
+    per_node = options.tasks_per_node or options.gpus_per_node or 1
     if options.prepare:
-        script, what = render_prepare(options, config, train_args), f"tokenising in {options.nodes} tasks"
+        what = f"tokenising in {options.nodes} tasks"
     else:
-        per_node = options.tasks_per_node or options.gpus_per_node or 1
         device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
         machine = Machine(device, options.gpus_per_node or per_node, bf16=True)
-        topology = plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node))
-        script, what = render(options, config, train_args, per_node), str(topology)
+        what = str(plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node)))
+    script = render(options, config, train_args, per_node)
     if not options.submit:
         print(script, end="")
         return
@@ -76,45 +76,29 @@ def slurm(args: list[str]) -> None:
     print(f"submitted job {job}: {what}")
 
 
-def render_prepare(options: argparse.Namespace, config: RunConfig, train_args: list[str]) -> str:
-    """The text of an array job whose tasks run `smolds data prepare`, one for each of `options.nodes`."""
-    directives = {
-        "job-name": options.job_name or f"{config.run.name}-prepare".replace(" ", "-"),
-        "array": f"0-{options.nodes - 1}",
-        "nodes": 1,
-        "ntasks": 1,
-        "cpus-per-task": options.cpus_per_task or 1,
-        "time": options.time,
-        "partition": options.partition,
-        "account": options.account,
-        "output": options.output or "slurm-%A_%a.out",
-    }
-    return fill(PREPARE_SCRIPT, directives, train_args)
-
-
 def render(options: argparse.Namespace, config: RunConfig, train_args: list[str], per_node: int) -> str:
-    """The batch script's text. Nothing in names or options can run: words are checked, arguments quoted."""
-    directives = {
-        "job-name": options.job_name or str(config.run.name).replace(" ", "-"),
-        "nodes": options.nodes + options.spares,
-        "ntasks-per-node": per_node,
-        "gpus-per-node": options.gpus_per_node,
-        "cpus-per-task": options.cpus_per_task,
-        "time": options.time,
-        "partition": options.partition,
-        "account": options.account,
-        "signal": f"USR1@{options.warn}",
-        "open-mode": "append",
-        "output": options.output or "slurm-%j.out",
-    }
+    """The batch script's text: of a run's job, or of an array job with `options.nodes` tasks of `smolds data prepare`.
+
+    Nothing in names or options can run: words are checked, arguments quoted.
+    """
+    if options.prepare:
+        script, name, output = PREPARE_SCRIPT, f"{config.run.name}-prepare", "slurm-%A_%a.out"
+        own = {"array": f"0-{options.nodes - 1}", "nodes": 1, "ntasks": 1, "cpus-per-task": options.cpus_per_task or 1}
+    else:
+        script, name, output = SCRIPT, str(config.run.name), "slurm-%j.out"
+        own = {
+            "nodes": options.nodes + options.spares,
+            "ntasks-per-node": per_node,
+            "gpus-per-node": options.gpus_per_node,
+            "cpus-per-task": options.cpus_per_task,
+            "signal": f"USR1@{options.warn}",
+            "open-mode": "append",
+        }
+    directives = {"job-name": options.job_name or name.replace(" ", "-"), **own, "time": options.time}
+    directives |= {"partition": options.partition, "account": options.account, "output": options.output or output}
     again = f" --restarts {options.restarts}" if options.restarts else ""
     again += f" --spares {options.spares}" if options.spares else ""
     again += " --restarts-shrink" if options.restarts_shrink else ""
-    return fill(SCRIPT.replace("{restarts}", again), directives, train_args)
-
-
-def fill(script: str, directives: dict[str, object], train_args: list[str]) -> str:
-    """The script with its directives and the training's options."""
     for name, value in directives.items():
         if value is not None and not WORD.fullmatch(str(value)):
             raise ConfigError(
@@ -123,6 +107,7 @@ def fill(script: str, directives: dict[str, object], train_args: list[str]) -> s
     lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
     return script.format(
         directives="\n".join([*lines, "#SBATCH --requeue"]),
+        restarts=again,
         folder=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
         options=shlex.join(train_args),

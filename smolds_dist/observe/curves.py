@@ -27,21 +27,17 @@ def first_mixture(config: dict) -> int:
     return config["model"].get("first_k_dense_replace", 0)
 
 
-def curves_of(row: dict, last_step: int, first_mixture: int) -> dict[str, float]:
-    """The points that a row adds to curves, by their names; none for an event.
+def curves_of(row: dict, config: dict) -> dict[str, float]:
+    """The points that a row adds to the curves of a run with these settings, by their names; none for an event.
 
     Of long runs not every row counts, so that trackers stay small: of the experts' curves steps with three digits before
-    zeros, of the others with four.
-
-    Args:
-        last_step: of the run, which always counts.
-        first_mixture: number of the first layer that has experts.
+    zeros, of the others with four and the last one.
     """
     if "event" in row:
         return {}
     if "tasks" in row:
         return {f"tasks/{name}": score for name, score in row["tasks"].items()}
-    points = _of_evaluation(row) if "val_loss" in row else _of_training(row, last_step, first_mixture)
+    points = _of_evaluation(row) if "val_loss" in row else _of_training(row, config)
     return {name: value for name, value in points.items() if value is not None}
 
 
@@ -53,9 +49,9 @@ def _of_evaluation(row: dict) -> dict[str, float | None]:
     return {f"validation/{name}": value for name, value in values.items()} | of_sources
 
 
-def _of_training(row: dict, last_step: int, first_mixture: int) -> dict[str, float | None]:
+def _of_training(row: dict, config: dict) -> dict[str, float | None]:
     step, points = row["step"], dict[str, float | None]()
-    if is_kept(step, digits=4) or step == last_step:
+    if is_kept(step, digits=4) or step == config["train"]["steps"]:
         points |= {f"train/{name}": row[name] for name in TRAIN}
         points |= {f"speed/{name}": row.get(name) for name in SPEED}
         if row["loss"] is not None:
@@ -72,12 +68,13 @@ def _of_training(row: dict, last_step: int, first_mixture: int) -> dict[str, flo
         if "router_entropy" in row:
             points["balance/router_entropy"] = sum(row["router_entropy"]) / len(row["router_entropy"])
     if is_kept(step, digits=3):
-        for layer, shares in enumerate(row.get("load", ()), first_mixture):
+        first = first_mixture(config)
+        for layer, shares in enumerate(row.get("load", ()), first):
             points[f"max_vio/layer_{layer:02}"] = max(shares) * len(shares) - 1
             points |= {f"load_layer_{layer:02}/expert_{e:02}": share for e, share in enumerate(shares)}
-        for layer, biases in enumerate(row.get("bias", ()), first_mixture):
+        for layer, biases in enumerate(row.get("bias", ()), first):
             points |= {f"bias_layer_{layer:02}/expert_{e:02}": bias for e, bias in enumerate(biases)}
-        entropies = enumerate(row.get("router_entropy", ()), first_mixture)
+        entropies = enumerate(row.get("router_entropy", ()), first)
         points |= {f"router_entropy/layer_{layer:02}": entropy for layer, entropy in entropies}
     return points
 

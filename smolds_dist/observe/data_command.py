@@ -1,15 +1,11 @@
-"""`smolds data prepare|show|stats|order`: what a run is trained on, asked of its data.
-
-smolds data prepare --workers 8 -- TRAIN-OPTIONS
-smolds data show runs/NAME --step 100
-smolds data stats -- TRAIN-OPTIONS
-smolds data order --samples 0:100 -- TRAIN-OPTIONS
-"""
+"""`smolds data prepare|show|stats|order`: what a run is trained on, asked of its data."""
 
 import argparse
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from smolds_dist.data.prepare import find_data, prepare_data, told_epochs
 from smolds_dist.data.rows import PLACES
 from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.data.workers import Workers
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError, OptionParser, check_at_least
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.progress import ProgressBar, Reporter
 from smolds_dist.settings import RunConfig
@@ -33,11 +29,7 @@ LOOK_EVERY = 0.5  # seconds between two looks at what workers have made
 
 
 def data(args: list[str]) -> int:
-    """Runs one of the subcommands; returns the exit code.
-
-    Raises:
-        ConfigError: for an unknown one, or what it cannot work with.
-    """
+    """Runs one of the subcommands; returns the exit code, and raises a `ConfigError` for an unknown one."""
     commands = {"prepare": prepare, "show": show, "stats": stats, "order": order}
     if args and args[0] in commands:
         return commands[args[0]](args[1:])
@@ -64,8 +56,7 @@ def prepare(args: list[str]) -> int:
     )
     parser.add_argument("--workers", type=int, help="processes that tokenise; by default one for each core, up to 16")
     options, settings = parser.parse_before_training(args)
-    if options.workers is not None and options.workers < 1:
-        raise ConfigError(f"--workers {options.workers} is out of range; it must be at least 1.")
+    check_at_least(1, options, "workers")
     config = load_config(settings, prog="smolds data prepare --")
     reporter = Reporter(shown=config.log.level != "quiet")
     data = find_data(config, reporter=reporter)
@@ -74,8 +65,10 @@ def prepare(args: list[str]) -> int:
     if not data.covers(samples):
         with Workers(config, data, options.workers or free_cores(0), ahead=False) as workers:
             watch(config, data, samples, workers)
-    for line in outcome(data):
-        print(line)
+    for name, source in data.sources.items():
+        source.look()
+        tokenised = f"{source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
+        print(f"{name}: {tokenised}", *source.left_out(), sep="\n  ")
     return 0
 
 
@@ -86,8 +79,7 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
     for source in sources:
         source.look()
     began, before = time.monotonic(), sum(source.tokens_found for source in sources)
-    bar = ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")
-    try:
+    with closing(ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")) as bar:
         while workers.busy() and not data.covers(samples):
             time.sleep(LOOK_EVERY)
             for source in sources:
@@ -96,31 +88,17 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
             rate = (there - before) / (time.monotonic() - began)
             bar.total = wanted_tokens(data, samples)
             bar.show(there, f"{ready:,} of {files:,} files, {rate:,.0f} tokens/s")
-    finally:
-        bar.close()
 
 
 def wanted_tokens(data: TrainingData, samples: int) -> int | None:
     """About how many tokens the run wants to have; None before there are any of each source."""
     total = 0.0
-    for (_, source), needed in zip(data.sources.items(), data.mixture.totals(samples).tolist(), strict=True):
+    for source, needed in zip(data.sources.values(), data.mixture.totals(samples).tolist(), strict=True):
         if not source.num_found:
             return None
         all_of_it = source.tokens_found / source.num_found * len(source.units)
         total += max(source.tokens_found, min(all_of_it, needed * data.seq_len))
     return round(total)
-
-
-def outcome(data: TrainingData) -> list[str]:
-    """What there is now, a line for each source, and what was left out."""
-    lines = []
-    for name, source in data.sources.items():
-        source.look()
-        lines.append(
-            f"{name}: {source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
-        )
-        lines += [f"  {line}" for line in source.left_out()]
-    return lines
 
 
 def show(args: list[str]) -> int:
@@ -150,7 +128,6 @@ def show(args: list[str]) -> int:
     first = skipped + (options.step - 1) * batch
     indices = range(first, first + batch)
     digest = f"{batch_digest(found.batch(indices), indices):08x}"
-    same = row["batch"] == digest
     if options.rank is not None:
         ranks = start.get("world_size", 1)
         if not 0 <= options.rank < ranks:
@@ -167,9 +144,10 @@ def show(args: list[str]) -> int:
             print(f"== sample {index}, {sample.source.name}: {place_in_words(config, sample, part)}\n{part['text']}")
     if not options.json:
         print(f"== batch {digest}, recorded as {row['batch']}")
-    if not same:
-        print("the texts are not those that the run has seen: the files of its sources have changed since then")
-    return 0 if same else 1
+    if row["batch"] == digest:
+        return 0
+    print("the texts are not those that the run has seen: the files of its sources have changed since then")
+    return 1
 
 
 def place_in_words(config: RunConfig, sample: Sample, part: dict[str, Any]) -> str:
@@ -184,25 +162,25 @@ def parts_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]]:
     source = sample.source
     for unit, start, length in sample.pieces:
         table, tokens = np.asarray(source.table(unit)), source.tokens(unit)
-        at, end = start, start + length
-        place = document_at(table, start)
-        while at < end:
-            row = table[place]
-            after = int(table["start"][place + 1]) if place + 1 < len(table) else len(tokens)
-            ids = tokens[at : min(after, end)]
-            file, number = source.place(unit, row)
-            yield {
-                "file": file,
-                "document": number,
-                "start": at - int(row["start"]),
-                "text": str(found.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
-            }
-            at, place = min(after, end), place + 1
+        inside = table[slice(*documents_in(table, start + 1, length - 1))][
+            "start"
+        ].tolist()  # begin behind the first token
+        for at, end in pairwise([start, *inside, start + length]):
+            text = str(found.tokenizer.decode(tokens[at:end].tolist(), skip_special_tokens=True))
+            yield place_of(source, unit, at) | {"text": text}
 
 
-def document_at(table: np.ndarray, token: int) -> int:
-    """The row of the document that a training token belongs to."""
-    return int(first_from(table["start"], np.array([token + 1], dtype=np.uint64))[0]) - 1
+def documents_in(table: np.ndarray, start: int, length: int) -> list[int]:
+    """The rows of the first document that begins at this training token or later, and of the first behind so many more."""
+    return first_from(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
+
+
+def place_of(source: UnitSource, unit: int, token: int) -> dict[str, Any]:
+    """Where a training token comes from: its file, the document's number there, and the token's in it."""
+    table = np.asarray(source.table(unit))
+    row = table[documents_in(table, token + 1, 0)[0] - 1]
+    file, number = source.place(unit, row)
+    return {"file": file, "document": number, "start": token - int(row["start"])}
 
 
 def options_and_config(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -227,11 +205,7 @@ def order(args: list[str]) -> int:
     for begin in range(int(first), int(end), 1024):
         indices = range(begin, min(int(end), begin + 1024))
         for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
-            unit, begin, _ = sample.pieces[0]
-            table = np.asarray(sample.source.table(unit))
-            row = table[document_at(table, begin)]
-            file, number = sample.source.place(unit, row)
-            place = {"file": file, "document": number, "start": begin - int(row["start"])}
+            place = place_of(sample.source, *sample.pieces[0][:2])
             print(json.dumps({"index": index, "source": sample.source.name, **place}))
     return 0
 
@@ -250,11 +224,8 @@ def stats(args: list[str]) -> int:
         order.extend(None)
     epochs = found.epochs(config.train.steps * config.train.global_batch)
     for name, source in found.sources.items():
-        told = (
-            facts_of(source, found.orders[name].num_tokens)
-            | packing_of(found, name)
-            | {"epochs": round(epochs[name], 4)}
-        )
+        facts = facts_of(source, found.orders[name].num_tokens)
+        told = facts | packing_of(found, name) | {"epochs": round(epochs[name], 4)}
         if options.json:
             print(json.dumps({"source": name} | told))
             continue
@@ -275,7 +246,7 @@ def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
     for unit in range(len(source.units)):
         table = np.asarray(source.table(unit))
         for _, start, length in source.pieces_of(np.array([unit]), True) or []:
-            first, end = first_from(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
+            first, end = documents_in(table, start, length)
             tables.append((table[first:end], start + length))
     lengths = np.concatenate([np.diff(table["start"].astype(np.int64), append=end) for table, end in tables])
     texts = np.concatenate([table["text"] for table, _ in tables])
@@ -306,7 +277,7 @@ def packing_of(found: TrainingData, name: str) -> dict[str, Any]:
     begun = whole = tokens = 0
     for unit, start, length in (piece for sample in samples for piece in sample):
         table = source.table(unit)
-        first, end = first_from(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
+        first, end = documents_in(table, start, length)
         ends_here = end == len(table) or int(table["start"][end]) == start + length
         begun += end - first
         whole += end - first if ends_here else max(0, end - first - 1)
@@ -322,15 +293,14 @@ def table_of(told: dict[str, Any], left_out: list[str]) -> list[str]:
     share = told["copies"] / max(1, told["documents"])
     length = told["length"]
     most = max(told["lengths"].values())
+    in_sequences = f"{told['cut_documents']:.1%} of documents are cut, {told['padding']:.1%} of the tokens are padding"
     lines = [
         f"  {told['files']:,} files, {told['documents']:,} documents, {told['tokens']:,} tokens, "
         f"{told['held_out_tokens']:,} of them held out; {told['bytes_per_token']:.2f} bytes per token",
         f"  {told['copies']:,} documents ({share:.1%}) are copies of another",
         f"  tokens of a document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
+        f"  in sequences {in_sequences}",
     ]
-    lines.append(
-        f"  in sequences {told['cut_documents']:.1%} of documents are cut, {told['padding']:.1%} of the tokens are padding"
-    )
     for begin, count in told["lengths"].items():
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
         lines.append(f"  {int(begin):>12,} to {2 * int(begin) - 1:<12,} {bar} {count:,}")

@@ -1,12 +1,26 @@
 """A run in few words: how far it came, how well, how fast, and what happened on the way."""
 
+import math
 from itertools import pairwise
-from pathlib import Path
 
-from smolds_dist.checkpoint.files import DamagedCheckpointError, Manifest, checkpoints_in, read_manifest
+from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.observe.summary import facts
 
 SMOOTHING = 0.9  # weight of what was before, in the thick curves of pictures
+EVENTS = {
+    "start": "after step {step}: started on {host}, {topology} ({versions})",
+    "rollback": "step {step}: back here from a loss spike in steps {spike_begin} to {spike_end}, {skipped_samples} samples "
+    "left out",
+    "restart": "after step {step}: restart {number}, because after step {failed_after} {cause}",
+    "slow_rank": "step {step}: rank {rank} on host {host} computed {times} times as long as the others",
+    "skipped": "step {step}: loss or gradient not finite, update skipped",
+}
+
+
+def column_of(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have such a value."""
+    found = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in found], [row[name] for row in found]
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -20,7 +34,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def overview(rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
-    """Names and values, from the rows of a metrics.jsonl that has steps, and the manifests of the checkpoints."""
+    """Names and values, from the rows of a metrics.jsonl that has steps, and the checkpoints' manifests, newest first."""
     steps = [row for row in rows if "loss" in row]
     last = steps[-1]
     seconds = sum((after["tokens"] - before["tokens"]) / after["tokens_per_s"] for before, after in pairwise(steps))
@@ -37,8 +51,8 @@ def overview(rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
         table.append(("best validation loss", f"{best['val_loss']:.4f} at step {best['step']}"))
     table += facts(rows).items()
     if manifests:
-        table.append(("parameters", f"{parameters_of(manifests[0]):,}"))
-        table.append(("versions", versions_in_words(manifests[0].versions)))
+        table.append(("parameters", f"{parameters_of(manifests[-1]):,}"))
+        table.append(("versions", versions_in_words(manifests[-1].versions)))
     return table
 
 
@@ -50,38 +64,11 @@ def events(rows: list[dict]) -> list[str]:
     """What happened to a run beside its steps, in words."""
     told = []
     for row in rows:
-        if row.get("event") == "start":
-            versions = versions_in_words(row["versions"])
-            told.append(f"after step {row['step']}: started on {row['host']}, {row['topology']} ({versions})")
-        elif row.get("event") == "rollback":
-            told.append(
-                f"step {row['step']}: back here from a loss spike in steps {row['spike_begin']} to {row['spike_end']}, "
-                f"{row['skipped_samples']} samples left out"
-            )
-        elif row.get("event") == "restart":
-            told.append(
-                f"after step {row['step']}: restart {row['number']}, because after step {row['failed_after']} {row['cause']}"
-            )
-        elif row.get("event") == "slow_rank":
-            who = f"rank {row['rank']} on host {row['host']}"
-            told.append(f"step {row['step']}: {who} computed {row['times']} times as long as the others")
-        elif row.get("skipped"):
-            told.append(f"step {row['step']}: loss or gradient not finite, update skipped")
+        kind = "skipped" if row.get("skipped") else row.get("event")
+        if kind in EVENTS:
+            told.append(EVENTS[kind].format(**row | {"versions": versions_in_words(row.get("versions", {}))}))
     return told
 
 
-def manifests_of(run: Path) -> list[Manifest]:
-    """Of the checkpoints that have a sound one, oldest first."""
-    found = []
-    for folder in reversed(checkpoints_in(run / "checkpoints")):
-        try:
-            found.append(read_manifest(folder))
-        except DamagedCheckpointError:
-            continue
-    return found
-
-
 def parameters_of(manifest: Manifest) -> int:
-    from torch import Size
-
-    return sum(Size(shape).numel() for shape in manifest.tensors.values())
+    return sum(math.prod(shape) for shape in manifest.tensors.values())

@@ -6,13 +6,17 @@ Whatever runs have written, names and samples too, is text there and nothing tha
 
 import html
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
+from smolds_dist.checkpoint.files import manifests_of
 from smolds_dist.observe.curves import CURVES
-from smolds_dist.observe.overview import events, manifests_of, overview, smooth
+from smolds_dist.observe.overview import column_of, events, overview, smooth
 from smolds_dist.observe.rows import dense_layers, read_rows
 from smolds_dist.observe.runs import settings_that_differ
 
@@ -43,13 +47,7 @@ def html_page(runs: list[Path]) -> str:
     charts = [curve for name in CURVES if (curve := draw_curve(rows, name))]
     first, *others = charts
     parts = [f"<h1>{_text(title)}</h1>", *(_facts(run, rows[run], len(runs) > 1) for run in runs)]
-    parts += [
-        "<h2>Curves</h2>",
-        '<div class="curves">',
-        _chart(first, "inline"),
-        *(_chart(one) for one in others),
-        "</div>",
-    ]
+    parts += ["<h2>Curves</h2>", '<div class="curves">', _chart(first, "inline"), *map(_chart, others), "</div>"]
     for run in runs:
         if loads := draw_loads(rows[run]):
             parts += [f"<h2>Load of every expert{_of(run, runs)}</h2>", _chart(loads)]
@@ -77,15 +75,13 @@ def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
     from plotly.colors import qualitative
     from plotly.graph_objects import Figure, Scattergl
 
-    figure, drawn = Figure(), False
+    figure = Figure()
     for number, (run, part) in enumerate(rows.items()):
-        points = [(row["step"], row[name]) for row in part if row.get(name) is not None and "event" not in row]
-        if not points:
+        steps, values = column_of(part, name)
+        if not steps:
             continue
-        drawn = True
         colour = qualitative.D3[number % len(qualitative.D3)]
         label = _text(run.resolve().name)
-        steps, values = (list(column) for column in zip(*points, strict=True))
         if name in SMOOTHED:
             lines = [(values, label, 0.3, 1, False), (smooth(values), f"{label}, smoothed", 1.0, 2, True)]
         else:
@@ -98,7 +94,7 @@ def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
                     mode="lines+markers" if name == "val_loss" else "lines", line={"color": colour, "width": width},
                 )
             )  # fmt: skip
-    if not drawn:
+    if not figure.data:
         return None
     _lay_out(figure, CURVES[name], 340)
     figure.update_xaxes(title="step")
@@ -114,9 +110,7 @@ def draw_loads(rows: list[dict]) -> "Figure | None":
     loads = [(row["step"], row["load"]) for row in rows if "load" in row]
     if not loads:
         return None
-    chosen = [loads[round(place * (len(loads) - 1) / max(1, FRAMES - 1))] for place in range(min(FRAMES, len(loads)))]
-    if len(loads) <= FRAMES:
-        chosen = loads
+    chosen = [loads[round(place)] for place in np.linspace(0, len(loads) - 1, min(FRAMES, len(loads)))]
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     names, first = [str(expert) for expert in range(experts)], dense_layers(rows)
 
@@ -153,20 +147,18 @@ def _chart(figure: "Figure", code: str | bool = False) -> str:
 
 def _samples(rows: list[dict]) -> list[str]:
     """The samples by step, the last ones open."""
-    by_step: dict[int, list[dict]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], []).append(row)
     parts = []
-    for step, samples in by_step.items():
+    for step, samples in groupby(rows, key=itemgetter("step")):
         texts = "".join(f"<pre>{_text(sample['text'])}</pre>" for sample in samples)
-        opened = " open" if step == max(by_step) else ""
+        opened = " open" if step == rows[-1]["step"] else ""
         parts.append(f"<details{opened}><summary>step {step}</summary>{texts}</details>")
     return parts or ["<p>None.</p>"]
 
 
 def _facts(run: Path, rows: list[dict], named: bool) -> str:
     heading = f"<h3>{_text(run.resolve().name)}</h3>" if named else ""
-    return heading + _table([(name, _plain(value)) for name, value in overview(rows, manifests_of(run))])
+    table = overview(rows, list(manifests_of(run / "checkpoints").values()))
+    return heading + _table([(name, _plain(value)) for name, value in table])
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

@@ -5,17 +5,19 @@ Everything comes from the run's folder: `metrics.jsonl`, `samples.jsonl`, `confi
 
 import re
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
-from smolds_dist.checkpoint.files import Manifest
+from smolds_dist.checkpoint.files import Manifest, manifests_of
 from smolds_dist.config import load_config
 from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.observe.overview import events, manifests_of, overview, smooth
+from smolds_dist.observe.overview import column_of, events, overview, smooth
 from smolds_dist.observe.rows import dense_layers, load_table, read_rows
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.rules import trackers_in
@@ -64,7 +66,7 @@ def report(args: list[str]) -> None:
     folder = options.to or options.runs[0]
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "training_metrics.png"]
-    draw(options.runs, written[0])
+    figure_of(options.runs).savefig(written[0])
     if len(options.runs) == 1:
         texts = {"log_training.md": training_log(options.runs[0]), "sample_outputs.md": sample_log(options.runs[0])}
         for name, text in texts.items():
@@ -78,8 +80,7 @@ def report(args: list[str]) -> None:
     if options.rebuild_tensorboard:
         from smolds_dist.observe.tensorboard import rebuild
 
-        for run in options.runs:
-            written.append(rebuild(run, read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")))
+        written += map(rebuild, options.runs)
     for path in written:
         print(path)
 
@@ -103,7 +104,7 @@ def training_log(run: Path) -> str:
     """The run as Markdown: configuration, model, loss at regular steps, expert balance, checkpoints, events."""
     rows = read_rows(run / "metrics.jsonl")
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    manifests = manifests_of(run)
+    manifests = list(manifests_of(run / "checkpoints").values())
     parts = [
         f"# Training log of {run.resolve().name}",
         markdown_table(("", ""), overview(rows, manifests)),
@@ -118,7 +119,9 @@ def training_log(run: Path) -> str:
         markdown_table(("source", "text", "epochs", "validation loss", "bits per byte"), _sources(config, rows)),
         *_mixture(run, config),
         "## Checkpoints",
-        markdown_table(("step", "written", "size", "validation loss", "layout"), [_checkpoint(m) for m in manifests])
+        markdown_table(
+            ("step", "written", "size", "validation loss", "layout"), [*map(_checkpoint, reversed(manifests))]
+        )
         if manifests
         else "None.",
         "## Events",
@@ -135,18 +138,13 @@ def sample_log(run: Path) -> str:
     """Prompts and samples at each interval as Markdown, each with its unique content."""
     parts = [f"# Samples of {run.resolve().name}", UNIQUE_CONTENT]
     rows = read_rows(run / "samples.jsonl")
-    for before, row in pairwise([{"step": None}, *rows]):
-        if row["step"] != before["step"]:
-            parts.append(f"## Step {row['step']}")
-        share = unique_content(row["text"])
-        ratio = "too short for a ratio" if share is None else f"unique content {share:.2f}"
-        parts += [f"Prompt `{row['prompt']}`, {ratio}:", _fenced(row["text"])]
+    for step, samples in groupby(rows, key=itemgetter("step")):
+        parts.append(f"## Step {step}")
+        for row in samples:
+            share = unique_content(row["text"])
+            ratio = "too short for a ratio" if share is None else f"unique content {share:.2f}"
+            parts += [f"Prompt `{row['prompt']}`, {ratio}:", _fenced(row["text"])]
     return "\n\n".join(parts if rows else [*parts, "None."]) + "\n"
-
-
-def draw(runs: list[Path], path: Path) -> None:
-    """Saves `figure_of` these runs."""
-    figure_of(runs).savefig(path)
 
 
 def figure_of(runs: list[Path]) -> "Figure":
@@ -161,38 +159,30 @@ def figure_of(runs: list[Path]) -> "Figure":
     for number, run in enumerate(runs):
         colour, name = colours[number % len(colours)], run.resolve().name
         rows = read_rows(run / "metrics.jsonl")
-        steps = [row for row in rows if row.get("loss") is not None]
-        x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
-        loss_axes.plot(x, losses, color=colour, alpha=0.25, linewidth=0.8)
-        loss_axes.plot(x, smooth(losses), color=colour, linewidth=1.6, label=f"{name}, training")
-        held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-        if held_out:
+        for axes, column, label in ((loss_axes, "loss", f"{name}, training"), (balance_axes, "max_vio", name)):
+            steps, values = column_of(rows, column)
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smooth(values), color=colour, linewidth=1.6, label=label)
+        steps, values = column_of(rows, "val_loss")
+        if values:
             line = dict(color=colour, marker="o", markersize=5, linestyle="--", markeredgecolor="black")
-            loss_axes.plot(*zip(*held_out, strict=True), label=f"{name}, held out", **line)
-        balanced = [(row["step"], row["max_vio"]) for row in steps if "max_vio" in row]
-        if balanced:
-            at, violations = zip(*balanced, strict=True)
-            balance_axes.plot(at, violations, color=colour, alpha=0.25, linewidth=0.8)
-            balance_axes.plot(at, smooth(list(violations)), color=colour, linewidth=1.6, label=name)
-        texts = [(row["step"], row["seen_texts"], row["unique_texts"]) for row in steps if "seen_texts" in row]
-        if texts:
-            at, seen, unique = zip(*texts, strict=True)
-            unique_axes.plot(at, seen, color=colour, linewidth=1, linestyle="--", label=f"{name}, seen")
-            unique_axes.plot(at, unique, color=colour, linewidth=1.8, label=f"{name}, distinct")
+            loss_axes.plot(steps, values, label=f"{name}, held out", **line)
+        unique_axes.plot(
+            *column_of(rows, "seen_texts"), color=colour, linewidth=1, linestyle="--", label=f"{name}, seen"
+        )
+        unique_axes.plot(*column_of(rows, "unique_texts"), color=colour, linewidth=1.8, label=f"{name}, distinct")
+        if len(runs) > 1:
+            last_axes.plot(*column_of(rows, "tokens_per_s"), color=colour, label=name)
     _finish(loss_axes, "Loss", "nats per token")
     _finish(
         balance_axes, "Expert imbalance (MaxVio of a batch, mean of layers)", "busiest expert over the mean, minus 1"
     )
     balance_axes.set_ylim(bottom=0)
     _finish(unique_axes, "Unique content: texts trained on, by their first 50 tokens", "texts")
-    unique_axes.set(xlim=loss_axes.get_xlim())
-    unique_axes.set_ylim(bottom=0)
+    unique_axes.set(xlim=loss_axes.get_xlim(), ylim=(0, None))
     if len(runs) == 1:
-        _draw_load(figure, last_axes, read_rows(runs[0] / "metrics.jsonl"))
+        _draw_load(figure, last_axes, rows)
     else:
-        for number, run in enumerate(runs):
-            speed = [(row["step"], row["tokens_per_s"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row]
-            last_axes.plot(*zip(*speed, strict=True), color=colours[number % len(colours)], label=run.resolve().name)
         _finish(last_axes, "Speed", "tokens per second")
     return figure
 
@@ -202,15 +192,10 @@ def _draw_load(figure: "Figure", axes: Any, rows: list[dict]) -> None:
     if not loads:
         axes.set_axis_off()
         return
-    layers, experts = len(loads[0]), len(loads[0][0])
-    mean = [
-        [sum(load[layer][e] for load in loads) / len(loads) * experts for e in range(experts)]
-        for layer in range(layers)
-    ]
-    picture = axes.imshow(mean, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    axes.set_title("Load of every expert, last 20 steps (1: its even share)")
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
+    load_LE = np.mean(loads, 0)
+    layers, experts = load_LE.shape
+    picture = axes.imshow(load_LE * experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    axes.set(title="Load of every expert, last 20 steps (1: its even share)", xlabel="expert", ylabel="layer")
     axes.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
     ticks, first = range(layers) if layers <= 12 else range(0, layers, 4), dense_layers(rows)
     axes.set_yticks(ticks, [str(first + layer) for layer in ticks])
@@ -218,9 +203,7 @@ def _draw_load(figure: "Figure", axes: Any, rows: list[dict]) -> None:
 
 
 def _finish(axes: Any, title: str, unit: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
+    axes.set(title=title, xlabel="step", ylabel=unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

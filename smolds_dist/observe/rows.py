@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from smolds_dist.files import replace_text
@@ -16,10 +17,9 @@ def is_kept(step: int, digits: int) -> bool:
     return step % max(1, 10 ** (len(str(step)) - digits)) == 0
 
 
-def rounded(values: Tensor, digits: int = 5) -> list:
+def rounded(values: Tensor) -> list:
     """Nested lists of numbers that are short in JSON."""
-    scale = 10**digits
-    return ((values.double().cpu() * scale).round() / scale).tolist()
+    return values.double().cpu().round(decimals=5).tolist()
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict]:
@@ -49,11 +49,9 @@ def load_table(rows: list[dict], last: int = 20) -> str:
     loads = [row["load"] for row in rows if "load" in row][-last:]
     if not loads:
         return "(no training steps)"
-    layers, experts = len(loads[0]), len(loads[0][0])
-    lines = ["layer " + "".join(f"{f'e{expert}':>7}" for expert in range(experts)) + "  MaxVio"]
-    first = dense_layers(rows)
-    for layer in range(layers):
-        shares = [sum(load[layer][expert] for load in loads) / len(loads) for expert in range(experts)]
+    load_LE = np.mean(loads, 0)
+    lines = ["layer " + "".join(f"{f'e{expert}':>7}" for expert in range(load_LE.shape[1])) + "  MaxVio"]
+    for layer, shares in enumerate(load_LE, dense_layers(rows)):
         cells = "".join(f"{share:>7.1%}" for share in shares)
-        lines.append(f"{first + layer:>5} {cells}  {max(shares) * experts - 1:>6.2f}")
+        lines.append(f"{layer:>5} {cells}  {max(shares) * len(shares) - 1:>6.2f}")
     return "\n".join(lines)

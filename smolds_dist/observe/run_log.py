@@ -1,16 +1,33 @@
-"""What a run reports while it trains: lines and a progress bar on the terminal, rows of metrics, samples."""
+"""What a run reports while it trains: lines and a progress bar on the terminal, metrics.jsonl, samples.jsonl, and the curves
+of TensorBoard and other trackers.
 
+Shape letters: L layers, E experts.
+"""
+
+import json
+import math
 import sys
+import time
+from collections import deque
+from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
-from smolds_dist.observe.metrics import MetricsWriter
+from smolds_dist.files import AppendedFile
+from smolds_dist.observe.rows import WINDOW, keep_rows, rounded
+from smolds_dist.observe.trackers import Feed
+from smolds_dist.parallel.balancer import max_violation
 from smolds_dist.progress import ProgressBar
+from smolds_dist.rules import trackers_in
 from smolds_dist.settings import RunConfig
 
 
 class RunLog:
     """Reports on rank 0, on the terminal as `log.level` says, and does nothing on the others, so that all ranks may call it.
+
+    Rows after `start_step`, which a resumed run will repeat, are removed from all files. A full disk stops neither training
+    nor the files: rows wait in memory until they can be written.
 
     Args:
         start_step: the step before the first that will be reported.
@@ -20,8 +37,23 @@ class RunLog:
     def __init__(self, config: RunConfig, start_step: int, main: bool):
         self.shown = main and config.log.level != "quiet"
         self.verbose = main and config.log.level == "verbose"
+        self._main = main
         self._bar = ProgressBar("step", config.train.steps, start_step, config.log.every, self.shown)
-        self._metrics = MetricsWriter(config, start_step) if main else None
+        if not main:
+            return
+        self._samples = config.run_dir / "samples.jsonl"
+        path = config.run_dir / "metrics.jsonl"
+        keep_rows(self._samples, start_step)
+        rows = keep_rows(path, start_step)
+        loads = [row["load"] for row in rows if "load" in row]
+        self._recent = deque((torch.tensor(load) for load in loads[-WINDOW:]), maxlen=WINDOW)
+        self._file = AppendedFile(path)
+        self._board = None
+        if config.log.tensorboard:
+            from smolds_dist.observe.tensorboard import Board
+
+            self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config))
+        self._feeds = [Feed(name, config.run_dir, asdict(config), rows) for name in trackers_in(config.log.to)]
 
     def say(self, text: str) -> None:
         """Something worth knowing, on standard output."""
@@ -30,30 +62,62 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """Whatever the level."""
-        if self._metrics is not None:
+        if self._main:
             self._bar.write(f"warning: {text}", sys.stderr)
 
     def training_row(self, row: dict, counts_LE: Tensor | None) -> None:
-        """A step; see `MetricsWriter.training_row`."""
-        if self._metrics is None:
+        """A step, with load and MaxVio from the routed tokens of the whole global batch.
+
+        `max_vio` is that of the batch, `max_vio_window` that of the last `WINDOW` batches together; both are means over the
+        layers.
+
+        Args:
+            counts_LE: None for a step whose update was skipped, because something was not finite; the row says so.
+        """
+        if not self._main:
             return
-        row = self._metrics.training_row(row, counts_LE)
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
         text = f"loss {loss}, {row['tokens_per_s']:,.0f} tokens/s"
-        text += ", update skipped: not finite" if row.get("skipped") else f", MaxVio {row['max_vio']:.2f}"
+        if counts_LE is None:
+            row["skipped"] = True
+            text += ", update skipped: not finite"
+        else:
+            row["max_vio"] = round(max_violation(counts_LE).mean().item(), 5)
+            row["load"] = rounded(counts_LE / counts_LE.sum(-1, keepdim=True))
+            self._recent.append(torch.tensor(row["load"]))
+            row["max_vio_window"] = round(max_violation(torch.stack(list(self._recent)).mean(0)).mean().item(), 5)
+            text += f", MaxVio {row['max_vio']:.2f}"
         if self.verbose:
             norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
             text += f", gradient norm {norm}, learning rate {row['lr']:.2e}, {row['mfu']:.1%} of peak FLOP/s"
+        self.row(**row)
         self._bar.show(row["step"], text, line=self.verbose)
 
     def row(self, step: int, **values: object) -> None:
-        """A row of metrics: an evaluation, or an `event` such as a restart."""
-        if self._metrics is not None:
-            self._metrics.row({"step": step, **values})
+        """A row of metrics: of training, an evaluation (see `inference.held_out`), or an `event` such as a restart."""
+        if not self._main:
+            return
+        row = {"step": step, **values, "time": round(time.time(), 3)}
+        self._file.append(json.dumps(row).encode() + b"\n")
+        if self._board:
+            self._board.show(row)
+        for feed in self._feeds:
+            feed.show(row)
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
-        if self._metrics is not None:
-            self._metrics.samples(step, texts)
+        """Adds a row to `samples.jsonl` for each prompt: step, prompt, text (the prompt included); none on a full disk."""
+        if not self._main:
+            return
+        rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts.items()]
+        file = AppendedFile(self._samples)
+        file.append("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.close()
+        if self._board:
+            for row in rows:
+                self._board.show_sample(row)
 
     def fit(self, steps: int) -> None:
         """Sets the run's number of steps from now on."""
@@ -64,5 +128,9 @@ class RunLog:
 
     def close(self) -> None:
         self.close_bar()
-        if self._metrics is not None:
-            self._metrics.close()
+        if self._main:
+            self._file.close()
+            if self._board:
+                self._board.close()
+            for feed in self._feeds:
+                feed.close()

@@ -4,12 +4,11 @@ Everything comes from the runs' folders, so that it works from any host that see
 another host that has ended without a word is told by its silence.
 """
 
-import argparse
 import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -126,11 +125,10 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
         return f"failed: {why or 'see its output'}{again}"
     if state["state"] != "running":
         return state["state"] + again
-    if state["system"] == system_name():
-        if process_state(state["pid"]) in "ZX":
-            return f"failed: {why or 'its process is gone'}{again}"
-        return f"running on {where}{again}"
-    if is_silent:
+    here = state["system"] == system_name()
+    if here and process_state(state["pid"]) in "ZX":
+        return f"failed: {why or 'its process is gone'}{again}"
+    if is_silent and not here:
         return f"silent for {_duration(silent)} on {where}{again}"
     return f"running on {where}{again}"
 
@@ -140,8 +138,7 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open("rb") as file:
-        file.seek(0, 2)
-        size = file.tell()
+        size = file.seek(0, 2)
         file.seek(max(0, size - TAIL))
         lines = file.read().splitlines()
     rows = []
@@ -155,35 +152,30 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
 
 def table(found: Iterable[Run]) -> str:
     """One line for each run, as wide as the terminal where there is one."""
-    lines = [("run", "state", "step", "loss", "tokens/s", "started", "left")]
+    lines: list[tuple[str, ...]] = [("run", "state", "step", "loss", "tokens/s", "started", "left")]
     for run in found:
+        step = f"{run.step:,} of {run.steps:,}" if run.steps else ""
+        loss = "" if run.loss is None else f"{run.loss:.4f}"
+        speed = "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}"
         started = datetime.fromtimestamp(run.started).strftime("%Y-%m-%d %H:%M") if run.started else ""
-        lines.append(
-            (
-                run.name,
-                run.state,
-                f"{run.step:,} of {run.steps:,}" if run.steps else "",
-                "" if run.loss is None else f"{run.loss:.4f}",
-                "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
-                started,
-                "" if run.left is None else _duration(run.left),
-            )
-        )
+        left = "" if run.left is None else _duration(run.left)
+        lines.append((run.name, run.state, step, loss, speed, started, left))
     if len(lines) == 1:
         return "no runs here"
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    numbers = {"step", "loss", "tokens/s", "left"}
-    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else sum(widths) + 2 * len(widths)
-    widths[1] = max(10, min(widths[1], wide - sum(widths) + widths[1] - 2 * len(widths)))
-    shown = []
-    for line in lines:
-        cells = [line[0], line[1] if len(line[1]) <= widths[1] else line[1][: widths[1] - 3] + "...", *line[2:]]
-        aligned = [
-            cell.rjust(width) if name in numbers else cell.ljust(width)
-            for cell, width, name in zip(cells, widths, lines[0], strict=True)
-        ]
-        shown.append("  ".join(aligned).rstrip())
-    return "\n".join(shown)
+    if sys.stdout.isatty():
+        name_width, _, *widths = (max(map(len, column)) + 2 for column in zip(*lines, strict=True))
+        most = max(10, shutil.get_terminal_size().columns - name_width - sum(widths) - 2)
+        lines = [(n, s if len(s) <= most else s[: most - 3] + "...", *rest) for n, s, *rest in lines]
+    return _aligned(lines, right={"step", "loss", "tokens/s", "left"})
+
+
+def _aligned(lines: list[tuple[str, ...]], right: Container[str] = ()) -> str:
+    """Cells in columns; those with a head in `right` end together, others begin together."""
+    columns = []
+    for head, *cells in zip(*lines, strict=True):
+        width = max(map(len, (head, *cells)))
+        columns.append([cell.rjust(width) if head in right else cell.ljust(width) for cell in (head, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def _parse_diff(args: list[str]) -> tuple[Path, Path]:
@@ -193,7 +185,7 @@ def _parse_diff(args: list[str]) -> tuple[Path, Path]:
         example="smolds runs diff runs/first runs/second",
     )
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="a run's folder (runs/NAME)")
-    options: argparse.Namespace = parser.parse_args(args)
+    options = parser.parse_args(args)
     for run in options.runs:
         if not (run / "config.yaml").is_file():
             raise ConfigError(f"{run} holds no run; name a run's folder, such as runs/NAME.")
@@ -209,10 +201,7 @@ def difference(first: Path, second: Path) -> str:
         values = [next((row[name] for row in reversed(part) if row.get(name) is not None), None) for part in rows]
         if values != [None, None]:
             lines.append((name, *(_short(value) for value in values)))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return _aligned(lines)
 
 
 def settings_that_differ(found: list[Path]) -> list[tuple[str, ...]]:

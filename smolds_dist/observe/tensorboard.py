@@ -24,7 +24,7 @@ from torch.utils.tensorboard.summary import custom_scalars, histogram, histogram
 
 from smolds_dist.files import AppendedFile
 from smolds_dist.observe.curves import curves_of, first_mixture
-from smolds_dist.observe.rows import is_kept
+from smolds_dist.observe.rows import is_kept, read_rows
 
 PIXELS = 12  # of a heatmap's cell
 LARGEST_CELLS = 4096  # of a heatmap; beyond, it is left out
@@ -53,8 +53,7 @@ class Board:
         experiment, start, self._end = hparams(_settings(config), dict.fromkeys(FINAL, 0.0))
         self._add(experiment, purge_step - 1)
         self._add(start, purge_step - 1)
-        self._last_step = config["train"]["steps"]
-        self._first_mixture = first_mixture(config)
+        self._config = config
 
     def show(self, row: dict) -> None:
         """Adds a row of `metrics.jsonl`."""
@@ -63,10 +62,12 @@ class Board:
             name = "environment" if row["event"] == "start" else "events"
             self._add(text(name, _as_yaml(row)), step, when)
             return
-        self._scalars(curves_of(row, self._last_step, self._first_mixture), step, when)
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in curves_of(row, self._config).items()]
+        if points:
+            self._add(Summary(value=points), step, when)
         if "loss" in row and is_kept(step, digits=1):
             self._pictures(row, step, when)
-        if "loss" in row and step == self._last_step:
+        if "loss" in row and step == self._config["train"]["steps"]:
             self._add(self._end, step, when)
 
     def show_sample(self, row: dict) -> None:
@@ -77,15 +78,11 @@ class Board:
         load_LE = torch.tensor(row.get("load", ()))
         if 0 < load_LE.numel() <= LARGEST_CELLS:
             self._add(image("balance/load", heatmap(load_LE), dataformats="CHW"), step, when)
-        for layer, biases in enumerate(row.get("bias", ()), self._first_mixture):
+        first = first_mixture(self._config)
+        for layer, biases in enumerate(row.get("bias", ()), first):
             self._add(histogram(f"selection_bias/layer_{layer:02}", torch.tensor(biases).numpy(), "auto"), step, when)
-        for layer, counts in enumerate(row.get("router_histogram", ()), self._first_mixture):
+        for layer, counts in enumerate(row.get("router_histogram", ()), first):
             self._add(_histogram(f"router_probability/layer_{layer:02}", counts), step, when)
-
-    def _scalars(self, values: dict[str, float], step: int, when: float | None) -> None:
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        if points:
-            self._add(Summary(value=points), step, when)
 
     def _add(self, summary: Summary, step: int, when: float | None = None) -> None:
         self._write(Event(wall_time=when or time.time(), step=step, summary=summary))
@@ -175,15 +172,15 @@ def _histogram(tag: str, counts: list[float]) -> Summary:
     return histogram_raw(tag, 0.0, 1.0, total, first, second, [(i + 1) * width for i in range(len(counts))], counts)
 
 
-def rebuild(run: Path, metrics: list[dict], samples: list[dict]) -> Path:
+def rebuild(run: Path) -> Path:
     """Writes a run's event files anew from its rows, in place of those that are there; returns the folder."""
     folder = run / "tensorboard"
     for old in folder.glob("*tfevents*"):
         old.unlink()
     board = Board(folder, 1, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-    for row in metrics:
+    for row in read_rows(run / "metrics.jsonl"):
         board.show(row)
-    for row in samples:
+    for row in read_rows(run / "samples.jsonl"):
         board.show_sample(row)
     board.close()
     return folder

@@ -12,13 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from smolds_dist.errors import first_line
 from smolds_dist.files import replace_text
 from smolds_dist.launching.state import read_state
-from smolds_dist.observe.curves import curves_of, first_mixture
+from smolds_dist.observe.curves import curves_of
 
 PROJECT = "smolds"  # unless the tracker's own variable of the environment names one
 NOTES = "trackers.json"
@@ -26,19 +26,21 @@ CLOSE_SECONDS = 60.0  # that a tracker may take for the last rows, when the run 
 _writing = threading.Lock()
 
 
-class Tracker(Protocol):
-    """One run at a tracker."""
+class Tracker:
+    """One run at a tracker, as wandb and trackio have it."""
+
+    _run: Any
 
     def log(self, points: dict[str, float], step: int, when: float) -> None:
         """Adds a point to each of the named curves; `when` in seconds since 1970."""
-        ...
+        self._run.log(points, step=step)
 
     def close(self) -> None:
         """Waits until everything has been taken."""
-        ...
+        self._run.finish()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """WANDB_PROJECT, WANDB_MODE=offline and the other variables work as everywhere; files are kept in the run's folder."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
@@ -51,14 +53,8 @@ class WeightsAndBiases:
             resume="allow", config=config, settings=quiet,
         )  # fmt: skip
 
-    def log(self, points: dict[str, float], step: int, when: float) -> None:
-        self._run.log(points, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class MLflow:
+class MLflow(Tracker):
     """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME count; without the first, all runs of a folder share its mlflow.db."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
@@ -90,7 +86,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-class Trackio:
+class Trackio(Tracker):
     """TRACKIO_PROJECT and TRACKIO_SPACE_ID count; without the second, runs are kept on this machine (TRACKIO_DIR)."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
@@ -102,18 +98,8 @@ class Trackio:
             space_id=os.environ.get("TRACKIO_SPACE_ID"), embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
-    def log(self, points: dict[str, float], step: int, when: float) -> None:
-        self._run.log(points, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-CLASSES: dict[str, Callable[[Path, dict, dict], Tracker]] = {
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
-    "trackio": Trackio,
-}
+CLASSES: dict[str, Callable[..., Tracker]] = {"wandb": WeightsAndBiases, "mlflow": MLflow, "trackio": Trackio}
 
 
 class Feed:
@@ -125,8 +111,6 @@ class Feed:
 
     def __init__(self, name: str, run_dir: Path, config: dict, rows: Iterable[dict]):
         self.name, self._run_dir, self._config = name, run_dir, config
-        self._last_step = config["train"]["steps"]
-        self._first_mixture = first_mixture(config)
         self._waiting: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         for row in rows:
             self._waiting.put(row)
@@ -150,12 +134,14 @@ class Feed:
             tracker = CLASSES[self.name](self._run_dir, self._config, note)
             for row in iter(self._waiting.get, None):
                 kind = next(name for name in ("val_loss", "tasks", "step") if name in row)
-                points = curves_of(row, self._last_step, self._first_mixture)
+                points = curves_of(row, self._config)
                 if not points or row["step"] <= note.get(kind, 0):
                     continue
                 tracker.log(points, row["step"], row["time"])
                 note[kind] = row["step"]
-                self._write_note(note)
+                with _writing:
+                    notes = read_state(self._run_dir, NOTES) | {self.name: note}
+                    replace_text(self._run_dir / NOTES, json.dumps(notes))
             tracker.close()
         except Exception as error:  # whatever a client or its server does wrong
             self._say(f"has failed ({first_line(error)})")
@@ -163,8 +149,3 @@ class Feed:
     def _say(self, what: str) -> None:
         later = f"`smolds report --send {self.name} {self._run_dir}` fills it up"
         print(f"\nsmolds: {self.name} {what}; training goes on, and {later}.", file=sys.stderr, flush=True)
-
-    def _write_note(self, note: dict) -> None:
-        with _writing:
-            notes = read_state(self._run_dir, NOTES) | {self.name: note}
-            replace_text(self._run_dir / NOTES, json.dumps(notes))
