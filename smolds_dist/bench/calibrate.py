@@ -13,8 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import yaml
 
+from smolds_dist.bench.contenders import Task
+from smolds_dist.bench.train import processor, take_turn
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import Hardware, parse_hardware
 from smolds_dist.costs.layout import Layout
@@ -45,21 +48,20 @@ def calibrate(path: Path) -> None:
 
 def measure_machine() -> dict[str, Any]:
     """The entry, as plain values."""
-    import torch
-
     from smolds_dist.parallel.topology import available_cores, detect_machine
     from smolds_dist.training.build import package_versions
     from smolds_dist.training.clock import matrix_product_peak
 
     here = detect_machine()
     device = torch.device(here.devices[0])
-    peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in _dtypes().items()}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in dtypes.items()}
     _say("memory")
     bandwidth = memory_bandwidth(device)
     _say("links")
     latency, link = _link(device.type, here.device_count)
     entry: dict[str, Any] = {
-        "name": _name(device.type),
+        "name": torch.cuda.get_device_name(0) if device.type == "cuda" else processor(),
         "device": device.type,
         "peak": {name: float(f"{peak:.3g}") for name, peak in peaks.items()},
         "memory": float(here.memory or 0),
@@ -80,7 +82,7 @@ def measure_machine() -> dict[str, Any]:
     steps = []
     for number, size in enumerate(SIZES):
         _say(f"steps of model {number + 1} of {len(SIZES)}")
-        steps.append(measure_step(size, settings=("--parallel.engine=deepspeed",)))
+        steps.append(measure_step(size))
     entry["process"] = float(f"{steps[0][1] - _state(SIZES[0]):.3g}")
     entry["utilisation"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
     return entry
@@ -120,27 +122,12 @@ def measure_step(
     size: dict[str, int], ranks: int = 1, settings: tuple[str, ...] = (), dtype: str = "fp32", steps: int = STEPS
 ) -> tuple[list[float], int]:
     """Seconds of `steps` steps, and the peak of memory, of `ranks` processes, tokens spread evenly over the experts."""
-    from smolds_dist.bench.contenders import Task
-    from smolds_dist.bench.train import take_turn
-
-    given = [f"--model.{name}={value}" for name, value in size.items()]
-    given += [
-        f"--data.seq_len={SEQ_LEN}", "--parallel.engine=deepspeed", "--model.force_uniform_routing=true", *settings,
-    ]  # fmt: skip
-    config = load_config(["--preset", "debug", *given], benchmark=True)
-    import torch
-
+    given = (
+        *settings_of(size), f"--data.seq_len={SEQ_LEN}", "--parallel.engine=deepspeed",
+        "--model.force_uniform_routing=true", *settings,
+    )  # fmt: skip
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    task = Task(
-        "smolds",
-        "debug",
-        config.model.vocab_size or 0,
-        SEQUENCES // ranks,
-        SEQ_LEN,
-        dtype,
-        device,
-        settings=tuple(given),
-    )
+    task = Task("smolds", "debug", size["vocab_size"], SEQUENCES // ranks, SEQ_LEN, dtype, device, settings=given)
     answer = take_turn(task, steps, ranks)
     return answer["seconds"], answer["memory"]
 
@@ -153,16 +140,8 @@ def _state(size: dict[str, int]) -> float:
     return rank_memory(model_of(size), layout, 0.0).total
 
 
-def _dtypes() -> dict[str, Any]:
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def memory_bandwidth(device: Any) -> float:
     """Bytes read and written per second by a copy of 256 MB, or by adding two such tensors, whichever has more."""
-    import torch
-
     first, second = (torch.ones(64_000_000, device=device) for _ in range(2))
     target = torch.empty_like(first)
 
@@ -188,16 +167,6 @@ def _link(device: str, devices: int) -> tuple[float, float]:
     if found is None:
         raise ConfigError(f"the link between two ranks cannot be measured ({error}); see `smolds doctor`.")
     return found["latency"], found["bandwidth"]
-
-
-def _name(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(0)
-    from smolds_dist.bench.train import processor
-
-    return processor()
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,6 @@ from torch import Tensor, nn
 
 from smolds_dist.config import load_config
 from smolds_dist.settings import Model, RunConfig
-
-if TYPE_CHECKING:
-    from smolds_dist.parallel.balancer import Balancer
-    from smolds_dist.parallel.engine import Engine
-    from smolds_dist.parallel.topology import Topology
 
 
 @dataclass
@@ -130,8 +125,9 @@ def repeat(gate: Gate, step: Callable[[], object]) -> None:
         gate.after()
 
 
-def smolds_engine(task: Task) -> "tuple[Engine, Balancer, Topology]":
-    """Our model in its engine, plain PyTorch in one process, DeepSpeed with sharded experts in several; its balancer."""
+def smolds_engine(task: Task) -> tuple[Any, Any, Any]:
+    """Our model in its engine, plain PyTorch in one process, DeepSpeed with sharded experts in several; its balancer, and
+    its topology."""
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.make_engine import make_engine
@@ -194,10 +190,9 @@ def plain_step(model: nn.Module, task: Task, precision: str, loss_of: Callable[[
     """Forward, backward, clip and AdamW, as one would write it down."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = task.batch()
-    device = task.device.partition(":")[0]
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "autocast"):
             loss = loss_of(ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -24,6 +24,7 @@ from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, check_at_least
+from smolds_dist.parallel.topology import available_cores
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -137,9 +138,8 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         peaks.append(matrix_product_peak(torch.device(task.device), dtype, 0.5, shapes))
         for name, (wanted, ranks) in chosen.items():
             say(f"round {number + 1} of {options.rounds}: {name}")
-            turns[name].append(
-                take_turn(wanted, options.steps, ranks, options.against if name == OTHER_COMMIT else None)
-            )
+            checkout = options.against if name == OTHER_COMMIT else None
+            turns[name].append(take_turn(wanted, options.steps, ranks, checkout))
     peak = median(peaks)
     flops = flops_per_token(model, task.seq_len)
     tokens = options.sequences * task.seq_len
@@ -168,11 +168,13 @@ def ways_of_smolds(task: Task, options: argparse.Namespace) -> dict[str, tuple[T
     if 1 in options.ranks:
         for optimizer in options.optimizers:
             own = replace(task, contender="smolds", settings=(*task.settings, f"--train.optimizer={optimizer}"))
-            name = {"adamw": "smolds", "muon": "smolds, Muon"}[optimizer]
-            if optimizer == "adamw" and not options.no_compile:
-                ways[f"{name}, compiled"] = replace(own, variant="compile"), 1
-            ways[name] = own, 1
-            if optimizer == "adamw" and options.against:
+            if optimizer == "muon":
+                ways["smolds, Muon"] = own, 1
+                continue
+            if not options.no_compile:
+                ways["smolds, compiled"] = replace(own, variant="compile"), 1
+            ways["smolds"] = own, 1
+            if options.against:
                 ways[OTHER_COMMIT] = own, 1
     for ranks in options.ranks:
         if ranks > 1:
@@ -230,24 +232,16 @@ def take_turn(
         ConfigError: where it fails, with the last thing that it said.
     """
     usual = asdict(Task("", "", 0, 0, 0, "", ""))
-    told = {
-        name: value for name, value in asdict(task).items() if value != usual[name]
-    }  # an older commit may know no more
+    # An older commit may know no more.
+    told = {name: value for name, value in asdict(task).items() if value != usual[name]}
     command = [sys.executable, "-m", module, json.dumps(told)]
     environment = dict(os.environ)
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=checkout,  # where -m looks first
-    )
+        environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
+    # In the checkout, where -m looks first.
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, **pipes, text=True, env=environment, cwd=checkout)
     assert process.stdin and process.stdout and process.stderr
     said: list[str] = []
     errors = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
@@ -260,8 +254,7 @@ def take_turn(
             process.stdin.flush()
             line = process.stdout.readline()
             if not line:
-                errors.join(timeout=5)
-                raise ConfigError(f"{task.contender} {task.variant} failed: {said[-1].strip() if said else 'killed'}")
+                raise BrokenPipeError
         return json.loads(line)
     except BrokenPipeError:
         errors.join(timeout=5)

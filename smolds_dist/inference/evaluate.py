@@ -30,7 +30,8 @@ def evaluate_model(args: list[str]) -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _parser() -> OptionParser:
+def _parse(args: list[str]) -> tuple[Any, list[str]]:
+    """The command's own options, and the settings of the text."""
     parser = OptionParser(
         prog="smolds eval",
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
@@ -50,17 +51,10 @@ def _parser() -> OptionParser:
         "--num-fewshot", type=int, help="examples before each question; the task's own number where not given"
     )
     tasks.add_argument("--limit", type=int, help="questions of each task")
-    return parser
-
-
-def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """The command's own options, and the settings of the text."""
-    options, settings = _parser().parse_known_args(args)
+    options, settings = parser.parse_known_args(args)
     if options.max_tokens < 2 or options.batch_size < 1:
         raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
-    if not options.tasks and any(
-        given is not None for given in (options.include_path, options.num_fewshot, options.limit)
-    ):
+    if not options.tasks and (options.include_path, options.num_fewshot, options.limit) != (None, None, None):
         raise ConfigError(
             "--include-path, --num-fewshot and --limit belong to --tasks; name some tasks, or leave them out."
         )
@@ -74,10 +68,8 @@ def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[
     model, tokenizer = load_model(options.model, options.step)
     results, end_of_text = [], document_end(config.data, tokenizer)
     for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
-        begin = time.perf_counter()
-        loss, counted = mean_loss(
-            model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
-        )
+        begin, used = time.perf_counter(), ids[: options.max_tokens]
+        loss, counted = mean_loss(model, used, config.data.seq_len, options.batch_size, end_of_text)
         result = {
             "text": f"{source}{', held out' if held_out else ''}",
             "tokens": counted,
@@ -124,12 +116,8 @@ def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
     return config, not own
 
 
-# Of each source: its name, token ids, and how many bytes of text they stand for.
-Texts = Iterator[tuple[str, Any, int]]
-
-
-def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Texts:
-    """As the run holds it out; the caller uses so much of it."""
+def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[str, Any, int]]:
+    """Of each source its name, the tokens that the run holds out, and how many bytes of text these stand for."""
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.tokenizer import tokenizer_digest
 
@@ -140,8 +128,8 @@ def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Texts:
         yield config.data.mixed[name].source, source.held_out.tokens, source.held_out.bytes
 
 
-def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
-    """A source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
+def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
+    """The same of a source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
     import numpy as np
 
     from smolds_dist.data.source import files_of

@@ -68,7 +68,7 @@ def evaluate_tasks(
     from lm_eval.utils import make_table
 
     adapter = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch)
-    answer: Any = _ask(adapter, tasks, few_shot, limit)
+    answer = _ask(adapter, tasks, few_shot, limit)
     kept = {"harness": version("lm_eval")} | {key: answer[key] for key in KEPT if key in answer}
     return kept, make_table(answer)
 
@@ -111,12 +111,10 @@ def evaluate_live(
     with plain_regions():
         answer = _ask(adapter, tasks, settings.num_fewshot, settings.limit, bootstrap_iters=0)  # errors are not kept
     model.train()
-    if not answer:
-        return {}
-    measures = ((task, name, value) for task, found in answer["results"].items() for name, value in found.items())
     return {
         f"{task}/{name.removesuffix(',none')}": value
-        for task, name, value in measures
+        for task, found in (answer["results"] if answer else {}).items()
+        for name, value in found.items()
         if isinstance(value, float | int) and not isinstance(value, bool) and "," in name and "stderr" not in name
     }
 

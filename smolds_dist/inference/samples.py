@@ -1,13 +1,13 @@
 """Text from the model, while it trains and afterwards.
 
-Shape letters: B prompts, S tokens of the longest, V vocabulary.
+Shape letters: B prompts, S tokens of the longest.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.model.regions import plain_regions
 
@@ -50,8 +50,14 @@ def continue_prompts(
     longest = max(len(ids) for ids, _ in encoded)
     ids_BS = torch.tensor([[eos] * (longest - len(ids)) + ids for ids, _ in encoded], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in encoded], device=device)
-    first = FirstToken([allowed.to(device) for _, allowed in encoded], longest)
     vocabulary = model.config.vocab_size
+    everything = torch.arange(vocabulary, device=device)
+
+    def allowed(row: int, ids: Tensor) -> Any:
+        """Ids that a prompt's next token is chosen from."""
+        first = encoded[row][1]
+        return first if len(ids) == longest and len(first) else everything
+
     # The vocabulary may have rows that no token uses: an untrained model would sample them.
     unused = list(range(len(tokenizer), vocabulary))
     was_training = model.training
@@ -61,7 +67,7 @@ def continue_prompts(
         output = model.generate(
             ids_BS,
             attention_mask=mask_BS,
-            logits_processor=[first] if any(len(allowed) for allowed in first.allowed) else [],
+            prefix_allowed_tokens_fn=allowed if any(len(first) for _, first in encoded) else None,
             suppress_tokens=unused or None,
             do_sample=temperature > 0,
             temperature=temperature or None,
@@ -100,22 +106,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int],
             prompt = prompt[:-1]
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     return ids or [tokenizer.eos_token_id], first
-
-
-class FirstToken(LogitsProcessor):
-    """Takes each prompt's first new token from its `allowed`, where that names any."""
-
-    def __init__(self, allowed: list[Tensor], prompt_length: int):
-        self.allowed = allowed
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] of the next tokens."""
-        if input_ids.shape[1] > self.prompt_length:
-            return scores
-        scores = scores.clone()
-        for row, allowed in zip(scores, self.allowed, strict=True):
-            if len(allowed):
-                kept = row[allowed]
-                row.fill_(-torch.inf)[allowed] = kept
-        return scores

@@ -5,7 +5,6 @@ the model's size, until the result is checked: then a process without smolds loa
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -104,16 +103,11 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: what the run computed in")
     parser.add_argument("--quantise", choices=("q8_0",), help="with --format gguf: 8 bits for a matrix's number")
-    parser.add_argument(
-        "--max-shard-size",
-        default="1GB",
-        metavar="SIZE",
-        help="largest file, such as 500MB; also the memory this takes",
-    )
+    size = "largest file, such as 500MB; also the memory this takes"
+    parser.add_argument("--max-shard-size", default="1GB", metavar="SIZE", help=size)
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not load the result and compare")
-    parser.add_argument(
-        "--push", metavar="NAME", help="upload it to this repository of the Hub; HF_TOKEN says who you are"
-    )
+    push = "upload it to this repository of the Hub; HF_TOKEN says who you are"
+    parser.add_argument("--push", metavar="NAME", help=push)
     options = parser.parse_args(args)
     if options.quantise and options.format != "gguf":
         parser.error(f"--quantise {options.quantise} needs --format gguf")
@@ -206,7 +200,7 @@ def write(
     from transformers import GenerationConfig
 
     from smolds_dist.data.tokenizer import save_tokenizer
-    from smolds_dist.interchange.transformers_format import CLASSES, save_transformers_config, transformers_config
+    from smolds_dist.interchange.transformers_format import CLASSES, save_config, transformers_config
 
     written = config
     if kind == "transformers":
@@ -215,14 +209,12 @@ def write(
             written = transformers_config(config, biased)
         except ValueError as error:
             raise ConfigError(f"{str(error).rstrip('.')}; --format smolds keeps it as it is.") from None
-    written.architectures = [CLASSES.get(written.model_type, "DeepSeekV3ForCausalLM")]
-    written.dtype = DTYPES[dtype]
-    if kind == "transformers":
-        save_transformers_config(written, folder)
         tensors = _for_transformers(reader, config, written.model_type)
     else:
-        written.save_pretrained(folder)
         tensors = _for_smolds(reader, config)
+    written.architectures = [CLASSES.get(written.model_type, "DeepSeekV3ForCausalLM")]
+    written.dtype = DTYPES[dtype]
+    save_config(written, folder)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     GenerationConfig(**ends, do_sample=True, temperature=0.6, top_k=50).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
@@ -282,28 +274,22 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
     import torch
     from safetensors.torch import save_file
 
-    from smolds_dist.interchange.final_export import file_names
+    from smolds_dist.interchange.final_export import file_names, write_index
 
     def converted() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
             bias = name.endswith("e_score_correction_bias")
             yield name, (tensor if bias else tensor.to(getattr(torch, dtype))).contiguous()
 
-    files: list[Path] = []
-    place: dict[str, int] = {}
-    total = 0
+    sizes: list[dict[str, int]] = []
     for batch in by_bytes(converted(), file_bytes):
-        place |= dict.fromkeys(batch, len(files))
-        total += sum(tensor.nbytes for tensor in batch.values())
-        files.append(folder / f"unnamed-{len(files)}")
-        save_file(batch, files[-1], metadata={"format": "pt"})
-        files[-1].chmod(0o644)
-    names = file_names(len(files))
-    for file, final in zip(files, names, strict=True):
-        file.rename(folder / final)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[at] for name, at in place.items()}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        file = folder / f"unnamed-{len(sizes)}"
+        save_file(batch, file, metadata={"format": "pt"})
+        file.chmod(0o644)
+        sizes.append({name: tensor.nbytes for name, tensor in batch.items()})
+    for number, name in enumerate(file_names(len(sizes))):
+        (folder / f"unnamed-{number}").rename(folder / name)
+    write_index(folder, sizes)
 
 
 def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype: str) -> None:

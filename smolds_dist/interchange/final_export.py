@@ -97,11 +97,7 @@ def write_weights(
         for old in folder.glob("model*.safetensors*"):
             if old.name not in names:
                 old.unlink()
-        if len(files) > 1:
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            places = {name: file for some, file in zip(files, names, strict=True) for name in some}
-            index = {"metadata": {"total_size": total}, "weight_map": places}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(folder, [{name: tensor.nbytes for name, tensor in some.items()} for some in files])
 
 
 def file_names(count: int) -> list[str]:
@@ -109,6 +105,15 @@ def file_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, sizes: list[dict[str, int]]) -> None:
+    """Of several files, which has which tensors; `sizes` are the bytes of each file's tensors by name."""
+    if len(sizes) > 1:
+        total = sum(sum(some.values()) for some in sizes)
+        places = {name: file for some, file in zip(sizes, file_names(len(sizes)), strict=True) for name in some}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ R latent rank.
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +81,13 @@ class Part(NamedTuple):
 
 def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config) -> Iterator[Part]:
     """Every tensor of the file, none of them read yet."""
-    N, D, E = config.num_attention_heads, config.qk_nope_head_dim, config.num_experts
+    N, D, R, E = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, config.num_experts
+    # llama.cpp turns the same pairs as the classes that it has its architectures from.
+    kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
+
+    def whole(name: str) -> Tensor:
+        return reader.whole(name, "value")
+
     for name, shape in reader.manifest.tensors.items():
         block, module = _place(name)
         expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", module)
@@ -90,13 +95,19 @@ def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSe
             continue
         if expert:
             names = [name.replace(".experts.0.", f".experts.{number}.") for number in range(E)]
-            yield Part(f"{block}{_EXPERTS[expert[2]]}.weight", (E, *shape), partial(_stacked, reader, names))
+            yield Part(
+                f"{block}{_EXPERTS[expert[2]]}.weight",
+                (E, *shape),
+                lambda names=names: torch.stack([whole(one) for one in names]),
+            )
         elif module == "self_attn.kv_b_proj":
-            width, rank = shape[0] // N - D, shape[1]
-            yield Part(f"{block}attn_k_b.weight", (N, rank, D), partial(_latent_keys, reader, name, config))
-            yield Part(f"{block}attn_v_b.weight", (N, width, rank), partial(_latent_values, reader, name, config))
+            # What makes keys, of which D are not turned, and values of a latent vector [R].
+            keys, values = f"{block}attn_k_b.weight", f"{block}attn_v_b.weight"
+            yield Part(keys, (N, R, D), lambda name=name: whole(name).view(N, -1, R)[:, :D].transpose(1, 2))
+            yield Part(values, (N, shape[0] // N - D, R), lambda name=name: whole(name).view(N, -1, R)[:, D:])
         else:
-            yield Part(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(_turned, reader, name, config))
+            load = lambda name=name: turned_in_pairs(name, whole(name), config, kind)  # noqa: E731
+            yield Part(f"{block}{_NAMES[module]}.weight", tuple(shape), load)
     for name, bias in biases.items():
         yield Part(f"{_place(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
 
@@ -106,30 +117,6 @@ def _place(name: str) -> tuple[str, str]:
     match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*?)\.(?:weight|e_score_correction_bias)", name)
     assert match
     return (f"blk.{match[1]}." if match[1] else ""), match[2]
-
-
-def _stacked(reader: CheckpointReader, names: list[str]) -> Tensor:
-    """[E, I, H] or [E, H, I]."""
-    return torch.stack([reader.whole(name, "value") for name in names])
-
-
-def _latent_keys(reader: CheckpointReader, name: str, config: DeepSeekV3Config) -> Tensor:
-    """What makes keys of a latent vector [N, R, D], D being the part that is not turned."""
-    heads = reader.whole(name, "value").view(config.num_attention_heads, -1, config.kv_lora_rank)
-    return heads[:, : config.qk_nope_head_dim].transpose(1, 2)
-
-
-def _latent_values(reader: CheckpointReader, name: str, config: DeepSeekV3Config) -> Tensor:
-    """What makes values of a latent vector [N, D, R]."""
-    heads = reader.whole(name, "value").view(config.num_attention_heads, -1, config.kv_lora_rank)
-    return heads[:, config.qk_nope_head_dim :]
-
-
-def _turned(reader: CheckpointReader, name: str, config: DeepSeekV3Config) -> Tensor:
-    """A tensor in the row order of the file: llama.cpp turns the same pairs as the classes that it has these architectures
-    from."""
-    kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
-    return turned_in_pairs(name, reader.whole(name, "value"), config, kind)
 
 
 def kind_of(part: Part, plain: Kind, quantise: Kind | None) -> Kind:

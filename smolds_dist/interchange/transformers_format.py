@@ -40,16 +40,8 @@ _SHARED_FIELDS = (
 _YARN_FIELDS = (
     "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate"
 ).split()
-_GQA = {
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "num_experts_per_tok": "num_experts_per_tok",
-}
-_DENSE_FIRST = (
-    "ernie4_5_moe",
-    "qwen3_moe",
-    "deepseek_v3",
-)  # whose first layers may be dense; `intermediate_size` is theirs
+_GQA = {name: name for name in ("num_key_value_heads", "head_dim", "num_experts_per_tok")}
+_DENSE_FIRST = ("ernie4_5_moe", "qwen3_moe", "deepseek_v3")  # layers may be; `intermediate_size` is theirs
 # Of each kind of model, its names of our fields.
 _FIELDS: dict[str, dict[str, str]] = {
     "ernie4_5_moe": _GQA
@@ -137,16 +129,18 @@ def transformers_config(config: DeepSeekV3Config, biased: bool = True, kind: str
     return theirs
 
 
-def save_transformers_config(theirs: PreTrainedConfig, folder: Path) -> None:
-    """As `save_pretrained`, and also under the names that other readers know and transformers 5 has given up: YaRN's
-    settings, and the number of Qwen3's experts."""
-    theirs.save_pretrained(folder)
+def save_config(written: PreTrainedConfig, folder: Path) -> None:
+    """As `save_pretrained`; of transformers' own classes also under the names that other readers know and transformers 5
+    has given up: YaRN's settings, and the number of Qwen3's experts."""
+    written.save_pretrained(folder)
+    if written.model_type not in CLASSES:
+        return
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    if (rope := theirs.rope_parameters)["rope_type"] == "yarn":
+    if (rope := written.rope_parameters)["rope_type"] == "yarn":
         saved["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"} | {"type": "yarn"}
-    if theirs.model_type == "qwen3_moe":
-        saved["num_experts"] = theirs.num_experts
+    if written.model_type == "qwen3_moe":
+        saved["num_experts"] = written.num_experts
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -211,7 +205,8 @@ def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, their
     """The way back of `to_transformers`, from a model with the configuration `theirs`; stacked experts stay stacked. None: a
     tensor that changes nothing in what the model computes."""
     kind = theirs.model_type
-    if name.endswith("rotary_emb.inv_freq") or _layer(name) >= config.num_hidden_layers:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if name.endswith("rotary_emb.inv_freq") or (layer and int(layer[1]) >= config.num_hidden_layers):
         return None  # computed anew; layers after the last predict further tokens (DeepSeek-V3, section 2.2)
     pairs = kind == "ernie4_5_moe" or getattr(theirs, "rope_interleave", False)
     if pairs and (rotary := _rotary_rows(name, config, kind)):
@@ -225,11 +220,6 @@ def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, their
         for ours, called in _MIXTRAL.items():
             name = name.replace(f".{called}.weight", f".{ours}.weight")
     return name, tensor
-
-
-def _layer(name: str) -> int:
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
 
 
 def _rotary_rows(name: str, config: DeepSeekV3Config, kind: str) -> tuple[int, int] | None:
@@ -325,13 +315,3 @@ def _parts(theirs: Any) -> dict[str, Any]:
     if ours["first_k_dense_replace"]:
         ours["dense_intermediate_size"] = theirs.intermediate_size
     return ours
-
-
-def transformers_state_dict(state: dict[str, Tensor], config: DeepSeekV3Config) -> dict[str, Tensor]:
-    """Our parameters and selection biases, experts stacked, under the names of `transformers_config(config)`'s model."""
-    kind = model_type(config)
-    renamed = [to_transformers(name, tensor, config, kind) for name, tensor in state.items()]
-    return {
-        name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): tensor
-        for name, tensor in (one for one in renamed if one is not None)
-    }

@@ -23,6 +23,11 @@ from smolds_dist.settings import Model
 # are chosen have nearly equal weights, and the balancer can move every choice from the first step on.
 LOGITS = 0.1
 CHANGED = ("num_experts", "num_experts_per_tok", "scoring_func")  # what of a dense model's settings becomes another
+OPTIONS = {
+    "granularity": (1, "G", "cut each copy of a dense layer into G experts"),
+    "noise": (0.0, "SHARE", "add noise to the experts' weights, as a share of their standard deviation"),
+    "drop": (0.0, "SHARE", "draw this share of each expert's columns anew, such as 0.5"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Upcycling:
 
 def check_options(given: Any) -> None:
     """Refuses what only `--upcycle` listens to without it."""
-    for name, unset in (("granularity", 1), ("noise", 0.0), ("drop", 0.0)):
+    for name, (unset, *_) in OPTIONS.items():
         if not given.upcycle and getattr(given, f"upcycle_{name}") != unset:
             raise ConfigError(f"--upcycle-{name} needs --upcycle; add it, or leave --upcycle-{name} out.")
 
@@ -129,20 +134,5 @@ def add_options(parser: Any) -> None:
         action="store_true",
         help="make a mixture of experts of a dense model; --model.num_experts and --model.num_experts_per_tok say which",
     )
-    parser.add_argument(
-        "--upcycle-granularity", type=int, default=1, metavar="G", help="cut each copy of a dense layer into G experts"
-    )
-    parser.add_argument(
-        "--upcycle-noise",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="add noise to the experts' weights, as a share of their standard deviation",
-    )
-    parser.add_argument(
-        "--upcycle-drop",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="draw this share of each expert's columns anew, such as 0.5",
-    )
+    for name, (default, metavar, text) in OPTIONS.items():
+        parser.add_argument(f"--upcycle-{name}", type=type(default), default=default, metavar=metavar, help=text)

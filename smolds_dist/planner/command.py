@@ -55,9 +55,8 @@ def plan(args: list[str]) -> None:
     if loads and best.layout.world > MOST_SIMULATED:
         print(f"\nnot simulated: more than {MOST_SIMULATED:,} ranks")
     elif loads:
-        simulated = simulate_step(
-            with_vocabulary(config), best.layout, machine, _fit(loads, config), options.straggling
-        )
+        fitted = _fit(loads, config)
+        simulated = simulate_step(with_vocabulary(config), best.layout, machine, fitted, options.straggling)
         print(
             f"\nsimulated with the loads of {options.loads}: {simulated.seconds:,.3f} s a step, the ranks wait "
             f"{sum(simulated.waiting) / len(simulated.waiting) / simulated.seconds:.1%} of it for each other"
@@ -124,18 +123,16 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
 
 def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> list[Candidate]:
     """For every other expert-parallel size and ZeRO stage the best that fits, or else the one that comes closest."""
-    groups: dict[tuple[int, int], list[Candidate]] = {}
-    for one in found:
-        groups.setdefault((one.layout.expert, one.layout.zero), []).append(one)
-    del groups[best.layout.expert, best.layout.zero]
-    chosen = []
-    for group in groups.values():
-        fitting = [one for one in group if fits(one, machine)]
-        if fitting:
-            chosen.append(max(fitting, key=lambda one: one.tokens_per_s))
-        else:
-            chosen.append(min(group, key=lambda one: one.memory.total))
-    return sorted(chosen, key=lambda one: (not fits(one, machine), -one.tokens_per_s))
+
+    def rank(one: Candidate) -> tuple[bool, float]:
+        fitting = fits(one, machine)
+        return not fitting, -one.tokens_per_s if fitting else one.memory.total
+
+    chosen: dict[tuple[int, int], Candidate] = {}
+    for one in sorted(found, key=rank):
+        chosen.setdefault((one.layout.expert, one.layout.zero), one)
+    del chosen[best.layout.expert, best.layout.zero]
+    return sorted(chosen.values(), key=lambda one: (not fits(one, machine), -one.tokens_per_s))
 
 
 def shares(time: StepTime) -> list[tuple[str, float]]:
