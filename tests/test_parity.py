@@ -25,7 +25,7 @@ def case(*options: str, expert: int | None = None, zero: int | None = None, dist
     return (*layout, *options), disturb
 
 
-CHECKPOINTING = "--train.activation_checkpointing=true"
+CHECKPOINTING = "--train.activation_checkpointing=full"
 LATENT = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
 MUON = "--train.optimizer=muon"
 BF16 = "--train.dtype=bf16"

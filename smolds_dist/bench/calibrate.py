@@ -6,7 +6,6 @@ the same code is there for CUDA, not tested.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,11 @@ import torch
 import yaml
 
 from smolds_dist.bench.contenders import Task
-from smolds_dist.bench.train import processor, take_turn
+from smolds_dist.bench.train import processor, say, take_turn
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import Hardware, parse_hardware
 from smolds_dist.costs.layout import Layout
+from smolds_dist.costs.memory import rank_memory
 from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.doctor_probes import measure_all_to_all
@@ -56,9 +56,9 @@ def measure_machine() -> dict[str, Any]:
     device = torch.device(here.devices[0])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in dtypes.items()}
-    _say("memory")
+    say("measuring memory")
     bandwidth = memory_bandwidth(device)
-    _say("links")
+    say("measuring links")
     latency, link = _link(device.type, here.device_count)
     entry: dict[str, Any] = {
         "name": torch.cuda.get_device_name(0) if device.type == "cuda" else processor(),
@@ -81,9 +81,10 @@ def measure_machine() -> dict[str, Any]:
     }
     steps = []
     for number, size in enumerate(SIZES):
-        _say(f"steps of model {number + 1} of {len(SIZES)}")
+        say(f"measuring steps of model {number + 1} of {len(SIZES)}")
         steps.append(measure_step(size))
-    entry["process"] = float(f"{steps[0][1] - _state(SIZES[0]):.3g}")
+    layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
+    entry["process"] = float(f"{steps[0][1] - rank_memory(model_of(SIZES[0]), layout).total:.3g}")
     entry["utilisation"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
     return entry
 
@@ -132,14 +133,6 @@ def measure_step(
     return answer["seconds"], answer["memory"]
 
 
-def _state(size: dict[str, int]) -> float:
-    """Bytes that a small model's training holds, to tell them from the process's own."""
-    from smolds_dist.costs.memory import rank_memory
-
-    layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
-    return rank_memory(model_of(size), layout, 0.0).total
-
-
 def memory_bandwidth(device: Any) -> float:
     """Bytes read and written per second by a copy of 256 MB, or by adding two such tensors, whichever has more."""
     first, second = (torch.ones(64_000_000, device=device) for _ in range(2))
@@ -167,7 +160,3 @@ def _link(device: str, devices: int) -> tuple[float, float]:
     if found is None:
         raise ConfigError(f"the link between two ranks cannot be measured ({error}); see `smolds doctor`.")
     return found["latency"], found["bandwidth"]
-
-
-def _say(text: str) -> None:
-    print(f"measuring {text}", file=sys.stderr, flush=True)

@@ -114,7 +114,6 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     import torch
 
     from smolds_dist.costs.flops import flops_per_token, largest_products
-    from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)
@@ -132,7 +131,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     peaks = []
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    model = DeepSeekV3Config(**task.model_settings())
+    model = task.model_config()
     shapes = largest_products(model, options.sequences * task.seq_len)
     for number in range(options.rounds):
         peaks.append(matrix_product_peak(torch.device(task.device), dtype, 0.5, shapes))

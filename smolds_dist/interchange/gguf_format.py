@@ -10,6 +10,7 @@ R latent rank.
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +86,17 @@ def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSe
     # llama.cpp turns the same pairs as the classes that it has its architectures from.
     kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
 
-    def whole(name: str) -> Tensor:
-        return reader.whole(name, "value")
+    def turned(name: str) -> Tensor:
+        return turned_in_pairs(name, reader.whole(name, "value"), config, kind)
+
+    def stacked(name: str) -> Tensor:
+        names = [name.replace(".experts.0.", f".experts.{number}.") for number in range(E)]
+        return torch.stack([reader.whole(one, "value") for one in names])
+
+    def latent(name: str, keys: bool) -> Tensor:
+        """What makes keys, of which D are not turned, or values of a latent vector [R]."""
+        heads = reader.whole(name, "value").view(N, -1, R)
+        return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
     for name, shape in reader.manifest.tensors.items():
         block, module = _place(name)
@@ -94,20 +104,12 @@ def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSe
         if expert and expert[1] != "0":
             continue
         if expert:
-            names = [name.replace(".experts.0.", f".experts.{number}.") for number in range(E)]
-            yield Part(
-                f"{block}{_EXPERTS[expert[2]]}.weight",
-                (E, *shape),
-                lambda names=names: torch.stack([whole(one) for one in names]),
-            )
+            yield Part(f"{block}{_EXPERTS[expert[2]]}.weight", (E, *shape), partial(stacked, name))
         elif module == "self_attn.kv_b_proj":
-            # What makes keys, of which D are not turned, and values of a latent vector [R].
-            keys, values = f"{block}attn_k_b.weight", f"{block}attn_v_b.weight"
-            yield Part(keys, (N, R, D), lambda name=name: whole(name).view(N, -1, R)[:, :D].transpose(1, 2))
-            yield Part(values, (N, shape[0] // N - D, R), lambda name=name: whole(name).view(N, -1, R)[:, D:])
+            yield Part(f"{block}attn_k_b.weight", (N, R, D), partial(latent, name, keys=True))
+            yield Part(f"{block}attn_v_b.weight", (N, shape[0] // N - D, R), partial(latent, name, keys=False))
         else:
-            load = lambda name=name: turned_in_pairs(name, whole(name), config, kind)  # noqa: E731
-            yield Part(f"{block}{_NAMES[module]}.weight", tuple(shape), load)
+            yield Part(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(turned, name))
     for name, bias in biases.items():
         yield Part(f"{_place(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
 
@@ -151,11 +153,11 @@ def write_gguf(
     Raises:
         ConfigError: where llama.cpp has no architecture, or no tokenizer, that does the same; nothing is written then.
     """
-    architecture = llama_architecture(config)
-    values = hyperparameters(config)
+    architecture, values = llama_architecture(config), hyperparameters(config)
     words = vocabulary(tokenizer, config.vocab_size)
     plain, quantised = KINDS[dtype], KINDS[quantise] if quantise else None
-    kinds = {part.name: kind_of(part, plain, quantised) for part in parts(reader, biases, config)}
+    every = list(parts(reader, biases, config))
+    kinds = {part.name: kind_of(part, plain, quantised) for part in every}
 
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -165,19 +167,19 @@ def write_gguf(
         for key, value in values.items():
             writer.add_key_value(f"{architecture}.{key}", value, _TYPES[type(value)])
         write_vocabulary(words, tokenizer, writer)
-        for part in parts(reader, biases, config):
+        for part in every:
             block, size = gguf.GGML_QUANT_SIZES[kinds[part.name]]
             nbytes = math.prod(part.shape) // block * size
             writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), nbytes, kinds[part.name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for part in parts(reader, biases, config):
+        for part in every:
             writer.write_tensor_data(gguf.quantize(part.load().contiguous().numpy(), kinds[part.name]))
     finally:
         writer.close()
     if check:
-        check_gguf(path, words, tokenizer, parts(reader, biases, config), kinds)
+        check_gguf(path, words, tokenizer, every, kinds)
 
 
 def check_gguf(
@@ -197,9 +199,8 @@ def check_gguf(
     check_vocabulary(words._replace(tokens=tokens, merges=merges), tokenizer)
     found = {tensor.name: tensor for tensor in file.tensors}
     for part in expected:
-        tensor, values = found.pop(part.name), part.load()
+        tensor, values, kind = found.pop(part.name), part.load(), kinds[part.name]
         theirs = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view(part.shape)
-        kind = kinds[part.name]
         if kind == Kind.BF16:
             values = values.bfloat16().float()
         difference, slack = (theirs - values).abs(), torch.zeros(())

@@ -169,7 +169,7 @@ def write_checkpoint(
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
-    from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
+    from smolds_dist.parallel.topology import detect_machine, plan_topology
 
     ours = DeepSeekV3Config(**config.model.architecture())
     with torch.device("meta"):
@@ -186,9 +186,8 @@ def write_checkpoint(
 
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
-
     files = write_parts(unfinished, checked(folder, given, config.model, shapes, biases, theirs), PART_BYTES)
-    topology: Topology = plan_topology(config, detect_machine(), RankInfo())
+    topology = plan_topology(config, detect_machine(), RankInfo())
     manifest = Manifest(
         **asdict(Progress()),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -85,21 +85,16 @@ def upcycled(tensors: Iterable[tuple[str, Tensor]], model: Model, how: Upcycling
     Args:
         model: the mixture's settings, `upcycled_model`.
     """
-    for layer in range(model.num_hidden_layers):
-        yield router_of(layer, model, how)
+    copies = model.num_experts // how.granularity
+    for layer in range(model.num_hidden_layers):  # its router [experts, H], the same row for all experts of a copy
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        rows = torch.randn(copies, model.hidden_size, generator=_chance(name, how)) * LOGITS / model.hidden_size**0.5
+        yield name, rows.repeat_interleave(how.granularity, 0)
     for name, tensor in tensors:
         if ".mlp.experts.0." in name:
             yield from _experts_of(name, tensor.float(), model, how)
         else:
             yield name, tensor
-
-
-def router_of(layer: int, model: Model, how: Upcycling) -> tuple[str, Tensor]:
-    """A layer's router [experts, H], the same row for all experts of a copy."""
-    name = f"model.layers.{layer}.mlp.gate.weight"
-    copies = model.num_experts // how.granularity
-    rows = torch.randn(copies, model.hidden_size, generator=_chance(name, how)) * LOGITS / model.hidden_size**0.5
-    return name, rows.repeat_interleave(how.granularity, 0)
 
 
 def _experts_of(name: str, tensor: Tensor, model: Model, how: Upcycling) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,9 @@ def plan(args: list[str]) -> None:
     per_node = options.devices_per_node or machine.per_node
     machine = machine.shared_by(per_node)
     loads = loads_of_run(options.loads) if options.loads else None
-    max_vio = _max_vio(loads) if loads else options.max_vio
+    max_vio = options.max_vio
+    if loads:  # the mean over layers of the fullest expert's excess
+        max_vio = sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
     found = list(candidates(config, machine, options.nodes, per_node, max_vio))
     ranking = best_first(found, machine)
     best = ranking[0]
@@ -179,11 +181,6 @@ def as_json(machine: Hardware, ranking: list[Candidate], run: RunTime, steps: in
     }
 
 
-def _max_vio(loads: list[list[float]]) -> float:
-    """The mean over layers of the fullest expert's excess."""
-    return sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
-
-
 def _fit(loads: list[list[float]], config: RunConfig) -> list[list[float]]:
     """Loads of a run for a model of another depth, its layers taken in turn.
 
@@ -204,15 +201,13 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         example="smolds plan --hardware h100 --nodes 8 -- --preset moe-7b-a1b",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--hardware", default="h100", help="a key of costs/hardware.yaml, or a file that --calibrate wrote"
-    )
+    hardware = "a key of costs/hardware.yaml, or a file that --calibrate wrote"
+    parser.add_argument("--hardware", default="h100", help=hardware)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--devices-per-node", type=int, help="the hardware's usual number where not given")
     parser.add_argument("--max-vio", type=float, default=0.1, help="the fullest expert's rows over the mean, minus 1")
-    parser.add_argument(
-        "--loads", type=Path, help="a run's folder, whose recorded loads replace --max-vio and are simulated"
-    )
+    loads = "a run's folder, whose recorded loads replace --max-vio and are simulated"
+    parser.add_argument("--loads", type=Path, help=loads)
     parser.add_argument("--straggling", type=float, default=0.0, help="of simulated ranks: deviation of their slowness")
     parser.add_argument("--target-tokens", type=float, help="train so many instead of --train.steps")
     parser.add_argument("--budget-gpu-hours", type=float, help="refuse a run that takes more")
