@@ -23,6 +23,7 @@ from typing import Any
 from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
+from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError, check_at_least
 from smolds_dist.parallel.topology import available_cores
 
@@ -33,24 +34,14 @@ LONGEST = 900  # seconds until an answer that does not come counts as a failure
 
 
 def bench(args: list[str]) -> None:
-    """`smolds bench NAME`."""
-    name, *options = args or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: smolds bench train [options]")
-        print("\nMeasures a step of training against transformers, DeepSpeed and others.")
-        print("\nexample: smolds bench train --preset debug")
-    elif name != "train":
-        raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
-    else:
-        bench_train(options)
-
-
-def bench_train(args: list[str]) -> None:
-    """Measures, prints a table and, with --json, writes all numbers.
+    """`smolds bench train`: measures, prints a table and, with --json, writes all numbers.
 
     Raises:
-        ConfigError: for options that are none.
+        ConfigError: for another benchmark, or options that are none.
     """
+    name, *args = args if args and args[0] not in ("-h", "--help") else ["train", "--help"]
+    if name != "train":
+        raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
     parser = bench_parser("smolds bench train", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     add_dtype(parser)
@@ -86,11 +77,10 @@ def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
 
     config = load_config(["--preset", options.preset, *settings], benchmark=True)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    trained = config.data.tokenizer_vocab_size if config.data.tokenizer == "train" else 49_152
+    vocabulary, length = with_vocabulary(config).vocab_size, config.data.seq_len
     return Task(
-        "", options.preset, config.model.vocab_size or trained, options.sequences, config.data.seq_len, options.dtype,
-        device, settings=tuple(settings),
-    )  # fmt: skip
+        "", options.preset, vocabulary, options.sequences, length, options.dtype, device, settings=tuple(settings)
+    )
 
 
 def describe_machine(task: Task) -> dict[str, Any]:

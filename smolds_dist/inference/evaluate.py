@@ -167,10 +167,13 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
     from smolds_dist.data.batch import by_document
 
     total, counted = 0.0, 0
-    for sequences in _batches(np.asarray(ids, dtype=np.int64), length, batch):
-        tokens = labels = torch.from_numpy(sequences)
-        positions: dict[str, Any] = {}
-        device = next(model.parameters()).device
+    device = next(model.parameters()).device
+    ids_S = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    whole = len(ids_S) // length * length
+    for tokens in (*ids_S[:whole].view(-1, length).split(batch), ids_S[None, whole:]):
+        if not len(tokens) or tokens.shape[1] < 2:
+            continue
+        labels, positions = tokens, {}
         if end_of_text is not None:
             apart, labels = by_document(tokens, end_of_text)
             positions["position_ids"] = apart.to(device)
@@ -180,12 +183,3 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
         predicted = int((labels[:, 1:] >= 0).sum())
         total, counted = total + loss * predicted, counted + predicted
     return total / counted, counted
-
-
-def _batches(ids: Any, length: int, batch: int) -> Iterator[Any]:
-    whole = len(ids) // length
-    for start in range(0, whole, batch):
-        end = min(whole, start + batch)
-        yield ids[start * length : end * length].reshape(-1, length)
-    if len(ids) - whole * length > 1:
-        yield ids[None, whole * length :]

@@ -50,11 +50,15 @@ def export(args: list[str]) -> None:
 
     folder = find_checkpoint(options.source, options.step)
     check_free(options.to)
-    if options.format == "gguf":
-        _export_gguf(folder, options)
-        return
+    if options.format == "gguf" and (options.to.suffix != ".gguf" or options.to.exists()):
+        raise ConfigError(
+            f"--to {options.to} is no new file that --format gguf could write; give one such as model.gguf."
+        )
     reader, config, tokenizer = open_model(folder)
-    dtype = _dtype(options, reader.manifest)
+    dtype = reader.manifest.topology["dtype"] if options.dtype == "auto" else options.dtype
+    if options.format == "gguf":
+        _export_gguf(folder, reader, config, tokenizer, dtype, options)
+        return
     with new_folder(options.to) as part:
         write(reader, config, tokenizer, part, options.format, dtype, options.max_shard_bytes)
         write_card(part, folder, reader.manifest, config, options.format)
@@ -65,25 +69,19 @@ def export(args: list[str]) -> None:
         push(options.to, options.push)
 
 
-def _export_gguf(folder: Path, options: argparse.Namespace) -> None:
+def _export_gguf(
+    folder: Path, reader: CheckpointReader, config: Any, tokenizer: Any, dtype: str, options: argparse.Namespace
+) -> None:
     from smolds_dist.interchange.gguf_format import modelfile, write_gguf
 
     to = options.to
-    if to.suffix != ".gguf" or to.exists():
-        raise ConfigError(f"--to {to} is no new file that --format gguf could write; give one such as model.gguf.")
-    reader, config, tokenizer = open_model(folder)
     description, text = modelfile(to)
     with new_file(to) as part:
         name, biases = folder.resolve().parent.parent.name, dict(_selection_biases(reader))
-        dtype = _dtype(options, reader.manifest)
         write_gguf(part, name, reader, biases, config, tokenizer, dtype, options.quantise, options.check)
     description.write_text(text, encoding="utf-8")
     read_back = ", which has been read back" if options.check else ""
     print(f"{folder} is in {to}{read_back}; {description} describes it to Ollama")
-
-
-def _dtype(options: argparse.Namespace, manifest: Manifest) -> str:
-    return options.dtype if options.dtype != "auto" else manifest.topology["dtype"]
 
 
 def _parse(args: list[str]) -> argparse.Namespace:

@@ -30,11 +30,6 @@ from smolds_dist.interchange.transformers_format import turned_in_pairs
 from smolds_dist.model import DeepSeekV3Config
 
 KINDS = {"fp32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
-_FILE_TYPES = {
-    Kind.F32: gguf.LlamaFileType.ALL_F32,
-    Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-}
 _TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 # Modules of a layer and of the whole model, as the file calls them.
 _NAMES = {
@@ -162,7 +157,8 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_name(name)
-        writer.add_file_type(_FILE_TYPES[quantised or plain])
+        most = quantised or plain
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if most == Kind.F32 else 'MOSTLY'}_{most.name}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in values.items():
             writer.add_key_value(f"{architecture}.{key}", value, _TYPES[type(value)])

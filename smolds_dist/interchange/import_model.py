@@ -176,17 +176,18 @@ def write_checkpoint(
         built = DeepSeekV3ForCausalLM(ours)
     shapes = tensor_shapes(built)
     biases = {name: tuple(b.shape) for name, b in built.named_buffers() if name.endswith("e_score_correction_bias")}
+    wanted = shapes | biases
 
     def theirs(name: str) -> str:
         """A logical tensor's name in the folder's files."""
-        if kind not in CLASSES or name not in shapes | biases:
+        if kind not in CLASSES or name not in wanted:
             return name
-        renamed = to_transformers(name, torch.empty((shapes | biases)[name], device="meta"), ours, kind)
+        renamed = to_transformers(name, torch.empty(wanted[name], device="meta"), ours, kind)
         return renamed[0] if renamed else name
 
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
-    files = write_parts(unfinished, checked(folder, given, config.model, shapes, biases, theirs), PART_BYTES)
+    files = write_parts(unfinished, checked(folder, given, config.model, wanted, theirs), PART_BYTES)
     topology = plan_topology(config, detect_machine(), RankInfo())
     manifest = Manifest(
         **asdict(Progress()),
@@ -208,38 +209,36 @@ def checked(
     folder: Path,
     given: Iterable[tuple[str, Any]],
     model: Model,
-    shapes: dict[str, tuple[int, ...]],
-    biases: dict[str, tuple[int, ...]],
+    wanted: dict[str, tuple[int, ...]],
     theirs: Callable[[str], str],
 ) -> Iterator[tuple[str, Any]]:
     """The tensors as a checkpoint has them, flat and in fp32, each of which has to be there once in its shape.
 
     Args:
-        shapes, biases: of the model's parameters and selection biases.
+        wanted: shapes of the model's parameters and selection biases.
         theirs: a logical tensor's name in the folder's files.
     """
     import torch
 
-    missing = dict(shapes | biases)
+    missing = dict(wanted)
     for name, tensor in given:
         if name == "lm_head.weight" and model.tie_word_embeddings:
             continue
-        if name not in missing and name in shapes | biases:
+        if name not in missing and name in wanted:
             raise ConfigError(f"{folder} holds {theirs(name)} twice; leave one of the files that do.")
         if tuple(tensor.shape) != missing.get(name):
-            wanted = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
+            other = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
             raise ConfigError(
-                f"{folder} has a tensor {theirs(name)} of shape {list(tensor.shape)}, {wanted}; it is another model."
+                f"{folder} has a tensor {theirs(name)} of shape {list(tensor.shape)}, {other}; it is another model."
             )
         if not tensor.isfinite().all():
             raise ConfigError(f"{folder} has numbers in {theirs(name)} that are not finite; get its file anew.")
         del missing[name]
         yield f"{name}:value:0", tensor.float().flatten().contiguous()
     # A model that was balanced in another way has no biases, and one with a single expert no router.
-    routers = [name for name in shapes if name.endswith(".mlp.gate.weight") and model.num_experts == 1]
-    for name in (*biases, *routers):
-        if shape := missing.pop(name, None):
-            yield f"{name}:value:0", torch.zeros(shape).flatten()
+    may_lack = (".e_score_correction_bias", *([".mlp.gate.weight"] if model.num_experts == 1 else []))
+    for name in [name for name in missing if name.endswith(may_lack)]:
+        yield f"{name}:value:0", torch.zeros(missing.pop(name)).flatten()
     if missing:
         raise ConfigError(f"{folder} lacks the tensor {theirs(next(iter(missing)))}; it is not complete.")
 

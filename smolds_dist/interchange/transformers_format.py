@@ -40,7 +40,13 @@ _SHARED_FIELDS = (
 _YARN_FIELDS = (
     "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate"
 ).split()
-_GQA = {name: name for name in ("num_key_value_heads", "head_dim", "num_experts_per_tok")}
+
+
+def _same(names: str) -> dict[str, str]:
+    return {name: name for name in names.split()}
+
+
+_GQA = _same("num_key_value_heads head_dim num_experts_per_tok")
 _DENSE_FIRST = ("ernie4_5_moe", "qwen3_moe", "deepseek_v3")  # layers may be; `intermediate_size` is theirs
 # Of each kind of model, its names of our fields.
 _FIELDS: dict[str, dict[str, str]] = {
@@ -52,25 +58,16 @@ _FIELDS: dict[str, dict[str, str]] = {
         "n_shared_experts": "moe_num_shared_experts",
         "first_k_dense_replace": "moe_layer_start_index",
     },
-    "mixtral": _GQA | {"intermediate_size": "intermediate_size", "num_experts": "num_local_experts"},
-    "qwen3_moe": _GQA
-    | {"intermediate_size": "moe_intermediate_size", "num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
-    "olmoe": _GQA
-    | {"intermediate_size": "intermediate_size", "num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
-    "llama": _GQA | {"intermediate_size": "intermediate_size"},
-    "deepseek_v3": {
-        "intermediate_size": "moe_intermediate_size",
-        "num_experts": "n_routed_experts",
-        **{
-            name: name
-            for name in (
-                "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok "
-                "n_shared_experts n_group topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace"
-            ).split()
-        },
-    },
+    "mixtral": _GQA | _same("intermediate_size") | {"num_experts": "num_local_experts"},
+    "qwen3_moe": _GQA | _same("num_experts norm_topk_prob") | {"intermediate_size": "moe_intermediate_size"},
+    "olmoe": _same("num_key_value_heads num_experts_per_tok intermediate_size num_experts norm_topk_prob"),
+    "llama": _same("num_key_value_heads head_dim intermediate_size"),
+    "deepseek_v3": {"intermediate_size": "moe_intermediate_size", "num_experts": "n_routed_experts"}
+    | _same(
+        "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok n_shared_experts "
+        "n_group topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace"
+    ),
 }
-del _FIELDS["olmoe"]["head_dim"], _FIELDS["llama"]["num_experts_per_tok"]
 _SOFTMAX = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": None, "attention": "gqa"}
 _EXPERTS_ALONE = {"n_shared_experts": 0, "first_k_dense_replace": 0}
 # What each kind takes for granted.

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token, layers_of
 from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
-from smolds_dist.costs.step_time import RunTime, StepTime, run_time
+from smolds_dist.costs.step_time import RunTime, run_time
 from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser, check_at_least
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
@@ -84,13 +84,16 @@ def report(
     best, model = ranking[0], with_vocabulary(config)
     layout, time = best.layout, best.time
     flops = flops_per_token(model, layout.seq_len)
+    shares = sorted(
+        ((value / time.total, name.replace("_", " ")) for name, value in asdict(time).items()), reverse=True
+    )
     mfu = best.tokens_per_s * flops / layout.world / machine.peak[layout.dtype]
     lines = [
         f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {layout.tokens_per_step:,} tokens a step",
         f"{len(found)} layouts, {len(ranking)} fit; the best: {' '.join(best.options)}",
         "",
         f"  {best.tokens_per_s:,.0f} tokens/s, {time.total * 1e3:,.1f} ms a step, {mfu:.1%} of the peak",
-        "  " + ", ".join(f"{name} {share:.0%}" for name, share in shares(time)),
+        "  " + ", ".join(f"{name} {share:.0%}" for share, name in shares if share >= 0.005),
         f"  memory of a rank: {best.memory.total / 1e9:,.2f} of {machine.memory / 1e9:,.0f} GB: "
         + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in best.memory.parts()),
         f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected are "
@@ -135,12 +138,6 @@ def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> 
         chosen.setdefault((one.layout.expert, one.layout.zero), one)
     del chosen[best.layout.expert, best.layout.zero]
     return sorted(chosen.values(), key=lambda one: (not fits(one, machine), -one.tokens_per_s))
-
-
-def shares(time: StepTime) -> list[tuple[str, float]]:
-    """Causes of a step's time, the largest first, those under half a percent left out."""
-    parts = [(field.name.replace("_", " "), getattr(time, field.name) / time.total) for field in fields(time)]
-    return sorted((part for part in parts if part[1] >= 0.005), key=lambda part: -part[1])
 
 
 def duration(seconds: float) -> str:
