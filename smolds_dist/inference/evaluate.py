@@ -89,11 +89,11 @@ def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[
 
 
 def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
-    from smolds_dist.inference.harness import evaluate_tasks, find_tasks, load_tasks
+    from smolds_dist.inference.harness import evaluate_tasks, load_tasks
 
     if settings:
         raise ConfigError(f"{settings[0]} does not go with --tasks, which bring their own text; leave one of them out.")
-    tasks = load_tasks(options.tasks, find_tasks(options.tasks, options.include_path))
+    tasks = load_tasks(options.tasks, options.include_path)
     model, tokenizer = load_model(options.model, options.step)
     result, table = evaluate_tasks(model, tokenizer, tasks, options.num_fewshot, options.limit, options.batch_size)
     print(table)

@@ -47,7 +47,7 @@ def _same(names: str) -> dict[str, str]:
 
 
 _GQA = _same("num_key_value_heads head_dim num_experts_per_tok")
-_DENSE_FIRST = ("ernie4_5_moe", "qwen3_moe", "deepseek_v3")  # layers may be; `intermediate_size` is theirs
+_DENSE_FIRST = ("ernie4_5_moe", "qwen3_moe", "deepseek_v3")  # whose first layers may be; they have `intermediate_size`
 # Of each kind of model, its names of our fields.
 _FIELDS: dict[str, dict[str, str]] = {
     "ernie4_5_moe": _GQA

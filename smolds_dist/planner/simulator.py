@@ -86,13 +86,11 @@ def simulate_step(
 
 def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
     """Runs every rank's program to its end; the heart of the simulator."""
-    clock = [0.0] * len(programs)
     waiting = [0.0] * len(programs)
     present: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
     events = [(0.0, rank) for rank in range(len(programs))]
     while events:
         now, rank = heapq.heappop(events)
-        clock[rank] = now
         event = next(programs[rank], None)
         if isinstance(event, Work):
             heapq.heappush(events, (now + event.seconds, rank))
@@ -105,7 +103,7 @@ def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
                     heapq.heappush(events, (now + seconds, other))
     if present:
         raise RuntimeError(f"ranks wait for ever in {sorted(present)}")
-    return Simulation(max(clock), tuple(waiting))
+    return Simulation(now, tuple(waiting))
 
 
 def _program(
