@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
@@ -73,8 +75,6 @@ def bench(args: list[str]) -> None:
 
 def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
     """What all contenders get."""
-    import torch
-
     config = load_config(["--preset", options.preset, *settings], benchmark=True)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     vocabulary, length = with_vocabulary(config).vocab_size, config.data.seq_len
@@ -85,8 +85,6 @@ def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
 
 def describe_machine(task: Task) -> dict[str, Any]:
     """What a result holds for."""
-    import torch
-
     from smolds_dist.training.build import package_versions
 
     return {
@@ -101,8 +99,6 @@ def describe_machine(task: Task) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     """All contenders' seconds by round, and what follows from them."""
-    import torch
-
     from smolds_dist.costs.flops import flops_per_token, largest_products
     from smolds_dist.training.clock import matrix_product_peak
 
@@ -278,8 +274,6 @@ def table(result: dict[str, Any]) -> str:
 
 def processor() -> str:
     """The CPU's name, as Linux has it, and the widest vector instructions that PyTorch uses on it."""
-    import torch
-
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
