@@ -6,7 +6,6 @@ Shape letters: B prompts, S tokens of the longest.
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.model.regions import plain_regions
@@ -52,12 +51,6 @@ def continue_prompts(
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in encoded], device=device)
     vocabulary = model.config.vocab_size
     everything = torch.arange(vocabulary, device=device)
-
-    def allowed(row: int, ids: Tensor) -> Any:
-        """Ids that a prompt's next token is chosen from."""
-        first = encoded[row][1]
-        return first if len(ids) == longest and len(first) else everything
-
     # The vocabulary may have rows that no token uses: an untrained model would sample them.
     unused = list(range(len(tokenizer), vocabulary))
     was_training = model.training
@@ -67,7 +60,7 @@ def continue_prompts(
         output = model.generate(
             ids_BS,
             attention_mask=mask_BS,
-            prefix_allowed_tokens_fn=allowed if any(len(first) for _, first in encoded) else None,
+            prefix_allowed_tokens_fn=lambda row, ids: encoded[row][1] if len(ids) == longest else everything,
             suppress_tokens=unused or None,
             do_sample=temperature > 0,
             temperature=temperature or None,
@@ -93,16 +86,15 @@ def whole_lines(text: str) -> str:
     return "\n".join("    | " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], Tensor]:
-    """Ids of `prompt` without a space at its end, and the ids that can follow then: those that begin with it.
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
+    """Ids of `prompt` without a space at its end, and the ids that can follow: then those that begin with it, else all.
 
     Tokenizers put a space at the beginning of the next word: after one on its own, text goes on as the model never saw.
     """
-    first = torch.tensor([], dtype=torch.long)
+    first = list(range(len(tokenizer)))
     if prompt.endswith(" "):
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        first = torch.tensor([i for i, text in enumerate(texts) if text.startswith(" ")], dtype=torch.long)
-        if len(first):
-            prompt = prompt[:-1]
+        texts = tokenizer.batch_decode([[i] for i in first])
+        if spaced := [i for i, text in enumerate(texts) if text.startswith(" ")]:
+            first, prompt = spaced, prompt[:-1]
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     return ids or [tokenizer.eos_token_id], first
