@@ -60,12 +60,11 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
 
     from smolds_dist.bench.calibrate import memory_bandwidth
     from smolds_dist.costs.flops import flops_per_token, largest_products
-    from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)
     device, dtype = torch.device(task.device), torch.bfloat16 if task.dtype == "bf16" else torch.float32
-    model, tokens = DeepSeekV3Config(**task.model_settings()), task.sequences * task.seq_len
+    model, tokens = task.model_config(), task.sequences * task.seq_len
     plain, profiled = take_steps(task, options.steps)
     operations, seconds = min(profiled, key=lambda step: step[1])
     say("memory, and matrix products alone")

@@ -5,8 +5,10 @@ Every contradiction between two settings is refused here or, where it depends on
 
 import math
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from smolds_dist.architecture import contradictions, divisors
 from smolds_dist.errors import ConfigError
@@ -26,7 +28,15 @@ def validate(config: RunConfig) -> None:
             f"--run.name {config.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
         )
     _check_data(config.data)
-    _check_time_budget(config)
+    if config.train.time_budget is not None and config.train.warmup_steps < 2:
+        raise ConfigError(
+            f"--train.time_budget measures a step during the warm-up, and --train.warmup_steps is "
+            f"{config.train.warmup_steps}; give at least 2."
+        )
+    if config.train.time_budget is not None and config.data.stages:
+        raise ConfigError(
+            "--train.time_budget changes the number of steps on the way, of which data.stages are shares; leave one out."
+        )
     if config.profile.steps is not None:
         match = re.fullmatch(r"(\d+):(\d+)", config.profile.steps)
         if not match or not 1 <= int(match[1]) <= int(match[2]) <= config.train.steps:
@@ -54,10 +64,6 @@ def validate(config: RunConfig) -> None:
             f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
             f"{config.train.global_batch}; valid values: {divisors(config.train.global_batch)}."
         )
-    if config.data.disk_budget_gb is not None and not 0 < config.data.disk_budget_gb < math.inf:
-        raise ConfigError(
-            f"--data.disk_budget_gb {config.data.disk_budget_gb} is out of range; use more than 0, or null."
-        )
     if isinstance(config.data.workers, int) and config.data.workers < 0:
         raise ConfigError(f"--data.workers {config.data.workers} is out of range; use auto, or 0 or more.")
     if config.parallel.zero not in ("auto", 0, 1, 2, 3):
@@ -83,8 +89,9 @@ _NOT_NEGATIVE = (
     "log.sample_every log.sample_temperature log.every eval.every model.n_shared_experts model.first_k_dense_replace "
     "model.initializer_range"
 ).split()
+_POSITIVE_OR_NULL = ["data.disk_budget_gb", "model.latent_norm_eps"]
 _POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
-_SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 data.val_fraction".split()
+_SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2".split()
 _OPTIONAL = (
     "data.max_tokens train.micro_batch train.time_budget model.vocab_size model.q_lora_rank model.dense_intermediate_size "
     "model.n_group model.topk_group eval.limit"
@@ -109,32 +116,21 @@ def trackers_in(names: str, option: str = "--log.to") -> list[str]:
 
 
 def _check_numbers(config: RunConfig) -> None:
-    def value(name: str) -> float:
-        section, key = name.split(".")
-        return getattr(getattr(config, section), key)
+    def check(names: list[str], allowed: Callable[[Any], bool], rule: str) -> None:
+        for name in names:
+            section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
+            if not allowed(value):
+                raise ConfigError(f"--{name} {value} is out of range; it must {rule}.")
 
-    def refuse(name: str, rule: str) -> ConfigError:
-        return ConfigError(f"--{name} {value(name)} is out of range; {rule}.")
-
-    for name in _AT_LEAST_ONE:
-        if value(name) < 1:
-            raise refuse(name, "it must be at least 1")
-    for name in _OPTIONAL:
-        if value(name) is not None and value(name) < 1:
-            raise refuse(name, "it must be at least 1, or null")
-    for name in _NOT_NEGATIVE:
-        if not 0 <= value(name) < math.inf:
-            raise refuse(name, "it must be 0 or more")
-    for name in _POSITIVE:
-        if not 0 < value(name) < math.inf:
-            raise refuse(name, "it must be more than 0")
-    for name in _SHARE:
-        if not 0 <= value(name) <= 1:
-            raise refuse(name, "it must lie between 0 and 1")
-    if config.data.seq_len < 2:
-        raise refuse("data.seq_len", "it must be at least 2, since each token predicts the next")
-    if not 0 < config.data.val_fraction < 0.5:
-        raise refuse("data.val_fraction", "it must lie between 0 and 0.5")
+    check(_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1")
+    check(_OPTIONAL, lambda value: value is None or value >= 1, "be at least 1, or null")
+    check(_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "be 0 or more")
+    check(_POSITIVE, lambda value: 0 < value < math.inf, "be more than 0")
+    check(_POSITIVE_OR_NULL, lambda value: value is None or 0 < value < math.inf, "be more than 0, or null")
+    check(_SHARE, lambda value: 0 <= value <= 1, "lie between 0 and 1")
+    check(["data.seq_len"], lambda value: value >= 2, "be at least 2, since each token predicts the next")
+    check(["data.val_fraction"], lambda value: 0 < value < 0.5, "lie between 0 and 0.5")
     if max(config.train.beta1, config.train.beta2) == 1:
         raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
 
@@ -202,28 +198,10 @@ def _check_stages(data: Data) -> None:
             raise ConfigError(f"{where} has no source with a weight; give at least one more than 0.")
 
 
-def _check_time_budget(config: RunConfig) -> None:
-    if config.train.time_budget is None:
-        return
-    if config.train.warmup_steps < 2:
-        raise ConfigError(
-            f"--train.time_budget measures a step during the warm-up, and --train.warmup_steps is "
-            f"{config.train.warmup_steps}; give at least 2."
-        )
-    if config.data.stages:
-        raise ConfigError(
-            "--train.time_budget changes the number of steps on the way, of which data.stages are shares; leave one out."
-        )
-
-
 def _check_model(config: RunConfig) -> None:
     m = config.model
     if found := next(contradictions(m, "--model."), None):
         raise ConfigError(found)
-    if m.latent_norm_eps is not None and not 0 < m.latent_norm_eps < math.inf:
-        raise ConfigError(
-            f"--model.latent_norm_eps {m.latent_norm_eps} is out of range; it must be more than 0, or null."
-        )
     if (yarn := m.rope_scaling) and not (
         1 <= yarn.factor < math.inf
         and yarn.original_max_position_embeddings > 0

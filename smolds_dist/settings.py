@@ -82,9 +82,7 @@ class Model:
 
     def architecture(self) -> dict[str, Any]:
         """What `DeepSeekV3Config` takes."""
-        fields = dataclasses.asdict(self)
-        del fields["force_uniform_routing"]
-        return fields
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "force_uniform_routing"}
 
 
 @dataclass
@@ -178,11 +176,9 @@ class Data:
 
 
 def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
-    """The sources of a saved `data` section, whose version may be older, as `Data.mixed`."""
-    sources = data.get("sources")
-    named = {name: Source(**one) for name, one in sources.items()} if sources else None
-    known = {name: data[name] for name in ("source", "text_field", "split", "token_dtype") if name in data}
-    return Data(**known, sources=named).mixed
+    """The sources of a saved `data` section, as `Data.mixed`."""
+    named = {name: Source(**one) for name, one in (data["sources"] or {}).items()}
+    return Data(**data | {"sources": named or None}).mixed
 
 
 @dataclass
@@ -223,9 +219,9 @@ class Train:
     """Of the balance loss within each sequence, which DeepSeek-V3 has beside the bias, 1e-4 there; 0: none."""
     z_loss_coef: float = 0.0
     """Of the routers' z-loss, which keeps their logits small, usually 1e-3; 0: none."""
-    activation_checkpointing: Recomputed | bool = "none"
+    activation_checkpointing: Recomputed = "none"
     """What the backward pass computes again instead of keeping it: attention with its norms; experts, or what a block has in
-    their place; all but the results of products and attention (selective); or whole blocks. true is full, false none."""
+    their place; all but the results of products and attention (selective); or whole blocks (full)."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile for what runs between matrix products; auto: where a compiler is found and the run is long."""
     eval_every: int = 500
@@ -238,10 +234,6 @@ class Train:
     """Deviations above the recent losses from which a loss is a spike, for instance 8; 0 turns the guard off."""
     spike_steps: int = 3
     """Spikes in a row after which the run goes back to its last checkpoint and leaves the samples since then out."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.activation_checkpointing, bool):  # as it was until it had names
-            self.activation_checkpointing = "full" if self.activation_checkpointing else "none"
 
 
 @dataclass
@@ -345,13 +337,6 @@ class Profile:
 
     steps: str | None = None
     """FIRST:LAST, both traced, such as 10:13; the trace is written to the run's profile folder."""
-
-    @property
-    def first_and_last(self) -> tuple[int, int] | None:
-        if self.steps is None:
-            return None
-        first, last = self.steps.split(":")
-        return int(first), int(last)
 
 
 @dataclass

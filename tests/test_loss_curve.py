@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from peer_state import transformers_state_dict
 from transformers import Ernie4_5_MoeForCausalLM
 
 from smolds_dist.config import load_config
-from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
+from smolds_dist.interchange.transformers_format import transformers_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.optim import parameter_groups

@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
+from peer_state import transformers_state_dict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
+from smolds_dist.interchange.transformers_format import transformers_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.settings import Recomputed
 

@@ -55,7 +55,7 @@ def small_task(model: str, dtype: str = "fp32") -> Task:
 
 
 def model_of(task: Task) -> DeepSeekV3Config:
-    return DeepSeekV3Config(**task.model_settings())
+    return task.model_config()
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,7 @@ def test_bf16_with_muon_and_wsd_and_latent_attention_trains_and_resumes(small_ru
     options = [
         *small_run, "--run.name=mixed", "--train.dtype=bf16", "--train.optimizer=muon", "--train.schedule=wsd",
         "--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1",
-        "--train.activation_checkpointing=true",
+        "--train.activation_checkpointing=full",
     ]  # fmt: skip
     train(load_config([*options, "--train.steps=4"]))
     train(load_config([*options, "--train.steps=6", "--checkpoint.resume=auto"]))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_state import transformers_state_dict
 from torch.utils.data import DataLoader
 from transformers import Ernie4_5_MoeForCausalLM
 
-from smolds_dist.interchange.transformers_format import transformers_config, transformers_state_dict
+from smolds_dist.interchange.transformers_format import transformers_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 
 STEPS, BATCH = 20, 2

@@ -6,18 +6,21 @@ the same code is there for CUDA, not tested.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import yaml
 
+from smolds_dist.bench.contenders import Task
+from smolds_dist.bench.train import processor, say, take_turn
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import Hardware, parse_hardware
 from smolds_dist.costs.layout import Layout
+from smolds_dist.costs.memory import rank_memory
 from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.doctor_probes import measure_all_to_all
@@ -45,21 +48,20 @@ def calibrate(path: Path) -> None:
 
 def measure_machine() -> dict[str, Any]:
     """The entry, as plain values."""
-    import torch
-
     from smolds_dist.parallel.topology import available_cores, detect_machine
     from smolds_dist.training.build import package_versions
     from smolds_dist.training.clock import matrix_product_peak
 
     here = detect_machine()
     device = torch.device(here.devices[0])
-    peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in _dtypes().items()}
-    _say("memory")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in dtypes.items()}
+    say("measuring memory")
     bandwidth = memory_bandwidth(device)
-    _say("links")
+    say("measuring links")
     latency, link = _link(device.type, here.device_count)
     entry: dict[str, Any] = {
-        "name": _name(device.type),
+        "name": torch.cuda.get_device_name(0) if device.type == "cuda" else processor(),
         "device": device.type,
         "peak": {name: float(f"{peak:.3g}") for name, peak in peaks.items()},
         "memory": float(here.memory or 0),
@@ -79,9 +81,10 @@ def measure_machine() -> dict[str, Any]:
     }
     steps = []
     for number, size in enumerate(SIZES):
-        _say(f"steps of model {number + 1} of {len(SIZES)}")
-        steps.append(measure_step(size, settings=("--parallel.engine=deepspeed",)))
-    entry["process"] = float(f"{steps[0][1] - _state(SIZES[0]):.3g}")
+        say(f"measuring steps of model {number + 1} of {len(SIZES)}")
+        steps.append(measure_step(size))
+    layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
+    entry["process"] = float(f"{steps[0][1] - rank_memory(model_of(SIZES[0]), layout).total:.3g}")
     entry["utilisation"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
     return entry
 
@@ -120,49 +123,18 @@ def measure_step(
     size: dict[str, int], ranks: int = 1, settings: tuple[str, ...] = (), dtype: str = "fp32", steps: int = STEPS
 ) -> tuple[list[float], int]:
     """Seconds of `steps` steps, and the peak of memory, of `ranks` processes, tokens spread evenly over the experts."""
-    from smolds_dist.bench.contenders import Task
-    from smolds_dist.bench.train import take_turn
-
-    given = [f"--model.{name}={value}" for name, value in size.items()]
-    given += [
-        f"--data.seq_len={SEQ_LEN}", "--parallel.engine=deepspeed", "--model.force_uniform_routing=true", *settings,
-    ]  # fmt: skip
-    config = load_config(["--preset", "debug", *given], benchmark=True)
-    import torch
-
+    given = (
+        *settings_of(size), f"--data.seq_len={SEQ_LEN}", "--parallel.engine=deepspeed",
+        "--model.force_uniform_routing=true", *settings,
+    )  # fmt: skip
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    task = Task(
-        "smolds",
-        "debug",
-        config.model.vocab_size or 0,
-        SEQUENCES // ranks,
-        SEQ_LEN,
-        dtype,
-        device,
-        settings=tuple(given),
-    )
+    task = Task("smolds", "debug", size["vocab_size"], SEQUENCES // ranks, SEQ_LEN, dtype, device, settings=given)
     answer = take_turn(task, steps, ranks)
     return answer["seconds"], answer["memory"]
 
 
-def _state(size: dict[str, int]) -> float:
-    """Bytes that a small model's training holds, to tell them from the process's own."""
-    from smolds_dist.costs.memory import rank_memory
-
-    layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
-    return rank_memory(model_of(size), layout, 0.0).total
-
-
-def _dtypes() -> dict[str, Any]:
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def memory_bandwidth(device: Any) -> float:
     """Bytes read and written per second by a copy of 256 MB, or by adding two such tensors, whichever has more."""
-    import torch
-
     first, second = (torch.ones(64_000_000, device=device) for _ in range(2))
     target = torch.empty_like(first)
 
@@ -188,17 +160,3 @@ def _link(device: str, devices: int) -> tuple[float, float]:
     if found is None:
         raise ConfigError(f"the link between two ranks cannot be measured ({error}); see `smolds doctor`.")
     return found["latency"], found["bandwidth"]
-
-
-def _name(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(0)
-    from smolds_dist.bench.train import processor
-
-    return processor()
-
-
-def _say(text: str) -> None:
-    print(f"measuring {text}", file=sys.stderr, flush=True)

@@ -14,19 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolds_dist.config import load_config
-from smolds_dist.settings import Model, RunConfig
-
-if TYPE_CHECKING:
-    from smolds_dist.parallel.balancer import Balancer
-    from smolds_dist.parallel.engine import Engine
-    from smolds_dist.parallel.topology import Topology
+from smolds_dist.settings import RunConfig
 
 
 @dataclass
@@ -50,8 +45,10 @@ class Task:
         ids = torch.randint(0, self.vocab_size, (self.sequences, self.seq_len), generator=generator)
         return ids.to(self.device)
 
-    def model_settings(self) -> dict[str, Any]:
-        return self.config().model.architecture() | {"vocab_size": self.vocab_size}
+    def model_config(self) -> Any:
+        from smolds_dist.model import DeepSeekV3Config
+
+        return DeepSeekV3Config(**self.config().model.architecture() | {"vocab_size": self.vocab_size})
 
     def config(self, *more: str) -> RunConfig:
         # Of several ranks, what sharing the experts costs is to be seen.
@@ -130,9 +127,10 @@ def repeat(gate: Gate, step: Callable[[], object]) -> None:
         gate.after()
 
 
-def smolds_engine(task: Task) -> "tuple[Engine, Balancer, Topology]":
-    """Our model in its engine, plain PyTorch in one process, DeepSpeed with sharded experts in several; its balancer."""
-    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+def smolds_engine(task: Task) -> tuple[Any, Any, Any]:
+    """Our model in its engine, plain PyTorch in one process, DeepSpeed with sharded experts in several; its balancer, and
+    its topology."""
+    from smolds_dist.model import DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.make_engine import make_engine
     from smolds_dist.parallel.process_group import start_process_group
@@ -147,22 +145,19 @@ def smolds_engine(task: Task) -> "tuple[Engine, Balancer, Topology]":
     topology = plan_topology(config, detect_machine(), info)
     start_process_group(topology, info)
     torch.manual_seed(0)
-    model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**task.model_settings()))
+    model = DeepSeekV3ForCausalLM(task.model_config())
     engine = make_engine(model, config, topology)
     return engine, Balancer(engine.model, config.train.balance_rate), topology
 
 
 def smolds(task: Task, gate: Gate) -> None:
     """Our model and engine."""
-    from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.training.compiling import try_to_compile
 
     engine, balancer, topology = smolds_engine(task)
     ids = task.batch()
-    if task.variant == "compile":
-        config = DeepSeekV3Config(**task.model_settings())
-        if error := try_to_compile(engine, topology, task.seq_len, config):
-            sys.exit(error)
+    if task.variant == "compile" and (error := try_to_compile(engine, topology, task.seq_len, task.model_config())):
+        sys.exit(error)
 
     def step() -> None:
         with balancer.counting():
@@ -179,10 +174,9 @@ def transformers_model(task: Task) -> tuple[Any, str, bool]:
     from transformers import Ernie4_5_MoeForCausalLM
 
     from smolds_dist.interchange.transformers_format import transformers_config
-    from smolds_dist.model import DeepSeekV3Config
 
     experts, precision, *mode = task.variant.split("/")
-    config: Any = transformers_config(DeepSeekV3Config(**task.model_settings()))
+    config: Any = transformers_config(task.model_config())
     config._experts_implementation = experts
     torch.manual_seed(0)
     model: Any = Ernie4_5_MoeForCausalLM(config)
@@ -194,10 +188,9 @@ def plain_step(model: nn.Module, task: Task, precision: str, loss_of: Callable[[
     """Forward, backward, clip and AdamW, as one would write it down."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = task.batch()
-    device = task.device.partition(":")[0]
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "autocast"):
             loss = loss_of(ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -244,11 +237,11 @@ def transformers_trainer(task: Task, gate: Gate) -> None:
 class MaskedExperts(nn.Module):
     """The mixture as a first version has it: for every expert, the tokens that chose it, by a mask."""
 
-    def __init__(self, hidden: int, width: int, experts: int, chosen: int):
+    def __init__(self, m: Any):
         super().__init__()
-        self.chosen = chosen
-        self.gate = nn.Linear(hidden, experts, bias=False)
-        self.experts = nn.ModuleList(SwiGLU(hidden, width) for _ in range(experts))
+        self.chosen = m.num_experts_per_tok
+        self.gate = nn.Linear(m.hidden_size, m.num_experts, bias=False)
+        self.experts = nn.ModuleList(SwiGLU(m.hidden_size, m.intermediate_size) for _ in range(m.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -272,15 +265,14 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def our_decoder_with(task: Task, make_mixture: Callable[[Model], nn.Module]) -> nn.Module:
-    """Our decoder with another mixture of experts, and the loss over whole logits."""
-    from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+def our_decoder_with(task: Task, make_mixture: Callable[[Any], nn.Module]) -> nn.Module:
+    """Our decoder with another mixture of experts, made from its configuration."""
+    from smolds_dist.model import DeepSeekV3ForCausalLM
 
-    settings = task.model_settings()
     torch.manual_seed(0)
-    model: Any = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
+    model: Any = DeepSeekV3ForCausalLM(task.model_config())
     for block in model.model.layers:
-        block.mlp = make_mixture(Model(**settings))
+        block.mlp = make_mixture(model.config)
     model = model.to(task.device).train()
     return model.to(torch.bfloat16) if task.variant == "bf16" else model
 
@@ -292,9 +284,7 @@ def whole_logits_loss(model: Any, ids: Tensor) -> Tensor:
 
 def masked_loop(task: Task, gate: Gate) -> None:
     """A straightforward reference: an expert loop with masks."""
-    model = our_decoder_with(
-        task, lambda m: MaskedExperts(m.hidden_size, m.intermediate_size, m.num_experts, m.num_experts_per_tok)
-    )
+    model = our_decoder_with(task, MaskedExperts)
     repeat(gate, plain_step(model, task, task.variant, partial(whole_logits_loss, model)))
 
 
@@ -313,7 +303,7 @@ def deepspeed_moe(task: Task, gate: Gate) -> None:
     start_process_group(plan_topology(config, detect_machine(), info), info)
 
     class Mixture(nn.Module):
-        def __init__(self, m: Model):
+        def __init__(self, m: Any):
             super().__init__()
             self.moe = MoE(
                 m.hidden_size, SwiGLU(m.hidden_size, m.intermediate_size), m.num_experts, k=m.num_experts_per_tok,

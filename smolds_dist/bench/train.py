@@ -20,10 +20,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
+from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError, check_at_least
+from smolds_dist.parallel.topology import available_cores
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -32,24 +36,14 @@ LONGEST = 900  # seconds until an answer that does not come counts as a failure
 
 
 def bench(args: list[str]) -> None:
-    """`smolds bench NAME`."""
-    name, *options = args or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: smolds bench train [options]")
-        print("\nMeasures a step of training against transformers, DeepSpeed and others.")
-        print("\nexample: smolds bench train --preset debug")
-    elif name != "train":
-        raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
-    else:
-        bench_train(options)
-
-
-def bench_train(args: list[str]) -> None:
-    """Measures, prints a table and, with --json, writes all numbers.
+    """`smolds bench train`: measures, prints a table and, with --json, writes all numbers.
 
     Raises:
-        ConfigError: for options that are none.
+        ConfigError: for another benchmark, or options that are none.
     """
+    name, *args = args if args and args[0] not in ("-h", "--help") else ["train", "--help"]
+    if name != "train":
+        raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
     parser = bench_parser("smolds bench train", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
     add_dtype(parser)
@@ -81,21 +75,16 @@ def bench_train(args: list[str]) -> None:
 
 def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
     """What all contenders get."""
-    import torch
-
     config = load_config(["--preset", options.preset, *settings], benchmark=True)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    trained = config.data.tokenizer_vocab_size if config.data.tokenizer == "train" else 49_152
+    vocabulary, length = with_vocabulary(config).vocab_size, config.data.seq_len
     return Task(
-        "", options.preset, config.model.vocab_size or trained, options.sequences, config.data.seq_len, options.dtype,
-        device, settings=tuple(settings),
-    )  # fmt: skip
+        "", options.preset, vocabulary, options.sequences, length, options.dtype, device, settings=tuple(settings)
+    )
 
 
 def describe_machine(task: Task) -> dict[str, Any]:
     """What a result holds for."""
-    import torch
-
     from smolds_dist.training.build import package_versions
 
     return {
@@ -110,10 +99,7 @@ def describe_machine(task: Task) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     """All contenders' seconds by round, and what follows from them."""
-    import torch
-
     from smolds_dist.costs.flops import flops_per_token, largest_products
-    from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)
@@ -131,15 +117,14 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     peaks = []
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    model = DeepSeekV3Config(**task.model_settings())
+    model = task.model_config()
     shapes = largest_products(model, options.sequences * task.seq_len)
     for number in range(options.rounds):
         peaks.append(matrix_product_peak(torch.device(task.device), dtype, 0.5, shapes))
         for name, (wanted, ranks) in chosen.items():
             say(f"round {number + 1} of {options.rounds}: {name}")
-            turns[name].append(
-                take_turn(wanted, options.steps, ranks, options.against if name == OTHER_COMMIT else None)
-            )
+            checkout = options.against if name == OTHER_COMMIT else None
+            turns[name].append(take_turn(wanted, options.steps, ranks, checkout))
     peak = median(peaks)
     flops = flops_per_token(model, task.seq_len)
     tokens = options.sequences * task.seq_len
@@ -168,11 +153,13 @@ def ways_of_smolds(task: Task, options: argparse.Namespace) -> dict[str, tuple[T
     if 1 in options.ranks:
         for optimizer in options.optimizers:
             own = replace(task, contender="smolds", settings=(*task.settings, f"--train.optimizer={optimizer}"))
-            name = {"adamw": "smolds", "muon": "smolds, Muon"}[optimizer]
-            if optimizer == "adamw" and not options.no_compile:
-                ways[f"{name}, compiled"] = replace(own, variant="compile"), 1
-            ways[name] = own, 1
-            if optimizer == "adamw" and options.against:
+            if optimizer == "muon":
+                ways["smolds, Muon"] = own, 1
+                continue
+            if not options.no_compile:
+                ways["smolds, compiled"] = replace(own, variant="compile"), 1
+            ways["smolds"] = own, 1
+            if options.against:
                 ways[OTHER_COMMIT] = own, 1
     for ranks in options.ranks:
         if ranks > 1:
@@ -230,24 +217,16 @@ def take_turn(
         ConfigError: where it fails, with the last thing that it said.
     """
     usual = asdict(Task("", "", 0, 0, 0, "", ""))
-    told = {
-        name: value for name, value in asdict(task).items() if value != usual[name]
-    }  # an older commit may know no more
+    # An older commit may know no more.
+    told = {name: value for name, value in asdict(task).items() if value != usual[name]}
     command = [sys.executable, "-m", module, json.dumps(told)]
     environment = dict(os.environ)
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=checkout,  # where -m looks first
-    )
+        environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
+    # In the checkout, where -m looks first.
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, **pipes, text=True, env=environment, cwd=checkout)
     assert process.stdin and process.stdout and process.stderr
     said: list[str] = []
     errors = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
@@ -260,8 +239,7 @@ def take_turn(
             process.stdin.flush()
             line = process.stdout.readline()
             if not line:
-                errors.join(timeout=5)
-                raise ConfigError(f"{task.contender} {task.variant} failed: {said[-1].strip() if said else 'killed'}")
+                raise BrokenPipeError
         return json.loads(line)
     except BrokenPipeError:
         errors.join(timeout=5)
@@ -296,8 +274,6 @@ def table(result: dict[str, Any]) -> str:
 
 def processor() -> str:
     """The CPU's name, as Linux has it, and the widest vector instructions that PyTorch uses on it."""
-    import torch
-
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

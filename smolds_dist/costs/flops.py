@@ -19,10 +19,9 @@ def product_weights(model: Any) -> tuple[int, int]:
     hidden = model.hidden_size
     expert = 3 * hidden * model.intermediate_size
     dense, mixtures = layers_of(model)
-    outside = mixtures * (hidden * model.num_experts + model.n_shared_experts * expert)
-    outside += dense * 3 * hidden * (model.dense_intermediate_size or 0)
-    routed = mixtures * model.num_experts_per_tok * expert
-    return attention_weights(model) + outside + hidden * model.vocab_size, routed
+    outside = attention_weights(model) + mixtures * (hidden * model.num_experts + model.n_shared_experts * expert)
+    outside += dense * 3 * hidden * (model.dense_intermediate_size or 0) + hidden * model.vocab_size
+    return outside, mixtures * model.num_experts_per_tok * expert
 
 
 def attention_weights(model: Any) -> int:

@@ -54,14 +54,13 @@ class Hardware:
         if self.device != "cpu":
             return self
         crowd = max(1.0, ranks / self.per_node)  # ranks that take turns on a core
-        link = Link(self.link.bandwidth / crowd, self.link.latency * crowd)
         return replace(
             self,
             peak={dtype: peak / ranks for dtype, peak in self.peak.items()},
             memory=self.memory / ranks,
             bandwidth=self.bandwidth / ranks,
             overhead=self.overhead * crowd,
-            link=link,
+            link=Link(self.link.bandwidth / crowd, self.link.latency * crowd),
         )
 
 
@@ -105,11 +104,11 @@ def parse_hardware(key: str, entry: dict[str, Any]) -> Hardware:
     Raises:
         ConfigError: where something is missing or no number.
     """
+    numbers = ("memory", "bandwidth", "host_link", "utilisation", "overhead", "process", "failures")
     try:
-        numbers: dict[str, Any] = {field: float(entry[field]) for field in _NUMBERS}
-        links: dict[str, Any] = {
-            field: Link(float(entry[field]["bandwidth"]), float(entry[field]["latency"])) for field in _LINKS
-        }
+        found: dict[str, Any] = {field: float(entry[field]) for field in numbers}
+        for field in ("link", "fabric"):
+            found[field] = Link(float(entry[field]["bandwidth"]), float(entry[field]["latency"]))
         return Hardware(
             key=key,
             name=entry["name"],
@@ -117,12 +116,7 @@ def parse_hardware(key: str, entry: dict[str, Any]) -> Hardware:
             peak={dtype: float(value) for dtype, value in entry["peak"].items()},
             per_node=int(entry["per_node"]),
             sources=tuple(entry.get("sources", ())),
-            **numbers,
-            **links,
+            **found,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"hardware {key!r} is incomplete ({error}); hardware.yaml shows the form.") from None
-
-
-_NUMBERS = ("memory", "bandwidth", "host_link", "utilisation", "overhead", "process", "failures")
-_LINKS = ("link", "fabric")

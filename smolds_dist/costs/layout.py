@@ -91,7 +91,7 @@ def layout_of(config: Any, topology: Any) -> Layout:
 def configured(config: Any) -> dict[str, Any]:
     """The fields of a `Layout` that a `RunConfig` sets whatever the topology, and the DeepSpeed file of its own, if any."""
     fields = {
-        "recompute": str(config.train.activation_checkpointing),
+        "recompute": config.train.activation_checkpointing,
         "optimizer": config.train.optimizer,
         "copies": bool(config.checkpoint.every and config.checkpoint.background),
     }

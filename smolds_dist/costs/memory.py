@@ -6,7 +6,7 @@ Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K e
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of
+from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of, product_weights
 from smolds_dist.costs.layout import Layout, stretch
 
 # Share of a device's memory that a plan may fill: estimates err, and others may use it too.
@@ -35,22 +35,13 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     """Parameters outside and inside the routed experts of a `settings.Model` with its vocabulary filled in."""
     m = model
     if m.attention == "gqa":
-        heads = m.num_attention_heads + m.num_key_value_heads
-        attention = 2 * m.hidden_size * m.head_dim * heads
-        attention += m.head_dim * {None: 0, "head": 2, "all": heads}[m.qk_norm]
+        norms = m.head_dim * {None: 0, "head": 2, "all": m.num_attention_heads + m.num_key_value_heads}[m.qk_norm]
     else:
-        q_dim = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
-        query = m.hidden_size * q_dim if m.q_lora_rank is None else m.q_lora_rank * (m.hidden_size + q_dim + 1)
-        kv_out = m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim)
-        latent = m.hidden_size * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank * (kv_out + 1)
-        attention = query + latent + m.num_attention_heads * m.v_head_dim * m.hidden_size
-    expert = 3 * m.hidden_size * m.intermediate_size
-    dense, mixtures = layers_of(m)
-    feed_forward = mixtures * (m.hidden_size * m.num_experts + m.n_shared_experts * expert)
-    feed_forward += dense * 3 * m.hidden_size * (m.dense_intermediate_size or 0)
-    blocks = m.num_hidden_layers * (attention + 2 * m.hidden_size) + feed_forward
-    embeddings = m.vocab_size * m.hidden_size * (1 if m.tie_word_embeddings else 2)
-    return embeddings + m.hidden_size + blocks, mixtures * m.num_experts * expert
+        norms = (m.q_lora_rank or 0) + m.kv_lora_rank
+    outside, chosen = product_weights(m)  # the vocabulary once
+    outside += m.hidden_size + m.num_hidden_layers * (norms + 2 * m.hidden_size)
+    untied = 0 if m.tie_word_embeddings else m.vocab_size * m.hidden_size
+    return outside + untied, chosen // m.num_experts_per_tok * m.num_experts
 
 
 def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
@@ -77,30 +68,26 @@ def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str 
     m = model
     H, K, width = m.hidden_size, m.num_experts_per_tok, m.intermediate_size
     dense, mixtures = layers_of(m)
+    N, key, value = m.num_attention_heads, m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
     if recompute == "full":
         return m.num_hidden_layers * H
     if recompute == "selective":  # results of products
         if m.attention == "latent":
-            key, value = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
             projected = (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim
-            projected += m.num_attention_heads * (key + m.qk_nope_head_dim + 2 * value)
+            projected += N * (key + m.qk_nope_head_dim + 2 * value)
         else:
-            projected = 2 * m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
+            projected = 2 * m.head_dim * (N + m.num_key_value_heads)
         experts = m.num_experts + fuller * K * (H + 2 * width)
         experts += (H + 2 * m.n_shared_experts * width) if m.n_shared_experts else 0
         feed_forward = mixtures * experts + dense * (H + 2 * (m.dense_intermediate_size or 0))
-        return (
-            m.num_hidden_layers * (2 * H + projected) + feed_forward
-        )  # a block's input, and what attention adds to it
+        # A block's input, and what attention adds to it.
+        return m.num_hidden_layers * (2 * H + projected) + feed_forward
     if m.attention == "latent":
-        key, value = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
-        heads = m.num_attention_heads
-        query_in = 0 if m.q_lora_rank is None else 2 * m.q_lora_rank
-        attention = query_in + 2 * m.kv_lora_rank + heads * (2 * key + 3 * value)
+        attention = 2 * (m.q_lora_rank or 0) + 2 * m.kv_lora_rank + N * (2 * key + 3 * value)
     else:
-        attention = m.head_dim * (3 * m.num_attention_heads + 2 * m.num_key_value_heads)  # q, out twice, k, v
+        attention = m.head_dim * (3 * N + 2 * m.num_key_value_heads)  # q, out twice, k, v
         if m.qk_norm:  # their inputs
-            attention += m.head_dim * (m.num_attention_heads + m.num_key_value_heads)
+            attention += m.head_dim * (N + m.num_key_value_heads)
     experts = fuller * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
     feed_forward = mixtures * experts + dense * 4 * (m.dense_intermediate_size or 0)
     if recompute == "attention":

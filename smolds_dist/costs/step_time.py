@@ -159,11 +159,9 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     weights, before the forward and before the backward pass, and what is computed again once more.
     """
     width = layout.gradient_bytes or layout.element_bytes
-    total = 0.0
-    passes = layout.accumulation
-    for (parameters, replicas, near), again in zip(
-        rank_parameters(model, layout), gathered_again(model, layout), strict=True
-    ):
+    total, passes = 0.0, layout.accumulation
+    parts = zip(rank_parameters(model, layout), gathered_again(model, layout), strict=True)
+    for (parameters, replicas, near), again in parts:
         if replicas == 1:
             continue
         reduced, gathered = parameters * width, parameters * layout.element_bytes
@@ -192,8 +190,7 @@ def way_out(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:
     """
     if ranks <= near:
         return LINK_SHARE * machine.link.bandwidth, machine.link.latency
-    out = min(machine.link.bandwidth, near * machine.fabric.bandwidth)
-    return LINK_SHARE * out, machine.fabric.latency
+    return LINK_SHARE * min(machine.link.bandwidth, near * machine.fabric.bandwidth), machine.fabric.latency
 
 
 def optimizer_seconds(model: Any, layout: Layout, machine: Hardware) -> float:

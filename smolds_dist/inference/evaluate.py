@@ -30,7 +30,8 @@ def evaluate_model(args: list[str]) -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _parser() -> OptionParser:
+def _parse(args: list[str]) -> tuple[Any, list[str]]:
+    """The command's own options, and the settings of the text."""
     parser = OptionParser(
         prog="smolds eval",
         description="Perplexity and bits per byte of a model. Options of smolds train that begin with --data. say on what: "
@@ -50,17 +51,10 @@ def _parser() -> OptionParser:
         "--num-fewshot", type=int, help="examples before each question; the task's own number where not given"
     )
     tasks.add_argument("--limit", type=int, help="questions of each task")
-    return parser
-
-
-def _parse(args: list[str]) -> tuple[Any, list[str]]:
-    """The command's own options, and the settings of the text."""
-    options, settings = _parser().parse_known_args(args)
+    options, settings = parser.parse_known_args(args)
     if options.max_tokens < 2 or options.batch_size < 1:
         raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
-    if not options.tasks and any(
-        given is not None for given in (options.include_path, options.num_fewshot, options.limit)
-    ):
+    if not options.tasks and (options.include_path, options.num_fewshot, options.limit) != (None, None, None):
         raise ConfigError(
             "--include-path, --num-fewshot and --limit belong to --tasks; name some tasks, or leave them out."
         )
@@ -74,10 +68,8 @@ def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[
     model, tokenizer = load_model(options.model, options.step)
     results, end_of_text = [], document_end(config.data, tokenizer)
     for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
-        begin = time.perf_counter()
-        loss, counted = mean_loss(
-            model, ids[: options.max_tokens], config.data.seq_len, options.batch_size, end_of_text
-        )
+        begin, used = time.perf_counter(), ids[: options.max_tokens]
+        loss, counted = mean_loss(model, used, config.data.seq_len, options.batch_size, end_of_text)
         result = {
             "text": f"{source}{', held out' if held_out else ''}",
             "tokens": counted,
@@ -97,11 +89,11 @@ def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[
 
 
 def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
-    from smolds_dist.inference.harness import evaluate_tasks, find_tasks, load_tasks
+    from smolds_dist.inference.harness import evaluate_tasks, load_tasks
 
     if settings:
         raise ConfigError(f"{settings[0]} does not go with --tasks, which bring their own text; leave one of them out.")
-    tasks = load_tasks(options.tasks, find_tasks(options.tasks, options.include_path))
+    tasks = load_tasks(options.tasks, options.include_path)
     model, tokenizer = load_model(options.model, options.step)
     result, table = evaluate_tasks(model, tokenizer, tasks, options.num_fewshot, options.limit, options.batch_size)
     print(table)
@@ -124,12 +116,8 @@ def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
     return config, not own
 
 
-# Of each source: its name, token ids, and how many bytes of text they stand for.
-Texts = Iterator[tuple[str, Any, int]]
-
-
-def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Texts:
-    """As the run holds it out; the caller uses so much of it."""
+def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[str, Any, int]]:
+    """Of each source its name, the tokens that the run holds out, and how many bytes of text these stand for."""
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.tokenizer import tokenizer_digest
 
@@ -140,8 +128,8 @@ def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Texts:
         yield config.data.mixed[name].source, source.held_out.tokens, source.held_out.bytes
 
 
-def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Texts:
-    """A source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
+def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
+    """The same of a source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
     import numpy as np
 
     from smolds_dist.data.source import files_of
@@ -179,10 +167,13 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
     from smolds_dist.data.batch import by_document
 
     total, counted = 0.0, 0
-    for sequences in _batches(np.asarray(ids, dtype=np.int64), length, batch):
-        tokens = labels = torch.from_numpy(sequences)
-        positions: dict[str, Any] = {}
-        device = next(model.parameters()).device
+    device = next(model.parameters()).device
+    ids_S = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    whole = len(ids_S) // length * length
+    for tokens in (*ids_S[:whole].view(-1, length).split(batch), ids_S[None, whole:]):
+        if not len(tokens) or tokens.shape[1] < 2:
+            continue
+        labels, positions = tokens, {}
         if end_of_text is not None:
             apart, labels = by_document(tokens, end_of_text)
             positions["position_ids"] = apart.to(device)
@@ -192,12 +183,3 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
         predicted = int((labels[:, 1:] >= 0).sum())
         total, counted = total + loss * predicted, counted + predicted
     return total / counted, counted
-
-
-def _batches(ids: Any, length: int, batch: int) -> Iterator[Any]:
-    whole = len(ids) // length
-    for start in range(0, whole, batch):
-        end = min(whole, start + batch)
-        yield ids[start * length : end * length].reshape(-1, length)
-    if len(ids) - whole * length > 1:
-        yield ids[None, whole * length :]

@@ -14,14 +14,15 @@ from smolds_dist.settings import Eval
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples")  # of what the harness answers
 
 
-def find_tasks(names: list[str], folder: Path | None, option: str = "--") -> Any:
-    """The harness's task manager, which knows its own tasks and those whose YAML files lie in `folder`.
+def load_tasks(names: list[str], folder: Path | None, option: str = "--") -> list[Any]:
+    """Tasks with their questions, of the harness's own and those whose YAML files lie in `folder`.
 
     Args:
         option: what the options' names begin with, where mistakes are told.
 
     Raises:
-        ConfigError: where the harness is not installed, the folder is none, or a name is no task's.
+        ConfigError: where the harness is not installed, the folder is none, a name is no task's, or a task's data cannot be
+            had.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -39,15 +40,6 @@ def find_tasks(names: list[str], folder: Path | None, option: str = "--") -> Any
             f"{', '.join(unknown)} is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them, "
             f"{own} adds your own."
         )
-    return manager
-
-
-def load_tasks(names: list[str], manager: Any, option: str = "--") -> list[Any]:
-    """The tasks with their questions.
-
-    Raises:
-        ConfigError: where a task's data cannot be had.
-    """
     try:
         loaded = manager.load(names)
     except Exception as error:  # the data sets library's, the network's, a task file's
@@ -68,7 +60,7 @@ def evaluate_tasks(
     from lm_eval.utils import make_table
 
     adapter = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch)
-    answer: Any = _ask(adapter, tasks, few_shot, limit)
+    answer = _ask(adapter, tasks, few_shot, limit)
     kept = {"harness": version("lm_eval")} | {key: answer[key] for key in KEPT if key in answer}
     return kept, make_table(answer)
 
@@ -111,12 +103,10 @@ def evaluate_live(
     with plain_regions():
         answer = _ask(adapter, tasks, settings.num_fewshot, settings.limit, bootstrap_iters=0)  # errors are not kept
     model.train()
-    if not answer:
-        return {}
-    measures = ((task, name, value) for task, found in answer["results"].items() for name, value in found.items())
     return {
         f"{task}/{name.removesuffix(',none')}": value
-        for task, name, value in measures
+        for task, found in (answer["results"] if answer else {}).items()
+        for name, value in found.items()
         if isinstance(value, float | int) and not isinstance(value, bool) and "," in name and "stderr" not in name
     }
 

@@ -5,7 +5,6 @@ the model's size, until the result is checked: then a process without smolds loa
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -51,11 +50,15 @@ def export(args: list[str]) -> None:
 
     folder = find_checkpoint(options.source, options.step)
     check_free(options.to)
-    if options.format == "gguf":
-        _export_gguf(folder, options)
-        return
+    if options.format == "gguf" and (options.to.suffix != ".gguf" or options.to.exists()):
+        raise ConfigError(
+            f"--to {options.to} is no new file that --format gguf could write; give one such as model.gguf."
+        )
     reader, config, tokenizer = open_model(folder)
-    dtype = _dtype(options, reader.manifest)
+    dtype = reader.manifest.topology["dtype"] if options.dtype == "auto" else options.dtype
+    if options.format == "gguf":
+        _export_gguf(folder, reader, config, tokenizer, dtype, options)
+        return
     with new_folder(options.to) as part:
         write(reader, config, tokenizer, part, options.format, dtype, options.max_shard_bytes)
         write_card(part, folder, reader.manifest, config, options.format)
@@ -66,25 +69,19 @@ def export(args: list[str]) -> None:
         push(options.to, options.push)
 
 
-def _export_gguf(folder: Path, options: argparse.Namespace) -> None:
+def _export_gguf(
+    folder: Path, reader: CheckpointReader, config: Any, tokenizer: Any, dtype: str, options: argparse.Namespace
+) -> None:
     from smolds_dist.interchange.gguf_format import modelfile, write_gguf
 
     to = options.to
-    if to.suffix != ".gguf" or to.exists():
-        raise ConfigError(f"--to {to} is no new file that --format gguf could write; give one such as model.gguf.")
-    reader, config, tokenizer = open_model(folder)
     description, text = modelfile(to)
     with new_file(to) as part:
         name, biases = folder.resolve().parent.parent.name, dict(_selection_biases(reader))
-        dtype = _dtype(options, reader.manifest)
         write_gguf(part, name, reader, biases, config, tokenizer, dtype, options.quantise, options.check)
     description.write_text(text, encoding="utf-8")
     read_back = ", which has been read back" if options.check else ""
     print(f"{folder} is in {to}{read_back}; {description} describes it to Ollama")
-
-
-def _dtype(options: argparse.Namespace, manifest: Manifest) -> str:
-    return options.dtype if options.dtype != "auto" else manifest.topology["dtype"]
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
@@ -104,16 +101,11 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: what the run computed in")
     parser.add_argument("--quantise", choices=("q8_0",), help="with --format gguf: 8 bits for a matrix's number")
-    parser.add_argument(
-        "--max-shard-size",
-        default="1GB",
-        metavar="SIZE",
-        help="largest file, such as 500MB; also the memory this takes",
-    )
+    size = "largest file, such as 500MB; also the memory this takes"
+    parser.add_argument("--max-shard-size", default="1GB", metavar="SIZE", help=size)
     parser.add_argument("--no-check", dest="check", action="store_false", help="do not load the result and compare")
-    parser.add_argument(
-        "--push", metavar="NAME", help="upload it to this repository of the Hub; HF_TOKEN says who you are"
-    )
+    push = "upload it to this repository of the Hub; HF_TOKEN says who you are"
+    parser.add_argument("--push", metavar="NAME", help=push)
     options = parser.parse_args(args)
     if options.quantise and options.format != "gguf":
         parser.error(f"--quantise {options.quantise} needs --format gguf")
@@ -206,7 +198,7 @@ def write(
     from transformers import GenerationConfig
 
     from smolds_dist.data.tokenizer import save_tokenizer
-    from smolds_dist.interchange.transformers_format import CLASSES, save_transformers_config, transformers_config
+    from smolds_dist.interchange.transformers_format import CLASSES, save_config, transformers_config
 
     written = config
     if kind == "transformers":
@@ -215,14 +207,12 @@ def write(
             written = transformers_config(config, biased)
         except ValueError as error:
             raise ConfigError(f"{str(error).rstrip('.')}; --format smolds keeps it as it is.") from None
-    written.architectures = [CLASSES.get(written.model_type, "DeepSeekV3ForCausalLM")]
-    written.dtype = DTYPES[dtype]
-    if kind == "transformers":
-        save_transformers_config(written, folder)
         tensors = _for_transformers(reader, config, written.model_type)
     else:
-        written.save_pretrained(folder)
         tensors = _for_smolds(reader, config)
+    written.architectures = [CLASSES.get(written.model_type, "DeepSeekV3ForCausalLM")]
+    written.dtype = DTYPES[dtype]
+    save_config(written, folder)
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     GenerationConfig(**ends, do_sample=True, temperature=0.6, top_k=50).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
@@ -282,28 +272,22 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
     import torch
     from safetensors.torch import save_file
 
-    from smolds_dist.interchange.final_export import file_names
+    from smolds_dist.interchange.final_export import file_names, write_index
 
     def converted() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
             bias = name.endswith("e_score_correction_bias")
             yield name, (tensor if bias else tensor.to(getattr(torch, dtype))).contiguous()
 
-    files: list[Path] = []
-    place: dict[str, int] = {}
-    total = 0
+    sizes: list[dict[str, int]] = []
     for batch in by_bytes(converted(), file_bytes):
-        place |= dict.fromkeys(batch, len(files))
-        total += sum(tensor.nbytes for tensor in batch.values())
-        files.append(folder / f"unnamed-{len(files)}")
-        save_file(batch, files[-1], metadata={"format": "pt"})
-        files[-1].chmod(0o644)
-    names = file_names(len(files))
-    for file, final in zip(files, names, strict=True):
-        file.rename(folder / final)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[at] for name, at in place.items()}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        file = folder / f"unnamed-{len(sizes)}"
+        save_file(batch, file, metadata={"format": "pt"})
+        file.chmod(0o644)
+        sizes.append({name: tensor.nbytes for name, tensor in batch.items()})
+    for number, name in enumerate(file_names(len(sizes))):
+        (folder / f"unnamed-{number}").rename(folder / name)
+    write_index(folder, sizes)
 
 
 def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype: str) -> None:

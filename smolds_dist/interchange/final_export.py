@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import BufferedWriter
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -97,11 +98,7 @@ def write_weights(
         for old in folder.glob("model*.safetensors*"):
             if old.name not in names:
                 old.unlink()
-        if len(files) > 1:
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            places = {name: file for some, file in zip(files, names, strict=True) for name in some}
-            index = {"metadata": {"total_size": total}, "weight_map": places}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(folder, [{name: tensor.nbytes for name, tensor in some.items()} for some in files])
 
 
 def file_names(count: int) -> list[str]:
@@ -109,6 +106,15 @@ def file_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, sizes: list[dict[str, int]]) -> None:
+    """Of several files, which has which tensors; `sizes` are the bytes of each file's tensors by name."""
+    if len(sizes) > 1:
+        total = sum(sum(some.values()) for some in sizes)
+        places = {name: file for some, file in zip(sizes, file_names(len(sizes)), strict=True) for name in some}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager
@@ -132,22 +138,12 @@ def new_safetensors(path: Path, tensors: dict[str, Tensor]) -> Iterator[Buffered
 
 def in_rounds(files: list[dict[str, Tensor]], world: int) -> Iterator[list[list[str]]]:
     """For each rank the logical tensors of its file in order, so many of every file at a time as `ROUND_BYTES` hold."""
-    waiting = [parts_of(tensors) for tensors in files]
-    while any(waiting):
-        wanted: list[list[str]] = [[] for _ in range(world)]
-        for names, parts in zip(wanted, waiting, strict=False):  # fewer files than ranks
-            size = 0
-            while parts and (not names or size + parts[0][1] <= ROUND_BYTES):
-                name, nbytes = parts.pop(0)
-                names.append(name)
-                size += nbytes
-        yield wanted
 
+    def parts(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            for part, shape in logical_shapes(name, tensor.shape).items():
+                yield part, tensor.new_empty(shape)
 
-def parts_of(tensors: dict[str, Tensor]) -> list[tuple[str, int]]:
-    """Name and bytes of the logical tensors that a file's tensors are made of, in order."""
-    return [
-        (part, torch.Size(shape).numel() * tensor.itemsize)
-        for name, tensor in tensors.items()
-        for part, shape in logical_shapes(name, tensor.shape).items()
-    ]
+    batches = (by_bytes(parts(tensors), ROUND_BYTES) for tensors in files)
+    for wanted in zip_longest(*batches, fillvalue={}):
+        yield [list(names) for names in wanted] + [[]] * (world - len(files))  # fewer files than ranks

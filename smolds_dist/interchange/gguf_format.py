@@ -30,11 +30,6 @@ from smolds_dist.interchange.transformers_format import turned_in_pairs
 from smolds_dist.model import DeepSeekV3Config
 
 KINDS = {"fp32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
-_FILE_TYPES = {
-    Kind.F32: gguf.LlamaFileType.ALL_F32,
-    Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-}
 _TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 # Modules of a layer and of the whole model, as the file calls them.
 _NAMES = {
@@ -82,21 +77,34 @@ class Part(NamedTuple):
 
 def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config) -> Iterator[Part]:
     """Every tensor of the file, none of them read yet."""
-    N, D, E = config.num_attention_heads, config.qk_nope_head_dim, config.num_experts
+    N, D, R, E = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, config.num_experts
+    # llama.cpp turns the same pairs as the classes that it has its architectures from.
+    kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
+
+    def turned(name: str) -> Tensor:
+        return turned_in_pairs(name, reader.whole(name, "value"), config, kind)
+
+    def stacked(name: str) -> Tensor:
+        names = [name.replace(".experts.0.", f".experts.{number}.") for number in range(E)]
+        return torch.stack([reader.whole(one, "value") for one in names])
+
+    def latent(name: str, keys: bool) -> Tensor:
+        """What makes keys, of which D are not turned, or values of a latent vector [R]."""
+        heads = reader.whole(name, "value").view(N, -1, R)
+        return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
+
     for name, shape in reader.manifest.tensors.items():
         block, module = _place(name)
         expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", module)
         if expert and expert[1] != "0":
             continue
         if expert:
-            names = [name.replace(".experts.0.", f".experts.{number}.") for number in range(E)]
-            yield Part(f"{block}{_EXPERTS[expert[2]]}.weight", (E, *shape), partial(_stacked, reader, names))
+            yield Part(f"{block}{_EXPERTS[expert[2]]}.weight", (E, *shape), partial(stacked, name))
         elif module == "self_attn.kv_b_proj":
-            width, rank = shape[0] // N - D, shape[1]
-            yield Part(f"{block}attn_k_b.weight", (N, rank, D), partial(_latent_keys, reader, name, config))
-            yield Part(f"{block}attn_v_b.weight", (N, width, rank), partial(_latent_values, reader, name, config))
+            yield Part(f"{block}attn_k_b.weight", (N, R, D), partial(latent, name, keys=True))
+            yield Part(f"{block}attn_v_b.weight", (N, shape[0] // N - D, R), partial(latent, name, keys=False))
         else:
-            yield Part(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(_turned, reader, name, config))
+            yield Part(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(turned, name))
     for name, bias in biases.items():
         yield Part(f"{_place(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
 
@@ -106,30 +114,6 @@ def _place(name: str) -> tuple[str, str]:
     match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*?)\.(?:weight|e_score_correction_bias)", name)
     assert match
     return (f"blk.{match[1]}." if match[1] else ""), match[2]
-
-
-def _stacked(reader: CheckpointReader, names: list[str]) -> Tensor:
-    """[E, I, H] or [E, H, I]."""
-    return torch.stack([reader.whole(name, "value") for name in names])
-
-
-def _latent_keys(reader: CheckpointReader, name: str, config: DeepSeekV3Config) -> Tensor:
-    """What makes keys of a latent vector [N, R, D], D being the part that is not turned."""
-    heads = reader.whole(name, "value").view(config.num_attention_heads, -1, config.kv_lora_rank)
-    return heads[:, : config.qk_nope_head_dim].transpose(1, 2)
-
-
-def _latent_values(reader: CheckpointReader, name: str, config: DeepSeekV3Config) -> Tensor:
-    """What makes values of a latent vector [N, D, R]."""
-    heads = reader.whole(name, "value").view(config.num_attention_heads, -1, config.kv_lora_rank)
-    return heads[:, config.qk_nope_head_dim :]
-
-
-def _turned(reader: CheckpointReader, name: str, config: DeepSeekV3Config) -> Tensor:
-    """A tensor in the row order of the file: llama.cpp turns the same pairs as the classes that it has these architectures
-    from."""
-    kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
-    return turned_in_pairs(name, reader.whole(name, "value"), config, kind)
 
 
 def kind_of(part: Part, plain: Kind, quantise: Kind | None) -> Kind:
@@ -164,33 +148,34 @@ def write_gguf(
     Raises:
         ConfigError: where llama.cpp has no architecture, or no tokenizer, that does the same; nothing is written then.
     """
-    architecture = llama_architecture(config)
-    values = hyperparameters(config)
+    architecture, values = llama_architecture(config), hyperparameters(config)
     words = vocabulary(tokenizer, config.vocab_size)
     plain, quantised = KINDS[dtype], KINDS[quantise] if quantise else None
-    kinds = {part.name: kind_of(part, plain, quantised) for part in parts(reader, biases, config)}
+    every = list(parts(reader, biases, config))
+    kinds = {part.name: kind_of(part, plain, quantised) for part in every}
 
     writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_name(name)
-        writer.add_file_type(_FILE_TYPES[quantised or plain])
+        most = quantised or plain
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if most == Kind.F32 else 'MOSTLY'}_{most.name}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in values.items():
             writer.add_key_value(f"{architecture}.{key}", value, _TYPES[type(value)])
         write_vocabulary(words, tokenizer, writer)
-        for part in parts(reader, biases, config):
+        for part in every:
             block, size = gguf.GGML_QUANT_SIZES[kinds[part.name]]
             nbytes = math.prod(part.shape) // block * size
             writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), nbytes, kinds[part.name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for part in parts(reader, biases, config):
+        for part in every:
             writer.write_tensor_data(gguf.quantize(part.load().contiguous().numpy(), kinds[part.name]))
     finally:
         writer.close()
     if check:
-        check_gguf(path, words, tokenizer, parts(reader, biases, config), kinds)
+        check_gguf(path, words, tokenizer, every, kinds)
 
 
 def check_gguf(
@@ -210,9 +195,8 @@ def check_gguf(
     check_vocabulary(words._replace(tokens=tokens, merges=merges), tokenizer)
     found = {tensor.name: tensor for tensor in file.tensors}
     for part in expected:
-        tensor, values = found.pop(part.name), part.load()
+        tensor, values, kind = found.pop(part.name), part.load(), kinds[part.name]
         theirs = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view(part.shape)
-        kind = kinds[part.name]
         if kind == Kind.BF16:
             values = values.bfloat16().float()
         difference, slack = (theirs - values).abs(), torch.zeros(())

@@ -5,6 +5,7 @@ what else a tokenizer.json can say must be what llama.cpp does anyway.
 """
 
 import json
+from itertools import product
 from typing import Any, NamedTuple
 
 from gguf import GGUFWriter, TokenType
@@ -72,38 +73,32 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         raise ConfigError(
             f"the tokenizer has {max(texts) + 1} tokens, more than the model's {size}; it is another run's."
         )
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    bos, eos = _ends(tokenizer)
     return Vocabulary(
-        pre=pre,
-        tokens=[texts.get(number, f"[PAD{number}]") for number in range(size)],
-        kinds=[int(kinds.get(number, TokenType.UNUSED)) for number in range(size)],
-        merges=merges,
-        bos=bos,
-        eos=eos,
+        pre,
+        [texts.get(number, f"[PAD{number}]") for number in range(size)],
+        [int(kinds.get(number, TokenType.UNUSED)) for number in range(size)],
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+        *_ends(tokenizer),
     )
 
 
 def _pre_tokenizer(spec: dict[str, Any] | None) -> str | None:
     """llama.cpp's name of it."""
     spec = spec or {}
-    steps = spec["pretokenizers"] if spec.get("type") == "Sequence" else [spec]
-    digits = [step for step in steps[:-1] if step == {"type": "Digits", "individual_digits": True}]
-    last = steps[-1]
+    *before, last = spec["pretokenizers"] if spec.get("type") == "Sequence" else [spec]
     byte_level = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last["add_prefix_space"]
-    if not byte_level or len(digits) != len(steps) - 1 or len(digits) > 1:
+    if not byte_level or before not in ([], [{"type": "Digits", "individual_digits": True}]):
         return None
-    return "smollm" if digits else "gpt-2"
+    return "smollm" if before else "gpt-2"
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Whether the tokenizer adds its bos token before a text, and its eos token behind."""
     text = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
-    for bos in (False, True):
-        for eos in (False, True):
-            if whole == [tokenizer.bos_token_id] * bos + text + [tokenizer.eos_token_id] * eos:
-                return bos, eos
+    for bos, eos in product((False, True), repeat=2):
+        if whole == [tokenizer.bos_token_id] * bos + text + [tokenizer.eos_token_id] * eos:
+            return bos, eos
     raise ConfigError(
         f"the tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of the text 'a', and llama.cpp can add no more than "
         "a bos and an eos token; --format transformers keeps it as it is."
@@ -132,11 +127,8 @@ def check_vocabulary(words: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> N
     Raises:
         RuntimeError: where they differ, which no tokenizer that `vocabulary` lets pass should bring about.
     """
-    normal = {
-        text: number
-        for number, text in enumerate(words.tokens)
-        if words.kinds[number] in (TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED)
-    }
+    numbered = enumerate(words.tokens)
+    normal = {text: number for number, text in numbered if words.kinds[number] != TokenType.UNUSED}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in words.merges)]
     theirs = Tokenizer(models.BPE(normal, merges))
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE_TOKENIZERS[words.pre]]

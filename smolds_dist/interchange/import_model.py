@@ -168,7 +168,7 @@ def write_checkpoint(
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
-    from smolds_dist.parallel.topology import Topology, detect_machine, plan_topology
+    from smolds_dist.parallel.topology import detect_machine, plan_topology
 
     ours = DeepSeekV3Config(**config.model.architecture())
     with torch.device("meta"):
@@ -226,9 +226,9 @@ def check_tensors(
         if name not in missing and name in shapes:
             raise ConfigError(f"{folder} holds {theirs(name)} twice; leave one of the files that do.")
         if tuple(tensor.shape) != missing.get(name):
-            wanted = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
+            other = f"which should have {list(missing[name])}" if name in missing else "which has no counterpart"
             raise ConfigError(
-                f"{folder} has a tensor {theirs(name)} of shape {list(tensor.shape)}, {wanted}; it is another model."
+                f"{folder} has a tensor {theirs(name)} of shape {list(tensor.shape)}, {other}; it is another model."
             )
         if not tensor.isfinite().all():
             raise ConfigError(f"{folder} has numbers in {theirs(name)} that are not finite; get its file anew.")

@@ -39,12 +39,10 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
     """The card as Markdown, with the metadata that the Hub reads at its top."""
     train, data = manifest.config["train"], manifest.config["data"]
     tokens = manifest.step * train["global_batch"] * data["seq_len"]
-    experts = (
-        f"{config.num_experts} in each of {config.num_hidden_layers} layers, {config.num_experts_per_tok} for a token"
-    )
+    experts = f"{config.num_experts} in each of {config.num_hidden_layers} layers"
     table: list[tuple[str, str]] = [
         ("parameters", f"{parameters_of(manifest):,}"),
-        ("experts", experts),
+        ("experts", f"{experts}, {config.num_experts_per_tok} for a token"),
         ("attention", "multi-head latent" if config.attention == "latent" else "grouped-query"),
         *texts(manifest),
         ("steps", f"{manifest.step:,}"),
@@ -58,12 +56,9 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         told = f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte"
         table.append(("validation loss", f"{told} (step {evaluation['step']:,})"))
     table += facts(rows).items()
-    metadata = (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n- smolds\n---"
-    )
     import_line = "import smolds_dist.model  # registers the architecture\n" if kind == "smolds" else ""
     parts = [
-        metadata,
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n- smolds\n---",
         f"# {name}",
         "A mixture-of-experts language model, pre-trained with smolds. It has seen nothing but its training text: it "
         "continues text, and follows no instructions.",

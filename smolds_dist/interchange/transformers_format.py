@@ -40,16 +40,14 @@ _SHARED_FIELDS = (
 _YARN_FIELDS = (
     "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate"
 ).split()
-_GQA = {
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "num_experts_per_tok": "num_experts_per_tok",
-}
-_DENSE_FIRST = (
-    "ernie4_5_moe",
-    "qwen3_moe",
-    "deepseek_v3",
-)  # whose first layers may be dense; `intermediate_size` is theirs
+
+
+def _same(names: str) -> dict[str, str]:
+    return {name: name for name in names.split()}
+
+
+_GQA = _same("num_key_value_heads head_dim num_experts_per_tok")
+_DENSE_FIRST = ("ernie4_5_moe", "qwen3_moe", "deepseek_v3")  # whose first layers may be; they have `intermediate_size`
 # Of each kind of model, its names of our fields.
 _FIELDS: dict[str, dict[str, str]] = {
     "ernie4_5_moe": _GQA
@@ -60,25 +58,16 @@ _FIELDS: dict[str, dict[str, str]] = {
         "n_shared_experts": "moe_num_shared_experts",
         "first_k_dense_replace": "moe_layer_start_index",
     },
-    "mixtral": _GQA | {"intermediate_size": "intermediate_size", "num_experts": "num_local_experts"},
-    "qwen3_moe": _GQA
-    | {"intermediate_size": "moe_intermediate_size", "num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
-    "olmoe": _GQA
-    | {"intermediate_size": "intermediate_size", "num_experts": "num_experts", "norm_topk_prob": "norm_topk_prob"},
-    "llama": _GQA | {"intermediate_size": "intermediate_size"},
-    "deepseek_v3": {
-        "intermediate_size": "moe_intermediate_size",
-        "num_experts": "n_routed_experts",
-        **{
-            name: name
-            for name in (
-                "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok "
-                "n_shared_experts n_group topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace"
-            ).split()
-        },
-    },
+    "mixtral": _GQA | _same("intermediate_size") | {"num_experts": "num_local_experts"},
+    "qwen3_moe": _GQA | _same("num_experts norm_topk_prob") | {"intermediate_size": "moe_intermediate_size"},
+    "olmoe": _same("num_key_value_heads num_experts_per_tok intermediate_size num_experts norm_topk_prob"),
+    "llama": _same("num_key_value_heads head_dim intermediate_size"),
+    "deepseek_v3": {"intermediate_size": "moe_intermediate_size", "num_experts": "n_routed_experts"}
+    | _same(
+        "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok n_shared_experts "
+        "n_group topk_group norm_topk_prob routed_scaling_factor first_k_dense_replace"
+    ),
 }
-del _FIELDS["olmoe"]["head_dim"], _FIELDS["llama"]["num_experts_per_tok"]
 _SOFTMAX = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": None, "attention": "gqa"}
 _EXPERTS_ALONE = {"n_shared_experts": 0, "first_k_dense_replace": 0}
 # What each kind takes for granted.
@@ -137,16 +126,18 @@ def transformers_config(config: DeepSeekV3Config, biased: bool = True, kind: str
     return theirs
 
 
-def save_transformers_config(theirs: PreTrainedConfig, folder: Path) -> None:
-    """As `save_pretrained`, and also under the names that other readers know and transformers 5 has given up: YaRN's
-    settings, and the number of Qwen3's experts."""
-    theirs.save_pretrained(folder)
+def save_config(written: PreTrainedConfig, folder: Path) -> None:
+    """As `save_pretrained`; of transformers' own classes also under the names that other readers know and transformers 5
+    has given up: YaRN's settings, and the number of Qwen3's experts."""
+    written.save_pretrained(folder)
+    if written.model_type not in CLASSES:
+        return
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    if (rope := theirs.rope_parameters)["rope_type"] == "yarn":
+    if (rope := written.rope_parameters)["rope_type"] == "yarn":
         saved["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"} | {"type": "yarn"}
-    if theirs.model_type == "qwen3_moe":
-        saved["num_experts"] = theirs.num_experts
+    if written.model_type == "qwen3_moe":
+        saved["num_experts"] = written.num_experts
     path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -211,7 +202,8 @@ def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, their
     """The way back of `to_transformers`, from a model with the configuration `theirs`; stacked experts stay stacked. None: a
     tensor that changes nothing in what the model computes."""
     kind = theirs.model_type
-    if name.endswith("rotary_emb.inv_freq") or _layer(name) >= config.num_hidden_layers:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if name.endswith("rotary_emb.inv_freq") or (layer and int(layer[1]) >= config.num_hidden_layers):
         return None  # computed anew; layers after the last predict further tokens (DeepSeek-V3, section 2.2)
     pairs = kind == "ernie4_5_moe" or getattr(theirs, "rope_interleave", False)
     if pairs and (rotary := _rotary_rows(name, config, kind)):
@@ -225,11 +217,6 @@ def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, their
         for ours, called in _MIXTRAL.items():
             name = name.replace(f".{called}.weight", f".{ours}.weight")
     return name, tensor
-
-
-def _layer(name: str) -> int:
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
 
 
 def _rotary_rows(name: str, config: DeepSeekV3Config, kind: str) -> tuple[int, int] | None:
@@ -325,13 +312,3 @@ def _parts(theirs: Any) -> dict[str, Any]:
     if ours["first_k_dense_replace"]:
         ours["dense_intermediate_size"] = theirs.intermediate_size
     return ours
-
-
-def transformers_state_dict(state: dict[str, Tensor], config: DeepSeekV3Config) -> dict[str, Tensor]:
-    """Our parameters and selection biases, experts stacked, under the names of `transformers_config(config)`'s model."""
-    kind = model_type(config)
-    renamed = [to_transformers(name, tensor, config, kind) for name, tensor in state.items()]
-    return {
-        name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): tensor
-        for name, tensor in (one for one in renamed if one is not None)
-    }

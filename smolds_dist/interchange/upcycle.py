@@ -23,6 +23,11 @@ from smolds_dist.settings import Model
 # are chosen have nearly equal weights, and the balancer can move every choice from the first step on.
 LOGITS = 0.1
 CHANGED = ("num_experts", "num_experts_per_tok", "scoring_func")  # what of a dense model's settings becomes another
+OPTIONS = {
+    "granularity": (1, "G", "cut each copy of a dense layer into G experts"),
+    "noise": (0.0, "SHARE", "add noise to the experts' weights, as a share of their standard deviation"),
+    "drop": (0.0, "SHARE", "draw this share of each expert's columns anew, such as 0.5"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Upcycling:
 
 def check_options(given: Any) -> None:
     """Refuses what only `--upcycle` listens to without it."""
-    for name, unset in (("granularity", 1), ("noise", 0.0), ("drop", 0.0)):
+    for name, (unset, *_) in OPTIONS.items():
         if not given.upcycle and getattr(given, f"upcycle_{name}") != unset:
             raise ConfigError(f"--upcycle-{name} needs --upcycle; add it, or leave --upcycle-{name} out.")
 
@@ -80,21 +85,16 @@ def upcycled(tensors: Iterable[tuple[str, Tensor]], model: Model, how: Upcycling
     Args:
         model: the mixture's settings, `upcycled_model`.
     """
-    for layer in range(model.num_hidden_layers):
-        yield router_of(layer, model, how)
+    copies = model.num_experts // how.granularity
+    for layer in range(model.num_hidden_layers):  # its router [experts, H], the same row for all experts of a copy
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        rows = torch.randn(copies, model.hidden_size, generator=_chance(name, how)) * LOGITS / model.hidden_size**0.5
+        yield name, rows.repeat_interleave(how.granularity, 0)
     for name, tensor in tensors:
         if ".mlp.experts.0." in name:
             yield from _experts_of(name, tensor.float(), model, how)
         else:
             yield name, tensor
-
-
-def router_of(layer: int, model: Model, how: Upcycling) -> tuple[str, Tensor]:
-    """A layer's router [experts, H], the same row for all experts of a copy."""
-    name = f"model.layers.{layer}.mlp.gate.weight"
-    copies = model.num_experts // how.granularity
-    rows = torch.randn(copies, model.hidden_size, generator=_chance(name, how)) * LOGITS / model.hidden_size**0.5
-    return name, rows.repeat_interleave(how.granularity, 0)
 
 
 def _experts_of(name: str, tensor: Tensor, model: Model, how: Upcycling) -> Iterator[tuple[str, Tensor]]:
@@ -129,20 +129,5 @@ def add_options(parser: Any) -> None:
         action="store_true",
         help="make a mixture of experts of a dense model; --model.num_experts and --model.num_experts_per_tok say which",
     )
-    parser.add_argument(
-        "--upcycle-granularity", type=int, default=1, metavar="G", help="cut each copy of a dense layer into G experts"
-    )
-    parser.add_argument(
-        "--upcycle-noise",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="add noise to the experts' weights, as a share of their standard deviation",
-    )
-    parser.add_argument(
-        "--upcycle-drop",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="draw this share of each expert's columns anew, such as 0.5",
-    )
+    for name, (default, metavar, text) in OPTIONS.items():
+        parser.add_argument(f"--upcycle-{name}", type=type(default), default=default, metavar=metavar, help=text)

@@ -37,7 +37,7 @@ def make_engine(
     Args:
         fill: where the model's parameters hold nothing yet: gives each part that this process keeps its values.
     """
-    enable_activation_checkpointing(model, str(config.train.activation_checkpointing))
+    enable_activation_checkpointing(model, config.train.activation_checkpointing)
     engine: Engine
     if topology.engine == "local":
         engine = LocalEngine(model, config.train, topology, fill)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token, layers_of
 from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
-from smolds_dist.costs.step_time import RunTime, StepTime, run_time
+from smolds_dist.costs.step_time import RunTime, run_time
 from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser, check_at_least
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
@@ -35,7 +35,9 @@ def plan(args: list[str]) -> None:
     per_node = options.devices_per_node or machine.per_node
     machine = machine.shared_by(per_node)
     loads = loads_of_run(options.loads) if options.loads else None
-    max_vio = _max_vio(loads) if loads else options.max_vio
+    max_vio = options.max_vio
+    if loads:  # the mean over layers of the fullest expert's excess
+        max_vio = sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
     found = list(candidates(config, machine, options.nodes, per_node, max_vio))
     ranking = best_first(found, machine)
     best = ranking[0]
@@ -55,9 +57,8 @@ def plan(args: list[str]) -> None:
     if loads and best.layout.world > MOST_SIMULATED:
         print(f"\nnot simulated: more than {MOST_SIMULATED:,} ranks")
     elif loads:
-        simulated = simulate_step(
-            with_vocabulary(config), best.layout, machine, _fit(loads, config), options.straggling
-        )
+        fitted = _fit(loads, config)
+        simulated = simulate_step(with_vocabulary(config), best.layout, machine, fitted, options.straggling)
         print(
             f"\nsimulated with the loads of {options.loads}: {simulated.seconds:,.3f} s a step, the ranks wait "
             f"{sum(simulated.waiting) / len(simulated.waiting) / simulated.seconds:.1%} of it for each other"
@@ -83,13 +84,16 @@ def report(
     best, model = ranking[0], with_vocabulary(config)
     layout, time = best.layout, best.time
     flops = flops_per_token(model, layout.seq_len)
+    shares = sorted(
+        ((value / time.total, name.replace("_", " ")) for name, value in asdict(time).items()), reverse=True
+    )
     mfu = best.tokens_per_s * flops / layout.world / machine.peak[layout.dtype]
     lines = [
         f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {layout.tokens_per_step:,} tokens a step",
         f"{len(found)} layouts, {len(ranking)} fit; the best: {' '.join(best.options)}",
         "",
         f"  {best.tokens_per_s:,.0f} tokens/s, {time.total * 1e3:,.1f} ms a step, {mfu:.1%} of the peak",
-        "  " + ", ".join(f"{name} {share:.0%}" for name, share in shares(time)),
+        "  " + ", ".join(f"{name} {share:.0%}" for share, name in shares if share >= 0.005),
         f"  memory of a rank: {best.memory.total / 1e9:,.2f} of {machine.memory / 1e9:,.0f} GB: "
         + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in best.memory.parts()),
         f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected are "
@@ -124,24 +128,16 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
 
 def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> list[Candidate]:
     """For every other expert-parallel size and ZeRO stage the best that fits, or else the one that comes closest."""
-    groups: dict[tuple[int, int], list[Candidate]] = {}
-    for one in found:
-        groups.setdefault((one.layout.expert, one.layout.zero), []).append(one)
-    del groups[best.layout.expert, best.layout.zero]
-    chosen = []
-    for group in groups.values():
-        fitting = [one for one in group if fits(one, machine)]
-        if fitting:
-            chosen.append(max(fitting, key=lambda one: one.tokens_per_s))
-        else:
-            chosen.append(min(group, key=lambda one: one.memory.total))
-    return sorted(chosen, key=lambda one: (not fits(one, machine), -one.tokens_per_s))
 
+    def rank(one: Candidate) -> tuple[bool, float]:
+        fitting = fits(one, machine)
+        return not fitting, -one.tokens_per_s if fitting else one.memory.total
 
-def shares(time: StepTime) -> list[tuple[str, float]]:
-    """Causes of a step's time, the largest first, those under half a percent left out."""
-    parts = [(field.name.replace("_", " "), getattr(time, field.name) / time.total) for field in fields(time)]
-    return sorted((part for part in parts if part[1] >= 0.005), key=lambda part: -part[1])
+    chosen: dict[tuple[int, int], Candidate] = {}
+    for one in sorted(found, key=rank):
+        chosen.setdefault((one.layout.expert, one.layout.zero), one)
+    del chosen[best.layout.expert, best.layout.zero]
+    return sorted(chosen.values(), key=lambda one: (not fits(one, machine), -one.tokens_per_s))
 
 
 def duration(seconds: float) -> str:
@@ -182,11 +178,6 @@ def as_json(machine: Hardware, ranking: list[Candidate], run: RunTime, steps: in
     }
 
 
-def _max_vio(loads: list[list[float]]) -> float:
-    """The mean over layers of the fullest expert's excess."""
-    return sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
-
-
 def _fit(loads: list[list[float]], config: RunConfig) -> list[list[float]]:
     """Loads of a run for a model of another depth, its layers taken in turn.
 
@@ -207,15 +198,13 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         example="smolds plan --hardware h100 --nodes 8 -- --preset moe-7b-a1b",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--hardware", default="h100", help="a key of costs/hardware.yaml, or a file that --calibrate wrote"
-    )
+    hardware = "a key of costs/hardware.yaml, or a file that --calibrate wrote"
+    parser.add_argument("--hardware", default="h100", help=hardware)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--devices-per-node", type=int, help="the hardware's usual number where not given")
     parser.add_argument("--max-vio", type=float, default=0.1, help="the fullest expert's rows over the mean, minus 1")
-    parser.add_argument(
-        "--loads", type=Path, help="a run's folder, whose recorded loads replace --max-vio and are simulated"
-    )
+    loads = "a run's folder, whose recorded loads replace --max-vio and are simulated"
+    parser.add_argument("--loads", type=Path, help=loads)
     parser.add_argument("--straggling", type=float, default=0.0, help="of simulated ranks: deviation of their slowness")
     parser.add_argument("--target-tokens", type=float, help="train so many instead of --train.steps")
     parser.add_argument("--budget-gpu-hours", type=float, help="refuse a run that takes more")

@@ -16,8 +16,7 @@ def best_by_ranks(config: RunConfig, machine: Hardware, per_node: int, max_vio: 
     """The best layout of 1, 2, 4, ... up to `MOST_RANKS` ranks; None where none fits. The global batch grows with the ranks
     where there would not be a sequence for each."""
     found: dict[int, Candidate | None] = {}
-    ranks = 1
-    while ranks <= MOST_RANKS:
+    for ranks in (2**power for power in range(MOST_RANKS.bit_length())):
         batch = -(-max(config.train.global_batch, ranks) // ranks) * ranks
         given = replace(config, train=replace(config.train, global_batch=batch))
         on_node = min(ranks, per_node)
@@ -26,7 +25,6 @@ def best_by_ranks(config: RunConfig, machine: Hardware, per_node: int, max_vio: 
             found[ranks] = best_first(tried, machine)[0]
         except ConfigError:
             found[ranks] = None
-        ranks *= 2
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, get_args
 
 from smolds_dist.costs.hardware import Hardware
@@ -50,41 +51,31 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
     rank = RankInfo(0, 0, world, per_node)
     base = replace(config, parallel=replace(config.parallel, device="auto"))
     plan_topology(base, here, rank)  # refuses what no layout mends
-    local = world == 1 and config.parallel.engine != "deepspeed"
-    sizes = (
-        expert_sizes(world, config.model.num_experts) if config.parallel.expert == "auto" else [config.parallel.expert]
-    )
-    stages = [config.parallel.zero] if config.parallel.zero != "auto" else [0, 1, 2, 3]
-    if local:
+    sizes: list[Any] = [config.parallel.expert]
+    if sizes == ["auto"]:
+        sizes = expert_sizes(world, config.model.num_experts)
+    stages: list[Any] = [config.parallel.zero] if config.parallel.zero != "auto" else [0, 1, 2, 3]
+    if world == 1 and config.parallel.engine != "deepspeed":
         stages = [0]
     per_rank = config.train.global_batch // world
-    batches = [config.train.micro_batch] if config.train.micro_batch else _divisors(per_rank)
+    batches = [size for size in range(1, min(per_rank, MOST_SEQUENCES) + 1) if per_rank % size == 0]
+    if config.train.micro_batch:
+        batches = [config.train.micro_batch]
     asked = config.train.activation_checkpointing
     recomputed = RECOMPUTED if asked == "none" else (asked,)
-    for size in sizes:
-        for zero in stages:
-            for batch in batches:
-                for recompute in recomputed:
-                    settings = {
-                        "parallel.expert": size, "parallel.zero": zero, "train.micro_batch": batch,
-                        "train.activation_checkpointing": recompute,
-                    }  # fmt: skip
-                    tried = replace(
-                        base,
-                        parallel=replace(base.parallel, expert=size, zero=zero),
-                        train=replace(base.train, micro_batch=batch, activation_checkpointing=recompute),
-                    )
-                    layout = layout_of(tried, plan_topology(tried, here, rank))
-                    yield Candidate(
-                        settings,
-                        layout,
-                        rank_memory(model, layout, machine.process, max_vio),
-                        step_time(model, layout, machine, max_vio),
-                    )
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, min(number, MOST_SEQUENCES) + 1) if number % size == 0]
+    for size, zero, batch, recompute in product(sizes, stages, batches, recomputed):
+        settings = {
+            "parallel.expert": size, "parallel.zero": zero, "train.micro_batch": batch,
+            "train.activation_checkpointing": recompute,
+        }  # fmt: skip
+        tried = replace(
+            base,
+            parallel=replace(base.parallel, expert=size, zero=zero),
+            train=replace(base.train, micro_batch=batch, activation_checkpointing=recompute),
+        )
+        layout = layout_of(tried, plan_topology(tried, here, rank))
+        memory = rank_memory(model, layout, machine.process, max_vio)
+        yield Candidate(settings, layout, memory, step_time(model, layout, machine, max_vio))
 
 
 def fits(one: Candidate, machine: Hardware) -> bool:

@@ -80,20 +80,17 @@ def simulate_step(
     chance = random.Random(seed)
     if loads is None:
         loads = [[1 / model.num_experts] * model.num_experts] * layers_of(model)[1]
-    slowness = [1 + abs(chance.gauss(0, straggling)) for _ in range(layout.world)]
-    programs = [_program(rank, model, layout, machine, loads, slowness[rank]) for rank in range(layout.world)]
-    return run_programs(programs)
+    slowness = (1 + abs(chance.gauss(0, straggling)) for _ in range(layout.world))
+    return run_programs([_program(rank, model, layout, machine, loads, slow) for rank, slow in enumerate(slowness)])
 
 
 def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
     """Runs every rank's program to its end; the heart of the simulator."""
-    clock = [0.0] * len(programs)
     waiting = [0.0] * len(programs)
     present: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
     events = [(0.0, rank) for rank in range(len(programs))]
     while events:
         now, rank = heapq.heappop(events)
-        clock[rank] = now
         event = next(programs[rank], None)
         if isinstance(event, Work):
             heapq.heappush(events, (now + event.seconds, rank))
@@ -106,7 +103,7 @@ def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
                     heapq.heappush(events, (now + seconds, other))
     if present:
         raise RuntimeError(f"ranks wait for ever in {sorted(present)}")
-    return Simulation(max(clock), tuple(waiting))
+    return Simulation(now, tuple(waiting))
 
 
 def _program(
@@ -126,12 +123,12 @@ def _program(
     for _ in range(layout.accumulation):
         for part, layers in turns:
             for layer in layers:
+                exchange = [Meeting(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))]
+                exchange *= size > 1
                 yield Work((dense + other) * slow * part / parts)
-                if size > 1:
-                    yield Meeting(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))
+                yield from exchange
                 yield Work(experts * share[layer] * slow * part / parts)
-                if size > 1:
-                    yield Meeting(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))
+                yield from exchange
     closed = step_time(model, layout, machine)
     if layout.world > 1:
         yield Meeting((0, layout.world), closed.gradients)

@@ -18,7 +18,7 @@ class Profiler:
     """
 
     def __init__(self, config: RunConfig, topology: Topology):
-        first, last = config.profile.first_and_last or (0, -1)
+        first, last = map(int, (config.profile.steps or "0:-1").split(":"))
         here = topology.rank < topology.world_size // topology.nodes
         self._steps = range(first, last + 1) if here else range(0)
         self._name = config.run_dir / "profile" / f"steps_{first}-{last}.rank_{topology.rank}"

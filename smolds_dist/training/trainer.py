@@ -14,7 +14,7 @@ from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepa
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
-from smolds_dist.inference.harness import evaluate_live, find_tasks, load_tasks
+from smolds_dist.inference.harness import evaluate_live, load_tasks
 from smolds_dist.inference.held_out import evaluate
 from smolds_dist.inference.samples import sample, whole_lines
 from smolds_dist.interchange.final_export import export_model
@@ -331,7 +331,7 @@ def tasks_of(config: RunConfig) -> list[Any]:
     if not config.eval.names:
         return []
     folder = Path(config.eval.include_path) if config.eval.include_path else None
-    return load_tasks(config.eval.names, find_tasks(config.eval.names, folder, "--eval."), "--eval.")
+    return load_tasks(config.eval.names, folder, "--eval.")
 
 
 def score_tasks(job: Job, training: Training, step: int) -> None:
