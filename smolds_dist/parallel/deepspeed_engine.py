@@ -211,9 +211,7 @@ class DeepSpeedEngine:
         self._norm = norm.item()
         self._applied = math.isfinite(self._norm)
         if not self._applied:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # an optimizer leaves such parameters and their state as they are
+            optimizer.zero_grad()  # an optimizer leaves parameters without gradients, and their state, as they are
         elif self.grad_clip:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
@@ -241,10 +239,8 @@ class DeepSpeedEngine:
         self._norm = float("nan")
         self._squares = {} if by_part else None
         self.engine.step()
-        squares = self._squares or {}
-        if self.topology.zero == 0:
-            return Update(self._norm, self._applied and self.engine.was_step_applied(), squares)
-        return Update(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied(), squares)
+        norm = self._norm if self.topology.zero == 0 else float(self.engine.get_global_grad_norm())
+        return Update(norm, self._applied and self.engine.was_step_applied(), self._squares or {})
 
     def time_all_to_all(self, on: bool) -> None:
         self._clock.run(on)
@@ -305,15 +301,8 @@ class DeepSpeedEngine:
         return optimizer_step_count(self.engine.basic_optimizer)
 
     def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
-        if self.topology.zero == 0:
-            experts = expert_parameters(self.model)
-            for name, parameter in self.model.named_parameters():
-                names = logical_shapes(name, parameter.shape, experts.get(name, 0))
-                master = self._masters.get(id(parameter), parameter)
-                allocate_state(self.engine.basic_optimizer, master, kinds_of(next(iter(names))), steps)
-            return
         flats = self._flats()
-        kinds: dict[int, list[str]] = {}  # the same for all that lies in one partition
+        kinds: dict[int, list[str]] = {}  # the same for all that lies in one flat tensor
         for fragment in self.fragments():
             index, _ = place_in(flats, fragment.tensors["value"])
             if index not in kinds:
