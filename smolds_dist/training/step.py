@@ -4,6 +4,7 @@ Shape letters: L layers, E experts, N query heads.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -43,31 +44,23 @@ class Taken(NamedTuple):
     logits: Tensor | None  # largest attention logits of all ranks [L, N], where there is a limit
 
 
+@dataclass
 class Stepper:
-    """Takes optimizer steps. Its methods are collective.
+    """Takes optimizer steps. Its methods are collective."""
 
-    Args:
-        batches: this rank's part of each global batch.
-        end_of_text: the token after which another document begins, where documents are masked from each other.
-        stopped: whether the run was asked to stop.
-    """
+    engine: Engine
+    balancer: Balancer
+    topology: Topology
+    train: Train
+    batches: BatchesAhead  # this rank's part of each global batch
+    end_of_text: int | None = None  # after which another document begins, where documents are masked from each other
+    stopped: Callable[[], bool] = lambda: False  # whether the run was asked to stop
 
-    def __init__(
-        self,
-        engine: Engine,
-        balancer: Balancer,
-        topology: Topology,
-        train: Train,
-        batches: BatchesAhead,
-        end_of_text: int | None = None,
-        stopped: Callable[[], bool] = lambda: False,
-    ):
-        self.engine, self.balancer, self.topology, self.train = engine, balancer, topology, train
-        self.batches, self.end_of_text, self.stopped = batches, end_of_text, stopped
-        self.routers = RouterStatistics(engine.model)
-        self.clock = StepClock(engine)
-        model_config: Any = engine.model.config
-        self.qk_clip = QkClip(engine, model_config, train.qk_clip)
+    def __post_init__(self) -> None:
+        self.routers = RouterStatistics(self.engine.model)
+        self.clock = StepClock(self.engine)
+        model_config: Any = self.engine.model.config
+        self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
     def take(self, step: int, first_sample: int) -> Taken:
         """The whole of a step, whose batch begins with that sample of the run.
