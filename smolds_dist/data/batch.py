@@ -4,6 +4,7 @@ No topology enters, so every world size trains on the same global batches and a 
 """
 
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -233,9 +234,4 @@ def first_from(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
 
     As `numpy.searchsorted`, which would copy a column of a mapped table, however long, at every call.
     """
-    low, high = np.zeros(len(values), np.int64), np.full(len(values), len(sorted_values), np.int64)
-    while (low < high).any():
-        middle = (low + high) // 2
-        below = (low < high) & (sorted_values[np.minimum(middle, len(sorted_values) - 1)] < values)
-        low, high = np.where(below, middle + 1, low), np.where(below, high, np.minimum(high, middle))
-    return low
+    return np.array([bisect_left(sorted_values, value) for value in values], np.int64)

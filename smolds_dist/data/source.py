@@ -56,10 +56,6 @@ class Part(NamedTuple):
     number: int
     of: int
 
-    @property
-    def whole(self) -> bool:
-        return self.of == 1
-
 
 def files_of(source: Source) -> list[File]:
     """The files of a source in the order of their names; an `hf` source counts as one.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +50,14 @@ if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
 
 
-@contextmanager
-def zero3_init(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> Iterator[None]:
-    """A model that is built here has its layers sharded one by one (ZeRO 3), so that no rank ever holds a full one."""
+def zero3_init(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> AbstractContextManager[None]:
+    """A model that is built in it has its layers sharded one by one (ZeRO 3), so that no rank ever holds a full one."""
     import deepspeed
 
     settings = deepspeed_config(config, topology, model_config)
     # The dtype is the configuration's: DeepSpeed 0.19 takes another than the one that is given by itself. And it would put
     # a linear layer of its own in the place of PyTorch's for the whole process.
-    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
-        yield
+    return deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False)
 
 
 def places_in_partitions(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]]:

@@ -22,15 +22,6 @@ from smolds_dist.training.clock import StepClock, is_measured
 from smolds_dist.training.qk_clip import QkClip
 
 
-class MicroBatch(NamedTuple):
-    """What `Engine.forward` takes."""
-
-    ids: Tensor
-    labels: Tensor
-    positions: Tensor | None = None
-    num_labels: Tensor | None = None
-
-
 class Taken(NamedTuple):
     """What a step leaves on this rank."""
 
@@ -97,22 +88,20 @@ class Stepper:
             total += loss.detach()
         return total / topology.accumulation, digest
 
-    def _micro_batches(self, ids: Tensor) -> list[MicroBatch]:
-        """Where documents are masked from each other, with positions and labels by document.
+    def _micro_batches(self, ids: Tensor) -> list[tuple[Tensor, ...]]:
+        """What `Engine.forward` takes; where documents are masked from each other, with positions and labels by document.
 
         Each loss is then divided by the mean number of labels of a micro batch, over the step and all ranks: so their mean
         is that of all labels, however they are spread.
         """
         parts = ids.split(self.topology.micro_batch)
         if self.end_of_text is None:
-            return [MicroBatch(part, part) for part in parts]
+            return [(part, part) for part in parts]
         masked = [by_document(part, self.end_of_text) for part in parts]
         here = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
         labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(here, dtype=torch.float32))
         mean = labels_of_all / self.topology.world_size / len(parts)
-        return [
-            MicroBatch(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)
-        ]
+        return [(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)]
 
     def close(self) -> None:
         self.batches.close()
