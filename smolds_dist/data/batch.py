@@ -213,19 +213,12 @@ def sketch_of(texts: Iterable[int]) -> Any:
 
 def beginnings_in(data: TrainingData, indices: range) -> np.ndarray:
     """Digests [texts] of the beginnings of the texts whose first token is in those samples."""
-    samples = data.samples(np.asarray(indices))
     found = [np.zeros(0, np.uint64)]
-    for name, source in data.sources.items():
-        of_unit: dict[int, list[tuple[int, int]]] = {}
-        for sample in samples:
-            if sample.source.name == name:
-                for unit, start, length in sample.pieces:
-                    of_unit.setdefault(unit, []).append((start, start + length))
-        for unit, pieces in of_unit.items():
-            table = np.asarray(source.table(unit))
-            bounds = np.array(pieces, dtype=np.uint64)
-            first, end = first_from(table["start"], bounds[:, 0]), first_from(table["start"], bounds[:, 1])
-            found += [table["beginning"][a:b] for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+    for sample in data.samples(np.asarray(indices)):
+        for unit, start, length in sample.pieces:
+            table = np.asarray(sample.source.table(unit))
+            first, end = first_from(table["start"], np.array([start, start + length], np.uint64)).tolist()
+            found.append(table["beginning"][first:end])
     return np.concatenate(found)
 
 
