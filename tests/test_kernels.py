@@ -10,7 +10,6 @@ from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, RMSNorm, 
 from smolds_dist.model.causal_attention import causal_attention
 from smolds_dist.model.kernels import (
     expert_ffn,
-    expert_ffn_reference,
     grouped_expert_ffn,
     linear_cross_entropy,
     row_multiple,
@@ -71,7 +70,7 @@ def test_causal_attention_equals_an_fp32_mask(dtype, tolerance, length, groups, 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0, 0, 5], [64, 64, 64, 64]])
-@pytest.mark.parametrize("function", [expert_ffn, expert_ffn_reference, grouped_expert_ffn])
+@pytest.mark.parametrize("function", [expert_ffn, grouped_expert_ffn])
 @pytest.mark.parametrize("packed", [True, False])
 def test_expert_ffn_equals_an_fp32_loop_over_rows(dtype, tolerance, counts, function, packed):
     torch.manual_seed(0)

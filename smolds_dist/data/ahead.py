@@ -2,27 +2,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol
 
 from torch import Tensor
 
-from smolds_dist.data.batch import batch_digest
+from smolds_dist.data.batch import TrainingData, batch_digest
 from smolds_dist.progress import StoppedWaitingError
 
 LOOK_EVERY = 0.2  # seconds
 STOP_AFTER = 3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
-
-
-class Batches(Protocol):
-    """What there must be to take batches from, such as `TrainingData`."""
-
-    def reach(self, samples: int) -> None:
-        """Waits for what the first `samples` samples of the run need."""
-        ...
-
-    def batch(self, indices: range) -> Tensor:
-        """Token ids [len(indices), seq_len] at those places of the run."""
-        ...
 
 
 class BatchesAhead:
@@ -33,7 +20,7 @@ class BatchesAhead:
         pinned: into memory that a GPU copies from without the host's waiting.
     """
 
-    def __init__(self, data: Batches, stride: int, pinned: bool = False):
+    def __init__(self, data: TrainingData, stride: int, pinned: bool = False):
         self._data, self._stride, self._pinned = data, stride, pinned
         self._pool = ThreadPoolExecutor(1, "batches")
         self._taken = range(0)

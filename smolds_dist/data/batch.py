@@ -4,6 +4,7 @@ No topology enters, so every world size trains on the same global batches and a 
 """
 
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,19 +213,12 @@ def sketch_of(texts: Iterable[int]) -> Any:
 
 def beginnings_in(data: TrainingData, indices: range) -> np.ndarray:
     """Digests [texts] of the beginnings of the texts whose first token is in those samples."""
-    samples = data.samples(np.asarray(indices))
     found = [np.zeros(0, np.uint64)]
-    for name, source in data.sources.items():
-        of_unit: dict[int, list[tuple[int, int]]] = {}
-        for sample in samples:
-            if sample.source.name == name:
-                for unit, start, length in sample.pieces:
-                    of_unit.setdefault(unit, []).append((start, start + length))
-        for unit, pieces in of_unit.items():
-            table = np.asarray(source.table(unit))
-            bounds = np.array(pieces, dtype=np.uint64)
-            first, end = first_from(table["start"], bounds[:, 0]), first_from(table["start"], bounds[:, 1])
-            found += [table["beginning"][a:b] for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+    for sample in data.samples(np.asarray(indices)):
+        for unit, start, length in sample.pieces:
+            table = np.asarray(sample.source.table(unit))
+            first, end = first_from(table["start"], np.array([start, start + length], np.uint64)).tolist()
+            found.append(table["beginning"][first:end])
     return np.concatenate(found)
 
 
@@ -233,9 +227,4 @@ def first_from(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
 
     As `numpy.searchsorted`, which would copy a column of a mapped table, however long, at every call.
     """
-    low, high = np.zeros(len(values), np.int64), np.full(len(values), len(sorted_values), np.int64)
-    while (low < high).any():
-        middle = (low + high) // 2
-        below = (low < high) & (sorted_values[np.minimum(middle, len(sorted_values) - 1)] < values)
-        low, high = np.where(below, middle + 1, low), np.where(below, high, np.minimum(high, middle))
-    return low
+    return np.array([bisect_left(sorted_values, value) for value in values], np.int64)

@@ -9,8 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,6 +53,22 @@ def json_damage(name: str) -> FindDamage:
     return find
 
 
+def size_damage(folder: Path, sizes_of: Callable[[dict], dict[str, int]]) -> str | None:
+    """By sizes alone: every start of a run reads this.
+
+    Args:
+        sizes_of: bytes of the other files, by what `meta.json` says.
+    """
+    try:
+        for name, expected in sizes_of(json.loads((folder / "meta.json").read_text())).items():
+            size = (folder / name).stat().st_size
+            if size != expected:
+                return f"{name} has {size:,} bytes instead of {expected:,}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "a file is missing or cannot be read"
+    return None
+
+
 def written_once(folder: Path, write: Callable[[Path], None], find_damage: FindDamage) -> Path:
     """`folder`, filled by `write` if it is not there yet or damaged; the others wait for the one that writes."""
     write_if_free(folder, write, find_damage, patience=-1)
@@ -76,30 +91,19 @@ def write_if_free(folder: Path, write: Callable[[Path], None], find_damage: Find
         held = lock.acquire(timeout=patience)
     except Timeout:
         return False
-    with held, _leftovers_removed(folder):
+    with held:
+        for leftover in folder.parent.glob(f"{folder.name}.writing-*"):  # of writers that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
         if folder.is_dir() and (damage := find_damage(folder)):
             print(f"{folder} is damaged: {damage}; it is written again", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
         if not folder.is_dir():
-            unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.writing-", dir=folder.parent))
-            write(unfinished)
-            unfinished.chmod(0o755)
-            unfinished.rename(folder)
+            prefix = f"{folder.name}.writing-"
+            with tempfile.TemporaryDirectory(None, prefix, folder.parent, ignore_cleanup_errors=True) as name:
+                unfinished = Path(name)
+                write(unfinished)
+                unfinished.chmod(0o755)
+                unfinished.rename(folder)  # and nothing is left to remove
         # Whoever waits for this very lock finds the folder; nobody else will look for one.
         Path(lock.lock_file).unlink(missing_ok=True)
     return True
-
-
-@contextmanager
-def _leftovers_removed(folder: Path) -> Iterator[None]:
-    """Deletes what killed writers of `folder` left behind, before and after; call it with the lock held."""
-
-    def remove() -> None:
-        for leftover in folder.parent.glob(f"{folder.name}.writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    remove()
-    try:
-        yield
-    finally:
-        remove()

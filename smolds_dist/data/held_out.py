@@ -10,12 +10,12 @@ Where that is too little, as of a small corpus, documents with the next higher d
 
 import heapq
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from smolds_dist.data.cache import key_of, written_once
+from smolds_dist.data.cache import key_of, size_damage, written_once
 from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead
 from smolds_dist.data.units import DOCUMENT, Corpus, DocumentWriter
 from smolds_dist.errors import ConfigError
@@ -25,18 +25,6 @@ FORMAT = 1  # part of the key: raise it when the layout, the meaning of a file o
 ENOUGH = 2**20  # held out
 MOST_READ = 2**28  # read for it
 LEAST = 2**16  # held out, or a tenth of what was read, whichever is less
-
-
-@dataclass(frozen=True)
-class HeldOutMeta:
-    """What a held-out folder says of itself."""
-
-    dtype: str
-    tokens: int
-    texts: int
-    bytes: int
-    unigram_entropy: float
-    beyond: list[int]
 
 
 @dataclass(frozen=True)
@@ -64,27 +52,16 @@ def find_held_out(corpus: Corpus, cache: Path, limit: int | None) -> HeldOut:
     folder = written_once(
         cache / "held_out" / key_of(FORMAT, keys, most),
         lambda folder: write_held_out(folder, corpus, most),
-        held_out_damage,
+        lambda folder: size_damage(folder, _sizes_of),
     )
-    meta = _read_meta(folder)
-    tokens, documents = np.fromfile(folder / "tokens.bin", meta.dtype), np.fromfile(folder / "documents", DOCUMENT)
-    return HeldOut(tokens, documents, meta.bytes, meta.unigram_entropy, meta.beyond)
+    meta = json.loads((folder / "meta.json").read_text())
+    tokens, documents = np.fromfile(folder / "tokens.bin", meta["dtype"]), np.fromfile(folder / "documents", DOCUMENT)
+    return HeldOut(tokens, documents, meta["bytes"], meta["unigram_entropy"], meta["beyond"])
 
 
-def _read_meta(folder: Path) -> HeldOutMeta:
-    return HeldOutMeta(**json.loads((folder / "meta.json").read_text()))
-
-
-def held_out_damage(folder: Path) -> str | None:
-    try:
-        meta = _read_meta(folder)
-        if (folder / "tokens.bin").stat().st_size != meta.tokens * np.dtype(meta.dtype).itemsize:
-            return "tokens.bin has another size than it should"
-        if (folder / "documents").stat().st_size != meta.texts * DOCUMENT.itemsize:
-            return "documents has another size than it should"
-    except (OSError, ValueError, TypeError):
-        return "a file is missing or cannot be read"
-    return None
+def _sizes_of(meta: dict) -> dict[str, int]:
+    itemsize = np.dtype(meta["dtype"]).itemsize
+    return {"tokens.bin": meta["tokens"] * itemsize, "documents": meta["texts"] * DOCUMENT.itemsize}
 
 
 def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
@@ -114,8 +91,8 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
     counts = np.bincount(np.fromfile(folder / "tokens.bin", corpus.dtype), minlength=len(corpus.tokenizer))
     frequency = counts[counts > 0] / max(out.tokens, 1)
     entropy = float(-(frequency * np.log(frequency)).sum())
-    meta = HeldOutMeta(corpus.dtype.name, out.tokens, out.texts, num_bytes, entropy, beyond)
-    (folder / "meta.json").write_text(json.dumps(asdict(meta)))
+    meta = {"dtype": corpus.dtype.name, "tokens": out.tokens, "texts": out.texts, "bytes": num_bytes}
+    (folder / "meta.json").write_text(json.dumps(meta | {"unigram_entropy": entropy, "beyond": beyond}))
 
 
 class Choice:

@@ -159,17 +159,13 @@ def _pattern(shares: list[Fraction], behind: list[Fraction]) -> tuple[np.ndarray
     at_turn = [tuple(taken)]
     while True:
         for _ in range(period):
-            time = len(order)
-            best, best_deadline = -1, 0
-            for source, rate in enumerate(rates):
-                # What it is behind after this sample, without it, in 1/scale: above -scale it may be next.
-                if not rate or lags[source] + rate * (time + 1) - taken[source] * scale <= 0:
-                    continue
-                deadline = -((lags[source] - (taken[source] + 1) * scale) // rate)  # rounded up
-                if best < 0 or deadline < best_deadline:
-                    best, best_deadline = source, deadline
-            if best < 0:
-                best = max(range(len(rates)), key=lambda s: lags[s] + rates[s] * (time + 1) - taken[s] * scale)
+            # What each is behind after this sample, without it, in 1/scale: above 0 it may be next.
+            short = [lag + rate * (len(order) + 1) - n * scale for lag, rate, n in zip(lags, rates, taken, strict=True)]
+            due = [source for source, rate in enumerate(rates) if rate and short[source] > 0]
+            if due:  # the deadline, rounded up
+                best = min(due, key=lambda source: -((lags[source] - (taken[source] + 1) * scale) // rates[source]))
+            else:
+                best = short.index(max(short))
             order.append(best)
             counts.append(taken[best])
             taken[best] += 1

@@ -40,7 +40,9 @@ def prepare_data(
     reporter = Reporter(shown=config.log.level != "quiet")
     try:
         data = find_data(config, tokenizer, limits, reporter)
-        _begin(config, data, samples)
+        totals = data.mixture.totals(samples).tolist()
+        for (name, order), taken in zip(data.orders.items(), totals, strict=True):
+            order.extend(None if config.data.mixed[name].max_epochs else taken)  # all where epochs are limited
         for name in reporter.names:
             for line in data.sources[name].left_out():
                 print(line, file=sys.stderr, flush=True)
@@ -90,12 +92,6 @@ def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
         else:
             lines.append(f"{tokens}; {source.num_found:,} of {len(source.units):,} parts are tokenised so far")
     return lines
-
-
-def _begin(config: RunConfig, data: TrainingData, samples: int) -> None:
-    """Waits for what the next step needs, and for all of a source whose epochs are limited."""
-    for (name, order), taken in zip(data.orders.items(), data.mixture.totals(samples).tolist(), strict=True):
-        order.extend(None if config.data.mixed[name].max_epochs else taken)
 
 
 def _check_sizes(config: RunConfig, data: TrainingData) -> None:

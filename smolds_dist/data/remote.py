@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import fsspec
+from fsspec.spec import AbstractBufferedFile
+
 from smolds_dist.errors import first_line
 from smolds_dist.progress import current_reporter
 
@@ -31,8 +34,6 @@ class NoRangesError(Exception):
 
 def file_system(path: str) -> tuple[Any, str]:
     """The file system of an address, and what the file is called there."""
-    import fsspec
-
     if not path.startswith(("http://", "https://")):
         return fsspec.core.url_to_fs(path)
     import aiohttp
@@ -123,50 +124,28 @@ def open_remote(path: str) -> Any:
     return io.BytesIO(_read(f"{path} did not come whole", whole))
 
 
-class RemoteFile(io.RawIOBase):
-    """A file of known size, read by ranges of bytes.
+class RemoteFile(AbstractBufferedFile):
+    """A file of known size, read by ranges of bytes; its first block is kept.
 
     Raises:
         NoRangesError: where the server has none.
     """
 
-    def __init__(self, path: str, system: Any, name: str, size: int):
-        self._path, self._system, self._name, self._size, self._at = path, system, name, size, 0
-        self._first = b""
-        self._first = self._fetch(0, min(size, BLOCK))  # also to see whether the server takes ranges
+    def __init__(self, address: str, system: Any, name: str, size: int):
+        super().__init__(system, name, block_size=BLOCK, cache_type="first", size=size)
+        self._address = address
+        self.read(1)  # to see whether the server takes ranges
+        self.seek(0)
 
-    def readable(self) -> bool:
-        return True
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        length = min(end, self.size) - start
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        if end <= self._at:
-            return 0
-        if end <= len(self._first):
-            content = self._first[self._at : end]
-        else:
-            content = self._fetch(self._at, end)
-        buffer[: len(content)] = content
-        self._at = end
-        return len(content)
-
-    def _fetch(self, start: int, end: int) -> bytes:
         def once() -> bytes:
-            content = self._system.cat_file(self._name, start=start, end=end)
-            if len(content) > end - start:
+            content = self.fs.cat_file(self.path, start=start, end=start + length)
+            if len(content) > length:
                 raise NoRangesError
-            if len(content) < end - start:
-                raise TruncatedError(f"sent {len(content):,} of {end - start:,} bytes")
+            if len(content) < length:
+                raise TruncatedError(f"sent {len(content):,} of {length:,} bytes")
             return content
 
-        return _read(f"{self._path} did not come whole", once)
+        return _read(f"{self._address} did not come whole", once) if length > 0 else b""

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from smolds_dist.data.remote import file_system
 from smolds_dist.data.source import BadFileError, File, hub_error, open_file
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Source
@@ -82,9 +83,8 @@ def rows_before(file: File, source: Source, part: tuple[int, int]) -> int:
             import pyarrow.parquet as parquet
 
             described = parquet.ParquetFile(content).metadata
-            return sum(
-                described.row_group(at).num_rows for at in range(_row_groups(described.num_row_groups, part).start)
-            )
+            before = range(_row_groups(described.num_row_groups, part).start)
+            return sum(described.row_group(at).num_rows for at in before)
         left, lines = _first_byte(content, file.size, part), 0
         content.seek(0)
         while block := content.read(min(left, 2**22)):
@@ -237,18 +237,15 @@ def _column(path: str, schema: Any, field: str) -> list[str]:
     import pyarrow.types as types
 
     way = [field] if field in schema.names else field.split(".")
-    place: Any = schema
-    for number, name in enumerate(way):
-        inside = place if number == 0 else place.type
-        if number and not types.is_struct(inside):
-            place = None
-        else:
-            place = inside.field(name) if inside.get_field_index(name) >= 0 else None
-        if place is None:
+    kind: Any = schema
+    for name in way:
+        has_fields = kind is schema or types.is_struct(kind)
+        if not has_fields or kind.get_field_index(name) < 0:
             raise ConfigError(f"{path} has no column {field!r}; {_advice(_text_columns(schema))}.")
-    if not (_is_text(place.type) or types.is_null(place.type)):
+        kind = kind.field(name).type
+    if not (_is_text(kind) or types.is_null(kind)):
         raise ConfigError(
-            f"{path} has values of type {place.type} in the column {field!r}, where text should be; "
+            f"{path} has values of type {kind} in the column {field!r}, where text should be; "
             f"{_advice(_text_columns(schema))}."
         )
     return way
@@ -331,8 +328,7 @@ def _megatron(path: str, index_path: str) -> Iterator[tuple[int, np.ndarray]]:
         bounds = np.arange(sequences + 1)
     if starts[-1] != len(tokens):
         raise BadFileError(f"has {len(tokens):,} tokens, its index {starts[-1]:,}")
-    ends = starts[bounds]
-    yield from enumerate((tokens[start:end] for start, end in pairwise(ends.tolist())), 1)
+    yield from enumerate((tokens[start:end] for start, end in pairwise(starts[bounds].tolist())), 1)
 
 
 def _datatrove(path: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -386,9 +382,7 @@ def _is_plain(path: str) -> bool:
 def _exists(path: str) -> bool:
     if "://" not in path:
         return os.path.exists(path)
-    import fsspec
-
-    system, name = fsspec.core.url_to_fs(path)
+    system, name = file_system(path)
     return system.exists(name)
 
 

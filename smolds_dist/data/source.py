@@ -56,10 +56,6 @@ class Part(NamedTuple):
     number: int
     of: int
 
-    @property
-    def whole(self) -> bool:
-        return self.of == 1
-
 
 def files_of(source: Source) -> list[File]:
     """The files of a source in the order of their names; an `hf` source counts as one.
@@ -94,10 +90,12 @@ def _local_files(kind: str, pattern: str) -> list[File]:
 
 
 def _belongs(path: str, kind: str) -> bool:
-    name = path
-    for ending in COMPRESSED:
-        name = name.removesuffix(ending)
-    return kind not in ENDINGS or name.endswith(ENDINGS[kind])
+    return kind not in ENDINGS or _decompressed_name(path).endswith(ENDINGS[kind])
+
+
+def _decompressed_name(path: str) -> str:
+    stem, ending = os.path.splitext(path)
+    return stem if ending in COMPRESSED else path
 
 
 def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
@@ -133,10 +131,8 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
 
 def version_of(info: dict[str, Any]) -> str:
     """What a file system says of a file's content, by the names that file systems have for it."""
-    for name in ("ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
-        if info.get(name):
-            return str(info[name])
-    return ""
+    names = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+    return next((str(info[name]) for name in names if info.get(name)), "")
 
 
 def settings_of(source: Source, data: Data) -> dict[str, Any]:
@@ -262,12 +258,9 @@ def _list(source: Source) -> tuple[str | None, list[File]]:
 
 
 def _kind_of(paths: list[str]) -> str | None:
-    plain = paths
-    for ending in COMPRESSED:
-        plain = [path.removesuffix(ending) for path in plain]
     if paths and all(path.endswith(".parquet") for path in paths):
         return "parquet"
-    if paths and all(path.endswith(LINES) for path in plain) and _holds_lines(paths[0]):
+    if paths and all(_decompressed_name(path).endswith(LINES) for path in paths) and _holds_lines(paths[0]):
         return "jsonl"
     return None
 

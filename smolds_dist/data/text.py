@@ -115,7 +115,7 @@ def documents(
                         )
                 else:
                     yield Document(at, number, text)
-            if tally.read == read and part.whole:
+            if tally.read == read and part.of == 1:
                 raise BadFileError("is empty")
         except BadFileError as error:
             if data.on_bad_file == "refuse":

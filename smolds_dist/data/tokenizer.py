@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 32_000_000
@@ -25,9 +25,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--data.tokenizer {name!r} could not be loaded ({reason}); "
+            f"--data.tokenizer {name!r} could not be loaded ({first_line(error)}); "
             "give a folder, a name on the Hub, or `train` for one trained on the corpus."
         ) from None
     if not tokenizer.is_fast:

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from smolds_dist.data.cache import write_if_free
 from smolds_dist.data.held_out import HeldOut
 from smolds_dist.data.order import Piece, SourceOrder, best_fit
 from smolds_dist.data.rows import rows_before
-from smolds_dist.data.units import DOCUMENT, Corpus, UnitMeta, left_out_of, read_unit, unit_damage, write_unit
+from smolds_dist.data.text import Tally
+from smolds_dist.data.units import DOCUMENT, Corpus, UnitMeta, read_unit, unit_damage, write_unit
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter, SourceProgress
 
@@ -47,8 +49,8 @@ class UnitSource:
         self._found: dict[int, UnitMeta] = {}
         self._trained: dict[int, list[Piece]] = {}  # of units that were found
         self.tokens_found = 0  # of these, for training and aside
-        self._open = lru_cache(OPEN_UNITS)(self._map_tokens)
-        self._open_table = lru_cache(OPEN_UNITS)(self._map_table)
+        self.tokens = lru_cache(OPEN_UNITS)(self._tokens)
+        self.table = lru_cache(OPEN_UNITS)(self._table)
         self._rows_before = lru_cache(OPEN_UNITS)(
             lambda part: rows_before(self.files[part.file], corpus.source, (part.number, part.of))
         )
@@ -92,9 +94,8 @@ class UnitSource:
                 if folder.is_dir() and not unit_damage(folder):
                     self._found[unit] = read_unit(folder)
                     self.tokens_found += self._found[unit].all_tokens
-                    return True
-            return False
-        return True
+                    break
+        return unit in self._found
 
     def has_tokens(self, unit: int) -> bool:
         """Whether a unit's tokens are there."""
@@ -116,8 +117,8 @@ class UnitSource:
             with contextlib.suppress(OSError):  # another process was faster
                 unfinished.rename(known)
             shutil.rmtree(unfinished, ignore_errors=True)
-        self._open.cache_clear()
-        self._open_table.cache_clear()
+        self.tokens.cache_clear()
+        self.table.cache_clear()
         gone = folder.with_suffix(".gone")
         with contextlib.suppress(OSError):
             folder.rename(gone)
@@ -212,15 +213,10 @@ class UnitSource:
 
     def left_out(self) -> list[str]:
         """What the units that were found left out, in words."""
-        return left_out_of(self._corpus.label, list(self._found.values()))
-
-    def tokens(self, unit: int) -> np.ndarray:
-        """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
-        return self._open(unit)
-
-    def table(self, unit: int) -> np.ndarray:
-        """[texts] of `DOCUMENT`, in the order of their tokens."""
-        return self._open_table(unit)
+        metas = self._found.values()
+        tally = Tally(read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas))
+        tally.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
+        return tally.lines(self._corpus.label)
 
     def place(self, unit: int, row: np.void) -> tuple[str, int]:
         """The file of a row of a unit's table, and the number of the row there."""
@@ -232,12 +228,14 @@ class UnitSource:
         pack = partial(best_fit, table=self.table, seq_len=seq_len) if packing == "best_fit" else None
         return SourceOrder(len(self.units), self.pieces_of, seq_len, seed, window_tokens, pack)
 
-    def _map_tokens(self, unit: int) -> np.ndarray:
+    def _tokens(self, unit: int) -> np.ndarray:
+        """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
         if not self.has_tokens(unit):
             self._wait_for(np.array([unit]), self.has_tokens)
         return _mapped(self.folders[unit] / "tokens.bin", np.dtype(self._found[unit].dtype), self._found[unit].tokens)
 
-    def _map_table(self, unit: int) -> np.ndarray:
+    def _table(self, unit: int) -> np.ndarray:
+        """[texts] of `DOCUMENT`, in the order of their tokens."""
         folder = self.folders[unit] if self.folders[unit].is_dir() else self._known(unit)
         return _mapped(folder / "documents", DOCUMENT, self._found[unit].texts)
 

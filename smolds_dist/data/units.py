@@ -10,7 +10,6 @@ Layout: `<cache>/units/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad_
 import hashlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.cache import key_of
+from smolds_dist.data.cache import key_of, size_damage
 from smolds_dist.data.order import key_for, permuted
 from smolds_dist.data.source import COMPRESSED, File, Part, settings_of
 from smolds_dist.data.text import (
@@ -165,19 +164,12 @@ def read_unit(folder: Path) -> UnitMeta:
 
 
 def unit_damage(folder: Path) -> str | None:
-    """By sizes alone: every start of a run reads this."""
-    try:
-        meta = read_unit(folder)
-        expected_sizes = {"documents": meta.texts * DOCUMENT.itemsize}
-        if folder.suffix != ".known":  # then only what it holds is known
-            expected_sizes["tokens.bin"] = meta.token_bytes
-        for name, expected in expected_sizes.items():
-            size = (folder / name).stat().st_size
-            if size != expected:
-                return f"{name} has {size:,} bytes instead of {expected:,}"
-    except (OSError, ValueError, TypeError):
-        return "a file is missing or cannot be read"
-    return None
+    def sizes_of(described: dict) -> dict[str, int]:
+        meta = UnitMeta(**described)
+        known = {"documents": meta.texts * DOCUMENT.itemsize}
+        return known if folder.suffix == ".known" else known | {"tokens.bin": meta.token_bytes}
+
+    return size_damage(folder, sizes_of)
 
 
 class DocumentWriter:
@@ -254,10 +246,3 @@ def _up_to(batch: list[Tokenized], limit: int) -> list[Tokenized]:
     """The documents until there are `limit` tokens."""
     ends = np.cumsum([len(document.ids) // 4 for document in batch])
     return batch[: int(np.searchsorted(ends, limit)) + 1]
-
-
-def left_out_of(name: str, metas: list[UnitMeta]) -> list[str]:
-    """What these units of a source left out, in words."""
-    tally = Tally(read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas))
-    tally.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
-    return tally.lines(name)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from smolds_dist.data.order import SourceOrder
 from smolds_dist.data.prepare import find_data
 from smolds_dist.data.unit_source import AT_ONCE, UnitSource
 from smolds_dist.errors import ConfigError
+from smolds_dist.files import replace_text
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import RunConfig
 
@@ -54,9 +56,8 @@ class Workers:
         save_config(config, settings)
         self._position = Path(self._folder.name) / "position"
         self.tell_position(0)
-        work = Work(
-            str(settings), os.getpid(), data.tokenizer.name_or_path, data.limits, ahead, str(self._position),
-        )  # fmt: skip
+        tokenizer = data.tokenizer.name_or_path
+        work = Work(str(settings), os.getpid(), tokenizer, data.limits, ahead, str(self._position))
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(work))]
         self.processes = [
@@ -76,9 +77,7 @@ class Workers:
 
     def tell_position(self, samples: int) -> None:
         """So many samples of the run have been trained on."""
-        unfinished = self._position.with_suffix(".new")
-        unfinished.write_text(str(samples))
-        unfinished.rename(self._position)
+        replace_text(self._position, str(samples))
 
     def busy(self) -> bool:
         """Whether one of them still works.
@@ -174,14 +173,7 @@ def wanted_units(data: TrainingData, samples: int) -> list[tuple[UnitSource, int
 def runs_dry(data: TrainingData, name: str, known: int, samples: int) -> int:
     """The first sample of the run for which the source's first `known` samples are not enough; `samples`, if none is."""
     at = list(data.sources).index(name)
-    low, high = 0, samples
-    while low < high:
-        middle = (low + high) // 2
-        if data.mixture.totals(middle + 1)[at] > known:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_right(range(samples), known, key=lambda sample: data.mixture.totals(sample + 1)[at])
 
 
 def work(told: Work) -> None:

@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from smolds_dist.model.attention import DeepSeekV3Attention
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.modeling import (
     DeepSeekV3Block,
@@ -12,20 +11,16 @@ from smolds_dist.model.modeling import (
     empty_model,
     enable_activation_checkpointing,
 )
-from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter
+from smolds_dist.model.moe import TopKRouter
 
 AutoConfig.register(DeepSeekV3Config.model_type, DeepSeekV3Config, exist_ok=True)
 AutoModel.register(DeepSeekV3Config, DeepSeekV3Model, exist_ok=True)
 AutoModelForCausalLM.register(DeepSeekV3Config, DeepSeekV3ForCausalLM, exist_ok=True)
 
 __all__ = [
-    "DeepSeekExpertLayer",
-    "DeepSeekMoE",
-    "DeepSeekV3Attention",
     "DeepSeekV3Block",
     "DeepSeekV3Config",
     "DeepSeekV3ForCausalLM",
-    "DeepSeekV3Model",
     "RMSNorm",
     "TopKRouter",
     "empty_model",

@@ -4,7 +4,7 @@ All that the model does otherwise on one kind than on another asks here, so that
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -29,12 +29,13 @@ def calls_operators() -> bool:
 
 
 @contextmanager
-def as_operators() -> Iterator[None]:
-    """Has `calls_operators` be true."""
+def as_operators(inner: AbstractContextManager[None]) -> Iterator[None]:
+    """Has `calls_operators` be true in `inner`."""
     global _operators
     before, _operators = _operators, True
     try:
-        yield
+        with inner:
+            yield
     finally:
         _operators = before
 

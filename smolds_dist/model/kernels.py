@@ -7,6 +7,7 @@ V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -92,15 +93,6 @@ def gated_gradients(grad: Tensor, *inner: Tensor) -> tuple[Tensor, ...]:
     activated = F.silu(gate)
     gradients = torch.ops.aten.silu_backward(grad * up, gate), grad * activated
     return activated * up, *(gradients if len(inner) == 2 else (torch.cat(gradients, dim=-1),))
-
-
-def expert_ffn_reference(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_EHI: Tensor) -> Tensor:
-    """The same function in plain operations, where all rows are somebody's."""
-    gate_EIH, up_EIH = gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, dim=1)
-    outputs = []
-    for rows, gate, up, down in zip(x_PH.split(counts_E.tolist()), gate_EIH, up_EIH, down_EHI, strict=True):
-        outputs.append(F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down))
-    return torch.cat(outputs)
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -214,12 +206,8 @@ _opaque_expert_ffn.register_autograd(_gradients_of_ffn, setup_context=_keep_for_
 
 def _experts(counts: Sequence[int]) -> list[tuple[int, slice]]:
     """Experts that have rows, each with its rows."""
-    found, start = [], 0
-    for e, count in enumerate(counts):
-        if count:
-            found.append((e, slice(start, start + count)))
-        start += count
-    return found
+    ends = [0, *accumulate(counts)]
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise(ends)) if start < end]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

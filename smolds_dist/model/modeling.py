@@ -168,19 +168,15 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
             position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
         config = self.config
         rotary = rotary_angles(position_ids, config.rotary_dim, config.rope_theta, config.rope_scaling)
-        if attentions and self.config._attn_implementation not in ("eager", "sdpa"):
+        if attentions and config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} has no attention weights; use 'eager'."
+                f"attn_implementation={config._attn_implementation!r} has no attention weights; use 'eager'."
             )
+        inputs = dict(
+            rotary=rotary, attention_mask=mask, cache=cache, output_attentions=attentions, documents=documents
+        )
         for block in self.layers:
-            x_BSH = block(
-                x_BSH,
-                rotary=rotary,
-                attention_mask=mask,
-                cache=cache,
-                output_attentions=attentions,
-                documents=documents,
-            )
+            x_BSH = block(x_BSH, **inputs)
         return MoeModelOutputWithPast(self.norm(x_BSH), cache)
 
     def _documents(self, x_BSH: Tensor, position_ids: Tensor) -> Documents | None:
@@ -270,8 +266,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         """What `router_aux_loss_coef`, `sequence_balance_coef` and `z_loss_coef` ask for, mean over layers."""
         config = self.config
         scoring, top_k = config.scoring_func, config.num_experts_per_tok
-        losses = []
-        for block in self.model.layers[config.first_k_dense_replace :]:
+        losses, layers = [], self.model.layers[config.first_k_dense_replace :]
+        for block in layers:
             logits_TE, block.mlp.router_logits = block.mlp.router_logits.float(), None
             if config.router_aux_loss_coef:
                 losses.append(config.router_aux_loss_coef * balance_loss(logits_TE[None], scoring, top_k))
@@ -280,7 +276,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
                 losses.append(config.sequence_balance_coef * in_each)
             if config.z_loss_coef:
                 losses.append(config.z_loss_coef * z_loss(logits_TE))
-        return torch.stack(losses).sum() / (config.num_hidden_layers - config.first_k_dense_replace)
+        return torch.stack(losses).sum() / len(layers)
 
 
 def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:

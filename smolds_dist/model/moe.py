@@ -34,16 +34,9 @@ class TopKRouter(nn.Module):
         """Returns weights [T, K] (fp32), chosen experts [T, K] and logits [T, E] (fp32), before softmax or sigmoid."""
         with torch.autocast(x_TH.device.type, enabled=False):
             logits = F.linear(x_TH.float(), self.weight.float())
-        config = self.config
-        groups = (config.n_group, config.topk_group)
-        weights, chosen = choose(
-            logits,
-            self.e_score_correction_bias,
-            config.scoring_func,
-            config.num_experts_per_tok,
-            config.norm_topk_prob,
-            groups,
-        )
+        config, bias = self.config, self.e_score_correction_bias
+        how = config.scoring_func, config.num_experts_per_tok, config.norm_topk_prob
+        weights, chosen = choose(logits, bias, *how, (config.n_group, config.topk_group))
         return weights * config.routed_scaling_factor, chosen, logits
 
 
@@ -112,11 +105,8 @@ class DeepSeekExpertLayer(nn.Module):
         if device.is_exported():
             return every_expert(x_TH, weights_TK, chosen_TK, self.gate_up_proj, self.down_proj)
         padded_E, token_P, row_TK = sort_by_expert(chosen_TK, counts_E, row_multiple(x_TH))
-        if device.is_traced():
-            dispatched_PH = _traced_dispatch(x_TH, token_P, row_TK)
-        else:
-            dispatched_PH = _Dispatch.apply(x_TH, token_P, row_TK)
-        rows_PH = expert_ffn(dispatched_PH, padded_E, (self.gate_up_proj,), self.down_proj)
+        dispatch = _traced_dispatch if device.is_traced() else _Dispatch.apply
+        rows_PH = expert_ffn(dispatch(x_TH, token_P, row_TK), padded_E, (self.gate_up_proj,), self.down_proj)
         if device.is_traced():
             return _weighted_sum(rows_PH, weights_TK, row_TK)
         return _Combine.apply(rows_PH, weights_TK, token_P, row_TK)

@@ -15,11 +15,12 @@ from smolds_dist.model import device
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-_regions: list["Region[Any, Any]"] = []
+_regions: list["region[Any, Any]"] = []
 
 
-class Region(Generic[Given, Result]):
-    """A function of tensors whose first dimension counts rows, that runs as it is written or compiled."""
+class region(Generic[Given, Result]):  # noqa: N801 - a decorator
+    """Marks a function of tensors whose first dimension counts rows, without branches on their values: it runs as it is
+    written or compiled."""
 
     def __init__(self, function: Callable[Given, Result]):
         update_wrapper(self, function)
@@ -35,11 +36,6 @@ class Region(Generic[Given, Result]):
         for tensor in tensors:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return self.compiled(*args, **kwargs)
-
-
-def region(function: Callable[Given, Result]) -> Region[Given, Result]:
-    """Marks a function of tensors, without branches on their values, as one region."""
-    return Region(function)
 
 
 def compile_regions(backend: str = "inductor") -> None:

@@ -1,7 +1,6 @@
 """Selective activation checkpointing: what is kept of a block, and what computed again in the backward pass."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -26,10 +25,4 @@ def keep_products() -> tuple[AbstractContextManager[None], AbstractContextManage
         torch.ops.smolds.expert_ffn.default,
     ]
     first, again = create_selective_checkpoint_contexts(kept)
-    return _with_operators(first), _with_operators(again)
-
-
-@contextmanager
-def _with_operators(inner: AbstractContextManager[None]) -> Iterator[None]:
-    with device.as_operators(), inner:
-        yield
+    return device.as_operators(first), device.as_operators(again)

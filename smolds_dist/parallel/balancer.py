@@ -72,8 +72,8 @@ class Balancer:
 
     def named_biases(self) -> dict[str, Tensor]:
         """The selection biases [E] under the names of the model without ranks, as live tensors."""
-        names = (f"{name}.gate.e_score_correction_bias" for name in self._names)
-        return dict(zip(names, self.biases, strict=True))
+        named = zip(self._names, self.biases, strict=True)
+        return {f"{name}.gate.e_score_correction_bias": bias for name, bias in named}
 
 
 def max_violation(counts_LE: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +50,14 @@ if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
 
 
-@contextmanager
-def zero3_init(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> Iterator[None]:
-    """A model that is built here has its layers sharded one by one (ZeRO 3), so that no rank ever holds a full one."""
+def zero3_init(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> AbstractContextManager[None]:
+    """A model that is built in it has its layers sharded one by one (ZeRO 3), so that no rank ever holds a full one."""
     import deepspeed
 
     settings = deepspeed_config(config, topology, model_config)
     # The dtype is the configuration's: DeepSpeed 0.19 takes another than the one that is given by itself. And it would put
     # a linear layer of its own in the place of PyTorch's for the whole process.
-    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
-        yield
+    return deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False)
 
 
 def places_in_partitions(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]]:
@@ -211,9 +209,7 @@ class DeepSpeedEngine:
         self._norm = norm.item()
         self._applied = math.isfinite(self._norm)
         if not self._applied:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # an optimizer leaves such parameters and their state as they are
+            optimizer.zero_grad()  # an optimizer leaves parameters without gradients, and their state, as they are
         elif self.grad_clip:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
@@ -241,10 +237,8 @@ class DeepSpeedEngine:
         self._norm = float("nan")
         self._squares = {} if by_part else None
         self.engine.step()
-        squares = self._squares or {}
-        if self.topology.zero == 0:
-            return Update(self._norm, self._applied and self.engine.was_step_applied(), squares)
-        return Update(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied(), squares)
+        norm = self._norm if self.topology.zero == 0 else float(self.engine.get_global_grad_norm())
+        return Update(norm, self._applied and self.engine.was_step_applied(), self._squares or {})
 
     def time_all_to_all(self, on: bool) -> None:
         self._clock.run(on)
@@ -305,15 +299,8 @@ class DeepSpeedEngine:
         return optimizer_step_count(self.engine.basic_optimizer)
 
     def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
-        if self.topology.zero == 0:
-            experts = expert_parameters(self.model)
-            for name, parameter in self.model.named_parameters():
-                names = logical_shapes(name, parameter.shape, experts.get(name, 0))
-                master = self._masters.get(id(parameter), parameter)
-                allocate_state(self.engine.basic_optimizer, master, kinds_of(next(iter(names))), steps)
-            return
         flats = self._flats()
-        kinds: dict[int, list[str]] = {}  # the same for all that lies in one partition
+        kinds: dict[int, list[str]] = {}  # the same for all that lies in one flat tensor
         for fragment in self.fragments():
             index, _ = place_in(flats, fragment.tensors["value"])
             if index not in kinds:

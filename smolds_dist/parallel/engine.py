@@ -51,11 +51,9 @@ class Engine(Protocol):
             positions: [B, S], where they are not those in the sequence.
             num_labels: what the sum of the losses is divided by, where it is not the number of labels here.
         """
-        ...
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` / accumulation to the step's."""
-        ...
 
     def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
         """Averages over ranks, clips, updates and clears the gradients.
@@ -64,35 +62,28 @@ class Engine(Protocol):
             by_part: whether to fill in `Update.squares`.
             factors: of the rows of logical tensors, by name, which these are multiplied by once they are updated.
         """
-        ...
 
     def time_all_to_all(self, on: bool) -> None:
         """Starts or ends the timing of all-to-all, which keeps the device from running ahead."""
-        ...
 
     def all_to_all_seconds(self) -> float:
         """Seconds this rank has spent in all-to-all, waiting for others included, since the last call of this."""
-        ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks."""
-        ...
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank holds of weights and optimizer state, in an order that never changes. Not collective.
 
         The views are live: optimizer state that is written to them is what training goes on with.
         """
-        ...
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all logical tensors of the model, those of other ranks' experts too."""
-        ...
 
     @property
     def optimizer_steps(self) -> int:
         """Updates that the optimizer has made."""
-        ...
 
     def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
         """Makes room for the state of an optimizer that has made `steps` updates, so that `fragments` shows it.
@@ -100,15 +91,12 @@ class Engine(Protocol):
         Args:
             kinds_of: names of the state of a logical tensor, "value" left out.
         """
-        ...
 
     def barrier(self) -> None:
         """Waits for all ranks."""
-        ...
 
     def close(self) -> None:
         """Lets go of the engine's memory; the process group stays."""
-        ...
 
 
 def squares_by_part(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

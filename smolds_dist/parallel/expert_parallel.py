@@ -97,9 +97,8 @@ def autoep_section(expert: int, model: "DeepSeekV3Config") -> dict[str, Any]:
         "route_norm": model.norm_topk_prob,
         "use_grouped_mm": torch.cuda.is_available(),
     }
-    if model.n_shared_experts:
-        section |= {"has_shared_experts": True, "shared_experts_pattern": "shared_experts"}
-    return section
+    shared = {"has_shared_experts": True, "shared_experts_pattern": "shared_experts"} if model.n_shared_experts else {}
+    return section | shared
 
 
 class CommunicationClock:

@@ -50,11 +50,6 @@ class Fragment:
         return Fragment(self.name, self.shape, self.start + begin, tensors)
 
 
-def logical_name(name: str) -> str:
-    """A parameter's name without ranks: AutoEP's router holds a Linear, ours the weight itself."""
-    return name.replace(".router.gate.", ".gate.").replace(".router.", ".gate.")
-
-
 def logical_shapes(name: str, shape: Size | tuple[int, ...], first_expert: int = 0) -> dict[str, tuple[int, ...]]:
     """The logical tensors of a parameter, in the order of its elements.
 
@@ -65,7 +60,8 @@ def logical_shapes(name: str, shape: Size | tuple[int, ...], first_expert: int =
     """
     prefix, _, weight = name.rpartition(".")
     if not prefix.endswith(".experts") or weight not in _EXPERT_MATRICES:
-        return {logical_name(name): tuple(shape)}
+        # AutoEP's router holds a Linear, ours the weight itself.
+        return {name.replace(".router.gate.", ".gate.").replace(".router.", ".gate."): tuple(shape)}
     experts, rows, columns = shape
     matrices = _EXPERT_MATRICES[weight]
     return {

@@ -76,11 +76,8 @@ class Gatherer:
             share = fragment.share()
             if len(share.tensors["value"]):
                 self._mine[share.name].append(share)
-        mine = [
-            (self._number[name], one.start, len(one.tensors["value"]))
-            for name, held in self._mine.items()
-            for one in held
-        ]
+        held = (one for some in self._mine.values() for one in some)
+        mine = [(self._number[one.name], one.start, len(one.tensors["value"])) for one in held]
         self.find_in(rows_of_all(mine, 3, device))
 
     def find_in(self, held: np.ndarray) -> None:

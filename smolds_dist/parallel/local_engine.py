@@ -38,19 +38,18 @@ class LocalEngine:
         self.model = model.to(self.device).train()
         self.accumulation = topology.accumulation
         self.grad_clip = train.grad_clip
-        # (model's parameter, optimizer's fp32 copy); the same tensor twice in fp32.
-        self.pairs = [(parameter, parameter) for parameter in model.parameters()]
         groups = parameter_groups(model.named_parameters(), train)
+        master_of = {parameter: parameter for parameter in model.parameters()}
         if topology.dtype == "bf16":
             master_of = {p: nn.Parameter(p.detach().float().clone()) for p in model.parameters()}
             groups = [group | {"params": [master_of[p] for p in group["params"]]} for group in groups]
-            self.pairs = list(master_of.items())
-            for parameter, master in self.pairs:
+            for parameter, master in master_of.items():
                 # Parameters only: buffers hold selection biases, which stay fp32.
                 parameter.data = parameter.data.to(torch.bfloat16)
                 parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._move_grad(p, m))
         self.optimizer = make_optimizer(groups, train)
-        self.masters = dict(zip((name for name, _ in model.named_parameters()), self.pairs, strict=True))
+        # By name the model's parameter and the optimizer's fp32 copy; the same tensor twice in fp32.
+        self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
 
     @staticmethod
     def _move_grad(parameter: nn.Parameter, master: nn.Parameter) -> None:
@@ -76,7 +75,7 @@ class LocalEngine:
         applied = math.isfinite(norm)
         # Smaller gradients would be multiplied by 1, in a pass over all of them.
         if self.grad_clip and applied and norm > self.grad_clip:
-            nn.utils.clip_grads_with_norm_([master for _, master in self.pairs], self.grad_clip, total)
+            nn.utils.clip_grads_with_norm_([master for _, master in self.masters.values()], self.grad_clip, total)
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -85,9 +84,11 @@ class LocalEngine:
                 for fragment in self.fragments():
                     if fragment.name in factors:
                         scale_rows(fragment, factors[fragment.name])
-        self.optimizer.zero_grad(set_to_none=True)
-        if applied:
-            self._round_weights()
+            with torch.no_grad():
+                for parameter, master in self.masters.values():
+                    if parameter is not master:
+                        parameter.copy_(master)
+        self.optimizer.zero_grad()
         return Update(norm, applied, squares if by_part else {})
 
     def time_all_to_all(self, on: bool) -> None:
@@ -115,12 +116,6 @@ class LocalEngine:
     def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
         for name, (parameter, master) in self.masters.items():
             allocate_state(self.optimizer, master, kinds_of(next(iter(logical_shapes(name, parameter.shape)))), steps)
-
-    @torch.no_grad()
-    def _round_weights(self) -> None:
-        for parameter, master in self.pairs:
-            if parameter is not master:
-                parameter.copy_(master)
 
     def barrier(self) -> None:
         pass

@@ -100,22 +100,12 @@ class MatrixOwners:
         for sent, received in plan.rounds:
             ours = [values[part.offset : part.offset + part.length] for parts in sent for part in parts]
             theirs = self._exchange(ours, sent, received)
-            matrices: dict[str, Tensor] = {}
-            places = []
-            begin = 0
-            for part in chain(*received):
-                if part.matrix not in matrices:
-                    matrices[part.matrix] = theirs.new_empty(part.shape)
-                place = matrices[part.matrix].view(-1)[part.start : part.start + part.length]
-                place.copy_(theirs[begin : begin + part.length])
-                places.append(place)
-                begin += part.length
+            parts = list(chain(*received))
+            matrices = {part.matrix: theirs.new_empty(part.shape) for part in parts}
+            places = [matrices[part.matrix].view(-1)[part.start : part.start + part.length] for part in parts]
+            _fill_in_order(places, theirs)
             _in_batches(((matrix.shape, matrix) for matrix in matrices.values()), function)
-            back = self._exchange(places, received, sent)
-            begin = 0
-            for place in ours:
-                place.copy_(back[begin : begin + len(place)])
-                begin += len(place)
+            _fill_in_order(ours, self._exchange(places, received, sent))
 
     def _exchange(self, pieces: list[Tensor], given: list[list[Part]], coming: list[list[Part]]) -> Tensor:
         sizes, expected = ([sum(part.length for part in parts) for parts in one] for one in (given, coming))
@@ -146,10 +136,13 @@ def apply_among(ranks: range, stacks: list[Tensor], function: OnMatrices, device
         [sizes[other] if other in others else 0 for other in range(world)],
         torch.empty(0, device=device),
     )
-    begin = 0
-    for matrix in chain.from_iterable(owned[other] for other in others):
-        matrix.copy_(received[begin : begin + matrix.numel()].view(matrix.shape))
-        begin += matrix.numel()
+    _fill_in_order([matrix for other in others for matrix in owned[other]], received)
+
+
+def _fill_in_order(places: list[Tensor], values: Tensor) -> None:
+    """Copies `values` [n] into the places, one after the other."""
+    for place, part in zip(places, values.split([place.numel() for place in places]), strict=True):
+        place.copy_(part.view(place.shape))
 
 
 def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:
@@ -161,7 +154,6 @@ def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int,
         held: the parts of one partition that all ranks hold [M, 5], in the order of the ranks: rank, number of the matrix,
             start, offset and length.
         matrices: shapes by name, in the order of their numbers, which is that of the names.
-        world: how many ranks there are.
         loads: work [world] that each rank has already, which is added to; an owner is the least loaded rank of those that
             hold a part.
     """
@@ -185,17 +177,12 @@ def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int,
         for _ in range(max(number_of.values(), default=-1) + 1)
     ]
 
-    def part(number: int, start: int, offset: int, length: int) -> Part:
-        return Part(names[number], shapes[number], start, offset, length)
-
-    whole = []
+    whole: list[Part] = []
     for _, number, *place in held[holder == rank].tolist():
-        if owner[number] < 0:
-            whole.append(part(number, *place))
-        else:
-            rounds[number_of[number]].sent[owner[number]].append(part(number, *place))
+        to = whole if owner[number] < 0 else rounds[number_of[number]].sent[owner[number]]
+        to.append(Part(names[number], shapes[number], *place))
     for other, number, *place in held[owner[matrix] == rank].tolist():
-        rounds[number_of[number]].received[other].append(part(number, *place))
+        rounds[number_of[number]].received[other].append(Part(names[number], shapes[number], *place))
     return Plan(whole, rounds)
 
 

@@ -186,8 +186,8 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     with socket.create_server(("0.0.0.0", 0)) as server:
-        offered = world.bcast((_own_addresses(), server.getsockname()[1]) if world.rank == 0 else None)
-        addresses, port = offered
+        own = sorted(_interfaces(), key=lambda address: (address.startswith("127."), address))  # the loopback last
+        addresses, port = world.bcast((own, server.getsockname()[1]) if world.rank == 0 else None)
         reached = set() if world.rank == 0 else {a for a in addresses if _reachable(a, port)}
         everyone = world.allgather(reached)
     common = [a for a in addresses if all(a in seen for seen in everyone[1:])]
@@ -215,15 +215,13 @@ def _waiting_told(info: RankInfo, timeout: float) -> Iterator[None]:
     """Says after `TELL_AFTER` seconds what this process waits for, and after `timeout` ends it."""
     over = threading.Event()
 
-    def tell(seconds: float) -> None:
-        print(f"smolds: {still_waiting(info, seconds, 'the other ranks of its MPI job')}", file=sys.stderr, flush=True)
-
     def watch() -> None:
         waited = 0.0
         for seconds in sorted({min(TELL_AFTER, timeout or TELL_AFTER), timeout or TELL_AFTER}):
             if over.wait(seconds - waited):
                 return
-            tell(seconds)
+            text = still_waiting(info, seconds, "the other ranks of its MPI job")
+            print(f"smolds: {text}", file=sys.stderr, flush=True)
             waited = seconds
         if timeout:
             os._exit(2)
@@ -248,12 +246,12 @@ def _initialize_mpi(mpi: Any) -> None:
         function(None, None, int(mpi.THREAD_MULTIPLE), ctypes.byref(ctypes.c_int()))
 
 
-def _own_addresses() -> list[str]:
-    """This host's IPv4 addresses, the loopback last."""
+def _interfaces() -> dict[str, str]:
+    """The network interface of each of this host's IPv4 addresses."""
     import psutil
 
-    found = [a.address for nic in psutil.net_if_addrs().values() for a in nic if a.family == socket.AF_INET]
-    return sorted(set(found), key=lambda address: (address.startswith("127."), address))
+    found = psutil.net_if_addrs().items()
+    return {one.address: name for name, some in found for one in some if one.family == socket.AF_INET}
 
 
 def _reachable(address: str, port: int) -> bool:
@@ -266,18 +264,12 @@ def _reachable(address: str, port: int) -> bool:
 
 def interface_towards(address: str) -> str | None:
     """Name of the network interface over which this host reaches `address`; None where it can't be told."""
-    import psutil
-
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((address, 9))  # sends nothing, only chooses the route
-            own = sock.getsockname()[0]
+            return _interfaces().get(sock.getsockname()[0])
     except OSError:
         return None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and a.address == own for a in addresses):
-            return name
-    return None
 
 
 def share_cores(info: RankInfo) -> None:
@@ -318,14 +310,10 @@ def process_state(pid: int) -> str:
     try:
         # The state stands behind the command's name, which may hold anything but ends with the last ")".
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        if Path("/proc/self").exists():
-            return "X"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "X"
-    return "S"
+    except OSError:  # it is gone, or this system has no /proc
+        import psutil
+
+        return "S" if psutil.pid_exists(pid) else "X"
 
 
 def process_started() -> float:

@@ -9,6 +9,7 @@ exactly where its size divides the ranks per node.
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 
 from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.costs.layout import Layout, configured
@@ -82,15 +83,10 @@ def detect_machine() -> Machine:
     if torch.backends.mps.is_available():
         return Machine(("mps", "cpu"), 1, False, torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return Machine(("cpu",), available_cores(), cpu_multiplies_bf16(), installed, "cpu")
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether PyTorch has more than a plain loop for bf16 products on this CPU: on x86 from AVX-512 on. Measured with AVX2,
-    such a product took 20 times as long as in fp32."""
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
+    # PyTorch has more than a plain loop for bf16 products on x86 from AVX-512 on. Measured with AVX2, such a product took 20
+    # times as long as in fp32.
+    bf16 = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
+    return Machine(("cpu",), available_cores(), bf16, installed, "cpu")
 
 
 def available_cores() -> int:
@@ -128,7 +124,8 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
 
     expert = sizes[-1]
     if len(sizes) > 1:
-        hardware = hardware or _known(machine, device)
+        if hardware is None and machine.name is not None:
+            hardware = known_hardware("cpu" if device == "cpu" else machine.name)
         if hardware is None:
             why_expert += ", and figures of this machine are not known, which smolds plan --calibrate measures"
         else:
@@ -188,13 +185,8 @@ class Memory:
     """
 
     def __init__(self, model: Model, available: int | None, process: float):
-        self.model, self.available, self.process = model, available, process
-        self._needs: dict[Layout, float] = {}
-
-    def need(self, layout: Layout) -> float:
-        if layout not in self._needs:
-            self._needs[layout] = rank_memory(self.model, layout, self.process).total
-        return self._needs[layout]
+        self.model, self.available = model, available
+        self.need = cache(lambda layout: rank_memory(model, layout, process).total)
 
     def fits(self, layout: Layout) -> bool:
         """Return True if it does, as far as is known."""
@@ -238,13 +230,6 @@ def _expert_sizes(wanted: str | int, experts: int, world: int, per_node: int) ->
         )
     where = "" if wanted in inside else f", across nodes of {per_node}, whose links are slower"
     return [wanted], f"{experts} experts are shared by {wanted} ranks as asked{where}"
-
-
-def _known(machine: Machine, device: str) -> Hardware | None:
-    """What the planner's formulas take for a machine, if there are figures."""
-    if machine.name is None:
-        return None
-    return known_hardware("cpu" if device == "cpu" else machine.name)
 
 
 def _fastest(memory: Memory, experts: int, layouts: dict[int, Layout], hardware: Hardware) -> tuple[int, str]:

@@ -17,23 +17,14 @@ def force_uniform_routing(model: nn.Module) -> None:
     Routers still compute all they would, and their weights stay those of the experts that they had chosen.
     """
     for layer in moe_layers(model).values():
-        router = getattr(layer, "router", None)
-        if router is None:
-            layer.gate.register_forward_hook(_ours)
-        else:
-            router.register_forward_hook(_of_autoep)
+        (getattr(layer, "router", None) or layer.gate).register_forward_hook(_in_turns)
 
 
-def _ours(router: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    weights, chosen, logits = output
-    return weights, _turns(chosen, router.config.num_experts), logits
-
-
-def _of_autoep(router: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    weights, chosen, counts = output
-    chosen = _turns(chosen, router.num_experts)
-    return weights, chosen, torch.bincount(chosen.flatten(), minlength=router.num_experts).to(counts.dtype)
-
-
-def _turns(chosen_TK: Tensor, num_experts: int) -> Tensor:
-    return torch.arange(chosen_TK.numel(), device=chosen_TK.device).view_as(chosen_TK) % num_experts
+def _in_turns(router: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    weights, chosen_TK, last = output  # the logits of our own router, the counts of AutoEP's
+    ours = hasattr(router, "config")
+    experts = router.config.num_experts if ours else router.num_experts
+    chosen_TK = torch.arange(chosen_TK.numel(), device=chosen_TK.device).view_as(chosen_TK) % experts
+    if not ours:
+        last = torch.bincount(chosen_TK.flatten(), minlength=experts).to(last.dtype)
+    return weights, chosen_TK, last

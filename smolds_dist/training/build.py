@@ -117,17 +117,14 @@ def hold_run(config: RunConfig) -> Iterator[None]:
 
 def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
     """The model's configuration, its vocabulary size and special tokens taken from the tokenizer."""
-    settings = config.model.architecture()
-    vocabulary = len(data.tokenizer)
+    settings, tokenizer = config.model.architecture() | router_losses(config.train), data.tokenizer
     if settings["vocab_size"] is None:
-        settings["vocab_size"] = vocabulary
-    if settings["vocab_size"] < vocabulary:
+        settings["vocab_size"] = len(tokenizer)
+    if settings["vocab_size"] < len(tokenizer):
         raise ConfigError(
-            f"--model.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {vocabulary}; "
+            f"--model.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; "
             "raise it, or leave it out."
         )
-    settings |= router_losses(config.train)
-    tokenizer = data.tokenizer
     return DeepSeekV3Config(**settings, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
@@ -156,8 +153,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     peak = engine.sum_over_ranks(torch.tensor(mine)).item()
     history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
 
-    facts = environment(job, num_parameters, peak)
-    log = begin_log(job, progress.step, facts)
+    log = begin_log(job, progress.step, environment(job, num_parameters, peak))
     if reader:
         log.say(f"continuing from {reader.folder}")
     left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
@@ -195,11 +191,7 @@ def new_engine(
 
 
 def begin_log(job: Job, step: int, facts: dict) -> RunLog:
-    """The run's log, with what it begins with; on rank 0 also the files that tell what the run is.
-
-    Args:
-        facts: `environment`.
-    """
+    """The run's log, with what it begins with, first its `environment`; on rank 0 also the files that describe the run."""
     config = job.config
     log = RunLog(config, step, job.main)
     if job.main:

@@ -117,11 +117,9 @@ def matrix_product_peak(
         shapes: (M, K, N) of products to try beside `PRODUCTS`, as `costs.flops.largest_products` has them; those under
             `SMALLEST_PRODUCT` are passed over.
     """
-    large = [shape for shape in shapes if Product(*shape).flops >= SMALLEST_PRODUCT]
+    tried = [*PRODUCTS, *(shape for shape in shapes if Product(*shape).flops >= SMALLEST_PRODUCT)]
     longest = max(LONGEST_PRODUCT, 2 * seconds)
-    return fastest_rate(
-        lambda M, K, N: product_seconds(Product(M, K, N), device, dtype, seconds), (*PRODUCTS, *large), longest
-    )
+    return fastest_rate(lambda *shape: product_seconds(Product(*shape), device, dtype, seconds), tried, longest)
 
 
 def fastest_rate(

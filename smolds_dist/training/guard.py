@@ -13,17 +13,12 @@ MOST_ROLLBACKS = 3
 
 
 class LossSpikeError(Exception):
-    """The loss has stayed far above what it was: training should go back and leave these samples out.
-
-    Args:
-        begin: step of the first spike.
-        end: step of the last one.
-    """
+    """The loss has stayed far above what it was from step `begin` to step `end`: training should go back and leave these
+    samples out."""
 
     def __init__(self, begin: int, end: int):
         super().__init__(f"the loss spiked from step {begin} to {end}")
-        self.begin = begin
-        self.end = end
+        self.begin, self.end = begin, end
 
 
 class LossGuard:

@@ -4,6 +4,7 @@ So every layout starts from the same model, and a rank makes what it keeps and n
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,16 +15,12 @@ BLOCK = 2**16
 """Elements that come from one start of the counter-based generator (Philox, Salmon et al., SC 2011)."""
 
 
+@dataclass(frozen=True)
 class InitialValues:
-    """Normal with standard deviation `std` for matrices, 1 for the weights of norms.
+    """Normal with standard deviation `std` for matrices, 1 for the weights of norms."""
 
-    Args:
-        seed: of the run.
-        std: the model's `initializer_range`.
-    """
-
-    def __init__(self, seed: int, std: float):
-        self.seed, self.std = seed, std
+    seed: int  # of the run
+    std: float  # the model's `initializer_range`
 
     @torch.no_grad()
     def fill(self, fragment: Fragment) -> None:

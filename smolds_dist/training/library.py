@@ -62,12 +62,6 @@ def _result(config: RunConfig, code: int) -> RunResult:
     last: dict = next((row for row in reversed(rows) if "loss" in row), {})
     evaluation: dict = next((row for row in reversed(rows) if "val_loss" in row), {})
     export = config.run_dir / "export"
-    return RunResult(
-        run_dir=config.run_dir,
-        exit_code=code,
-        steps=last.get("step", 0),
-        loss=last.get("loss"),
-        val_loss=evaluation.get("val_loss"),
-        val_bits_per_byte=evaluation.get("val_bits_per_byte"),
-        export=export if (export / "config.json").is_file() else None,
-    )
+    exported = export if (export / "config.json").is_file() else None
+    losses = last.get("loss"), evaluation.get("val_loss"), evaluation.get("val_bits_per_byte")
+    return RunResult(config.run_dir, code, last.get("step", 0), *losses, exported)

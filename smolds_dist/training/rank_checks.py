@@ -76,14 +76,12 @@ def find_difference(model: nn.Module, topology: Topology, experts: Iterable[str]
     own_N = checksums(tensor for _, tensor in named)
     all_WN = [torch.empty_like(own_N) for _ in range(topology.world_size)]
     dist.all_gather(all_WN, own_N)
-    sums_WN = torch.stack(all_WN).tolist()
+    sums_NW = torch.stack(all_WN, dim=1).tolist()
     experts = set(experts)
-    for column, (name, _) in enumerate(named):
+    for (name, _), sums_W in zip(named, sums_NW, strict=True):
         groups = topology.expert if name in experts else 1
         for first in range(groups):
-            ranks = range(first, topology.world_size, groups)
-            odd = minority({rank: sums_WN[rank][column] for rank in ranks})
-            if odd:
+            if odd := minority({rank: sums_W[rank] for rank in range(first, topology.world_size, groups)}):
                 return name, odd
     return None
 

@@ -4,6 +4,7 @@ Shape letters: L layers, E experts, N query heads.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +22,6 @@ from smolds_dist.training.clock import StepClock, is_measured
 from smolds_dist.training.qk_clip import QkClip
 
 
-class MicroBatch(NamedTuple):
-    """What `Engine.forward` takes."""
-
-    ids: Tensor
-    labels: Tensor
-    positions: Tensor | None = None
-    num_labels: Tensor | None = None
-
-
 class Taken(NamedTuple):
     """What a step leaves on this rank."""
 
@@ -43,31 +35,23 @@ class Taken(NamedTuple):
     logits: Tensor | None  # largest attention logits of all ranks [L, N], where there is a limit
 
 
+@dataclass
 class Stepper:
-    """Takes optimizer steps. Its methods are collective.
+    """Takes optimizer steps. Its methods are collective."""
 
-    Args:
-        batches: this rank's part of each global batch.
-        end_of_text: the token after which another document begins, where documents are masked from each other.
-        stopped: whether the run was asked to stop.
-    """
+    engine: Engine
+    balancer: Balancer
+    topology: Topology
+    train: Train
+    batches: BatchesAhead  # this rank's part of each global batch
+    end_of_text: int | None = None  # after which another document begins, where documents are masked from each other
+    stopped: Callable[[], bool] = lambda: False  # whether the run was asked to stop
 
-    def __init__(
-        self,
-        engine: Engine,
-        balancer: Balancer,
-        topology: Topology,
-        train: Train,
-        batches: BatchesAhead,
-        end_of_text: int | None = None,
-        stopped: Callable[[], bool] = lambda: False,
-    ):
-        self.engine, self.balancer, self.topology, self.train = engine, balancer, topology, train
-        self.batches, self.end_of_text, self.stopped = batches, end_of_text, stopped
-        self.routers = RouterStatistics(engine.model)
-        self.clock = StepClock(engine)
-        model_config: Any = engine.model.config
-        self.qk_clip = QkClip(engine, model_config, train.qk_clip)
+    def __post_init__(self) -> None:
+        self.routers = RouterStatistics(self.engine.model)
+        self.clock = StepClock(self.engine)
+        model_config: Any = self.engine.model.config
+        self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
     def take(self, step: int, first_sample: int) -> Taken:
         """The whole of a step, whose batch begins with that sample of the run.
@@ -104,22 +88,20 @@ class Stepper:
             total += loss.detach()
         return total / topology.accumulation, digest
 
-    def _micro_batches(self, ids: Tensor) -> list[MicroBatch]:
-        """Where documents are masked from each other, with positions and labels by document.
+    def _micro_batches(self, ids: Tensor) -> list[tuple[Tensor, ...]]:
+        """What `Engine.forward` takes; where documents are masked from each other, with positions and labels by document.
 
         Each loss is then divided by the mean number of labels of a micro batch, over the step and all ranks: so their mean
         is that of all labels, however they are spread.
         """
         parts = ids.split(self.topology.micro_batch)
         if self.end_of_text is None:
-            return [MicroBatch(part, part) for part in parts]
+            return [(part, part) for part in parts]
         masked = [by_document(part, self.end_of_text) for part in parts]
         here = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
         labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(here, dtype=torch.float32))
         mean = labels_of_all / self.topology.world_size / len(parts)
-        return [
-            MicroBatch(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)
-        ]
+        return [(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)]
 
     def close(self) -> None:
         self.batches.close()

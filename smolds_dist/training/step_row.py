@@ -28,17 +28,6 @@ class StepResult(NamedTuple):
     error: str | None  # why, on rank 0
 
 
-class Sums(NamedTuple):
-    """What is added up over the ranks."""
-
-    loss: list[float]
-    asked: list[float]
-    failed: list[float]
-    digest: list[float]  # as four bytes: single precision adds them up exactly over up to 65,536 ranks
-    phases: list[float]  # seconds, of a measured step
-    squares: list[float]  # of gradients by part, of a measured step
-
-
 def sum_up(job: Job, training: Training, taken: Taken) -> StepResult:
     """Ends a step: its numbers over all ranks. Collective."""
     clock, update = training.stepper.clock, taken.update
@@ -46,55 +35,51 @@ def sum_up(job: Job, training: Training, taken: Taken) -> StepResult:
     error = training.checkpoints.failure()
     if measured:
         training.slow.note(clock.seconds["forward"])
-    sums = sum_over_ranks(
-        training,
-        Sums(
-            loss=[taken.loss.item()],
-            asked=job.stop.counts(),
-            failed=[float(error is not None)],
-            digest=list(map(float, taken.digest.to_bytes(4, "little"))),
-            phases=list(clock.seconds.values()) if measured else [],
-            squares=[float(update.squares.get(part, 0.0)) for part in PARTS] if measured else [],
-        ),
-    )
+    mine = {
+        "loss": [taken.loss.item()],
+        "asked": job.stop.counts(),
+        "failed": [float(error is not None)],
+        # Four bytes: single precision adds them up exactly over up to 65,536 ranks.
+        "digest": list(map(float, taken.digest.to_bytes(4, "little"))),
+        "phases": list(clock.seconds.values()) if measured else [],
+        "squares": [float(update.squares.get(part, 0.0)) for part in PARTS] if measured else [],
+    }
+    together = training.engine.sum_over_ranks(torch.tensor([value for values in mine.values() for value in values]))
+    parts = together.split([len(values) for values in mine.values()])
+    sums = {name: part.tolist() for name, part in zip(mine, parts, strict=True)}
     seconds = clock.lap()
 
     step_tokens = job.config.train.global_batch * job.config.data.seq_len
     row: dict[str, Any] = {
         "step": taken.step,
         "tokens": taken.step * step_tokens,
-        "loss": sums.loss[0] / world,
+        "loss": sums["loss"][0] / world,
         "lr": taken.lr,
     }
     row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
     share = job.flops_per_token * step_tokens / seconds / training.peak
     row["mfu"] = float(f"{share:.4g}")  # digits, not decimals: a small model's share of a large GPU is tiny
-    digest = sum(int(byte) << 8 * place for place, byte in enumerate(sums.digest)) % 2**32
+    digest = sum(int(byte) << 8 * place for place, byte in enumerate(sums["digest"])) % 2**32
     row |= {"batch": f"{digest:08x}"} | data_row(job, training, taken.first_sample)
     if taken.logits is not None and update.applied:  # else they may be NaN, which JSON has no number for
         row |= {"max_logit": float(f"{taken.logits.max():.4g}")}
         row |= {"clipped_heads": int((taken.logits > job.config.train.qk_clip).sum())}
     if measured:
-        means = {name: total / world for name, total in zip(PHASES, sums.phases, strict=True)}
+        means = {name: total / world for name, total in zip(PHASES, sums["phases"], strict=True)}
         means["other"] = seconds - sum(means.values())
         row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
         details = diagnostics(job, training, taken.step)
         if update.applied:  # else they may be NaN, which JSON has no number for
-            row |= details | {"grad_norms": norms_by_part(update.grad_norm, sums.squares)}
-    return StepResult(row, taken.counts if update.applied else None, sums.asked, bool(sums.failed[0]), error)
-
-
-def sum_over_ranks(training: Training, mine: Sums) -> Sums:
-    """All of it in one sum. Collective."""
-    together = training.engine.sum_over_ranks(torch.tensor([value for values in mine for value in values]))
-    return Sums(*(part.tolist() for part in together.split([len(values) for values in mine])))
+            row |= details | {"grad_norms": norms_by_part(update.grad_norm, sums["squares"])}
+    counts = taken.counts if update.applied else None
+    return StepResult(row, counts, sums["asked"], bool(sums["failed"][0]), error)
 
 
 def data_row(job: Job, training: Training, first_sample: int) -> dict:
     """How far the data has gone after the batch that begins with that sample of the run; on rank 0."""
-    end = first_sample + job.config.train.global_batch
     if training.texts is None:
         return {}
+    end = first_sample + job.config.train.global_batch
     with training.stepper.clock.phase("logging"):
         training.texts.see(range(first_sample, end))
     epochs = {name: round(epochs, 6) for name, epochs in job.data.epochs(end).items()}

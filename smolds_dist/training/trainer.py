@@ -188,7 +188,11 @@ def run_steps(job: Job, training: Training) -> int:
             if ending and not is_saved(training, step):
                 return 1
         if asked:
-            return end_early(training, asked)
+            training.log.close_bar()
+            training.log.say(
+                f"stopped by {asked.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
+            )
+            return EXIT_CODES[asked]
     finish(job, training)
     return 0
 
@@ -211,27 +215,11 @@ def look_at_model(job: Job, training: Training, step: int, last: bool) -> float 
     return val_loss
 
 
-def end_early(training: Training, asked: signal.Signals) -> int:
-    """After a signal, once its checkpoint is written; returns the exit code."""
-    training.log.close_bar()
-    step = training.progress.step
-    training.log.say(
-        f"stopped by {asked.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
-    )
-    return EXIT_CODES[asked]
-
-
 def finish(job: Job, training: Training) -> None:
     """After the last step: the model is exported. Collective."""
     training.log.close_bar()
-    export_model(
-        job.config.run_dir / "export",
-        training.engine,
-        training.balancer,
-        job.topology,
-        job.model_config,
-        job.data.tokenizer,
-    )
+    folder, model_config, tokenizer = job.config.run_dir / "export", job.model_config, job.data.tokenizer
+    export_model(folder, training.engine, training.balancer, job.topology, model_config, tokenizer)
     if training.log.shown:
         training.log.say(summary(job.config, job.data.val_unigram_entropy))
 
@@ -299,15 +287,14 @@ def heed_failure(config: RunConfig, training: Training, error: str | None) -> No
 
 def is_saved(training: Training, step: int) -> bool:
     """Whether the checkpoint of `step`, which was just written, counts; says so if not. Collective."""
-    error = training.checkpoints.failure()
-    failed = error is not None and training.checkpoints.failed_step == step
+    error, failed_step = training.checkpoints.failure(), training.checkpoints.failed_step
+    failed = error is not None and failed_step == step
     if error is not None:
-        print(
-            f"\nsmolds: the checkpoint of step {training.checkpoints.failed_step} could not be written ({error}); older "
-            "ones are whole: make room, and continue with --checkpoint.resume auto.",
-            file=sys.stderr,
-            flush=True,
+        text = (
+            f"the checkpoint of step {failed_step} could not be written ({error}); older ones are whole: make room, and "
+            "continue with --checkpoint.resume auto."
         )
+        print(f"\nsmolds: {text}", file=sys.stderr, flush=True)
     return not training.engine.sum_over_ranks(torch.tensor(float(failed))).item()
 
 
