@@ -179,7 +179,7 @@ def write_checkpoint(
     unfinished.mkdir(parents=True)
     tensors = check_tensors(folder, kind, given, ours, shapes | biases)
     files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), PART_BYTES)
-    topology: Topology = plan_topology(config, detect_machine(), RankInfo())
+    topology = plan_topology(config, detect_machine(), RankInfo())
     manifest = Manifest(
         **asdict(Progress()),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
