@@ -15,7 +15,7 @@ import torch
 
 from smolds_dist.config import load_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine, shapes_of_all
+from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine
 from smolds_dist.parallel.expert_parallel import expert_parameters, skip_shared_memory_build
 from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes, tensor_shapes
 from smolds_dist.parallel.gather import Gatherer
@@ -82,7 +82,7 @@ def main() -> None:
     engine = new_engine(model_config, config, topology, None)
     with torch.device("meta"):
         shapes = tensor_shapes(DeepSeekV3ForCausalLM(model_config))
-    assert shapes_of_all(engine.model, topology.expert) == shapes
+    assert engine.tensor_shapes() == shapes
 
     # What is told of any rank is what DeepSpeed has given to this one.
     own = [(one.name, one.start, one.tensors["value"].shape) for one in engine.fragments()]

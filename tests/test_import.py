@@ -408,7 +408,7 @@ def test_upcycled_model_trains_balanced(corpus, cache, smollm2, tmp_path, ranks)
         (["--upcycle", "--upcycle-granularity=5"], "--upcycle-granularity 5"),
         (["--upcycle", "--upcycle-granularity=4"], "--model.num_experts_per_tok 2 is no multiple"),
         (["--upcycle", "--upcycle-drop=1.5"], "--upcycle-drop 1.5"),
-        (["--upcycle", "--model.num_experts=1"], "exceeds"),
+        (["--upcycle", "--model.num_experts=1"], "does not lie between 1 and --model.num_experts 1"),
         (["--upcycle-granularity=2"], "--upcycle-granularity needs --upcycle"),
         (["--upcycle-noise=0.1"], "--upcycle-noise needs --upcycle"),
         (["--model.hidden_sizee=8"], "did you mean --model.hidden_size"),
