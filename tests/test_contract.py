@@ -165,8 +165,9 @@ def test_embeddings_stand_for_ids(model):
         model(input_ids=ids, inputs_embeds=embedded)
 
 
+@pytest.mark.long  # compiles C++ for a minute and a half
 @needs_compiler
-@pytest.mark.parametrize("kind", ["gqa", pytest.param("latent", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["gqa", "latent"])
 def test_flex_attention_computes_the_same(kind):
     """Whole, padded and packed sequences. Not generation: for lengths that change Inductor can write C++ with errors. Nor
     40 tokens: PyTorch 2.13's kernel for AVX2 reads past such a length where heads are narrower than 32."""

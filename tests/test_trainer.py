@@ -16,9 +16,9 @@ from ranks import EXTRAS, ROOT, run
 @pytest.mark.parametrize(
     ("way", "ranks"),
     [
-        ("trainer", 2),
+        ("trainer", 1),
         ("accelerate", 1),
-        pytest.param("trainer", 1, marks=pytest.mark.long),
+        pytest.param("trainer", 2, marks=pytest.mark.long),
         pytest.param("accelerate", 2, marks=pytest.mark.long),
     ],
 )
