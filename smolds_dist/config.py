@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import difflib
+import glob
 import json
 import re
 from dataclasses import fields
@@ -45,6 +46,11 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     base_parser.add_argument("-v", dest="level", action="store_const", const="verbose")
     base, rest = base_parser.parse_known_args(args)
     preset, base_files = _base(base.preset, base.config)
+    if any(
+        word.partition("=")[0].endswith(".class_path") or _names_a_class(word.partition("=")[2] or word)
+        for word in rest
+    ):
+        raise ConfigError("class_path is not a setting; leave it out: settings are plain values.")
     if base.level:
         rest.append(f"--log.level={base.level}")
 
@@ -91,15 +97,40 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
     said_by = "--preset"
     if config and not config.is_file():
         raise ConfigError(f"--config {str(config)!r} is not a file; give a YAML file such as runs/NAME/config.yaml.")
-    if config and not preset:
+    if config:
         try:
             settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             settings = None  # whoever reads the file as settings says what is wrong with it
-        preset, said_by = (settings.get("preset") if isinstance(settings, dict) else None), f"{config}: preset"
+        settings = settings if isinstance(settings, dict) else {}
+        sections = [name for name in (f.name for f in fields(RunConfig)) if isinstance(settings.get(name), str)]
+        if sections or _names_a_class(settings):
+            what = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
+            raise ConfigError(
+                f"{config}: {what}; give plain values of the settings, as runs/NAME/config.yaml has them."
+            )
+        if not preset:
+            preset, said_by = settings.get("preset"), f"{config}: preset"
     if preset and preset not in preset_names():
         raise ConfigError(f"{said_by} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
-    return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + ([str(config)] if config else [])
+    return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + (
+        [glob.escape(str(config))] if config else []  # jsonargparse takes it for a pattern
+    )
+
+
+def _names_a_class(value: object) -> bool:
+    """Return True if a value has a `class_path` somewhere, which jsonargparse would import before it rejects it."""
+    if isinstance(value, dict):
+        return "class_path" in value or any(map(_names_a_class, value.values()))
+    if isinstance(value, list):
+        return any(map(_names_a_class, value))
+    if not isinstance(value, str) or ":" not in value:
+        return False
+    try:
+        inner = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return "class_path" in value
+    return not isinstance(inner, str) and _names_a_class(inner)
 
 
 _SHAPES = {

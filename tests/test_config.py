@@ -213,3 +213,41 @@ def test_version_is_told():
     finished = smolds("--version", timeout=30)
     assert finished.returncode == 0
     assert re.fullmatch(r"smolds \d+\.\d+\.\d+\n", finished.stdout)
+
+
+def test_a_config_file_is_itself_whatever_its_folder_is_called(tmp_path):
+    folder = tmp_path / "exp[1]*"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("preset: debug\ntrain:\n  steps: 77\n")
+    assert load_config(["--config", str(folder / "config.yaml")]).train.steps == 77
+
+
+IMPORTS = '{"class_path": "imported_by_settings.Anything"}'
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        f"train: {IMPORTS}",
+        f"model:\n  rope_scaling: {IMPORTS}",
+        f"model:\n  rope_scaling: '{IMPORTS}'",
+        f"data:\n  sources:\n    a: {IMPORTS}",
+        "train: other.yaml",
+        ["--train.class_path=imported_by_settings.Anything"],
+        [f"--train={IMPORTS}"],
+        ["--model.rope_scaling.class_path", "imported_by_settings.Anything"],
+        [f'--data.sources={{"a": {IMPORTS}}}'],
+    ],
+)
+def test_settings_import_nothing(tmp_path, monkeypatch, given):
+    """jsonargparse imports the module that a `class_path` names before it rejects it."""
+    (tmp_path / "imported_by_settings.py").write_text("open('imported', 'w').close()\nclass Anything: pass\n")
+    (tmp_path / "other.yaml").write_text(IMPORTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    if isinstance(given, str):
+        (tmp_path / "config.yaml").write_text(given)
+        given = ["--config=config.yaml"]
+    with pytest.raises(ConfigError, match=r"class_path is not a setting|is not a mapping"):
+        load_config(["--preset", "debug", *given])
+    assert not (tmp_path / "imported").exists()

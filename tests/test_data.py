@@ -22,6 +22,7 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.source import files_of
 from smolds_dist.data.text import Tally, digest, documents, is_held_out
 from smolds_dist.errors import ConfigError
+from smolds_dist.settings import Source
 
 
 def configure(cache, *options: str):
@@ -432,3 +433,14 @@ def test_error_while_a_batch_is_assembled_ahead_is_raised():
     with pytest.raises(OSError, match="the disk is gone"):
         ahead.take(range(2, 4))
     ahead.close()
+
+
+@pytest.mark.parametrize("pattern", ["corpus[v2]/?.txt", "corpus[v2]/a[1].txt", "corpus[v2]", "corpus[v2]/**/*.txt"])
+def test_only_what_does_not_exist_is_a_pattern(tmp_path, pattern):
+    (tmp_path / "corpus[v2]").mkdir()
+    for name in ("a[1].txt", "b.txt"):
+        (tmp_path / "corpus[v2]" / name).write_text("text")
+    found = [file.path for file in files_of(Source(source=f"text:{tmp_path}/{pattern}"))]
+    first, second = (str(tmp_path / "corpus[v2]" / name) for name in ("a[1].txt", "b.txt"))
+    expected = {"corpus[v2]/?.txt": [second], "corpus[v2]/a[1].txt": [first]}
+    assert found == expected.get(pattern, [first, second])

@@ -84,9 +84,18 @@ def _local_files(kind: str, pattern: str) -> list[File]:
     if os.path.isdir(pattern):
         paths = [path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _belongs(path, kind)]
     else:
-        paths = glob.glob(pattern, recursive=True)
+        paths = glob.glob(_existing_as_itself(pattern), recursive=True)
     status = {path: os.stat(path) for path in sorted(paths) if os.path.isfile(path)}
     return [File(path, s.st_size, f"{os.path.abspath(path)} {s.st_mtime_ns}") for path, s in status.items()]
+
+
+def _existing_as_itself(pattern: str) -> str:
+    """The pattern, in which the leading folders that exist stand for themselves, such as `corpus[v2]/*.txt`."""
+    head, rest = pattern, list[str]()
+    while head and not os.path.exists(head):
+        head, tail = os.path.split(head)
+        rest.insert(0, tail)
+    return os.path.join(glob.escape(head), *rest)
 
 
 def _belongs(path: str, kind: str) -> bool:
