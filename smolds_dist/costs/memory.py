@@ -38,10 +38,10 @@ def parameter_counts(model: Any) -> tuple[int, int]:
         norms = m.head_dim * {None: 0, "head": 2, "all": m.num_attention_heads + m.num_key_value_heads}[m.qk_norm]
     else:
         norms = (m.q_lora_rank or 0) + m.kv_lora_rank
-    outside, chosen = product_weights(m)  # the vocabulary once
+    outside = product_weights(m)[0]  # the vocabulary once
     outside += m.hidden_size + m.num_hidden_layers * (norms + 2 * m.hidden_size)
     untied = 0 if m.tie_word_embeddings else m.vocab_size * m.hidden_size
-    return outside + untied, chosen // m.num_experts_per_tok * m.num_experts
+    return outside + untied, layers_of(m)[1] * m.num_experts * 3 * m.hidden_size * m.intermediate_size
 
 
 def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
