@@ -265,7 +265,10 @@ def test_mixture_of_the_page_is_the_example():
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed-tests").exists(), reason="no .venv; ./launch/test.sh makes it")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_work(script, cache, tmp_path):
-    extra = {"quickstart": f"{TINY} --train.steps=4 --train.warmup_steps=2 --run.dir={tmp_path}", "test": " -q tests/test_clock.py"}
+    extra = {
+        "quickstart": f"{TINY} --train.steps=4 --train.warmup_steps=2 --run.dir={tmp_path}",
+        "test": " -q tests/test_clock.py",
+    }
     extra = extra[Path(script).stem].replace("CACHE", str(cache)).replace("=tokenizer", "=train")
     finished = run(["bash", "-c", script + extra], timeout=240, cwd=ROOT)
     assert finished.returncode == 0, finished.text
