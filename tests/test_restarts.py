@@ -185,7 +185,7 @@ def test_next_start_goes_on_from_its_own_checkpoint_or_begins_where_the_first_di
     for asked in ("never", "auto", "40"):
         assert resume_options(tmp_path, ["--a"], asked) == ["--a", "--checkpoint.resume=auto"]
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / RESTARTS).write_text("{}\n")
+    (tmp_path / RESTARTS).write_text('{"step": 0}\n')
     (tmp_path / "ranks-1").mkdir()
     assert resume_options(tmp_path, ["--a"], "runs/other") == ["--a"]
     assert not (tmp_path / "metrics.jsonl").exists() and (tmp_path / "ranks-1" / "metrics.jsonl").exists()

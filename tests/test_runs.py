@@ -89,7 +89,7 @@ def test_run_on_another_host_is_believed_until_it_falls_silent(tmp_path):
     assert run.state == "running on n7, 8 ranks" and (run.step, run.steps, run.left) == (39, 500, 461.0)
     run = write_run(tmp_path / "silent", SILENT + 3600, now)
     assert run.state == "silent for 1:02:01 on n7, 8 ranks" and run.left is None
-    (tmp_path / "fresh" / "restarts.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "fresh" / "restarts.jsonl").write_text('{"step": 0}\n{"step": 0}\n')
     assert look(tmp_path / "fresh", now).state == "running on n7, 8 ranks, 2 restarts"
     assert write_run(tmp_path / "here", 5, now, system=system_name(), pid=os.getpid()).state.startswith("running on n7")
 
