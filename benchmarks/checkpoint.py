@@ -53,6 +53,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     """Medians of `repeats` saves of each kind; see the table's words for what they are."""
     import torch
 
+    from smolds_dist.bench.contenders import smolds_step
     from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
@@ -72,14 +73,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     engine: Any = make_engine(model, config, topology)
     balancer = Balancer(engine.model, config.train.balance_rate)
     ids = torch.randint(0, settings["vocab_size"], (1, 256), generator=torch.Generator().manual_seed(0))
-
-    def step() -> None:
-        with balancer.counting():
-            loss = engine.forward(ids, ids)
-        engine.backward(loss)
-        engine.step(1e-4)
-        balancer.step()
-
+    step = partial(smolds_step, engine, balancer, ids)
     for _ in range(2):
         step()
     writer = CheckpointWriter(config, topology, tensor_shapes(model), lambda samples: {})

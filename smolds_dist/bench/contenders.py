@@ -158,15 +158,16 @@ def smolds(task: Task, gate: Gate) -> None:
     ids = task.batch()
     if task.variant == "compile" and (error := try_to_compile(engine, topology, task.seq_len, task.model_config())):
         sys.exit(error)
+    repeat(gate, partial(smolds_step, engine, balancer, ids))
 
-    def step() -> None:
-        with balancer.counting():
-            loss = engine.forward(ids, ids)
-        engine.backward(loss)
-        engine.step(1e-4)
-        balancer.step()
 
-    repeat(gate, step)
+def smolds_step(engine: Any, balancer: Any, ids: Tensor) -> None:
+    """A step of training on a micro batch `ids` [sequences, tokens]."""
+    with balancer.counting():
+        loss = engine.forward(ids, ids)
+    engine.backward(loss)
+    engine.step(1e-4)
+    balancer.step()
 
 
 def transformers_model(task: Task) -> tuple[Any, str, bool]:
