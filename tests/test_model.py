@@ -248,4 +248,6 @@ def test_losses_of_the_routers():
             torch.autograd.grad(one.loss, mixtures(model)[0].mlp.gate.weight)[0] for one in (out, recomputed)
         )
         torch.testing.assert_close(ours, again)
+        # else each layer's recomputation would be held until the next pass
+        assert all(block.mlp.router_logits is None for block in mixtures(model))
         assert model.eval()(input_ids=ids, labels=ids).aux_loss is None

@@ -230,6 +230,9 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         which attention is computed the eager way; and router logits [B x S, E], each a tuple over layers.
         """
         cache = self._cache_for(cache, past_key_values, use_cache)
+        has_router_losses = labels is not None and self.training and self.config.has_router_losses
+        for block in self.model.layers[self.config.first_k_dense_replace :] if has_router_losses else ():
+            block.mlp.router_logits = []
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -246,7 +249,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             loss = self.lm_head(hidden, labels)
             if num_items_in_batch is not None:
                 loss = loss * (labels[:, 1:] >= 0).sum() / num_items_in_batch
-            if self.training and self.config.has_router_losses:
+            if has_router_losses:
                 aux_loss = self._router_losses(*labels.shape)
                 loss = loss + aux_loss
         else:
@@ -268,7 +271,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         scoring, top_k = config.scoring_func, config.num_experts_per_tok
         losses, layers = [], self.model.layers[config.first_k_dense_replace :]
         for block in layers:
-            logits_TE, block.mlp.router_logits = block.mlp.router_logits.float(), None
+            (logits_TE,), block.mlp.router_logits = block.mlp.router_logits, None
+            logits_TE = logits_TE.float()
             if config.router_aux_loss_coef:
                 losses.append(config.router_aux_loss_coef * balance_loss(logits_TE[None], scoring, top_k))
             if config.sequence_balance_coef:

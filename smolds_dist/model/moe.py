@@ -224,7 +224,7 @@ class DeepSeekMoE(nn.Module):
     """Router, experts and optional shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2) over [B, S, H].
 
     `tokens_per_expert` adds up the routed rows of every forward pass; whoever reads it decides which passes count.
-    `router_logits` [T, E] are the last training pass's, for losses, and set only where one asks for them.
+    `router_logits` takes a pass's logits [T, E] where the model has put an empty list there, for its losses.
     """
 
     tokens_per_expert: Tensor
@@ -237,7 +237,7 @@ class DeepSeekMoE(nn.Module):
         shared_width = config.n_shared_experts * config.intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, shared_width) if shared_width else None
         self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts), persistent=False)
-        self.router_logits: Tensor | None = None
+        self.router_logits: list[Tensor] | None = None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
@@ -247,8 +247,8 @@ class DeepSeekMoE(nn.Module):
         counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
         if not device.is_exported():  # a graph that nobody reads counts from should change nothing
             self.tokens_per_expert.add_(counts)
-        if self.training and self.config.has_router_losses:
-            self.router_logits = logits
+        if self.router_logits is not None:  # not where activations are computed again, whose graph nothing would free
+            self.router_logits.append(logits)
         out = self.experts(x_TH, weights, chosen, counts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_TH)

@@ -171,12 +171,12 @@ def keep_routers_in_fp32(model: nn.Module) -> None:
 
 
 def keep_router_logits(model: nn.Module) -> None:
-    """Leaves every training pass's router logits [T, E] where `DeepSeekV3ForCausalLM` takes them for its losses from, as our
-    own `DeepSeekMoE` does."""
+    """Leaves a pass's router logits [T, E] where `DeepSeekV3ForCausalLM` asks for them, as our own `DeepSeekMoE` does."""
 
-    def keep(layer: Any, gate: Any, _args: Any, logits_TE: Tensor) -> None:
-        if gate.training:
-            layer.router_logits = logits_TE
+    def keep(layer: Any, _gate: Any, _args: Any, logits_TE: Tensor) -> None:
+        if layer.router_logits is not None:
+            layer.router_logits.append(logits_TE)
 
     for layer in autoep_layers(model).values():
+        layer.router_logits = None
         layer.router.gate.register_forward_hook(partial(keep, layer))
