@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from smolds_dist.launching.failure import find_dead
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.training import build as training_build
+from smolds_dist.training import trainer
 from smolds_dist.training.guard import LEAST, WINDOW, LossGuard, LossSpikeError
 
 # Of each part: runs, ranks, seed.
@@ -263,8 +266,9 @@ def test_run_that_diverges_stops_with_its_last_good_checkpoint(small_run, tmp_pa
     assert saved and not any(find_damage(folder) for folder in saved)
 
 
-def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path):
-    """A real spike: among text that repeats itself, one document of noise."""
+@pytest.fixture
+def spiky(corpus, small_run, tmp_path):
+    """Options of a run with a real spike: among text that repeats itself, one document of noise."""
     for path in corpus.glob("*.txt"):
         (tmp_path / path.name).write_text(path.read_text())
     chance = random.Random(3)
@@ -272,17 +276,18 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
     while not noise or is_held_out(digest(noise.encode()), 0.5):
         noise = "".join(chr(chance.randrange(33, 127)) for _ in range(400))
     (tmp_path / "00_noise.txt").write_text(noise)
-    options = [
+    return [
         *small_run, "--run.name=spiky", f"--data.source=text:{tmp_path}/*.txt", "--train.steps=240",
         "--train.global_batch=2", "--train.micro_batch=1", "--train.eval_every=0", "--log.sample_every=0",
         "--train.spike_threshold=8", "--train.spike_steps=1", "--checkpoint.every=10", "--train.lr=3e-3",
-        "--data.val_fraction=0.01",
+        "--data.val_fraction=0.01", "--parallel.device=cpu",
     ]  # fmt: skip
-    finished = smolds("launch", "--nproc-per-node=2", "--", *options, "--parallel.device=cpu", timeout=120)
-    assert finished.returncode == 0, finished.text
-    rows = read_rows(tmp_path / "runs" / "spiky" / "metrics.jsonl")
+
+
+def assert_rolled_back(run_dir: Path, options: list[str]) -> None:
+    rows = read_rows(run_dir / "metrics.jsonl")
     events = [row for row in rows if row.get("event") == "rollback"]
-    assert events and "with other samples" in finished.stdout
+    assert events
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 241))
     for event in events:
         assert event["skipped_samples"] == 2 * (event["spike_end"] - event["step"])
@@ -292,6 +297,31 @@ def test_spike_rolls_back_and_leaves_the_samples_out(corpus, small_run, tmp_path
     for row in rows:
         if "loss" in row:
             again.check(row["step"], row["loss"], True)
+
+
+def test_spike_rolls_back_and_leaves_the_samples_out(spiky, tmp_path, monkeypatch, capsys):
+    """With one model in memory at a time."""
+    before = []
+
+    def build(*args):
+        assert not [one for one in before if one() is not None], "two models are held"
+        training = built(*args)
+        before.append(weakref.ref(training.engine.model))
+        return training
+
+    built = trainer.build
+    for module in (trainer, training_build):  # a rollback builds too
+        monkeypatch.setattr(module, "build", build)
+    assert trainer.train(load_config(spiky)) == 0
+    assert len(before) > 1 and "with other samples" in capsys.readouterr().out
+    assert_rolled_back(tmp_path / "runs" / "spiky", spiky)
+
+
+@pytest.mark.long
+def test_ranks_roll_back_together(spiky, tmp_path):
+    finished = smolds("launch", "--nproc-per-node=2", "--", *spiky, timeout=120)
+    assert finished.returncode == 0, finished.text
+    assert_rolled_back(tmp_path / "runs" / "spiky", spiky)
 
 
 def guard(**settings) -> LossGuard:

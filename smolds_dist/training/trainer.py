@@ -1,5 +1,6 @@
 """The training loop: read from top to bottom, it is what a run does."""
 
+import gc
 import math
 import signal
 import sys
@@ -126,12 +127,16 @@ def run(job: Job) -> int:
         try:
             code = run_steps(job, training)
             break
-        except LossSpikeError as spike:
-            training.close()
-            training = roll_back(job, training.progress, spike)
+        except LossSpikeError as error:
+            spike = error.with_traceback(None)  # whose frames hold the training
         except (TrainingStoppedError, ConfigError):
             training.close()
             raise
+        progress = training.progress
+        training.close()
+        del training
+        gc.collect()  # so that one model at a time is in memory
+        training = roll_back(job, progress, spike)
     training.close()
     end_process_group()
     return code
