@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import options_of_small_run
-from ranks import rows_without_timing, smolds
+from ranks import rows_without_timing, smolds, run_ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -234,3 +234,10 @@ def test_trains_without_deepspeed(small_run):
 
     result = run([sys.executable, "-c", script, "train", *small_run, "--run.name=bare", "--train.steps=1"], timeout=120)
     assert result.returncode == 0, result.text
+
+
+@pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.long)])
+def test_ranks_in_bf16_add_gradients_up_in_fp32(zero):
+    finished = run_ranks(2, "accumulation_worker.py", f"--parallel.zero={zero}", "--parallel.expert=2")
+    (deviation,) = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("DEVIATION")]
+    assert deviation < 0.02

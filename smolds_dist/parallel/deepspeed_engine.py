@@ -116,6 +116,7 @@ class DeepSpeedEngine:
         # What to multiply by, by id of what the optimizer works on: parts of it and the factors of their rows.
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
         self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
+        self._sums: dict[nn.Parameter, Tensor] = {}  # of gradients, while there are more micro batches to come
         self._clock = CommunicationClock("all_to_all_single")
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
@@ -159,10 +160,25 @@ class DeepSpeedEngine:
             self.engine.basic_optimizer.state.clear()
             groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
             self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
+            for parameter in self.model.parameters() if self.topology.accumulation > 1 else ():
+                parameter.register_post_accumulate_grad_hook(self._accumulate_in_fp32)
         keep_routers_in_fp32(self.model)
         if fill is not None:  # what the optimizer works on was made from rounded weights
             for fragment in self.fragments():
                 fill(fragment.only("value"))
+
+    def _accumulate_in_fp32(self, parameter: nn.Parameter) -> None:
+        """Holds the sum of the micro batches' gradients in fp32, and rounds it once, for the last one's reduction.
+
+        DeepSpeed 0.19 without ZeRO adds them up in bf16. Can go when it takes `grad_accum_dtype` fp32 there.
+        """
+        assert parameter.grad is not None
+        total = self._sums.pop(parameter, 0.0) + parameter.grad.float()
+        parameter.grad = None
+        if self.engine.is_gradient_accumulation_boundary():
+            parameter.grad = total.to(parameter.dtype)
+        else:
+            self._sums[parameter] = total
 
     def _holders(self, of_experts: bool) -> range:
         """The ranks that have the same experts as this one, or the same of all the rest."""
