@@ -1,11 +1,10 @@
-"""Ranks whose three micro batches have the gradients 4096 x, y and -4096 x; rank 0 prints how far their sum is from y, relative.
+"""Ranks of three micro batches with the gradients 4096 x, y and -4096 x; rank 0 prints how far their sum is from y.
 
 Run by test_train.py under torchrun: added up in bf16, little is left of y.
 """
 
 import sys
 
-import torch
 from parity_worker import BASE, VOCAB, Shards
 
 from smolds_dist.config import load_config

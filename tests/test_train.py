@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import options_of_small_run
-from ranks import rows_without_timing, smolds, run_ranks
+from ranks import rows_without_timing, run_ranks, smolds
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
