@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONDONTWRITEBYTECODE # images set it, and then every start compiles all that it imports: 13 s instead of 5
 TORCH="torch==2.13.0" # the newest release that setup.cfg admits
 
 find_python() {

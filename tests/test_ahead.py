@@ -24,17 +24,22 @@ from smolds_dist.data.batch import batch_digest
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.observe.rows import read_rows
 
-STEPS = 60
-WORDS = [f"{one}{two}" for one in "qualification consideration representation".split() for two in "ABCDEFGHIJ"]
+STEPS, BATCH = 60, 12
+# So long that few tokens, most of them a word each, make a unit's MiB.
+WORDS = [
+    f"{one}{two}"
+    for one in "qualificationconsiderationrepresentation congratulationsubstantiationinvestigation".split()
+    for two in "ABCDEFGHIJ"
+]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Six files that are a unit each, of about 90,000 tokens."""
+    """Six files that are a unit each, of about 30,000 tokens."""
     folder = tmp_path_factory.mktemp("corpus")
     chance = np.random.RandomState(0)
     for number in range(6):
-        rows = (" ".join(chance.choice(WORDS, 60)) for _ in range(1200))
+        rows = (" ".join(chance.choice(WORDS, 20)) for _ in range(1300))
         text = "".join(json.dumps({"text": row}) + "\n" for row in rows)
         assert len(text) > 2**20
         (folder / f"{number}.jsonl").write_text(text)
@@ -44,8 +49,8 @@ def corpus(tmp_path_factory) -> Path:
 def options_of(corpus: Path, folder: Path) -> list[str]:
     options = {
         "data.source": f"jsonl:{corpus}/*.jsonl", "data.cache_dir": folder / "cache", "data.tokenizer_vocab_size": 600,
-        "data.seq_len": 128, "data.val_fraction": 0.02, "data.window_tokens": 50_000, "run.dir": folder / "runs",
-        "run.name": "one", "train.steps": STEPS, "train.global_batch": 32, "train.warmup_steps": 2, "train.seed": 1,
+        "data.seq_len": 128, "data.val_fraction": 0.02, "data.window_tokens": 17_000, "run.dir": folder / "runs",
+        "run.name": "one", "train.steps": STEPS, "train.global_batch": BATCH, "train.warmup_steps": 2, "train.seed": 1,
         "train.eval_every": 30, "train.eval_sequences": 4, "checkpoint.every": 5, "log.sample_every": 0,
         "log.tensorboard": "false", "model.hidden_size": 32, "model.intermediate_size": 32, "parallel.device": "cpu",
         "model.num_hidden_layers": 1, "model.num_attention_heads": 2, "model.num_key_value_heads": 1,
@@ -111,8 +116,9 @@ def test_losses_are_those_of_a_prepared_corpus(corpus, prepared, tmp_path, worke
         ]
 
 
-def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, prepared, tmp_path):
-    """kill -9 of the whole job, each time resumed in another topology."""
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, prepared, tmp_path, cold):
+    """kill -9 of the whole job, each time resumed in another topology; `cold`: of all but its workers, which end then."""
     options = [*options_of(corpus, tmp_path), "--checkpoint.resume=auto"]
     starts = [
         (["launch", "--nproc-per-node=2", "--"], 8),
@@ -121,19 +127,24 @@ def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, pr
     ]
     layouts = ["--parallel.expert=2", "--parallel.expert=1", "--train.micro_batch=4"]
     for (start, until), layout in zip(starts, layouts, strict=True):
-        process = start_job([*start, *options, layout], tmp_path)
+        process = start_job([*start, *options, layout], tmp_path, cold)
         if until == STEPS:
             assert process.wait(120) == 0, (tmp_path / "out").read_text()
             break
         wait_for(lambda until=until: max(rows_by_step(tmp_path), default=0) >= until, process, tmp_path)
-        kill(process)
+        ranks = [json.loads(path.read_text())["pid"] for path in (tmp_path / "runs/one/ranks").glob("rank_*.json")]
+        if cold:
+            kill_all_but_workers(process)
+        process.kill()  # and what forked it kills the rest (see warm.py)
+        wait_until_gone(ranks)
     assert_same(rows_by_step(tmp_path), prepared[1], other_topologies=True)
 
 
-def start_job(args: list[str], folder: Path) -> subprocess.Popen:
+def start_job(args: list[str], folder: Path, cold: bool = False) -> subprocess.Popen:
+    python = sys.executable if cold else warm.python()
     with (folder / "out").open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "smolds_dist", *args],
+            [python, "-m", "smolds_dist", *args],
             stdout=out, stderr=out, env=warm.environment(), start_new_session=True,
         )  # fmt: skip
 
@@ -145,8 +156,8 @@ def wait_for(there, process: subprocess.Popen, folder: Path, seconds: float = 12
         time.sleep(0.02)
 
 
-def kill(process: subprocess.Popen) -> None:
-    """With SIGKILL, all that it has started too; workers end by themselves."""
+def kill_all_but_workers(process: subprocess.Popen) -> None:
+    """With SIGKILL; workers end by themselves."""
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     workers = [pid for pid in family if "smolds_dist.data.workers" in command_of(pid)]
     for pid in family:
@@ -154,10 +165,14 @@ def kill(process: subprocess.Popen) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     process.wait()
+    wait_until_gone(workers)
+
+
+def wait_until_gone(pids: list[int]) -> None:
     end = time.monotonic() + 20
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < end, "a worker outlives its run"
-        time.sleep(0.1)
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < end, "processes outlive their run"
+        time.sleep(0.05)
 
 
 def command_of(pid: int) -> str:
@@ -176,7 +191,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
 def test_three_processes_of_which_two_are_killed_prepare_the_same_files(corpus, prepared, tmp_path, times):
     """At random moments. The third one ends the work alone."""
     chance = random.Random(times)
@@ -192,9 +207,8 @@ def test_three_processes_of_which_two_are_killed_prepare_the_same_files(corpus, 
         args = ["data", "prepare", *options, f"--data.cache_dir={here}/cache"]
         processes = [start_job(args, here) for _ in range(3)]
         for process in processes[:2]:
-            time.sleep(chance.uniform(0.5, 5))
-            if process.poll() is None:
-                kill(process)
+            time.sleep(chance.uniform(0.5, 3))
+            process.kill()
         assert processes[2].wait(120) == 0, (here / "out").read_text()
         assert files_of(here / "cache") == expected
 
@@ -228,11 +242,11 @@ def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tm
     options = [
         *options_of(corpus, tmp_path),
         "--train.steps=150",
-        "--data.window_tokens=100_000",
+        "--data.window_tokens=33_000",
         "--train.eval_every=0",
     ]
     options.append(f"--data.tokenizer={prepared[0] / 'runs' / 'one' / 'tokenizer'}")
-    process = start_job(["launch", "--nproc-per-node=2", "--", *options, "--data.disk_budget_gb=0.0005"], tmp_path)
+    process = start_job(["launch", "--nproc-per-node=2", "--", *options, "--data.disk_budget_gb=0.00018"], tmp_path)
     there = []
     while process.poll() is None:
         found = (tmp_path / "cache" / "units").glob("*/*/tokens.bin")
@@ -245,7 +259,7 @@ def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tm
     assert len(rows) == 150 and rows[150]["epochs"]["jsonl"] > 1.05
     kept = prepare_data(load_config([*options, f"--data.cache_dir={prepared[0]}/cache", "-q"]))
     for step, row in rows.items():
-        batch = range((step - 1) * 32, step * 32)
+        batch = range((step - 1) * BATCH, step * BATCH)
         assert row["batch"] == f"{batch_digest(kept.batch(batch), batch):08x}"
 
 

@@ -52,7 +52,7 @@ def loss_and_gradients(model) -> list[torch.Tensor]:
         (dict(LATENT_FAMILY, num_hidden_layers=2), "fp32", "full", 1e-5, "aot_eager"),
         (dict(GQA, num_hidden_layers=1), "fp32", "attention", 1e-5, "aot_eager"),
         (dict(GQA, num_hidden_layers=1), "fp32", "experts", 1e-5, "aot_eager"),
-        (dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2, "inductor"),
+        pytest.param(dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2, "inductor", marks=pytest.mark.long),
     ],
 )
 def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed, tolerance, backend):

@@ -353,8 +353,9 @@ def test_compiled_training_keeps_packed_documents_apart():
     assert (loss_and_gradients(model, **inputs)[0] - expected[0]).abs() > 1e-3
 
 
+@pytest.mark.long  # test_compile.py has a run in machine code
 @needs_compiler
-@pytest.mark.parametrize("kind", ["gqa", pytest.param("latent", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["gqa", "latent"])
 def test_torch_compile_trains_and_evaluates(kind):
     """In machine code, one in fp32, the other in bf16, with all experts for each token: rounding changes no choice. One
     layer, with shared experts in the place of a dense layer's: C++ compilers take minutes for more."""

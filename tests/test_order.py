@@ -43,11 +43,11 @@ def test_permutation_hits_every_place_once(size):
 
 def test_permutation_is_an_even_one():
     """Each of eight things comes to each of eight places equally often, and every pair stays in order half the time."""
-    rounds = 4000
+    rounds = 2000
     places = np.stack([permuted(np.arange(8), np.full(8, 8), keys_of(key)) for key in range(rounds)])
     counts = np.stack([np.bincount(places[:, thing], minlength=8) for thing in range(8)])
     assert ((counts - rounds / 8) ** 2 / (rounds / 8)).sum() < 100  # chi-square, 49 degrees of freedom: above 1 in 10^4
-    assert abs((places[:, 0] < places[:, 1]).mean() - 0.5) < 0.04
+    assert abs((places[:, 0] < places[:, 1]).mean() - 0.5) < 0.05
 
 
 def test_order_stays_what_it_was():
@@ -144,7 +144,7 @@ def test_ten_billion_samples_take_no_more_memory_than_few():
     samples, seq_len = 10**10, 1024
     files = list(range(0, samples * seq_len, 2**30))
     chance = np.random.RandomState(0)
-    places = np.unique(np.concatenate(([0, samples - 1], chance.randint(0, samples, 1_000_000))))
+    places = np.unique(np.concatenate(([0, samples - 1], chance.randint(0, samples, 200_000))))
     tracemalloc.start()
     order = order_of(files, samples * seq_len, seq_len, seed=3, window_tokens=2**28)
     order.pieces(np.array([0, samples // 2, samples - 1]))
@@ -152,7 +152,7 @@ def test_ten_billion_samples_take_no_more_memory_than_few():
     tracemalloc.stop()
     assert order.num_samples == samples
     _, found = order.places(places)
-    assert len(np.unique(found)) == len(places) > 999_000
+    assert len(np.unique(found)) == len(places) > 199_000
     assert found.min() >= 0 and found.max() < samples
 
 

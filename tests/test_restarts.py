@@ -54,7 +54,7 @@ def torchrun_of(run_dir: Path) -> psutil.Process:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_undisturbed_one(options, tmp_path, kills):
     """Killed are single ranks, and what starts them, each time a few steps further on."""
-    options += [f"--train.steps={15 * kills}"]
+    options += [f"--train.steps={10 * kills}"]
     whole = smolds("launch", "--nproc-per-node=2", "--", *options, "--run.name=whole", timeout=200)
     assert whole.returncode == 0, whole.text
     run_dir, dice = tmp_path / "runs" / "killed", random.Random(0)
@@ -92,31 +92,31 @@ def without_events(run_dir: Path) -> list[dict]:
 
 
 def test_failure_that_comes_back_at_its_step_ends_the_job_with_both_tracebacks(options, tmp_path):
-    """A folder stands where the samples are to be written after step 60."""
+    """A folder stands where the samples are to be written after step 20."""
     run_dir = tmp_path / "runs" / "same"
-    options += ["--run.name=same", "--train.steps=1000", "--log.sample_every=60"]
+    options += ["--run.name=same", "--train.steps=1000", "--log.sample_every=20"]
     job = start_and_wait_for_steps(launch_command("--nproc-per-node=2", "--restarts=9", "--", *options), run_dir)
     (run_dir / "samples.jsonl").mkdir()
     finished = end(job, timeout=200)
     assert finished.returncode == 1, finished.text
     failures = read_rows(run_dir / RESTARTS)
-    assert [(row["step"], row["code"]) for row in failures] == [(60, 1)] * 3
+    assert [(row["step"], row["code"]) for row in failures] == [(20, 1)] * 3
     assert "restart 2 of 9 in 2 s." in finished.stderr and "restart 3" not in finished.stderr
-    assert "3 starts in a row ended after step 60: another one would not help." in finished.stderr
+    assert "3 starts in a row ended after step 20: another one would not help." in finished.stderr
     assert finished.stderr.count("Traceback") == 2 and finished.stderr.count("IsADirectoryError") >= 5, finished.text
     assert all((Path(row["logs"]) / "rank_00000.log").exists() for row in failures)
 
 
 def test_single_process_is_restarted_too(options, tmp_path):
     run_dir = tmp_path / "runs" / "one"
-    options += ["--run.name=one", "--train.steps=150", "--checkpoint.every=50"]
+    options += ["--run.name=one", "--train.steps=60", "--checkpoint.every=20"]
     job = start_and_wait_for_steps(launch_command("--launcher=none", "--restarts=1", "--", *options), run_dir)
     os.kill(read_state(run_dir)["pid"], signal.SIGKILL)
     finished = end(job, timeout=120)
     assert finished.returncode == 0, finished.text
     (failure,) = read_rows(run_dir / RESTARTS)
     assert failure["cause"] == "the process was killed by signal 9" and failure["code"] == 137
-    assert len(losses(run_dir)) == 150
+    assert len(losses(run_dir)) == 60
 
 
 def started(codes: list[int], run_dir: Path, steps: list[int] | None = None):

@@ -252,10 +252,9 @@ def test_mistake_is_one_sentence(options, fix, tmp_path):
     assert finished.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 @needs_slurm
-@pytest.mark.parametrize(
-    "instead", ["spare", *(pytest.param(one, marks=pytest.mark.long) for one in ("queue", "fewer"))]
-)
+@pytest.mark.parametrize("instead", ["spare", "queue", "fewer"])
 def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp_path, cluster, instead):
     """A spare node of the allocation takes its place, the job goes back into the queue without it, or on with fewer."""
     steps = 60 if instead == "spare" else 400

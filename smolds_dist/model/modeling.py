@@ -151,6 +151,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Hidden states [B, S, H], and what transformers' `output_hidden_states`, `output_attentions` and
         `output_router_logits` ask for."""
+        config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -158,20 +159,19 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         # Only positions that somebody gives can tell of packed sequences. A GPU's host would wait to hear that ours do not.
         # By position, here and in the outputs, because the cache's keyword depends on transformers' version.
         documents = mask = None
-        attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        if position_ids is not None and attention_mask is None and cache is None and not attentions:
-            documents = self._documents(x_BSH, position_ids)
-        if documents is None:
-            mask = create_causal_mask(self.config, x_BSH, attention_mask, cache, position_ids)
-        if position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
-        config = self.config
-        rotary = rotary_angles(position_ids, config.rotary_dim, config.rope_theta, config.rope_scaling)
+        attentions = kwargs.get("output_attentions", config.output_attentions)
         if attentions and config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation={config._attn_implementation!r} has no attention weights; use 'eager'."
             )
+        if position_ids is not None and attention_mask is None and cache is None and not attentions:
+            documents = self._documents(x_BSH, position_ids)
+        if documents is None:
+            mask = create_causal_mask(config, x_BSH, attention_mask, cache, position_ids)
+        if position_ids is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(past, past + x_BSH.shape[1], device=x_BSH.device)[None]
+        rotary = rotary_angles(position_ids, config.rotary_dim, config.rope_theta, config.rope_scaling)
         inputs = dict(
             rotary=rotary, attention_mask=mask, cache=cache, output_attentions=attentions, documents=documents
         )
