@@ -250,7 +250,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise ConfigError(f"--hostfile {str(path)!r} is not a file; give one with a line `host slots=N` for each host.")
     hosts = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
@@ -316,10 +316,10 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
         return stopped, ""
     find_dead(ranks, since=began)  # a rank notes the cause, unless it was killed
     noted = ranks / "cause.txt"
-    cause = noted.read_text().strip() if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
+    cause = noted.read_text(encoding="utf-8").strip() if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
     end_ranks(ranks, began)
     if ranks.is_dir():
-        (ranks / "launcher.log").write_text("".join(hidden))
+        (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
     how = (
         f"the ranks ended with exit code {code}" if code > 0 else f"what started the ranks was killed by signal {-code}"
     )

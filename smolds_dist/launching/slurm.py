@@ -66,7 +66,7 @@ def slurm(args: list[str]) -> None:
         raise ConfigError("--submit needs the program sbatch, which is not here; go to a login node of the cluster.")
     path = config.run_dir / ("prepare.sbatch" if options.prepare else "job.sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script)
+    path.write_text(script, encoding="utf-8")
     result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if result.returncode:
         raise ConfigError(f"sbatch refused {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")

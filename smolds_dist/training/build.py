@@ -117,7 +117,8 @@ def hold_run(config: RunConfig) -> Iterator[None]:
 
 def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
     """The model's configuration, its vocabulary size and special tokens taken from the tokenizer."""
-    settings, tokenizer = config.model.architecture() | router_losses(config.train), data.tokenizer
+    tokenizer = data.tokenizer
+    settings = config.model.architecture(tokenizer) | router_losses(config.train)
     if settings["vocab_size"] is None:
         settings["vocab_size"] = len(tokenizer)
     if settings["vocab_size"] < len(tokenizer):
@@ -125,7 +126,7 @@ def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config
             f"--model.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; "
             "raise it, or leave it out."
         )
-    return DeepSeekV3Config(**settings, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return DeepSeekV3Config(**settings)
 
 
 def router_losses(train: Train) -> dict[str, float]:
