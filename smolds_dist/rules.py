@@ -68,7 +68,7 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"--data.workers {config.data.workers} is out of range; use auto, or 0 or more.")
     if config.parallel.zero not in ("auto", 0, 1, 2, 3):
         raise ConfigError(f"--parallel.zero {config.parallel.zero} is no ZeRO stage; use auto, 0, 1, 2 or 3.")
-    if config.parallel.ds_config and not Path(config.parallel.ds_config).is_file():
+    if config.parallel.ds_config is not None and not Path(config.parallel.ds_config).is_file():
         raise ConfigError(
             f"--parallel.ds_config {config.parallel.ds_config!r} is not a file; give a DeepSpeed JSON file."
         )

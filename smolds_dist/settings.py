@@ -203,6 +203,8 @@ class Train:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     schedule: Literal["cosine", "wsd"] = "cosine"
+    """Both end at lr * min_lr_fraction. Cosine depends on steps: to continue a finished run without a jump of the rate, give
+    wsd, decay_fraction 0 (or the share to decay in) and the last rate as lr."""
     warmup_steps: int = 100
     decay_fraction: float = 0.2
     """Last share of the steps in which wsd decays."""

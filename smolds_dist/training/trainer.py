@@ -127,12 +127,15 @@ def run(job: Job) -> int:
             code = run_steps(job, training)
             break
         except LossSpikeError as spike:
-            training.close()
+            training.close(1)
             training = roll_back(job, training.progress, spike)
         except (TrainingStoppedError, ConfigError):
-            training.close()
+            training.close(1)
             raise
-    training.close()
+        except Exception:
+            training.log.close(1)
+            raise
+    training.close(code)
     end_process_group()
     return code
 
