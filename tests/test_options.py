@@ -1,11 +1,20 @@
 """Commands and settings, whatever is given to them."""
 
+import contextlib
+import copy
 import io
+import math
 import sys
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 
 from smolds_dist import cli
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.rules import MAY_BE_EMPTY, RANGES, validate
+from smolds_dist.settings import RunConfig, Source, Yarn
 
 
 def exit_code(*words: str) -> int:
@@ -26,3 +35,40 @@ def test_text_that_a_terminal_cannot_show_is_replaced(kept_run, monkeypatch):
 def test_options_that_are_not_utf8_are_named(capsys):
     assert exit_code("generate", "runs/none", "--prompt", b"\xc3\xa9".decode("ascii", "surrogateescape")) == 2
     assert "the option '\\udcc3\\udca9' is not UTF-8 text; set LC_ALL=C.UTF-8" in capsys.readouterr().err
+
+
+FINE = (-1, 0, 1, 2**63, "x", "/", "/nowhere/x", "[", "9" * 400)  # for some settings
+NUMBERS = [-1, 0, 1, math.nan, math.inf, 1e300, 2**63, 10**400]
+TEXTS = ["", " ", "x", "a\0b", "\ud800", "a" * 300, "/", "/nowhere/x", "[", "9" * 400]
+PARTS = {"yarn": Yarn, "source": Source} | {part.name: part.default_factory for part in fields(RunConfig)}
+SETTINGS = [(kind, one.name, {one.type, *get_args(one.type)}) for kind, part in PARTS.items() for one in fields(part)]
+
+
+def test_every_number_has_a_range():
+    numbers = {f"{kind}.{name}" for kind, name, types in SETTINGS if {int, float} & types}
+    assert numbers == {*RANGES, "parallel.zero"}
+
+
+def test_odd_values_of_settings_are_taken_or_named():
+    base = load_config(["--preset=debug"])
+    for kind, name, types in SETTINGS:
+        for value in [
+            *(NUMBERS if {int, float} & types else ()),
+            *(TEXTS if str in types and f"{kind}.{name}" not in MAY_BE_EMPTY else ()),
+        ]:
+            config = copy.deepcopy(base)
+            part = {"yarn": Yarn(2.0, 64), "source": Source("stdlib")}.get(kind) or getattr(config, kind)
+            config.data.sources = {"stdlib": part} if kind == "source" else None
+            config.model.rope_scaling = part if kind == "yarn" else None
+            setattr(part, name, value)
+            with (
+                contextlib.suppress(ConfigError) if value in FINE else pytest.raises(ConfigError, match=f"{name}.*[.]$")
+            ):
+                validate(config)
+
+
+@pytest.mark.parametrize("option", ["--train.steps", "--train.lr", "--data.workers", "--model.rope_scaling"])
+@pytest.mark.parametrize("value", ["", "x", "1" + "0" * 5000, "[", "{a: 1}", "nan"])
+def test_odd_words_on_the_command_line_are_named(option, value):
+    with pytest.raises(ConfigError, match=f"{option}(?s:.*)[.]$"):
+        load_config(["--preset=debug", f"{option}={value}"])
