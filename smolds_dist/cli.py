@@ -90,6 +90,15 @@ def main(words: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # A file that cannot be read or written is the user's to mend; training notes its failures with their traceback.
+        if name == "train" or error.filename is None:
+            raise
+        print(
+            f"smolds: {error.filename}: {error.strerror}; check that it is there, writable, and has room.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def train_rank(args: list[str]) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import re
 import sys
 from dataclasses import fields
 from typing import get_args
@@ -72,3 +73,45 @@ def test_odd_values_of_settings_are_taken_or_named():
 def test_odd_words_on_the_command_line_are_named(option, value):
     with pytest.raises(ConfigError, match=f"{option}(?s:.*)[.]$"):
         load_config(["--preset=debug", f"{option}={value}"])
+
+
+WORDS = ["", "x", "-1", "0", "nan", "1e300", str(2**63), "1" + "0" * 400, "/", "/nowhere/x", "a" * 300, "a\0b"]
+NONE = ["--", "--preset=none"]  # a mistake that ends a command whose own options are right
+COMMANDS = {
+    "launch": NONE, "slurm": ["--time=5", *NONE], "plan": NONE, "bench train": ["--model.none=1"], "doctor": ["--none"],
+    **{f"checkpoint {name}": ["nowhere"] for name in ("ls", "verify", "rm")},
+    "checkpoint convert": ["nowhere", "--to=a"], "data show": ["nowhere", "--step=1"],
+    **{f"data {name}": NONE for name in ("prepare", "stats", "order")},
+    "runs": ["nowhere"], "runs diff": ["nowhere", "none"], "report": ["nowhere"], "board": ["nowhere"],
+    "export": ["nowhere", "--to=a"], "import": ["nowhere", "--to=a"], "generate": ["nowhere"], "eval": ["nowhere"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_odd_values_of_a_commands_options_are_taken_or_named(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exit_code(*command.split(), "--help")
+    options = sorted(set(re.findall(r"(?<![\\w-])--[a-z][a-z-]*(?= |,|$)", capsys.readouterr().out)) - {"--help"})
+    for option in options:
+        for value in WORDS:
+            if option == "--calibrate" and value not in ("/", "/nowhere/x"):
+                continue  # would measure this machine
+            words = [*command.split(), f"{option}={value}", *COMMANDS[command]]
+            assert exit_code(*words) == 2, words
+            told = capsys.readouterr().err
+            assert told.startswith("smolds: ") and told.endswith((".\n", "?\n")), (words, told)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_to_be_written_is_tried_before_the_work(kept_run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "none" / "a.json", tmp_path / "file" / "a.json"):
+        assert exit_code("eval", str(kept_run[0]), f"--json={path}") == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert exit_code("report", str(kept_run[0]), f"--to={tmp_path / 'file'}") == 2
+    for command, option in {"generate": "--seed", "board": "--port", "eval": "--limit", "export": "--step"}.items():
+        words = [command, str(kept_run[0]), f"{option}={10**20}", *(["--to=a"] if command == "export" else [])]
+        assert exit_code(*words) == 2
+        assert f"{option} {10**20} is out of range; it must be at most" in capsys.readouterr().err
+    assert exit_code("slurm", "--time=1:99:99", "--", "--preset=debug") == 2
+    assert "is no time limit" in capsys.readouterr().err

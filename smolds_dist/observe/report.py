@@ -68,7 +68,10 @@ def report(args: list[str]) -> None:
     if len(options.runs) > 1 and options.to is None:
         raise ConfigError("several runs share a picture; name a folder for it with --to.")
     folder = options.to or options.runs[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--to {folder} cannot be made ({error.strerror}); choose another folder.") from None
     written = [folder / "training_metrics.png"]
     figure_of(options.runs).savefig(written[0])
     if len(options.runs) == 1:
