@@ -1,5 +1,6 @@
 """Which fields of a model contradict each other, for settings (`rules`) and for `model.DeepSeekV3Config` alike."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,4 +56,5 @@ def contradictions(m: Any, option: str = "") -> Iterator[str]:
 
 
 def divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))

@@ -1,7 +1,9 @@
 """The `smolds` command."""
 
 import gc
+import io
 import os
+import re
 import signal
 import sys
 import time
@@ -52,10 +54,12 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Runs one command; a user's mistake ends with one sentence on stderr and exit code 2."""
+def main(words: list[str] | None = None) -> None:
+    """Run one command (default: that of this process); a user's mistake ends with one sentence on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="replace")
     # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
-    name, *args = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
+    name, *args = [arg for arg in words or sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
         print(USAGE)
         sys.exit(0 if name else 2)
@@ -67,6 +71,8 @@ def main() -> None:
     try:
         if name not in COMMANDS:
             raise ConfigError(f"smolds {name!r} is not a command; use one of {', '.join(COMMANDS)}.")
+        if text := next((arg for arg in args if re.search("[\ud800-\udfff]", arg)), None):
+            raise ConfigError(f"the option {text!r} is not UTF-8 text; set LC_ALL=C.UTF-8 and unset PYTHONUTF8.")
         module, _, function = COMMANDS[name].partition(":")
         sys.exit(getattr(import_module(f"smolds_dist.{module}"), function)(args))
     except ConfigError as error:
@@ -84,6 +90,15 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # A file that cannot be read or written is the user's to mend; training notes its failures with their traceback.
+        if name == "train" or error.filename is None:
+            raise
+        print(
+            f"smolds: {error.filename}: {error.strerror}; check that it is there, writable, and has room.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def train_rank(args: list[str]) -> int:

@@ -165,4 +165,6 @@ def _one_sentence(message: str, parser: jsonargparse.ArgumentParser) -> str:
         return f"{name} is no option; " + (
             f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists them."
         )
+    if match := re.match(r'Parser key "([^"]+)":\s*Exceeds the limit', message):
+        return f"--{match[1]} has more digits than any setting takes; give a smaller number."
     return " ".join(message.split()) + "."

@@ -1,6 +1,10 @@
 """The one error type for a user's mistakes, and the parser that raises it."""
 
 import argparse
+import errno
+import os
+import tempfile
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -46,6 +50,16 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}.")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Check all numbers and paths: no option reaches a command out of range or as a file that cannot be written."""
+        options, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            given = getattr(options, action.dest, None)
+            if given is not action.default:
+                for value in given if isinstance(given, list) else [given]:
+                    _check_value(str([action.metavar or action.dest, *action.option_strings][-1]), value)
+        return options, rest
+
     def parse_before_training(self, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """This command's options, and those of the training behind `--`; raises a `ConfigError` for an option before it that
         is none of this command's."""
@@ -54,6 +68,40 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             raise ConfigError(f"{self.prog} does not know {unknown[0]!r}; options of the training go behind `--`.")
         return options, args[cut + 1 :]
+
+
+MOST = {"--seed": 2**62, "--port": 65_535, "--nodes": 10**6, "--devices-per-node": 10**4, "--top": 10**4}
+WRITTEN = ("--json", "--picture", "--calibrate")  # files that a command writes at its end
+
+
+def _check_value(option: str, value: Any) -> None:
+    """Raise a `ConfigError` for an option's value that no command could use."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        most = MOST.get(option, 10**9 if isinstance(value, int) else 1e30)
+        if not 0 <= value <= most:
+            rule = f"at most {most:,}" if value > most else "at least 0"
+            raise ConfigError(f"{option} {str(value)[:40]} is out of range; it must be {rule}.")
+    if isinstance(value, Path):
+        text = str(value)
+        if "\0" in text or len(text) > 4000 or any(len(name.encode()) > 255 for name in text.split("/")):
+            raise ConfigError(f"{option} {text[:20]!r}... is not a path; names have 255 bytes at most, and no NUL.")
+        if option in WRITTEN:
+            _check_writable(option, value)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not path.exists():
+            with tempfile.TemporaryFile(dir=path.parent):
+                return
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path} cannot be written ({error.strerror}); name a file in a folder that is there and writable."
+        ) from None
 
 
 def check_at_least(least: int, options: argparse.Namespace, *names: str) -> None:

@@ -39,6 +39,8 @@ class AppendedFile:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), size)  # a full disk may take part of a record
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Return True if everything has been written."""
         self.append(b"")
         self._file.close()
+        return not self._waiting

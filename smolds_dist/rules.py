@@ -5,10 +5,10 @@ Every contradiction between two settings is refused here or, where it depends on
 
 import math
 import re
-from collections.abc import Callable
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from smolds_dist.architecture import contradictions, divisors
 from smolds_dist.errors import ConfigError
@@ -21,7 +21,10 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the setting, the rule and the fix.
     """
-    _check_numbers(config)
+    for field in fields(config):
+        _check_values(getattr(config, field.name), field.name, f"--{field.name}")
+    if max(config.train.beta1, config.train.beta2) == 1:
+        raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
     _check_model(config)
     if not re.fullmatch(r"[\w.+=-][\w.+= -]*", config.run.name or "") or config.run.name in (".", ".."):
         raise ConfigError(
@@ -64,38 +67,45 @@ def validate(config: RunConfig) -> None:
             f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
             f"{config.train.global_batch}; valid values: {divisors(config.train.global_batch)}."
         )
-    if isinstance(config.data.workers, int) and config.data.workers < 0:
-        raise ConfigError(f"--data.workers {config.data.workers} is out of range; use auto, or 0 or more.")
     if config.parallel.zero not in ("auto", 0, 1, 2, 3):
         raise ConfigError(f"--parallel.zero {config.parallel.zero} is no ZeRO stage; use auto, 0, 1, 2 or 3.")
-    if config.parallel.ds_config and not Path(config.parallel.ds_config).is_file():
+    if config.parallel.ds_config is not None and not Path(config.parallel.ds_config).is_file():
         raise ConfigError(
             f"--parallel.ds_config {config.parallel.ds_config!r} is not a file; give a DeepSpeed JSON file."
         )
 
 
-_AT_LEAST_ONE = (
-    "data.seq_len data.window_tokens data.tokenizer_vocab_size train.steps train.global_batch train.eval_sequences "
-    "checkpoint.keep train.nonfinite_limit train.spike_steps eval.batch_size "
-    "log.sample_tokens model.hidden_size model.intermediate_size model.num_hidden_layers model.num_attention_heads "
-    "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.kv_lora_rank "
-    "model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.max_position_embeddings"
-).split()
-_NOT_NEGATIVE = (
-    "train.seed train.warmup_steps train.weight_decay train.grad_clip train.qk_clip train.balance_rate train.aux_loss_coef "
-    "train.sequence_balance_coef train.z_loss_coef parallel.grace parallel.timeout "
-    "parallel.compare_every parallel.check_every "
-    "train.spike_threshold train.eval_every checkpoint.every checkpoint.keep_every "
-    "log.sample_every log.sample_temperature log.every eval.every model.n_shared_experts model.first_k_dense_replace "
-    "model.initializer_range"
-).split()
-_POSITIVE_OR_NULL = ["data.disk_budget_gb", "model.latent_norm_eps"]
-_POSITIVE = "train.lr model.rope_theta model.rms_norm_eps model.routed_scaling_factor".split()
-_SHARE = "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2".split()
-_OPTIONAL = (
-    "data.max_tokens train.micro_batch train.time_budget model.vocab_size model.q_lora_rank model.dense_intermediate_size "
-    "model.n_group model.topk_group eval.limit"
-).split()
+ABOVE_0 = math.ulp(0)
+_TABLE: dict[tuple[float, float], str] = {
+    (ABOVE_0, 1e30): "train.lr model.rope_theta model.routed_scaling_factor data.disk_budget_gb",
+    (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
+    (ABOVE_0, 0.5): "data.val_fraction",
+    (ABOVE_0, 10**9): "source.max_epochs yarn.beta_fast yarn.beta_slow",
+    (0, 1): "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2",
+    (0, 4096): "data.workers",
+    (0, 10**6): "train.balance_rate train.aux_loss_coef train.sequence_balance_coef train.z_loss_coef "
+    "train.weight_decay model.initializer_range model.n_shared_experts model.first_k_dense_replace eval.num_fewshot "
+    "yarn.mscale yarn.mscale_all_dim yarn.attention_factor",
+    (0, 10**9): "parallel.grace parallel.timeout log.every log.sample_temperature",
+    (0, 10**12): "train.warmup_steps train.eval_every parallel.compare_every parallel.check_every checkpoint.every "
+    "checkpoint.keep_every log.sample_every eval.every source.weight",
+    (0, 2**62): "train.seed",
+    (0, 1e30): "train.grad_clip train.qk_clip train.spike_threshold",
+    (1, 10**4): "model.num_hidden_layers",
+    (1, 10**6): "model.hidden_size model.intermediate_size model.dense_intermediate_size model.num_attention_heads "
+    "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.q_lora_rank "
+    "model.kv_lora_rank model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.n_group model.topk_group "
+    "eval.batch_size checkpoint.keep log.sample_tokens parallel.expert yarn.factor",
+    (1, 10**8): "model.vocab_size data.tokenizer_vocab_size",
+    (1, 10**9): "train.global_batch train.micro_batch train.eval_sequences train.nonfinite_limit train.spike_steps "
+    "train.time_budget eval.limit model.max_position_embeddings yarn.original_max_position_embeddings",
+    (1, 10**12): "train.steps",
+    (1, 10**15): "data.window_tokens data.max_tokens",
+    (2, 10**9): "data.seq_len",
+}
+# The lowest and highest value of every number among the settings.
+RANGES = {name: bounds for bounds, names in _TABLE.items() for name in names.split()}
+MAY_BE_EMPTY = ("log.to", "log.sample_prompts", "log.final_prompts", "eval.tasks")
 
 
 def trackers_in(names: str, option: str = "--log.to") -> list[str]:
@@ -115,24 +125,38 @@ def trackers_in(names: str, option: str = "--log.to") -> list[str]:
     return list(found)
 
 
-def _check_numbers(config: RunConfig) -> None:
-    def check(names: list[str], allowed: Callable[[Any], bool], rule: str) -> None:
-        for name in names:
-            section, key = name.split(".")
-            value = getattr(getattr(config, section), key)
-            if not allowed(value):
-                raise ConfigError(f"--{name} {value} is out of range; it must {rule}.")
+def _check_values(part: Any, kind: str, option: str) -> None:
+    """Check the numbers and strings of a section, a source or YaRN.
 
-    check(_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1")
-    check(_OPTIONAL, lambda value: value is None or value >= 1, "be at least 1, or null")
-    check(_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "be 0 or more")
-    check(_POSITIVE, lambda value: 0 < value < math.inf, "be more than 0")
-    check(_POSITIVE_OR_NULL, lambda value: value is None or 0 < value < math.inf, "be more than 0, or null")
-    check(_SHARE, lambda value: 0 <= value <= 1, "lie between 0 and 1")
-    check(["data.seq_len"], lambda value: value >= 2, "be at least 2, since each token predicts the next")
-    check(["data.val_fraction"], lambda value: 0 < value < 0.5, "lie between 0 and 0.5")
-    if max(config.train.beta1, config.train.beta2) == 1:
-        raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
+    Args:
+        kind: of part, the first word of its names in `RANGES`.
+        option: how a message names the part.
+    """
+    for field in fields(part):
+        name, value = f"{kind}.{field.name}", getattr(part, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and name in RANGES:
+            least, most = RANGES[name]
+            if least <= value <= most:
+                continue
+            rule = {ABOVE_0: "be more than 0", 0: "be 0 or more"}.get(least, f"be at least {least}")
+            if (least, most) == (0, 1):
+                rule = "lie between 0 and 1"
+            elif value > most:
+                rule = f"be at most {most:,}"
+            null = ", or null" if type(None) in get_args(field.type) else ""
+            raise ConfigError(f"{option}.{field.name} {str(value)[:40]} is out of range; it must {rule}{null}.")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                _check_text(text, f"{option}.{field.name}", name in MAY_BE_EMPTY)
+
+
+def _check_text(text: str, option: str, may_be_empty: bool) -> None:
+    if not text.strip() and not may_be_empty:
+        raise ConfigError(f"{option} is empty; give a value, or leave it out.")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ConfigError(f"{option} {text!r} has characters that no file has; give UTF-8 text without NUL.")
+    if not may_be_empty and (len(text) > 4000 or any(len(name.encode()) > 255 for name in text.split("/"))):
+        raise ConfigError(f"{option} {text[:20]!r}... is too long; names have 255 bytes at most, and paths 4,000.")
 
 
 def _check_data(data: Data) -> None:
@@ -157,12 +181,7 @@ def _check_data(data: Data) -> None:
             raise ConfigError(f"{option} {one.source!r} names nothing to read; write it as {kind}:...")
         if not re.fullmatch(r"[\w.-]+", name):
             raise ConfigError(f"data.sources: the name {name!r} is no word; use letters, digits, '.', '-' and '_'.")
-        if not 0 <= one.weight < math.inf:
-            raise ConfigError(f"data.sources.{name}.weight {one.weight} is out of range; it must be 0 or more.")
-        if one.max_epochs is not None and not 0 < one.max_epochs < math.inf:
-            raise ConfigError(
-                f"data.sources.{name}.max_epochs {one.max_epochs} is out of range; it must be more than 0."
-            )
+        _check_values((data.sources or data.mixed)[name], "source", f"data.sources.{name}")
         if kind == "tokens" and data.tokenizer == "train":
             raise ConfigError(
                 f"{option} {one.source!r} holds tokens, on which no tokenizer can be trained; give the one that made them "
@@ -202,12 +221,9 @@ def _check_model(config: RunConfig) -> None:
     m = config.model
     if found := next(contradictions(m, "--model."), None):
         raise ConfigError(found)
-    if (yarn := m.rope_scaling) and not (
-        1 <= yarn.factor < math.inf
-        and yarn.original_max_position_embeddings > 0
-        and 0 < yarn.beta_slow < yarn.beta_fast
-    ):
-        raise ConfigError(
-            "--model.rope_scaling is out of range; factor and original_max_position_embeddings must be at least 1, and "
-            "beta_slow more than 0 and less than beta_fast."
-        )
+    if yarn := m.rope_scaling:
+        _check_values(yarn, "yarn", "--model.rope_scaling")
+        if yarn.beta_slow >= yarn.beta_fast:
+            raise ConfigError(
+                f"--model.rope_scaling.beta_slow {yarn.beta_slow} is not less than beta_fast {yarn.beta_fast}; lower it."
+            )

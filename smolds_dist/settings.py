@@ -77,12 +77,18 @@ class Model:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    eos_token_id: list[int] | None = None
+    """Tokens that end a generated text; default: the tokenizer's end-of-text token."""
     force_uniform_routing: bool = False
     """Tokens take turns among the experts, whatever the router says; for `smolds bench` and `benchmarks/` alone."""
 
-    def architecture(self) -> dict[str, Any]:
-        """What `DeepSeekV3Config` takes."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "force_uniform_routing"}
+    def architecture(self, tokenizer: Any = None) -> dict[str, Any]:
+        """Return what `DeepSeekV3Config` takes, with the special tokens of a tokenizer if one is given."""
+        found = {name: value for name, value in dataclasses.asdict(self).items() if name != "force_uniform_routing"}
+        if tokenizer is not None:
+            found["bos_token_id"] = tokenizer.bos_token_id
+            found["eos_token_id"] = self.eos_token_id or tokenizer.eos_token_id
+        return found
 
 
 @dataclass
@@ -197,6 +203,8 @@ class Train:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     schedule: Literal["cosine", "wsd"] = "cosine"
+    """Both end at lr * min_lr_fraction. Cosine depends on steps: to continue a finished run without a jump of the rate, give
+    wsd, decay_fraction 0 (or the share to decay in) and the last rate as lr."""
     warmup_steps: int = 100
     decay_fraction: float = 0.2
     """Last share of the steps in which wsd decays."""

@@ -271,6 +271,15 @@ def test_named_step_and_another_runs_checkpoint_can_be_continued(kept_run, copie
         check_resumable(load_config([*options, "--checkpoint.resume=3"]))
 
 
+def test_other_learning_rate_is_logged(copied, capsys):
+    train(load_config([*copied[1], "--train.steps=7", "--train.schedule=cosine"]))
+    told = (
+        r"the learning rate of step 7 is (\S+), and with the checkpoint's settings it would be (\S+); --train.schedule"
+    )
+    ((now, before),) = re.findall(told, capsys.readouterr().out)
+    assert float(now) == pytest.approx(0.1 * float(before))
+
+
 def test_converted_checkpoint_continues_and_weights_alone_do_not(copied, tmp_path):
     run_dir, options = copied
     for name, extra in {"whole": [], "weights": ["--weights-only"]}.items():

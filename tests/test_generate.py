@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_command_streams_one_prompt_and_writes_json_for_many(kept_run, exported_
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["prompt"] for row in rows] == PROMPTS
         assert rows[0]["text"] == streamed.removesuffix("\n") == exported_now
+
+
+def test_a_prompt_is_a_line_and_positions_end(kept_run, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("oak \u2028 elm\r\nash\n".encode())
+    generate([str(kept_run[0] / "export"), "--prompts", str(path), "--max-new-tokens", "2"])
+    printed = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in printed.out.split("\n")[:-1]] == ["oak \u2028 elm", "ash"]
+    assert not printed.err
+    shutil.copytree(kept_run[0] / "export", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 4}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    generate([str(tmp_path / "short"), "--prompt", "oak", "--max-new-tokens", "8", "--temperature", "0"])
+    assert "go beyond the 4 positions of the model" in capsys.readouterr().err
+    path.write_bytes(b"oak\xe9\n")
+    with pytest.raises(ConfigError, match=r"prompts.txt cannot be read .* give a UTF-8 text file"):
+        generate([str(tmp_path / "short"), "--prompts", str(path)])
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def likeliest(model, tokenizer, question):
 def test_a_local_task_is_scored_as_by_hand(kept_run, tmp_path):
     run_dir, _ = kept_run
     write_task(tmp_path / "tasks", "quiz")
-    asked = ["eval", str(run_dir), "--tasks", "quiz", "--include-path", str(tmp_path / "tasks")]
+    asked = ["eval", str(run_dir), "--tasks", "quiz,qui?", "--include-path", str(tmp_path / "tasks")]
     answer = tmp_path / "result.json"
     path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
     finished = smolds(*asked, "--json", str(answer), "--batch-size", "3", timeout=180, **path)

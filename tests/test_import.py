@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -22,6 +23,8 @@ from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
 from smolds_dist.config import load_config
 from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
+from smolds_dist.inference.generate import load_model
+from smolds_dist.inference.samples import continue_prompts
 from smolds_dist.interchange.export import build_model, export, model_config
 from smolds_dist.interchange.import_model import import_model
 from smolds_dist.observe.rows import read_rows
@@ -270,6 +273,33 @@ def test_an_index_says_which_files_count(tmp_path, tokenizer):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_chat_models_ends_and_template_go_in_and_out(tmp_path, tokenizer):
+    """Published chat models end a text at several tokens; some folders hold a second copy under another name."""
+    theirs = make_model(tmp_path / "theirs", tokenizer, "smollm2_135m")
+    words = copy.deepcopy(tokenizer)
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    save_tokenizer(words, tmp_path / "theirs")
+    theirs.generation_config.eos_token_id = [0, 5]
+    theirs.generation_config.save_pretrained(tmp_path / "theirs")
+    shutil.copy(tmp_path / "theirs" / "model.safetensors", tmp_path / "theirs" / "consolidated.safetensors")
+    run_dir = tmp_path / "run"
+    import_model([str(tmp_path / "theirs"), "--to", str(run_dir)])
+    export([str(run_dir), "--to", str(tmp_path / "out"), "--no-check"])
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [0, 5]
+    export([str(run_dir), "--to", str(tmp_path / "model.gguf"), "--format", "gguf", "--no-check"])
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    written = [
+        fields[f"tokenizer.{name}"].contents() for name in ("ggml.eos_token_id", "ggml.eot_token_id", "chat_template")
+    ]
+    assert written == [0, 5, words.chat_template]
+    assert "TEMPLATE" not in (tmp_path / "Modelfile").read_text()
+    for source in (run_dir, tmp_path / "out"):
+        model, found = load_model(source)
+        model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor([5]), 1e9))
+        assert continue_prompts(model, found, ["def add"], 4, seed=0) == ["def add"], source
+
+
 def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenizer):
     make_model(tmp_path / "theirs", tokenizer, "smollm2_135m")
     weights = load_file(tmp_path / "theirs" / "model.safetensors")
@@ -277,6 +307,10 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
 
     def saved(tensors, name="model.safetensors"):
         return lambda folder: save_file(tensors, folder / name, metadata={"format": "pt"})
+
+    def twice(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        saved({up: weights[up]}, "b.safetensors")(folder)
 
     def vocabulary(folder: Path) -> None:
         fields = json.loads((folder / "config.json").read_text()) | {"vocab_size": 280}
@@ -290,7 +324,11 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
         ),
         "bias": (saved(weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "which has no counterpart"),
         "nan": (saved(weights | {up: weights[up] * torch.nan}), f"{up} that are not finite"),
-        "twice": (saved({up: weights[up]}, "more.safetensors"), f"holds {up} twice"),
+        "twice": (twice, f"holds {up} twice"),
+        "head": (
+            saved(weights | {"lm_head.weight": weights["model.norm.weight"].expand(VOCABULARY, -1).clone()}),
+            'lm_head.weight other than its embedding, .* "tie_word_embeddings": false',
+        ),
         "index": (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {'),
             "index.json is damaged",

@@ -11,7 +11,12 @@ from ranks import ROOT, smolds
 from safetensors.torch import load_file
 
 from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.launching.launcher import launch
 from smolds_dist.observe.rows import read_rows
+from smolds_dist.parallel.expert_parallel import deepspeed_config
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.trainer import train
 
 
@@ -90,10 +95,10 @@ def test_dry_run_prints_a_command_that_works(small_run):
 
 def test_failing_rank_fails_the_launch(small_run, tmp_path):
     ds_config = tmp_path / "ds.json"
-    ds_config.write_text(json.dumps({"zero_optimization": {"stage": 1}, "no_such_section": 1, "optimizer": {}}))
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": "large"}}))
     result = smolds("launch", "--nproc-per-node=2", "--", *small_run, f"--parallel.ds_config={ds_config}", timeout=180)
-    assert result.returncode != 0
-    assert "remove it" in result.stderr
+    assert result.returncode == 2, result.text
+    assert "reduce_bucket_size: Input should be a valid integer" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -101,19 +106,29 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
     [
         ("[]", "is no DeepSpeed configuration"),
         ('{"bf16": true}', "is no DeepSpeed configuration"),
-        (
-            '{"zero_optimization": {"reduce_bucket_size": "large"}}',
-            "reduce_bucket_size: Input should be a valid integer",
-        ),
+        ('{"fp16": {"enabled": true}}', "enables fp16, and smolds computes in fp32 or bf16"),
+        ('{"fp16": true}', "is no DeepSpeed configuration"),
+        ('{"optimizer": {}}', "remove it"),
+        ('{"expert_parallel": {"autoep_size": 7}}', "sets expert_parallel.autoep_size to 7, but the run needs 2"),
+        ('{"zero_optimization": {"offload_param": "cpu"}}', "sets offload_param to 'cpu'"),
+        ("", "is not valid JSON"),
         ('{"zero_optimization": {"offload_param": {"device": "cpu"}}}', "sets offload_param to cpu"),
         ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "use none or cpu"),
     ],
 )
 def test_own_deepspeed_configuration_that_is_none_is_one_sentence(small_run, tmp_path, text, complaint):
     (tmp_path / "ds.json").write_text(text)
-    result = smolds("train", *small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}")
-    assert result.returncode == 2, result.text
-    assert complaint in result.stderr and "Traceback" not in result.stderr
+    options = [*small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}", "--parallel.device=cpu"]
+    with pytest.raises(ConfigError, match=re.escape(complaint)):
+        launch(["--nproc-per-node=2", "--dry-run", "--", *options])
+
+
+def test_own_section_of_expert_parallel_is_merged(small_run, tmp_path):
+    (tmp_path / "ds.json").write_text('{"expert_parallel": {"async_split_plan": true, "enabled": true}}')
+    config = load_config([*small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}", "--parallel.device=cpu"])
+    topology = plan_topology(config, detect_machine(), RankInfo(0, 0, 2, 2))
+    found = deepspeed_config(config, topology, config.model)["expert_parallel"]
+    assert found["async_split_plan"] and found["autoep_size"] == 2 and found["router_pattern"] == "gate"
 
 
 def test_own_deepspeed_configuration_is_used(small_run, tmp_path):

@@ -282,8 +282,13 @@ def test_dry_run_shows_the_command_for_the_machine(machine, args, expected, tmp_
 def test_dry_run_in_an_allocation_uses_srun(monkeypatch, capsys, small_run):
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8"}.items():
         monkeypatch.setenv(name, value)
-    assert launch(["--dry-run", "--", *small_run, "--train.global_batch=64"], GPUS) == 0
-    assert capsys.readouterr().out.startswith("srun --nodes 4 --ntasks 32 --ntasks-per-node 8 --kill-on-bad-exit=1")
+    command = ["--dry-run", "--", *small_run, "--train.global_batch=64"]
+    assert launch(command, GPUS) == 0
+    srun = "srun --nodes 4 --ntasks 32 --ntasks-per-node 8"
+    assert capsys.readouterr().out.startswith(f"{srun} --kill-on-bad-exit=1")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")  # which srun ignores since Slurm 22.05
+    assert launch(command, GPUS) == 0
+    assert capsys.readouterr().out.startswith(f"{srun} --cpus-per-task 4 ")
 
 
 @pytest.mark.parametrize(

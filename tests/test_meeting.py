@@ -16,7 +16,7 @@ from ranks import Finished, run, smolds
 from smolds_dist.errors import ConfigError, RankError
 from smolds_dist.parallel import meeting
 from smolds_dist.parallel.meeting import Patience, meet
-from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.ranks import RankInfo, join_ranks
 
 
 @pytest.fixture
@@ -166,6 +166,14 @@ def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path,
     assert finished.returncode == 2, finished.text
     assert "OMPI_COMM_WORLD_SIZE says that there are 2 ranks, but MPI knows of 1; `unset OMPI_COMM" in finished.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_without_an_mpi_library_the_variable_is_named(monkeypatch, size):
+    monkeypatch.setenv(size, "2")
+    monkeypatch.setenv("MPI4PY_LIBMPI", "/nowhere/libmpi.so")
+    with pytest.raises(ConfigError, match=f"{size} says that mpirun started 2 ranks, but .*`unset {size}` to train"):
+        join_ranks()
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no Open MPI here")

@@ -63,7 +63,8 @@ def test_several_runs_share_the_curves_and_differ_in_settings(copied, tmp_path):
 def test_browser_draws_the_curves_and_moves_the_slider(copied):
     from playwright.sync_api import expect, sync_playwright
 
-    (copied / "report.html").write_text(html_page([copied]))
+    injected = f"{HOSTILE}<img src=x onerror=\"document.title = 'taken'\"></body>"
+    (copied / "report.html").write_text(html_page([copied]).replace("</body>", injected))
     steps = [row["step"] for row in read_rows(copied / "metrics.jsonl") if "load" in row]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
@@ -88,6 +89,7 @@ def test_browser_draws_the_curves_and_moves_the_slider(copied):
         expect(loads.locator(".slider-label").first).to_have_text(f"step {steps[0]}")
         drawn = "JSON.stringify([...document.querySelectorAll('.js-plotly-plot')].pop().data[0].z)"
         page.wait_for_function(f"before => {drawn} != before", arg=before)
+        assert page.title() == "one"  # nothing that a text could bring into the page runs
         SCREENSHOTS.mkdir(exist_ok=True)
         page.screenshot(path=SCREENSHOTS / "page.png")
         browser.close()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from smolds_dist.errors import ConfigError
+from smolds_dist.observe.markdown import inline
 from smolds_dist.observe.report import figure_of, report, sample_log, training_log, unique_content
 from smolds_dist.observe.rows import read_rows
 
@@ -108,6 +109,11 @@ def test_code_blocks_hold_whatever_a_sample_says(copied):
     text = "```\n| not | a table |\n````"
     (copied / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": "x", "text": text}) + "\n")
     assert f"`````\n{text}\n`````" in sample_log(copied)
+
+
+def test_a_prompt_stays_in_its_line():
+    assert inline("def ") == "`def `"
+    assert inline("`` <b>\n\n# taken") == "``` `` <b> # taken ```"
 
 
 def test_log_needs_no_checkpoint(copied):

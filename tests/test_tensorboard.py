@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -21,10 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
-from smolds_dist.observe.board import board, named
+from smolds_dist.observe.board import board, named, serve
 from smolds_dist.observe.report import report
 from smolds_dist.observe.rows import is_kept, load_table, read_rows
-from smolds_dist.observe.tensorboard import Board, heatmap
+from smolds_dist.observe.tensorboard import Board, heatmap, rebuild
 from smolds_dist.training.trainer import train
 
 CHROMIUM = shutil.which("chromium")
@@ -126,6 +127,20 @@ def test_event_file_holds_the_rows_and_can_be_rebuilt_from_them(two_ranks, tmp_p
     shutil.copytree(two_ranks, copy, symlinks=True)
     report([str(copy), "--rebuild-tensorboard"])
     assert board_of(copy) == shown
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # as a full disk
+    try:
+        with pytest.raises(ConfigError, match="make room and repeat the command"):
+            rebuild(copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert board_of(copy) == shown and not list(copy.glob(".tensorboard*"))
+    with (copy / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 13, "prompt": "x", "text": "a\n````\n# taken"}) + "\n")
+    rebuild(copy)
+    ((_, text),) = board_of(copy)["texts"]["samples/x/text_summary"]
+    assert text == b"`````\na\n````\n# taken\n`````"
 
 
 def test_traces_of_the_ranks_hold_their_steps(two_ranks):
@@ -252,6 +267,12 @@ def test_mistake_is_one_sentence(two_ranks, args, fix):
         known = {"RUN": str(two_ranks), "RUN/..": str(two_ranks.parent), "TAKEN": str(taken.getsockname()[1])}
         with pytest.raises(ConfigError, match=fix):
             board([known.get(arg, arg) for arg in args])
+
+
+def test_board_is_bound_where_asked(two_ranks, capsys):
+    port = int(serve([two_ranks], 0, "0.0.0.0").rstrip("/").rpartition(":")[2])
+    socket.create_connection(("127.0.0.2", port), timeout=10).close()
+    assert "anyone who can reach this machine can see the runs" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_name_are_told_apart(two_ranks, tmp_path):

@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, smolds
+from ranks import ROOT, run, smolds
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.observe.rows import read_rows
@@ -78,6 +79,44 @@ def test_tracker_that_fails_stops_nothing_and_is_filled_later(small_run, tmp_pat
     sent = smolds("report", "--send", "mlflow", str(run_dir), cold=True, **environment)
     assert sent.returncode == 0 and "has failed" not in sent.stderr, sent.text
     assert_holds_all("mlflow", run_dir, environment)
+
+
+FEED = """
+import sys
+from pathlib import Path
+from mlflow import MlflowClient
+from smolds_dist.observe.trackers import Feed, replace_runs
+run = Path(sys.argv[1])
+client = MlflowClient(f"sqlite:///{run.parent / 'mlflow.db'}")
+
+def feed(losses, code, lr=1.0):
+    rows = [{"step": step, "loss": loss, "lr": lr, "grad_norm": 1.0, "time": step} for step, loss in enumerate(losses, 1)]
+    settings = {"model": {}, "data": {}, "train": {"lr": lr, "steps": 9}}
+    one = Feed("mlflow", run, settings, rows[:3])
+    for row in rows[3:]:
+        one.show(row)
+    one.close(code)
+    (found,) = client.search_runs([client.get_experiment_by_name("smolds").experiment_id])
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    print(found.info.status, *(round(point.value) for point in sorted(history, key=lambda point: point.step)))
+
+feed([1, 2, 3, 4], 1)
+feed([1, 2, 3, 4, 5], 143)
+feed([1, 2, 3, 14, 15], 0, lr=2.0)
+replace_runs(run)
+feed([1, 2, 3, 24], 0, lr=2.0)
+"""
+
+
+@needs_trackers
+def test_tracker_has_how_a_run_ended_and_what_its_metrics_say(tmp_path, environment):
+    """After `checkpoint rm` and a resume with other settings, or a rollback, the same steps have other values."""
+    (tmp_path / "run").mkdir()
+    finished = run([sys.executable, "-c", FEED, str(tmp_path / "run")], 120, cold=True, **environment)
+    assert finished.returncode == 0, finished.text
+    assert finished.stdout.split("\n")[:4] == [
+        "FAILED 1 2 3 4", "KILLED 1 2 3 4 5", "FINISHED 1 2 3 14 15", "FINISHED 1 2 3 24"
+    ]  # fmt: skip
 
 
 def test_names_and_packages_are_checked_before_anything_runs(small_run, monkeypatch):

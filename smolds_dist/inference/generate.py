@@ -36,8 +36,21 @@ def generate(args: list[str]) -> None:
     if options.prompts is not None:
         if not options.prompts.is_file():
             raise ConfigError(f"--prompts {options.prompts} is not a file; give one with a prompt in each line.")
-        prompts = options.prompts.read_text(encoding="utf-8").splitlines()
+        try:
+            text = options.prompts.read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--prompts {options.prompts} cannot be read ({error}); give a UTF-8 text file."
+            ) from None
+        prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     model, tokenizer = load_model(options.source, options.step)
+    longest = max((len(tokenizer(prompt).input_ids) for prompt in prompts), default=0)
+    if longest + options.max_new_tokens > (positions := model.config.max_position_embeddings):
+        print(
+            f"smolds: a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} go beyond the "
+            f"{positions} positions of the model, where its text is likely to be worse",
+            file=sys.stderr,
+        )
 
     from transformers import TextStreamer
 

@@ -1,5 +1,6 @@
 """lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a loaded model, by its Python interface."""
 
+import fnmatch
 import logging
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ def load_tasks(names: list[str], folder: Path | None, option: str = "--") -> lis
     """Tasks with their questions, of the harness's own and those whose YAML files lie in `folder`.
 
     Args:
+        names: of tasks or patterns such as "arc_*"; each may hold several with commas between.
         option: what the options' names begin with, where mistakes are told.
 
     Raises:
@@ -34,6 +36,8 @@ def load_tasks(names: list[str], folder: Path | None, option: str = "--") -> lis
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{own} {folder} is not a folder; give one with the YAML files of tasks.")
     manager = TaskManager(include_path=folder)
+    words = [word.strip() for name in names for word in name.split(",") if word.strip()]
+    names = [*dict.fromkeys(name for word in words for name in fnmatch.filter(manager.all_tasks, word) or [word])]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(

@@ -3,6 +3,7 @@
 Shape letters: B prompts, S tokens of the longest, V vocabulary.
 """
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -42,10 +43,12 @@ def continue_prompts(
         temperature: 0 takes the best token each time.
         top_k: choose among so many best tokens; 0: among all.
         top_p: choose among the fewest best tokens that have this probability together.
-        stop_at_end: end a text at its end-of-text token.
+        stop_at_end: end a text at an end-of-text token of the tokenizer or the model.
         streamer: of transformers, told every token of a single prompt.
     """
     device, eos = next(model.parameters()).device, tokenizer.eos_token_id
+    named = model.generation_config.eos_token_id
+    ends = sorted({eos, *(named if isinstance(named, list) else [eos if named is None else named])})
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     longest = max(len(ids) for ids, _ in encoded)
     ids_BS = torch.tensor([[eos] * (longest - len(ids)) + ids for ids, _ in encoded], device=device)
@@ -67,7 +70,7 @@ def continue_prompts(
             top_k=min(top_k, model.config.vocab_size) if temperature else None,
             top_p=top_p if temperature else None,
             max_new_tokens=tokens,
-            eos_token_id=eos if stop_at_end else None,
+            eos_token_id=ends if stop_at_end else None,
             pad_token_id=eos,
             streamer=streamer,
             remove_invalid_values=True,  # of a model whose training has gone wrong, which is told elsewhere
@@ -75,7 +78,7 @@ def continue_prompts(
     model.train(was_training)
     added = [row[longest:] for row in output.tolist()]
     if stop_at_end:
-        added = [new[: [*new, eos].index(eos)] for new in added]
+        added = [list(takewhile(lambda token: token not in ends, new)) for new in added]
     whole = [ids + new for (ids, _), new in zip(encoded, added, strict=True)]
     return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(whole)]
 

@@ -75,7 +75,7 @@ def _export_gguf(
     from smolds_dist.interchange.gguf_format import modelfile, write_gguf
 
     to = options.to
-    description, text = modelfile(to)
+    description, text = modelfile(to, bool(tokenizer.chat_template))
     with new_file(to) as part:
         name, biases = folder.resolve().parent.parent.name, dict(_selection_biases(reader))
         write_gguf(part, name, reader, biases, config, tokenizer, dtype, options.quantise, options.check)
@@ -182,9 +182,9 @@ def model_config(manifest: Manifest, tokenizer: Any) -> Any:
     from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.settings import Model
 
-    architecture = Model(**manifest.config["model"]).architecture()
+    architecture = Model(**manifest.config["model"]).architecture(tokenizer)
     architecture["vocab_size"] = manifest.tensors["model.embed_tokens.weight"][0]
-    return DeepSeekV3Config(**architecture, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return DeepSeekV3Config(**architecture)
 
 
 def write(

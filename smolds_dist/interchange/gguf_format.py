@@ -60,10 +60,12 @@ MODELFILE = """\
 # ollama create {name} -f {modelfile}
 # ollama run {name} "def add(first, second):"
 FROM ./{file}
-# The model goes on from a text; it follows no instructions and holds no conversation.
-TEMPLATE "{{{{ .Prompt }}}}"
-PARAMETER temperature 0.6
+{template}PARAMETER temperature 0.6
 PARAMETER top_k 50
+"""
+NO_CHAT = """\
+# The model goes on from a text; it follows no instructions and holds no conversation.
+TEMPLATE "{{ .Prompt }}"
 """
 
 
@@ -162,7 +164,7 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in values.items():
             writer.add_key_value(f"{architecture}.{key}", value, _TYPES[type(value)])
-        write_vocabulary(words, tokenizer, writer)
+        write_vocabulary(words, tokenizer, config.eos_token_id, writer)
         for part in every:
             block, size = gguf.GGML_QUANT_SIZES[kinds[part.name]]
             nbytes = math.prod(part.shape) // block * size
@@ -210,16 +212,20 @@ def check_gguf(
         raise RuntimeError(f"the file holds {sorted(found)[0]}, which the checkpoint does not")
 
 
-def modelfile(path: Path) -> tuple[Path, str]:
+def modelfile(path: Path, chat: bool) -> tuple[Path, str]:
     """Ollama's description of a model: where it goes beside the model's file, and its text. What is there already, and says
     something else, stays as it is.
+
+    Args:
+        chat: whether the model's file holds a chat template.
 
     Raises:
         ConfigError: where both names that it could have are taken.
     """
     places = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
     for place in places:
-        text = MODELFILE.format(name=path.stem, file=path.name, modelfile=place.name)
+        template = "" if chat else NO_CHAT
+        text = MODELFILE.format(name=path.stem, file=path.name, modelfile=place.name, template=template)
         if not place.exists() or place.read_text(encoding="utf-8") == text:
             return place, text
     raise ConfigError(f"{places[0]} and {places[1]} are there already; move one away, or choose another --to.")

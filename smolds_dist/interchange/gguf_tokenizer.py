@@ -105,7 +105,10 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     )
 
 
-def write_vocabulary(words: Vocabulary, tokenizer: PreTrainedTokenizerBase, writer: GGUFWriter) -> None:
+def write_vocabulary(
+    words: Vocabulary, tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None, writer: GGUFWriter
+) -> None:
+    """Writes the tokenizer, the tokens that end a text, and the chat template."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
@@ -114,7 +117,14 @@ def write_vocabulary(words: Vocabulary, tokenizer: PreTrainedTokenizerBase, writ
     # Where there is none, llama.cpp takes token 11 of GPT-2 for it.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    # llama.cpp has a name for each of three tokens that end a text; it finds the usual further ones by their text.
+    adders = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, token in zip(adders, ends if isinstance(ends, list) else [tokenizer.eos_token_id], strict=False):
+        add(token)
+    if template := tokenizer.chat_template:
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(template)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(words.bos)

@@ -131,6 +131,9 @@ def read_config(folder: Path) -> tuple[Any, Any]:
 
     try:
         theirs = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+            theirs.eos_token_id = theirs.eos_token_id if ends is None else ends
         if isinstance(theirs, smolds_dist.model.DeepSeekV3Config):
             return theirs, theirs
         return theirs, our_config(theirs)
@@ -146,6 +149,8 @@ def model_settings(ours: Any) -> Model:
     settings = {field.name: getattr(ours, field.name) for field in fields(Model) if hasattr(ours, field.name)}
     if scaling := settings["rope_scaling"]:
         settings["rope_scaling"] = Yarn(**scaling)
+    if not isinstance(settings["eos_token_id"], list):
+        settings["eos_token_id"] = None  # it is the tokenizer's
     return Model(**settings)
 
 
@@ -212,6 +217,7 @@ def check_tensors(
     from smolds_dist.interchange.transformers_format import CLASSES, to_transformers
 
     missing = dict(shapes)
+    tied: list[torch.Tensor] = []  # the embedding and, where a file has one, the output weight
 
     def theirs(name: str) -> str:
         """A logical tensor's name in the folder's files."""
@@ -221,8 +227,15 @@ def check_tensors(
         return renamed[0] if renamed else name
 
     for name, tensor in given:
-        if name == "lm_head.weight" and ours.tie_word_embeddings:
-            continue
+        if ours.tie_word_embeddings and name in ("lm_head.weight", "model.embed_tokens.weight"):
+            tied.append(tensor)
+            if len(tied) == 2 and not tied[0].equal(tied[1]):
+                raise ConfigError(
+                    f"{folder} has a lm_head.weight other than its embedding, and its config.json says that they are one; "
+                    'write "tie_word_embeddings": false there to keep both, or remove lm_head.weight.'
+                )
+            if name == "lm_head.weight":
+                continue
         if name not in missing and name in shapes:
             raise ConfigError(f"{folder} holds {theirs(name)} twice; leave one of the files that do.")
         if tuple(tensor.shape) != missing.get(name):
@@ -278,13 +291,13 @@ def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str,
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files; where an index lists them, these alone.
+    """The folder's safetensors files those of its index, else model.safetensors, else all.
 
     Raises:
         ConfigError: where there are none, or one is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    paths = sorted(folder.glob("*.safetensors"))
+    index, alone = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    paths = [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
     if index.is_file():
         try:
             paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]

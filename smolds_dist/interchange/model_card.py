@@ -5,8 +5,9 @@ from typing import Any
 
 from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.data.mixture import first_part, in_words
+from smolds_dist.observe import markdown
 from smolds_dist.observe.overview import parameters_of
-from smolds_dist.observe.report import figure_of, markdown_table
+from smolds_dist.observe.report import figure_of
 from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.observe.summary import facts
 
@@ -69,7 +70,7 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         'inputs = tokenizer("Once", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```",
         "## Training",
-        markdown_table(("", ""), table),
+        markdown.table(("", ""), table),
     ]
     if any("load" in row for row in rows):
         parts += [

@@ -95,7 +95,7 @@ class RankReport:
     def fail(self, error: BaseException) -> None:
         """Notes the error, its traceback in `rank_N.log`, and tells the job's cause if nobody has."""
         log = self.folder / f"rank_{self.rank:05}.log"
-        log.write_text("".join(traceback.format_exception(error)))
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         self.entry["state"] = "failed"
         self._write()
@@ -147,7 +147,11 @@ class RankReport:
         """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
         cause = self.folder / "cause.txt"
         if not cause.exists() and find_dead(self.folder, self.entry["job"], files=self.near()):
-            print(f"\nsmolds: {cause.read_text().strip()}; the other ranks stop.", file=sys.stderr, flush=True)
+            print(
+                f"\nsmolds: {cause.read_text(encoding='utf-8').strip()}; the other ranks stop.",
+                file=sys.stderr,
+                flush=True,
+            )
         return cause.exists()
 
 
@@ -203,7 +207,7 @@ def exit_code_of_stop(folder: Path, since: float) -> int | None:
 def _note(folder: Path, cause: str) -> bool:
     """Writes the cause down unless there is one already; whether it has."""
     try:
-        with (folder / "cause.txt").open("x") as file:
+        with (folder / "cause.txt").open("x", encoding="utf-8") as file:
             file.write(cause + "\n")
     except FileExistsError:
         return False

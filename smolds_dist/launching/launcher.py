@@ -50,6 +50,7 @@ class Plan:
     per_node: int
     hostfile: Path | None = None
     excluded: tuple[str, ...] = ()  # nodes of the allocation that take no part
+    cpus: str | None = None  # per rank, which srun does not inherit from the allocation
 
     @property
     def nodes(self) -> int:
@@ -68,7 +69,11 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
     config = load_config(train_args, prog="smolds launch --")
     machine = machine or detect_machine()
     plan = plan_launch(options, machine, config.parallel.device, os.environ)
-    plan_topology(config, machine, RankInfo(0, 0, plan.procs, plan.per_node))  # refuses what cannot work
+    topology = plan_topology(config, machine, RankInfo(0, 0, plan.procs, plan.per_node))  # refuses what cannot work
+    if config.parallel.ds_config:
+        from smolds_dist.parallel.expert_parallel import deepspeed_config
+
+        deepspeed_config(config, topology, config.model)
     on_cpu = config.parallel.device == "cpu" or machine.devices[0] == "cpu"
     if options.dry_run:
         print(shlex.join(rank_command(plan, train_args, on_cpu)))
@@ -144,7 +149,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         procs = here = 1
     if procs == 1 and launcher in ("torchrun", "deepspeed"):
         launcher = "none"
-    return Plan(launcher, procs, here, options.hostfile)
+    return Plan(launcher, procs, here, options.hostfile, cpus=env.get("SLURM_CPUS_PER_TASK"))
 
 
 def _allocation(options: argparse.Namespace, env: "os._Environ[str] | dict", on_cpu: bool) -> tuple[int, int]:
@@ -231,6 +236,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
     if plan.launcher == "slurm":
         layout = ["--nodes", str(plan.nodes), "--ntasks", procs, "--ntasks-per-node", str(plan.per_node)]
         layout += ["--exclude", ",".join(plan.excluded)] if plan.excluded else []
+        layout += ["--cpus-per-task", plan.cpus] if plan.cpus else []
         return ["srun", *layout, "--kill-on-bad-exit=1", sys.executable, *train]
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), "--no_local_rank"]
     if plan.hostfile:
@@ -250,7 +256,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise ConfigError(f"--hostfile {str(path)!r} is not a file; give one with a line `host slots=N` for each host.")
     hosts = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
@@ -316,10 +322,10 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
         return stopped, ""
     find_dead(ranks, since=began)  # a rank notes the cause, unless it was killed
     noted = ranks / "cause.txt"
-    cause = noted.read_text().strip() if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
+    cause = noted.read_text(encoding="utf-8").strip() if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
     end_ranks(ranks, began)
     if ranks.is_dir():
-        (ranks / "launcher.log").write_text("".join(hidden))
+        (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
     how = (
         f"the ranks ended with exit code {code}" if code > 0 else f"what started the ranks was killed by signal {-code}"
     )

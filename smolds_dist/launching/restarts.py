@@ -146,7 +146,7 @@ def traceback_of(failure: Failure) -> str:
     """The last lines of the failing rank's traceback, or nothing, where none was left."""
     logs = sorted(Path(failure.logs).glob("rank_*.log"))
     named = [path for path in logs if path.name in failure.cause]
-    lines = (named or logs)[0].read_text().splitlines(keepends=True) if logs else []
+    lines = (named or logs)[0].read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if logs else []
     return "".join(lines[-LINES:])
 
 

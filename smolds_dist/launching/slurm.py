@@ -42,7 +42,7 @@ exec {python} -m smolds_dist data prepare --workers "${{SLURM_CPUS_PER_TASK:-1}}
 """
 # What Slurm itself reads in a directive must not begin another one, nor be a surprise in a file name.
 WORD = re.compile(r"[\w.,:+=@%\[\]/-]+")
-TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
+TIME = re.compile(r"\d{1,5}-(2[0-3]|[01]?\d)(:[0-5]?\d){0,2}|\d{1,7}(:[0-5]?\d){0,2}")
 
 
 def slurm(args: list[str]) -> None:
@@ -66,7 +66,7 @@ def slurm(args: list[str]) -> None:
         raise ConfigError("--submit needs the program sbatch, which is not here; go to a login node of the cluster.")
     path = config.run_dir / ("prepare.sbatch" if options.prepare else "job.sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script)
+    path.write_text(script, encoding="utf-8")
     result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if result.returncode:
         raise ConfigError(f"sbatch refused {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")

@@ -16,13 +16,14 @@ def board(args: list[str]) -> None:
     """Serves until Ctrl-C."""
     parser = OptionParser(
         prog="smolds board",
-        description="Opens TensorBoard on localhost for some runs, or for all in ./runs; Custom Scalars has a tab Experts.",
+        description="Opens TensorBoard for some runs, or for all in ./runs; Custom Scalars has a tab Experts.",
         example="smolds board runs/first --port 6007",
     )
     parser.add_argument(
         "runs", type=Path, nargs="*", metavar="RUN", help="a run's folder (runs/NAME), or one with several"
     )
     parser.add_argument("--port", type=int, help="6006 or the next that is free where not given; 0: any")
+    parser.add_argument("--host", default="localhost", help="address to serve on; 0.0.0.0: all of this machine")
     parser.add_argument("--no-open", action="store_true", help="only print the address")
     options = parser.parse_args(args)
     runs = options.runs or [Path("runs")]
@@ -32,7 +33,7 @@ def board(args: list[str]) -> None:
                 f"{run} holds no TensorBoard files; name a run's folder, such as runs/NAME, or make them with "
                 "`smolds report RUN --rebuild-tensorboard`."
             )
-    url = serve(runs, options.port)
+    url = serve(runs, options.port, options.host)
     print(f"{url} shows {', '.join(map(str, runs))}; Ctrl-C ends it", flush=True)
     has_screen = sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
     if has_screen and not options.no_open:
@@ -43,7 +44,7 @@ def board(args: list[str]) -> None:
         print()
 
 
-def serve(runs: list[Path], port: int | None) -> str:
+def serve(runs: list[Path], port: int | None, host: str) -> str:
     """Starts TensorBoard in a thread of this process; returns its address."""
     import logging
 
@@ -63,11 +64,13 @@ def serve(runs: list[Path], port: int | None) -> str:
         raise ConfigError("several folders were named and not all are runs; name runs, or one folder that holds them.")
     chosen = {} if port is None else {"port": port}
     # Its faster loader is an experiment that says so on every start, and takes no names.
-    server.configure(host="localhost", samples_per_plugin=SAMPLES, load_fast="false", **where, **chosen)
+    server.configure(host=host, samples_per_plugin=SAMPLES, load_fast="false", **where, **chosen)
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        print(f"warning: with --host {host} anyone who can reach this machine can see the runs", file=sys.stderr)
     try:
         return server.launch()
     except TensorBoardServerException as error:
-        raise ConfigError(f"{' '.join(str(error).split())}; choose another --port.") from None
+        raise ConfigError(f"{' '.join(str(error).split())}; choose another --port or --host.") from None
 
 
 def named(runs: list[Path]) -> list[str]:

@@ -4,7 +4,10 @@ Curves can be zoomed; each expert's load is drawn over time with a slider. Plotl
 Whatever runs have written, names and samples too, is text there and nothing that a browser would follow.
 """
 
+import base64
+import hashlib
 import html
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -45,12 +48,13 @@ def html_page(runs: list[Path]) -> str:
     rows = {run: read_rows(run / "metrics.jsonl") for run in runs}
     title = ", ".join(run.resolve().name for run in runs)
     charts = [curve for name in CURVES if (curve := draw_curve(rows, name))]
-    first, *others = charts
+    drawn = [_chart(chart, "inline" if chart is charts[0] else False) for chart in charts]
     parts = [f"<h1>{_text(title)}</h1>", *(_facts(run, rows[run], len(runs) > 1) for run in runs)]
-    parts += ["<h2>Curves</h2>", '<div class="curves">', _chart(first, "inline"), *map(_chart, others), "</div>"]
+    parts += ["<h2>Curves</h2>", '<div class="curves">', *drawn, "</div>"]
     for run in runs:
         if loads := draw_loads(rows[run]):
-            parts += [f"<h2>Load of every expert{_of(run, runs)}</h2>", _chart(loads)]
+            drawn.append(_chart(loads))
+            parts += [f"<h2>Load of every expert{_of(run, runs)}</h2>", drawn[-1]]
     for run in runs:
         parts += [f"<h2>Samples{_of(run, runs)}</h2>", *_samples(read_rows(run / "samples.jsonl"))]
     parts += ["<h2>Settings</h2>"]
@@ -66,7 +70,13 @@ def html_page(runs: list[Path]) -> str:
         start: dict = next((row for row in reversed(rows[run]) if row.get("event") == "start"), {})
         known = [(name.replace("_", " "), _plain(start[name])) for name in ENVIRONMENT if name in start]
         parts += [f"<h2>Environment{_of(run, runs)}</h2>", _table(known)]
-    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
+    # Of all scripts only Plotly's may run; its charts compile code of their own.
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", "".join(drawn), re.DOTALL)
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src 'unsafe-eval' "
+    policy += " ".join(f"'sha256-{digest}'" for digest in hashes)
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += f"<title>{_text(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
 
 
@@ -124,7 +134,7 @@ def draw_loads(rows: list[dict]) -> "Figure | None":
         data=[heatmap(chosen[-1][1])], frames=[Frame(data=[heatmap(load)], name=str(s)) for s, load in chosen]
     )
     moved = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    steps = [{"method": "animate", "label": str(step), "args": [[str(step)], moved]} for step, _ in chosen]
+    steps = [{"method": "animate", "label": _text(step), "args": [[str(step)], moved]} for step, _ in chosen]
     _lay_out(figure, "1 is an expert's even share", max(300, 60 + 22 * layers))
     figure.update_layout(sliders=[{"active": len(chosen) - 1, "currentvalue": {"prefix": "step "}, "steps": steps}])
     figure.update_xaxes(title="expert", type="category")
@@ -151,7 +161,7 @@ def _samples(rows: list[dict]) -> list[str]:
     for step, samples in groupby(rows, key=itemgetter("step")):
         texts = "".join(f"<pre>{_text(sample['text'])}</pre>" for sample in samples)
         opened = " open" if step == rows[-1]["step"] else ""
-        parts.append(f"<details{opened}><summary>step {step}</summary>{texts}</details>")
+        parts.append(f"<details{opened}><summary>step {_text(step)}</summary>{texts}</details>")
     return parts or ["<p>None.</p>"]
 
 

@@ -4,6 +4,7 @@ Everything comes from the run's folder: `metrics.jsonl`, `samples.jsonl`, `confi
 """
 
 import re
+import signal
 from collections import Counter
 from itertools import groupby
 from operator import itemgetter
@@ -17,6 +18,9 @@ from smolds_dist.checkpoint.files import Manifest, manifests_of
 from smolds_dist.config import load_config
 from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.state import read_state
+from smolds_dist.observe.markdown import fenced, inline, table
 from smolds_dist.observe.overview import column_of, events, overview, smooth
 from smolds_dist.observe.rows import dense_layers, load_table, read_rows
 from smolds_dist.observe.trackers import Feed
@@ -64,7 +68,10 @@ def report(args: list[str]) -> None:
     if len(options.runs) > 1 and options.to is None:
         raise ConfigError("several runs share a picture; name a folder for it with --to.")
     folder = options.to or options.runs[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--to {folder} cannot be made ({error.strerror}); choose another folder.") from None
     written = [folder / "training_metrics.png"]
     figure_of(options.runs).savefig(written[0])
     if len(options.runs) == 1:
@@ -89,8 +96,9 @@ def send(run: Path, trackers: list[str]) -> None:
     """Gives trackers what they have not got of a run."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     rows = read_rows(run / "metrics.jsonl")
+    code = {"failed": 1, "stopped": EXIT_CODES[signal.SIGTERM]}.get(read_state(run).get("state", ""), 0)
     for feed in [Feed(name, run, config, rows) for name in trackers]:
-        feed.close()
+        feed.close(code)
 
 
 def unique_content(text: str) -> float | None:
@@ -107,29 +115,25 @@ def training_log(run: Path) -> str:
     manifests = list(manifests_of(run / "checkpoints").values())
     parts = [
         f"# Training log of {run.resolve().name}",
-        markdown_table(("", ""), overview(rows, manifests)),
+        table(("", ""), overview(rows, manifests)),
         "## Loss",
-        markdown_table(
-            ("step", "tokens", "loss", "validation loss", "bits per byte", "gradient norm", "MaxVio"), _losses(rows)
-        ),
+        table(("step", "tokens", "loss", "validation loss", "bits per byte", "gradient norm", "MaxVio"), _losses(rows)),
         "## Expert balance",
         "Share of the routed tokens per expert, last 20 steps:",
-        _fenced(load_table(rows)),
+        fenced(load_table(rows)),
         "## Data",
-        markdown_table(("source", "text", "epochs", "validation loss", "bits per byte"), _sources(config, rows)),
+        table(("source", "text", "epochs", "validation loss", "bits per byte"), _sources(config, rows)),
         *_mixture(run, config),
         "## Checkpoints",
-        markdown_table(
-            ("step", "written", "size", "validation loss", "layout"), [*map(_checkpoint, reversed(manifests))]
-        )
+        table(("step", "written", "size", "validation loss", "layout"), [*map(_checkpoint, reversed(manifests))])
         if manifests
         else "None.",
         "## Events",
         "\n".join(f"- {event}" for event in events(rows)) or "None.",
         "## Configuration",
-        _fenced(yaml.safe_dump(config, sort_keys=False).strip(), "yaml"),
+        fenced(yaml.safe_dump(config, sort_keys=False).strip(), "yaml"),
         "## Model",
-        _fenced(_model_printout(config, manifests)),
+        fenced(_model_printout(config, manifests)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -143,7 +147,7 @@ def sample_log(run: Path) -> str:
         for row in samples:
             share = unique_content(row["text"])
             ratio = "too short for a ratio" if share is None else f"unique content {share:.2f}"
-            parts += [f"Prompt `{row['prompt']}`, {ratio}:", _fenced(row["text"])]
+            parts += [f"Prompt {inline(row['prompt'])}, {ratio}:", fenced(row["text"])]
     return "\n\n".join(parts if rows else [*parts, "None."]) + "\n"
 
 
@@ -272,14 +276,3 @@ def _model_printout(config: dict, manifests: list[Manifest]) -> str:
         model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**architecture | {"vocab_size": vocabulary}))
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{model}\n\n{count:,} parameters"
-
-
-def markdown_table(head: tuple, rows: list[tuple]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _fenced(text: str, language: str = "") -> str:
-    """A code block whose fence is longer than any in the text."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"

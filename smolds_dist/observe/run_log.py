@@ -126,11 +126,12 @@ class RunLog:
     def close_bar(self) -> None:
         self._bar.close()
 
-    def close(self) -> None:
+    def close(self, code: int) -> None:
+        """Close all files; trackers are given the exit code of the training."""
         self.close_bar()
         if self._main:
             self._file.close()
             if self._board:
                 self._board.close()
             for feed in self._feeds:
-                feed.close()
+                feed.close(code)

@@ -120,7 +120,11 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
     again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
     where = state["host"] + (f", {state['ranks']} ranks" if state["ranks"] > 1 else "")
     cause = folder / "ranks" / "cause.txt"
-    why = cause.read_text().strip() if cause.exists() and cause.stat().st_mtime >= state["started"] else state["why"]
+    why = (
+        cause.read_text(encoding="utf-8").strip()
+        if cause.exists() and cause.stat().st_mtime >= state["started"]
+        else state["why"]
+    )
     if state["state"] == "failed":
         return f"failed: {why or 'see its output'}{again}"
     if state["state"] != "running":

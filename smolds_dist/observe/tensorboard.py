@@ -14,6 +14,7 @@ import socket
 import time
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import yaml
@@ -22,8 +23,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, histogram, histogram_raw, hparams, image, text
 
+from smolds_dist.errors import ConfigError
 from smolds_dist.files import AppendedFile
 from smolds_dist.observe.curves import curves_of, first_mixture
+from smolds_dist.observe.markdown import fenced
 from smolds_dist.observe.rows import is_kept, read_rows
 
 PIXELS = 12  # of a heatmap's cell
@@ -72,7 +75,7 @@ class Board:
 
     def show_sample(self, row: dict) -> None:
         """Adds a row of `samples.jsonl`."""
-        self._add(text(f"samples/{row['prompt'].strip() or 'no prompt'}", f"````\n{row['text']}\n````"), row["step"])
+        self._add(text(f"samples/{row['prompt'].strip() or 'no prompt'}", fenced(row["text"])), row["step"])
 
     def _pictures(self, row: dict, step: int, when: float | None) -> None:
         load_LE = torch.tensor(row.get("load", ()))
@@ -92,8 +95,9 @@ class Board:
         RecordWriter(record).write(event.SerializeToString())
         self._file.append(record.getvalue())
 
-    def close(self) -> None:
-        self._file.close()
+    def close(self) -> bool:
+        """Return True if everything has been written."""
+        return self._file.close()
 
 
 def heatmap(load_LE: torch.Tensor) -> torch.Tensor:
@@ -151,7 +155,7 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
 
 
 def _as_yaml(values: dict) -> str:
-    return f"```yaml\n{yaml.safe_dump(values, sort_keys=False)}```"
+    return fenced(yaml.safe_dump(values, sort_keys=False).rstrip(), "yaml")
 
 
 def _settings(config: dict) -> dict[str, float | str | bool]:
@@ -173,14 +177,26 @@ def _histogram(tag: str, counts: list[float]) -> Summary:
 
 
 def rebuild(run: Path) -> Path:
-    """Writes a run's event files anew from its rows, in place of those that are there; returns the folder."""
+    """Write a run's event file from its rows, then remove those that were there; return the folder.
+
+    Raises:
+        ConfigError: if there is no room for it; the old files stay.
+    """
     folder = run / "tensorboard"
-    for old in folder.glob("*tfevents*"):
-        old.unlink()
-    board = Board(folder, 1, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-    for row in read_rows(run / "metrics.jsonl"):
-        board.show(row)
-    for row in read_rows(run / "samples.jsonl"):
-        board.show_sample(row)
-    board.close()
+    old = [*folder.glob("*tfevents*")]
+    with TemporaryDirectory(prefix=".tensorboard.", dir=run) as beside:
+        board = Board(Path(beside), 1, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        for row in read_rows(run / "metrics.jsonl"):
+            board.show(row)
+        for row in read_rows(run / "samples.jsonl"):
+            board.show_sample(row)
+        if not board.close():
+            raise ConfigError(
+                f"{folder} cannot be written again, for the disk is full; make room and repeat the command."
+            )
+        (new,) = Path(beside).iterdir()
+        folder.mkdir(exist_ok=True)
+        new.rename(folder / new.name)
+    for path in old:
+        path.unlink()
     return folder

@@ -5,12 +5,13 @@ same place, and what a tracker has not got, because it was added later or could 
 by `smolds report --send`. Each tracker works in a thread of its own: one that is slow or fails never holds training up.
 """
 
+import hashlib
 import json
 import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -35,8 +36,8 @@ class Tracker:
         """Adds a point to each of the named curves; `when` in seconds since 1970."""
         self._run.log(points, step=step)
 
-    def close(self) -> None:
-        """Waits until everything has been taken."""
+    def close(self, code: int) -> None:
+        """Wait until everything has been taken; `code` is the exit code of the training."""
         self._run.finish()
 
 
@@ -53,6 +54,9 @@ class WeightsAndBiases(Tracker):
             resume="allow", config=config, settings=quiet,
         )  # fmt: skip
 
+    def close(self, code: int) -> None:
+        self._run.finish(exit_code=code)
+
 
 class MLflow(Tracker):
     """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME count; without the first, all runs of a folder share its mlflow.db."""
@@ -63,6 +67,8 @@ class MLflow(Tracker):
 
         own = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", own))
+        if old := note.pop("replaced", None):
+            self._client.delete_run(old)
         if "id" not in note:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             found = self._client.get_experiment_by_name(name)
@@ -82,17 +88,20 @@ class MLflow(Tracker):
         for first in range(0, len(metrics), 1000):  # that it takes at once
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, code: int) -> None:
+        self._client.set_terminated(self._id, {0: "FINISHED", 1: "FAILED"}.get(code, "KILLED"))
 
 
 class Trackio(Tracker):
-    """TRACKIO_PROJECT and TRACKIO_SPACE_ID count; without the second, runs are kept on this machine (TRACKIO_DIR)."""
+    """TRACKIO_PROJECT and TRACKIO_SPACE_ID count; without the second, runs are kept on this machine (TRACKIO_DIR).
+
+    It has no state of a run that could say how it ended.
+    """
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
         import trackio
 
-        note.setdefault("id", run_dir.name)
+        note.setdefault("id", f"{run_dir.name}-{uuid4().hex[:8]}" if "replaced" in note else run_dir.name)
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=note["id"], resume="allow", config=config,
             space_id=os.environ.get("TRACKIO_SPACE_ID"), embed=False, auto_log_gpu=False, auto_log_cpu=False,
@@ -102,6 +111,13 @@ class Trackio(Tracker):
 CLASSES: dict[str, Callable[..., Tracker]] = {"wandb": WeightsAndBiases, "mlflow": MLflow, "trackio": Trackio}
 
 
+def replace_runs(run_dir: Path) -> None:
+    """Give every tracker a new run at the next start: the steps that it was fed are repeated with other samples."""
+    notes = {name: note | {"settings": ""} for name, note in read_state(run_dir, NOTES).items()}
+    if notes:
+        replace_text(run_dir / NOTES, json.dumps(notes))
+
+
 class Feed:
     """Feeds one tracker from a thread.
 
@@ -109,9 +125,10 @@ class Feed:
         rows: of metrics.jsonl so far; the tracker is given what it has not had.
     """
 
-    def __init__(self, name: str, run_dir: Path, config: dict, rows: Iterable[dict]):
+    def __init__(self, name: str, run_dir: Path, config: dict, rows: Sequence[dict]):
         self.name, self._run_dir, self._config = name, run_dir, config
-        self._waiting: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self._last = max((row["step"] for row in rows), default=0)
+        self._waiting: queue.SimpleQueue[dict | int] = queue.SimpleQueue()
         for row in rows:
             self._waiting.put(row)
         self._thread = threading.Thread(target=self._work, name=f"track-{name}", daemon=True)
@@ -121,18 +138,18 @@ class Feed:
         """Another row of metrics.jsonl."""
         self._waiting.put(row)
 
-    def close(self) -> None:
-        """Gives the tracker time to take what waits."""
-        self._waiting.put(None)
+    def close(self, code: int) -> None:
+        """Give the tracker time to take what waits, and the training's exit code."""
+        self._waiting.put(code)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._say(f"has not taken everything within {CLOSE_SECONDS:.0f} s")
 
     def _work(self) -> None:
         try:
-            note: dict[str, Any] = read_state(self._run_dir, NOTES).get(self.name, {})
+            note = self._read_note()
             tracker = CLASSES[self.name](self._run_dir, self._config, note)
-            for row in iter(self._waiting.get, None):
+            while not isinstance(row := self._waiting.get(), int):
                 kind = next(name for name in ("val_loss", "tasks", "step") if name in row)
                 points = curves_of(row, self._config)
                 if not points or row["step"] <= note.get(kind, 0):
@@ -142,9 +159,20 @@ class Feed:
                 with _writing:
                     notes = read_state(self._run_dir, NOTES) | {self.name: note}
                     replace_text(self._run_dir / NOTES, json.dumps(notes))
-            tracker.close()
+            tracker.close(row)
         except Exception as error:  # whatever a client or its server does wrong
             self._say(f"has failed ({first_line(error)})")
+
+    def _read_note(self) -> dict[str, Any]:
+        """Return the tracker's note; a new one if it was fed steps that the run repeats with other settings."""
+        note: dict[str, Any] = read_state(self._run_dir, NOTES).get(self.name, {})
+        text = json.dumps(
+            [self._config[section] for section in ("model", "data", "train")], sort_keys=True, default=str
+        )
+        settings = hashlib.sha256(text.encode()).hexdigest()
+        if note.get("step", 0) > self._last and note.get("settings", settings) != settings:
+            note = {"replaced": note["id"]}
+        return note | {"settings": settings}
 
     def _say(self, what: str) -> None:
         later = f"`smolds report --send {self.name} {self._run_dir}` fills it up"

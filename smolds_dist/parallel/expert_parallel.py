@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolds_dist.costs.memory import BUCKET, PREFETCHED, SUB_GROUP
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.settings import RunConfig
+from smolds_dist.settings import Model, RunConfig
 
 if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
     from smolds_dist.model import DeepSeekV3Config
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
 OFFLOADED = {"offload_optimizer": ("none", "cpu"), "offload_param": ("none",)}
 
 
-def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config") -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
     """`ds_configs/zeroN.json`, or the user's own file, with every "auto" filled in.
 
     Raises:
@@ -34,17 +34,22 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
     path = Path(own) if own else next(f for f in folders if f.is_dir()) / f"zero{topology.zero}.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); mend it.") from None
-    sections = ("zero_optimization", "bf16", "data_types")
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({first_line(error)}); fix it.") from None
+    sections = ("zero_optimization", "bf16", "fp16", "data_types", "expert_parallel")
     if not isinstance(settings, dict) or not all(isinstance(settings.setdefault(key, {}), dict) for key in sections):
         raise ConfigError(f"{path} is no DeepSpeed configuration, whose sections are JSON objects; mend it.")
     zero = settings["zero_optimization"]
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
+    if settings.pop("fp16").get("enabled", "auto") not in (False, "auto"):
+        raise ConfigError(
+            f"{path} enables fp16, and smolds computes in fp32 or bf16; remove it, and give --train.dtype."
+        )
     for section, devices in OFFLOADED.items():
-        device = zero.get(section, {}).get("device", "none")
+        offload = zero.get(section) or {}
+        device = offload.get("device", "none") if isinstance(offload, dict) else repr(offload)
         if device not in devices:
             raise ConfigError(
                 f"{path} sets {section} to {device}, of which DeepSpeed gives checkpoints no more than copies; use "
@@ -59,8 +64,8 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         "bf16.enabled": topology.dtype == "bf16",
         "data_types.grad_accum_dtype": "fp32" if topology.zero or topology.dtype == "fp32" else "bf16",
         "zero_optimization.stage": topology.zero,
-        "expert_parallel": autoep_section(topology.expert, model),
     }
+    known |= {f"expert_parallel.{key}": value for key, value in autoep_section(topology.expert, model).items()}
     zero.setdefault("stage", "auto")
     sizes = {
         "reduce_bucket_size": BUCKET[topology.device],
@@ -80,7 +85,7 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
     return settings
 
 
-def autoep_section(expert: int, model: "DeepSeekV3Config") -> dict[str, Any]:
+def autoep_section(expert: int, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
     """The `expert_parallel` section that makes AutoEP find our `DeepSeekMoE` blocks and shard their experts."""
     section = {
         "enabled": True,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.data.cores import SHARED
-from smolds_dist.errors import ConfigError, RankError
+from smolds_dist.errors import ConfigError, RankError, first_line
 
 TELL_AFTER = 10.0  # seconds that a rank waits for others in silence
 
@@ -166,16 +166,17 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
         size: the variable that says that this is an MPI job, and of how many ranks.
         timeout: seconds to wait for them to start; 0: for ever.
     """
+    info = RankInfo(int(os.environ.get(MPI_VARIABLES[size], "0")), 0, int(os.environ[size]), size_from=size)
     try:
         import mpi4py
 
         mpi4py.rc.initialize = False
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: without an MPI library
         raise ConfigError(
-            f"mpirun started these ranks, but mpi4py cannot be loaded ({error}); pip install 'smolds-dist[mpi]'."
+            f"{size} says that mpirun started {info.world_size} ranks, but mpi4py cannot be loaded ({first_line(error)}); "
+            f"{how_to_train_alone(info)}, or install an MPI library and smolds-dist[mpi]."
         ) from None
-    info = RankInfo(int(os.environ.get(MPI_VARIABLES[size], "0")), 0, int(os.environ[size]), size_from=size)
     with _waiting_told(info, timeout):
         _initialize_mpi(MPI)
     world = MPI.COMM_WORLD

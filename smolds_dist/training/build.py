@@ -5,14 +5,14 @@ import platform
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from smolds_dist.checkpoint.files import CheckpointReader, checkpoints_in, remove, step_of
+from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints_in, remove, step_of
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
 from smolds_dist.config import save_config
@@ -26,9 +26,11 @@ from smolds_dist.launching.signals import StopRequest
 from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.observe.rows import recent_losses
 from smolds_dist.observe.run_log import RunLog
+from smolds_dist.observe.trackers import replace_runs
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.make_engine import build_engine
+from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
@@ -84,11 +86,12 @@ class Training:
             others[f"{UNIQUE_TEXTS}:{kind}:0"] = torch.from_numpy(content)
         self.checkpoints.save(self.engine, self.balancer, self.progress, val_loss, others, wait=wait)
 
-    def close(self) -> None:
+    def close(self, code: int = 0) -> None:
+        """Close all that works in the background; `code` is the exit code of the training."""
         self.stepper.close()
         self.profiler.close()
         self.checkpoints.wait()
-        self.log.close()
+        self.log.close(code)
         self.engine.close()
 
 
@@ -117,7 +120,8 @@ def hold_run(config: RunConfig) -> Iterator[None]:
 
 def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
     """The model's configuration, its vocabulary size and special tokens taken from the tokenizer."""
-    settings, tokenizer = config.model.architecture() | router_losses(config.train), data.tokenizer
+    tokenizer = data.tokenizer
+    settings = config.model.architecture(tokenizer) | router_losses(config.train)
     if settings["vocab_size"] is None:
         settings["vocab_size"] = len(tokenizer)
     if settings["vocab_size"] < len(tokenizer):
@@ -125,7 +129,7 @@ def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config
             f"--model.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; "
             "raise it, or leave it out."
         )
-    return DeepSeekV3Config(**settings, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return DeepSeekV3Config(**settings)
 
 
 def router_losses(train: Train) -> dict[str, float]:
@@ -156,6 +160,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     log = begin_log(job, progress.step, environment(job, num_parameters, peak))
     if reader:
         log.say(f"continuing from {reader.folder}")
+        tell_other_rate(log, reader.manifest, config.train)
     left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
     compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, log)
     return Training(
@@ -207,6 +212,21 @@ def begin_log(job: Job, step: int, facts: dict) -> RunLog:
     if log.verbose:
         log.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
     return log
+
+
+def tell_other_rate(log: RunLog, manifest: Manifest, train: Train) -> None:
+    """Log where a resumed run has another learning rate than the checkpoint's settings give its next step."""
+    if manifest.weights_only:
+        return
+    known = {f.name for f in fields(Train)}
+    saved = Train(**{name: value for name, value in manifest.config["train"].items() if name in known})
+    step = manifest.step + 1
+    before, now = learning_rate(min(step, saved.steps), saved), learning_rate(step, train)
+    if not math.isclose(before, now, rel_tol=1e-6):
+        log.say(
+            f"the learning rate of step {step} is {now:.2e}, and with the checkpoint's settings it would be "
+            f"{before:.2e}; --train.schedule says how to continue at the same rate"
+        )
 
 
 def texts_seen(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
@@ -261,6 +281,7 @@ def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
         for newer in checkpoints_in(job.config.run_dir / "checkpoints"):
             if step_of(newer) > reader.manifest.step:
                 remove(newer)
+        replace_runs(job.config.run_dir)
     training = build(job, reader)
     left_out = (spike.end - reader.manifest.step) * job.config.train.global_batch
     training.progress.skipped_samples += left_out

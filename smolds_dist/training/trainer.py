@@ -130,14 +130,17 @@ def run(job: Job) -> int:
         except LossSpikeError as error:
             spike = error.with_traceback(None)  # whose frames hold the training
         except (TrainingStoppedError, ConfigError):
-            training.close()
+            training.close(1)
+            raise
+        except Exception:
+            training.log.close(1)
             raise
         progress = training.progress
-        training.close()
+        training.close(1)
         del training
         gc.collect()  # so that one model at a time is in memory
         training = roll_back(job, progress, spike)
-    training.close()
+    training.close(code)
     end_process_group()
     return code
 
