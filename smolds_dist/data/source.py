@@ -6,6 +6,7 @@ is streamed by `datasets`, as one unit.
 """
 
 import bz2
+import contextlib
 import glob
 import gzip
 import io
@@ -71,12 +72,27 @@ def files_of(source: Source) -> list[File]:
         return [File(path, os.path.getsize(path), sys.version) for path in _stdlib_files()]
     found = _remote_files(source, kind, pattern) if "://" in pattern else _local_files(kind, pattern)
     if kind == "tokens":
-        found = [file for file in found if not file.path.endswith((".idx", ".index", ".metadata"))]
+        found = [_with_index(file) for file in found if not file.path.endswith((".idx", ".index", ".metadata"))]
     if not found:
         raise ConfigError(
             f"--data.source {source.source!r} matches no file; check the pattern and the folder it is read from."
         )
     return found
+
+
+def index_of(path: str) -> str | None:
+    """Return the path at which a file of tokens may have an index of its documents."""
+    stem, ending = os.path.splitext(path)
+    return {".bin": f"{stem}.idx", ".ds": f"{path}.index"}.get(ending)
+
+
+def _with_index(file: File) -> File:
+    """Return the file; its version changes with that of its index, too."""
+    if index := index_of(file.path):
+        with contextlib.suppress(FileNotFoundError):
+            described = _described(index)
+            return replace(file, version=f"{file.version} {described.size} {described.version}")
+    return file
 
 
 def _local_files(kind: str, pattern: str) -> list[File]:
@@ -140,7 +156,9 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
 
 def version_of(info: dict[str, Any]) -> str:
     """What a file system says of a file's content, by the names that file systems have for it."""
-    names = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+    names = (
+        "ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "Last-Modified", "last_modified", "mtime", "created"
+    )  # fmt: skip
     return next((str(info[name]) for name in names if info.get(name)), "")
 
 
