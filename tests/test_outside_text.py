@@ -1,17 +1,27 @@
 """Text, tokenizers and token files as strangers make them: read, or skipped and counted, or refused with a sentence."""
 
+import errno
+import gzip
 import http.server
 import json
 import os
 import threading
 from email.utils import formatdate
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
-from test_data import configure, prepare_shards
+from fuzz import cases
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_data import configure, prepare_shards, texts_of
 from test_formats import write_datatrove, write_megatron
 
-from smolds_dist.data.source import files_of
+from smolds_dist.data import rows
+from smolds_dist.data.source import BadFileError, File, files_of, resolve
 from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Source
@@ -88,3 +98,155 @@ def test_change_at_a_server_without_etag_is_noticed():
         (before,), Answer.changed = files_of(source), 10
         assert files_of(source)[0].version != before.version
         server.shutdown()
+
+
+SKIP = ("--data.on_bad_row=skip", "--data.on_bad_file=skip")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EMFILE, "Too many open files"),
+        FileNotFoundError("a"),
+    ],
+)
+def test_file_that_cannot_be_reached_is_not_skipped(tmp_path, monkeypatch, failure):
+    write_jsonl(tmp_path / "a.jsonl")
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(rows, "open_file", fail)
+    with pytest.raises(ConfigError, match=r"a.jsonl cannot be read \(.+\); fix its access and start again"):
+        texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl", *SKIP).data)
+
+
+def test_damaged_content_is_skipped(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}'))
+    (tmp_path / "c.jsonl.zst").write_bytes(b"no zstd")
+    # A frame's header with a window of 2 GB, as `zstd --long=31` writes it.
+    (tmp_path / "d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + bytes(100))
+    told: list[str] = []
+    assert texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/*.jsonl.*", *SKIP).data, told.append) == [
+        "good"
+    ]
+    assert ["a.jsonl.gz is damaged" in told[0], "c.jsonl.zst is damaged" in told[1]] == [True, True]
+    assert "d.jsonl.zst has a zstd window over 128 MB" in told[2]
+
+
+def columns():
+    """Every type of column that holds text, with a value that is no UTF-8."""
+    values = [b"good", b"R\xc9UNION", None, b"too"]
+    for plain, binary in ((pyarrow.string(), pyarrow.binary()), (pyarrow.large_string(), pyarrow.large_binary())):
+        yield pyarrow.array(values, binary).view(plain)
+    words = pyarrow.array([b"good", b"R\xc9UNION", b"too"], pyarrow.binary()).view(pyarrow.string())
+    yield pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1, None, 2]), words)
+    yield pyarrow.array(values, pyarrow.binary_view()).view(pyarrow.string_view())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("column", list(columns()), ids=lambda column: str(column.type).partition("<")[0])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bytes_that_are_no_utf8_are_named_or_skipped(tmp_path, kind, column, nested):
+    if nested:
+        column = pyarrow.StructArray.from_arrays([column], ["body"])
+    table = pyarrow.table({"text": column})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as out:
+            out.write_table(table)
+    options = [f"--data.source={kind}:{tmp_path}/a.{kind}", f"--data.text_field={'text.body' if nested else 'text'}"]
+    if kind == "parquet" and "dictionary" in f"{table.schema}":  # pyarrow itself decodes these, and gives no row
+        with pytest.raises(ConfigError, match=r"a.parquet is damaged \(Invalid UTF8 payload\)"):
+            texts_of(configure(tmp_path, *options).data)
+        return
+    with pytest.raises(ConfigError, match=r"has in row 2 bytes that are no UTF-8"):
+        texts_of(configure(tmp_path, *options).data)
+    assert texts_of(configure(tmp_path, *options, *SKIP).data) == ["good", "too"]
+
+
+def test_folder_that_datasets_saved_is_read_without_its_leftovers(tmp_path):
+    saved = datasets.Dataset.from_dict({"text": ROWS})
+    saved.save_to_disk(tmp_path / "one")
+    datasets.load_from_disk(tmp_path / "one").map(lambda row: {"text": row["text"].upper()})
+    assert list((tmp_path / "one").glob("cache-*.arrow"))
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "several")
+    for source in ("arrow:one", "arrow:one/*.arrow", "hf:one", "hf:several"):
+        kind, _, path = source.partition(":")
+        data = configure(tmp_path / "cache", f"--data.source={kind}:{tmp_path}/{path}").data
+        (given_source,) = data.mixed.values()
+        read_as, files = resolve(given_source, tmp_path / "cache")
+        assert sum(len(list(rows.rows_of(file, read_as))) for file in files) == len(ROWS)
+
+
+def jsonl_of(folder, content: bytes) -> list:
+    path = folder / "fuzzed.jsonl"
+    path.write_bytes(content)
+    return [
+        row
+        for _, row in rows.rows_of(File(str(path), len(content), ""), Source(source=f"jsonl:{path}", text_field="text"))
+    ]
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.just("text"), inner, max_size=3)
+    ),
+)
+LINE = st.binary(max_size=40) | ANYTHING.map(lambda value: json.dumps(value).encode())
+
+
+@cases()
+@given(lines=st.lists(LINE | st.builds(lambda value: json.dumps({"text": value}).encode(), ANYTHING), max_size=6))
+@example(lines=[b'{"text": "a", "n": ' + b"9" * 5000 + b"}", b'{"text": ' + b"9" * 5000 + b"}"])
+@example(
+    lines=[
+        b"[" * 100_000,
+        b'{"a":' * 900 + b"1" + b"}" * 900,
+        b'{"a":' * 300 + b"1" + b"}" * 300,
+        b'{"text": "\\u0000"}',
+    ]
+)
+@example(lines=[b'{"\\ud800": "x"}', b'{"\\u001b[31m": "x"}'])
+def test_any_line_is_text_or_named(tmp_path_factory, lines):
+    folder = tmp_path_factory.getbasetemp()
+    for row in jsonl_of(folder, b"\n".join(lines)):
+        assert row is None or isinstance(row, (str, rows.BadRow))
+        words = row.why if isinstance(row, rows.BadRow) else row or ""
+        words.encode()
+        assert not isinstance(row, rows.BadRow) or words.isprintable()
+
+
+def test_long_integers_are_passed_over(tmp_path):
+    digits = b"9" * 5000
+    found = jsonl_of(tmp_path, b'{"text": "a", "n": ' + digits + b'}\n{"text": ' + digits + b"}")
+    assert found[0] == "a" and found[1].kind == "type int"
+
+
+@cases()
+@given(change=st.tuples(st.integers(0), st.binary(min_size=1, max_size=4)), kind=st.sampled_from(["parquet", "arrow"]))
+def test_damaged_columns_are_text_or_named(tmp_path_factory, change, kind):
+    folder = tmp_path_factory.getbasetemp()
+    whole, path = folder / f"whole.{kind}", folder / f"fuzzed.{kind}"
+    if not whole.exists():
+        write = pyarrow.parquet.write_table if kind == "parquet" else pyarrow.feather.write_feather
+        write(
+            pyarrow.table({"text": ROWS, "n": range(len(ROWS))}),
+            whole,
+            compression="none" if kind == "parquet" else "uncompressed",
+        )
+    content = bytearray(whole.read_bytes())
+    at = change[0] % len(content)
+    content[at : at + len(change[1])] = change[1]
+    path.write_bytes(content)
+    try:
+        for _, row in rows.rows_of(
+            File(str(path), len(content), ""), Source(source=f"{kind}:{path}", text_field="text")
+        ):
+            assert row is None or isinstance(row, (str, rows.BadRow))
+    except (BadFileError, ConfigError) as error:
+        str(error).encode()

@@ -71,6 +71,8 @@ def files_of(source: Source) -> list[File]:
         # Several machines with the same Python share these shards: installation times don't count.
         return [File(path, os.path.getsize(path), sys.version) for path in _stdlib_files()]
     found = _remote_files(source, kind, pattern) if "://" in pattern else _local_files(kind, pattern)
+    if kind == "arrow":
+        found = [file for file in found if not _is_leftover(file.path)]
     if kind == "tokens":
         found = [_with_index(file) for file in found if not file.path.endswith((".idx", ".index", ".metadata"))]
     if not found:
@@ -78,6 +80,12 @@ def files_of(source: Source) -> list[File]:
             f"--data.source {source.source!r} matches no file; check the pattern and the folder it is read from."
         )
     return found
+
+
+def _is_leftover(path: str) -> bool:
+    """Return True if `datasets` left the file beside a saved data set, for a `map` or `filter` of it."""
+    folder, name = os.path.split(path)
+    return name.startswith("cache-") and os.path.exists(os.path.join(folder, "state.json"))
 
 
 def index_of(path: str) -> str | None:
@@ -241,7 +249,13 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
     """
     if not source.source.startswith("hf:"):
         return source, files_of(source)
-    if Path(source.source.removeprefix("hf:").partition(":")[0]).expanduser().exists():
+    here = Path(source.source.removeprefix("hf:").partition(":")[0]).expanduser()
+    if saved := next(
+        (folder for folder in (here, here / str(source.split)) if (folder / "state.json").is_file()), None
+    ):
+        source = replace(source, source=f"arrow:{saved}")  # as `save_to_disk` leaves it
+        return source, files_of(source)
+    if here.exists():
         kind, files = _list(source)
     else:
         folder = cache / "listings" / key_of(source.source, source.split)
