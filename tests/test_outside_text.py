@@ -250,3 +250,17 @@ def test_damaged_columns_are_text_or_named(tmp_path_factory, change, kind):
             assert row is None or isinstance(row, (str, rows.BadRow))
     except (BadFileError, ConfigError) as error:
         str(error).encode()
+
+
+def test_changed_byte_of_tokens_is_noticed_and_they_are_made_again(tmp_path, trained, capsys):
+    options = [write_jsonl(tmp_path / "a.jsonl"), f"--data.tokenizer={trained.name_or_path}", "--data.val_fraction=0.2"]
+    config = configure(tmp_path / "cache", *options)
+    prepare_shards(config)
+    for pattern in ("units/*/*/", "held_out/*/"):
+        (folder,) = (tmp_path / "cache").glob(pattern)
+        for name in ("tokens.bin", "documents"):
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+            prepare_shards(config)
+            assert f"{folder} is damaged: {name} does not hold what was written" in capsys.readouterr().err
+            assert (folder / name).read_bytes() == content
