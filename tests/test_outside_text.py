@@ -5,8 +5,10 @@ import gzip
 import http.server
 import json
 import os
+import shutil
 import threading
 from email.utils import formatdate
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -19,12 +21,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_data import configure, prepare_shards, texts_of
 from test_formats import write_datatrove, write_megatron
+from tokenizers.processors import TemplateProcessing
 
+from smolds_dist.config import load_config
 from smolds_dist.data import rows
+from smolds_dist.data.prepare import _spread_texts, prepare_data
 from smolds_dist.data.source import BadFileError, File, files_of, resolve
 from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest
 from smolds_dist.errors import ConfigError
+from smolds_dist.observe.rows import read_rows
 from smolds_dist.settings import Source
+from smolds_dist.training.trainer import train
 
 ROWS = [f"row {number}: " + "some words of a text " * (1 + number % 5) for number in range(60)]
 
@@ -264,3 +271,71 @@ def test_changed_byte_of_tokens_is_noticed_and_they_are_made_again(tmp_path, tra
             prepare_shards(config)
             assert f"{folder} is damaged: {name} does not hold what was written" in capsys.readouterr().err
             assert (folder / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text"])
+def test_tokenizer_learns_from_all_files_in_turn(tmp_path, kind):
+    for letter in "abc":
+        rows = [letter * 90] * (50 if kind == "jsonl" else 1)
+        content = "".join(json.dumps({"text": row}) + "\n" for row in rows) if kind == "jsonl" else rows[0]
+        (tmp_path / f"{letter}.{kind}").write_text(content)
+    source = Source(source=f"{kind}:{tmp_path}/*.{kind}", text_field="text")
+    data = configure(tmp_path, f"--data.source={source.source}").data
+    texts = list(islice(_spread_texts(source, files_of(source), data, 60), 3))
+    assert sorted(texts) == ["a" * 20, "b" * 20, "c" * 20]
+
+
+def test_run_goes_on_if_its_text_has_moved(small_run, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "before")
+    options = [
+        *small_run,
+        "--log.sample_every=0",
+        "--train.eval_every=0",
+        "--log.tensorboard=false",
+        "--run.name=moved",
+        "--checkpoint.resume=auto",
+    ]
+    train(load_config([*options, f"--data.source=text:{tmp_path}/before/*.txt", "--train.steps=4"]))
+    (tmp_path / "before").rename(tmp_path / "after")
+    train(load_config([*options, f"--data.source=text:{tmp_path}/after/*.txt", "--train.steps=6"]))
+    steps = [row["step"] for row in read_rows(tmp_path / "runs" / "moved" / "metrics.jsonl") if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    text = sorted((tmp_path / "after").iterdir())
+    for path in text:
+        path.write_text(path.read_text().upper())
+    with pytest.raises(ConfigError, match="has changed"):
+        train(load_config([*options, f"--data.source=text:{tmp_path}/after/*.txt", "--train.steps=8"]))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_documents_and_units_end_with_the_end_of_text_and_no_held_out_copy_is_trained_on(tmp_path, trained, packing):
+    for number in range(4):
+        write_jsonl(tmp_path / f"{number}.jsonl", ROWS[number * 15 : number * 15 + 15] + ROWS[:15])
+    given_options = [f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={trained.name_or_path}"]
+    given_options += ["--data.document_mask=true", f"--data.packing={packing}", "--data.val_fraction=0.001"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smolds_dist.data.units.UNIT_BYTES", 100)
+        found = prepare_data(configure(tmp_path / "cache", *given_options))
+    (source,), (order,) = found.sources.values(), found.orders.values()
+    assert len(source.units) == 4 and source.held_out.beyond
+    order.extend(None)
+    trained_on = set()
+    for unit in range(4):
+        for piece in source.pieces_of(np.array([unit]), True):
+            tokens = source.tokens(unit)[piece.start : piece.start + piece.length]
+            assert tokens[-1] == trained.eos_token_id
+            table = source.table(unit)
+            inside = (table["start"] >= piece.start) & (table["start"] < piece.start + piece.length)
+            trained_on |= set(table["text"][inside].tolist())
+    assert trained_on and not trained_on & set(source.held_out.documents["text"].tolist())
+
+
+def test_beginning_of_text_that_is_not_added_is_told_once(tmp_path, trained, capsys):
+    adding = load_tokenizer(trained.name_or_path)
+    begin = (adding.bos_token, adding.bos_token_id)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(f"{begin[0]} $A", special_tokens=[begin])
+    adding.save_pretrained(tmp_path / "adding")
+    config = configure(tmp_path, write_jsonl(tmp_path / "a.jsonl"), f"--data.tokenizer={tmp_path / 'adding'}")
+    for told in (1, 0):
+        assert prepare_shards(config).train[0] != begin[1]
+        assert capsys.readouterr().err.count(f"begins a text with {begin[0]}; documents are trained on without") == told

@@ -10,6 +10,7 @@ Where that is too little, as of a small corpus, documents with the next higher d
 
 import heapq
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from smolds_dist.data.cache import checksums, file_damage, key_of, written_once
 from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead
+from smolds_dist.data.tokenizer import without_beginning
 from smolds_dist.data.units import DOCUMENT, Corpus, DocumentWriter
 from smolds_dist.errors import ConfigError
 
@@ -71,6 +73,12 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
         most: bytes of text that are read for it.
     """
     look_ahead(corpus.source, corpus.files, corpus.data)
+    if added := without_beginning(corpus.tokenizer):
+        print(
+            f"the tokenizer begins a text with {added}; documents are trained on without it",
+            file=sys.stderr,
+            flush=True,
+        )
     parts = [part for unit in corpus.units for part in unit]
     choice = Choice(corpus.data.val_fraction)
     for document in corpus.documents(parts):

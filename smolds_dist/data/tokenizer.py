@@ -43,6 +43,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def without_beginning(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the beginning-of-text token that the tokenizer adds, and `text_encoder` does not."""
+    added = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if added else None
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False) -> Tokenizer:
     """Encodes documents whole and as text: a control token that a text spells is characters like any others, unless allowed.
 
