@@ -141,7 +141,7 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
             raise ConfigError(
                 f"{folder} was trained on the source {name!r} ({old.source}), which this run lacks; {advice}."
             )
-        for setting in ("source", "text_field", "split", "token_dtype"):
+        for setting in ("text_field", "split", "token_dtype"):
             if getattr(old, setting) != getattr(new, setting):
                 raise ConfigError(
                     f"{folder} was trained with {setting} {getattr(old, setting)} of the source {name!r}, this run has "

@@ -9,7 +9,8 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -53,17 +54,33 @@ def json_damage(name: str) -> FindDamage:
     return find
 
 
-def size_damage(folder: Path, sizes_of: Callable[[dict], dict[str, int]]) -> str | None:
-    """By sizes alone: every start of a run reads this.
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Return the CRC-32 of files of a folder, by name."""
+    found = dict.fromkeys(names, 0)
+    for name in found:
+        with (folder / name).open("rb") as content:
+            while block := content.read(2**20):
+                found[name] = zlib.crc32(block, found[name])
+    return found
+
+
+def file_damage(folder: Path, sizes_of: Callable[[dict], dict[str, int]], content: bool = True) -> str | None:
+    """Return what is wrong with the files of a folder, if anything.
 
     Args:
         sizes_of: bytes of the other files, by what `meta.json` says.
+        content: compare checksums also (`sums` of `meta.json`), for which all is read.
     """
     try:
-        for name, expected in sizes_of(json.loads((folder / "meta.json").read_text())).items():
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = sizes_of(meta)
+        for name, expected in sizes.items():
             size = (folder / name).stat().st_size
             if size != expected:
                 return f"{name} has {size:,} bytes instead of {expected:,}"
+        sums = checksums(folder, sizes) if content else {}
+        if changed := [name for name, found in sums.items() if found != meta["sums"][name]]:
+            return f"{changed[0]} does not hold what was written"
     except (OSError, ValueError, TypeError, KeyError):
         return "a file is missing or cannot be read"
     return None

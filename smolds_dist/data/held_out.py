@@ -10,13 +10,15 @@ Where that is too little, as of a small corpus, documents with the next higher d
 
 import heapq
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from smolds_dist.data.cache import key_of, size_damage, written_once
+from smolds_dist.data.cache import checksums, file_damage, key_of, written_once
 from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead
+from smolds_dist.data.tokenizer import without_beginning
 from smolds_dist.data.units import DOCUMENT, Corpus, DocumentWriter
 from smolds_dist.errors import ConfigError
 
@@ -52,7 +54,7 @@ def find_held_out(corpus: Corpus, cache: Path, limit: int | None) -> HeldOut:
     folder = written_once(
         cache / "held_out" / key_of(FORMAT, keys, most),
         lambda folder: write_held_out(folder, corpus, most),
-        lambda folder: size_damage(folder, _sizes_of),
+        lambda folder: file_damage(folder, _sizes_of),
     )
     meta = json.loads((folder / "meta.json").read_text())
     tokens, documents = np.fromfile(folder / "tokens.bin", meta["dtype"]), np.fromfile(folder / "documents", DOCUMENT)
@@ -71,6 +73,12 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
         most: bytes of text that are read for it.
     """
     look_ahead(corpus.source, corpus.files, corpus.data)
+    if added := without_beginning(corpus.tokenizer):
+        print(
+            f"the tokenizer begins a text with {added}; documents are trained on without it",
+            file=sys.stderr,
+            flush=True,
+        )
     parts = [part for unit in corpus.units for part in unit]
     choice = Choice(corpus.data.val_fraction)
     for document in corpus.documents(parts):
@@ -92,7 +100,8 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
     frequency = counts[counts > 0] / max(out.tokens, 1)
     entropy = float(-(frequency * np.log(frequency)).sum())
     meta = {"dtype": corpus.dtype.name, "tokens": out.tokens, "texts": out.texts, "bytes": num_bytes}
-    (folder / "meta.json").write_text(json.dumps(meta | {"unigram_entropy": entropy, "beyond": beyond}))
+    meta |= {"unigram_entropy": entropy, "beyond": beyond, "sums": checksums(folder, ("tokens.bin", "documents"))}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 class Choice:

@@ -1,6 +1,9 @@
 """From a run's settings to its `TrainingData`: tokenizer, tokens of every source, and their order."""
 
 import sys
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from smolds_dist.data.batch import TrainingData
@@ -9,14 +12,15 @@ from smolds_dist.data.held_out import LEAST, find_held_out
 from smolds_dist.data.mixture import Mixture, mixture_of
 from smolds_dist.data.source import File, fingerprint, resolve
 from smolds_dist.data.text import documents
-from smolds_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from smolds_dist.data.tokenizer import TRAINING_CHARACTERS, load_tokenizer, train_tokenizer
 from smolds_dist.data.unit_source import UnitSource
-from smolds_dist.data.units import Corpus
+from smolds_dist.data.units import Corpus, units_of_files
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter
-from smolds_dist.settings import RunConfig, Source
+from smolds_dist.settings import Data, RunConfig, Source
 
-TOKENIZER_FORMAT = 3  # raise it when training on the same text comes to another tokenizer
+SPREAD = 16  # parts that a tokenizer learns from at once
+TOKENIZER_FORMAT = 4  # raise it when training on the same text comes to another tokenizer
 
 
 def prepare_data(
@@ -129,7 +133,7 @@ def _tokenizer_folder(
             what = ", ".join(one.source for one in data.mixed.values())
             print(f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", flush=True)
         texts = {
-            name: (str(document.text) for document in documents(one, files[name], data))
+            name: _spread_texts(one, files[name], data, TRAINING_CHARACTERS // len(sources))
             for name, one in sources.items()
         }
         train_tokenizer(texts, data.tokenizer_vocab_size, folder)
@@ -137,6 +141,20 @@ def _tokenizer_folder(
     fingerprints = [fingerprint(one, files[name], data) for name, one in data.mixed.items()]
     key = key_of(TOKENIZER_FORMAT, fingerprints, data.tokenizer_vocab_size)
     return written_once(cache / "tokenizers" / key, train, json_damage("tokenizer.json"))
+
+
+def _spread_texts(source: Source, files: list[File], data: Data, characters: int) -> Iterator[str]:
+    """Return texts from parts spread over all files, `SPREAD` of them in turn, and of each text its share of characters."""
+    coming = (documents(source, files, data, parts=[part]) for unit in units_of_files(source, files) for part in unit)
+    reading = deque(islice(coming, SPREAD))
+    most = characters // max(1, len(reading))
+    while reading:
+        one = reading.popleft()
+        if document := next(one, None):
+            yield str(document.text)[:most]
+            reading.append(one)
+        else:
+            reading.extend(islice(coming, 1))
 
 
 def _open_sources(

@@ -60,7 +60,7 @@ def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
             tried += 1
             if tried == tries or _is_final(error):
                 raise
-            why = _reason(error)
+            why = reason(error)
         print(f"{what} ({why}); trying again in {pause:.0f} s", file=sys.stderr, flush=True)
         current_reporter().sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
@@ -80,7 +80,7 @@ def _status(error: BaseException | None) -> int | None:
     return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """In words; a web server's answer by its number."""
     status = _status(error) or _status(error.__cause__)
     return f"HTTP {status}" if status else first_line(error)
@@ -98,7 +98,7 @@ def _read(what: str, action: Callable[[], T]) -> T:
     except (OSError, NoRangesError):
         raise
     except Exception as error:
-        raise OSError(errno.EIO, _reason(error)) from error
+        raise OSError(errno.EIO, reason(error)) from error
 
 
 def open_remote(path: str) -> Any:

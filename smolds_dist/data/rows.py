@@ -1,35 +1,23 @@
-"""Rows: what a file of each kind holds, one after the other, with the row's number; nothing is judged or changed here.
-
-Corpora that others have tokenized: Megatron's .bin with its .idx (`core/datasets/indexed_dataset.py`), datatrove's .ds with
-its .ds.index (`pipeline/tokens/tokenizer.py`), and flat arrays of ids (.npy, or .bin of a stated dtype). Flat .npy files
-without NumPy's header, as OLMo-core has them, are read with the stated dtype.
-"""
+"""Rows: what a file of each kind holds, one after the other, with the row's number; nothing is judged or changed here."""
 
 import codecs
+import gzip
 import json
 import lzma
 import math
-import os
-import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import numpy as np
-
-from smolds_dist.data.remote import file_system
+from smolds_dist.data.remote import reason
 from smolds_dist.data.source import BadFileError, File, hub_error, open_file
+from smolds_dist.data.token_files import read_tokens
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Source
 
 # What a row is called where one is named.
 PLACES = {"jsonl": "line", "parquet": "row", "arrow": "row", "hf": "row", "tokens": "document"}
-
-MEGATRON = b"MMIDIDX\x00\x00"
-MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-BLOCK = 2**22  # tokens
 
 
 @dataclass(frozen=True)
@@ -40,16 +28,16 @@ class BadRow:
     why: str  # the end of a sentence that begins with the row's place
 
 
-class Flat(NamedTuple):
-    """A whole file's ids, whose documents end with the tokenizer's end-of-text token."""
-
-    tokens: np.ndarray  # [tokens]
+NO_UTF8 = "no UTF-8", "bytes that are no UTF-8 text"
 
 
 # A row's number in its file, from 1, and its text: a string, None, whatever else stands there, or an array of token ids.
 Rows = Iterator[tuple[int, Any]]
 
 WHOLE = (0, 1)  # the first of one part
+
+# Integers stand for themselves by their number of digits: Python converts 4,300 at most, and none of them is text.
+decode_json = json.JSONDecoder(parse_int=len).decode
 
 
 def rows_of(file: File, source: Source, part: tuple[int, int] = WHOLE) -> Rows:
@@ -60,7 +48,8 @@ def rows_of(file: File, source: Source, part: tuple[int, int] = WHOLE) -> Rows:
 
     Raises:
         BadFileError: where it is damaged, once the rows before the damage are given.
-        ConfigError: where the text's column is not there, or an `hf` source cannot be read.
+        ConfigError: where the text's column is not there, an `hf` source cannot be read, or reading fails for another
+            reason than the content, such as a permission or a server's answer.
     """
     kind = source.source.partition(":")[0]
     if kind == "hf":
@@ -69,9 +58,15 @@ def rows_of(file: File, source: Source, part: tuple[int, int] = WHOLE) -> Rows:
     try:
         yield from READERS[kind](file, source, part)
     except _damage_errors() as error:
-        strerror = getattr(error, "strerror", None)
-        why = "cannot be read" if strerror else "is damaged"
-        raise BadFileError(f"{why} ({strerror or first_line(error)})") from None
+        # Readers and decompressors raise a plain OSError without a number for content.
+        if isinstance(error, OSError) and (error.errno or type(error) not in (OSError, gzip.BadGzipFile)):
+            raise ConfigError(
+                f"{file.path} cannot be read ({error.strerror or reason(error)}); fix its access and start again, or take "
+                "it out of the source."
+            ) from None
+        if "too much memory" in str(error):
+            raise BadFileError("has a zstd window over 128 MB; recompress it without --long or --ultra") from None
+        raise BadFileError(f"is damaged ({first_line(error)})") from None
 
 
 def rows_before(file: File, source: Source, part: tuple[int, int]) -> int:
@@ -146,9 +141,9 @@ def _first_byte(lines: BinaryIO, size: int, part: tuple[int, int]) -> int:
 
 def _field_of(line: bytes, field: str) -> Any:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = decode_json(line.decode("utf-8"))
     except UnicodeDecodeError:
-        return BadRow("no UTF-8", "bytes that are no UTF-8 text")
+        return BadRow(*NO_UTF8)
     except (json.JSONDecodeError, RecursionError):
         row = None
     if not isinstance(row, dict):
@@ -173,7 +168,8 @@ def _text_or_bad(value: Any, field: str, row: dict) -> Any:
 
 def _advice(fields: list[str]) -> str:
     several = "one of " if len(fields) > 1 else ""
-    return f"set --data.text_field to {several}{', '.join(fields)}" if fields else "no field holds text"
+    names = ", ".join(name if name.isprintable() else ascii(name) for name in fields[:20])
+    return f"set --data.text_field to {several}{names}" if fields else "no field holds text"
 
 
 def _look_up(row: dict, field: str) -> tuple[bool, Any]:
@@ -193,7 +189,7 @@ def _look_up(row: dict, field: str) -> tuple[bool, Any]:
 def _text_fields(row: dict, prefix: str = "") -> list[str]:
     found = []
     for name, value in row.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix.count(".") < 20:
             found += _text_fields(value, f"{prefix}{name}.")
         found += [prefix + name] if isinstance(value, str) else []
     return found
@@ -278,9 +274,29 @@ def _column_rows(batches: Any, way: list[str]) -> Rows:
         column = batch.column(way[0])
         for name in way[1:]:
             column = pyarrow.compute.struct_field(column, name)  # null where the struct is
-        for text in column.to_pylist():
+        for text in _texts_in(column):
             number += 1
             yield number, text
+
+
+def _texts_in(column: Any) -> Iterator[Any]:
+    """Strings of a column, None, and a `BadRow` for what is no UTF-8; raises an ArrowException if it is damaged."""
+    import pyarrow
+    import pyarrow.types as types
+
+    try:
+        column.validate(full=True)  # offsets of a damaged file point anywhere
+        yield from column.to_pylist()
+        return
+    except pyarrow.ArrowInvalid:
+        if types.is_string(column.type) or types.is_large_string(column.type):
+            width = pyarrow.binary() if types.is_string(column.type) else pyarrow.large_binary()
+            column.view(width).validate(full=True)
+    for value in column:
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError:
+            yield BadRow(*NO_UTF8)
 
 
 def _hub_rows(source: Source) -> Rows:
@@ -301,96 +317,11 @@ def _hub_rows(source: Source) -> Rows:
         raise hub_error(source, error) from None
 
 
-def _read_tokens(file: File, source: Source, _part: tuple[int, int]) -> Rows:
-    stem, ending = os.path.splitext(file.path)
-    if ending == ".bin" and _exists(f"{stem}.idx"):
-        yield from _megatron(file.path, f"{stem}.idx")
-    elif ending == ".ds":
-        yield from _datatrove(file.path)
-    else:
-        yield 1, Flat(_flat(file.path, str(source.token_dtype)))
-
-
-def _megatron(path: str, index_path: str) -> Iterator[tuple[int, np.ndarray]]:
-    with open_file(index_path) as file:
-        index = file.read()
-    header = struct.calcsize("<9sQBQQ")
-    if not index.startswith(MEGATRON) or len(index) < header:
-        raise BadFileError("has an index that is none of Megatron's")
-    _, version, code, sequences, ends = struct.unpack_from("<9sQBQQ", index)
-    if version != 1 or code not in MEGATRON_DTYPES or len(index) < header + 12 * sequences + 8 * ends:
-        raise BadFileError("has an index of another version of Megatron's, or a part of one")
-    lengths = np.frombuffer(index, np.int32, sequences, header)
-    bounds = np.frombuffer(index, np.int64, ends, header + 12 * sequences)  # in sequences
-    tokens = _array(path, MEGATRON_DTYPES[code])
-    starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    if not ends or bounds[-1] != sequences:  # some writers leave the documents out: then each sequence is one
-        bounds = np.arange(sequences + 1)
-    if starts[-1] != len(tokens):
-        raise BadFileError(f"has {len(tokens):,} tokens, its index {starts[-1]:,}")
-    yield from enumerate((tokens[start:end] for start, end in pairwise(starts[bounds].tolist())), 1)
-
-
-def _datatrove(path: str) -> Iterator[tuple[int, np.ndarray]]:
-    if not _exists(f"{path}.index"):
-        raise BadFileError(f"has no {os.path.basename(path)}.index beside it")
-    ends = _array(f"{path}.index", "uint64").astype(np.int64)
-    content = _array(path, "uint8")
-    size = len(content) // int(ends[-1]) if len(ends) and ends[-1] else 2
-    if size not in (2, 4) or not len(ends) or len(content) != size * ends[-1]:
-        raise BadFileError(f"has {len(content):,} bytes, which are not 2 or 4 for each token of its index")
-    tokens = content.view(np.uint16 if size == 2 else np.uint32)
-    for number, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True), 1):
-        yield number, tokens[start:end]
-
-
-def _flat(path: str, dtype: str) -> np.ndarray:
-    with open_file(path) as file:
-        has_header = file.read(6) == b"\x93NUMPY"
-    if not has_header:
-        return _array(path, dtype)
-    try:
-        if _is_plain(path):
-            tokens: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-        else:
-            with open_file(path) as file:
-                tokens = np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:  # cut short, or objects, which would have to be unpickled
-        raise BadFileError(f"cannot be read ({first_line(error)})") from None
-    if tokens.dtype.kind not in "ui":
-        raise BadFileError(f"holds {tokens.dtype}, no token ids")
-    return tokens.reshape(-1)
-
-
-def _array(path: str, dtype: str) -> np.ndarray:
-    """A file's content; mapped, so that one larger than memory can be read."""
-    if _is_plain(path):
-        size = os.path.getsize(path)
-        content = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    else:
-        with open_file(path) as file:
-            content = np.frombuffer(file.read(), np.uint8)
-    if len(content) % np.dtype(dtype).itemsize:
-        raise BadFileError(f"has {len(content):,} bytes, no whole number of {dtype} ids; see data.token_dtype")
-    return content.view(dtype)
-
-
-def _is_plain(path: str) -> bool:
-    return "://" not in path and os.path.splitext(path)[1] in (".bin", ".npy", ".ds", ".index")
-
-
-def _exists(path: str) -> bool:
-    if "://" not in path:
-        return os.path.exists(path)
-    system, name = file_system(path)
-    return system.exists(name)
-
-
 READERS: dict[str, Callable[[File, Source, tuple[int, int]], Rows]] = {
     "stdlib": _read_source,
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
     "arrow": _read_arrow,
-    "tokens": _read_tokens,
+    "tokens": read_tokens,
 }

@@ -6,6 +6,7 @@ is streamed by `datasets`, as one unit.
 """
 
 import bz2
+import contextlib
 import glob
 import gzip
 import io
@@ -70,13 +71,36 @@ def files_of(source: Source) -> list[File]:
         # Several machines with the same Python share these shards: installation times don't count.
         return [File(path, os.path.getsize(path), sys.version) for path in _stdlib_files()]
     found = _remote_files(source, kind, pattern) if "://" in pattern else _local_files(kind, pattern)
+    if kind == "arrow":
+        found = [file for file in found if not _is_leftover(file.path)]
     if kind == "tokens":
-        found = [file for file in found if not file.path.endswith((".idx", ".index", ".metadata"))]
+        found = [_with_index(file) for file in found if not file.path.endswith((".idx", ".index", ".metadata"))]
     if not found:
         raise ConfigError(
             f"--data.source {source.source!r} matches no file; check the pattern and the folder it is read from."
         )
     return found
+
+
+def _is_leftover(path: str) -> bool:
+    """Return True if `datasets` left the file beside a saved data set, for a `map` or `filter` of it."""
+    folder, name = os.path.split(path)
+    return name.startswith("cache-") and os.path.exists(os.path.join(folder, "state.json"))
+
+
+def index_of(path: str) -> str | None:
+    """Return the path at which a file of tokens may have an index of its documents."""
+    stem, ending = os.path.splitext(path)
+    return {".bin": f"{stem}.idx", ".ds": f"{path}.index"}.get(ending)
+
+
+def _with_index(file: File) -> File:
+    """Return the file; its version changes with that of its index, too."""
+    if index := index_of(file.path):
+        with contextlib.suppress(FileNotFoundError):
+            described = _described(index)
+            return replace(file, version=f"{file.version} {described.size} {described.version}")
+    return file
 
 
 def _local_files(kind: str, pattern: str) -> list[File]:
@@ -140,7 +164,9 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
 
 def version_of(info: dict[str, Any]) -> str:
     """What a file system says of a file's content, by the names that file systems have for it."""
-    names = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+    names = (
+        "ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "Last-Modified", "last_modified", "mtime", "created"
+    )  # fmt: skip
     return next((str(info[name]) for name in names if info.get(name)), "")
 
 
@@ -223,7 +249,13 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
     """
     if not source.source.startswith("hf:"):
         return source, files_of(source)
-    if Path(source.source.removeprefix("hf:").partition(":")[0]).expanduser().exists():
+    here = Path(source.source.removeprefix("hf:").partition(":")[0]).expanduser()
+    if saved := next(
+        (folder for folder in (here, here / str(source.split)) if (folder / "state.json").is_file()), None
+    ):
+        source = replace(source, source=f"arrow:{saved}")  # as `save_to_disk` leaves it
+        return source, files_of(source)
+    if here.exists():
         kind, files = _list(source)
     else:
         folder = cache / "listings" / key_of(source.source, source.split)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.rows import BLOCK, PLACES, BadRow, Flat, rows_before, rows_of
+from smolds_dist.data.rows import PLACES, BadRow, rows_before, rows_of
 from smolds_dist.data.source import BadFileError, File, Part
+from smolds_dist.data.token_files import BLOCK, Flat
 from smolds_dist.data.tokenizer import text_encoder
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Data, Source

@@ -35,7 +35,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"--data.tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json."
         )
+    if (highest := max(tokenizer.get_vocab().values())) >= len(tokenizer):
+        raise ConfigError(
+            f"--data.tokenizer {name!r} has {len(tokenizer)} tokens with ids up to {highest}; number them without gaps, "
+            "or choose another."
+        )
     return tokenizer
+
+
+def without_beginning(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the beginning-of-text token that the tokenizer adds, and `text_encoder` does not."""
+    added = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if added else None
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False) -> Tokenizer:
@@ -69,8 +80,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that the tokenizer does."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Return the SHA-256 of all settings that change tokens, including the end of text where it is not the usual one."""
+    end = "" if tokenizer.eos_token == END_OF_TEXT else str(tokenizer.eos_token)
+    return hashlib.sha256((tokenizer.backend_tokenizer.to_str() + end).encode()).hexdigest()
 
 
 def train_tokenizer(sources: Mapping[str, Iterable[str]], vocab_size: int, folder: Path) -> None:

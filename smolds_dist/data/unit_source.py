@@ -47,6 +47,7 @@ class UnitSource:
         self.folders = [self._folder_of(unit) for unit in range(len(self.units))]
         self._aside = np.array(aside, dtype=np.uint64)
         self._found: dict[int, UnitMeta] = {}
+        self._checked = set[int]()  # units that hold what was written
         self._trained: dict[int, list[Piece]] = {}  # of units that were found
         self.tokens_found = 0  # of these, for training and aside
         self.tokens = lru_cache(OPEN_UNITS)(self._tokens)
@@ -91,7 +92,7 @@ class UnitSource:
         """Whether it is known what a unit holds: its tokens are there, or have been."""
         if unit not in self._found:
             for folder in (self.folders[unit], self._known(unit)):
-                if folder.is_dir() and not unit_damage(folder):
+                if folder.is_dir() and not unit_damage(folder, content=False):
                     self._found[unit] = read_unit(folder)
                     self.tokens_found += self._found[unit].all_tokens
                     break
@@ -232,10 +233,24 @@ class UnitSource:
         """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
         if not self.has_tokens(unit):
             self._wait_for(np.array([unit]), self.has_tokens)
+        self._check(unit)
         return _mapped(self.folders[unit] / "tokens.bin", np.dtype(self._found[unit].dtype), self._found[unit].tokens)
+
+    def _check(self, unit: int) -> None:
+        """Tokenize a unit again whose files have changed since; each process checks it once."""
+        while unit not in self._checked:
+            known = self._known(unit)
+            if not self.folders[unit].is_dir() and not unit_damage(known):
+                self._checked.add(unit)
+            elif self.make(unit):
+                shutil.rmtree(known, ignore_errors=True)
+                self._checked.add(unit)
+            else:
+                time.sleep(0.05)
 
     def _table(self, unit: int) -> np.ndarray:
         """[texts] of `DOCUMENT`, in the order of their tokens."""
+        self._check(unit)
         folder = self.folders[unit] if self.folders[unit].is_dir() else self._known(unit)
         return _mapped(folder / "documents", DOCUMENT, self._found[unit].texts)
 

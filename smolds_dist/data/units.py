@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.cache import key_of, size_damage
+from smolds_dist.data.cache import checksums, file_damage, key_of
 from smolds_dist.data.order import key_for, permuted
 from smolds_dist.data.source import COMPRESSED, File, Part, settings_of
 from smolds_dist.data.text import (
@@ -35,7 +35,7 @@ from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Data, Source
 
-FORMAT = 5  # part of every key: raise it when the layout or the meaning of a file changes
+FORMAT = 6  # part of every key: raise it when the layout or the meaning of a file changes
 UNIT_BYTES = 2**20  # small files travel together up to this size
 PART_BYTES = 2**24  # larger files are cut, where their format can be
 CUT = ("jsonl", "parquet")
@@ -148,6 +148,7 @@ class UnitMeta:
     rows: int
     rows_without_text: int
     bad_rows: dict[str, int]  # that were left out, by kind
+    sums: dict[str, int]  # checksums of the other files
 
     @property
     def token_bytes(self) -> int:
@@ -163,13 +164,15 @@ def read_unit(folder: Path) -> UnitMeta:
     return UnitMeta(**json.loads((folder / "meta.json").read_text()))
 
 
-def unit_damage(folder: Path) -> str | None:
+def unit_damage(folder: Path, content: bool = True) -> str | None:
+    """Return what is wrong with a unit's folder, if anything; by the sizes alone, or by the content."""
+
     def sizes_of(described: dict) -> dict[str, int]:
         meta = UnitMeta(**described)
         known = {"documents": meta.texts * DOCUMENT.itemsize}
         return known if folder.suffix == ".known" else known | {"tokens.bin": meta.token_bytes}
 
-    return size_damage(folder, sizes_of)
+    return file_damage(folder, sizes_of, content)
 
 
 class DocumentWriter:
@@ -238,6 +241,7 @@ def write_unit(
         rows=tally.read,
         rows_without_text=tally.without_text,
         bad_rows=dict(tally.bad),
+        sums=checksums(folder, ("tokens.bin", "documents")),
     )
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
 
