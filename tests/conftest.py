@@ -27,7 +27,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Deselect tests marked long unless --all is set; sort the longest files first, so that two workers end together."""
-    if not config.getoption("--all"):
+    if config.getoption("--all"):
+        os.environ.setdefault("SMOLDS_FUZZ_CASES", "20000")  # of tests/fuzz.py
+    else:
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]

@@ -24,7 +24,7 @@ from torch.utils.tensorboard.summary import custom_scalars, histogram, histogram
 
 from smolds_dist.files import AppendedFile
 from smolds_dist.observe.curves import curves_of, first_mixture
-from smolds_dist.observe.rows import is_kept, read_rows
+from smolds_dist.observe.rows import is_kept, read_rows, read_settings
 
 PIXELS = 12  # of a heatmap's cell
 LARGEST_CELLS = 4096  # of a heatmap; beyond, it is left out
@@ -174,10 +174,10 @@ def _histogram(tag: str, counts: list[float]) -> Summary:
 
 def rebuild(run: Path) -> Path:
     """Writes a run's event files anew from its rows, in place of those that are there; returns the folder."""
-    folder = run / "tensorboard"
+    folder, settings = run / "tensorboard", read_settings(run)
     for old in folder.glob("*tfevents*"):
         old.unlink()
-    board = Board(folder, 1, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    board = Board(folder, 1, settings)
     for row in read_rows(run / "metrics.jsonl"):
         board.show(row)
     for row in read_rows(run / "samples.jsonl"):
