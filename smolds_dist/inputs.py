@@ -78,6 +78,8 @@ def parse_json(content: bytes, path: Path, fix: str, kind: type[T]) -> T:
     try:
         values = json.loads(content)
         too_deep = _is_deep(values)
+        if not too_deep and re.search(rb"\\u[dD]", content):  # half a character could not be written again
+            json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         too_deep = True
     except ValueError as error:  # a byte that is not UTF-8 and a number of thousands of digits are too

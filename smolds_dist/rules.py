@@ -147,6 +147,8 @@ def _check_data(data: Data) -> None:
             "--data.packing best_fit fills sequences up with tokens that only --data.document_mask true leaves out of the "
             "loss; give both."
         )
+    if unquoted := [name for name in data.sources or () if not isinstance(name, str)]:
+        raise ConfigError(f"data.sources: YAML reads a name as {unquoted[0]!r}, not as text; quote it, as in 'no'.")
     for name, one in data.mixed.items():
         option = f"data.sources.{name}.source" if data.sources else "--data.source"
         kind, _, rest = one.source.partition(":")
@@ -155,8 +157,6 @@ def _check_data(data: Data) -> None:
             raise ConfigError(f"{option} {one.source!r} is unknown; use stdlib, {kinds} or hf:NAME.")
         if kind != "stdlib" and not rest:
             raise ConfigError(f"{option} {one.source!r} names nothing to read; write it as {kind}:...")
-        if not isinstance(name, str):
-            raise ConfigError(f"data.sources: YAML reads a name as {name!r}, which is not text; quote it, as in 'no'.")
         if not re.fullmatch(r"[\w.-]+", name):
             raise ConfigError(f"data.sources: the name {name!r} is no word; use letters, digits, '.', '-' and '_'.")
         if not 0 <= one.weight < math.inf:

@@ -1,4 +1,4 @@
-"""How many random inputs a gate is tried with: 200 in the suite, 20,000 with --all; SMOLDS_FUZZ_CASES sets another number."""
+"""How many random inputs a gate is tried with: SMOLDS_FUZZ_CASES, by default 200."""
 
 import os
 

@@ -86,6 +86,10 @@ def model(tmp_path_factory):
     return folder
 
 
+def check_sentence(error: Exception) -> None:
+    assert str(error).isprintable()
+
+
 def sign(folder: Path, content: bytes) -> None:
     """As a stranger would: the digest matches."""
     (folder / "manifest.json").write_bytes(content)
@@ -147,7 +151,7 @@ def test_odd_models_end_in_a_sentence(model, tmp_path, monkeypatch, capsys, comm
     if file == "tokenizer_config.json" and odd in ("object", "deep pairs", "escape"):
         return
     names = {"MODEL": folder, "NEW": tmp_path / "new"}
-    code, text = main(monkeypatch, capsys, *(names.get(word, word) for word in command))
+    code, text = main(monkeypatch, capsys, *(names.get(word, word) for word in command.split()))
     assert code == 2 and "Traceback" not in text and "\x1b" not in text and len(text.splitlines()) == 1, text
     assert not (tmp_path / "new").exists()
 
@@ -186,7 +190,7 @@ def test_any_model_config_is_checked_or_rejected(model, values):
     try:
         check_sizes(path, check_settings(path))
     except ConfigError as error:
-        assert str(error).isprintable()
+        check_sentence(error)
 
 
 @cases()
@@ -200,7 +204,7 @@ def test_any_manifest_is_read_or_damaged(copied, data):
     try:
         manifest = read_manifest(folder)
     except DamagedCheckpointError as error:
-        assert str(error).isprintable()
+        check_sentence(error)
     else:
         assert manifest.samples >= 0 and manifest.layout and best_of({folder: manifest}) in (folder, None)
 
@@ -227,7 +231,7 @@ def test_any_run_has_its_line(copied, tmp_path_factory, data):
         _check(folder)
         assert training_log(folder)
     except ConfigError as error:
-        assert str(error).isprintable()
+        check_sentence(error)
 
 
 @cases()
@@ -238,7 +242,7 @@ def test_any_yaml_is_read_or_rejected(copied, text):
     try:
         read_yaml(path, "mend it", dict)
     except ConfigError as error:
-        assert str(error).isprintable()
+        check_sentence(error)
 
 
 def test_entry_of_a_rank_names_one_process(tmp_path):
@@ -254,9 +258,6 @@ def test_names_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path, name
     path = tmp_path / "names.yaml"
     sources = "data:\n  sources:\n    {}: {{source: stdlib}}\n    web: {{source: stdlib}}\n"
     path.write_text(sources.format(name))
-    if name == "1e3":  # text already, in YAML 1.1
-        assert list(load_config(["--config", str(path)]).data.sources) == ["1e3", "web"]
-        return
     with pytest.raises(ConfigError, match="quote it"):
         load_config(["--config", str(path)])
     path.write_text(sources.format(f"'{name}'"))

@@ -114,8 +114,10 @@ def weight_files(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if index.exists():
         names = sorted(set(read_json(index, FIX, Index).weight_map.values()))
-        if outside := next((name for name in names if not re.fullmatch(r"\w[\w.+=-]*\.safetensors", name)), None):
-            raise ConfigError(printable(f"{index} names {outside[:100]}, not a safetensors file of its folder; {FIX}."))
+        if outside := [name for name in names if not re.fullmatch(r"\w[\w.+=-]*\.safetensors", name)]:
+            raise ConfigError(
+                printable(f"{index} names {outside[0][:100]!r}, not a safetensors file of its folder; {FIX}.")
+            )
         paths = [folder / name for name in names]
     if not paths:
         raise ConfigError(f"{folder} holds no safetensors files; convert the model's weights to them.")

@@ -1,6 +1,7 @@
 """The rows of a run's files, metrics.jsonl and samples.jsonl: written, read and put together."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ def rounded(values: Tensor) -> list:
     return values.double().cpu().round(decimals=5).tolist()
 
 
-def read_settings(run: Path) -> dict[str, Any]:
-    """A run's config.yaml, its values of the settings' types; raises a `ConfigError` for one that is damaged."""
+def read_settings(run: Path, filled: bool = True) -> dict[str, Any]:
+    """A run's config.yaml, its values of the settings' types; raises a `ConfigError` for one that is damaged.
+
+    Args:
+        filled: with defaults for what it lacks.
+    """
     path, fix = run / "config.yaml", "restore it from a copy, or from `config` in a checkpoint's manifest.json"
     settings = read_yaml(path, fix, dict[str, dict[str, Any]])
-    convert(settings, RunConfig, path, fix)
-    return settings
+    config = convert(settings, RunConfig, path, fix)
+    return asdict(config) if filled else settings
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict]:

@@ -230,7 +230,7 @@ def _short(value: Any) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
-    return read_settings(folder) if path.exists() else {}
+    return read_settings(folder, filled=False) if path.exists() else {}
 
 
 def _started(folder: Path) -> float | None:
