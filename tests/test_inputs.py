@@ -27,6 +27,7 @@ from smolds_dist.launching.failure import _entries
 from smolds_dist.observe.report import _check, training_log
 from smolds_dist.observe.rows import keep_rows, read_rows
 from smolds_dist.observe.runs import look, table
+from smolds_dist.training.trainer import train
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -285,3 +286,25 @@ def test_hardware_out_of_range_is_rejected(tmp_path):
         path.write_text(yaml.safe_dump({"here": entry | {field: value}}))
         with pytest.raises(ConfigError, match=field):
             load_hardware(str(path))
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "intermediate_size", "num_experts"])
+def test_checkpoint_whose_config_is_larger_than_its_tensors_is_rejected(copied, tmp_path, monkeypatch, capsys, field):
+    run = shutil.copytree(copied / "good", tmp_path / "run", symlinks=True)
+    folder = run / "checkpoints" / "step_00000006"
+    values = json.loads((folder / "manifest.json").read_bytes())
+    values["config"]["model"][field] *= 1000
+    sign(folder, json.dumps(values).encode())
+    code, text = main(monkeypatch, capsys, "generate", folder)
+    assert code == 2 and len(text.splitlines()) == 1, text
+
+
+def test_a_resume_loses_a_damaged_line_alone(kept_run, copied, tmp_path):
+    shutil.copytree(copied / "good", tmp_path / "one", symlinks=True)
+    path = tmp_path / "one" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"\xff", *lines[1:]]))
+    rows = [json.loads(line) for line in [lines[0], *lines[2:]]]
+    options = [option for option in kept_run[1] if not option.startswith("--run.dir")]
+    train(load_config([*options, f"--run.dir={tmp_path}", "--checkpoint.resume=auto", "--train.steps=7"]))
+    assert read_rows(path)[: len(rows)] == rows
