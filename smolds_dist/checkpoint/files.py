@@ -35,6 +35,8 @@ from smolds_dist.parallel.fragments import Fragment
 from smolds_dist.settings import RunConfig
 
 FIX = "restore it from a copy"
+# Of the run's settings, those without which nothing can be read
+_READ = (("train", "global_batch"), ("train", "steps"), ("data", "tokenizer"), ("model", "hidden_size"))
 FORMAT = 1  # raise it when the layout or the meaning of a file changes
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
@@ -233,7 +235,8 @@ def read_manifest(folder: Path) -> Manifest:
         for name, kind in {"config": RunConfig, "topology": _Layout, "data": _Data}.items():
             convert(values[name], kind, path, FIX)
         convert(values["files"], dict[str, FileEntry], path, FIX)
-        convert(values["config"]["train"]["global_batch"], Positive, path, FIX)
+        batch, *_ = (values["config"][section][name] for section, name in _READ)
+        convert(batch, Positive, path, FIX)
     except KeyError as error:
         raise DamagedCheckpointError(f"{MANIFEST} lacks {error} in its config") from None
     except ConfigError as error:
