@@ -58,9 +58,7 @@ class FileEntry:
 
 
 @dataclass
-class _Layout:
-    """What is read of a manifest's `topology`."""
-
+class _Layout:  # what is read of a manifest's `topology`
     world_size: Positive = 1
     engine: str = ""
     zero: int = 0
@@ -69,9 +67,7 @@ class _Layout:
 
 
 @dataclass
-class _Data:
-    """What is read of a manifest's `data`."""
-
+class _Data:  # what is read of a manifest's `data`
     tokenizer: str = ""
     order: int = 0
     schedule: list[tuple[Count, dict[str, float]]] = field(default_factory=list)
