@@ -152,7 +152,7 @@ def test_odd_models_end_in_a_sentence(model, tmp_path, monkeypatch, capsys, comm
     if file == "tokenizer_config.json" and odd in ("object", "deep pairs", "escape"):
         return
     names = {"MODEL": folder, "NEW": tmp_path / "new"}
-    code, text = main(monkeypatch, capsys, *(names.get(word, word) for word in command.split()))
+    code, text = main(monkeypatch, capsys, *(names.get(word, word) for word in command))
     assert code == 2 and "Traceback" not in text and "\x1b" not in text and len(text.splitlines()) == 1, text
     assert not (tmp_path / "new").exists()
 
