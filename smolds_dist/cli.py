@@ -76,12 +76,13 @@ def main(words: list[str] | None = None) -> None:
         module, _, function = COMMANDS[name].partition(":")
         sys.exit(getattr(import_module(f"smolds_dist.{module}"), function)(args))
     except ConfigError as error:
+        from smolds_dist.inputs import printable
         from smolds_dist.parallel.ranks import is_first_rank
 
         # Every rank finds the same mistake; one of them says so. Launchers end all ranks once one has ended: the others wait
         # for that, or the first might be ended before it has spoken.
         if isinstance(error, RankError) or is_first_rank(os.environ):
-            print(f"smolds: {error}", file=sys.stderr)
+            print("\n".join(map(printable, f"smolds: {error}".split("\n"))), file=sys.stderr)
         else:
             time.sleep(FIRST_SPEAKS)
         sys.exit(2)

@@ -8,11 +8,13 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import yaml
 
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.inputs import read_yaml
 from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig, Source, Yarn
 
@@ -98,11 +100,9 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
     if config and not config.is_file():
         raise ConfigError(f"--config {str(config)!r} is not a file; give a YAML file such as runs/NAME/config.yaml.")
     if config:
-        try:
-            settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            settings = None  # whoever reads the file as settings says what is wrong with it
-        settings = settings if isinstance(settings, dict) else {}
+        settings = read_yaml(config, "write it as runs/NAME/config.yaml is", dict[Any, Any])
+        if unquoted := [name for name in settings if not isinstance(name, str)]:
+            raise ConfigError(f"{config}: {unquoted[0]!r} is not a section; put the name in quotes if it is one.")
         sections = [name for name in (f.name for f in fields(RunConfig)) if isinstance(settings.get(name), str)]
         if sections or _names_a_class(settings):
             what = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"

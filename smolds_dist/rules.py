@@ -171,6 +171,8 @@ def _check_data(data: Data) -> None:
             "--data.packing best_fit fills sequences up with tokens that only --data.document_mask true leaves out of the "
             "loss; give both."
         )
+    if unquoted := [name for name in data.sources or () if not isinstance(name, str)]:
+        raise ConfigError(f"data.sources: YAML reads a name as {unquoted[0]!r}, not as text; quote it, as in 'no'.")
     for name, one in data.mixed.items():
         option = f"data.sources.{name}.source" if data.sources else "--data.source"
         kind, _, rest = one.source.partition(":")

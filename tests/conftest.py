@@ -25,6 +25,12 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also run the tests marked long, as before a release")
 
 
+def pytest_configure(config):
+    """Set what tests/fuzz.py reads while tests are collected."""
+    if config.getoption("--all"):
+        os.environ.setdefault("SMOLDS_FUZZ_CASES", "20000")
+
+
 def pytest_collection_modifyitems(config, items):
     """Deselect tests marked long unless --all is set; sort the longest files first, so that two workers end together."""
     if not config.getoption("--all"):

@@ -26,7 +26,9 @@ FLOORS = (
     ("rules",),
     ("settings",),
     ("model",),
-    ("architecture", "errors", "files", "progress", "rows"),
+    ("rows",),
+    ("inputs",),
+    ("architecture", "errors", "files", "progress"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -368,7 +368,7 @@ def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
     )
     folder = tmp_path / "unfinished_step_00000001"
     folder.mkdir()
-    (folder / "rank_00000.json").write_text("{}")
+    (folder / "rank_00000.json").write_text(json.dumps({"bytes": 0, "sha256": "0" * 64}))
     began = time.monotonic()
     with pytest.raises(OtherRankError, match="rank 1 has not written its file"):
         writer._files_of_all_ranks(folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smolds_dist.checkpoint import files
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.inputs import printable
 
 
 def checkpoint(args: list[str]) -> int:
@@ -83,15 +84,14 @@ def _list(folders: list[Path]) -> None:
     for folder in reversed(folders):
         manifest = manifests.get(folder)
         if manifest is None:
-            print(f"{files.step_of(folder):>9}  damaged: {files.find_damage(folder, contents=False)[0]}")
+            damage = files.find_damage(folder, contents=False)[0]
+            print(printable(f"{files.step_of(folder):>9}  damaged: {damage}"))
             continue
         size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
         loss = "-" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"
         marks = [name for name, at in marked.items() if at == folder]
-        print(
-            f"{manifest.step:>9}  {manifest.created[:16].replace('T', ' ')}  {size:>6.3f} GB  {loss:>8}  "
-            f"{manifest.layout}{' (' + ', '.join(marks) + ')' if marks else ''}"
-        )
+        line = f"{manifest.step:>9}  {manifest.created[:16].replace('T', ' ')}  {size:>6.3f} GB  {loss:>8}  "
+        print(printable(f"{line}{manifest.layout}{' (' + ', '.join(marks) + ')' if marks else ''}"))
 
 
 def _verify(folders: list[Path]) -> int:
@@ -100,13 +100,14 @@ def _verify(folders: list[Path]) -> int:
         reader, damage = files.read_all(folder)
         damaged += bool(damage)
         for line in damage:
-            print(f"{folder.name}  damaged  {line}")
+            print(printable(f"{folder.name}  damaged  {line}"))
         if reader is not None:
             manifest = reader.manifest
             listed = {*manifest.files, "manifest.json", "manifest.json.sha256"}
             extra = sorted(path.name for path in folder.iterdir() if path.name not in listed)
             note = f"; not part of it and never read: {', '.join(extra)}" if extra else ""
-            print(f"{folder.name}  ok  {len(manifest.files)} files, {len(manifest.tensors)} tensors{note}")
+            counts = f"{len(manifest.files)} files, {len(manifest.tensors)} tensors"
+            print(printable(f"{folder.name}  ok  {counts}{note}"))
     return 1 if damaged else 0
 
 

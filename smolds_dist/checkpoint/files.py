@@ -11,25 +11,32 @@ Nothing is pickled, nothing that the manifest does not list is read, and nothing
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Size, Tensor
+from torch import Tensor
 
 from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import JSON_BYTES, Count, Positive, convert, parse_json, printable, read_bytes
 from smolds_dist.parallel.fragments import Fragment
+from smolds_dist.settings import RunConfig
 
+FIX = "restore it from a copy"
+# Of the run's settings, those without which nothing can be read
+_READ = (("train", "global_batch"), ("train", "steps"), ("data", "tokenizer"), ("model", "hidden_size"))
 FORMAT = 1  # raise it when the layout or the meaning of a file changes
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
@@ -42,21 +49,47 @@ class DamagedCheckpointError(Exception):
     """A checkpoint that is not what was written; the message names the file."""
 
 
+@dataclass
+class FileEntry:
+    """What a manifest says of a file."""
+
+    bytes: Count
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass
+class _Layout:  # what is read of a manifest's `topology`
+    world_size: Positive = 1
+    engine: str = ""
+    zero: int = 0
+    expert: int = 1
+    dtype: str = ""
+
+
+@dataclass
+class _Data:  # what is read of a manifest's `data`
+    tokenizer: str = ""
+    order: int = 0
+    schedule: list[tuple[Count, dict[str, float]]] = field(default_factory=list)
+    contents: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint says of itself."""
 
-    step: int
+    step: Count
     created: str  # local time, ISO 8601
-    optimizer_steps: int  # fewer than `step` where updates were skipped
-    skipped_samples: int  # of the token order, by rollbacks
-    rollbacks: int
+    optimizer_steps: Count  # fewer than `step` where updates were skipped
+    skipped_samples: Count  # of the token order, by rollbacks
+    rollbacks: Count
     val_loss: float | None  # where this step was evaluated
     config: dict[str, Any]
     topology: dict[str, Any]
     data: dict[str, Any]  # what the token order depends on
     versions: dict[str, str]
-    tensors: dict[str, list[int]]  # shapes of the logical tensors
+    tensors: dict[str, list[Count]]  # shapes of the logical tensors
     files: dict[str, dict[str, Any]]  # {"bytes": ..., "sha256": ...} by name
     weights_only: bool = False
     format: int = FORMAT
@@ -183,18 +216,33 @@ def _sha256(path: Path) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest, if it is what was written; raises a `DamagedCheckpointError` that names what is wrong with it."""
     try:
-        content = (folder / MANIFEST).read_bytes()
-        digest = (folder / DIGEST).read_bytes()
-    except OSError as error:
-        raise DamagedCheckpointError(
-            f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
-        ) from None
+        content = read_bytes(path := folder / MANIFEST, FIX, JSON_BYTES)
+        digest = read_bytes(folder / DIGEST, FIX, JSON_BYTES)
+    except ConfigError as error:
+        raise _damaged(folder, error) from None
     if digest != f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode():
         raise DamagedCheckpointError(f"{MANIFEST} and {DIGEST} do not match")
-    values = json.loads(content)
-    if values["format"] != FORMAT:
-        raise DamagedCheckpointError(f"{MANIFEST} has format {values['format']}, this version reads format {FORMAT}")
-    return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+    try:
+        values = parse_json(content, path, FIX, dict[str, Any])
+        if values.get("format") != FORMAT:
+            found = printable(str(values.get("format"))[:40])
+            raise DamagedCheckpointError(f"{MANIFEST} has format {found}, this version reads format {FORMAT}")
+        convert(values, Manifest, path, FIX)
+        for name, kind in {"config": RunConfig, "topology": _Layout, "data": _Data}.items():
+            convert(values[name], kind, path, FIX)
+        convert(values["files"], dict[str, FileEntry], path, FIX)
+        batch, *_ = (values["config"][section][name] for section, name in _READ)
+        convert(batch, Positive, path, FIX)
+    except KeyError as error:
+        raise DamagedCheckpointError(f"{MANIFEST} lacks {error} in its config") from None
+    except ConfigError as error:
+        raise _damaged(folder, error) from None
+    return Manifest(**{one.name: values[one.name] for one in fields(Manifest) if one.name in values})
+
+
+def _damaged(folder: Path, error: ConfigError) -> DamagedCheckpointError:
+    """The gate's error as a line about a file of the folder."""
+    return DamagedCheckpointError(str(error).removeprefix(f"{folder}/").removesuffix(f"; {FIX}."))
 
 
 def find_damage(folder: Path, contents: bool = True, part: slice = slice(None)) -> list[str]:
@@ -212,7 +260,7 @@ def find_damage(folder: Path, contents: bool = True, part: slice = slice(None)) 
     for name in sorted(manifest.files)[part]:
         path, entry = folder / name, manifest.files[name]
         if not _FILE_NAME.fullmatch(name) or path.is_symlink():
-            damage.append(f"{name} is not a file of the folder itself")
+            damage.append(printable(f"{name} is not a file of the folder itself"))
         elif not path.is_file():
             damage.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
@@ -261,13 +309,15 @@ class CheckpointReader:
         for name in sorted(manifest.files):
             try:
                 self._files[name] = safe_open(folder / name, framework="pt")
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from None
         self._index: dict[str, dict[str, list[_Piece]]] = defaultdict(lambda: defaultdict(list))
         for file_name, file in self._files.items():
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-                name, kind, start = key.rsplit(":", 2)
-                length = Size(file.get_slice(key).get_shape()).numel()
+                name, kind, start = (*key.rsplit(":", 2), "", "")[:3]
+                if not re.fullmatch(r"[0-9]{1,18}", start):
+                    raise DamagedCheckpointError(printable(f"{file_name} has a tensor {key}, which no checkpoint has"))
+                length = math.prod(file.get_slice(key).get_shape())
                 self._index[name][kind].append(_Piece(int(start), length, file_name, key))
         for kinds in self._index.values():
             for pieces in kinds.values():
@@ -285,7 +335,7 @@ class CheckpointReader:
                 raise DamagedCheckpointError(f"{name} is not in it")
             for kind, pieces in self._index[name].items():
                 *starts, end = accumulate((piece.length for piece in pieces), initial=0)
-                if end != Size(shape).numel() or starts != [piece.start for piece in pieces]:
+                if end != math.prod(shape) or starts != [piece.start for piece in pieces]:
                     raise DamagedCheckpointError(f"{kind} of {name} is not there whole and once")
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:

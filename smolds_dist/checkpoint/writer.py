@@ -23,6 +23,7 @@ from torch import Tensor
 from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.files import replace_text
+from smolds_dist.inputs import convert, read_json
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
@@ -203,9 +204,10 @@ class CheckpointWriter:
                         f"rank {rank} has not written its file, or to a folder that rank 0 does not see"
                     )
                 time.sleep(0.02)
-            entry = json.loads(path.read_text())
+            entry = read_json(path, "save again", dict[str, Any])
             if "error" in entry:
-                raise OtherRankError(entry["error"])
+                raise OtherRankError(str(entry["error"]))
+            convert(entry, files.FileEntry, path, "save again")
             entries[path.with_suffix(".safetensors").name] = entry
             path.unlink()
         return entries

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from msgspec import Meta
 
 from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import Positive, convert, read_yaml
 
+Above0 = Annotated[float, Meta(gt=0, le=1e30)]
+From0 = Annotated[float, Meta(ge=0, le=1e30)]
 FILE = Path(__file__).with_name("hardware.yaml")
 
 
@@ -15,8 +19,8 @@ FILE = Path(__file__).with_name("hardware.yaml")
 class Link:
     """Of one device, in one direction."""
 
-    bandwidth: float  # bytes/s
-    latency: float  # seconds of an exchange with one peer
+    bandwidth: Above0  # bytes/s
+    latency: From0  # seconds of an exchange with one peer
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,17 @@ class Hardware:
     key: str
     name: str
     device: str
-    peak: dict[str, float]
-    memory: float
-    bandwidth: float
-    per_node: int
+    peak: dict[str, Above0]
+    memory: Above0
+    bandwidth: Above0
+    per_node: Positive
     link: Link
     fabric: Link
-    host_link: float
-    utilisation: float
-    overhead: float
-    process: float
-    failures: float
+    host_link: Above0
+    utilisation: Above0
+    overhead: From0
+    process: From0
+    failures: From0
     sources: tuple[str, ...] = ()
 
     def flops(self, dtype: str) -> float:
@@ -77,14 +81,11 @@ def load_hardware(name: str) -> Hardware:
             raise ConfigError(
                 f"hardware {name!r} is unknown; use one of {', '.join(entries)}, or a file that --calibrate wrote."
             )
-        try:
-            entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            entries = None
-        if not isinstance(entries, dict) or len(entries) != 1:
+        entries = read_yaml(path, "write it by `smolds plan --calibrate`", dict[str, dict[str, Any]])
+        if len(entries) != 1:
             raise ConfigError(f"{path} has not one entry of hardware; write it by `smolds plan --calibrate`.")
         name = next(iter(entries))
-    return parse_hardware(name, entries[name])
+    return parse_hardware(name, entries[name], path)
 
 
 def known_hardware(device_name: str) -> Hardware | None:
@@ -98,25 +99,10 @@ def known_hardware(device_name: str) -> Hardware | None:
     return load_hardware(key) if key else None
 
 
-def parse_hardware(key: str, entry: dict[str, Any]) -> Hardware:
+def parse_hardware(key: str, entry: dict[str, Any], path: Path = FILE) -> Hardware:
     """An entry of the YAML file.
 
     Raises:
         ConfigError: where something is missing or no number.
     """
-    numbers = ("memory", "bandwidth", "host_link", "utilisation", "overhead", "process", "failures")
-    try:
-        found: dict[str, Any] = {field: float(entry[field]) for field in numbers}
-        for field in ("link", "fabric"):
-            found[field] = Link(float(entry[field]["bandwidth"]), float(entry[field]["latency"]))
-        return Hardware(
-            key=key,
-            name=entry["name"],
-            device=entry["device"],
-            peak={dtype: float(value) for dtype, value in entry["peak"].items()},
-            per_node=int(entry["per_node"]),
-            sources=tuple(entry.get("sources", ())),
-            **found,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"hardware {key!r} is incomplete ({error}); hardware.yaml shows the form.") from None
+    return convert(entry | {"key": key}, Hardware, path, "hardware.yaml in the package shows the form", strict=False)

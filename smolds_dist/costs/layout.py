@@ -1,10 +1,12 @@
 """What memory and time depend on besides the model: how many ranks there are, and what each does in a step."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import read_json
 
 DEEPSPEED_BUCKET = 500_000_000  # `reduce_bucket_size` where a file does not set it
 
@@ -98,11 +100,12 @@ def configured(config: Any) -> dict[str, Any]:
     if config.parallel.ds_config is None:
         return fields
     try:
-        zero = json.loads(Path(config.parallel.ds_config).read_text(encoding="utf-8")).get("zero_optimization", {})
+        read = read_json(Path(config.parallel.ds_config), "mend it", dict[str, Any])
+        zero = read.get("zero_optimization", {})
         bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)
         return fields | {
             "offload": zero.get("offload_optimizer", {}).get("device", "none") != "none",
             "bucket": None if bucket == "auto" else int(bucket),
         }
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, ConfigError):
         return fields  # the training says what is wrong with the file

@@ -81,6 +81,11 @@ def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
     if not is_export and not (source / "checkpoints").is_dir() and not (source / "manifest.json").is_file():
         raise ConfigError(f"{source} holds no model; name a run's folder, a checkpoint's, or an exported model's.")
 
+    if is_export:
+        from smolds_dist.interchange.model_folder import check_settings, check_sizes
+
+        check_sizes(folder, check_settings(folder))
+
     import torch
     import transformers
 
@@ -92,7 +97,7 @@ def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
         try:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **safely)
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, RuntimeError, OSError, KeyError, AttributeError, ArithmeticError) as error:
             raise ConfigError(
                 f"{folder} cannot be loaded ({first_line(error)}); name a model of transformers' own classes, with its "
                 "tokenizer and safetensors files."

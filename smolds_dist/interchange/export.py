@@ -183,7 +183,14 @@ def model_config(manifest: Manifest, tokenizer: Any) -> Any:
     from smolds_dist.settings import Model
 
     architecture = Model(**manifest.config["model"]).architecture(tokenizer)
-    architecture["vocab_size"] = manifest.tensors["model.embed_tokens.weight"][0]
+    vocab, hidden = (*manifest.tensors.get("model.embed_tokens.weight", ()), 0, 0)[:2]
+    layers = {name.split(".")[2] for name in manifest.tensors if name.startswith("model.layers.")}
+    if hidden != architecture["hidden_size"] or len(layers) != architecture["num_hidden_layers"]:
+        raise ConfigError(
+            f"the checkpoint of step {manifest.step} has tensors of {len(layers)} layers and width {hidden}, its config "
+            f"{architecture['num_hidden_layers']} and {architecture['hidden_size']}; restore it from a copy."
+        )
+    architecture["vocab_size"] = vocab
     return DeepSeekV3Config(**architecture)
 
 
@@ -250,9 +257,15 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
 
 def build_model(reader: CheckpointReader, config: Any) -> Any:
     """Our model, in fp32 on the CPU, with a checkpoint's weights and selection biases."""
-    from smolds_dist.model import empty_model
-    from smolds_dist.parallel.fragments import fill_parameters
+    import torch
 
+    from smolds_dist.model import DeepSeekV3ForCausalLM, empty_model
+    from smolds_dist.parallel.fragments import fill_parameters, tensor_shapes
+
+    with torch.device("meta"):
+        shapes = tensor_shapes(DeepSeekV3ForCausalLM(config))
+    if shapes != {name: tuple(shape) for name, shape in reader.manifest.tensors.items()}:
+        raise ConfigError(f"{reader.folder} has tensors of another model than its config says; restore it from a copy.")
     model = empty_model(config)
     fill_parameters(model, reader.fill)
     for name, bias in _selection_biases(reader):

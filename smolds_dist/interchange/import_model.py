@@ -5,7 +5,6 @@ counterparts here. Weights are read and written tensor by tensor. The run begins
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser, first_line
 from smolds_dist.interchange import upcycle
+from smolds_dist.interchange.model_folder import check_settings, check_sizes, weight_files
 from smolds_dist.rules import validate
 from smolds_dist.settings import Model, RunConfig, Yarn
 
@@ -36,6 +36,7 @@ def import_model(args: list[str]) -> None:
 
     theirs, ours = read_config(folder)
     tokenizer = read_tokenizer(folder, ours.vocab_size)
+    check_sizes(folder, check_settings(folder))
     wanted, config.model = config.model, model_settings(ours)
     tensors = logical_tensors(folder, ours, theirs)
     if options.upcycle:
@@ -85,6 +86,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         advice = f"it is a run, whose model is in {folder / 'export'}" if is_run else "name a folder with these"
         raise ConfigError(f"{folder} holds no model, config.json and safetensors files; {advice}.")
     check_free(options.to)
+    check_settings(folder)
     upcycle.check_options(options)
     changed = upcycle.CHANGED if options.upcycle else ()
     refused = {f"--model.{field.name}" for field in fields(Model) if field.name not in changed}
@@ -137,7 +139,7 @@ def read_config(folder: Path) -> tuple[Any, Any]:
         if isinstance(theirs, smolds_dist.model.DeepSeekV3Config):
             return theirs, theirs
         return theirs, our_config(theirs)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, TypeError, OSError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConfigError(
             f"{folder} cannot be imported ({first_line(error)}); smolds knows ERNIE 4.5 MoE, DeepSeek-V3, Mixtral, "
             "Qwen3-MoE, OLMoE and Llama models with the features that its own have."
@@ -288,24 +290,3 @@ def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str,
             raise ConfigError(f"{path} is damaged ({error}); get it anew.") from None
     if further:
         print(f"{further} tensors of layers that predict further tokens (num_nextn_predict_layers) are left out")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files those of its index, else model.safetensors, else all.
-
-    Raises:
-        ConfigError: where there are none, or one is missing.
-    """
-    index, alone = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    paths = [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
-    if index.is_file():
-        try:
-            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is damaged; get it anew.") from None
-    if not paths:
-        raise ConfigError(f"{folder} holds no safetensors files; convert the model's weights to them.")
-    for path in paths:
-        if not path.is_file():
-            raise ConfigError(f"{folder} lacks {path.name}, which {index.name} lists; get it, too.")
-    return paths

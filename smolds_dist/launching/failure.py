@@ -7,7 +7,6 @@ need the run folder on a shared file system for that, as checkpoints do.
 
 import contextlib
 import faulthandler
-import json
 import os
 import re
 import signal
@@ -15,9 +14,12 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import Count, Positive, Time, convert, read_json
 from smolds_dist.launching import hang
 from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.state import write_state
@@ -220,13 +222,30 @@ def _tell(folder: Path, cause: str) -> None:
         print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
 
 
+@dataclass
+class RankEntry:
+    """What is read of a rank's entry. Its process may be sent a signal, which -1 would send to all of a user's."""
+
+    rank: Count
+    host: str
+    pid: Positive
+    system: str
+    started: Time
+    state: str
+    job: str = ""
+    memory_events: str = ""
+    kills_before: Count = 0
+    code: int = 0
+
+
 def _entries(folder: Path, job: str | None = None, files: list[Path] | None = None) -> list[dict[str, Any]]:
     entries = []
     for path in sorted(folder.glob("rank_*.json")) if files is None else files:
         try:
-            entry = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue  # just being replaced
+            entry = read_json(path, "delete it", dict[str, Any])
+            convert(entry, RankEntry, path, "delete it")
+        except (OSError, ConfigError):
+            continue  # just being replaced, or damaged
         if job is None or entry["job"] == job:
             entries.append(entry)
     return entries

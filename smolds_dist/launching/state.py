@@ -5,15 +5,42 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.errors import first_line
+from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.files import replace_text
+from smolds_dist.inputs import Positive, Time, convert, read_json
 from smolds_dist.parallel.ranks import host_name, system_name
 
 STATE = "state.json"
 SUBMITTED = "submitted.json"  # of a run that waits in Slurm's queue
+FIX = "delete it"
+
+
+@dataclass
+class State:
+    """What is read of `STATE`."""
+
+    state: str
+    host: str
+    pid: Positive
+    system: str
+    ranks: Positive
+    started: Time
+    why: str = ""
+
+
+@dataclass
+class Submitted:
+    """What is read of `SUBMITTED`."""
+
+    job: str
+    time: Time
+
+
+KINDS: dict[str, Any] = {STATE: State, SUBMITTED: Submitted}
 
 
 def write_state(run_dir: Path, entry: dict[str, Any], name: str = STATE) -> None:
@@ -22,12 +49,22 @@ def write_state(run_dir: Path, entry: dict[str, Any], name: str = STATE) -> None
         replace_text(run_dir / name, json.dumps(entry))
 
 
-def read_state(run_dir: Path, name: str = STATE) -> dict[str, Any]:
-    """What the file says; empty where there is none."""
+def read_state(run_dir: Path, name: str = STATE, damaged_is_none: bool = True) -> dict[str, Any]:
+    """What the file says; empty where there is none.
+
+    Raises:
+        ConfigError: for a damaged file, unless that counts as none.
+    """
+    path = run_dir / name
     try:
-        return json.loads((run_dir / name).read_text())
-    except (OSError, ValueError):
-        return {}
+        entry = read_json(path, FIX, dict[str, Any]) if path.exists() else {}
+        if entry and name in KINDS:
+            convert(entry, KINDS[name], path, FIX)
+        return entry
+    except (OSError, ConfigError):
+        if damaged_is_none or not path.exists():
+            return {}
+        raise
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A run in few words: how far it came, how well, how fast, and what happened on the way."""
 
 import math
+from collections import defaultdict
 from itertools import pairwise
 
 from smolds_dist.checkpoint.files import Manifest
@@ -66,7 +67,8 @@ def events(rows: list[dict]) -> list[str]:
     for row in rows:
         kind = "skipped" if row.get("skipped") else row.get("event")
         if kind in EVENTS:
-            told.append(EVENTS[kind].format(**row | {"versions": versions_in_words(row.get("versions", {}))}))
+            known = defaultdict(lambda: "?", row | {"versions": versions_in_words(row.get("versions", {}))})
+            told.append(EVENTS[kind].format_map(known))
     return told
 
 

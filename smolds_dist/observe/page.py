@@ -20,7 +20,7 @@ import yaml
 from smolds_dist.checkpoint.files import manifests_of
 from smolds_dist.observe.curves import CURVES
 from smolds_dist.observe.overview import column_of, events, overview, smooth
-from smolds_dist.observe.rows import dense_layers, read_rows
+from smolds_dist.observe.rows import dense_layers, read_rows, read_settings
 from smolds_dist.observe.runs import settings_that_differ
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def html_page(runs: list[Path]) -> str:
     if len(runs) > 1:
         parts.append(_table([("", *(run.resolve().name for run in runs)), *settings_that_differ(runs)]))
     for run in runs:
-        settings = (run / "config.yaml").read_text(encoding="utf-8")
+        settings = yaml.safe_dump(read_settings(run), sort_keys=False)
         parts.append(f"<details><summary>All{_of(run, runs)}</summary><pre>{_text(settings)}</pre></details>")
     for run in runs:
         told = "".join(f"<li>{_text(event)}</li>" for event in events(rows[run]))

@@ -22,7 +22,7 @@ from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.state import read_state
 from smolds_dist.observe.markdown import fenced, inline, table
 from smolds_dist.observe.overview import column_of, events, overview, smooth
-from smolds_dist.observe.rows import dense_layers, load_table, read_rows
+from smolds_dist.observe.rows import dense_layers, load_table, read_rows, read_settings
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.rules import trackers_in
 from smolds_dist.settings import Model, saved_sources
@@ -59,8 +59,7 @@ def report(args: list[str]) -> None:
     parser.add_argument("--to", type=Path, help="folder to write to; the run's own where there is one run")
     options = parser.parse_args(args)
     for run in options.runs:
-        if not any("loss" in row for row in read_rows(run / "metrics.jsonl")):
-            raise ConfigError(f"{run} holds no training steps; name a run's folder, such as runs/NAME.")
+        _check(run)
     if trackers := trackers_in(options.send, "--send"):
         for run in options.runs:
             send(run, trackers)
@@ -92,9 +91,33 @@ def report(args: list[str]) -> None:
         print(path)
 
 
+NEEDED = {
+    "loss": ("tokens", "tokens_per_s"), "val_loss": ("val_bits_per_byte",), "load": ("max_vio", "max_vio_window"),
+    "seen_texts": ("unique_texts", "epochs"),
+}  # fmt: skip
+
+
+def _check(run: Path) -> None:
+    """Raise a `ConfigError` for a run without steps, or with rows that lack what goes with what they have."""
+    path = run / "metrics.jsonl"
+    rows, samples = read_rows(path), read_rows(run / "samples.jsonl")
+    if not any("loss" in row for row in rows):
+        raise ConfigError(f"{run} holds no training steps; name a run's folder, such as runs/NAME.")
+    for row in rows:
+        lacking = [n for kind, names in NEEDED.items() if kind in row for n in names if row.get(n) is None]
+        if lacking or row.get("tokens_per_s", 1.0) <= 0:
+            wrong = f"lacks {lacking[0]}" if lacking else f"has tokens_per_s {row['tokens_per_s']}"
+            raise ConfigError(f"{path}: a row of step {row['step']} {wrong}; remove that line.")
+    if len({(len(load), *{len(layer) for layer in load}) for row in rows if (load := row.get("load"))}) > 1:
+        raise ConfigError(f"{path}: its rows have loads of different numbers of experts; remove the wrong lines.")
+    for row in samples:
+        if not {"text", "prompt"} <= row.keys():
+            raise ConfigError(f"{run / 'samples.jsonl'}: a row of step {row['step']} lacks its text; remove that line.")
+
+
 def send(run: Path, trackers: list[str]) -> None:
     """Gives trackers what they have not got of a run."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_settings(run)
     rows = read_rows(run / "metrics.jsonl")
     code = {"failed": 1, "stopped": EXIT_CODES[signal.SIGTERM]}.get(read_state(run).get("state", ""), 0)
     for feed in [Feed(name, run, config, rows) for name in trackers]:
@@ -111,7 +134,7 @@ def unique_content(text: str) -> float | None:
 def training_log(run: Path) -> str:
     """The run as Markdown: configuration, model, loss at regular steps, expert balance, checkpoints, events."""
     rows = read_rows(run / "metrics.jsonl")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_settings(run)
     manifests = list(manifests_of(run / "checkpoints").values())
     parts = [
         f"# Training log of {run.resolve().name}",

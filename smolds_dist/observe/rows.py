@@ -1,13 +1,17 @@
 """The rows of a run's files, metrics.jsonl and samples.jsonl: written, read and put together."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from smolds_dist.files import replace_text
+from smolds_dist.inputs import convert, read_yaml
 from smolds_dist.rows import read_rows
+from smolds_dist.settings import RunConfig
 
 WINDOW = 100  # steps of the wider MaxVio
 
@@ -20,6 +24,18 @@ def is_kept(step: int, digits: int) -> bool:
 def rounded(values: Tensor) -> list:
     """Nested lists of numbers that are short in JSON."""
     return values.double().cpu().round(decimals=5).tolist()
+
+
+def read_settings(run: Path, filled: bool = True) -> dict[str, Any]:
+    """A run's config.yaml, its values of the settings' types; raises a `ConfigError` for one that is damaged.
+
+    Args:
+        filled: with defaults for what it lacks.
+    """
+    path, fix = run / "config.yaml", "restore it from a copy, or from `config` in a checkpoint's manifest.json"
+    settings = read_yaml(path, fix, dict[str, dict[str, Any]])
+    config = convert(settings, RunConfig, path, fix)
+    return asdict(config) if filled else settings
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict]:

@@ -4,7 +4,6 @@ Everything comes from the runs' folders, so that it works from any host that see
 another host that has ended without a word is told by its silence.
 """
 
-import json
 import shutil
 import sys
 import time
@@ -16,13 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.launching.state import SUBMITTED, read_state
+from smolds_dist.inputs import printable, read_text
+from smolds_dist.launching.state import STATE, SUBMITTED, read_state
 from smolds_dist.observe.curves import CURVES
+from smolds_dist.observe.rows import read_settings
 from smolds_dist.parallel.ranks import process_state, system_name
-from smolds_dist.rows import RESTARTS, read_rows
+from smolds_dist.rows import RESTARTS, parse_row, read_rows
 
 TAIL = 1 << 18  # bytes of a metrics.jsonl that are read from its end
 SILENT = 120.0  # seconds without a row, and `STEPS` steps' time, after which a run on another host counts as silent
@@ -80,15 +79,22 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def look(folder: Path, now: float | None = None) -> Run:
-    """A run as its folder says; of metrics.jsonl, however long it is, the beginning and the end are read."""
-    now = time.time() if now is None else now
+    """A run as its folder says, or what is wrong with it."""
+    try:
+        return _look(folder, time.time() if now is None else now)
+    except ConfigError as error:
+        return Run(folder.name, f"damaged: {str(error).removeprefix(f'{folder}/')}", 0, 0, None, None, None, None)
+
+
+def _look(folder: Path, now: float) -> Run:
+    """Of metrics.jsonl, however long it is, the beginning and the end are read."""
     rows = last_rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
-    seconds = median(b["time"] - a["time"] for a, b in pairwise(steps)) if len(steps) > 1 else None
+    seconds = median(b.get("time", 0.0) - a.get("time", 0.0) for a, b in pairwise(steps)) if len(steps) > 1 else None
     config = _config(folder)
     total = config.get("train", {}).get("steps", 0)
     step = steps[-1]["step"] if steps else 0
-    state = state_of(folder, rows[-1]["time"] if rows else None, seconds, now)
+    state = state_of(folder, rows[-1].get("time") if rows else None, seconds, now)
     running = state.startswith("running")
     return Run(
         folder.name,
@@ -96,7 +102,7 @@ def look(folder: Path, now: float | None = None) -> Run:
         step,
         total,
         next((row["loss"] for row in reversed(steps) if row["loss"] is not None), None),
-        median(row["tokens_per_s"] for row in steps[-STEPS:]) if steps else None,
+        median(row.get("tokens_per_s", 0.0) for row in steps[-STEPS:]) if steps else None,
         _started(folder),
         (total - step) * seconds if running and seconds else None,
     )
@@ -109,7 +115,7 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
         last_row: when the last row of metrics.jsonl was written.
         step_seconds: what a step takes.
     """
-    state, submitted = read_state(folder), read_state(folder, SUBMITTED)
+    state, submitted = (read_state(folder, name, damaged_is_none=False) for name in (STATE, SUBMITTED))
     if submitted and submitted["time"] > state.get("started", 0.0) and submitted["time"] > (last_row or 0.0):
         return f"waiting in Slurm, job {submitted['job']}"
     silent = now - max(state.get("started", 0.0), last_row or 0.0)
@@ -120,11 +126,8 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
     again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
     where = state["host"] + (f", {state['ranks']} ranks" if state["ranks"] > 1 else "")
     cause = folder / "ranks" / "cause.txt"
-    why = (
-        cause.read_text(encoding="utf-8").strip()
-        if cause.exists() and cause.stat().st_mtime >= state["started"]
-        else state["why"]
-    )
+    noted = cause.exists() and cause.stat().st_mtime >= state["started"]
+    why = read_text(cause, "delete it").strip() if noted else state.get("why")
     if state["state"] == "failed":
         return f"failed: {why or 'see its output'}{again}"
     if state["state"] != "running":
@@ -139,19 +142,14 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
     """The last rows of a metrics.jsonl."""
-    if not path.exists():
+    if not path.is_file():
         return []
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - TAIL))
         lines = file.read().splitlines()
-    rows = []
-    for line in lines[1:] if size > TAIL else lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last one, while it is written
-            continue
-    return rows
+    rows = map(parse_row, lines[1:] if size > TAIL else lines)  # the last one may be half written
+    return [row for row in rows if row is not None]
 
 
 def table(found: Iterable[Run]) -> str:
@@ -163,7 +161,7 @@ def table(found: Iterable[Run]) -> str:
         speed = "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}"
         started = datetime.fromtimestamp(run.started).strftime("%Y-%m-%d %H:%M") if run.started else ""
         left = "" if run.left is None else _duration(run.left)
-        lines.append((run.name, run.state, step, loss, speed, started, left))
+        lines.append((printable(run.name), printable(run.state), step, loss, speed, started, left))
     if len(lines) == 1:
         return "no runs here"
     if sys.stdout.isatty():
@@ -227,23 +225,21 @@ def _flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else printable(str(value))
 
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_settings(folder, filled=False) if path.exists() else {}
 
 
 def _started(folder: Path) -> float | None:
     """When the run first began."""
     path = folder / "metrics.jsonl"
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            try:
-                return json.loads(file.readline())["time"]
-            except (ValueError, KeyError):
-                pass
+    if path.is_file():
+        with path.open("rb") as file:
+            if (row := parse_row(file.readline(TAIL))) and "time" in row:
+                return row["time"]
     return read_state(folder).get("started")
 
 

@@ -27,7 +27,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.files import AppendedFile
 from smolds_dist.observe.curves import curves_of, first_mixture
 from smolds_dist.observe.markdown import fenced
-from smolds_dist.observe.rows import is_kept, read_rows
+from smolds_dist.observe.rows import is_kept, read_rows, read_settings
 
 PIXELS = 12  # of a heatmap's cell
 LARGEST_CELLS = 4096  # of a heatmap; beyond, it is left out
@@ -182,10 +182,10 @@ def rebuild(run: Path) -> Path:
     Raises:
         ConfigError: if there is no room for it; the old files stay.
     """
-    folder = run / "tensorboard"
+    folder, settings = run / "tensorboard", read_settings(run)
     old = [*folder.glob("*tfevents*")]
     with TemporaryDirectory(prefix=".tensorboard.", dir=run) as beside:
-        board = Board(Path(beside), 1, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        board = Board(Path(beside), 1, settings)
         for row in read_rows(run / "metrics.jsonl"):
             board.show(row)
         for row in read_rows(run / "samples.jsonl"):

@@ -1,6 +1,6 @@
 """DeepSpeed and its AutoEP for our model: the configuration and the workarounds."""
 
-import json
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolds_dist.costs.memory import BUCKET, PREFETCHED, SUB_GROUP
-from smolds_dist.errors import ConfigError, first_line
+from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import convert, read_json
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Model, RunConfig
 
@@ -23,6 +24,23 @@ if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
 OFFLOADED = {"offload_optimizer": ("none", "cpu"), "offload_param": ("none",)}
 
 
+@dataclass
+class _Zero:
+    offload_optimizer: dict[str, Any] = field(default_factory=dict)
+    offload_param: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Sections:
+    """What is read of a DeepSpeed configuration."""
+
+    zero_optimization: _Zero
+    bf16: dict[str, Any]
+    fp16: dict[str, Any]
+    expert_parallel: dict[str, Any]
+    data_types: dict[str, Any]
+
+
 def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
     """`ds_configs/zeroN.json`, or the user's own file, with every "auto" filled in.
 
@@ -32,13 +50,10 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
     folders = (Path(__file__).parents[1] / "ds_configs", Path(__file__).parents[2] / "ds_configs")
     own = config.parallel.ds_config
     path = Path(own) if own else next(f for f in folders if f.is_dir()) / f"zero{topology.zero}.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({first_line(error)}); fix it.") from None
-    sections = ("zero_optimization", "bf16", "fp16", "data_types", "expert_parallel")
-    if not isinstance(settings, dict) or not all(isinstance(settings.setdefault(key, {}), dict) for key in sections):
-        raise ConfigError(f"{path} is no DeepSpeed configuration, whose sections are JSON objects; mend it.")
+    settings = read_json(path, "mend it", dict[str, Any])
+    for key in ("zero_optimization", "bf16", "fp16", "data_types", "expert_parallel"):
+        settings.setdefault(key, {})
+    convert(settings, _Sections, path, "mend it")
     zero = settings["zero_optimization"]
     for section in ("optimizer", "scheduler"):
         if section in settings:

@@ -1,0 +1,142 @@
+"""The gate for a folder in Hugging Face format, before transformers sees it: settings in range, files of its own alone."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import printable, read_json
+
+FIX = "get it anew"
+INDEX = "model.safetensors.index.json"
+Size = Annotated[int, Meta(ge=1, le=2**24)]
+OrNone = Annotated[int, Meta(ge=0, le=2**24)] | None
+Real = Annotated[float, Meta(ge=0, le=1e12)] | None
+Ids = Annotated[int, Meta(ge=-1, le=2**24)] | list[Annotated[int, Meta(ge=0, le=2**24)]] | None
+
+
+@dataclass
+class ModelFile:
+    """What a model's config.json may say of sizes, under the names of smolds and of transformers' classes."""
+
+    model_type: str
+    vocab_size: Size = 1
+    hidden_size: Size = 1
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    num_attention_heads: Size = 1
+    num_key_value_heads: OrNone = None
+    head_dim: OrNone = None
+    intermediate_size: OrNone = None
+    moe_intermediate_size: OrNone = None
+    dense_intermediate_size: OrNone = None
+    num_experts: OrNone = None
+    num_local_experts: OrNone = None
+    n_routed_experts: OrNone = None
+    moe_num_experts: OrNone = None
+    num_experts_per_tok: OrNone = None
+    moe_k: OrNone = None
+    n_shared_experts: OrNone = None
+    moe_num_shared_experts: OrNone = None
+    first_k_dense_replace: OrNone = None
+    q_lora_rank: OrNone = None
+    kv_lora_rank: OrNone = None
+    qk_nope_head_dim: OrNone = None
+    qk_rope_head_dim: OrNone = None
+    v_head_dim: OrNone = None
+    n_group: OrNone = None
+    topk_group: OrNone = None
+    max_position_embeddings: Annotated[int, Meta(ge=1, le=2**40)] = 1
+    rope_theta: Real = None
+    rms_norm_eps: Real = None
+    initializer_range: Real = None
+    routed_scaling_factor: Real = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    architectures: list[str] | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: Ids = None
+    eos_token_id: Ids = None
+    pad_token_id: Ids = None
+
+    @property
+    def experts(self) -> int:
+        return max(
+            filter(None, (self.num_experts, self.num_local_experts, self.n_routed_experts, self.moe_num_experts, 1))
+        )
+
+
+@dataclass
+class Index:
+    """A safetensors index: each tensor's file."""
+
+    weight_map: dict[str, str]
+
+
+def check_settings(folder: Path) -> ModelFile:
+    """Check the types and ranges of the folder's settings, whatever its weights are.
+
+    Raises:
+        ConfigError: naming the file, the field and the fix.
+    """
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
+        if (folder / name).exists():
+            read_json(folder / name, FIX, dict[str, Any])
+    return read_json(folder / "config.json", FIX, ModelFile)
+
+
+def check_sizes(folder: Path, sizes: ModelFile) -> None:
+    """Raise a `ConfigError` if the settings describe more than the weights' files hold: it would be made in memory."""
+    layers, numbers = _stored(folder)
+    width, hidden = sizes.moe_intermediate_size or sizes.intermediate_size or 1, sizes.hidden_size
+    said = {
+        f"{sizes.num_hidden_layers:,} layers": sizes.num_hidden_layers > layers,
+        f"a vocabulary of {sizes.vocab_size:,} and a width of {hidden:,}": sizes.vocab_size * hidden > numbers,
+        f"{sizes.experts:,} experts of width {width:,}": sizes.experts * width * hidden > numbers,
+    }
+    if more := next((what for what, is_more in said.items() if is_more), None):
+        held = f"{layers:,} layers, {numbers:,} numbers at most"
+        raise ConfigError(
+            f"{folder / 'config.json'} says {more}, more than the weights beside it hold ({held}); {FIX}."
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those of its index, else model.safetensors, else all.
+
+    Raises:
+        ConfigError: where there are none, one is missing, or the index names a path outside the folder.
+    """
+    index, alone = folder / INDEX, folder / "model.safetensors"
+    paths = [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        names = sorted(set(read_json(index, FIX, Index).weight_map.values()))
+        if outside := [name for name in names if not re.fullmatch(r"\w[\w.+=-]*\.safetensors", name)]:
+            raise ConfigError(
+                printable(f"{index} names {outside[0][:100]!r}, not a safetensors file of its folder; {FIX}.")
+            )
+        paths = [folder / name for name in names]
+    if not paths:
+        raise ConfigError(f"{folder} holds no safetensors files; convert the model's weights to them.")
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"{folder} lacks {path.name}, which {INDEX} lists; get it, too.")
+    return paths
+
+
+def _stored(folder: Path) -> tuple[int, int]:
+    """How many layers the weights have, and how many numbers at most, of four bits each; reads headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    layers, paths = 0, weight_files(folder)
+    for path in paths:
+        try:
+            with safe_open(path, framework="np") as file:
+                found = [re.search(r"\.(\d{1,6})\.", key) for key in file.keys()]  # noqa: SIM118  it is no mapping
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(printable(f"{path} is damaged ({error}); {FIX}.")) from None
+        layers = max(layers, *(int(layer[1]) + 1 for layer in found if layer), 0)
+    return layers, 2 * sum(path.stat().st_size for path in paths)
