@@ -23,7 +23,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ConfigError: where there is none, or it has no end-of-text token to part the documents.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
             f"--data.tokenizer {name!r} could not be loaded ({first_line(error)}); "
