@@ -2,12 +2,14 @@
 
 import json
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 import yaml
-from ranks import EXTRAS, ROOT, smolds
+from conftest import options_of_small_run
+from ranks import EXTRAS, ROOT, Finished, run, smolds
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import evaluate_model
@@ -56,26 +58,61 @@ def likeliest(model, tokenizer, question):
     return sums.index(max(sums))
 
 
-@pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
-def test_a_local_task_is_scored_as_by_hand(kept_run, tmp_path):
-    run_dir, _ = kept_run
-    write_task(tmp_path / "tasks", "quiz")
-    asked = ["eval", str(run_dir), "--tasks", "quiz,qui?", "--include-path", str(tmp_path / "tasks")]
-    answer = tmp_path / "result.json"
-    path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
-    finished = smolds(*asked, "--json", str(answer), "--batch-size", "3", timeout=180, **path)
-    assert finished.returncode == 0, finished.text
-    assert "quiz" in finished.stdout and "acc" in finished.stdout
+needs_harness = pytest.mark.skipif(
+    not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it"
+)
+PATH = os.pathsep.join((str(EXTRAS), str(ROOT)))
 
-    model, tokenizer = load_model(run_dir)
+
+@pytest.fixture(scope="module")
+def commands(kept_run, corpus, cache, tmp_path_factory):
+    """What became of commands that need the harness, by name, all in one process, which imports it once."""
+    folder, run_dir = tmp_path_factory.mktemp("harness"), str(kept_run[0])
+    write_task(folder / "tasks", "quiz")
+    evaluate = ["eval", run_dir, "--tasks"]
+    asked = {
+        "scored": [
+            *evaluate, "quiz,qui?", "--include-path", str(folder / "tasks"), "--json", str(folder / "result.json"),
+            "--batch-size", "3",
+        ],
+        "unknown": [*evaluate, "quiz"],
+        "refused": [
+            "train", *options_of_small_run(corpus, cache, folder), "--eval.tasks=hellaswag", "--run.name=refused"
+        ],
+    }  # fmt: skip
+    script = str(ROOT / "tests" / "cli_worker.py")
+    finished = run([sys.executable, script, json.dumps([*asked.values()])], timeout=240, PYTHONPATH=PATH)
+    assert finished.returncode == 0, finished.text
+    results = [Finished(**json.loads(line)) for line in finished.stdout.splitlines() if line.startswith("{")]
+    return folder, dict(zip(asked, results, strict=True))
+
+
+@needs_harness
+def test_a_local_task_is_scored_as_by_hand(kept_run, commands):
+    folder, finished = commands
+    scored = finished["scored"]
+    assert scored.returncode == 0, scored.text
+    assert "quiz" in scored.stdout and "acc" in scored.stdout
+    model, tokenizer = load_model(kept_run[0])
     right = [likeliest(model, tokenizer, question) == question["answer"] for question in QUESTIONS]
     assert 0 < sum(right) < len(right)
-    result = json.loads(answer.read_text())
+    result = json.loads((folder / "result.json").read_text())
     assert result["results"]["quiz"]["acc,none"] == pytest.approx(sum(right) / len(right))
     assert result["harness"]
 
-    unknown = smolds("eval", str(run_dir), "--tasks", "quiz", timeout=180, **path)
+
+@needs_harness
+def test_unknown_task_is_named(commands):
+    unknown = commands[1]["unknown"]
     assert unknown.returncode == 2 and "quiz is no task" in unknown.stderr and "Traceback" not in unknown.stderr
+
+
+@needs_harness
+def test_task_that_cannot_be_had_is_named_before_the_first_step(commands):
+    folder, refused = commands[0], commands[1]["refused"]
+    assert refused.returncode == 2 and "--eval.tasks hellaswag could not be loaded" in refused.stderr, refused.text
+    assert "check the network" in refused.stderr and "Traceback" not in refused.stderr
+    assert not read_rows(folder / "runs" / "refused" / "metrics.jsonl")
 
 
 def test_mistakes_are_told(kept_run):
@@ -94,7 +131,7 @@ def test_without_the_harness_it_says_how_to_get_it(kept_run):
         evaluate_model([str(kept_run[0]), "--tasks", "quiz"])
 
 
-@pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
+@needs_harness
 @pytest.mark.long  # three starts that import the harness and DeepSpeed, two minutes
 @pytest.mark.parametrize("layout", [["--parallel.expert=2"], ["--parallel.zero=3", "--parallel.expert=1"]])
 def test_scores_while_training_are_those_of_the_steps_checkpoint(small_run, tmp_path, layout):
@@ -102,7 +139,7 @@ def test_scores_while_training_are_those_of_the_steps_checkpoint(small_run, tmp_
     Training goes on as if nothing had been asked."""
     write_task(tmp_path / "tasks", "quiz")
     write_generating_task(tmp_path / "tasks", "spell")
-    path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
+    path = {"PYTHONPATH": PATH}
     options = [*small_run, "--train.lr=0.01", "--train.steps=12", "--checkpoint.every=6", *layout]
     asked = [
         "--eval.tasks=quiz,spell",
@@ -142,12 +179,3 @@ def write_generating_task(folder, name):
         "metric_list": [{"metric": "chrf"}],
     }  # fmt: skip
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-
-
-@pytest.mark.skipif(not (EXTRAS / "lm_eval").is_dir(), reason="no .venv/extras; ./launch/test.sh makes it")
-def test_task_that_cannot_be_had_is_named_before_the_first_step(small_run, tmp_path):
-    path = {"PYTHONPATH": os.pathsep.join((str(EXTRAS), str(ROOT)))}
-    refused = smolds("train", *small_run, "--eval.tasks=hellaswag", "--run.name=refused", timeout=120, **path)
-    assert refused.returncode == 2 and "--eval.tasks hellaswag could not be loaded" in refused.stderr, refused.text
-    assert "check the network" in refused.stderr and "Traceback" not in refused.stderr
-    assert not read_rows(tmp_path / "runs" / "refused" / "metrics.jsonl")
