@@ -23,10 +23,11 @@ from smolds_dist.checkpoint.writer import CheckpointWriter, OtherRankError
 from smolds_dist.config import load_config
 from smolds_dist.data.text import digest, is_held_out
 from smolds_dist.errors import TrainingStoppedError
-from smolds_dist.launching.failure import find_dead
+from smolds_dist.launching.failure import RankReport, exit_code_of_stop, find_dead
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.settings import Parallel
 from smolds_dist.training import build as training_build
 from smolds_dist.training import trainer
 from smolds_dist.training.guard import LEAST, WINDOW, LossGuard, LossSpikeError
@@ -94,6 +95,14 @@ print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
     os.utime(cause, (time.time() + 60, time.time() + 60))
     finished = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
     assert finished.stdout == "True\n", finished.text
+
+
+def test_rank_that_loses_one_which_found_a_mistake_has_nothing_to_tell(tmp_path):
+    reports = [RankReport(tmp_path, RankInfo(rank=rank), Parallel()) for rank in (0, 1)]
+    reports[0].end("refused", 2)
+    reports[1].fail(RuntimeError("Connection closed by peer [127.0.0.1]:4496"))
+    assert exit_code_of_stop(tmp_path / "ranks", 0.0) == 2
+    assert not (tmp_path / "ranks" / "cause.txt").exists()
 
 
 @pytest.fixture

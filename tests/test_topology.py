@@ -150,7 +150,7 @@ def test_auto_says_why_and_what_it_does_not_know(tmp_path):
         with pytest.raises(ConfigError, match="'z80' is unknown"):
             plan(gpus, world, "--parallel.hardware=z80")
     (tmp_path / "here.yaml").write_text("{here: [")
-    with pytest.raises(ConfigError, match="not one entry of hardware"):
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         plan(gpus, 1, f"--parallel.hardware={tmp_path / 'here.yaml'}")
 
 

@@ -105,6 +105,9 @@ class RankReport:
             # The other end of a broken connection is the cause; its host's ranks see it best.
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
+                if any(entry["state"] == "refused" for entry in _entries(self.folder, self.entry["job"])):
+                    self.end("refused", 2)  # a rank alone has found a mistake, and told it
+                    return
                 if self._tell_dead():
                     return
                 time.sleep(0.2)
