@@ -67,7 +67,7 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
         (["--nproc-per-node=0", "--"], "1 or more"),
         (["--nproc-per-node=two", "--"], "1 or more"),
         (["--launcher=mpich", "--"], "torchrun"),
-        (["--restarts=-1", "--"], "at least 0"),
+        (["--restarts=-1", "--"], "0 or more"),
         (["--restarts=1", "--spares=1", "--"], "use --launcher slurm"),
         (["--spares=1", "--"], "give --restarts too"),
         (["--restarts-shrink", "--"], "give --restarts too"),

@@ -26,12 +26,6 @@ def generate(args: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16, help="prompts of a file that are computed together")
     options = parser.parse_args(args)
-    if options.max_new_tokens < 1 or options.batch_size < 1 or options.temperature < 0 or options.top_k < 0:
-        raise ConfigError(
-            "--max-new-tokens and --batch-size must be at least 1, --temperature and --top-k not negative."
-        )
-    if not 0 < options.top_p <= 1:
-        raise ConfigError(f"--top-p {options.top_p} is out of range; it must be more than 0 and at most 1.")
     prompts = [options.prompt]
     if options.prompts is not None:
         if not options.prompts.is_file():

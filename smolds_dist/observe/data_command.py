@@ -18,7 +18,7 @@ from smolds_dist.data.prepare import find_data, prepare_data, told_epochs
 from smolds_dist.data.rows import PLACES
 from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.data.workers import Workers
-from smolds_dist.errors import ConfigError, OptionParser, check_at_least
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.progress import ProgressBar, Reporter
 from smolds_dist.settings import RunConfig
@@ -56,7 +56,6 @@ def prepare(args: list[str]) -> int:
     )
     parser.add_argument("--workers", type=int, help="processes that tokenise; by default one for each core, up to 16")
     options, settings = parser.parse_before_training(args)
-    check_at_least(1, options, "workers")
     config = load_config(settings, prog="smolds data prepare --")
     reporter = Reporter(shown=config.log.level != "quiet")
     data = find_data(config, reporter=reporter)
