@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.errors import ConfigError, OptionParser, first_line
+from smolds_dist.inputs import ROWS_BYTES, read_text
 
 
 def generate(args: list[str]) -> None:
@@ -28,14 +29,7 @@ def generate(args: list[str]) -> None:
     options = parser.parse_args(args)
     prompts = [options.prompt]
     if options.prompts is not None:
-        if not options.prompts.is_file():
-            raise ConfigError(f"--prompts {options.prompts} is not a file; give one with a prompt in each line.")
-        try:
-            text = options.prompts.read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--prompts {options.prompts} cannot be read ({error}); give a UTF-8 text file."
-            ) from None
+        text = read_text(options.prompts, "give a UTF-8 text file", ROWS_BYTES)
         prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     model, tokenizer = load_model(options.source, options.step)
     longest = max((len(tokenizer(prompt).input_ids) for prompt in prompts), default=0)

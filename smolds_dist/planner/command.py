@@ -17,6 +17,7 @@ from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
+from smolds_dist.progress import duration
 from smolds_dist.settings import RunConfig
 
 MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
@@ -138,13 +139,6 @@ def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> 
         chosen.setdefault((one.layout.expert, one.layout.zero), one)
     del chosen[best.layout.expert, best.layout.zero]
     return sorted(chosen.values(), key=lambda one: (not fits(one, machine), -one.tokens_per_s))
-
-
-def duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:,.1f} seconds"
 
 
 def command_line(
