@@ -92,7 +92,8 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
 def wanted_tokens(data: TrainingData, samples: int) -> int | None:
     """About how many tokens the run wants to have; None before there are any of each source."""
     total = 0.0
-    for source, needed in zip(data.sources.values(), data.mixture.totals(samples).tolist(), strict=True):
+    for name, needed in data.taken(samples).items():
+        source = data.sources[name]
         if not source.num_found:
             return None
         all_of_it = source.tokens_found / source.num_found * len(source.units)
