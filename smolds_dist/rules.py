@@ -3,7 +3,6 @@
 Every contradiction between two settings is refused here or, where it depends on the machine, in `parallel.topology`.
 """
 
-import math
 import re
 from dataclasses import fields
 from importlib.util import find_spec
@@ -196,10 +195,7 @@ def _check_stages(data: Data) -> None:
                 raise ConfigError(
                     f"data.stages: stage {number} weighs {name!r}, which is no source; there are {names}."
                 )
-            if not 0 <= weight < math.inf:
-                raise ConfigError(
-                    f"data.stages: the weight {weight} of {name!r} is out of range; it must be 0 or more."
-                )
+            check_range(f"data.stages: stage {number}: {name}", weight, RANGES["source.weight"])
     if data.stages is not None and before != 1:
         raise ConfigError("data.stages must end at 1; give the last stage `until: 1.0`.")
     for number, stage in enumerate(data.stages or [Stage(1.0)], 1):
