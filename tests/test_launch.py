@@ -104,13 +104,13 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[]", "is no DeepSpeed configuration"),
-        ('{"bf16": true}', "is no DeepSpeed configuration"),
+        ("[]", "is not what it should be"),
+        ('{"bf16": true}', "is not what it should be (bf16: expected"),
         ('{"fp16": {"enabled": true}}', "enables fp16, and smolds computes in fp32 or bf16"),
-        ('{"fp16": true}', "is no DeepSpeed configuration"),
+        ('{"fp16": true}', "is not what it should be (fp16: expected"),
         ('{"optimizer": {}}', "remove it"),
         ('{"expert_parallel": {"autoep_size": 7}}', "sets expert_parallel.autoep_size to 7, but the run needs 2"),
-        ('{"zero_optimization": {"offload_param": "cpu"}}', "sets offload_param to 'cpu'"),
+        ('{"zero_optimization": {"offload_param": "cpu"}}', "(zero_optimization.offload_param: expected"),
         ("", "is not valid JSON"),
         ('{"zero_optimization": {"offload_param": {"device": "cpu"}}}', "sets offload_param to cpu"),
         ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "use none or cpu"),
