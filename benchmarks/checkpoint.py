@@ -15,7 +15,7 @@ from typing import Any
 
 from smolds_dist.bench.common import bench_parser, keep
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError, check_at_least
+from smolds_dist.errors import ConfigError
 
 
 def main(args: list[str]) -> None:
@@ -28,7 +28,6 @@ def main(args: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="a folder on the disk to write to")
     options = parser.parse_args(args)
-    check_at_least(1, options, "repeats")
     options.dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.dir))
     try:

@@ -21,7 +21,7 @@ from benchmarks.common import stdlib_texts
 from smolds_dist.bench.common import keep
 from smolds_dist.bench.train import processor
 from smolds_dist.config import load_config
-from smolds_dist.errors import OptionParser, check_at_least
+from smolds_dist.errors import OptionParser
 
 PARTS = ("tokenise", "batch", "order", "mask", "start", "prepare")
 SEQUENCES, SEQ_LEN = 32, 1024
@@ -48,7 +48,6 @@ def main(args: list[str]) -> None:
     )
     parser.add_argument("--steps", type=int, default=180, help="whose speed is measured after the start")
     options = parser.parse_args(args)
-    check_at_least(1, options, "rounds", "megabytes", "steps")
     rounds = options.rounds or 5
     from benchmarks.data_start import prepare, start
 

@@ -26,7 +26,7 @@ from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.memory import parameter_counts
 from smolds_dist.data.batch import TrainingData, batch_digest
-from smolds_dist.errors import ConfigError, check_at_least
+from smolds_dist.errors import ConfigError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, empty_model
 from smolds_dist.model.moe import SwiGLU
 from smolds_dist.parallel.balancer import Balancer
@@ -55,7 +55,6 @@ def main(args: list[str]) -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="tried by each")
     parser.add_argument("--picture", type=Path, help="file for the curves, .png")
     options, settings = parse(parser, args)
-    check_at_least(1, options, "steps")
     if any(not rate > 0 for rate in options.learning_rates):
         raise ConfigError(f"--learning-rates {options.learning_rates} must all be more than 0.")
     with tempfile.TemporaryDirectory(prefix="bench-dense-") as folder:

@@ -21,7 +21,6 @@ from benchmarks.trainer import Job
 from smolds_dist.bench.common import bench_parser, keep, parse
 from smolds_dist.bench.train import processor, say
 from smolds_dist.config import load_config
-from smolds_dist.errors import check_at_least
 
 LONGER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # times the steps of smolds
 Train = Callable[[float | None, int], dict[str, Any]]  # with a learning rate, None for its own; for so many steps
@@ -40,7 +39,6 @@ def main(args: list[str]) -> None:
     parser.add_argument("--longest", type=float, default=4.0, help="give the others up after so many times its steps")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the others")
     options, settings = parse(parser, args)
-    check_at_least(1, options, "steps", "ranks")
     with tempfile.TemporaryDirectory(prefix="bench-loss-") as folder:
         given = ["--preset", options.preset, "--train.optimizer=muon", *settings, f"--run.dir={folder}"]
         if options.steps is not None:

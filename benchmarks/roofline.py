@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.train import describe_machine, make_task, say
-from smolds_dist.errors import check_at_least
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +47,6 @@ def main(args: list[str]) -> None:
     add_dtype(parser)
     parser.add_argument("--steps", type=int, default=3, help="profiled, and as many not, after two to warm up")
     options, settings = parse(parser, args)
-    check_at_least(1, options, "sequences", "steps")
     result = measure(options, settings)
     keep(options, result)
     print(table(result))

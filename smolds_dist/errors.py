@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -70,23 +71,55 @@ class OptionParser(argparse.ArgumentParser):
         return options, args[cut + 1 :]
 
 
-MOST = {"--seed": 2**62, "--port": 65_535, "--nodes": 10**6, "--devices-per-node": 10**4, "--top": 10**4}
+ABOVE_0 = math.ulp(0)
+Bounds = tuple[float, float]  # the lowest and the highest value
+
+
+def ranges(table: dict[Bounds, str]) -> dict[str, Bounds]:
+    """The bounds of each name, from those of several with spaces between."""
+    return {name: bounds for bounds, names in table.items() for name in names.split()}
+
+
+# Of the commands' numbers; others are from 0 to 10^9, or 10^30 with decimals.
+RANGES = ranges({
+    (ABOVE_0, 1): "--top-p",
+    (ABOVE_0, 10**9): "--every",
+    (0, 1): "--upcycle-noise --upcycle-drop",
+    (0, 65_535): "--port",
+    (0, 2**62): "--seed",
+    (1, 10**4): "--devices-per-node --top",
+    (1, 10**6): "--nodes",
+    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --max-new-tokens --megabytes --ranks --repeats --rounds "
+    "--sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
+    (1, 1e30): "--budget-gpu-hours --target-tokens",
+    (2, 10**9): "--max-tokens",
+})  # fmt: skip
 WRITTEN = ("--json", "--picture", "--calibrate")  # files that a command writes at its end
 
 
 def _check_value(option: str, value: Any) -> None:
     """Raise a `ConfigError` for an option's value that no command could use."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        most = MOST.get(option, 10**9 if isinstance(value, int) else 1e30)
-        if not 0 <= value <= most:
-            rule = f"at most {most:,}" if value > most else "at least 0"
-            raise ConfigError(f"{option} {str(value)[:40]} is out of range; it must be {rule}.")
+        check_range(option, value, RANGES.get(option, (0, 10**9 if isinstance(value, int) else 1e30)))
     if isinstance(value, Path):
         text = str(value)
         if "\0" in text or len(text) > 4000 or any(len(name.encode()) > 255 for name in text.split("/")):
             raise ConfigError(f"{option} {text[:20]!r}... is not a path; names have 255 bytes at most, and no NUL.")
         if option in WRITTEN:
             _check_writable(option, value)
+
+
+def check_range(option: str, value: float, bounds: Bounds, otherwise: str = "") -> None:
+    """Raise a `ConfigError` for a number out of bounds, as NaN is; `otherwise` is what else the option takes."""
+    least, most = bounds
+    if least <= value <= most:
+        return
+    rule = {ABOVE_0: "be more than 0", 0: "be 0 or more"}.get(least, f"be at least {least}")
+    if (least, most) == (0, 1):
+        rule = "lie between 0 and 1"
+    elif value > most:
+        rule = f"be at most {most:,}"
+    raise ConfigError(f"{option} {str(value)[:40]} is out of range; it must {rule}{otherwise}.")
 
 
 def _check_writable(option: str, path: Path) -> None:
@@ -102,11 +135,3 @@ def _check_writable(option: str, path: Path) -> None:
         raise ConfigError(
             f"{option} {path} cannot be written ({error.strerror}); name a file in a folder that is there and writable."
         ) from None
-
-
-def check_at_least(least: int, options: argparse.Namespace, *names: str) -> None:
-    """Raises a `ConfigError` that names the first of these options that is set to a lower value."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g} is out of range; it must be at least {least}.")

@@ -124,19 +124,11 @@ def _wrong(path: Path, problem: str, fix: str) -> ConfigError:
 def _is_deep(values: Any) -> bool:
     """Return True if lists and objects are nested more than `DEPTH` deep; goes level by level."""
     level = [values]
-    for _ in range(DEPTH):
-        level = (
-            [
-                inner
-                for one in level
-                for inner in (one.values() if isinstance(one, dict) else one)
-                if isinstance(inner, dict | list)
-            ]
-            if isinstance(values, dict | list)
-            else []
-        )
+    for _ in range(DEPTH + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
         if not level:
             return False
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
     return True
 
 

@@ -17,6 +17,14 @@ NEW_WAIT = 2.0  # seconds without an update, after which it is another wait
 NAP = 0.5  # seconds between two heartbeats
 
 
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two."""
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:,.1f} seconds"
+
+
 class ProgressBar:
     """A bar that is redrawn in place, or a line now and then where standard error is no terminal, as in a Slurm job's file.
 

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +12,22 @@ from smolds_dist.inputs import ROWS_BYTES, Count, Time, convert, parse_json, pri
 RESTARTS = "restarts.jsonl"  # in a run's folder, what `launching.restarts` notes there
 
 
-@dataclass
-class Row:
-    """What is read of a row, in metrics.jsonl, samples.jsonl and restarts.jsonl; a row of other types is damaged."""
-
-    step: Count
-    time: Time = 0.0
-    tokens: Count = 0
-    loss: float | None = None
-    val_loss: float | None = None
-    val_bits_per_byte: float | None = None
-    val_max_vio: float | None = None
-    tokens_per_s: float = 0.0
-    mfu: float = 0.0
-    memory_gb: float = 0.0
-    max_logit: float = 0.0
-    lr: float | None = None
-    grad_norm: float | None = None
-    max_vio: float | None = None
-    max_vio_window: float | None = None
-    seen_texts: Count = 0
-    unique_texts: Count = 0
-    dense_layers: Count = 0
-    number: Count = 0
-    failed_after: Count = 0
-    event: str = ""
-    text: str = ""
-    prompt: str = ""
-    cause: str = ""
-    logs: str = ""
-    epochs: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    grad_norms: dict[str, float] = field(default_factory=dict)
-    tasks: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    router_entropy: list[float] = field(default_factory=list)
-    load: list[list[float]] = field(default_factory=list)
-    bias: list[list[float]] = field(default_factory=list)
-    router_histogram: list[list[float]] = field(default_factory=list)
+# What is read of a row, in metrics.jsonl, samples.jsonl and restarts.jsonl, beside its step, by type; a row of other
+# types is damaged.
+_FIELDS: tuple[tuple[Any, str], ...] = (
+    (Count, "tokens seen_texts unique_texts dense_layers number failed_after"),
+    (Time, "time"),
+    (float, "tokens_per_s mfu memory_gb max_logit"),
+    (float | None, "loss val_loss val_bits_per_byte val_max_vio lr grad_norm max_vio max_vio_window"),
+    (str, "event text prompt cause logs"),
+    (dict[str, float], "epochs seconds grad_norms tasks"),
+    (dict[str, str], "versions"),
+    (dict[str, Any], "data"),
+    (list[float], "router_entropy"),
+    (list[list[float]], "load bias router_histogram"),
+)
+_OPTIONAL = [(name, kind, None) for kind, names in _FIELDS for name in names.split()]
+Row: Any = make_dataclass("Row", [("step", Count), *_OPTIONAL])
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -3,7 +3,6 @@
 Every contradiction between two settings is refused here or, where it depends on the machine, in `parallel.topology`.
 """
 
-import math
 import re
 from dataclasses import fields
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from smolds_dist.architecture import contradictions, divisors
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ABOVE_0, ConfigError, check_range, ranges
 from smolds_dist.settings import SOURCE_KINDS, TRACKERS, Data, RunConfig, Stage
 
 
@@ -75,8 +74,8 @@ def validate(config: RunConfig) -> None:
         )
 
 
-ABOVE_0 = math.ulp(0)
-_TABLE: dict[tuple[float, float], str] = {
+# Of every number among the settings
+RANGES = ranges({
     (ABOVE_0, 1e30): "train.lr model.rope_theta model.routed_scaling_factor data.disk_budget_gb",
     (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
     (ABOVE_0, 0.5): "data.val_fraction",
@@ -102,9 +101,7 @@ _TABLE: dict[tuple[float, float], str] = {
     (1, 10**12): "train.steps",
     (1, 10**15): "data.window_tokens data.max_tokens",
     (2, 10**9): "data.seq_len",
-}
-# The lowest and highest value of every number among the settings.
-RANGES = {name: bounds for bounds, names in _TABLE.items() for name in names.split()}
+})  # fmt: skip
 MAY_BE_EMPTY = ("log.to", "log.sample_prompts", "log.final_prompts", "eval.tasks")
 
 
@@ -135,16 +132,8 @@ def _check_values(part: Any, kind: str, option: str) -> None:
     for field in fields(part):
         name, value = f"{kind}.{field.name}", getattr(part, field.name)
         if isinstance(value, int | float) and not isinstance(value, bool) and name in RANGES:
-            least, most = RANGES[name]
-            if least <= value <= most:
-                continue
-            rule = {ABOVE_0: "be more than 0", 0: "be 0 or more"}.get(least, f"be at least {least}")
-            if (least, most) == (0, 1):
-                rule = "lie between 0 and 1"
-            elif value > most:
-                rule = f"be at most {most:,}"
             null = ", or null" if type(None) in get_args(field.type) else ""
-            raise ConfigError(f"{option}.{field.name} {str(value)[:40]} is out of range; it must {rule}{null}.")
+            check_range(f"{option}.{field.name}", value, RANGES[name], null)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 _check_text(text, f"{option}.{field.name}", name in MAY_BE_EMPTY)
@@ -206,10 +195,7 @@ def _check_stages(data: Data) -> None:
                 raise ConfigError(
                     f"data.stages: stage {number} weighs {name!r}, which is no source; there are {names}."
                 )
-            if not 0 <= weight < math.inf:
-                raise ConfigError(
-                    f"data.stages: the weight {weight} of {name!r} is out of range; it must be 0 or more."
-                )
+            check_range(f"data.stages: stage {number}: {name}", weight, RANGES["source.weight"])
     if data.stages is not None and before != 1:
         raise ConfigError("data.stages must end at 1; give the last stage `until: 1.0`.")
     for number, stage in enumerate(data.stages or [Stage(1.0)], 1):

@@ -106,7 +106,7 @@ def test_a_prompt_is_a_line_and_positions_end(kept_run, tmp_path, capsys):
     generate([str(tmp_path / "short"), "--prompt", "oak", "--max-new-tokens", "8", "--temperature", "0"])
     assert "go beyond the 4 positions of the model" in capsys.readouterr().err
     path.write_bytes(b"oak\xe9\n")
-    with pytest.raises(ConfigError, match=r"prompts.txt cannot be read .* give a UTF-8 text file"):
+    with pytest.raises(ConfigError, match=r"prompts.txt is not UTF-8 text .* give a UTF-8 text file"):
         generate([str(tmp_path / "short"), "--prompts", str(path)])
 
 
@@ -122,7 +122,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
     for args, words in (
         ([run_dir, "--top-p", "0"], "more than 0"),
         ([run_dir, "--max-new-tokens", "0"], "at least 1"),
-        ([run_dir, "--prompts", str(tmp_path / "none")], "not a file"),
+        ([run_dir, "--prompts", str(tmp_path / "none")], "none cannot be read"),
         ([run_dir, "--step", "5"], "no checkpoint of step 5"),
         ([str(tmp_path)], "holds no model"),
     ):

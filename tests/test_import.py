@@ -331,9 +331,12 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
         ),
         "index": (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {'),
-            "index.json is damaged",
+            "index.json is not valid JSON",
         ),
-        "names": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json is damaged"),
+        "names": (
+            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+            "index.json is not what it should be",
+        ),
         "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer"),
         "vocabulary": (vocabulary, "tokenizer of 300 tokens and a model of 280"),
     }

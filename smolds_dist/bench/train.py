@@ -26,7 +26,7 @@ from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.costs.memory import with_vocabulary
-from smolds_dist.errors import ConfigError, check_at_least
+from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.topology import available_cores
 
 # Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
@@ -61,8 +61,7 @@ def bench(args: list[str]) -> None:
     options, settings = parse(parser, args)
     if any(one.startswith("--train.optimizer") for one in settings):
         raise ConfigError("--train.optimizer is told by --optimizers here; use that.")
-    check_at_least(1, options, "sequences", "rounds", "steps")
-    if any(ranks < 1 or options.sequences % ranks for ranks in options.ranks):
+    if any(options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
     if options.against and not (options.against / "smolds_dist" / "bench" / "contenders.py").is_file():
         raise ConfigError(

@@ -378,16 +378,15 @@ class CheckpointReader:
         return {f"{name}:{kind}:0": tensor for name in names for kind, tensor in self.stored(name).items()}
 
 
-def read_all(folder: Path) -> tuple[CheckpointReader | None, list[str]]:
+def read_all(folder: Path, part: slice = slice(None)) -> tuple[CheckpointReader | None, list[str]]:
     """A reader of a checkpoint of which every file and tensor is there, or what is wrong with it, as `find_damage`."""
-    damage = find_damage(folder)
-    if damage:
-        return None, damage
     try:
+        if damage := find_damage(folder, part=part):
+            return None, damage
         reader = CheckpointReader(folder, read_manifest(folder))
         reader.check_coverage()
         return reader, []
-    except DamagedCheckpointError as error:
+    except (DamagedCheckpointError, OSError) as error:
         return None, [str(error)]
 
 

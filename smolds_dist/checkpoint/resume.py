@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from smolds_dist.checkpoint import files
-from smolds_dist.checkpoint.files import CheckpointReader, DamagedCheckpointError, Manifest
+from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.checkpoint.writer import Progress
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
@@ -209,14 +209,7 @@ def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = 
 
 def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None, str]:
     """A reader of a whole checkpoint, or what is wrong with it, on all ranks alike. Every rank reads its share of files."""
-    reader, damage = None, []
-    try:
-        damage = files.find_damage(folder, part=slice(topology.rank, None, topology.world_size))
-        if not damage:
-            reader = CheckpointReader(folder, files.read_manifest(folder))
-            reader.check_coverage()
-    except (DamagedCheckpointError, OSError) as error:
-        damage = [str(error)]
+    reader, damage = files.read_all(folder, slice(topology.rank, None, topology.world_size))
     found = [damage] * topology.world_size
     if topology.world_size > 1:
         dist.all_gather_object(found, damage)

@@ -112,7 +112,10 @@ class CheckpointWriter:
         tensors = self._live(engine, balancer) | (others or {})
         background = self.config.checkpoint.background and not wait
         tensors = self._copied(tensors) if background else {key: tensor.cpu() for key, tensor in tensors.items()}
-        self._start(self._write, unfinished, tensors, self._manifest(engine, progress, val_loss))
+        identity = self.identity(progress.skipped_samples + progress.step * self.config.train.global_batch)
+        of_step: dict[str, Any] = {"optimizer_steps": engine.optimizer_steps, "val_loss": val_loss, "files": {}}
+        manifest = new_manifest(self.config, self.topology, progress, identity, self.tensors, **of_step)
+        self._start(self._write, unfinished, tensors, manifest)
         if not background:
             self.wait()
 
@@ -151,20 +154,6 @@ class CheckpointWriter:
         if self.topology.device == "cuda":
             torch.cuda.synchronize()
         return {key: self.staging[key] for key in tensors}
-
-    def _manifest(self, engine: Engine, progress: Progress, val_loss: float | None) -> Manifest:
-        return Manifest(
-            **asdict(progress),
-            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            optimizer_steps=engine.optimizer_steps,
-            val_loss=val_loss,
-            config=asdict(self.config),
-            topology=asdict(self.topology),
-            data=self.identity(progress.skipped_samples + progress.step * self.config.train.global_batch),
-            versions=package_versions(),
-            tensors={name: list(shape) for name, shape in self.tensors.items()},
-            files={},
-        )
 
     def _write(self, unfinished: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """The background's work. Its outcome is the folder's name, or `failure()`."""
@@ -223,6 +212,27 @@ class CheckpointWriter:
             kept.add(best)
         for folder in manifests.keys() - kept:
             files.remove(folder)
+
+
+def new_manifest(
+    config: RunConfig,
+    topology: Topology,
+    progress: Progress,
+    data: dict[str, Any],
+    tensors: dict[str, tuple[int, ...]],
+    **others: Any,
+) -> Manifest:
+    """Of a checkpoint that is written now; `others` are the rest of its fields."""
+    return Manifest(
+        **asdict(progress),
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        config=asdict(config),
+        topology=asdict(topology),
+        data=data,
+        versions=package_versions(),
+        tensors={name: list(shape) for name, shape in tensors.items()},
+        **others,
+    )
 
 
 def package_versions() -> dict[str, str]:

@@ -51,8 +51,11 @@ class TrainingData:
 
     def covers(self, samples: int, wait: bool = False) -> bool:
         """Whether the tokens of the run's first `samples` samples are there."""
-        needed = zip(self.orders.values(), self.mixture.totals(samples).tolist(), strict=True)
-        return all(order.extend(taken - 1, wait) for order, taken in needed if taken)
+        return all(self.orders[name].extend(taken - 1, wait) for name, taken in self.taken(samples).items() if taken)
+
+    def taken(self, samples: int) -> dict[str, int]:
+        """How many of the run's first `samples` samples are of each source."""
+        return dict(zip(self.sources, self.mixture.totals(samples).tolist(), strict=True))
 
     def samples(self, indices: np.ndarray) -> list[Sample]:
         """The samples at those places of the run [n]; waits for tokens that are not there yet."""
@@ -77,18 +80,14 @@ class TrainingData:
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often the first `samples` samples of the run go through each source of which is known how large it is."""
-        totals = self.mixture.totals(samples).tolist()
-        return {
-            name: total / order.num_samples
-            for (name, order), total in zip(self.orders.items(), totals, strict=True)
-            if order.complete
-        }
+        taken = self.taken(samples)
+        return {name: taken[name] / order.num_samples for name, order in self.orders.items() if order.complete}
 
     @property
     def val_weights(self) -> dict[str, float]:
         """Each source's part in the validation loss: its share of the run, so that it stays the same from step to step."""
-        totals = self.mixture.totals(self.mixture.stages[-1].end)
-        return {name: float(part) for name, part in zip(self.sources, totals / totals.sum(), strict=True)}
+        taken = self.taken(self.mixture.stages[-1].end)
+        return {name: part / sum(taken.values()) for name, part in taken.items()}
 
     @property
     def val_unigram_entropy(self) -> float:
@@ -106,9 +105,7 @@ class TrainingData:
 
     def identity(self, samples: int) -> dict:
         """What the tokens of the run's first `samples` samples depend on, for checkpoints."""
-        totals = self.mixture.totals(samples).tolist()
-        contents = {name: self._content(name, total) for name, total in zip(self.sources, totals, strict=True)}
-        return self._fixed | {"contents": contents}
+        return self._fixed | {"contents": {name: self._content(name, n) for name, n in self.taken(samples).items()}}
 
     def _content(self, name: str, samples: int) -> str:
         """Digest of a source's training texts up to the end of the window with the last of its first `samples` samples."""

@@ -44,9 +44,10 @@ def prepare_data(
     reporter = Reporter(shown=config.log.level != "quiet")
     try:
         data = find_data(config, tokenizer, limits, reporter)
-        totals = data.mixture.totals(samples).tolist()
-        for (name, order), taken in zip(data.orders.items(), totals, strict=True):
-            order.extend(None if config.data.mixed[name].max_epochs else taken)  # all where epochs are limited
+        for name, taken in data.taken(samples).items():
+            data.orders[name].extend(
+                None if config.data.mixed[name].max_epochs else taken
+            )  # all where epochs are limited
         for name in reporter.names:
             for line in data.sources[name].left_out():
                 print(line, file=sys.stderr, flush=True)
@@ -86,8 +87,7 @@ def find_data(
 def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
     """What the run will take of each source, a sentence for each."""
     samples = config.train.steps * config.train.global_batch
-    totals = dict(zip(data.sources, data.mixture.totals(samples).tolist(), strict=True))
-    epochs = data.epochs(samples)
+    totals, epochs = data.taken(samples), data.epochs(samples)
     lines = []
     for name, source in data.sources.items():
         tokens = f"{name}: {totals[name] * data.seq_len:,} tokens"

@@ -124,9 +124,9 @@ class DiskBudget:
 
 def unit_orders(data: TrainingData, samples: int) -> list[tuple[UnitSource, SourceOrder, int]]:
     """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
-    totals = data.mixture.totals(samples).tolist()
-    triples = zip(data.sources.values(), data.orders.values(), totals, strict=True)
-    return [(source, order, max(0, taken - 1)) for source, order, taken in triples if len(source.units) > 1]
+    taken = data.taken(samples)
+    several = {name: source for name, source in data.sources.items() if len(source.units) > 1}
+    return [(source, data.orders[name], max(0, taken[name] - 1)) for name, source in several.items()]
 
 
 def bytes_there(data: TrainingData) -> int:
@@ -159,7 +159,7 @@ def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Itera
 def wanted_units(data: TrainingData, samples: int) -> list[tuple[UnitSource, int]] | None:
     """Units that the run's first `samples` samples want and that are not there yet, the most urgent first; None where that
     cannot be said any more, as all is known."""
-    needed = dict(zip(data.sources, data.mixture.totals(samples).tolist(), strict=True))
+    needed = data.taken(samples)
     missing: list[tuple[int, UnitSource, list[int]]] = []
     for name, source in data.sources.items():
         order = data.orders[name]
@@ -172,8 +172,7 @@ def wanted_units(data: TrainingData, samples: int) -> list[tuple[UnitSource, int
 
 def runs_dry(data: TrainingData, name: str, known: int, samples: int) -> int:
     """The first sample of the run for which the source's first `known` samples are not enough; `samples`, if none is."""
-    at = list(data.sources).index(name)
-    return bisect_right(range(samples), known, key=lambda sample: data.mixture.totals(sample + 1)[at])
+    return bisect_right(range(samples), known, key=lambda sample: data.taken(sample + 1)[name])
 
 
 def work(told: Work) -> None:

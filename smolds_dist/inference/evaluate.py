@@ -52,8 +52,6 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
     )
     tasks.add_argument("--limit", type=int, help="questions of each task")
     options, settings = parser.parse_known_args(args)
-    if options.max_tokens < 2 or options.batch_size < 1:
-        raise ConfigError("--max-tokens must be at least 2 and --batch-size at least 1.")
     if not options.tasks and (options.include_path, options.num_fewshot, options.limit) != (None, None, None):
         raise ConfigError(
             "--include-path, --num-fewshot and --limit belong to --tasks; name some tasks, or leave them out."

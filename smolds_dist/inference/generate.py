@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.errors import ConfigError, OptionParser, first_line
+from smolds_dist.inputs import ROWS_BYTES, read_text
 
 
 def generate(args: list[str]) -> None:
@@ -26,22 +27,9 @@ def generate(args: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=16, help="prompts of a file that are computed together")
     options = parser.parse_args(args)
-    if options.max_new_tokens < 1 or options.batch_size < 1 or options.temperature < 0 or options.top_k < 0:
-        raise ConfigError(
-            "--max-new-tokens and --batch-size must be at least 1, --temperature and --top-k not negative."
-        )
-    if not 0 < options.top_p <= 1:
-        raise ConfigError(f"--top-p {options.top_p} is out of range; it must be more than 0 and at most 1.")
     prompts = [options.prompt]
     if options.prompts is not None:
-        if not options.prompts.is_file():
-            raise ConfigError(f"--prompts {options.prompts} is not a file; give one with a prompt in each line.")
-        try:
-            text = options.prompts.read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--prompts {options.prompts} cannot be read ({error}); give a UTF-8 text file."
-            ) from None
+        text = read_text(options.prompts, "give a UTF-8 text file", ROWS_BYTES)
         prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     model, tokenizer = load_model(options.source, options.step)
     longest = max((len(tokenizer(prompt).input_ids) for prompt in prompts), default=0)

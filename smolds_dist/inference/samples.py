@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from smolds_dist.inputs import printable
 from smolds_dist.model.regions import plain_regions
 
 
@@ -86,7 +87,7 @@ def continue_prompts(
 def whole_lines(text: str) -> str:
     """`text` to be shown: control characters escaped, and without an unfinished last line where there are others."""
     lines = (text.rpartition("\n")[0].rstrip() or text).split("\n")
-    return "\n".join("    | " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+    return "\n".join("    | " + printable(line) for line in lines)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], Tensor]:

@@ -6,13 +6,12 @@ counterparts here. Weights are read and written tensor by tensor. The run begins
 
 import argparse
 import math
-import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.checkpoint.files import Manifest, checkpoint_name, publish, write_parts
+from smolds_dist.checkpoint.files import checkpoint_name, publish, write_parts
 from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser, first_line
@@ -171,7 +170,7 @@ def write_checkpoint(
     """
     import torch
 
-    from smolds_dist.checkpoint.writer import Progress, package_versions
+    from smolds_dist.checkpoint.writer import Progress, new_manifest
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
@@ -187,20 +186,8 @@ def write_checkpoint(
     tensors = check_tensors(folder, kind, given, ours, shapes | biases)
     files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), PART_BYTES)
     topology = plan_topology(config, detect_machine(), RankInfo())
-    manifest = Manifest(
-        **asdict(Progress()),
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        optimizer_steps=0,
-        val_loss=None,
-        config=asdict(config),
-        topology=asdict(topology),
-        data={"tokenizer": tokenizer},
-        versions=package_versions(),
-        tensors={name: list(shape) for name, shape in shapes.items()},
-        files=files,
-        weights_only=True,
-    )
-    publish(unfinished, manifest)
+    of_import: dict[str, Any] = {"optimizer_steps": 0, "val_loss": None, "files": files, "weights_only": True}
+    publish(unfinished, new_manifest(config, topology, Progress(), {"tokenizer": tokenizer}, shapes, **of_import))
 
 
 def check_tensors(

@@ -1,7 +1,7 @@
 """The gate for a folder in Hugging Face format, before transformers sees it: settings in range, files of its own alone."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,53 +20,41 @@ Ids = Annotated[int, Meta(ge=-1, le=2**24)] | list[Annotated[int, Meta(ge=0, le=
 
 @dataclass
 class ModelFile:
-    """What a model's config.json may say of sizes, under the names of smolds and of transformers' classes."""
+    """What a model's config.json says of its size, under the names of smolds and of transformers' classes."""
 
     model_type: str
     vocab_size: Size = 1
     hidden_size: Size = 1
     num_hidden_layers: Annotated[int, Meta(ge=1, le=10_000)] = 1
-    num_attention_heads: Size = 1
-    num_key_value_heads: OrNone = None
-    head_dim: OrNone = None
     intermediate_size: OrNone = None
     moe_intermediate_size: OrNone = None
-    dense_intermediate_size: OrNone = None
     num_experts: OrNone = None
     num_local_experts: OrNone = None
     n_routed_experts: OrNone = None
     moe_num_experts: OrNone = None
-    num_experts_per_tok: OrNone = None
-    moe_k: OrNone = None
-    n_shared_experts: OrNone = None
-    moe_num_shared_experts: OrNone = None
-    first_k_dense_replace: OrNone = None
-    q_lora_rank: OrNone = None
-    kv_lora_rank: OrNone = None
-    qk_nope_head_dim: OrNone = None
-    qk_rope_head_dim: OrNone = None
-    v_head_dim: OrNone = None
-    n_group: OrNone = None
-    topk_group: OrNone = None
-    max_position_embeddings: Annotated[int, Meta(ge=1, le=2**40)] = 1
-    rope_theta: Real = None
-    rms_norm_eps: Real = None
-    initializer_range: Real = None
-    routed_scaling_factor: Real = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    quantization_config: dict[str, Any] | None = None
-    architectures: list[str] | None = None
-    tie_word_embeddings: bool = False
-    bos_token_id: Ids = None
-    eos_token_id: Ids = None
-    pad_token_id: Ids = None
 
     @property
     def experts(self) -> int:
         return max(
             filter(None, (self.num_experts, self.num_local_experts, self.n_routed_experts, self.moe_num_experts, 1))
         )
+
+
+# What else is checked there, by its type
+_CHECKED: tuple[tuple[Any, str], ...] = (
+    (Size, "num_attention_heads"),
+    (Annotated[int, Meta(ge=1, le=2**40)], "max_position_embeddings"),
+    (OrNone, "num_key_value_heads head_dim dense_intermediate_size num_experts_per_tok moe_k n_shared_experts "
+     "moe_num_shared_experts first_k_dense_replace q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+     "n_group topk_group"),
+    (Real, "rope_theta rms_norm_eps initializer_range routed_scaling_factor"),
+    (Ids, "bos_token_id eos_token_id pad_token_id"),
+    (dict[str, Any] | None, "rope_scaling rope_parameters quantization_config"),
+    (list[str] | None, "architectures"),
+    (bool, "tie_word_embeddings"),
+)  # fmt: skip
+_FIELDS = [(name, kind, None) for kind, names in _CHECKED for name in names.split()]
+_CheckedFile = make_dataclass("_CheckedFile", _FIELDS, bases=(ModelFile,))
 
 
 @dataclass
@@ -85,7 +73,7 @@ def check_settings(folder: Path) -> ModelFile:
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
         if (folder / name).exists():
             read_json(folder / name, FIX, dict[str, Any])
-    return read_json(folder / "config.json", FIX, ModelFile)
+    return read_json(folder / "config.json", FIX, _CheckedFile)
 
 
 def check_sizes(folder: Path, sizes: ModelFile) -> None:

@@ -57,10 +57,7 @@ def upcycled_model(dense: Model, wanted: Model, how: Upcycling) -> Model:
         raise ConfigError(
             f"--upcycle makes experts of a dense model, this one has {dense.num_experts} already; import it without."
         )
-    for name, share in (("noise", how.noise), ("drop", how.drop)):
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--upcycle-{name} {share} is out of range; it must lie between 0 and 1.")
-    if how.granularity < 1 or dense.intermediate_size % how.granularity:
+    if dense.intermediate_size % how.granularity:
         raise ConfigError(
             f"--upcycle-granularity {how.granularity} does not cut the dense layers, {dense.intermediate_size} wide, into "
             "experts of one width; use a divisor."

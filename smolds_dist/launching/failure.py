@@ -152,11 +152,7 @@ class RankReport:
         """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
         cause = self.folder / "cause.txt"
         if not cause.exists() and find_dead(self.folder, self.entry["job"], files=self.near()):
-            print(
-                f"\nsmolds: {cause.read_text(encoding='utf-8').strip()}; the other ranks stop.",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(cause.read_text(encoding="utf-8").strip())
         return cause.exists()
 
 
@@ -222,7 +218,11 @@ def _note(folder: Path, cause: str) -> bool:
 def _tell(folder: Path, cause: str) -> None:
     """Notes the cause and prints it, unless there is one already."""
     if _note(folder, cause):
-        print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
+        _say(cause)
+
+
+def _say(cause: str) -> None:
+    print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
 
 
 @dataclass

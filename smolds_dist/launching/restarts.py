@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from smolds_dist.errors import ConfigError, OptionParser, check_at_least
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.rows import RESTARTS, read_rows
 
@@ -106,8 +106,7 @@ def add_options(parser: OptionParser) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises a `ConfigError` for values out of range."""
-    check_at_least(0, options, "restarts", "spares")
+    """Raises a `ConfigError` for options that need another."""
     for name in ("spares", "restarts_shrink"):
         if getattr(options, name) and not options.restarts:
             raise ConfigError(f"--{name.replace('_', '-')} is for another start; give --restarts too.")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from smolds_dist.config import load_config
-from smolds_dist.errors import ConfigError, OptionParser, check_at_least
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching import restarts
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.state import SUBMITTED, write_state
@@ -180,6 +180,5 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, train_args = parser.parse_before_training(args)
     if not TIME.fullmatch(options.time):
         raise ConfigError(f"--time {options.time!r} is no time limit; give one as minutes, H:MM:SS or D-HH:MM:SS.")
-    check_at_least(1, options, "nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "warn")
     restarts.check_options(options)
     return options, train_args

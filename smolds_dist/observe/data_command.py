@@ -18,7 +18,7 @@ from smolds_dist.data.prepare import find_data, prepare_data, told_epochs
 from smolds_dist.data.rows import PLACES
 from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.data.workers import Workers
-from smolds_dist.errors import ConfigError, OptionParser, check_at_least
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.progress import ProgressBar, Reporter
 from smolds_dist.settings import RunConfig
@@ -56,7 +56,6 @@ def prepare(args: list[str]) -> int:
     )
     parser.add_argument("--workers", type=int, help="processes that tokenise; by default one for each core, up to 16")
     options, settings = parser.parse_before_training(args)
-    check_at_least(1, options, "workers")
     config = load_config(settings, prog="smolds data prepare --")
     reporter = Reporter(shown=config.log.level != "quiet")
     data = find_data(config, reporter=reporter)
@@ -93,7 +92,8 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
 def wanted_tokens(data: TrainingData, samples: int) -> int | None:
     """About how many tokens the run wants to have; None before there are any of each source."""
     total = 0.0
-    for source, needed in zip(data.sources.values(), data.mixture.totals(samples).tolist(), strict=True):
+    for name, needed in data.taken(samples).items():
+        source = data.sources[name]
         if not source.num_found:
             return None
         all_of_it = source.tokens_found / source.num_found * len(source.units)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.observe.summary import facts
+from smolds_dist.progress import duration
 
 SMOOTHING = 0.9  # weight of what was before, in the thick curves of pictures
 EVENTS = {
@@ -40,10 +41,7 @@ def overview(rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
     last = steps[-1]
     seconds = sum((after["tokens"] - before["tokens"]) / after["tokens_per_s"] for before, after in pairwise(steps))
     table: list[tuple] = [("steps", f"{last['step']:,}"), ("tokens", f"{last['tokens']:,}")]
-    unit, size = next(
-        (u, n) for u, n in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if seconds >= 2 * n or n == 1
-    )
-    table.append(("time in steps", f"{seconds / size:.1f} {unit}"))
+    table.append(("time in steps", duration(seconds)))
     if last["loss"] is not None:
         table.append(("last training loss", f"{last['loss']:.4f}"))
     evaluations = [row for row in rows if "val_loss" in row]

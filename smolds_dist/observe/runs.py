@@ -59,8 +59,6 @@ def runs(args: list[str]) -> None:
     options = parser.parse_args(args)
     if not options.folder.is_dir():
         raise ConfigError(f"{options.folder} is no folder; name the one that --run.dir names.")
-    if options.every <= 0:
-        raise ConfigError(f"--every {options.every:g} is out of range; it must be more than 0.")
     while True:
         shown = table(look(folder) for folder in find_runs(options.folder))
         if not options.watch:

@@ -1,6 +1,6 @@
 """DeepSpeed and its AutoEP for our model: the configuration and the workarounds."""
 
-from dataclasses import dataclass, field
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,21 +24,10 @@ if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
 OFFLOADED = {"offload_optimizer": ("none", "cpu"), "offload_param": ("none",)}
 
 
-@dataclass
-class _Zero:
-    offload_optimizer: dict[str, Any] = field(default_factory=dict)
-    offload_param: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class _Sections:
-    """What is read of a DeepSpeed configuration."""
-
-    zero_optimization: _Zero
-    bf16: dict[str, Any]
-    fp16: dict[str, Any]
-    expert_parallel: dict[str, Any]
-    data_types: dict[str, Any]
+# What is read of a DeepSpeed configuration
+SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "expert_parallel")
+_Zero = make_dataclass("_Zero", [(name, dict[str, Any], None) for name in OFFLOADED])
+_Sections = make_dataclass("_Sections", [(SECTIONS[0], _Zero), *((name, dict[str, Any]) for name in SECTIONS[1:])])
 
 
 def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
@@ -51,7 +40,7 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
     own = config.parallel.ds_config
     path = Path(own) if own else next(f for f in folders if f.is_dir()) / f"zero{topology.zero}.json"
     settings = read_json(path, "mend it", dict[str, Any])
-    for key in ("zero_optimization", "bf16", "fp16", "data_types", "expert_parallel"):
+    for key in SECTIONS:
         settings.setdefault(key, {})
     convert(settings, _Sections, path, "mend it")
     zero = settings["zero_optimization"]
@@ -63,8 +52,7 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
             f"{path} enables fp16, and smolds computes in fp32 or bf16; remove it, and give --train.dtype."
         )
     for section, devices in OFFLOADED.items():
-        offload = zero.get(section) or {}
-        device = offload.get("device", "none") if isinstance(offload, dict) else repr(offload)
+        device = (zero.get(section) or {}).get("device", "none")
         if device not in devices:
             raise ConfigError(
                 f"{path} sets {section} to {device}, of which DeepSpeed gives checkpoints no more than copies; use "

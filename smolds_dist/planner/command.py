@@ -14,9 +14,10 @@ from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
 from smolds_dist.data.mixture import in_words, mixture_of
-from smolds_dist.errors import ConfigError, OptionParser, check_at_least
+from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
+from smolds_dist.progress import duration
 from smolds_dist.settings import RunConfig
 
 MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
@@ -140,13 +141,6 @@ def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> 
     return sorted(chosen.values(), key=lambda one: (not fits(one, machine), -one.tokens_per_s))
 
 
-def duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:,.1f} seconds"
-
-
 def command_line(
     best: Candidate, config: RunConfig, run: RunTime, train_args: list[str], nodes: int, per_node: int
 ) -> str:
@@ -212,8 +206,4 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", type=Path, help="file for all layouts that fit")
     parser.add_argument("--picture", type=Path, help="file for step time against the number of ranks, up to 16,384")
     parser.add_argument("--calibrate", type=Path, help="measure this machine and write it to a file for --hardware")
-    options, train_args = parser.parse_before_training(args)
-    check_at_least(1, options, "nodes", "devices_per_node", "top", "target_tokens", "budget_gpu_hours")
-    if options.max_vio < 0 or options.straggling < 0:
-        raise ConfigError("--max-vio and --straggling must not be negative.")
-    return options, train_args
+    return parser.parse_before_training(args)
