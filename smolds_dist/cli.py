@@ -1,15 +1,19 @@
 """The `smolds` command."""
 
+import contextlib
 import gc
 import io
 import os
 import re
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from importlib import import_module
 
 from smolds_dist.errors import ConfigError, RankError, RankFailedError
+from smolds_dist.files import file_message
 
 FIRST_SPEAKS = 10.0  # seconds that ranks leave the first one to say what all have found wrong
 
@@ -74,32 +78,55 @@ def main(words: list[str] | None = None) -> None:
         if text := next((arg for arg in args if re.search("[\ud800-\udfff]", arg)), None):
             raise ConfigError(f"the option {text!r} is not UTF-8 text; set LC_ALL=C.UTF-8 and unset PYTHONUTF8.")
         module, _, function = COMMANDS[name].partition(":")
-        sys.exit(getattr(import_module(f"smolds_dist.{module}"), function)(args))
-    except ConfigError as error:
-        from smolds_dist.inputs import printable
-        from smolds_dist.parallel.ranks import is_first_rank
-
-        # Every rank finds the same mistake; one of them says so. Launchers end all ranks once one has ended: the others wait
-        # for that, or the first might be ended before it has spoken.
-        if isinstance(error, RankError) or is_first_rank(os.environ):
-            print("\n".join(map(printable, f"smolds: {error}".split("\n"))), file=sys.stderr)
-        else:
-            time.sleep(FIRST_SPEAKS)
-        sys.exit(2)
+        call = getattr(import_module(f"smolds_dist.{module}"), function)
+        with contextlib.nullcontext() if name == "train" else ended_by_signals():
+            sys.exit(call(args))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        # A file that cannot be read or written is the user's to mend; training notes its failures with their traceback.
-        if name == "train" or error.filename is None:
+    except Exception as error:
+        # A file that cannot be read or written is the user's to fix, as a wrong setting is.
+        mistake = isinstance(error, ConfigError)
+        if (message := str(error) if mistake else file_message(error)) is None:
             raise
-        print(
-            f"smolds: {error.filename}: {error.strerror}; check that it is there, writable, and has room.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        from smolds_dist.inputs import printable
+        from smolds_dist.parallel.ranks import is_first_rank
+
+        # Every rank finds the same mistake; one of them says so. Launchers end all ranks once one has ended: the others wait
+        # for that, or the first might be ended before it has spoken.
+        if not mistake or isinstance(error, RankError) or is_first_rank(os.environ):
+            print("\n".join(map(printable, f"smolds: {message}".split("\n"))), file=sys.stderr)
+        else:
+            time.sleep(FIRST_SPEAKS)
+        sys.exit(1 if name == "train" and not mistake else 2)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """End the block by an exception on Ctrl-C or SIGTERM, so that nothing half-written is left; exit code 128 + number."""
+    asked: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: old for number in numbers if (old := signal.getsignal(number)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    except Exception:  # code in C may make another exception of the signal's
+        if asked:
+            sys.exit(128 + asked[0])
+        raise
+    except KeyboardInterrupt:
+        sys.exit(128 + asked[0] if asked else 130)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def train_rank(args: list[str]) -> int:

@@ -14,6 +14,7 @@ import jsonargparse
 import yaml
 
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.files import replace_text
 from smolds_dist.inputs import read_yaml
 from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig, Source, Yarn
@@ -91,7 +92,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes every field as YAML that `--config` reads."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str]]:

@@ -1,7 +1,6 @@
 """`smolds checkpoint ls|verify|convert|rm RUN`: what a run has saved, whether it is whole, and what may go."""
 
 import argparse
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from smolds_dist.checkpoint import files
+from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inputs import printable
 
@@ -121,9 +121,6 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
     if (root / folder.name).exists():
         raise ConfigError(f"{root / folder.name} exists; choose another --to.")
     reader = files.open_verified(folder)
-    unfinished = root / f"unfinished_{folder.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in reader.manifest.tensors:
@@ -131,8 +128,10 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
                 yield f"{name}:{kind}:0", reader.whole(name, kind).view(-1)
         yield from reader.others().items()
 
-    entries = files.write_parts(unfinished, tensors())
-    written = files.publish(unfinished, replace(reader.manifest, files=entries, weights_only=weights_only))
+    with new_folder(root / folder.name) as part:
+        entries = files.write_parts(part, tensors())
+        check_free(root / folder.name)
+        written = files.publish(part, replace(reader.manifest, files=entries, weights_only=weights_only))
     print(f"wrote {written}")
     return written
 

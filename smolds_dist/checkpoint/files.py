@@ -192,7 +192,7 @@ def remove(folder: Path) -> None:
 
 def remove_leftovers(root: Path) -> None:
     """Deletes what a killed run left half written or half deleted."""
-    for pattern in ("unfinished_step_*", "removing_step_*"):
+    for pattern in ("unfinished_step_*", "removing_step_*", ".step_*.part"):
         for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,12 +1,13 @@
 """Folders and files that are whole or absent."""
 
+import contextlib
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from smolds_dist.errors import ConfigError
+from smolds_dist.files import naming, part_of
 
 
 def check_free(to: Path) -> None:
@@ -17,24 +18,32 @@ def check_free(to: Path) -> None:
 
 @contextmanager
 def new_folder(to: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Path]:
-    """A folder to fill, which becomes `to` once all has gone well, and goes away otherwise.
+    """Yield a folder to fill, which becomes `to` if all goes well, and is removed otherwise; so are parents made for it.
 
     Raises:
-        ConfigError: where none can be made.
+        ConfigError: if none can be made, or another process has made `to` meanwhile.
+        OSError: naming `to`, if there is no room.
     """
-    part = to.with_name(f".{to.name}.{uuid.uuid4().hex[:12]}.part")  # a name that nobody else has
+    part = part_of(to.with_name(f".{to.name}"))
+    missing = [folder for folder in part.parents if not folder.exists()]
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        make(part)
-    except OSError as error:
-        raise ConfigError(f"--to {to} cannot be made ({error.strerror}); choose another place.") from None
-    try:
-        yield part
-        part.rename(to)
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            make(part)
+        except OSError as error:
+            raise ConfigError(f"--to {to} cannot be made ({error.strerror}); choose another place.") from None
+        with naming(to, part):
+            yield part
+            if part.exists():  # else the block has given it its name
+                check_free(to)
+                part.rename(to)
     finally:
         if part.is_file():
             part.unlink()
         shutil.rmtree(part, ignore_errors=True)
+        for folder in missing:  # from the innermost out, up to one that holds something
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def new_file(to: Path) -> AbstractContextManager[Path]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from smolds_dist.errors import ConfigError
+from smolds_dist.files import file_message, naming
 
 
 def cache_folder(name: str) -> Path:
@@ -99,9 +100,21 @@ def write_if_free(folder: Path, write: Callable[[Path], None], find_damage: Find
 
     Args:
         patience: seconds to wait for another writer; -1: to its end.
+
+    Raises:
+        ConfigError: for a file that cannot be read or written; nothing half-written is left.
     """
     if folder.is_dir() and not find_damage(folder):
         return True
+    try:
+        return _write_if_free(folder, write, find_damage, patience)
+    except OSError as error:
+        if (message := file_message(error)) is None:
+            raise
+        raise ConfigError(message) from None
+
+
+def _write_if_free(folder: Path, write: Callable[[Path], None], find_damage: FindDamage, patience: float) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.lock")
     try:
@@ -118,7 +131,8 @@ def write_if_free(folder: Path, write: Callable[[Path], None], find_damage: Find
             prefix = f"{folder.name}.writing-"
             with tempfile.TemporaryDirectory(None, prefix, folder.parent, ignore_cleanup_errors=True) as name:
                 unfinished = Path(name)
-                write(unfinished)
+                with naming(folder, unfinished):
+                    write(unfinished)
                 unfinished.chmod(0o755)
                 unfinished.rename(folder)  # and nothing is left to remove
         # Whoever waits for this very lock finds the folder; nobody else will look for one.

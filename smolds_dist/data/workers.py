@@ -23,7 +23,7 @@ from smolds_dist.data.order import SourceOrder
 from smolds_dist.data.prepare import find_data
 from smolds_dist.data.unit_source import AT_ONCE, UnitSource
 from smolds_dist.errors import ConfigError
-from smolds_dist.files import replace_text
+from smolds_dist.files import file_message, replace_text
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import RunConfig
 
@@ -239,6 +239,8 @@ def end_without(parent: int) -> None:
 if __name__ == "__main__":
     try:
         work(Work(**json.loads(sys.argv[1])))
-    except ConfigError as error:
-        print(error)
+    except Exception as error:
+        if (message := str(error) if isinstance(error, ConfigError) else file_message(error)) is None:
+            raise
+        print(message)
         sys.exit(2)

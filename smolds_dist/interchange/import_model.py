@@ -273,7 +273,7 @@ def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str,
                         size = math.prod(shape)
                         yield name, flat[:size].view(shape)
                         flat = flat[size:]
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path} is damaged ({error}); get it anew.") from None
     if further:
         print(f"{further} tensors of layers that predict further tokens (num_nextn_predict_layers) are left out")

@@ -97,7 +97,8 @@ class RankReport:
     def fail(self, error: BaseException) -> None:
         """Notes the error, its traceback in `rank_N.log`, and tells the job's cause if nobody has."""
         log = self.folder / f"rank_{self.rank:05}.log"
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        with contextlib.suppress(OSError):  # of a full disk
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         last_line = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         self.entry["state"] = "failed"
         self._write()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.files import replaced
+from smolds_dist.files import replace_text, replaced
 from smolds_dist.parallel.ranks import process_state, system_name
 
 SIGN = "hanging"
@@ -45,9 +45,7 @@ def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], id
         )
         if match := re.search(r": (\d+) forward passes", texts[-1]):
             made[entry["rank"]] = int(match.group(1))
-    part = folder / f"{STACKS}.{own['rank']}"
-    part.write_text("\n".join(texts))
-    part.replace(folder / STACKS)
+    replace_text(folder / STACKS, "\n".join(texts))
 
     where = f"stacks of all ranks: {folder / STACKS}"
     silent = _silent(folder, entries)

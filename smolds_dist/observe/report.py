@@ -18,6 +18,7 @@ from smolds_dist.checkpoint.files import Manifest, manifests_of
 from smolds_dist.config import load_config
 from smolds_dist.data.mixture import in_words, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.files import replace_text, replaced
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.state import read_state
 from smolds_dist.observe.markdown import fenced, inline, table
@@ -72,16 +73,17 @@ def report(args: list[str]) -> None:
     except OSError as error:
         raise ConfigError(f"--to {folder} cannot be made ({error.strerror}); choose another folder.") from None
     written = [folder / "training_metrics.png"]
-    figure_of(options.runs).savefig(written[0])
+    with replaced(written[0]) as part:
+        figure_of(options.runs).savefig(part, format="png")
     if len(options.runs) == 1:
         texts = {"log_training.md": training_log(options.runs[0]), "sample_outputs.md": sample_log(options.runs[0])}
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            replace_text(folder / name, text)
             written.append(folder / name)
     if options.html:
         from smolds_dist.observe.page import html_page
 
-        (folder / "report.html").write_text(html_page(options.runs), encoding="utf-8")
+        replace_text(folder / "report.html", html_page(options.runs))
         written.append(folder / "report.html")
     if options.rebuild_tensorboard:
         from smolds_dist.observe.tensorboard import rebuild

@@ -15,6 +15,7 @@ from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepa
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
+from smolds_dist.files import naming
 from smolds_dist.inference.harness import evaluate_live, load_tasks
 from smolds_dist.inference.held_out import evaluate
 from smolds_dist.inference.samples import sample, whole_lines
@@ -55,6 +56,7 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     model_config = make_model_config(config, data)
     ahead = tokenising_ahead(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
     with ExitStack() as held:
+        held.enter_context(naming(config.run_dir))
         if topology.rank == 0:
             held.enter_context(hold_run(config))
         note = noted_state(config.run_dir, topology.world_size) if topology.rank == 0 else nullcontext(lambda *_: None)
