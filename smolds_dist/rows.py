@@ -2,9 +2,10 @@
 
 import functools
 import sys
-from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import defstruct
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import ROWS_BYTES, Count, Time, convert, parse_json, printable, read_bytes
@@ -27,7 +28,7 @@ _FIELDS: tuple[tuple[Any, str], ...] = (
     (list[list[float]], "load bias router_histogram"),
 )
 _OPTIONAL = [(name, kind, None) for kind, names in _FIELDS for name in names.split()]
-Row: Any = make_dataclass("Row", [("step", Count), *_OPTIONAL])
+Row: Any = defstruct("Row", [("step", Count), *_OPTIONAL], module=__name__)
 
 
 def read_rows(path: Path) -> list[dict]:

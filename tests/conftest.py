@@ -17,7 +17,24 @@ SENTENCES = [
 
 
 LONGEST = [
-    f"test_{name}.py" for name in "slurm readme contract parity balancer launchers faults import gguf export".split()
+    f"test_{name}.py"
+    for name in (
+        "parity",
+        "readme",
+        "ahead",
+        "faults",
+        "launchers",
+        "contract",
+        "import",
+        "slurm",
+        "export",
+        "compile",
+        "restarts",
+        "inputs",
+        "rank_checks",
+        "harness",
+        "gguf",
+    )
 ]
 
 

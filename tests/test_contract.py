@@ -307,8 +307,14 @@ def test_a_pipeline_generates_text():
 # torch.compile and torch.export. "aot_eager" is all of compiling but the last step, which writes machine code.
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        ("gqa", False),
+        ("latent", True),
+        *(pytest.param(*one, marks=pytest.mark.long) for one in (("gqa", True), ("latent", False))),
+    ],
+)
 def test_compiled_training_is_the_same(kind, checkpointing):
     losses = {} if checkpointing else dict(z_loss_coef=0.1, sequence_balance_coef=0.1)
     model = build(COMPILED[kind] | losses, bias_scale=0.2).train()
@@ -328,7 +334,7 @@ def test_compiled_training_is_the_same(kind, checkpointing):
 def test_compiled_training_takes_sequences_of_any_length():
     model = build(dict(GQA, num_hidden_layers=1)).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for shape in ((2, 24), (3, 30), (2, 40), (4, 7)):
+    for shape in ((2, 24), (3, 30), (4, 7)):
         inputs = dict(input_ids=tokens(*shape), labels=tokens(*shape))
         assert_same_step(loss_and_gradients(model, compiled, **inputs), loss_and_gradients(model, **inputs))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
@@ -422,7 +428,7 @@ def test_torch_export_gives_a_graph_of_pytorchs_operations_alone(kind):
     assert not lowered.graph_signature.buffers_to_mutate
 
 
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize("kind", ["gqa", pytest.param("latent", marks=pytest.mark.long)])
 def test_an_exported_graph_takes_any_batch_and_length(kind, tmp_path):
     model = build(COMPILED[kind], bias_scale=0.2)
     shape = {0: torch.export.Dim("batch", max=16), 1: torch.export.Dim("length", min=2, max=64)}

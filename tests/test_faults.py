@@ -33,7 +33,7 @@ from smolds_dist.training import trainer
 from smolds_dist.training.guard import LEAST, WINDOW, LossGuard, LossSpikeError
 
 # Of each part: runs, ranks, seed.
-FEW, TWENTY = [(3, 1, 1), (1, 2, 3)], [(8, 1, 1), (8, 1, 2), (4, 2, 3)]
+FEW, TWENTY = [(2, 1, 1), (1, 2, 3)], [(8, 1, 1), (8, 1, 2), (4, 2, 3)]
 
 
 @pytest.mark.parametrize("parts", [FEW, pytest.param(TWENTY, marks=pytest.mark.long)], ids=["few", "twenty"])

@@ -55,14 +55,15 @@ VARIANTS: dict[str, list[str]] = {
 # Each feature at least once.
 VARIANTS_IN_SHORT = {name: VARIANTS[name] for name in ("gqa", "latent", "gqa family", "latent family", "dense")}
 
-# Exact attention: with the defaults llama.cpp keeps keys and values in fp16 and computes attention in it too.
+# One thread: two would wait in loops where another test has a core. Exact attention: by default llama.cpp keeps keys and values
+# in fp16 and computes attention in it too.
 LLAMA = """
 import json, sys, urllib.request, xllamacpp
 answers = []
 for model, requests in json.load(open(sys.argv[1])):
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.warmup, params.fit_params, params.verbosity = model, 256, False, False, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)

@@ -1,12 +1,12 @@
 """DeepSpeed and its AutoEP for our model: the configuration and the workarounds."""
 
-from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from msgspec import defstruct
 from torch import Tensor, nn
 
 from smolds_dist.costs.memory import BUCKET, PREFETCHED, SUB_GROUP
@@ -26,8 +26,10 @@ OFFLOADED = {"offload_optimizer": ("none", "cpu"), "offload_param": ("none",)}
 
 # What is read of a DeepSpeed configuration
 SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "expert_parallel")
-_Zero = make_dataclass("_Zero", [(name, dict[str, Any], None) for name in OFFLOADED])
-_Sections = make_dataclass("_Sections", [(SECTIONS[0], _Zero), *((name, dict[str, Any]) for name in SECTIONS[1:])])
+_Zero = defstruct("_Zero", [(name, dict[str, Any], None) for name in OFFLOADED], module=__name__)
+_Sections = defstruct(
+    "_Sections", [(SECTIONS[0], _Zero), *((name, dict[str, Any]) for name in SECTIONS[1:])], module=__name__
+)
 
 
 def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
