@@ -55,8 +55,8 @@ VARIANTS: dict[str, list[str]] = {
 # Each feature at least once.
 VARIANTS_IN_SHORT = {name: VARIANTS[name] for name in ("gqa", "latent", "gqa family", "latent family", "dense")}
 
-# One thread: two would wait in loops where another test has a core. Exact attention: by default llama.cpp keeps keys and values
-# in fp16 and computes attention in it too.
+# One thread: two would wait in loops where another test has a core.
+# Exact attention: by default llama.cpp keeps keys and values in fp16, and computes attention in it too.
 LLAMA = """
 import json, sys, urllib.request, xllamacpp
 answers = []
