@@ -73,6 +73,13 @@ def read_json(path: Path, fix: str, kind: type[T], most: int = JSON_BYTES) -> T:
     return parse_json(read_bytes(path, fix, most), path, fix, kind)
 
 
+def check_tokenizer_files(folder: Path, fix: str) -> None:
+    """Raise a `ConfigError` unless a tokenizer's files in the folder, as far as they are there, are JSON objects."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            read_json(folder / name, fix, dict[str, Any])
+
+
 def parse_json(content: bytes, path: Path, fix: str, kind: type[T]) -> T:
     """Parse JSON that was read from `path`; as `read_json`."""
     try:

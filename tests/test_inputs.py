@@ -20,6 +20,7 @@ from smolds_dist import cli
 from smolds_dist.checkpoint.files import DamagedCheckpointError, best_of, read_manifest
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import load_hardware
+from smolds_dist.data.tokenizer import load_tokenizer
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import printable, read_yaml
 from smolds_dist.interchange.model_folder import check_settings, check_sizes, weight_files
@@ -308,3 +309,13 @@ def test_a_resume_loses_a_damaged_line_alone(kept_run, copied, tmp_path):
     options = [option for option in kept_run[1] if not option.startswith("--run.dir")]
     train(load_config([*options, f"--run.dir={tmp_path}", "--checkpoint.resume=auto", "--train.steps=7"]))
     assert read_rows(path)[: len(rows)] == rows
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_odd_tokenizers_are_rejected(kept_run, tmp_path, name):
+    folder = shutil.copytree(kept_run[0] / "tokenizer", tmp_path / "tokenizer")
+    for odd in ODD:
+        write_odd(folder / name, odd)
+        if odd != "object" or name == "tokenizer.json":  # without settings it has no end of text
+            with pytest.raises(ConfigError, match="tokenizer"):
+                load_tokenizer(str(folder))

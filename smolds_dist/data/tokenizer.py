@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from smolds_dist.errors import ConfigError, first_line
+from smolds_dist.inputs import check_tokenizer_files
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_CHARACTERS = 32_000_000
@@ -22,6 +23,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: where there is none, or it has no end-of-text token to part the documents.
     """
+    check_tokenizer_files(Path(name), "choose another tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -35,7 +37,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"--data.tokenizer {name!r} has no end-of-text token; set eos_token in its tokenizer_config.json."
         )
-    if (highest := max(tokenizer.get_vocab().values())) >= len(tokenizer):
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= len(tokenizer):
         raise ConfigError(
             f"--data.tokenizer {name!r} has {len(tokenizer)} tokens with ids up to {highest}; number them without gaps, "
             "or choose another."

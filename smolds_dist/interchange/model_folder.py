@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from smolds_dist.errors import ConfigError
-from smolds_dist.inputs import printable, read_json
+from smolds_dist.inputs import check_tokenizer_files, printable, read_json
 
 FIX = "get it anew"
 INDEX = "model.safetensors.index.json"
@@ -70,9 +70,9 @@ def check_settings(folder: Path) -> ModelFile:
     Raises:
         ConfigError: naming the file, the field and the fix.
     """
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
-        if (folder / name).exists():
-            read_json(folder / name, FIX, dict[str, Any])
+    check_tokenizer_files(folder, FIX)
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json", FIX, dict[str, Any])
     return read_json(folder / "config.json", FIX, _CheckedFile)
 
 
