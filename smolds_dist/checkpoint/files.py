@@ -59,11 +59,11 @@ class FileEntry:
 
 @dataclass
 class _Layout:  # what is read of a manifest's `topology`
-    world_size: Positive = 1
-    engine: str = ""
-    zero: int = 0
-    expert: int = 1
-    dtype: str = ""
+    world_size: Positive
+    engine: str
+    zero: Count
+    expert: Positive
+    dtype: str
 
 
 @dataclass
