@@ -203,7 +203,8 @@ def test_any_range_comes_back_from_any_cut(tmp_path):
 
 
 def manifest_of(shapes: dict, files: dict):
-    empty = dict(optimizer_steps=1, skipped_samples=0, rollbacks=0, val_loss=None, topology={}, data={})
+    topology = dict(world_size=1, engine="local", zero=0, expert=1, dtype="fp32")
+    empty = dict(optimizer_steps=1, skipped_samples=0, rollbacks=0, val_loss=None, topology=topology, data={})
     tensors = {name: list(shape) for name, shape in shapes.items()}
     return Manifest(step=1, created="", versions={}, tensors=tensors, files=files, config=asdict(RunConfig()), **empty)
 
