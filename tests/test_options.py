@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import math
 import re
@@ -10,6 +11,9 @@ from dataclasses import fields
 from typing import get_args
 
 import pytest
+from fuzz import cases
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smolds_dist import cli
 from smolds_dist.config import load_config
@@ -66,6 +70,32 @@ def test_odd_values_of_settings_are_taken_or_named():
                 contextlib.suppress(ConfigError) if value in FINE else pytest.raises(ConfigError, match=f"{name}.*[.]$")
             ):
                 validate(config)
+
+
+@functools.cache
+def debug_preset() -> RunConfig:
+    return load_config(["--preset=debug"])
+
+
+ANY = {int: st.integers(), float: st.floats(), str: st.text(), bool: st.booleans()}
+
+
+@cases()
+@given(data=st.data())
+def test_any_value_of_a_setting_is_taken_or_named(data):
+    config = copy.deepcopy(debug_preset())
+    for _ in range(2):
+        kind, name, types = data.draw(st.sampled_from([one for one in SETTINGS if ANY.keys() & one[2]]))
+        part = {"yarn": Yarn(2.0, 64), "source": Source("stdlib")}.get(kind) or getattr(config, kind)
+        config.data.sources = {"stdlib": part} if kind == "source" else config.data.sources
+        config.model.rope_scaling = part if kind == "yarn" else config.model.rope_scaling
+        setattr(part, name, data.draw(st.one_of(*(ANY[one] for one in ANY if one in types))))
+    told = "."
+    try:
+        validate(config)
+    except ConfigError as error:
+        told = str(error)
+    assert told.endswith(".") and "\n" not in told
 
 
 @pytest.mark.parametrize("option", ["--train.steps", "--train.lr", "--data.workers", "--model.rope_scaling"])
