@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 
+def id_at(name: str, run_dir: Path) -> str:
+    return json.loads((run_dir / "trackers.json").read_text())[name]["id"]
+
+
 def from_wandb(run_dir: Path) -> dict[str, list]:
     """From the files that wait for `wandb sync`: blocks of 32 kB with records, as in LevelDB's log, of protocol buffers."""
     from wandb.proto import wandb_internal_pb2
 
     curves: dict[str, list] = {}
-    for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+    for path in sorted((run_dir / "wandb").glob(f"offline-run-*/*{id_at('wandb', run_dir)}.wandb")):
         data, place, record = path.read_bytes(), 7, b""
         while place + 7 <= len(data):
             if 32768 - place % 32768 < 7:
@@ -49,7 +53,7 @@ def from_trackio(run_dir: Path) -> dict[str, list]:
     from trackio.sqlite_storage import SQLiteStorage
 
     curves: dict[str, list] = {}
-    for row in SQLiteStorage.get_logs("smolds", run_dir.name):
+    for row in SQLiteStorage.get_logs("smolds", id_at("trackio", run_dir)):
         for name in row.keys() - {"step", "timestamp"}:
             curves.setdefault(name, []).append([row["step"], row[name]])
     return curves

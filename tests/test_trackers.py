@@ -64,7 +64,7 @@ def test_trackers_hold_what_the_metrics_say_also_after_a_run_went_on(small_run, 
     for name in NAMES:  # the last one came later, and has the steps before too
         assert_holds_all(name, run_dir, environment)
     later = json.loads((run_dir / "trackers.json").read_text())
-    assert [later[name]["id"] for name in ids] == [ids[name]["id"] for name in ids]
+    assert all(later[name]["id"] != ids[name]["id"] for name in ids)  # more steps are another run, which repeats two
 
 
 @needs_trackers
