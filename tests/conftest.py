@@ -1,5 +1,8 @@
+import faulthandler
 import os
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ SENTENCES = [
 ]
 
 
+STDERR = pytest.StashKey[int]()
 LONGEST = [
     f"test_{name}.py"
     for name in (
@@ -43,9 +47,24 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Set what tests/fuzz.py reads while tests are collected."""
+    """Set what tests/fuzz.py reads while tests are collected, and where a crash is reported."""
     if config.getoption("--all"):
         os.environ.setdefault("SMOLDS_FUZZ_CASES", "20000")
+    config.stash[STDERR] = os.dup(2)
+
+
+def pytest_runtest_setup(item):
+    """Let a crash print its stack past pytest's capture; a run trained in this process points faulthandler elsewhere."""
+    faulthandler.enable(item.config.stash[STDERR])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, report):
+    """Say how a pytest-xdist worker died, and what a run that it trained left in `rank_N.crash`."""
+    code = report.node.gateway._io.popen.wait(5)
+    folders = Path(tempfile.gettempdir()).glob(f"pytest-of-*/pytest-current/*{report.node.gateway.id}")
+    crashes = [path.read_text() for folder in folders for path in folder.glob("**/ranks/rank_*.crash")]
+    print(f"\n{crashitem}: its worker ended with code {code}\n" + "\n".join(filter(None, crashes)))
 
 
 def pytest_collection_modifyitems(config, items):
