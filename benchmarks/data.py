@@ -117,9 +117,9 @@ def in_words(result: dict[str, Any]) -> list[str]:
 def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
     """Tokens per second of the tokenizer alone and of all the way from files to shards; their ratio by medians."""
     from smolds_dist.data.prepare import prepare_data
+    from smolds_dist.data.shards import Corpus, write_unit
     from smolds_dist.data.source import files_of
     from smolds_dist.data.tokenizer import text_encoder
-    from smolds_dist.data.units import Corpus, write_unit
 
     texts = stdlib_texts(megabytes)
     (folder / "text").mkdir()
@@ -179,13 +179,15 @@ def batch(folder: Path, megabytes: int) -> dict[str, Any]:
 def order() -> dict[str, Any]:
     """Memory of the order of a billion samples of 1,024 tokens in units of 2^22 tokens, and the time for some of them, once
     all units are known."""
-    from smolds_dist.data.order import Piece, SourceOrder
+    from smolds_dist.data.order import SampleOrder, TokenSpan
 
     samples, unit_tokens = 10**9, 2**22
     units = samples * SEQ_LEN // unit_tokens
 
-    def make() -> SourceOrder:
-        made = SourceOrder(units, lambda following, _: [Piece(int(following[0]), 0, unit_tokens)], SEQ_LEN, 0, 2**28)
+    def make() -> SampleOrder:
+        made = SampleOrder(
+            units, lambda following, _: [TokenSpan(int(following[0]), 0, unit_tokens)], SEQ_LEN, 0, 2**28
+        )
         made.extend(None)
         return made
 

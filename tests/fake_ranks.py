@@ -17,7 +17,7 @@ from smolds_dist.config import load_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine
 from smolds_dist.parallel.expert_parallel import expert_parameters, skip_shared_memory_build
-from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes, tensor_shapes
+from smolds_dist.parallel.fragments import Fragment, logical_shapes, split_by_tensor, tensor_shapes
 from smolds_dist.parallel.gather import Gatherer
 from smolds_dist.parallel.matrix_owners import plan_for
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
@@ -59,7 +59,7 @@ def fragments_of(engine: DeepSpeedEngine, rank: int) -> Iterator[Fragment]:
         if name in experts:
             place, first_expert = rank // expert, rank % expert * parameter.ds_shape[0]
         tensors = {"value": torch.zeros(length)}
-        yield from cut(logical_shapes(name, parameter.ds_shape, first_expert), place * length, tensors)
+        yield from split_by_tensor(logical_shapes(name, parameter.ds_shape, first_expert), place * length, tensors)
 
 
 def parts_of_all_ranks(engine: DeepSpeedEngine, shapes: dict[str, tuple[int, ...]], world: int) -> np.ndarray:

@@ -109,8 +109,8 @@ def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
     for path, text in {
         "costs/memory.py": "import math\n\n\ndef f():\n    from smolds_dist.parallel.topology import Topology\n",
         "parallel/topology.py": "from smolds_dist.costs import memory\nfrom smolds_dist.errors import ConfigError\n",
-        "parallel/ranks.py": "import smolds_dist.parallel.meeting\n",
-        "parallel/meeting.py": "from smolds_dist.parallel.ranks import RankInfo\n",
+        "parallel/ranks.py": "import smolds_dist.parallel.rendezvous\n",
+        "parallel/rendezvous.py": "from smolds_dist.parallel.ranks import RankInfo\n",
         "errors.py": "from smolds_dist import progress\n",
         "progress.py": "",
     }.items():
@@ -121,5 +121,5 @@ def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
         "smolds_dist/costs/memory.py:5: costs stands below parallel and imports parallel.topology",
         "smolds_dist/errors.py:1: errors stands below progress and imports progress",
         "parallel.topology line 1: circle costs.memory -> parallel.topology -> costs.memory",
-        "parallel.ranks line 1: circle parallel.meeting -> parallel.ranks -> parallel.meeting",
+        "parallel.ranks line 1: circle parallel.rendezvous -> parallel.ranks -> parallel.rendezvous",
     ]

@@ -230,7 +230,7 @@ def test_wrong_column_of_the_last_file_is_told_before_the_work_begins(tmp_path, 
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     tokenizer = prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/0.jsonl")).tokenizer.name_or_path
     (tmp_path / "9.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
-    monkeypatch.setattr("smolds_dist.data.units.tokenize", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("smolds_dist.data.shards.tokenize", lambda *_: pytest.fail("the work began"))
     with pytest.raises(ConfigError, match=r"9\.jsonl has in line 1 no field 'text'"):
         prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={tokenizer}"))
 

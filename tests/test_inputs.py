@@ -26,7 +26,7 @@ from smolds_dist.inputs import printable, read_yaml
 from smolds_dist.interchange.model_folder import check_settings, check_sizes, weight_files
 from smolds_dist.launching.failure import _entries
 from smolds_dist.observe.report import _check, training_log
-from smolds_dist.observe.rows import keep_rows, read_rows
+from smolds_dist.observe.rows import read_rows, truncate_rows
 from smolds_dist.observe.runs import look, table
 from smolds_dist.training.trainer import train
 
@@ -268,12 +268,12 @@ def test_names_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path, name
 
 @pytest.mark.parametrize("place", range(4))
 def test_resume_with_a_damaged_line_loses_that_line_alone(kept_run, copied, capsys, place):
-    """By `keep_rows`, which a resume calls before it writes."""
+    """By `truncate_rows`, which a resume calls before it writes."""
     path = shutil.copy(kept_run[0] / "metrics.jsonl", copied / "metrics.jsonl")
     rows = read_rows(kept_run[0] / "metrics.jsonl")
     lines = Path(path).read_bytes().splitlines(keepends=True)
     Path(path).write_bytes(b"".join([*lines[:place], lines[place].replace(b":", b"\xff", 1), *lines[place + 1 :]]))
-    assert keep_rows(Path(path), 6) == rows[:place] + rows[place + 1 :]
+    assert truncate_rows(Path(path), 6) == rows[:place] + rows[place + 1 :]
 
 
 def test_what_is_printed_of_strangers_is_one_line():

@@ -9,7 +9,7 @@ import ranks
 import torch
 
 from smolds_dist.parallel import matrix_owners
-from smolds_dist.parallel.matrix_owners import Part, Plan, _in_batches, plan_for
+from smolds_dist.parallel.matrix_owners import MatrixSlice, Plan, _in_batches, plan_for
 
 WORLD = 4
 SHAPES = {
@@ -18,34 +18,34 @@ SHAPES = {
 SIZE = sum(rows * columns for rows, columns in SHAPES.values())
 
 
-def flat_partitions() -> list[list[Part]]:
+def flat_partitions() -> list[list[MatrixSlice]]:
     """As ZeRO 1 cuts them: one after the other in a row, of which every rank has an equal part."""
     share = -(-SIZE // WORLD)
-    held: list[list[Part]] = [[] for _ in range(WORLD)]
+    held: list[list[MatrixSlice]] = [[] for _ in range(WORLD)]
     begin = 0
     for name, shape in SHAPES.items():
         end = begin + shape[0] * shape[1]
         for rank in range(WORLD):
             first, last = max(begin, rank * share), min(end, (rank + 1) * share)
             if first < last:
-                held[rank].append(Part(name, shape, first - begin, first - rank * share, last - first))
+                held[rank].append(MatrixSlice(name, shape, first - begin, first - rank * share, last - first))
         begin = end
     return held
 
 
-def cut_each() -> list[list[Part]]:
+def cut_each() -> list[list[MatrixSlice]]:
     """As ZeRO 3 cuts them: of each every rank has an equal part."""
-    held: list[list[Part]] = [[] for _ in range(WORLD)]
+    held: list[list[MatrixSlice]] = [[] for _ in range(WORLD)]
     offset = 0
     for name, shape in SHAPES.items():
         share = shape[0] * shape[1] // WORLD
         for rank in range(WORLD):
-            held[rank].append(Part(name, shape, rank * share, offset, share))
+            held[rank].append(MatrixSlice(name, shape, rank * share, offset, share))
         offset += share
     return held
 
 
-def plans(held: list[list[Part]]) -> list[Plan]:
+def plans(held: list[list[MatrixSlice]]) -> list[Plan]:
     matrices = {name: SHAPES[name] for name in sorted(SHAPES)}
     number = {name: place for place, name in enumerate(matrices)}
     rows = [

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 from smolds_dist.data.mixture import Mixture, exact_shares, first_part
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Piece, SourceOrder, best_fit, permuted
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, SampleOrder, TokenSpan, best_fit, permute_index
+from smolds_dist.data.shards import DOCUMENT, UNIT_BYTES, group_files, group_into_shards
 from smolds_dist.data.source import File
-from smolds_dist.data.units import DOCUMENT, UNIT_BYTES, units_of, units_of_files
 from smolds_dist.settings import Source
 
 
-def order_of(starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int) -> SourceOrder:
+def order_of(starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int) -> SampleOrder:
     """Units of one piece each, numbered within the source."""
     bounds = [*starts, tokens]
 
-    def pieces_of(following: np.ndarray, _wait: bool) -> list[Piece]:
+    def spans_in(following: np.ndarray, _wait: bool) -> list[TokenSpan]:
         unit = int(following[0])
-        return [Piece(0, bounds[unit], bounds[unit + 1] - bounds[unit])]
+        return [TokenSpan(0, bounds[unit], bounds[unit + 1] - bounds[unit])]
 
-    return SourceOrder(len(starts), pieces_of, seq_len, seed, window_tokens)
+    return SampleOrder(len(starts), spans_in, seq_len, seed, window_tokens)
 
 
 def keys_of(number: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def keys_of(number: int) -> np.ndarray:
 def test_permutation_hits_every_place_once(size):
     places = np.arange(size)
     sizes = np.full(size, size)
-    one, other = permuted(places, sizes, keys_of(1)), permuted(places, sizes, keys_of(2))
+    one, other = permute_index(places, sizes, keys_of(1)), permute_index(places, sizes, keys_of(2))
     assert sorted(one.tolist()) == sorted(other.tolist()) == list(range(size))
     assert size < 16 or (one != other).any()
 
@@ -44,7 +44,7 @@ def test_permutation_hits_every_place_once(size):
 def test_permutation_is_an_even_one():
     """Each of eight things comes to each of eight places equally often, and every pair stays in order half the time."""
     rounds = 2000
-    places = np.stack([permuted(np.arange(8), np.full(8, 8), keys_of(key)) for key in range(rounds)])
+    places = np.stack([permute_index(np.arange(8), np.full(8, 8), keys_of(key)) for key in range(rounds)])
     counts = np.stack([np.bincount(places[:, thing], minlength=8) for thing in range(8)])
     assert ((counts - rounds / 8) ** 2 / (rounds / 8)).sum() < 100  # chi-square, 49 degrees of freedom: above 1 in 10^4
     assert abs((places[:, 0] < places[:, 1]).mean() - 0.5) < 0.05
@@ -59,10 +59,10 @@ def test_order_stays_what_it_was():
     assert order.pieces(np.array([0, 3])) == RECORDED_PIECES
     large = order_of([0], 10**13, seq_len=1000, seed=2**40, window_tokens=2**28)
     assert (1000 * large.places(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1]).tolist() == RECORDED_LARGE
-    assert units_of([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
+    assert group_into_shards([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
     source = Source("jsonl:*")
     files = [File(f"{number}.jsonl", size, "") for number, size in enumerate([2**19] * 4 + [2**25 + 1, 2**21])]
-    units = units_of_files(source, files)
+    units = group_files(source, files)
     assert [[(part.file, part.number, part.of) for part in unit] for unit in units] == RECORDED_UNITS
 
 
@@ -77,8 +77,8 @@ RECORDED_UNITS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)],
 
 def test_small_files_travel_together_but_not_with_their_neighbours():
     sizes = [2**14] * 1000 + [2**21, 5]
-    units = units_of(sizes)
-    assert units_of(sizes) == units and set(units) == set(range(max(units) + 1))
+    units = group_into_shards(sizes)
+    assert group_into_shards(sizes) == units and set(units) == set(range(max(units) + 1))
     totals = np.bincount(units, weights=sizes)
     assert (np.delete(totals, units[1000]) <= UNIT_BYTES).all() and len(totals) < 70
     assert units.count(units[1000]) == 1  # the large one
@@ -86,16 +86,16 @@ def test_small_files_travel_together_but_not_with_their_neighbours():
     assert all(np.ptp(files) > 300 for files in members if len(files) > 20)
 
     # what is in a unit stays together, in every epoch
-    def pieces_of(following, _):
-        return [Piece(0, 10 * n, 10) for n in np.flatnonzero(np.array(units) == following[0]).tolist()]
+    def spans_in(following, _):
+        return [TokenSpan(0, 10 * n, 10) for n in np.flatnonzero(np.array(units) == following[0]).tolist()]
 
-    order = SourceOrder(max(units) + 1, pieces_of, seq_len=10, seed=0, window_tokens=2**20)
+    order = SampleOrder(max(units) + 1, spans_in, seq_len=10, seed=0, window_tokens=2**20)
     for epoch in range(2):
         stream = [units[start // 10] for start in sorted_by_stream(order, epoch)]
         assert len([1 for one, other in pairwise(stream) if one != other]) == max(units)
 
 
-def sorted_by_stream(order: SourceOrder, epoch: int) -> list[int]:
+def sorted_by_stream(order: SampleOrder, epoch: int) -> list[int]:
     """Where the samples of an epoch are stored, in the order of its stream of tokens."""
     positions = np.arange(order.num_samples) + epoch * order.num_samples
     _, starts = order.places(positions)
@@ -221,16 +221,16 @@ def table_of(lengths: list[int]) -> np.ndarray:
     return table
 
 
-def packed_order(units: list[list[int]], seq_len: int, window: int = 2**20) -> SourceOrder:
+def packed_order(units: list[list[int]], seq_len: int, window: int = 2**20) -> SampleOrder:
     """Of documents of these lengths, by unit."""
-    pieces = lambda following, _: [Piece(int(following[0]), 0, sum(units[int(following[0])]))]  # noqa: E731
+    pieces = lambda following, _: [TokenSpan(int(following[0]), 0, sum(units[int(following[0])]))]  # noqa: E731
     pack = partial(best_fit, table=lambda unit: table_of(units[unit]), seq_len=seq_len)
-    return SourceOrder(len(units), pieces, seq_len, 0, window, pack)
+    return SampleOrder(len(units), pieces, seq_len, 0, window, pack)
 
 
 def test_best_fit_takes_the_fullest_sample_that_has_room():
     lengths = [2, 7, 5, 3, 21, 1]
-    samples = best_fit([Piece(0, 0, sum(lengths))], lambda _: table_of(lengths), 10)
+    samples = best_fit([TokenSpan(0, 0, sum(lengths))], lambda _: table_of(lengths), 10)
     assert [[(piece.start, piece.length) for piece in sample] for sample in samples] == [
         [(17, 10)], [(27, 10)], [(2, 7), (14, 3)], [(9, 5), (0, 2), (37, 1), (38, 1)],
     ]  # fmt: skip

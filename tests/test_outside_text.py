@@ -314,14 +314,14 @@ def test_documents_and_units_end_with_the_end_of_text_and_no_held_out_copy_is_tr
     given_options = [f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={trained.name_or_path}"]
     given_options += ["--data.document_mask=true", f"--data.packing={packing}", "--data.val_fraction=0.001"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smolds_dist.data.units.UNIT_BYTES", 100)
+        patch.setattr("smolds_dist.data.shards.UNIT_BYTES", 100)
         found = prepare_data(configure(tmp_path / "cache", *given_options))
     (source,), (order,) = found.sources.values(), found.orders.values()
     assert len(source.units) == 4 and source.held_out.beyond
     order.extend(None)
     trained_on = set()
     for unit in range(4):
-        for piece in source.pieces_of(np.array([unit]), True):
+        for piece in source.spans_in(np.array([unit]), True):
             tokens = source.tokens(unit)[piece.start : piece.start + piece.length]
             assert tokens[-1] == trained.eos_token_id
             table = source.table(unit)

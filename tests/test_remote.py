@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from test_data import configure, documents_of, prepare_shards, texts_of
 
-from smolds_dist.data import remote, units
+from smolds_dist.data import remote, shards
 from smolds_dist.errors import ConfigError
 
 ROWS = [f"row {number} " + "with a few words " * (number % 13) for number in range(2000)]
@@ -133,8 +133,8 @@ def test_server_without_ranges_sends_whole_files(tmp_path, serve, capsys):
 
 
 def test_parts_of_a_remote_file_are_the_file(tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(units, "PART_BYTES", 2_000)
-    monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
+    monkeypatch.setattr(shards, "PART_BYTES", 2_000)
+    monkeypatch.setattr(shards, "UNIT_BYTES", 2_000)
     for kind in ("jsonl", "parquet"):
         server = serve({f"/a.{kind}": content_of(kind)})
         config = configure(

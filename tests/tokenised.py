@@ -14,7 +14,7 @@ def whole(found: TrainingData, name: str) -> SimpleNamespace:
     parts = []
     units = sorted(range(len(source.units)), key=lambda unit: source.units[unit])
     for unit in units:
-        for piece in source.pieces_of(np.array([unit]), True):
+        for piece in source.spans_in(np.array([unit]), True):
             table = np.array(source.table(unit))
             table = table[(table["start"] >= piece.start) & (table["start"] < piece.start + piece.length)]
             table["start"] -= np.uint64(piece.start)

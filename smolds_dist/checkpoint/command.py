@@ -125,13 +125,13 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in reader.manifest.tensors:
             for kind in ["value"] if weights_only else sorted(reader.kinds(name)):
-                yield f"{name}:{kind}:0", reader.whole(name, kind).view(-1)
+                yield f"{name}:{kind}:0", reader.read_full(name, kind).view(-1)
         yield from reader.others().items()
 
     with new_folder(root / folder.name) as part:
         entries = files.write_parts(part, tensors())
         check_free(root / folder.name)
-        written = files.publish(part, replace(reader.manifest, files=entries, weights_only=weights_only))
+        written = files.finalize(part, replace(reader.manifest, files=entries, weights_only=weights_only))
     print(f"wrote {written}")
     return written
 

@@ -160,7 +160,7 @@ def write_parts(
     return files
 
 
-def publish(unfinished: Path, manifest: Manifest) -> Path:
+def finalize(unfinished: Path, manifest: Manifest) -> Path:
     """Adds the manifest to a folder that holds all files, and gives it its name: from then on it counts."""
     text = json.dumps(asdict(manifest), indent=1)
     (unfinished / MANIFEST).write_text(text, encoding="utf-8")
@@ -366,7 +366,7 @@ class CheckpointReader:
             for kind, pieces in self._index.get(name, {}).items()
         }
 
-    def whole(self, name: str, kind: str) -> Tensor:
+    def read_full(self, name: str, kind: str) -> Tensor:
         """A logical tensor in its shape."""
         out = torch.empty(self.manifest.tensors[name])
         self.read(name, kind, 0, out.view(-1))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest
-from smolds_dist.checkpoint.writer import Progress
+from smolds_dist.checkpoint.writer import TrainState
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
 from smolds_dist.data.prepare import prepare_data
@@ -218,7 +218,7 @@ def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None
 
 
 @torch.no_grad()
-def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> Progress:
+def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> TrainState:
     """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was.
 
     Weights are the engine's already: it was made with `reader.fill`.
@@ -236,4 +236,4 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
-    return Progress(manifest.step, manifest.skipped_samples, manifest.rollbacks)
+    return TrainState(manifest.step, manifest.skipped_samples, manifest.rollbacks)

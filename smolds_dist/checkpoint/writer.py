@@ -33,7 +33,7 @@ PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run is, beyond its tensors."""
 
     step: int = 0
@@ -93,7 +93,7 @@ class CheckpointWriter:
         self,
         engine: Engine,
         balancer: Balancer,
-        progress: Progress,
+        progress: TrainState,
         val_loss: float | None,
         others: dict[str, Tensor] | None = None,
         wait: bool = False,
@@ -166,7 +166,7 @@ class CheckpointWriter:
             if self.topology.rank == 0:
                 manifest.files.update(self._files_of_all_ranks(unfinished))
                 CheckpointReader(unfinished, manifest).check_coverage()
-                self._retain(files.publish(unfinished, manifest))
+                self._retain(files.finalize(unfinished, manifest))
         except Exception as error:  # whatever it was, the user must hear of it
             said = isinstance(error, OtherRankError)
             self._error = str(error) if said else f"rank {self.topology.rank}: {_reason(error)}"
@@ -217,7 +217,7 @@ class CheckpointWriter:
 def new_manifest(
     config: RunConfig,
     topology: Topology,
-    progress: Progress,
+    progress: TrainState,
     data: dict[str, Any],
     tensors: dict[str, tuple[int, ...]],
     **others: Any,

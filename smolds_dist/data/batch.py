@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.mixture import Mixture
-from smolds_dist.data.order import VERSION, Piece, SourceOrder
+from smolds_dist.data.order import VERSION, SampleOrder, TokenSpan
+from smolds_dist.data.sharded_source import ShardedSource
 from smolds_dist.data.tokenizer import tokenizer_digest
-from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import Data
 
@@ -29,8 +29,8 @@ SKETCH_BITS = 14  # 2^14 registers
 class Sample(NamedTuple):
     """Where a sample's tokens are."""
 
-    source: UnitSource
-    pieces: list[Piece]
+    source: ShardedSource
+    pieces: list[TokenSpan]
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class TrainingData:
     """All that a run is trained on and measured by."""
 
     tokenizer: PreTrainedTokenizerBase
-    sources: dict[str, UnitSource]
-    orders: dict[str, SourceOrder]
+    sources: dict[str, ShardedSource]
+    orders: dict[str, SampleOrder]
     mixture: Mixture
     seq_len: int
     limits: dict[str, int | None]  # tokens after which the reading of a source stopped
     reporter: Reporter  # hears of it while tokens are made or waited for
 
-    def reach(self, samples: int) -> None:
+    def wait_for_samples(self, samples: int) -> None:
         """Waits for the tokens of the run's first `samples` samples."""
-        self.covers(samples, wait=True)
+        self.has_samples(samples, wait=True)
 
-    def covers(self, samples: int, wait: bool = False) -> bool:
+    def has_samples(self, samples: int, wait: bool = False) -> bool:
         """Whether the tokens of the run's first `samples` samples are there."""
         return all(self.orders[name].extend(taken - 1, wait) for name, taken in self.taken(samples).items() if taken)
 

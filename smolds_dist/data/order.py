@@ -25,7 +25,7 @@ ROUNDS = 6
 PACKED_WINDOWS = 4  # whose samples are kept
 
 
-class Piece(NamedTuple):
+class TokenSpan(NamedTuple):
     """A range of a unit's training tokens."""
 
     unit: int
@@ -35,9 +35,9 @@ class Piece(NamedTuple):
 
 # From units in the order in which they are wanted to the pieces of the first. Where its tokens are not there yet, it waits
 # for them, or returns None if it is not to.
-PiecesOf = Callable[[np.ndarray, bool], list[Piece] | None]
+SpansIn = Callable[[np.ndarray, bool], list[TokenSpan] | None]
 # From a window's pieces to its samples, each of them pieces again.
-Pack = Callable[[list[Piece]], list[list[Piece]]]
+Pack = Callable[[list[TokenSpan]], list[list[TokenSpan]]]
 
 
 @dataclass(eq=False)
@@ -47,13 +47,13 @@ class Epoch:
     units: np.ndarray  # [U] in this epoch's order
     size: int  # of the next window, in tokens
     taken: int = 0  # units that `pieces` and `pending` come from
-    pieces: list[Piece] = field(default_factory=list)  # of the windows, in this epoch's order
+    pieces: list[TokenSpan] = field(default_factory=list)  # of the windows, in this epoch's order
     bounds: list[int] = field(default_factory=lambda: [0])  # where each piece begins in the epoch's tokens, and the end
     windows: list[int] = field(default_factory=lambda: [0])  # the first sample of each window, and the end
     pieces_until: list[int] = field(default_factory=lambda: [0])  # pieces up to each window's beginning, and the end
     units_until: list[int] = field(default_factory=list)  # units up to each window's end
     keys: list[np.ndarray] = field(default_factory=list)  # [ROUNDS] of the permutation in each window
-    pending: list[Piece] = field(default_factory=list)  # of the window to come
+    pending: list[TokenSpan] = field(default_factory=list)  # of the window to come
     complete: bool = False
     _arrays: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -64,7 +64,7 @@ class Epoch:
         return self._arrays
 
 
-class SourceOrder:
+class SampleOrder:
     """The order of a source. Several threads may ask it.
 
     Args:
@@ -76,13 +76,13 @@ class SourceOrder:
     def __init__(
         self,
         units: int,
-        pieces_of: PiecesOf,
+        spans_in: SpansIn,
         seq_len: int,
         seed: int,
         window_tokens: int,
         pack: Pack | None = None,
     ):
-        self._units, self._pieces_of, self._pack = units, pieces_of, pack
+        self._units, self._pieces_of, self._pack = units, spans_in, pack
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._first = self._new_epoch(0)
         self._later: tuple[int, Epoch] | None = None  # the one that was last asked for
@@ -92,7 +92,7 @@ class SourceOrder:
 
     def _new_epoch(self, number: int) -> Epoch:
         key = self._key(number, "units")[None]
-        places = permuted(np.arange(self._units), np.full(self._units, self._units), key)
+        places = permute_index(np.arange(self._units), np.full(self._units, self._units), key)
         return Epoch(np.argsort(places), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
 
     def _epoch(self, number: int, sample: int | None = None) -> Epoch:
@@ -165,7 +165,7 @@ class SourceOrder:
         with self._lock:
             return number, bisect_right(self._epoch(number, place).windows, place) - 1
 
-    def units_behind(self, sample: int) -> np.ndarray:
+    def consumed_shards(self, sample: int) -> np.ndarray:
         """Units of the windows of its epoch that lie before the one of that sample."""
         number, window = self.window_of(sample)
         with self._lock:
@@ -173,7 +173,7 @@ class SourceOrder:
             # The last of them may hold the beginning of a sample that ends in the next window.
             return epoch.units[: max(0, epoch.units_until[window - 1] - 1) if window else 0]
 
-    def units_coming(self, sample: int) -> np.ndarray:
+    def upcoming_shards(self, sample: int) -> np.ndarray:
         """Units of the window of that sample and of the next one, as far as they are known."""
         number, window = self.window_of(sample)
         with self._lock:
@@ -206,7 +206,7 @@ class SourceOrder:
         epoch.complete = epoch.taken == len(epoch.units)
         return True
 
-    def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
+    def pieces(self, positions: np.ndarray) -> list[list[TokenSpan]]:
         """Where the tokens of the source's samples number `positions` [n] are, `seq_len` in all, or fewer where documents
         are packed."""
         epochs, places = self.places(positions)
@@ -232,7 +232,7 @@ class SourceOrder:
                 windows, keys = epoch.arrays()
                 window = np.searchsorted(windows, within[here], "right") - 1
                 first, end = windows[window], windows[window + 1]
-                places[here] = first + permuted(within[here] - first, end - first, keys[window])
+                places[here] = first + permute_index(within[here] - first, end - first, keys[window])
         return epochs, places
 
     def _packed_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,11 +250,11 @@ class SourceOrder:
         epochs = np.searchsorted(self._ends, positions, "right")
         return epochs, positions - np.array([0, *self._ends])[epochs]
 
-    def _pack_window(self, _number: int, window: int, epoch: Epoch) -> list[list[Piece]]:
+    def _pack_window(self, _number: int, window: int, epoch: Epoch) -> list[list[TokenSpan]]:
         assert self._pack
         return self._pack(epoch.pieces[slice(*epoch.pieces_until[window : window + 2])])
 
-    def _cut(self, number: int, place: int) -> list[Piece]:
+    def _cut(self, number: int, place: int) -> list[TokenSpan]:
         epoch = self._epoch(number, place)
         if self._pack:
             window = bisect_right(epoch.windows, place) - 1
@@ -265,7 +265,7 @@ class SourceOrder:
             last = min(end, epoch.bounds[at + 1])
             if last > start:
                 whole = epoch.pieces[at]
-                pieces.append(Piece(whole.unit, whole.start + start - epoch.bounds[at], last - start))
+                pieces.append(TokenSpan(whole.unit, whole.start + start - epoch.bounds[at], last - start))
             start, at = last, at + 1
         return pieces
 
@@ -273,7 +273,7 @@ class SourceOrder:
         return key_for(f"{VERSION} {self._seed} {epoch} {what}")
 
 
-def permuted(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
+def permute_index(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
     """Where a permutation of `size` things puts `index`: N independent ones, chosen by their keys.
 
     A Feistel network on the smallest square of a power of two that holds `size`, walked until it leads to a place below it
@@ -315,7 +315,7 @@ def key_for(what: str) -> np.ndarray:
     return np.frombuffer(digest, dtype="<u8")
 
 
-def best_fit(pieces: list[Piece], table: Callable[[int], np.ndarray], seq_len: int) -> list[list[Piece]]:
+def best_fit(pieces: list[TokenSpan], table: Callable[[int], np.ndarray], seq_len: int) -> list[list[TokenSpan]]:
     """The samples of a window: for each the pieces in it, `seq_len` tokens at most. No document is cut that fits into one.
 
     Best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830, section 3): documents longer
@@ -327,7 +327,7 @@ def best_fit(pieces: list[Piece], table: Callable[[int], np.ndarray], seq_len: i
         table: of a unit, with a row for each document.
     """
     items = [item for piece in pieces for item in _items(piece, table(piece.unit)["start"], seq_len)]
-    samples: list[list[Piece]] = []
+    samples: list[list[TokenSpan]] = []
     roomy: list[list[int]] = [[] for _ in range(seq_len + 1)]  # samples by the room that they have
     rooms = 0  # bit n: some sample has room for n tokens
     for item in sorted(items, key=lambda item: -item.length):
@@ -348,12 +348,12 @@ def best_fit(pieces: list[Piece], table: Callable[[int], np.ndarray], seq_len: i
     return samples
 
 
-def _items(piece: Piece, starts: np.ndarray, seq_len: int) -> list[Piece]:
+def _items(piece: TokenSpan, starts: np.ndarray, seq_len: int) -> list[TokenSpan]:
     """Documents in a piece, longer ones in parts of a sample's length and a rest."""
     first, end = np.searchsorted(starts, np.array([piece.start, piece.start + piece.length], dtype=np.uint64))
     begins = starts[first:end].astype(np.int64)
     ends = np.append(begins[1:], piece.start + piece.length)
     items = []
     for begin, stop in zip(begins.tolist(), ends.tolist(), strict=True):
-        items += [Piece(piece.unit, at, min(seq_len, stop - at)) for at in range(begin, stop, seq_len)]
+        items += [TokenSpan(piece.unit, at, min(seq_len, stop - at)) for at in range(begin, stop, seq_len)]
     return items

@@ -7,14 +7,14 @@ from itertools import islice
 from pathlib import Path
 
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.cache import cache_folder, json_damage, key_of, written_once
-from smolds_dist.data.held_out import LEAST, find_held_out
+from smolds_dist.data.cache import build_once, cache_folder, json_damage, key_of
 from smolds_dist.data.mixture import Mixture, mixture_of
+from smolds_dist.data.sharded_source import ShardedSource
+from smolds_dist.data.shards import Corpus, group_files
 from smolds_dist.data.source import File, fingerprint, resolve
 from smolds_dist.data.text import documents
 from smolds_dist.data.tokenizer import TRAINING_CHARACTERS, load_tokenizer, train_tokenizer
-from smolds_dist.data.unit_source import UnitSource
-from smolds_dist.data.units import Corpus, units_of_files
+from smolds_dist.data.validation import LEAST, find_held_out
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import Data, RunConfig, Source
@@ -84,7 +84,7 @@ def find_data(
     return TrainingData(loaded, sources, orders, mixture, seq_len, limits, reporter)
 
 
-def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
+def epoch_summary(config: RunConfig, data: TrainingData) -> list[str]:
     """What the run will take of each source, a sentence for each."""
     samples = config.train.steps * config.train.global_batch
     totals, epochs = data.taken(samples), data.epochs(samples)
@@ -140,12 +140,12 @@ def _tokenizer_folder(
 
     fingerprints = [fingerprint(one, files[name], data) for name, one in data.mixed.items()]
     key = key_of(TOKENIZER_FORMAT, fingerprints, data.tokenizer_vocab_size)
-    return written_once(cache / "tokenizers" / key, train, json_damage("tokenizer.json"))
+    return build_once(cache / "tokenizers" / key, train, json_damage("tokenizer.json"))
 
 
 def _spread_texts(source: Source, files: list[File], data: Data, characters: int) -> Iterator[str]:
     """Return texts from parts spread over all files, `SPREAD` of them in turn, and of each text its share of characters."""
-    coming = (documents(source, files, data, parts=[part]) for unit in units_of_files(source, files) for part in unit)
+    coming = (documents(source, files, data, parts=[part]) for unit in group_files(source, files) for part in unit)
     reading = deque(islice(coming, SPREAD))
     most = characters // max(1, len(reading))
     while reading:
@@ -159,13 +159,13 @@ def _spread_texts(source: Source, files: list[File], data: Data, characters: int
 
 def _open_sources(
     corpora: list[Corpus], cache: Path, limits: dict[str, int | None], reporter: Reporter
-) -> dict[str, UnitSource]:
+) -> dict[str, ShardedSource]:
     """Each source. What one holds out, none is trained on."""
     with reporter.active():
         held_out = [find_held_out(corpus, cache, limits[corpus.name]) for corpus in corpora]
     aside = sorted({text for one in held_out for text in one.beyond})
     return {
-        corpus.name: UnitSource(corpus, cache, one, aside, reporter, limits[corpus.name]).open()
+        corpus.name: ShardedSource(corpus, cache, one, aside, reporter, limits[corpus.name]).open()
         for corpus, one in zip(corpora, held_out, strict=True)
     }
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from smolds_dist.data.cache import json_damage, key_of, written_once
+from smolds_dist.data.cache import build_once, json_damage, key_of
 from smolds_dist.data.remote import file_system, open_remote, retried
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Data, Source
@@ -50,7 +50,7 @@ class File:
     version: str  # changes when the content does, as far as the file system tells
 
 
-class Part(NamedTuple):
+class FileChunk(NamedTuple):
     """One of `of` parts of a file."""
 
     file: int  # among the source's
@@ -264,7 +264,7 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
             kind, files = _list(source)
             (folder / "files.json").write_text(json.dumps({"kind": kind, "files": [asdict(file) for file in files]}))
 
-        listed = json.loads((written_once(folder, write, json_damage("files.json")) / "files.json").read_text())
+        listed = json.loads((build_once(folder, write, json_damage("files.json")) / "files.json").read_text())
         kind, files = listed["kind"], [File(**file) for file in listed["files"]]
     if kind is None:
         return source, files_of(source)

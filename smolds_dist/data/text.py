@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.rows import PLACES, BadRow, rows_before, rows_of
-from smolds_dist.data.source import BadFileError, File, Part
+from smolds_dist.data.source import BadFileError, File, FileChunk
 from smolds_dist.data.token_files import BLOCK, Flat
 from smolds_dist.data.tokenizer import text_encoder
 from smolds_dist.errors import ConfigError
@@ -37,7 +37,7 @@ class Document(NamedTuple):
 
 
 @dataclass
-class Tally:
+class ReadStats:
     """What has been read of a source, and what was left out.
 
     Args:
@@ -72,7 +72,11 @@ class Tally:
 
 
 def documents(
-    source: Source, files: list[File], data: Data, tally: Tally | None = None, parts: Sequence[Part] | None = None
+    source: Source,
+    files: list[File],
+    data: Data,
+    tally: ReadStats | None = None,
+    parts: Sequence[FileChunk] | None = None,
 ) -> Iterator[Document]:
     """The documents of a source, file by file, their texts as they are but for a byte order mark.
 
@@ -85,9 +89,9 @@ def documents(
         ConfigError: where a file is empty or damaged, or a row holds no string, and is not to be skipped
             (`data.on_bad_file`, `data.on_bad_row`).
     """
-    tally = tally or Tally()
+    tally = tally or ReadStats()
     place = PLACES.get(source.source.partition(":")[0], "file")
-    for at, part in enumerate(parts or [Part(number, 0, 1) for number in range(len(files))]):
+    for at, part in enumerate(parts or [FileChunk(number, 0, 1) for number in range(len(files))]):
         file, read, bad_here, before = files[part.file], tally.read, 0, None
         try:
             for number, text in rows_of(file, source, (part.number, part.of)):
@@ -124,7 +128,7 @@ def documents(
             tally.say(f"{file.path} {error}; {'left out' if tally.read == read else 'its rest was left out'}.")
 
 
-def look_ahead(source: Source, files: list[File], data: Data, most: int = 1000) -> None:
+def check_first_rows(source: Source, files: list[File], data: Data, most: int = 1000) -> None:
     """Reads the first row of each file, so that a wrong column or format shows before the work begins.
 
     Raises:

@@ -19,9 +19,9 @@ from pathlib import Path
 from smolds_dist.config import load_config, save_config
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cores import free_cores, use_all_cores
-from smolds_dist.data.order import SourceOrder
+from smolds_dist.data.order import SampleOrder
 from smolds_dist.data.prepare import find_data
-from smolds_dist.data.unit_source import AT_ONCE, UnitSource
+from smolds_dist.data.sharded_source import AT_ONCE, ShardedSource
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import file_message, replace_text
 from smolds_dist.progress import Reporter
@@ -31,7 +31,7 @@ IDLE = 0.2  # seconds between two looks, where others are making all that is wan
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerArgs:
     """What a worker is told."""
 
     config: str  # path of the run's settings
@@ -57,9 +57,9 @@ class Workers:
         self._position = Path(self._folder.name) / "position"
         self.tell_position(0)
         tokenizer = data.tokenizer.name_or_path
-        work = Work(str(settings), os.getpid(), tokenizer, data.limits, ahead, str(self._position))
+        worker_args = WorkerArgs(str(settings), os.getpid(), tokenizer, data.limits, ahead, str(self._position))
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(work))]
+        command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(worker_args))]
         self.processes = [
             subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
             for _ in range(count)
@@ -117,12 +117,12 @@ class DiskBudget:
         self._at = at
         over = bytes_there(self._data) - self._budget
         for source, order, taken in unit_orders(self._data, samples):
-            for unit in order.units_behind(taken).tolist():
+            for unit in order.consumed_shards(taken).tolist():
                 over -= source.remove(unit) if over > 0 else 0
         return True
 
 
-def unit_orders(data: TrainingData, samples: int) -> list[tuple[UnitSource, SourceOrder, int]]:
+def unit_orders(data: TrainingData, samples: int) -> list[tuple[ShardedSource, SampleOrder, int]]:
     """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
     taken = data.taken(samples)
     several = {name: source for name, source in data.sources.items() if len(source.units) > 1}
@@ -142,7 +142,7 @@ def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Itera
         What is to be told after each step how many samples of the run have been trained on.
     """
     gigabytes = config.data.disk_budget_gb
-    if gigabytes is None and data.covers(config.train.steps * config.train.global_batch):
+    if gigabytes is None and data.has_samples(config.train.steps * config.train.global_batch):
         yield lambda samples: None
         return
     count = free_cores(ranks) if config.data.workers == "auto" else config.data.workers
@@ -156,73 +156,73 @@ def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Itera
         yield done
 
 
-def wanted_units(data: TrainingData, samples: int) -> list[tuple[UnitSource, int]] | None:
+def wanted_units(data: TrainingData, samples: int) -> list[tuple[ShardedSource, int]] | None:
     """Units that the run's first `samples` samples want and that are not there yet, the most urgent first; None where that
     cannot be said any more, as all is known."""
     needed = data.taken(samples)
-    missing: list[tuple[int, UnitSource, list[int]]] = []
+    missing: list[tuple[int, ShardedSource, list[int]]] = []
     for name, source in data.sources.items():
         order = data.orders[name]
         if needed[name] and not order.extend(needed[name] - 1, wait=False):
-            units = [unit for unit in order.wanted_units().tolist() if not source.find(unit)][:AT_ONCE]
-            missing.append((runs_dry(data, name, order.num_known, samples), source, units))
+            units = [unit for unit in order.wanted_units().tolist() if not source.has_meta(unit)][:AT_ONCE]
+            missing.append((first_missing_sample(data, name, order.num_known, samples), source, units))
     missing.sort(key=lambda one: one[0])
     return [(source, unit) for _, source, units in missing for unit in units] if missing else None
 
 
-def runs_dry(data: TrainingData, name: str, known: int, samples: int) -> int:
+def first_missing_sample(data: TrainingData, name: str, known: int, samples: int) -> int:
     """The first sample of the run for which the source's first `known` samples are not enough; `samples`, if none is."""
     return bisect_right(range(samples), known, key=lambda sample: data.taken(sample + 1)[name])
 
 
-def work(told: Work) -> None:
+def run_worker(args: WorkerArgs) -> None:
     """Makes units until there are all that the run wants."""
-    if told.ahead:
+    if args.ahead:
         os.nice(19)
     use_all_cores()
-    config = load_config(["--config", told.config, "-q"])
+    config = load_config(["--config", args.config, "-q"])
     reporter = Reporter()
-    reporter.heartbeat = lambda: end_without(told.parent)
-    data = find_data(config, Path(told.tokenizer), told.limits, reporter)
+    reporter.heartbeat = lambda: exit_if_orphaned(args.parent)
+    data = find_data(config, Path(args.tokenizer), args.limits, reporter)
     refused = set[tuple[str, int]]()
     samples = config.train.steps * config.train.global_batch
-    budget = config.data.disk_budget_gb if told.ahead else None
+    budget = config.data.disk_budget_gb if args.ahead else None
     while True:
-        end_without(told.parent)
+        exit_if_orphaned(args.parent)
         wanted = wanted_units(data, samples)
         if budget is not None:
-            wanted = within_budget(data, 1e9 * budget, Path(told.position), wanted or [])
+            wanted = within_budget(data, 1e9 * budget, Path(args.position), wanted or [])
         elif wanted is None:
             return
-        if not any(make(source, unit, refused, told.ahead) for source, unit in wanted):
-            if told.ahead and wanted and refused.issuperset((source.name, unit) for source, unit in wanted):
+        if not any(try_tokenize(source, unit, refused, args.ahead) for source, unit in wanted):
+            if args.ahead and wanted and refused.issuperset((source.name, unit) for source, unit in wanted):
                 return
             time.sleep(IDLE)
 
 
 def within_budget(
-    data: TrainingData, budget: float, position: Path, wanted: list[tuple[UnitSource, int]]
-) -> list[tuple[UnitSource, int]]:
+    data: TrainingData, budget: float, position: Path, wanted: list[tuple[ShardedSource, int]]
+) -> list[tuple[ShardedSource, int]]:
     """Of the wanted units those for which there is room, after those that the run comes to next and that were removed."""
     for source in data.sources.values():
-        source.look()
+        source.count_cached()
     if bytes_there(data) >= budget:
         return []
     again = [
         (source, unit)
         for source, order, taken in unit_orders(data, int(position.read_text()))
-        for unit in order.units_coming(taken).tolist()
+        for unit in order.upcoming_shards(taken).tolist()
         if not source.has_tokens(unit)
     ]
     return again[:AT_ONCE] + wanted
 
 
-def make(source: UnitSource, unit: int, refused: set[tuple[str, int]], ahead: bool) -> bool:
+def try_tokenize(source: ShardedSource, unit: int, refused: set[tuple[str, int]], ahead: bool) -> bool:
     """Whether the unit was made here. One that cannot be made is refused, or, ahead of a training, remembered."""
     if (source.name, unit) in refused:
         return False
     try:
-        return source.make(unit)
+        return source.tokenize_shard(unit)
     except ConfigError:
         if not ahead:
             raise
@@ -230,7 +230,7 @@ def make(source: UnitSource, unit: int, refused: set[tuple[str, int]], ahead: bo
         return False
 
 
-def end_without(parent: int) -> None:
+def exit_if_orphaned(parent: int) -> None:
     """Ends this process where the one that started it is gone."""
     if os.getppid() != parent:
         os._exit(1)
@@ -238,7 +238,7 @@ def end_without(parent: int) -> None:
 
 if __name__ == "__main__":
     try:
-        work(Work(**json.loads(sys.argv[1])))
+        run_worker(WorkerArgs(**json.loads(sys.argv[1])))
     except Exception as error:
         if (message := str(error) if isinstance(error, ConfigError) else file_message(error)) is None:
             raise

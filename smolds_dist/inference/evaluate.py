@@ -130,12 +130,12 @@ def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str,
     """The same of a source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
     import numpy as np
 
+    from smolds_dist.data.shards import Corpus
     from smolds_dist.data.source import files_of
-    from smolds_dist.data.text import Tally, decoded_bytes
-    from smolds_dist.data.units import Corpus
+    from smolds_dist.data.text import ReadStats, decoded_bytes
 
     for name, source in config.data.mixed.items():
-        tally = Tally(say=lambda text: print(text, file=sys.stderr))
+        tally = ReadStats(say=lambda text: print(text, file=sys.stderr))
         parts, count, num_bytes = [], 0, 0
         corpus = Corpus(name, source.source, source, files_of(source), config.data, tokenizer)
         for batch in corpus.tokenize(corpus.documents(tally=tally)):

@@ -230,13 +230,13 @@ def write(
 def _for_transformers(reader: CheckpointReader, config: Any, model_type: str) -> Iterator[tuple[str, Any]]:
     from smolds_dist.interchange.transformers_format import to_transformers
 
-    ours = ((name, reader.whole(name, "value")) for name in reader.manifest.tensors)
+    ours = ((name, reader.read_full(name, "value")) for name in reader.manifest.tensors)
     for name, tensor in chain(ours, _selection_biases(reader)):
         if renamed := to_transformers(name, tensor, config, model_type):
             yield renamed
     if config.tie_word_embeddings and model_type in ("deepseek_v3", "mixtral"):
         # Models of these classes have an output weight of their own, so that mlx-lm and vLLM look for no other.
-        yield "lm_head.weight", reader.whole("model.embed_tokens.weight", "value")
+        yield "lm_head.weight", reader.read_full("model.embed_tokens.weight", "value")
 
 
 def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
@@ -244,13 +244,13 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
     import torch
 
     from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.parallel.fragments import cut, logical_shapes
+    from smolds_dist.parallel.fragments import logical_shapes, split_by_tensor
 
     with torch.device("meta"):
         model = DeepSeekV3ForCausalLM(config)
     for name, parameter in model.named_parameters():
         tensor = torch.empty(parameter.shape)
-        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
+        for fragment in split_by_tensor(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
             reader.fill(fragment)
         yield name, tensor
     yield from _selection_biases(reader)

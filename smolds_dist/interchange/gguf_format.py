@@ -84,15 +84,15 @@ def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSe
     kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
 
     def turned(name: str) -> Tensor:
-        return turned_in_pairs(name, reader.whole(name, "value"), config, kind)
+        return turned_in_pairs(name, reader.read_full(name, "value"), config, kind)
 
     def stacked(name: str) -> Tensor:
         names = [name.replace(".experts.0.", f".experts.{number}.") for number in range(E)]
-        return torch.stack([reader.whole(one, "value") for one in names])
+        return torch.stack([reader.read_full(one, "value") for one in names])
 
     def latent(name: str, keys: bool) -> Tensor:
         """What makes keys, of which D are not turned, or values of a latent vector [R]."""
-        heads = reader.whole(name, "value").view(N, -1, R)
+        heads = reader.read_full(name, "value").view(N, -1, R)
         return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
     for name, shape in reader.manifest.tensors.items():

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.checkpoint.files import checkpoint_name, publish, write_parts
+from smolds_dist.checkpoint.files import checkpoint_name, finalize, write_parts
 from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser, first_line
@@ -170,7 +170,7 @@ def write_checkpoint(
     """
     import torch
 
-    from smolds_dist.checkpoint.writer import Progress, new_manifest
+    from smolds_dist.checkpoint.writer import TrainState, new_manifest
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
@@ -187,7 +187,7 @@ def write_checkpoint(
     files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), PART_BYTES)
     topology = plan_topology(config, detect_machine(), RankInfo())
     of_import: dict[str, Any] = {"optimizer_steps": 0, "val_loss": None, "files": files, "weights_only": True}
-    publish(unfinished, new_manifest(config, topology, Progress(), {"tokenizer": tokenizer}, shapes, **of_import))
+    finalize(unfinished, new_manifest(config, topology, TrainState(), {"tokenizer": tokenizer}, shapes, **of_import))
 
 
 def check_tensors(

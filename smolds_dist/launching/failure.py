@@ -78,7 +78,7 @@ class RankReport:
     def _write(self) -> None:
         write_state(self.folder, self.entry, f"rank_{self.rank:05}.json")
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """A sign of life: another forward pass begins."""
         self.passes += 1
         self.alive()
@@ -109,7 +109,7 @@ class RankReport:
                 if any(entry["state"] == "refused" for entry in _entries(self.folder, self.entry["job"])):
                     self.end("refused", 2)  # a rank alone has found a mistake, and told it
                     return
-                if self._tell_dead():
+                if self._report_dead_rank():
                     return
                 time.sleep(0.2)
             others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
@@ -137,19 +137,19 @@ class RankReport:
             idle = time.monotonic() - self._last_beat
             if idle > self.timeout or (self.folder / hang.SIGN).exists():
                 entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
-                cause = hang.give_up(self.folder, self.entry, entries, idle, self.passes)
+                cause = hang.report_hang(self.folder, self.entry, entries, idle, self.passes)
                 if self.entry["state"] == "running":
                     _tell(self.folder, cause)
                     hang.kill_silent(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
-            if self._tell_dead():
+            if self._report_dead_rank():
                 time.sleep(self.grace)
                 if self.entry["state"] == "running":
                     sys.stderr.flush()
                     os._exit(1)
 
-    def _tell_dead(self) -> bool:
+    def _report_dead_rank(self) -> bool:
         """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
         cause = self.folder / "cause.txt"
         if not cause.exists() and find_dead(self.folder, self.entry["job"], files=self.near()):

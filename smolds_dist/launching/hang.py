@@ -21,7 +21,7 @@ STACKS = "stacks.txt"
 ANSWER_SECONDS = 5.0
 
 
-def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float, passes: int) -> str:
+def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float, passes: int) -> str:
     """Writes this rank's stacks, waits for the others', puts all into `stacks.txt` and says in one line what is wrong.
 
     Args:

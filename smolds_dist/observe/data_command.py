@@ -14,9 +14,9 @@ import numpy as np
 from smolds_dist.config import load_config
 from smolds_dist.data.batch import Sample, TrainingData, batch_digest, first_from
 from smolds_dist.data.cores import free_cores
-from smolds_dist.data.prepare import find_data, prepare_data, told_epochs
+from smolds_dist.data.prepare import epoch_summary, find_data, prepare_data
 from smolds_dist.data.rows import PLACES
-from smolds_dist.data.unit_source import UnitSource
+from smolds_dist.data.sharded_source import ShardedSource
 from smolds_dist.data.workers import Workers
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.rows import read_rows
@@ -61,11 +61,11 @@ def prepare(args: list[str]) -> int:
     data = find_data(config, reporter=reporter)
     reporter.close_bars()
     samples = config.train.steps * config.train.global_batch
-    if not data.covers(samples):
+    if not data.has_samples(samples):
         with Workers(config, data, options.workers or free_cores(0), ahead=False) as workers:
             watch(config, data, samples, workers)
     for name, source in data.sources.items():
-        source.look()
+        source.count_cached()
         tokenised = f"{source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
         print(f"{name}: {tokenised}", *source.left_out(), sep="\n  ")
     return 0
@@ -76,13 +76,13 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
     sources = data.sources.values()
     files = sum(len(source.files) for source in sources)
     for source in sources:
-        source.look()
+        source.count_cached()
     began, before = time.monotonic(), sum(source.tokens_found for source in sources)
     with closing(ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")) as bar:
-        while workers.busy() and not data.covers(samples):
+        while workers.busy() and not data.has_samples(samples):
             time.sleep(LOOK_EVERY)
             for source in sources:
-                source.look()
+                source.count_cached()
             there, ready = sum(source.tokens_found for source in sources), sum(source.files_found for source in sources)
             rate = (there - before) / (time.monotonic() - began)
             bar.total = wanted_tokens(data, samples)
@@ -175,7 +175,7 @@ def documents_in(table: np.ndarray, start: int, length: int) -> list[int]:
     return first_from(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
 
 
-def place_of(source: UnitSource, unit: int, token: int) -> dict[str, Any]:
+def place_of(source: ShardedSource, unit: int, token: int) -> dict[str, Any]:
     """Where a training token comes from: its file, the document's number there, and the token's in it."""
     table = np.asarray(source.table(unit))
     row = table[documents_in(table, token + 1, 0)[0] - 1]
@@ -232,11 +232,11 @@ def stats(args: list[str]) -> int:
         print(f"{name} ({config.data.mixed[name].source})")
         print("\n".join(table_of(told, source.left_out())))
     if not options.json:
-        print("the run takes", *told_epochs(config, found), sep="\n  ")
+        print("the run takes", *epoch_summary(config, found), sep="\n  ")
     return 0
 
 
-def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
+def facts_of(source: ShardedSource, train_tokens: int) -> dict[str, Any]:
     """What a source's tokens say of its text, both splits together.
 
     Args:
@@ -245,7 +245,7 @@ def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
     tables = [(source.held_out.documents, len(source.held_out.tokens))]
     for unit in range(len(source.units)):
         table = np.asarray(source.table(unit))
-        for _, start, length in source.pieces_of(np.array([unit]), True) or []:
+        for _, start, length in source.spans_in(np.array([unit]), True) or []:
             first, end = documents_in(table, start, length)
             tables.append((table[first:end], start + length))
     lengths = np.concatenate([np.diff(table["start"].astype(np.int64), append=end) for table, end in tables])

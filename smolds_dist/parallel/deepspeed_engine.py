@@ -34,11 +34,11 @@ from smolds_dist.parallel.expert_parallel import (
 )
 from smolds_dist.parallel.fragments import (
     Fragment,
-    cut,
     fill_parameters,
     full_shape,
     logical_shapes,
     place_in,
+    split_by_tensor,
     tensor_shapes,
 )
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_among
@@ -277,7 +277,7 @@ class DeepSpeedEngine:
                 replicas = {"replica": holders.index(self.topology.rank), "replicas": len(holders)}
             if tensors:
                 shapes = logical_shapes(name, full_shape(parameter), experts.get(name, 0))
-                yield from cut(shapes, start, tensors, **replicas)
+                yield from split_by_tensor(shapes, start, tensors, **replicas)
 
     def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
         """First element, and flat views by kind, of what this rank holds of a parameter; no views where it holds nothing."""

@@ -31,7 +31,7 @@ BATCH = 2**23
 OnMatrices = Callable[[Tensor], Tensor]  # of whole matrices [N, R, C], the same shape back
 
 
-class Part(NamedTuple):
+class MatrixSlice(NamedTuple):
     """Elements [start, start + length) of a matrix, which lie at `offset` of a rank's flat partition."""
 
     matrix: str
@@ -44,14 +44,14 @@ class Part(NamedTuple):
 class Round(NamedTuple):
     """One gather and one scatter."""
 
-    sent: list[list[Part]]  # this rank's parts, by the rank that owns the matrix
-    received: list[list[Part]]  # parts of the matrices that this rank owns, by the rank that holds them
+    sent: list[list[MatrixSlice]]  # this rank's parts, by the rank that owns the matrix
+    received: list[list[MatrixSlice]]  # parts of the matrices that this rank owns, by the rank that holds them
 
 
 class Plan(NamedTuple):
     """What one flat partition needs."""
 
-    whole: list[Part]  # matrices that are here already
+    whole: list[MatrixSlice]  # matrices that are here already
     rounds: list[Round]
 
 
@@ -107,7 +107,9 @@ class MatrixOwners:
             _in_batches(((matrix.shape, matrix) for matrix in matrices.values()), function)
             _fill_in_order(ours, self._exchange(places, received, sent))
 
-    def _exchange(self, pieces: list[Tensor], given: list[list[Part]], coming: list[list[Part]]) -> Tensor:
+    def _exchange(
+        self, pieces: list[Tensor], given: list[list[MatrixSlice]], coming: list[list[MatrixSlice]]
+    ) -> Tensor:
         sizes, expected = ([sum(part.length for part in parts) for parts in one] for one in (given, coming))
         return all_to_all(pieces, sizes, expected, torch.empty(0, device=self._device))
 
@@ -177,12 +179,12 @@ def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int,
         for _ in range(max(number_of.values(), default=-1) + 1)
     ]
 
-    whole: list[Part] = []
+    whole: list[MatrixSlice] = []
     for _, number, *place in held[holder == rank].tolist():
         to = whole if owner[number] < 0 else rounds[number_of[number]].sent[owner[number]]
-        to.append(Part(names[number], shapes[number], *place))
+        to.append(MatrixSlice(names[number], shapes[number], *place))
     for other, number, *place in held[owner[matrix] == rank].tolist():
-        rounds[number_of[number]].received[other].append(Part(names[number], shapes[number], *place))
+        rounds[number_of[number]].received[other].append(MatrixSlice(names[number], shapes[number], *place))
     return Plan(whole, rounds)
 
 

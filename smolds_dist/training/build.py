@@ -14,12 +14,12 @@ from filelock import FileLock, Timeout
 
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints_in, remove, step_of
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
-from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
+from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState, package_versions
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import largest_products
-from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.batch import TrainingData, UniqueTexts, document_end
-from smolds_dist.data.prepare import told_epochs
+from smolds_dist.data.prefetch import BatchPrefetcher
+from smolds_dist.data.prepare import epoch_summary
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.launching.signals import StopRequest
@@ -39,7 +39,7 @@ from smolds_dist.training.compiling import compile_model
 from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
-from smolds_dist.training.rank_checks import SlowRanks
+from smolds_dist.training.rank_checks import StragglerDetector
 from smolds_dist.training.step import Stepper
 
 
@@ -53,9 +53,11 @@ class Job:
     model_config: DeepSeekV3Config
     flops_per_token: float
     stop: StopRequest
-    beat: Callable[[], None]  # a sign of life for the other ranks
+    heartbeat: Callable[[], None]  # a sign of life for the other ranks
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
-    done: Callable[[int], None] | None = None  # told after each step how many samples of the run have been trained on
+    on_progress: Callable[[int], None] | None = (
+        None  # told after each step how many samples of the run have been trained on
+    )
 
     @property
     def main(self) -> bool:
@@ -68,11 +70,11 @@ class Training:
 
     engine: Engine
     balancer: Balancer
-    progress: Progress
+    progress: TrainState
     texts: UniqueTexts | None  # on rank 0
     stepper: Stepper
     guard: LossGuard
-    slow: SlowRanks
+    stragglers: StragglerDetector
     checkpoints: CheckpointWriter
     log: RunLog
     profiler: Profiler
@@ -96,7 +98,7 @@ class Training:
 
 
 @contextmanager
-def hold_run(config: RunConfig) -> Iterator[None]:
+def lock_run_dir(config: RunConfig) -> Iterator[None]:
     """Makes the run's folder and keeps other processes from training in it.
 
     Raises:
@@ -146,9 +148,9 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     config, topology = job.config, job.topology
     torch.manual_seed(config.train.seed)
     engine = new_engine(job.model_config, config, topology, reader)
-    engine.model.register_forward_pre_hook(lambda *_: job.beat())
+    engine.model.register_forward_pre_hook(lambda *_: job.heartbeat())
     balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
-    progress = restore(reader, engine, balancer, topology) if reader else Progress()
+    progress = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
     num_parameters = sum(math.prod(shape) for shape in tensors.values())
     shapes = largest_products(job.model_config, topology.micro_batch * config.data.seq_len)
@@ -160,25 +162,25 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     log = begin_log(job, progress.step, environment(job, num_parameters, peak))
     if reader:
         log.say(f"continuing from {reader.folder}")
-        tell_other_rate(log, reader.manifest, config.train)
+        log_lr_change(log, reader.manifest, config.train)
     left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
     compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, log)
     return Training(
         engine=engine,
         balancer=balancer,
         progress=progress,
-        texts=texts_seen(job.data, reader) if job.main else None,
+        texts=restore_unique_texts(job.data, reader) if job.main else None,
         stepper=Stepper(
             engine,
             balancer,
             topology,
             config.train,
-            BatchesAhead(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
+            BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
             end_of_text=document_end(config.data, job.data.tokenizer),
             stopped=lambda: job.stop.asked is not None,
         ),
         guard=LossGuard(config.train, history),
-        slow=SlowRanks(topology),
+        stragglers=StragglerDetector(topology),
         checkpoints=CheckpointWriter(config, topology, tensors, job.data.identity),
         log=log,
         profiler=Profiler(config, topology),
@@ -203,18 +205,18 @@ def begin_log(job: Job, step: int, facts: dict) -> RunLog:
         save_config(config, config.run_dir / "config.yaml")
         save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")
         log.row(step, event="start", **facts)
-        for failure in untold_failures(config.run_dir):
+        for failure in unlogged_failures(config.run_dir):
             log.row(step, event="restart", **failure)
     log.say(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
     log.say(job.topology.reason)
-    for line in told_epochs(config, job.data):
+    for line in epoch_summary(config, job.data):
         log.say(line)
     if log.verbose:
         log.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
     return log
 
 
-def tell_other_rate(log: RunLog, manifest: Manifest, train: Train) -> None:
+def log_lr_change(log: RunLog, manifest: Manifest, train: Train) -> None:
     """Log where a resumed run has another learning rate than the checkpoint's settings give its next step."""
     if manifest.weights_only:
         return
@@ -229,7 +231,7 @@ def tell_other_rate(log: RunLog, manifest: Manifest, train: Train) -> None:
         )
 
 
-def texts_seen(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
+def restore_unique_texts(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
     """The texts that a checkpoint says were trained on; none without one."""
     texts = UniqueTexts(data)
     for kind, content in (reader.stored(UNIQUE_TEXTS) if reader else {}).items():
@@ -237,7 +239,7 @@ def texts_seen(data: TrainingData, reader: CheckpointReader | None) -> UniqueTex
     return texts
 
 
-def untold_failures(run_dir: Path) -> list[dict]:
+def unlogged_failures(run_dir: Path) -> list[dict]:
     """What `launching.restarts` has noted and `metrics.jsonl` does not hold, or holds no more after going back."""
     failures = read_rows(run_dir / RESTARTS)
     if not failures:  # as most often: metrics may be long
@@ -267,7 +269,7 @@ def environment(job: Job, num_parameters: int, peak: float) -> dict:
     }
 
 
-def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
+def roll_back(job: Job, progress: TrainState, spike: LossSpikeError) -> Training:
     """The training at its last checkpoint before the spike; the samples since then are left out. Collective.
 
     Raises:

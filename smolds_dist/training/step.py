@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.batch import by_document
+from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, Update
 from smolds_dist.parallel.optim import learning_rate
@@ -22,7 +22,7 @@ from smolds_dist.training.clock import StepClock, is_measured
 from smolds_dist.training.qk_clip import QkClip
 
 
-class Taken(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step leaves on this rank."""
 
     step: int
@@ -43,7 +43,7 @@ class Stepper:
     balancer: Balancer
     topology: Topology
     train: Train
-    batches: BatchesAhead  # this rank's part of each global batch
+    batches: BatchPrefetcher  # this rank's part of each global batch
     end_of_text: int | None = None  # after which another document begins, where documents are masked from each other
     stopped: Callable[[], bool] = lambda: False  # whether the run was asked to stop
 
@@ -53,7 +53,7 @@ class Stepper:
         model_config: Any = self.engine.model.config
         self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
-    def take(self, step: int, first_sample: int) -> Taken:
+    def take(self, step: int, first_sample: int) -> StepOutput:
         """The whole of a step, whose batch begins with that sample of the run.
 
         Raises:
@@ -69,7 +69,7 @@ class Stepper:
             # The biases settle as the weights do: a last step's jump would show in every later forward pass.
             settling = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
             counts_LE = self.balancer.step(update.applied, settling)
-        return Taken(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
+        return StepOutput(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
 
     def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
         """Forward and backward over this rank's part of a global batch: its mean loss, and the digest of its tokens."""

@@ -15,7 +15,7 @@ from smolds_dist.parallel.process_group import largest_over_ranks
 from smolds_dist.parallel.router_statistics import entropy_and_histogram
 from smolds_dist.training.build import Job, Training
 from smolds_dist.training.clock import PHASES, memory_in_use
-from smolds_dist.training.step import Taken
+from smolds_dist.training.step import StepOutput
 
 
 class StepResult(NamedTuple):
@@ -28,13 +28,13 @@ class StepResult(NamedTuple):
     error: str | None  # why, on rank 0
 
 
-def sum_up(job: Job, training: Training, taken: Taken) -> StepResult:
+def sum_up(job: Job, training: Training, taken: StepOutput) -> StepResult:
     """Ends a step: its numbers over all ranks. Collective."""
     clock, update = training.stepper.clock, taken.update
     measured, world = clock.measured, job.topology.world_size
     error = training.checkpoints.failure()
     if measured:
-        training.slow.note(clock.seconds["forward"])
+        training.stragglers.note(clock.seconds["forward"])
     mine = {
         "loss": [taken.loss.item()],
         "asked": job.stop.counts(),

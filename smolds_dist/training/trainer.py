@@ -17,23 +17,23 @@ from smolds_dist.data.workers import tokenising_ahead
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.files import naming
 from smolds_dist.inference.harness import evaluate_live, load_tasks
-from smolds_dist.inference.held_out import evaluate
 from smolds_dist.inference.samples import sample, whole_lines
+from smolds_dist.inference.validation import evaluate
 from smolds_dist.interchange.final_export import export_model
 from smolds_dist.launching.failure import RankReport
 from smolds_dist.launching.signals import EXIT_CODES, StopRequest
-from smolds_dist.launching.state import noted_state
+from smolds_dist.launching.state import record_run_state
 from smolds_dist.observe.summary import summary
-from smolds_dist.parallel.meeting import Patience
 from smolds_dist.parallel.process_group import end_process_group, largest_over_ranks, start_process_group
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
+from smolds_dist.parallel.rendezvous import WaitPolicy
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.progress import StoppedWaitingError
 from smolds_dist.settings import RunConfig
 from smolds_dist.training.budget import TimeBudget
-from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
+from smolds_dist.training.build import Job, Training, build, lock_run_dir, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
-from smolds_dist.training.rank_checks import WINDOWS, find_difference, host_of, where
+from smolds_dist.training.rank_checks import WINDOWS, find_weight_mismatch, format_ranks, host_of
 from smolds_dist.training.step_row import sum_up
 
 
@@ -58,10 +58,14 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     with ExitStack() as held:
         held.enter_context(naming(config.run_dir))
         if topology.rank == 0:
-            held.enter_context(hold_run(config))
-        note = noted_state(config.run_dir, topology.world_size) if topology.rank == 0 else nullcontext(lambda *_: None)
+            held.enter_context(lock_run_dir(config))
+        note = (
+            record_run_state(config.run_dir, topology.world_size)
+            if topology.rank == 0
+            else nullcontext(lambda *_: None)
+        )
         ended = held.enter_context(note)
-        done, stop = held.enter_context(ahead), held.enter_context(StopRequest())
+        on_progress, stop = held.enter_context(ahead), held.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         job = Job(
             config=config,
@@ -70,9 +74,9 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
             model_config=model_config,
             flops_per_token=flops_per_token(model_config, config.data.seq_len),
             stop=stop,
-            beat=report.beat if report else lambda: None,
+            heartbeat=report.heartbeat if report else lambda: None,
             tasks=tasks_of(config),
-            done=done,
+            on_progress=on_progress,
         )
         code, why = run_and_report(job, info, report)
         ended(code, why)
@@ -85,14 +89,14 @@ def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple
     Returns:
         The exit code, and why the training failed where it has.
     """
-    patience = Patience(
+    wait_policy = WaitPolicy(
         timeout=job.config.parallel.timeout or math.inf,
         stopped=lambda: job.stop.asked is not None,
         alive=report.alive if report else lambda: None,
     )
     why = ""
     try:
-        met = start_process_group(job.topology, info, patience)
+        met = start_process_group(job.topology, info, wait_policy)
         code = run(job) if met else EXIT_CODES[signal.Signals(job.stop.asked or 0)]
         outcome = "stopped" if code else "done"
     except ConfigError:
@@ -125,7 +129,7 @@ def run(job: Job) -> int:
         check_contents(reader, job.data)
     training = build(job, reader)
     while True:
-        job.data.reporter.begin_training(training.log.say, job.beat)
+        job.data.reporter.begin_training(training.log.say, job.heartbeat)
         try:
             code = run_steps(job, training)
             break
@@ -162,7 +166,7 @@ def run_steps(job: Job, training: Training) -> int:
         except (ConfigError, StoppedWaitingError) as error:  # no text, on all ranks alike, before the step has begun
             job.data.reporter.stop()
             if step > begin + 1:
-                save_without_text(config, training)
+                save_last_step(config, training)
             if isinstance(error, ConfigError):
                 raise
             return EXIT_CODES[signal.Signals(job.stop.asked or 0)]
@@ -170,8 +174,8 @@ def run_steps(job: Job, training: Training) -> int:
         with clock.paused():
             trace = training.profiler.end(step)
         progress.step = step
-        if job.done:
-            job.done(progress.skipped_samples + step * config.train.global_batch)
+        if job.on_progress:
+            job.on_progress(progress.skipped_samples + step * config.train.global_batch)
         if step == begin + 1:
             with clock.paused():
                 training.checkpoints.prepare(training.engine)
@@ -180,13 +184,13 @@ def run_steps(job: Job, training: Training) -> int:
         if trace:
             training.log.say(trace)
         if result.failed:
-            heed_failure(config, training, result.error)
+            handle_checkpoint_error(config, training, result.error)
         training.guard.check(step, result.row["loss"], result.counts is not None)
-        tell_slow_ranks(job, training, step)
+        report_stragglers(job, training, step)
         budget.after_step(job, training, step)
 
         with clock.paused():
-            val_loss = look_at_model(job, training, step, last)
+            val_loss = evaluate_and_sample(job, training, step, last)
         asked = None if last else job.stop.agreed(result.asked)
         saving = asked or (config.checkpoint.every and is_due(step, config.checkpoint.every, last))
         if config.parallel.check_every and (saving or step % config.parallel.check_every == 0):
@@ -212,11 +216,11 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return last or bool(every and step % every == 0)
 
 
-def look_at_model(job: Job, training: Training, step: int, last: bool) -> float | None:
+def evaluate_and_sample(job: Job, training: Training, step: int, last: bool) -> float | None:
     """Evaluates, scores and samples, where it is time for it; returns the validation loss. Collective."""
     config, val_loss = job.config, None
     if is_due(step, config.train.eval_every, last):
-        val_loss = evaluate_and_tell(job, training, step)
+        val_loss = evaluate_and_log(job, training, step)
     if job.tasks and is_due(step, config.eval.every, last):
         score_tasks(job, training, step)
     if is_due(step, config.log.sample_every, last):
@@ -234,12 +238,12 @@ def finish(job: Job, training: Training) -> None:
         training.log.say(summary(job.config, job.data.val_unigram_entropy))
 
 
-def tell_slow_ranks(job: Job, training: Training, step: int) -> None:
+def report_stragglers(job: Job, training: Training, step: int) -> None:
     """Names ranks that compute more slowly than the others, now and then. Collective."""
     every = job.config.parallel.compare_every
     if job.topology.world_size == 1 or not every or step % every:
         return
-    for rank, times in training.slow.compare(training.engine.sum_over_ranks).items():
+    for rank, times in training.stragglers.compare(training.engine.sum_over_ranks).items():
         host = host_of(job.config.run_dir, rank)
         training.log.row(step, event="slow_rank", rank=rank, host=host, times=round(times, 2))
         training.log.say(
@@ -258,17 +262,17 @@ def check_weights(job: Job, training: Training, step: int) -> None:
         return
     from smolds_dist.parallel.expert_parallel import expert_parameters  # needs deepspeed, as several ranks do
 
-    found = find_difference(training.engine.model, job.topology, expert_parameters(training.engine.model))
+    found = find_weight_mismatch(training.engine.model, job.topology, expert_parameters(training.engine.model))
     if found is None:
         return
     name, ranks = found
     raise TrainingStoppedError(
-        f"{where(job.config.run_dir, ranks)} holds other values of {name} than the ranks that hold the same at step {step}; "
-        "a device or its memory is broken: leave that host out, and continue from the last checkpoint"
+        f"{format_ranks(job.config.run_dir, ranks)} holds other values of {name} than the ranks that hold the same at step "
+        f"{step}; a device or its memory is broken: leave that host out, and continue from the last checkpoint"
     )
 
 
-def save_without_text(config: RunConfig, training: Training) -> None:
+def save_last_step(config: RunConfig, training: Training) -> None:
     """Saves the last step of a run that has no text for the next one. Collective."""
     progress = training.progress
     if not (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
@@ -278,7 +282,7 @@ def save_without_text(config: RunConfig, training: Training) -> None:
     training.log.say(f"step {progress.step} is saved; continue with --checkpoint.resume auto")
 
 
-def heed_failure(config: RunConfig, training: Training, error: str | None) -> None:
+def handle_checkpoint_error(config: RunConfig, training: Training, error: str | None) -> None:
     """A checkpoint could not be written: goes on or stops, as configured. All ranks come here together.
 
     Args:
@@ -308,7 +312,7 @@ def is_saved(training: Training, step: int) -> bool:
     return not training.engine.sum_over_ranks(torch.tensor(float(failed))).item()
 
 
-def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
+def evaluate_and_log(job: Job, training: Training, step: int) -> float:
     """The validation loss after `step`, which rank 0 writes down. Collective."""
     result = evaluate(job.config, job.topology, training.engine, job.data)
     tokens = step * job.config.train.global_batch * job.config.data.seq_len

@@ -12,7 +12,7 @@ LOOK_EVERY = 0.2  # seconds
 STOP_AFTER = 3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
 
 
-class BatchesAhead:
+class BatchPrefetcher:
     """Batches in the order of the run.
 
     Args:
@@ -58,7 +58,7 @@ class BatchesAhead:
 
     def _assemble(self, indices: range) -> tuple[Tensor, int]:
         # Of the whole batch, so that what is wrong with the text is wrong on all ranks in the same step.
-        self._data.reach((indices.start // self._stride + 1) * self._stride)
+        self._data.wait_for_samples((indices.start // self._stride + 1) * self._stride)
         ids = self._data.batch(indices)
         return (ids.pin_memory() if self._pinned else ids), batch_digest(ids, indices)
 

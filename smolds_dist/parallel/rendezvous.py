@@ -22,7 +22,7 @@ EVERYONE = "smolds/everyone"  # the key that whoever comes last sets
 
 
 @dataclass(frozen=True)
-class Patience:
+class WaitPolicy:
     """How a rank waits for the others."""
 
     timeout: float = math.inf  # seconds until it gives up
@@ -30,17 +30,17 @@ class Patience:
     alive: Callable[[], None] = lambda: None  # called while it waits
 
 
-def meet(info: RankInfo, patience: Patience) -> TCPStore | None:
-    """The store that all ranks have come to, or None where `patience.stopped` ended the waiting.
+def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> TCPStore | None:
+    """The store that all ranks have come to, or None where `wait_policy.stopped` ended the waiting.
 
     Raises:
-        RankError: on the first of the ranks that did come, after `patience.timeout` seconds.
+        RankError: on the first of the ranks that did come, after `wait_policy.timeout` seconds.
         ConfigError: on the others.
     """
     begun, told, pause = time.monotonic(), False, 0.01
     store: TCPStore | None = None
-    while not patience.stopped():
-        patience.alive()
+    while not wait_policy.stopped():
+        wait_policy.alive()
         try:
             store = store or _store(info)
             if store and store.check([EVERYONE]):
@@ -48,11 +48,11 @@ def meet(info: RankInfo, patience: Patience) -> TCPStore | None:
         except DistError:  # whoever keeps the store has gone
             store = None
         waited = time.monotonic() - begun
-        if (waited > TELL_AFTER and not told) or waited > patience.timeout:
+        if (waited > TELL_AFTER and not told) or waited > wait_policy.timeout:
             told = True
             missing, first = _missing(info, store)
             text = still_waiting(info, waited, f"{missing} at {_place()}")
-            if waited > patience.timeout:
+            if waited > wait_policy.timeout:
                 raise RankError(text) if first else ConfigError(text)
             if first:
                 print(f"smolds: {text}", file=sys.stderr, flush=True)

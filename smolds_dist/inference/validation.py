@@ -8,7 +8,7 @@ import math
 import torch
 
 from smolds_dist.data.batch import TrainingData, by_document, document_end, evaluation_batch
-from smolds_dist.data.held_out import HeldOut
+from smolds_dist.data.validation import HeldOut
 from smolds_dist.model.regions import plain_regions
 from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine, model_inputs

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from smolds_dist.data.cache import checksums, file_damage, key_of, written_once
-from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead
+from smolds_dist.data.cache import build_once, checksums, file_damage, key_of
+from smolds_dist.data.shards import DOCUMENT, Corpus, DocumentWriter
+from smolds_dist.data.text import Document, check_first_rows, content_of, decoded_bytes, digest, is_held_out
 from smolds_dist.data.tokenizer import without_beginning
-from smolds_dist.data.units import DOCUMENT, Corpus, DocumentWriter
 from smolds_dist.errors import ConfigError
 
 FORMAT = 1  # part of the key: raise it when the layout, the meaning of a file or the choice of documents changes
@@ -51,7 +51,7 @@ def find_held_out(corpus: Corpus, cache: Path, limit: int | None) -> HeldOut:
     """
     most = min(MOST_READ, 4 * limit) if limit else MOST_READ
     keys = [corpus.key(unit) for unit in range(len(corpus.units))]
-    folder = written_once(
+    folder = build_once(
         cache / "held_out" / key_of(FORMAT, keys, most),
         lambda folder: write_held_out(folder, corpus, most),
         lambda folder: file_damage(folder, _sizes_of),
@@ -72,7 +72,7 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
     Args:
         most: bytes of text that are read for it.
     """
-    look_ahead(corpus.source, corpus.files, corpus.data)
+    check_first_rows(corpus.source, corpus.files, corpus.data)
     if added := without_beginning(corpus.tokenizer):
         print(
             f"the tokenizer begins a text with {added}; documents are trained on without it",

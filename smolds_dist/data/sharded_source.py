@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from smolds_dist.data.cache import write_if_free
-from smolds_dist.data.held_out import HeldOut
-from smolds_dist.data.order import Piece, SourceOrder, best_fit
+from smolds_dist.data.cache import try_build
+from smolds_dist.data.order import SampleOrder, TokenSpan, best_fit
 from smolds_dist.data.rows import rows_before
-from smolds_dist.data.text import Tally
-from smolds_dist.data.units import DOCUMENT, Corpus, UnitMeta, read_unit, unit_damage, write_unit
+from smolds_dist.data.shards import DOCUMENT, Corpus, UnitMeta, read_unit, unit_damage, write_unit
+from smolds_dist.data.text import ReadStats
+from smolds_dist.data.validation import HeldOut
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter, SourceProgress
 
@@ -26,7 +26,7 @@ AT_ONCE = 16  # units that a process looks for work in, from the one that is wan
 OPEN_UNITS = 1024
 
 
-class UnitSource:
+class ShardedSource:
     """The units of a source; `open` it before use.
 
     Args:
@@ -48,7 +48,7 @@ class UnitSource:
         self._aside = np.array(aside, dtype=np.uint64)
         self._found: dict[int, UnitMeta] = {}
         self._checked = set[int]()  # units that hold what was written
-        self._trained: dict[int, list[Piece]] = {}  # of units that were found
+        self._trained: dict[int, list[TokenSpan]] = {}  # of units that were found
         self.tokens_found = 0  # of these, for training and aside
         self.tokens = lru_cache(OPEN_UNITS)(self._tokens)
         self.table = lru_cache(OPEN_UNITS)(self._table)
@@ -60,7 +60,7 @@ class UnitSource:
         key = self._corpus.key(unit, self._limits.get(unit))
         return self._cache / "units" / key[:2] / key
 
-    def open(self) -> "UnitSource":
+    def open(self) -> "ShardedSource":
         """The source itself, once it is known which units the limit leaves; for that, these are tokenized.
 
         Raises:
@@ -88,7 +88,7 @@ class UnitSource:
         self.folders[unit] = self._folder_of(unit)
         self._wait_for(np.array([unit]))
 
-    def find(self, unit: int) -> bool:
+    def has_meta(self, unit: int) -> bool:
         """Whether it is known what a unit holds: its tokens are there, or have been."""
         if unit not in self._found:
             for folder in (self.folders[unit], self._known(unit)):
@@ -100,7 +100,7 @@ class UnitSource:
 
     def has_tokens(self, unit: int) -> bool:
         """Whether a unit's tokens are there."""
-        return self.find(unit) and (self.folders[unit] / "tokens.bin").exists()
+        return self.has_meta(unit) and (self.folders[unit] / "tokens.bin").exists()
 
     def _known(self, unit: int) -> Path:
         """Where the rest of a unit stays whose tokens were removed."""
@@ -131,7 +131,7 @@ class UnitSource:
         there = (meta for unit, meta in self._found.items() if (self.folders[unit] / "tokens.bin").exists())
         return sum(meta.token_bytes for meta in there)
 
-    def make(self, unit: int) -> bool:
+    def tokenize_shard(self, unit: int) -> bool:
         """Whether a unit's tokens are there now: made here, if nobody else is making them.
 
         Raises:
@@ -145,23 +145,23 @@ class UnitSource:
             report=self._report,
         )
         with self._reporter.active():
-            return write_if_free(self.folders[unit], write, unit_damage) and self.find(unit)
+            return try_build(self.folders[unit], write, unit_damage) and self.has_meta(unit)
 
     def _report(self, tokens: int) -> None:
         """Of the unit that this process is making there are so many."""
         found, units = self.tokens_found + tokens, (len(self._found), len(self.units))
         self._reporter.update(SourceProgress(self.name, self._corpus.label, found, *units))
 
-    def pieces_of(self, following: np.ndarray, wait: bool) -> list[Piece] | None:
-        """As `order.PiecesOf`."""
+    def spans_in(self, following: np.ndarray, wait: bool) -> list[TokenSpan] | None:
+        """As `order.SpansIn`."""
         unit = int(following[0])
-        if not self.find(unit):
+        if not self.has_meta(unit):
             if not wait:
                 return None
             self._wait_for(following)
         return self._trained_on(unit)
 
-    def _trained_on(self, unit: int) -> list[Piece]:
+    def _trained_on(self, unit: int) -> list[TokenSpan]:
         """A found unit's tokens but for documents that are held out; each piece is of whole documents."""
         if unit not in self._trained:
             bounds, kept = np.array([0, self._found[unit].tokens]), np.array([self._found[unit].tokens > 0])
@@ -170,7 +170,7 @@ class UnitSource:
                 bounds = np.append(table["start"].astype(np.int64), bounds[-1])
                 kept = ~np.isin(table["text"], self._aside)
             ends = bounds[np.flatnonzero(np.diff(kept, prepend=False, append=False))].reshape(-1, 2)
-            self._trained[unit] = [Piece(unit, start, end - start) for start, end in ends.tolist()]
+            self._trained[unit] = [TokenSpan(unit, start, end - start) for start, end in ends.tolist()]
         return self._trained[unit]
 
     def _wait_for(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
@@ -181,15 +181,15 @@ class UnitSource:
         """
         unit = int(following[0])
         at_once = 1 if self._corpus.data.disk_budget_gb else AT_ONCE
-        while not (there or self.find)(unit):
-            if not self.make(unit) and not self._make_one_of(following[1:at_once].tolist()):
+        while not (there or self.has_meta)(unit):
+            if not self.tokenize_shard(unit) and not self._make_one_of(following[1:at_once].tolist()):
                 time.sleep(0.05)
             self._report(0)
 
     def _make_one_of(self, units: list[int]) -> bool:
         """Whether one was made. What is wrong with it will be told when it is wanted."""
         with contextlib.suppress(ConfigError):
-            return any(not self.find(unit) and self.make(unit) for unit in units)
+            return any(not self.has_meta(unit) and self.tokenize_shard(unit) for unit in units)
         return False
 
     @property
@@ -197,9 +197,9 @@ class UnitSource:
         """UTF-8 bytes of all text of the units that were found; 0 of a `tokens` source."""
         return sum(meta.text_bytes for meta in self._found.values())
 
-    def look(self) -> int:
+    def count_cached(self) -> int:
         """How many units are there now."""
-        return sum(self.find(unit) for unit in range(len(self.units)))
+        return sum(self.has_meta(unit) for unit in range(len(self.units)))
 
     @property
     def files_found(self) -> int:
@@ -215,7 +215,9 @@ class UnitSource:
     def left_out(self) -> list[str]:
         """What the units that were found left out, in words."""
         metas = self._found.values()
-        tally = Tally(read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas))
+        tally = ReadStats(
+            read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas)
+        )
         tally.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
         return tally.lines(self._corpus.label)
 
@@ -224,10 +226,10 @@ class UnitSource:
         part = self.units[unit][int(row["file"])]
         return self.files[part.file].path, int(row["number"]) + self._rows_before(part)
 
-    def order(self, seq_len: int, seed: int, window_tokens: int, packing: str) -> SourceOrder:
+    def order(self, seq_len: int, seed: int, window_tokens: int, packing: str) -> SampleOrder:
         """Of its samples."""
         pack = partial(best_fit, table=self.table, seq_len=seq_len) if packing == "best_fit" else None
-        return SourceOrder(len(self.units), self.pieces_of, seq_len, seed, window_tokens, pack)
+        return SampleOrder(len(self.units), self.spans_in, seq_len, seed, window_tokens, pack)
 
     def _tokens(self, unit: int) -> np.ndarray:
         """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
@@ -242,7 +244,7 @@ class UnitSource:
             known = self._known(unit)
             if not self.folders[unit].is_dir() and not unit_damage(known):
                 self._checked.add(unit)
-            elif self.make(unit):
+            elif self.tokenize_shard(unit):
                 shutil.rmtree(known, ignore_errors=True)
                 self._checked.add(unit)
             else:

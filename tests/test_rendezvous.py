@@ -14,9 +14,8 @@ import warm
 from ranks import Finished, run, smolds
 
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel import meeting
-from smolds_dist.parallel.meeting import Patience, meet
 from smolds_dist.parallel.ranks import RankInfo, join_ranks
+from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 
 
 @pytest.fixture
@@ -30,11 +29,11 @@ def place(monkeypatch):
 
 
 def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object]:
-    """What `meet` gave to each of these ranks of `world`, or its error."""
+    """What `rendezvous` gave to each of these ranks of `world`, or its error."""
 
     def one(rank: int):
         try:
-            return meet(RankInfo(rank, rank, world), Patience(timeout))
+            return rendezvous(RankInfo(rank, rank, world), WaitPolicy(timeout))
         except ConfigError as error:
             return error
 
@@ -50,7 +49,7 @@ def test_ranks_that_all_come_meet_without_a_word(place, capsys):
 
 
 def test_missing_ranks_are_named_by_the_first_that_came(place, capsys, monkeypatch):
-    monkeypatch.setattr(meeting, "TELL_AFTER", 0.3)
+    monkeypatch.setattr("smolds_dist.parallel.rendezvous.TELL_AFTER", 0.3)
     errors = come([0, 1, 4], 6)
     words = f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{place}, because WORLD_SIZE says that there are 6; "
     assert str(errors[0]).startswith(words)
@@ -61,7 +60,7 @@ def test_missing_ranks_are_named_by_the_first_that_came(place, capsys, monkeypat
 
 
 def test_every_rank_says_that_rank_0_is_missing(place, capsys, monkeypatch):
-    monkeypatch.setattr(meeting, "TELL_AFTER", 0.3)
+    monkeypatch.setattr("smolds_dist.parallel.rendezvous.TELL_AFTER", 0.3)
     errors = come([1], 2)
     assert isinstance(errors[1], RankError)
     assert f"rank 1 has waited 1 s for rank 0 at 127.0.0.1:{place}" in str(errors[1])
@@ -77,7 +76,7 @@ def test_taken_port_is_told(place):
 
 def test_waiting_ends_when_asked_to(place):
     begun = time.monotonic()
-    assert meet(RankInfo(0, 0, 2), Patience(stopped=lambda: time.monotonic() > begun + 0.5)) is None
+    assert rendezvous(RankInfo(0, 0, 2), WaitPolicy(stopped=lambda: time.monotonic() > begun + 0.5)) is None
     assert time.monotonic() < begun + 5
 
 

@@ -19,11 +19,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.cache import checksums, file_damage, key_of
-from smolds_dist.data.order import key_for, permuted
-from smolds_dist.data.source import COMPRESSED, File, Part, settings_of
+from smolds_dist.data.order import key_for, permute_index
+from smolds_dist.data.source import COMPRESSED, File, FileChunk, settings_of
 from smolds_dist.data.text import (
     Document,
-    Tally,
+    ReadStats,
     Tokenized,
     WrongIdError,
     documents,
@@ -56,8 +56,8 @@ class Corpus:
     tokenizer: PreTrainedTokenizerBase
 
     @cached_property
-    def units(self) -> list[list[Part]]:
-        return units_of_files(self.source, self.files)
+    def units(self) -> list[list[FileChunk]]:
+        return group_files(self.source, self.files)
 
     @property
     def endless(self) -> bool:
@@ -86,13 +86,13 @@ class Corpus:
             described.append((path, file.size, file.version, part.number, part.of))
         return key_of(self._made_with, limit, described)
 
-    def documents(self, parts: Sequence[Part] | None = None, tally: Tally | None = None) -> Iterator[Document]:
+    def documents(self, parts: Sequence[FileChunk] | None = None, tally: ReadStats | None = None) -> Iterator[Document]:
         """Those of all files, or of these parts, one by one.
 
         Raises:
             ConfigError: as `text.documents`, and where ids of a `tokens` source do not fit the tokenizer.
         """
-        parts = parts or [Part(number, 0, 1) for number in range(len(self.files))]
+        parts = parts or [FileChunk(number, 0, 1) for number in range(len(self.files))]
         try:
             yield from single_documents(documents(self.source, self.files, self.data, tally, parts), self.tokenizer)
         except WrongIdError as error:
@@ -104,28 +104,28 @@ class Corpus:
         return tokenize(found, self.tokenizer, self.data.allow_control_tokens)
 
 
-def units_of_files(source: Source, files: list[File]) -> list[list[Part]]:
+def group_files(source: Source, files: list[File]) -> list[list[FileChunk]]:
     """The units of a source, in an order that has nothing to do with the files' names."""
     parts, sizes = [], []
     for at, file in enumerate(files):
         cut = source.source.partition(":")[0] in CUT and not file.path.endswith(COMPRESSED)
         count = -(-file.size // PART_BYTES) if cut and file.size else 1
-        parts += [Part(at, number, count) for number in range(count)]
+        parts += [FileChunk(at, number, count) for number in range(count)]
         sizes += [file.size // count] * count
-    units: dict[int, list[Part]] = {}
-    for part, unit in zip(parts, units_of(sizes), strict=True):
+    units: dict[int, list[FileChunk]] = {}
+    for part, unit in zip(parts, group_into_shards(sizes), strict=True):
         units.setdefault(unit, []).append(part)
     return [units[unit] for unit in sorted(units)]
 
 
-def units_of(sizes: list[int]) -> list[int]:
+def group_into_shards(sizes: list[int]) -> list[int]:
     """The unit of each part of a source, whose sizes in bytes are given in the order of the names.
 
     Small ones travel together, up to `UNIT_BYTES`, but not with their neighbours: those are often alike, and the first
     window should be like the whole. So they are taken in a fixed order that has nothing to do with their names.
     """
     key = key_for("2 0 0 files")[None]
-    order = np.argsort(permuted(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), key))
+    order = np.argsort(permute_index(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), key))
     units, unit, size = [0] * len(sizes), -1, UNIT_BYTES
     for part in order.tolist():
         if size + sizes[part] > UNIT_BYTES:
@@ -199,7 +199,7 @@ class DocumentWriter:
 
 def write_unit(
     folder: Path,
-    unit: list[Part],
+    unit: list[FileChunk],
     corpus: Corpus,
     limit: int | None = None,
     report: Callable[[int], None] = lambda tokens: None,
@@ -213,7 +213,7 @@ def write_unit(
     Raises:
         ConfigError: for a file or row that cannot be read and is not to be skipped.
     """
-    tally = Tally(say=lambda text: print(text, file=sys.stderr, flush=True), bad_rows=folder / "bad_rows.jsonl")
+    tally = ReadStats(say=lambda text: print(text, file=sys.stderr, flush=True), bad_rows=folder / "bad_rows.jsonl")
     content = hashlib.sha256()
     read = text_bytes = 0
     out = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype)
