@@ -183,7 +183,7 @@ def validation_loss(shared: Shared, run: Run) -> float:
     model.eval()
     losses = {
         name: held_out_loss(
-            loss_of, data.sources[name].held_out.tokens, config.data.seq_len, config.train.eval_sequences
+            loss_of, data.sources[name].validation.tokens, config.data.seq_len, config.train.eval_sequences
         )
         for name in data.sources
     }

@@ -84,8 +84,8 @@ class SourceProgress:
     name: str
     label: str  # the source as the settings have it
     tokens: int
-    units: int  # that are complete
-    all_units: int
+    shards: int  # that are complete
+    all_shards: int
 
 
 class Reporter:
@@ -141,7 +141,7 @@ class Reporter:
             self._logged = now
             rate = (done.tokens - self._tokens) / (now - self._began)
             log(
-                f"waiting for text of {done.name}: {done.units:,} of {done.all_units:,} parts are tokenised, "
+                f"waiting for text of {done.name}: {done.shards:,} of {done.all_shards:,} parts are tokenised, "
                 f"{rate:,.0f} tokens/s come in"
             )
 

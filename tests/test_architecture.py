@@ -109,8 +109,8 @@ def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
     for path, text in {
         "costs/memory.py": "import math\n\n\ndef f():\n    from smolds_dist.parallel.topology import Topology\n",
         "parallel/topology.py": "from smolds_dist.costs import memory\nfrom smolds_dist.errors import ConfigError\n",
-        "parallel/ranks.py": "import smolds_dist.parallel.rendezvous\n",
-        "parallel/rendezvous.py": "from smolds_dist.parallel.ranks import RankInfo\n",
+        "parallel/rendezvous.py": "import smolds_dist.parallel.ranks\n",
+        "parallel/ranks.py": "from smolds_dist.parallel.rendezvous import WaitPolicy\n",
         "errors.py": "from smolds_dist import progress\n",
         "progress.py": "",
     }.items():

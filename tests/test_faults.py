@@ -21,7 +21,7 @@ from test_launchers import end, start_launch
 from smolds_dist.checkpoint.files import checkpoints_in, find_damage
 from smolds_dist.checkpoint.writer import CheckpointWriter, OtherRankError
 from smolds_dist.config import load_config
-from smolds_dist.data.text import digest, is_held_out
+from smolds_dist.data.text import digest, is_validation
 from smolds_dist.errors import TrainingStoppedError
 from smolds_dist.launching.failure import RankReport, exit_code_of_stop, find_dead
 from smolds_dist.observe.rows import read_rows
@@ -282,7 +282,7 @@ def spiky(corpus, small_run, tmp_path):
         (tmp_path / path.name).write_text(path.read_text())
     chance = random.Random(3)
     noise = ""
-    while not noise or is_held_out(digest(noise.encode()), 0.5):
+    while not noise or is_validation(digest(noise.encode()), 0.5):
         noise = "".join(chr(chance.randrange(33, 127)) for _ in range(400))
     (tmp_path / "00_noise.txt").write_text(noise)
     return [

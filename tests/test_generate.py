@@ -147,7 +147,7 @@ def test_eval_of_held_out_text_is_the_trainings_own(kept_run, tmp_path, capsys):
     assert result["bits_per_byte"] == pytest.approx(evaluated["val_bits_per_byte"], rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert f"{result['loss']:.4f} nats per token" in capsys.readouterr().out
-    assert len(prepare_data(load_config(options)).sources["text"].held_out.tokens) > 5 * 32
+    assert len(prepare_data(load_config(options)).sources["text"].validation.tokens) > 5 * 32
 
 
 def test_eval_of_another_source_counts_every_token(kept_run, corpus, tmp_path):

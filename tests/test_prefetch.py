@@ -218,9 +218,9 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_text((corpus / f"{number}.jsonl").read_text())
     options = [*options_of(tmp_path, tmp_path), "--checkpoint.every=0", "--checkpoint.resume=auto"]
-    third = int(prepare_data(load_config([*options, "-q"])).orders["jsonl"].wanted_units()[1])
+    third = int(prepare_data(load_config([*options, "-q"])).orders["jsonl"].wanted_shards()[1])
     source = prepare_data(load_config([*options, "-q"])).sources["jsonl"]
-    path = Path(source.files[source.units[third][0].file].path)
+    path = Path(source.files[source.shards[third][0].file].path)
     text, status = path.read_text(), path.stat()
     lines = text.splitlines(keepends=True)
     lines[1000] = "[" + lines[1000][1:]
@@ -267,7 +267,7 @@ def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corp
     """Two ranks, of which each waits for a part that another process holds the lock of; the training makes all parts."""
     options = [*options_of(corpus, tmp_path), "--checkpoint.every=0", "--data.workers=0"]
     found = prepare_data(load_config([*options, "-q"]))
-    second = int(found.orders["jsonl"].wanted_units()[0])
+    second = int(found.orders["jsonl"].wanted_shards()[0])
     folder = found.sources["jsonl"].folders[second]
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -13,7 +13,7 @@ from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.checkpoint.writer import TrainState
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
+from smolds_dist.data.mixture import first_part, format_schedule, mixture_of, names_in
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
@@ -150,8 +150,8 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     if before != now:
         batch = config.train.global_batch
         raise ConfigError(
-            f"{folder} was trained on {in_words(before, batch)}; this run would have begun with {in_words(now, batch)}; "
-            f"{advice}."
+            f"{folder} was trained on {format_schedule(before, batch)}; this run would have begun with "
+            f"{format_schedule(now, batch)}; {advice}."
         )
 
 

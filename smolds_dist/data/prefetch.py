@@ -8,8 +8,10 @@ from torch import Tensor
 from smolds_dist.data.batch import TrainingData, batch_digest
 from smolds_dist.progress import StoppedWaitingError
 
-LOOK_EVERY = 0.2  # seconds
-STOP_AFTER = 3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
+POLL_SECONDS = 0.2  # seconds
+STOP_GRACE_SECONDS = (
+    3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
+)
 
 
 class BatchPrefetcher:
@@ -41,13 +43,13 @@ class BatchPrefetcher:
             future = self._pool.submit(self._assemble, indices)
             self._next = indices, future
         asked = 0
-        while not wait([future], timeout=LOOK_EVERY).done:
+        while not wait([future], timeout=POLL_SECONDS).done:
             asked += stopped()
-            if asked * LOOK_EVERY > STOP_AFTER:
+            if asked * POLL_SECONDS > STOP_GRACE_SECONDS:
                 raise StoppedWaitingError
         return future.result()
 
-    def begin_next(self) -> None:
+    def prefetch_next(self) -> None:
         """Begins on the batch after the one last taken, if that is not under way.
 
         To be called just before the host has long to wait: Python runs one thread at a time, and this one comes first.

@@ -21,13 +21,13 @@ from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cores import free_cores, use_all_cores
 from smolds_dist.data.order import SampleOrder
 from smolds_dist.data.prepare import find_data
-from smolds_dist.data.sharded_source import AT_ONCE, ShardedSource
+from smolds_dist.data.sharded_source import LOOKAHEAD, ShardedSource
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import file_message, replace_text
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import RunConfig
 
-IDLE = 0.2  # seconds between two looks, where others are making all that is wanted
+IDLE_SECONDS = 0.2  # seconds between two looks, where others are making all that is wanted
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class WorkerArgs:
     parent: int  # process without which it ends
     tokenizer: str  # a folder, or a name on the Hub
     limits: dict[str, int | None]
-    ahead: bool  # of a training, whose cores it must leave alone
+    background: bool  # of a training, whose cores it must leave alone
     position: str  # path of a file that says how many samples of the run have been trained on
 
 
@@ -50,14 +50,14 @@ class Workers:
         ahead: at low priority, passing over what is wrong with the text: the training will tell it when it gets there.
     """
 
-    def __init__(self, config: RunConfig, data: TrainingData, count: int, ahead: bool):
+    def __init__(self, config: RunConfig, data: TrainingData, count: int, background: bool):
         self._folder = tempfile.TemporaryDirectory(prefix="smolds-workers-")
         settings = Path(self._folder.name) / "config.yaml"
         save_config(config, settings)
         self._position = Path(self._folder.name) / "position"
-        self.tell_position(0)
+        self.set_position(0)
         tokenizer = data.tokenizer.name_or_path
-        worker_args = WorkerArgs(str(settings), os.getpid(), tokenizer, data.limits, ahead, str(self._position))
+        worker_args = WorkerArgs(str(settings), os.getpid(), tokenizer, data.limits, background, str(self._position))
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(worker_args))]
         self.processes = [
@@ -75,11 +75,11 @@ class Workers:
             process.communicate()
         self._folder.cleanup()
 
-    def tell_position(self, samples: int) -> None:
+    def set_position(self, samples: int) -> None:
         """So many samples of the run have been trained on."""
         replace_text(self._position, str(samples))
 
-    def busy(self) -> bool:
+    def are_running(self) -> bool:
         """Whether one of them still works.
 
         Raises:
@@ -87,8 +87,8 @@ class Workers:
         """
         for process in self.processes:
             if process.poll():
-                said = (process.stdout.read() if process.stdout else "").strip()
-                raise ConfigError(said or f"a worker process ended with exit code {process.returncode}; see above.")
+                message = (process.stdout.read() if process.stdout else "").strip()
+                raise ConfigError(message or f"a worker process ended with exit code {process.returncode}; see above.")
         return any(process.poll() is None for process in self.processes)
 
 
@@ -103,39 +103,39 @@ class DiskBudget:
 
     def __init__(self, data: TrainingData, budget: float):
         self._data, self._budget = data, budget
-        self._at: list[tuple[int, int]] = []
+        self._windows: list[tuple[int, int]] = []
 
-    def keep(self, samples: int) -> bool:
+    def enforce(self, samples: int) -> bool:
         """The run has come so far: removes what lies behind, the oldest first, where there is too much.
 
         Returns:
             Whether it has come to another window.
         """
-        at = [order.window_of(taken) for _, order, taken in unit_orders(self._data, samples)]
-        if at == self._at:
+        at = [order.window_of(taken) for _, order, taken in sharded_orders(self._data, samples)]
+        if at == self._windows:
             return False
-        self._at = at
-        over = bytes_there(self._data) - self._budget
-        for source, order, taken in unit_orders(self._data, samples):
-            for unit in order.consumed_shards(taken).tolist():
-                over -= source.remove(unit) if over > 0 else 0
+        self._windows = at
+        over = cached_bytes(self._data) - self._budget
+        for source, order, taken in sharded_orders(self._data, samples):
+            for shard in order.consumed_shards(taken).tolist():
+                over -= source.remove(shard) if over > 0 else 0
         return True
 
 
-def unit_orders(data: TrainingData, samples: int) -> list[tuple[ShardedSource, SampleOrder, int]]:
+def sharded_orders(data: TrainingData, samples: int) -> list[tuple[ShardedSource, SampleOrder, int]]:
     """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
     taken = data.taken(samples)
-    several = {name: source for name, source in data.sources.items() if len(source.units) > 1}
+    several = {name: source for name, source in data.sources.items() if len(source.shards) > 1}
     return [(source, data.orders[name], max(0, taken[name] - 1)) for name, source in several.items()]
 
 
-def bytes_there(data: TrainingData) -> int:
+def cached_bytes(data: TrainingData) -> int:
     """Bytes of all tokens that are there."""
-    return sum(source.bytes_there() for source in data.sources.values())
+    return sum(source.cached_bytes() for source in data.sources.values())
 
 
 @contextmanager
-def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Iterator[Callable[[int], None]]:
+def background_tokenization(config: RunConfig, data: TrainingData, ranks: int) -> Iterator[Callable[[int], None]]:
     """The workers that a machine with so many ranks of a training should have, while the block lasts.
 
     Yields:
@@ -146,17 +146,17 @@ def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Itera
         yield lambda samples: None
         return
     count = free_cores(ranks) if config.data.workers == "auto" else config.data.workers
-    with Workers(config, data, count, ahead=True) as workers:
+    with Workers(config, data, count, background=True) as workers:
         budget = DiskBudget(data, 1e9 * gigabytes) if gigabytes else None
 
         def done(samples: int) -> None:
-            if budget and budget.keep(samples):
-                workers.tell_position(samples)
+            if budget and budget.enforce(samples):
+                workers.set_position(samples)
 
         yield done
 
 
-def wanted_units(data: TrainingData, samples: int) -> list[tuple[ShardedSource, int]] | None:
+def wanted_shards(data: TrainingData, samples: int) -> list[tuple[ShardedSource, int]] | None:
     """Units that the run's first `samples` samples want and that are not there yet, the most urgent first; None where that
     cannot be said any more, as all is known."""
     needed = data.taken(samples)
@@ -164,10 +164,10 @@ def wanted_units(data: TrainingData, samples: int) -> list[tuple[ShardedSource, 
     for name, source in data.sources.items():
         order = data.orders[name]
         if needed[name] and not order.extend(needed[name] - 1, wait=False):
-            units = [unit for unit in order.wanted_units().tolist() if not source.has_meta(unit)][:AT_ONCE]
-            missing.append((first_missing_sample(data, name, order.num_known, samples), source, units))
+            shards = [shard for shard in order.wanted_shards().tolist() if not source.has_meta(shard)][:LOOKAHEAD]
+            missing.append((first_missing_sample(data, name, order.num_known, samples), source, shards))
     missing.sort(key=lambda one: one[0])
-    return [(source, unit) for _, source, units in missing for unit in units] if missing else None
+    return [(source, shard) for _, source, shards in missing for shard in shards] if missing else None
 
 
 def first_missing_sample(data: TrainingData, name: str, known: int, samples: int) -> int:
@@ -177,27 +177,27 @@ def first_missing_sample(data: TrainingData, name: str, known: int, samples: int
 
 def run_worker(args: WorkerArgs) -> None:
     """Makes units until there are all that the run wants."""
-    if args.ahead:
+    if args.background:
         os.nice(19)
     use_all_cores()
     config = load_config(["--config", args.config, "-q"])
     reporter = Reporter()
     reporter.heartbeat = lambda: exit_if_orphaned(args.parent)
     data = find_data(config, Path(args.tokenizer), args.limits, reporter)
-    refused = set[tuple[str, int]]()
+    failed = set[tuple[str, int]]()
     samples = config.train.steps * config.train.global_batch
-    budget = config.data.disk_budget_gb if args.ahead else None
+    budget = config.data.disk_budget_gb if args.background else None
     while True:
         exit_if_orphaned(args.parent)
-        wanted = wanted_units(data, samples)
+        wanted = wanted_shards(data, samples)
         if budget is not None:
             wanted = within_budget(data, 1e9 * budget, Path(args.position), wanted or [])
         elif wanted is None:
             return
-        if not any(try_tokenize(source, unit, refused, args.ahead) for source, unit in wanted):
-            if args.ahead and wanted and refused.issuperset((source.name, unit) for source, unit in wanted):
+        if not any(try_tokenize(source, shard, failed, args.background) for source, shard in wanted):
+            if args.background and wanted and failed.issuperset((source.name, shard) for source, shard in wanted):
                 return
-            time.sleep(IDLE)
+            time.sleep(IDLE_SECONDS)
 
 
 def within_budget(
@@ -206,27 +206,27 @@ def within_budget(
     """Of the wanted units those for which there is room, after those that the run comes to next and that were removed."""
     for source in data.sources.values():
         source.count_cached()
-    if bytes_there(data) >= budget:
+    if cached_bytes(data) >= budget:
         return []
     again = [
-        (source, unit)
-        for source, order, taken in unit_orders(data, int(position.read_text()))
-        for unit in order.upcoming_shards(taken).tolist()
-        if not source.has_tokens(unit)
+        (source, shard)
+        for source, order, taken in sharded_orders(data, int(position.read_text()))
+        for shard in order.upcoming_shards(taken).tolist()
+        if not source.has_tokens(shard)
     ]
-    return again[:AT_ONCE] + wanted
+    return again[:LOOKAHEAD] + wanted
 
 
-def try_tokenize(source: ShardedSource, unit: int, refused: set[tuple[str, int]], ahead: bool) -> bool:
+def try_tokenize(source: ShardedSource, shard: int, failed: set[tuple[str, int]], background: bool) -> bool:
     """Whether the unit was made here. One that cannot be made is refused, or, ahead of a training, remembered."""
-    if (source.name, unit) in refused:
+    if (source.name, shard) in failed:
         return False
     try:
-        return source.tokenize_shard(unit)
+        return source.tokenize_shard(shard)
     except ConfigError:
-        if not ahead:
+        if not background:
             raise
-        refused.add((source.name, unit))
+        failed.add((source.name, shard))
         return False
 
 

@@ -20,7 +20,7 @@ from smolds_dist.interchange.model_folder import check_settings, check_sizes, we
 from smolds_dist.rules import validate
 from smolds_dist.settings import Model, RunConfig, Yarn
 
-PART_BYTES = 200_000_000  # of a file of the checkpoint; what is written is held twice
+CHUNK_BYTES = 200_000_000  # of a file of the checkpoint; what is written is held twice
 
 
 def import_model(args: list[str]) -> None:
@@ -184,7 +184,7 @@ def write_checkpoint(
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
     tensors = check_tensors(folder, kind, given, ours, shapes | biases)
-    files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), PART_BYTES)
+    files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), CHUNK_BYTES)
     topology = plan_topology(config, detect_machine(), RankInfo())
     of_import: dict[str, Any] = {"optimizer_steps": 0, "val_loss": None, "files": files, "weights_only": True}
     finalize(unfinished, new_manifest(config, topology, TrainState(), {"tokenizer": tokenizer}, shapes, **of_import))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.checkpoint.files import Manifest
-from smolds_dist.data.mixture import first_part, in_words
+from smolds_dist.data.mixture import first_part, format_schedule
 from smolds_dist.observe import markdown
 from smolds_dist.observe.overview import parameters_of
 from smolds_dist.observe.report import figure_of
@@ -32,7 +32,7 @@ def texts(manifest: Manifest) -> list[tuple[str, str]]:
     trained_on = first_part(manifest.data["schedule"], manifest.samples)
     return [
         *((f"text: {name}", f"`{one['source']}`") for name, one in data["sources"].items()),
-        ("mixture", in_words(trained_on, train["global_batch"])),
+        ("mixture", format_schedule(trained_on, train["global_batch"])),
     ]
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from smolds_dist.checkpoint.files import Manifest, manifests_of
 from smolds_dist.config import load_config
-from smolds_dist.data.mixture import in_words, mixture_of
+from smolds_dist.data.mixture import format_schedule, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.files import replace_text, replaced
 from smolds_dist.launching.signals import EXIT_CODES
@@ -278,7 +278,7 @@ def _mixture(run: Path, config: dict) -> list[str]:
     if not config["data"].get("sources"):
         return []
     mixture = mixture_of(load_config(["--config", str(run / "config.yaml")]))
-    return [f"The mixture: {in_words(mixture.schedule(), config['train']['global_batch'])}."]
+    return [f"The mixture: {format_schedule(mixture.schedule(), config['train']['global_batch'])}."]
 
 
 def _checkpoint(manifest: Manifest) -> tuple:

@@ -51,7 +51,7 @@ def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> TCPStore | None:
         if (waited > TELL_AFTER and not told) or waited > wait_policy.timeout:
             told = True
             missing, first = _missing(info, store)
-            text = still_waiting(info, waited, f"{missing} at {_place()}")
+            text = still_waiting(info, waited, f"{missing} at {_address()}")
             if waited > wait_policy.timeout:
                 raise RankError(text) if first else ConfigError(text)
             if first:
@@ -61,7 +61,7 @@ def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> TCPStore | None:
     return None
 
 
-def _place() -> str:
+def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -93,7 +93,7 @@ def _store(info: RankInfo) -> TCPStore | None:
         if "EADDRINUSE" not in str(error):
             raise
         raise RankError(
-            f"{_place()}, where the ranks should meet, is taken by another program; set MASTER_PORT to a free port, or "
+            f"{_address()}, where the ranks should meet, is taken by another program; set MASTER_PORT to a free port, or "
             f"{how_to_train_alone(info)}."
         ) from None
     if not store.check([_key(info.rank)]):

@@ -13,7 +13,7 @@ from smolds_dist.costs.flops import flops_per_token, layers_of
 from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
-from smolds_dist.data.mixture import in_words, mixture_of
+from smolds_dist.data.mixture import format_schedule, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
@@ -122,7 +122,7 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
     batch, length = config.train.global_batch, config.data.seq_len
     totals = zip(mixture.names, mixture.totals(steps * batch).tolist(), strict=True)
     return [
-        f"text: {in_words(mixture.schedule(), batch)}",
+        f"text: {format_schedule(mixture.schedule(), batch)}",
         "tokens: " + ", ".join(f"{total * length:,} of {name}" for name, total in totals),
     ]
 

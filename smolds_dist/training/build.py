@@ -17,7 +17,7 @@ from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState, package_versions
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import largest_products
-from smolds_dist.data.batch import TrainingData, UniqueTexts, document_end
+from smolds_dist.data.batch import TrainingData, UniqueTexts, document_separator
 from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.data.prepare import epoch_summary
 from smolds_dist.data.tokenizer import save_tokenizer
@@ -176,7 +176,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
             topology,
             config.train,
             BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
-            end_of_text=document_end(config.data, job.data.tokenizer),
+            end_of_text=document_separator(config.data, job.data.tokenizer),
             stopped=lambda: job.stop.asked is not None,
         ),
         guard=LossGuard(config.train, history),

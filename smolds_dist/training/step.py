@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolds_dist.data.batch import by_document
+from smolds_dist.data.batch import apply_document_mask
 from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, Update
@@ -83,7 +83,7 @@ class Stepper:
             with clock.phase("forward"), self.balancer.counting(), self.routers.watching(clock.measured):
                 loss = self.engine.forward(*micro_batch)
             with clock.phase("backward"):
-                self.batches.begin_next()
+                self.batches.prefetch_next()
                 self.engine.backward(loss)
             total += loss.detach()
         return total / topology.accumulation, digest
@@ -97,7 +97,7 @@ class Stepper:
         parts = ids.split(self.topology.micro_batch)
         if self.end_of_text is None:
             return [(part, part) for part in parts]
-        masked = [by_document(part, self.end_of_text) for part in parts]
+        masked = [apply_document_mask(part, self.end_of_text) for part in parts]
         here = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
         labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(here, dtype=torch.float32))
         mean = labels_of_all / self.topology.world_size / len(parts)

@@ -81,7 +81,7 @@ def data_row(job: Job, training: Training, first_sample: int) -> dict:
         return {}
     end = first_sample + job.config.train.global_batch
     with training.stepper.clock.phase("logging"):
-        training.texts.see(range(first_sample, end))
+        training.texts.add(range(first_sample, end))
     epochs = {name: round(epochs, 6) for name, epochs in job.data.epochs(end).items()}
     return {"seen_texts": training.texts.seen, "unique_texts": training.texts.unique, "epochs": epochs}
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepare_resumed
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.data.workers import tokenising_ahead
+from smolds_dist.data.workers import background_tokenization
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.files import naming
 from smolds_dist.inference.harness import evaluate_live, load_tasks
@@ -54,7 +54,7 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     topology = plan_topology(config, detect_machine(), info)
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
-    ahead = tokenising_ahead(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
+    ahead = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
     with ExitStack() as held:
         held.enter_context(naming(config.run_dir))
         if topology.rank == 0:

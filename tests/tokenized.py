@@ -12,14 +12,14 @@ def whole(found: TrainingData, name: str) -> SimpleNamespace:
     source, order = found.sources[name], found.orders[name]
     order.extend(None)
     parts = []
-    units = sorted(range(len(source.units)), key=lambda unit: source.units[unit])
-    for unit in units:
-        for piece in source.spans_in(np.array([unit]), True):
-            table = np.array(source.table(unit))
-            table = table[(table["start"] >= piece.start) & (table["start"] < piece.start + piece.length)]
-            table["start"] -= np.uint64(piece.start)
-            table["file"] = [source.units[unit][part].file for part in table["file"]]
-            parts.append((source.tokens(unit)[piece.start : piece.start + piece.length], table))
+    shards = sorted(range(len(source.shards)), key=lambda shard: source.shards[shard])
+    for shard in shards:
+        for span in source.spans_in(np.array([shard]), True):
+            table = np.array(source.table(shard))
+            table = table[(table["start"] >= span.start) & (table["start"] < span.start + span.length)]
+            table["start"] -= np.uint64(span.start)
+            table["file"] = [source.shards[shard][part].file for part in table["file"]]
+            parts.append((source.tokens(shard)[span.start : span.start + span.length], table))
     begins = np.cumsum([0, *(len(tokens) for tokens, _ in parts)]).astype(np.uint64)
     for begin, (_, table) in zip(begins, parts, strict=False):
         table["start"] += begin
@@ -27,14 +27,14 @@ def whole(found: TrainingData, name: str) -> SimpleNamespace:
         train=np.concatenate([tokens for tokens, _ in parts]),
         train_documents=np.concatenate([table for _, table in parts]),
         train_tokens=int(begins[-1]),
-        val=source.held_out.tokens,
-        val_documents=source.held_out.documents,
-        val_tokens=len(source.held_out.tokens),
-        val_bytes=source.held_out.bytes,
-        val_unigram_entropy=source.held_out.unigram_entropy,
-        beyond=source.held_out.beyond,
+        val=source.validation.tokens,
+        val_documents=source.validation.documents,
+        val_tokens=len(source.validation.tokens),
+        val_bytes=source.validation.bytes,
+        val_unigram_entropy=source.validation.unigram_entropy,
+        beyond=source.validation.beyond,
         files=[file.path for file in source.files],
         folders=source.folders,
-        left_out=source.left_out(),
+        left_out=source.describe_skipped(),
         tokenizer=found.tokenizer,
     )
