@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tokenized import whole
+from tokenized import load_all
 
 from smolds_dist.config import load_config
 from smolds_dist.data import sharded_source, shards, validation
@@ -41,7 +41,7 @@ def prepare_shards(config):
     """The shards of a single source, and the tokenizer."""
     data = prepare_data(config)
     (name,) = data.sources
-    return whole(data, name)
+    return load_all(data, name)
 
 
 def texts_of(data, say=lambda _: None) -> list[str]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from smolds_dist import cli
-from smolds_dist.checkpoint.files import DamagedCheckpointError, best_of, read_manifest
+from smolds_dist.checkpoint.files import DamagedCheckpointError, best_checkpoint, read_manifest
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import load_hardware
 from smolds_dist.data.tokenizer import load_tokenizer
@@ -27,7 +27,7 @@ from smolds_dist.interchange.model_folder import check_settings, check_sizes, we
 from smolds_dist.launching.failure import _entries
 from smolds_dist.observe.report import _check, training_log
 from smolds_dist.observe.rows import read_rows, truncate_rows
-from smolds_dist.observe.runs import look, table
+from smolds_dist.observe.runs import read_run, table
 from smolds_dist.training.trainer import train
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -208,7 +208,7 @@ def test_any_manifest_is_read_or_damaged(copied, data):
     except DamagedCheckpointError as error:
         check_sentence(error)
     else:
-        assert manifest.samples >= 0 and manifest.layout and best_of({folder: manifest}) in (folder, None)
+        assert manifest.samples >= 0 and manifest.layout and best_checkpoint({folder: manifest}) in (folder, None)
 
 
 @cases()
@@ -228,7 +228,7 @@ def test_any_run_has_its_line(copied, tmp_path_factory, data):
     else:
         content = json.dumps(data.draw(damaged(yaml.safe_load(whole)))).encode()
     (folder / name).write_bytes(data.draw(st.just(content) | flipped(whole)))
-    assert len(table([look(copied / "good"), look(folder)]).splitlines()) == 3
+    assert len(table([read_run(copied / "good"), read_run(folder)]).splitlines()) == 3
     try:
         _check(folder)
         assert training_log(folder)

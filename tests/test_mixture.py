@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ranks import smolds
 from test_data import configure, documents_of
-from tokenized import whole
+from tokenized import load_all
 
 from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
 from smolds_dist.checkpoint.resume import check_contents
@@ -205,14 +205,14 @@ def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
         found = prepare_data(config)
         trained, held_out = set[str](), set[str]()
         for name in order:
-            one = whole(found, name)
+            one = load_all(found, name)
             texts, count = documents_of(one), len(one.train_documents)
             trained |= set(texts[:count])
             held_out |= set(texts[count:])
             assert len(texts) == count + len(one.val_documents) and set(texts) <= set(rows)
             assert {digest(text.encode()) for text in texts[count:]} == set(one.val_documents["text"].tolist())
         assert trained | held_out == set(rows) and not trained & held_out
-        small = whole(found, "few")
+        small = load_all(found, "few")
         lowest = sorted(few, key=lambda text: digest(text.encode()))
         chosen = documents_of(small)[len(small.train_documents) :]
         assert 4 <= len(chosen) <= 6 and set(chosen) == set(lowest[: len(chosen) // 2])  # a tenth, each twice
@@ -399,7 +399,7 @@ def test_stats_count_what_is_there(copies, capsys):
     folder, options = copies
     assert data_command(["stats", "--json", "--", *options]) == 0
     told = json.loads(capsys.readouterr().out)
-    found = whole(prepare_data(load_config(options)), "jsonl")
+    found = load_all(prepare_data(load_config(options)), "jsonl")
     texts = [json.loads(line)["text"] for line in (folder / "a.jsonl").read_text().splitlines()]
     assert told["files"] == 1 and told["documents"] == 1000 and told["copies"] == len(texts) - len(set(texts)) == 100
     assert told["tokens"] == found.train_tokens + found.val_tokens

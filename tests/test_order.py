@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from smolds_dist.data.mixture import Mixture, exact_shares, first_part
+from smolds_dist.data.mixture import Mixture, exact_shares, truncate_schedule
 from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, SampleOrder, TokenSpan, best_fit, permute_index
 from smolds_dist.data.shards import DOCUMENT, SHARD_BYTES, group_files, group_into_shards
 from smolds_dist.data.source import File
@@ -207,9 +207,9 @@ def test_far_samples_are_found_without_counting():
 def test_schedule_joins_stages_that_are_alike():
     mixture = Mixture(["a", "b"], [(80, {"a": 1, "b": 1}), (100, {"a": 2, "b": 2}), (200, {"b": 1})])
     assert mixture.schedule() == [(100, {"a": 0.5, "b": 0.5}), (200, {"b": 1.0})]
-    assert first_part(mixture.schedule(), 90) == [(90, {"a": 0.5, "b": 0.5})]
-    assert first_part(mixture.schedule(), 150) == [(100, {"a": 0.5, "b": 0.5}), (150, {"b": 1.0})]
-    assert first_part(mixture.schedule(), 100) == [(100, {"a": 0.5, "b": 0.5})]
+    assert truncate_schedule(mixture.schedule(), 90) == [(90, {"a": 0.5, "b": 0.5})]
+    assert truncate_schedule(mixture.schedule(), 150) == [(100, {"a": 0.5, "b": 0.5}), (150, {"b": 1.0})]
+    assert truncate_schedule(mixture.schedule(), 100) == [(100, {"a": 0.5, "b": 0.5})]
 
 
 # Packing.

@@ -226,11 +226,11 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     lines[1000] = "[" + lines[1000][1:]
     path.write_text("".join(lines))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    stopped = smolds("launch", "--nproc-per-node=2", "--", *options)
-    assert stopped.returncode == 2, stopped.text
-    assert f"{path} has in line 1,001 no JSON object" in stopped.stderr
+    should_stop = smolds("launch", "--nproc-per-node=2", "--", *options)
+    assert should_stop.returncode == 2, should_stop.text
+    assert f"{path} has in line 1,001 no JSON object" in should_stop.stderr
     saved = max(rows_by_step(tmp_path))
-    assert 1 < saved < STEPS and f"step {saved} is saved" in stopped.stdout
+    assert 1 < saved < STEPS and f"step {saved} is saved" in should_stop.stdout
     ended = smolds("train", *options, "--data.on_bad_row=skip")
     assert ended.returncode == 0, ended.text
     assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))

@@ -113,6 +113,6 @@ class FourRanks:
 def test_rank_counts_as_slow_after_three_windows_in_a_row():
     ranks, told = StragglerDetector(FourRanks()), []  # type: ignore[arg-type]
     for slow in (2.0, 2.0, 1.2, 2.0, 1.5, 2.0, 2.0):
-        ranks.note(1.0)
+        ranks.record(1.0)
         told.append(ranks.compare(lambda mine, slow=slow: mine + torch.tensor([0.0, 1.0, slow, 1.1])))
     assert told == [{}] * (2 + WINDOWS) + [{2: 2.0}, {}]

@@ -49,7 +49,7 @@ def test_ranks_that_all_come_meet_without_a_word(free_port, capsys):
 
 
 def test_missing_ranks_are_named_by_the_first_that_came(free_port, capsys, monkeypatch):
-    monkeypatch.setattr("smolds_dist.parallel.rendezvous.TELL_AFTER", 0.3)
+    monkeypatch.setattr("smolds_dist.parallel.rendezvous.LOG_AFTER", 0.3)
     errors = come([0, 1, 4], 6)
     words = (
         f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{free_port}, because WORLD_SIZE says that there are 6; "
@@ -62,7 +62,7 @@ def test_missing_ranks_are_named_by_the_first_that_came(free_port, capsys, monke
 
 
 def test_every_rank_says_that_rank_0_is_missing(free_port, capsys, monkeypatch):
-    monkeypatch.setattr("smolds_dist.parallel.rendezvous.TELL_AFTER", 0.3)
+    monkeypatch.setattr("smolds_dist.parallel.rendezvous.LOG_AFTER", 0.3)
     errors = come([1], 2)
     assert isinstance(errors[1], RankError)
     assert f"rank 1 has waited 1 s for rank 0 at 127.0.0.1:{free_port}" in str(errors[1])
@@ -78,7 +78,7 @@ def test_taken_port_is_told(free_port):
 
 def test_waiting_ends_when_asked_to(free_port):
     begun = time.monotonic()
-    assert rendezvous(RankInfo(0, 0, 2), WaitPolicy(stopped=lambda: time.monotonic() > begun + 0.5)) is None
+    assert rendezvous(RankInfo(0, 0, 2), WaitPolicy(should_stop=lambda: time.monotonic() > begun + 0.5)) is None
     assert time.monotonic() < begun + 5
 
 

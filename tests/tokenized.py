@@ -7,7 +7,7 @@ import numpy as np
 from smolds_dist.data.batch import TrainingData
 
 
-def whole(found: TrainingData, name: str) -> SimpleNamespace:
+def load_all(found: TrainingData, name: str) -> SimpleNamespace:
     """Tokens and documents of both splits; `train_documents` has the number of the file among the source's."""
     source, order = found.sources[name], found.orders[name]
     order.extend(None)

@@ -13,7 +13,7 @@ from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.checkpoint.writer import TrainState
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.mixture import first_part, format_schedule, mixture_of, names_in
+from smolds_dist.data.mixture import format_schedule, mixture_of, names_in, truncate_schedule
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
@@ -132,8 +132,8 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     Stages that begin later may be others.
     """
     saved = saved_sources(manifest.config["data"])
-    before = first_part(manifest.data["schedule"], manifest.samples)
-    now = first_part(mixture_of(config).schedule(), manifest.samples)
+    before = truncate_schedule(manifest.data["schedule"], manifest.samples)
+    now = truncate_schedule(mixture_of(config).schedule(), manifest.samples)
     advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
     for name in names_in(before):
         old, new = saved[name], config.data.mixed.get(name)
@@ -170,7 +170,7 @@ def check_contents(reader: CheckpointReader, data: TrainingData) -> None:
     advice = (
         "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
     )
-    for name in names_in(first_part(saved["schedule"], reader.manifest.samples)):
+    for name in names_in(truncate_schedule(saved["schedule"], reader.manifest.samples)):
         if saved["contents"][name] != identity["contents"][name]:
             raise ConfigError(
                 f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."

@@ -107,7 +107,7 @@ def stage_weights(data: Data, steps: int, global_batch: int) -> list[tuple[int, 
     ]
 
 
-def first_part(schedule: Schedule, samples: int) -> Schedule:
+def truncate_schedule(schedule: Schedule, samples: int) -> Schedule:
     """The same of the run's first `samples` samples alone."""
     begins = [0, *(end for end, _ in schedule)]
     return [

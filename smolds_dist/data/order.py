@@ -82,7 +82,7 @@ class SampleOrder:
         window_tokens: int,
         pack: Pack | None = None,
     ):
-        self._shards, self._pieces_of, self._pack = shards, spans_in, pack
+        self._shards, self._spans_in, self._pack = shards, spans_in, pack
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._first = self._new_epoch(0)
         self._later: tuple[int, Epoch] | None = None  # the one that was last asked for
@@ -145,7 +145,7 @@ class SampleOrder:
                 missing = self.wanted_shards()
             if not wait:
                 return False
-            self._pieces_of(missing, True)  # without the lock: others may ask for what is known
+            self._spans_in(missing, True)  # without the lock: others may ask for what is known
 
     def wanted_shards(self) -> np.ndarray:
         """Units of the first epoch that are not known yet, in their order."""
@@ -185,7 +185,7 @@ class SampleOrder:
         """Whether all of the next window is known."""
         size = sum(span.length for span in epoch.pending)
         while size < epoch.size and epoch.taken < len(epoch.shards):
-            spans = self._pieces_of(epoch.shards[epoch.taken :], False)
+            spans = self._spans_in(epoch.shards[epoch.taken :], False)
             if spans is None:
                 return False
             epoch.pending += spans

@@ -28,7 +28,7 @@ class BatchPrefetcher:
         self._taken = range(0)
         self._next: tuple[range, Future | None] = range(0), None
 
-    def take(self, indices: range, stopped: Callable[[], bool] = lambda: False) -> tuple[Tensor, int]:
+    def take(self, indices: range, should_stop: Callable[[], bool] = lambda: False) -> tuple[Tensor, int]:
         """Token ids [len(indices), seq_len] at those places of the run, and their digest.
 
         Args:
@@ -44,7 +44,7 @@ class BatchPrefetcher:
             self._next = indices, future
         asked = 0
         while not wait([future], timeout=POLL_SECONDS).done:
-            asked += stopped()
+            asked += should_stop()
             if asked * POLL_SECONDS > STOP_GRACE_SECONDS:
                 raise StoppedWaitingError
         return future.result()

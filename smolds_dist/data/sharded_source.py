@@ -186,9 +186,9 @@ class ShardedSource:
             there: `find`, if not given.
         """
         shard = int(following[0])
-        at_once = 1 if self._corpus.data.disk_budget_gb else LOOKAHEAD
+        lookahead = 1 if self._corpus.data.disk_budget_gb else LOOKAHEAD
         while not (there or self.has_meta)(shard):
-            if not self.tokenize_shard(shard) and not self._tokenize_any(following[1:at_once].tolist()):
+            if not self.tokenize_shard(shard) and not self._tokenize_any(following[1:lookahead].tolist()):
                 time.sleep(0.05)
             self._report(0)
 

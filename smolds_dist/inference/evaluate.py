@@ -62,14 +62,16 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
 def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
     from smolds_dist.data.batch import document_separator
 
-    config, held_out = _what(options.model, settings)
+    config, is_validation = _data_config(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
     results, end_of_text = [], document_separator(config.data, tokenizer)
-    for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
+    for source, ids, num_bytes in (_validation_texts if is_validation else _all_texts)(
+        config, tokenizer, options.max_tokens
+    ):
         begin, used = time.perf_counter(), ids[: options.max_tokens]
         loss, counted = mean_loss(model, used, config.data.seq_len, options.batch_size, end_of_text)
         result = {
-            "text": f"{source}{', held out' if held_out else ''}",
+            "text": f"{source}{', held out' if is_validation else ''}",
             "tokens": counted,
             "sequence_length": config.data.seq_len,
             "loss": loss,
@@ -98,7 +100,7 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
     return result
 
 
-def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
+def _data_config(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
     """The settings of the text, and whether it is a run's held-out split."""
     run = next((f for f in (model, model.parent, *model.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
     base = ["--config", str(run / "config.yaml")] if run else ["--run.name=eval"]
@@ -114,7 +116,7 @@ def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
     return config, not own
 
 
-def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[str, Any, int]]:
+def _validation_texts(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[str, Any, int]]:
     """Of each source its name, the tokens that the run holds out, and how many bytes of text these stand for."""
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.tokenizer import tokenizer_digest
@@ -126,7 +128,7 @@ def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[
         yield config.data.mixed[name].source, source.validation.tokens, source.validation.bytes
 
 
-def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
+def _all_texts(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
     """The same of a source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
     import numpy as np
 

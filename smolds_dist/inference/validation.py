@@ -9,7 +9,7 @@ import torch
 
 from smolds_dist.data.batch import TrainingData, apply_document_mask, document_separator, evaluation_batch
 from smolds_dist.data.validation import ValidationSet
-from smolds_dist.model.regions import plain_regions
+from smolds_dist.model.regions import eager_regions
 from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine, model_inputs
 from smolds_dist.parallel.topology import Topology
@@ -43,7 +43,7 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
 
 
 @torch.no_grad()
-@plain_regions()
+@eager_regions()
 def evaluate_source(
     config: RunConfig, topology: Topology, engine: Engine, text: ValidationSet, end_of_text: int | None
 ) -> tuple[float, torch.Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 from smolds_dist.checkpoint.files import (
     CheckpointReader,
     Manifest,
-    by_bytes,
+    batch_by_bytes,
     checkpoint_name,
     checkpoints_in,
     find_damage,
@@ -144,10 +144,10 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
             have = ", ".join(folder.name for folder in reversed(folders)) or "none"
             raise ConfigError(f"{source} has no checkpoint of step {step}; it has {have}.")
         return asked
-    whole = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
-    if whole is None:
+    complete = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
+    if complete is None:
         raise ConfigError(f"{source} holds no whole checkpoint; name a run's folder, such as runs/NAME.")
-    return whole
+    return complete
 
 
 def open_model(folder: Path) -> tuple[CheckpointReader, Any, Any]:
@@ -276,7 +276,7 @@ def build_model(reader: CheckpointReader, config: Any) -> Any:
 
 def _selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
     """Name and tensor [E] of each."""
-    for key, tensor in reader.others().items():
+    for key, tensor in reader.extra_tensors().items():
         if ".e_score_correction_bias:" in key:
             yield key.split(":")[0], tensor
 
@@ -294,7 +294,7 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
             yield name, (tensor if bias else tensor.to(getattr(torch, dtype))).contiguous()
 
     sizes: list[dict[str, int]] = []
-    for batch in by_bytes(converted(), file_bytes):
+    for batch in batch_by_bytes(converted(), file_bytes):
         file = folder / f"unnamed-{len(sizes)}"
         save_file(batch, file, metadata={"format": "pt"})
         file.chmod(0o644)

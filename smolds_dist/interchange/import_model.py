@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.checkpoint.files import checkpoint_name, finalize, write_parts
+from smolds_dist.checkpoint.files import checkpoint_name, finalize, write_tensor_files
 from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser, first_line
@@ -184,7 +184,7 @@ def write_checkpoint(
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
     tensors = check_tensors(folder, kind, given, ours, shapes | biases)
-    files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), CHUNK_BYTES)
+    files = write_tensor_files(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), CHUNK_BYTES)
     topology = plan_topology(config, detect_machine(), RankInfo())
     of_import: dict[str, Any] = {"optimizer_steps": 0, "val_loss": None, "files": files, "weights_only": True}
     finalize(unfinished, new_manifest(config, topology, TrainState(), {"tokenizer": tokenizer}, shapes, **of_import))

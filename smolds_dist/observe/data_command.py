@@ -24,7 +24,7 @@ from smolds_dist.progress import ProgressBar, Reporter
 from smolds_dist.settings import RunConfig
 
 BAR = 40  # characters of the longest
-MOST_SAMPLES = 50_000  # that are looked at to see what packing comes to
+MAX_SAMPLES = 50_000  # that are looked at to see what packing comes to
 POLL_SECONDS = 0.5  # seconds between two looks at what workers have made
 
 
@@ -66,10 +66,10 @@ def prepare(args: list[str]) -> int:
             watch(config, data, samples, workers)
     for name, source in data.sources.items():
         source.count_cached()
-        tokenised = (
+        tokenized = (
             f"{source.num_found:,} of {len(source.shards):,} parts are tokenised, {source.tokens_found:,} tokens"
         )
-        print(f"{name}: {tokenised}", *source.describe_skipped(), sep="\n  ")
+        print(f"{name}: {tokenized}", *source.describe_skipped(), sep="\n  ")
     return 0
 
 
@@ -275,7 +275,7 @@ def source_stats(source: ShardedSource, train_tokens: int) -> dict[str, Any]:
 def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     """Shares of the documents that are cut, and of padding, in a source's samples, or the first of them."""
     source, order = found.sources[name], found.orders[name]
-    samples = order.spans(np.arange(min(order.num_samples, MOST_SAMPLES)))
+    samples = order.spans(np.arange(min(order.num_samples, MAX_SAMPLES)))
     begun = whole = tokens = 0
     for shard, start, length in (span for sample in samples for span in sample):
         table = source.table(shard)
@@ -290,7 +290,7 @@ def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     }
 
 
-def format_stats(summary: dict[str, Any], left_out: list[str]) -> list[str]:
+def format_stats(summary: dict[str, Any], skipped: list[str]) -> list[str]:
     """The same in words, with a histogram of lengths."""
     share = summary["copies"] / max(1, summary["documents"])
     length = summary["length"]
@@ -308,4 +308,4 @@ def format_stats(summary: dict[str, Any], left_out: list[str]) -> list[str]:
     for begin, count in summary["lengths"].items():
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
         lines.append(f"  {int(begin):>12,} to {2 * int(begin) - 1:<12,} {bar} {count:,}")
-    return lines + [f"  {line}" for line in left_out]
+    return lines + [f"  {line}" for line in skipped]

@@ -55,12 +55,12 @@ class RunLog:
             self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config))
         self._feeds = [Feed(name, config.run_dir, asdict(config), rows) for name in trackers_in(config.log.to)]
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Something worth knowing, on standard output."""
         if self.shown:
             self._bar.write(text, sys.stdout)
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """Whatever the level."""
         if self._main:
             self._bar.write(f"warning: {text}", sys.stderr)

@@ -110,7 +110,7 @@ def fill_parameters(
             fill(fragment)
 
 
-def place_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:
+def offset_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:
     """Which of the flat tensors `view` is a view of, and its first element there."""
     for index, flat in enumerate(flats):
         if 0 <= (distance := view.data_ptr() - flat.data_ptr()) < flat.nbytes:

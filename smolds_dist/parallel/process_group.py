@@ -57,7 +57,7 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def largest_over_ranks(topology: Topology, value: int) -> int:
+def max_over_ranks(topology: Topology, value: int) -> int:
     """The largest of the ranks' values, below 2^24. Collective."""
     if topology.world_size == 1:
         return value

@@ -36,7 +36,7 @@ from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import matrix_product_peak
 from smolds_dist.training.compiling import compile_model
-from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
 from smolds_dist.training.rank_checks import StragglerDetector
@@ -70,7 +70,7 @@ class Training:
 
     engine: Engine
     balancer: Balancer
-    progress: TrainState
+    state: TrainState
     texts: UniqueTexts | None  # on rank 0
     stepper: Stepper
     guard: LossGuard
@@ -86,7 +86,7 @@ class Training:
         if self.texts is not None:
             kind, content = self.texts.state()
             others[f"{UNIQUE_TEXTS}:{kind}:0"] = torch.from_numpy(content)
-        self.checkpoints.save(self.engine, self.balancer, self.progress, val_loss, others, wait=wait)
+        self.checkpoints.save(self.engine, self.balancer, self.state, val_loss, others, wait=wait)
 
     def close(self, code: int = 0) -> None:
         """Close all that works in the background; `code` is the exit code of the training."""
@@ -150,25 +150,25 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     engine = new_engine(job.model_config, config, topology, reader)
     engine.model.register_forward_pre_hook(lambda *_: job.heartbeat())
     balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
-    progress = restore(reader, engine, balancer, topology) if reader else TrainState()
+    state = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
     num_parameters = sum(math.prod(shape) for shape in tensors.values())
     shapes = largest_products(job.model_config, topology.micro_batch * config.data.seq_len)
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
     mine = matrix_product_peak(engine.device, dtype, shapes=shapes)
     peak = engine.sum_over_ranks(torch.tensor(mine)).item()
-    history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
+    history = recent_losses(config.run_dir / "metrics.jsonl", state.step) if config.train.spike_threshold else ()
 
-    log = begin_log(job, progress.step, environment(job, num_parameters, peak))
+    log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
-        log.say(f"continuing from {reader.folder}")
+        log.info(f"continuing from {reader.folder}")
         log_lr_change(log, reader.manifest, config.train)
-    left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
+    left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
     compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, log)
     return Training(
         engine=engine,
         balancer=balancer,
-        progress=progress,
+        state=state,
         texts=restore_unique_texts(job.data, reader) if job.main else None,
         stepper=Stepper(
             engine,
@@ -177,7 +177,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
             config.train,
             BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
             end_of_text=document_separator(config.data, job.data.tokenizer),
-            stopped=lambda: job.stop.asked is not None,
+            should_stop=lambda: job.stop.requested is not None,
         ),
         guard=LossGuard(config.train, history),
         stragglers=StragglerDetector(topology),
@@ -197,7 +197,7 @@ def new_engine(
     return build_engine(model_config, config, topology, reader.fill if reader else initial.fill)
 
 
-def begin_log(job: Job, step: int, facts: dict) -> RunLog:
+def start_log(job: Job, step: int, facts: dict) -> RunLog:
     """The run's log, with what it begins with, first its `environment`; on rank 0 also the files that describe the run."""
     config = job.config
     log = RunLog(config, step, job.main)
@@ -207,12 +207,12 @@ def begin_log(job: Job, step: int, facts: dict) -> RunLog:
         log.row(step, event="start", **facts)
         for failure in unlogged_failures(config.run_dir):
             log.row(step, event="restart", **failure)
-    log.say(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
-    log.say(job.topology.reason)
+    log.info(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
+    log.info(job.topology.reason)
     for line in epoch_summary(config, job.data):
-        log.say(line)
+        log.info(line)
     if log.verbose:
-        log.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        log.info((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
     return log
 
 
@@ -225,7 +225,7 @@ def log_lr_change(log: RunLog, manifest: Manifest, train: Train) -> None:
     step = manifest.step + 1
     before, now = learning_rate(min(step, saved.steps), saved), learning_rate(step, train)
     if not math.isclose(before, now, rel_tol=1e-6):
-        log.say(
+        log.info(
             f"the learning rate of step {step} is {now:.2e}, and with the checkpoint's settings it would be "
             f"{before:.2e}; --train.schedule says how to continue at the same rate"
         )
@@ -244,9 +244,9 @@ def unlogged_failures(run_dir: Path) -> list[dict]:
     failures = read_rows(run_dir / RESTARTS)
     if not failures:  # as most often: metrics may be long
         return []
-    told = {row["number"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"}
+    logged = {row["number"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"}
     keys = {"number": "number", "step": "failed_after", "cause": "cause", "logs": "logs"}
-    return [{new: row[old] for old, new in keys.items()} for row in failures if row["number"] not in told]
+    return [{new: row[old] for old, new in keys.items()} for row in failures if row["number"] not in logged]
 
 
 def environment(job: Job, num_parameters: int, peak: float) -> dict:
@@ -269,26 +269,26 @@ def environment(job: Job, num_parameters: int, peak: float) -> dict:
     }
 
 
-def roll_back(job: Job, progress: TrainState, spike: LossSpikeError) -> Training:
+def roll_back(job: Job, state: TrainState, spike: LossSpikeError) -> Training:
     """The training at its last checkpoint before the spike; the samples since then are left out. Collective.
 
     Raises:
         TrainingStoppedError: where there is none, or it has been tried too often.
     """
     reader = open_checkpoint(job.config, job.topology, before=spike.begin)
-    if reader is None or progress.rollbacks >= MOST_ROLLBACKS:
-        why = "no checkpoint is older" if reader is None else f"{MOST_ROLLBACKS} rollbacks did not help"
-        raise TrainingStoppedError(f"{spike}, and {why}; lower --train.lr, or raise --train.spike_threshold")
+    if reader is None or state.rollbacks >= MAX_ROLLBACKS:
+        reason = "no checkpoint is older" if reader is None else f"{MAX_ROLLBACKS} rollbacks did not help"
+        raise TrainingStoppedError(f"{spike}, and {reason}; lower --train.lr, or raise --train.spike_threshold")
     if job.main:
         for newer in checkpoints_in(job.config.run_dir / "checkpoints"):
             if step_of(newer) > reader.manifest.step:
                 remove(newer)
         replace_runs(job.config.run_dir)
     training = build(job, reader)
-    left_out = (spike.end - reader.manifest.step) * job.config.train.global_batch
-    training.progress.skipped_samples += left_out
-    training.progress.rollbacks = progress.rollbacks + 1
+    skipped = (spike.end - reader.manifest.step) * job.config.train.global_batch
+    training.state.skipped_samples += skipped
+    training.state.rollbacks = state.rollbacks + 1
     step, ends = reader.manifest.step, {"spike_begin": spike.begin, "spike_end": spike.end}
-    training.log.row(step, event="rollback", **ends, skipped_samples=left_out)
-    training.log.say(f"{spike}; going on from step {step} with other samples")
+    training.log.row(step, event="rollback", **ends, skipped_samples=skipped)
+    training.log.info(f"{spike}; going on from step {step} with other samples")
     return training

@@ -32,7 +32,7 @@ class StragglerDetector:
         self._seconds: deque[float] = deque(maxlen=1000)  # nobody may ever compare
         self._windows = [0] * topology.world_size  # in which each rank was slow, up to the last one
 
-    def note(self, seconds: float) -> None:
+    def record(self, seconds: float) -> None:
         """A measured step's forward pass took this rank so long."""
         self._seconds.append(seconds)
 

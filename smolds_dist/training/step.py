@@ -45,7 +45,7 @@ class Stepper:
     train: Train
     batches: BatchPrefetcher  # this rank's part of each global batch
     end_of_text: int | None = None  # after which another document begins, where documents are masked from each other
-    stopped: Callable[[], bool] = lambda: False  # whether the run was asked to stop
+    should_stop: Callable[[], bool] = lambda: False  # whether the run was asked to stop
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
@@ -53,7 +53,7 @@ class Stepper:
         model_config: Any = self.engine.model.config
         self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
-    def take(self, step: int, first_sample: int) -> StepOutput:
+    def train_step(self, step: int, first_sample: int) -> StepOutput:
         """The whole of a step, whose batch begins with that sample of the run.
 
         Raises:
@@ -77,7 +77,7 @@ class Stepper:
         first = first_sample + topology.rank * topology.per_rank
         total = torch.zeros((), device=self.engine.device)
         with clock.phase("data"):
-            ids, digest = self.batches.take(range(first, first + topology.per_rank), self.stopped)
+            ids, digest = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
             micro_batches = self._micro_batches(ids)
         for micro_batch in micro_batches:
             with clock.phase("forward"), self.balancer.counting(), self.routers.watching(clock.measured):
@@ -98,8 +98,8 @@ class Stepper:
         if self.end_of_text is None:
             return [(part, part) for part in parts]
         masked = [apply_document_mask(part, self.end_of_text) for part in parts]
-        here = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
-        labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(here, dtype=torch.float32))
+        num_labels = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
+        labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(num_labels, dtype=torch.float32))
         mean = labels_of_all / self.topology.world_size / len(parts)
         return [(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)]
 
