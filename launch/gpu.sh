@@ -2,7 +2,7 @@
 # Runs the GPU tests and a short benchmark on a machine with an NVIDIA GPU, in under ten minutes, without network.
 # Installs nothing: python3, or PYTHON, must have the packages. Results go to one folder:
 #   ./launch/gpu.sh [FOLDER]
-# On one H200 the tests took 140 s, and so did the benchmark of each size, roughly.
+# On one H200 the tests took 140 s, and the benchmark about that long for each size.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
