@@ -41,7 +41,9 @@ def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], id
     for entry in entries:
         path = _stacks_of(folder, entry)
         texts.append(
-            path.read_text() if path.exists() else f"rank {entry['rank']} on host {entry['host']}: no answer\n"
+            path.read_text(errors="replace")
+            if path.exists()
+            else f"rank {entry['rank']} on host {entry['host']}: no answer\n"
         )
         if match := re.search(r": (\d+) forward passes", texts[-1]):
             made[entry["rank"]] = int(match.group(1))
