@@ -80,7 +80,7 @@ def test_standard_library_is_large_real_text():
         ("jsonl:bad.jsonl", '{"text": "a"}\nno json\n', "line 2"),
         ("jsonl:bad.jsonl", '{"body": "a"}\n', "--data.text_field"),
         ("text:bad.txt", "a single one", "split it into several"),
-        ("jsonl:bad.jsonl", '{"text": "too"}\n{"text": "short"}\n', "less than one sequence"),
+        ("jsonl:bad.jsonl", '{"text": "too"}\n{"text": "short"}\n', "fewer than one sequence"),
         ("parquet:bad.parquet", None, "to body"),
     ],
 )
@@ -124,7 +124,7 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys, kind):
     source = write_rows(tmp_path, kind, [None, "", *LINES, " \n\t", None])
     shards = prepare_shards(configure(tmp_path / "cache", f"--data.source={source}", "--data.val_fraction=0.2"))
     assert sorted(documents_of(shards)) == sorted(LINES)
-    assert f"{source}: 4 of 64 rows hold no text (null, empty or blank); left out.\n" in capsys.readouterr().err
+    assert f"{source}: 4 of 64 rows contain no text (null, empty or blank); skipped.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
@@ -132,14 +132,11 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys, kind):
 def test_row_that_holds_no_string_is_refused(tmp_path, kind, value):
     source = write_rows(tmp_path, kind, [value, None])
     column = {int: "int64", float: "double", bool: "bool", list: "list<element: string>", dict: "struct<an: string>"}
-    name = rf"{'' if kind == 'hf' else 'rows.'}\S* has in (line|row) 1 a value of type {type(value).__name__} "
+    name = rf"{'' if kind == 'hf' else 'rows.'}\S*, (line|row) 1: .* has a value of type {type(value).__name__} "
     if kind == "parquet":
         name = rf"rows.parquet has values of type {re.escape(column[type(value)])} in the column 'text'"
     with pytest.raises(ConfigError, match=name):
         prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"))
-
-
-IN_FIELD = "in the field 'text', where a string should be"
 
 
 def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys):
@@ -158,7 +155,7 @@ def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys)
     said: list[str] = []
     assert texts_of(data, said.append) == ["kept", "kept"]
     assert said == [
-        f"{tmp_path}/{name}.jsonl has in line 2 no JSON object; left out, as others like it will be."
+        f"{tmp_path}/{name}.jsonl, line 2: not a JSON object; this and similar rows are skipped."
         for name in ("bad", "one")
     ]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
@@ -166,27 +163,29 @@ def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys)
     assert [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()] == [
         {"file": f"{tmp_path}/{name}.jsonl", "line": line, "kind": kind, "why": why}
         for name, line, kind, why in (
-            ("bad", 2, "no JSON object", "no JSON object"),
-            ("bad", 3, "no UTF-8", "bytes that are no UTF-8 text"),
+            ("bad", 2, "no JSON object", "not a JSON object"),
+            ("bad", 3, "no UTF-8", "not UTF-8 text"),
             ("bad", 4, "no field", "no field 'text'; set --data.text_field to body"),
             (
                 "bad",
                 5,
                 "type list",
-                "a value of type list in the field 'text', where a string should be; no field holds text",
+                "the field 'text' has a value of type list instead of a string; no field contains text",
             ),
-            ("bad", 6, "no JSON object", "no JSON object"),
-            ("one", 2, "no JSON object", "no JSON object"),
+            ("bad", 6, "no JSON object", "not a JSON object"),
+            ("one", 2, "no JSON object", "not a JSON object"),
         )
     ]
     assert (
-        "6 of 68 rows were left out (3 no JSON object, 1 no UTF-8, 1 no field, 1 type list)" in capsys.readouterr().err
+        "6 of 68 rows were skipped (3 no JSON object, 1 no UTF-8, 1 no field, 1 type list)" in capsys.readouterr().err
     )
     (tmp_path / "good.jsonl").unlink()
-    for number, why in enumerate(("no JSON", "no UTF-8 text", "no field 'text'.* to body", "type list", "no JSON"), 1):
+    for number, why in enumerate(
+        ("not a JSON", "not UTF-8", "no field 'text'.* to body", "type list", "not a JSON"), 1
+    ):
         (tmp_path / "one.jsonl").write_bytes(rows[0] + b"\n\n" + rows[number])
         data = configure(tmp_path, f"--data.source=jsonl:{tmp_path}/one.jsonl").data
-        with pytest.raises(ConfigError, match=f"one.jsonl has in line 3 .*{why}.*on_bad_row skip"):
+        with pytest.raises(ConfigError, match=f"one.jsonl, line 3: .*{why}.*on_bad_row skip"):
             texts_of(data)
 
 
@@ -247,7 +246,7 @@ def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys,
         prepare_shards(configure(tmp_path / "cache", source))
     skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
     texts = documents_of(prepare_shards(skipping))
-    assert re.search(f"{name} {what}.*; left out", capsys.readouterr().err)
+    assert re.search(f"{name} {what}.*; (the rest of it was )?skipped", capsys.readouterr().err)
     assert sorted(texts) == sorted(row["text"] for row in good)
 
 

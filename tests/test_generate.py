@@ -105,9 +105,9 @@ def test_a_prompt_is_a_line_and_positions_end(kept_run, tmp_path, capsys):
     config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 4}
     (tmp_path / "short" / "config.json").write_text(json.dumps(config))
     generate([str(tmp_path / "short"), "--prompt", "oak", "--max-new-tokens", "8", "--temperature", "0"])
-    assert "go beyond the 4 positions of the model" in capsys.readouterr().err
+    assert "exceed the model's 4 positions" in capsys.readouterr().err
     path.write_bytes(b"oak\xe9\n")
-    with pytest.raises(ConfigError, match=r"prompts.txt is not UTF-8 text .* give a UTF-8 text file"):
+    with pytest.raises(ConfigError, match=r"prompts.txt is not UTF-8 text .* use a UTF-8 text file"):
         generate([str(tmp_path / "short"), "--prompts", str(path)])
 
 
@@ -130,7 +130,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
         with pytest.raises(ConfigError, match=words):
             generate(args)
     for args, words in (
-        ([run_dir, "--train.steps=3"], "no option of smolds eval"),
+        ([run_dir, "--train.steps=3"], "not an option of smolds eval"),
         ([run_dir, "--max-tokens", "1"], "at least 2"),
         ([str(tmp_path)], "--data.source"),
     ):

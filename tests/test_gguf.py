@@ -247,7 +247,7 @@ def test_modelfile_of_another_stays(kept_run, tmp_path):
     assert (tmp_path / "Modelfile").read_text() == "FROM llama3\n"
     assert "FROM ./a.gguf\n" in (tmp_path / "a.Modelfile").read_text()
     (tmp_path / "b.Modelfile").write_text("FROM llama3\n")
-    with pytest.raises(ConfigError, match=r"b\.Modelfile are there already"):
+    with pytest.raises(ConfigError, match=r"b\.Modelfile exist already"):
         export([*command, str(tmp_path / "b.gguf")])
     assert not list(tmp_path.glob("b.gguf*"))
 
@@ -255,19 +255,17 @@ def test_modelfile_of_another_stays(kept_run, tmp_path):
 def test_damage_is_found_out(kept_run, tmp_path):
     ours, file = parts_of(kept_run[0]), tmp_path / "model.gguf"
     export([str(kept_run[0]), "--to", str(file), "--format", "gguf"])
-    parts = list(gguf_format.parts(ours.reader, {}, ours.config))
-    kinds = {part.name: gguf_format.quantization_of(part, gguf.GGMLQuantizationType.F32, None) for part in parts}
+    tensors = list(gguf_format.gguf_tensors(ours.reader, {}, ours.config))
+    kinds = {one.name: gguf_format.quantization_of(one, gguf.GGMLQuantizationType.F32, None) for one in tensors}
     words = vocabulary(ours.tokenizer, ours.config.vocab_size)
     with pytest.raises(RuntimeError, match=r"exp_probs_b\.bias, which the checkpoint does not"):
-        gguf_format.check_gguf(file, words, ours.tokenizer, parts, kinds)
+        gguf_format.check_gguf(file, words, ours.tokenizer, tensors, kinds)
     tensor = next(tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == "blk.1.ffn_up_exps.weight")
     with file.open("r+b") as content:
         content.seek(int(tensor.data_offset) + 100)
         content.write(b"\x40")
-    with pytest.raises(
-        RuntimeError, match=r"blk\.1\.ffn_up_exps\.weight is not in the file as it is in the checkpoint"
-    ):
-        gguf_format.check_gguf(file, words, ours.tokenizer, parts, kinds)
+    with pytest.raises(RuntimeError, match=r"blk\.1\.ffn_up_exps\.weight differs between the file and the checkpoint"):
+        gguf_format.check_gguf(file, words, ours.tokenizer, tensors, kinds)
 
 
 def test_mistakes_are_told(kept_run, tmp_path):
@@ -277,7 +275,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
         (["--to", str(tmp_path / "there.gguf"), "--format", "gguf"], "exists; choose another"),
         (["--to", str(tmp_path / "model"), "--format", "gguf"], "give one such as model.gguf"),
         (["--to", str(tmp_path / "model"), "--quantise", "q8_0"], "needs --format gguf"),
-        (["--to", str(tmp_path / "model.gguf"), "--format", "gguf", "--push", "me/model"], "--push takes folders"),
+        (["--to", str(tmp_path / "model.gguf"), "--format", "gguf", "--push", "me/model"], "--push does not support"),
     ):
         with pytest.raises(ConfigError, match=words):
             export([source, *options])

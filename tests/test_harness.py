@@ -104,7 +104,7 @@ def test_a_local_task_is_scored_as_by_hand(kept_run, commands):
 @needs_harness
 def test_unknown_task_is_named(commands):
     unknown = commands[1]["unknown"]
-    assert unknown.returncode == 2 and "quiz is no task" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert unknown.returncode == 2 and "quiz is not a task" in unknown.stderr and "Traceback" not in unknown.stderr
 
 
 @needs_harness
@@ -118,8 +118,8 @@ def test_task_that_cannot_be_had_is_named_before_the_first_step(commands):
 def test_mistakes_are_told(kept_run):
     run_dir = str(kept_run[0])
     for args, words in (
-        ([run_dir, "--limit", "3"], "belong to --tasks"),
-        ([run_dir, "--tasks", "quiz", "--data.seq_len=16"], "bring their own text"),
+        ([run_dir, "--limit", "3"], "need --tasks"),
+        ([run_dir, "--tasks", "quiz", "--data.seq_len=16"], "have their own text"),
     ):
         with pytest.raises(ConfigError, match=words):
             evaluate_model(args)

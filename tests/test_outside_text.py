@@ -126,7 +126,7 @@ def test_file_that_cannot_be_reached_is_not_skipped(tmp_path, monkeypatch, failu
         raise failure
 
     monkeypatch.setattr(rows, "open_file", fail)
-    with pytest.raises(ConfigError, match=r"a.jsonl cannot be read \(.+\); fix its access and start again"):
+    with pytest.raises(ConfigError, match=r"a.jsonl cannot be read \(.+\); fix its access and restart"):
         texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl", *SKIP).data)
 
 
@@ -171,7 +171,7 @@ def test_bytes_that_are_no_utf8_are_named_or_skipped(tmp_path, kind, column, nes
         with pytest.raises(ConfigError, match=r"a.parquet is damaged \(Invalid UTF8 payload\)"):
             texts_of(configure(tmp_path, *options).data)
         return
-    with pytest.raises(ConfigError, match=r"has in row 2 bytes that are no UTF-8"):
+    with pytest.raises(ConfigError, match=r"row 2: not UTF-8"):
         texts_of(configure(tmp_path, *options).data)
     assert texts_of(configure(tmp_path, *options, *SKIP).data) == ["good", "too"]
 
@@ -305,7 +305,9 @@ def test_changed_byte_of_tokens_is_noticed_and_they_are_made_again(tmp_path, tra
             content = (folder / name).read_bytes()
             (folder / name).write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
             prepare_shards(config)
-            assert f"{folder} is damaged: {name} does not hold what was written" in capsys.readouterr().err
+            assert (
+                f"{folder} is damaged: {name} has another checksum than when it was written" in capsys.readouterr().err
+            )
             assert (folder / name).read_bytes() == content
 
 
@@ -374,4 +376,7 @@ def test_beginning_of_text_that_is_not_added_is_told_once(tmp_path, trained, cap
     config = configure(tmp_path, write_jsonl(tmp_path / "a.jsonl"), f"--data.tokenizer={tmp_path / 'adding'}")
     for told in (1, 0):
         assert prepare_shards(config).train[0] != begin[1]
-        assert capsys.readouterr().err.count(f"begins a text with {begin[0]}; documents are trained on without") == told
+        assert (
+            capsys.readouterr().err.count(f"adds {begin[0]} at the beginning of text; training documents do not")
+            == told
+        )

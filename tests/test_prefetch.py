@@ -102,7 +102,7 @@ def test_losses_are_those_of_a_prepared_corpus(corpus, prepared, tmp_path, worke
     """With worker processes ahead, and without, where the training makes the tokens itself when it needs them."""
     trained = smolds("train", *options_of(corpus, tmp_path), f"--data.workers={workers}")
     assert trained.returncode == 0, trained.text
-    assert "1 of 6 parts are tokenised so far" in trained.stdout
+    assert "1 of 6 shards tokenized so far" in trained.stdout
     assert_same(rows_by_step(tmp_path), prepared[1])
     val = [
         [row["val_loss"] for row in read_rows(folder / "runs" / "one" / "metrics.jsonl") if "val_loss" in row]
@@ -228,7 +228,7 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     should_stop = smolds("launch", "--nproc-per-node=2", "--", *options)
     assert should_stop.returncode == 2, should_stop.text
-    assert f"{path} has in line 1,001 no JSON object" in should_stop.stderr
+    assert f"{path}, line 1,001: not a JSON object" in should_stop.stderr
     saved = max(rows_by_step(tmp_path))
     assert 1 < saved < STEPS and f"step {saved} is saved" in should_stop.stdout
     ended = smolds("train", *options, "--data.on_bad_row=skip")
@@ -295,11 +295,11 @@ def test_training_goes_on_with_the_windows_there_are_while_the_server_is_away(co
     wait_for(lambda: rows_by_step(tmp_path), process, tmp_path)
     server.behave = lambda number, content: (503, b"")
     before = max(rows_by_step(tmp_path))
-    wait_for(lambda: "trying again in 4 s" in (tmp_path / "out").read_text(), process, tmp_path)
+    wait_for(lambda: "retrying in 4 s" in (tmp_path / "out").read_text(), process, tmp_path)
     assert max(rows_by_step(tmp_path)) > before
     server.behave = lambda number, content: (200, content)
     assert process.wait(120) == 0, (tmp_path / "out").read_text()
-    assert "did not come whole (HTTP 503)" in (tmp_path / "out").read_text()
+    assert "did not arrive completely (HTTP 503)" in (tmp_path / "out").read_text()
     server.stop()
     batches = [[row["batch"] for row in rows.values()] for rows in (rows_by_step(tmp_path), prepared[1])]
     assert len(batches[0]) == STEPS and batches[0] == batches[1]

@@ -136,7 +136,9 @@ CASES = [
     ),
     Case("smolds generate", " --max-new-tokens=4", "def ."),
     Case("smolds export .*gguf", "", " is in gguf/", ("gguf/*.gguf",)),
-    Case("smolds export", "", "and computes the same there", ("exported/model.safetensors", "exported/tokenizer.json")),
+    Case(
+        "smolds export", "", "which computes the same logits", ("exported/model.safetensors", "exported/tokenizer.json")
+    ),
     Case(
         "smolds import",
         " --data.cache_dir=CACHE",

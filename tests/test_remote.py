@@ -109,7 +109,7 @@ def truncating(number, content):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize(
     ("behave", "said"),
-    [(slow, None), (failing, "HTTP 503"), (truncating, "trying again in 1 s")],
+    [(slow, None), (failing, "HTTP 503"), (truncating, "retrying in 1 s")],
     ids=["slow", "failing", "truncating"],
 )
 def test_every_row_comes_once_from_a_bad_server(tmp_path, serve, capsys, kind, behave, said):
@@ -121,7 +121,9 @@ def test_every_row_comes_once_from_a_bad_server(tmp_path, serve, capsys, kind, b
     if said is None:
         assert not err
     else:
-        assert all(re.match(r"http://127.0.0.1:\d+/a.\w+ did not come whole \(", line) for line in err.splitlines())
+        assert all(
+            re.match(r"http://127.0.0.1:\d+/a.\w+ did not arrive completely \(", line) for line in err.splitlines()
+        )
         assert said in err
 
 
@@ -129,7 +131,7 @@ def test_server_without_ranges_sends_whole_files(tmp_path, serve, capsys):
     server = serve({"/a.jsonl": file_bytes("jsonl")}, truncating, ranges=False)
     data = configure(tmp_path, f"--data.source=jsonl:{server.address}/a.jsonl").data
     assert texts_of(data) == ROWS
-    assert "did not come whole" in capsys.readouterr().err
+    assert "did not arrive completely" in capsys.readouterr().err
 
 
 def test_parts_of_a_remote_file_are_the_file(tmp_path, serve, monkeypatch):
@@ -151,7 +153,7 @@ def test_what_is_not_there_is_no_reason_to_wait(tmp_path, serve, capsys):
         texts_of(configure(tmp_path, f"--data.source=jsonl:{server.address}/b.jsonl").data)
     with pytest.raises(ConfigError, match=r"cannot be read|is damaged"):
         texts_of(configure(tmp_path, f"--data.source=jsonl:{server.address}/a.jsonl").data)
-    assert "trying again" not in capsys.readouterr().err
+    assert "retrying" not in capsys.readouterr().err
 
 
 def test_server_that_vanishes_is_waited_for(tmp_path, serve, capsys):
@@ -164,4 +166,4 @@ def test_server_that_vanishes_is_waited_for(tmp_path, serve, capsys):
     back = threading.Timer(4, lambda: serve(files, port=server.server_port))
     back.start()
     assert texts_of(data) == ROWS
-    assert "trying again in 2 s" in capsys.readouterr().err
+    assert "retrying in 2 s" in capsys.readouterr().err
