@@ -155,9 +155,9 @@ def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
     model = shutil.copytree(kept_run[0] / "export", tmp_path / "model")
     (model / "model.safetensors").unlink()
     torch.save(Bomb(ran), model / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="holds no safetensors files"):
+    with pytest.raises(ConfigError, match="contains no safetensors files"):
         generate([str(model), "--prompt", "x"])
-    with pytest.raises(ConfigError, match="holds no safetensors files"):
+    with pytest.raises(ConfigError, match="contains no safetensors files"):
         import_model([str(model), "--to", str(tmp_path / "run"), "--data.seq_len=32"])
 
     shutil.copy(kept_run[0] / "export" / "model.safetensors", model)

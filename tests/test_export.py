@@ -312,11 +312,11 @@ def test_mistakes_are_told(kept_run, exported, tmp_path):
 
     norm = "model.layers.0.input_layernorm.weight"
     for name, change, words in (
-        ("gemma", lambda f: set_config(f, model_type="gemma"), "'gemma' is none of ernie4_5_moe, mixtral"),
+        ("gemma", lambda f: set_config(f, model_type="gemma"), "'gemma' is not one of ernie4_5_moe, mixtral"),
         ("dense", lambda f: set_config(f, moe_layer_end_index=0), "moe_layer_end_index=0"),
         ("biased", lambda f: set_config(f, use_bias=True), "use_bias=True"),
         ("short", lambda f: drop(f, norm), f"lacks the tensor {norm}"),
-        ("wide", lambda f: drop(f, norm, torch.zeros(5)), "another model"),
+        ("wide", lambda f: drop(f, norm, torch.zeros(5)), "this config's weights"),
         ("half", lambda f: (f / "model.safetensors").write_bytes(b"1234"), "damaged"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -125,7 +125,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
         ([run_dir, "--max-new-tokens", "0"], "at least 1"),
         ([run_dir, "--prompts", str(tmp_path / "none")], "none cannot be read"),
         ([run_dir, "--step", "5"], "no checkpoint of step 5"),
-        ([str(tmp_path)], "holds no model"),
+        ([str(tmp_path)], "contains no model"),
     ):
         with pytest.raises(ConfigError, match=words):
             generate(args)

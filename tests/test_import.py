@@ -253,7 +253,7 @@ def test_weights_may_be_stacked_and_further_predictions_are_left_out(tmp_path, t
     tensors["model.layers.5.eh_proj.weight"] = torch.ones(48, 96)
     save_file(tensors, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
     import_model([str(tmp_path / "theirs"), "--to", str(tmp_path / "run")])
-    assert "1 tensors of layers that predict further tokens" in capsys.readouterr().out
+    assert "1 tensors of multi-token prediction layers" in capsys.readouterr().out
     torch.testing.assert_close(logits_of(imported(tmp_path / "run", tokenizer)), logits_of(theirs), atol=1e-4, rtol=0)
 
 
@@ -324,10 +324,10 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
         ),
         "bias": (saved(weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "which has no counterpart"),
         "nan": (saved(weights | {up: weights[up] * torch.nan}), f"{up} that are not finite"),
-        "twice": (twice, f"holds {up} twice"),
+        "twice": (twice, f"has {up} twice"),
         "head": (
             saved(weights | {"lm_head.weight": weights["model.norm.weight"].expand(VOCABULARY, -1).clone()}),
-            'lm_head.weight other than its embedding, .* "tie_word_embeddings": false',
+            'lm_head.weight that differs from its embedding, .* "tie_word_embeddings": false',
         ),
         "index": (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {'),
@@ -337,8 +337,8 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
             "index.json is not what it should be",
         ),
-        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer"),
-        "vocabulary": (vocabulary, "tokenizer of 300 tokens and a model of 280"),
+        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
+        "vocabulary": (vocabulary, "tokenizer of 300 tokens but a model with a vocabulary of 280"),
     }
     for name, (change, told) in changes.items():
         folder = shutil.copytree(tmp_path / "theirs", tmp_path / name)
@@ -350,7 +350,7 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
         import_model([str(kept_run[0]), "--to", str(tmp_path / "run")])
     fields = json.loads((tmp_path / "theirs" / "config.json").read_text()) | {"max_position_embeddings": 256}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match=r"takes 256 tokens at most, .* give --data\.seq_len 256 or less"):
+    with pytest.raises(ConfigError, match=r"supports at most 256 tokens, .*; set it to 256 or less"):
         import_model([str(tmp_path / "theirs"), "--to", str(tmp_path / "run")])
 
 
@@ -445,10 +445,10 @@ def test_upcycled_model_trains_balanced(corpus, cache, smollm2, tmp_path, ranks)
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--model.num_experts=8"], "--model.num_experts is what the model"),
-        (["--upcycle", "--model.hidden_size=8"], "--model.hidden_size is what the model"),
+        (["--model.num_experts=8"], "--model.num_experts is determined by the model"),
+        (["--upcycle", "--model.hidden_size=8"], "--model.hidden_size is determined by the model"),
         (["--upcycle", "--upcycle-granularity=5"], "--upcycle-granularity 5"),
-        (["--upcycle", "--upcycle-granularity=4"], "--model.num_experts_per_tok 2 is no multiple"),
+        (["--upcycle", "--upcycle-granularity=4"], "--model.num_experts_per_tok 2 is not a multiple"),
         (["--upcycle", "--upcycle-drop=1.5"], "--upcycle-drop 1.5"),
         (["--upcycle", "--model.num_experts=1"], "does not lie between 1 and --model.num_experts 1"),
         (["--upcycle-granularity=2"], "--upcycle-granularity needs --upcycle"),
@@ -464,7 +464,7 @@ def test_what_cannot_be_upcycled_is_told(smollm2, tmp_path, options, told):
 
 def test_a_mixture_is_not_upcycled_again(tmp_path, tokenizer):
     make_model(tmp_path / "theirs", tokenizer, "mixtral_8x7b")
-    with pytest.raises(ConfigError, match="has 8 already"):
+    with pytest.raises(ConfigError, match="has 8 experts"):
         import_model([str(tmp_path / "theirs"), "--upcycle", "--to", str(tmp_path / "run")])
 
 

@@ -142,7 +142,7 @@ CASES = [
     Case(
         "smolds import",
         " --data.cache_dir=CACHE",
-        "is the run runs/",
+        "to runs/",
         ("runs/*/checkpoints/*/manifest.json", "runs/*/config.yaml"),
     ),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),

@@ -163,7 +163,7 @@ def _text_or_bad(value: Any, field: str, row: dict) -> Any:
         return value
     kind = type(value).__name__
     problem = f"the field {field!r} has a value of type {kind} instead of a string"
-    return BadRow(f"type {kind}", f"{problem};  {_advice(_text_fields(row))}")
+    return BadRow(f"type {kind}", f"{problem}; {_advice(_text_fields(row))}")
 
 
 def _advice(fields: list[str]) -> str:
