@@ -136,7 +136,7 @@ def test_validation_is_by_source_and_its_mean_by_share(mixed, whole_run):
         assert row["val_loss/web"] != row["val_loss/code"]
     log = training_log(whole_run)
     assert f"| {rows[-1]['val_loss/code']:.4f} | {rows[-1]['val_bits_per_byte/code']:.3f} |" in log
-    assert "The mixture: 70% web + 30% code until step 40, then 70% code + 30% web until step 50." in log
+    assert "Mixture: 70% web + 30% code until step 40, then 70% code + 30% web until step 50." in log
 
 
 def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed, whole_run, tmp_path):
@@ -284,7 +284,7 @@ def test_curve_of_unique_content_is_drawn(copies, tmp_path, monkeypatch):
     )
     figure_of([copies[0] / "runs" / "copies"]).savefig(tmp_path / "picture.png")
     rows = steps_of(copies[0] / "runs" / "copies")
-    assert list(lines["copies, distinct"][1]) == [row["unique_texts"] for row in rows.values()]
+    assert list(lines["copies, unique"][1]) == [row["unique_texts"] for row in rows.values()]
     assert list(lines["copies, seen"][1]) == [row["seen_texts"] for row in rows.values()]
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 

@@ -122,7 +122,7 @@ CASES = [
     Case("smolds runs diff", "", r"run\.name +first +pair|loss +\d"),
     Case("smolds runs", "", r"first +finished +3 of 3 "),
     Case("smolds data stats", TINY, "the run takes"),
-    Case("smolds data prepare", TINY, r"text: (\d+) of \1 parts are tokenised"),
+    Case("smolds data prepare", TINY, r"text: (\d+) of \1 shards tokenized"),
     Case("smolds data order", TINY, r'"index": 7, "source": "text", "file": '),
     Case("smolds data show", "", r"== batch (\w{8}), recorded as \1\n"),
     Case("smolds slurm --prepare", "", "#SBATCH --array="),

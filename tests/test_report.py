@@ -100,7 +100,7 @@ def test_events_are_told_and_values_that_are_not_finite_are_drawn_around(copied)
             file.write(json.dumps(row) + "\n")
     report([str(copied)])
     log = (copied / "log_training.md").read_text()
-    assert "step 6: back here from a loss spike in steps 7 to 8, 16 samples left out" in log
+    assert "step 6: rolled back here from a loss spike in steps 7 to 8, 16 samples skipped" in log
     assert "step 7: loss or gradient not finite, update skipped" in log
     assert "| 7 | 1,792 | not finite |" in log
 
@@ -118,7 +118,7 @@ def test_a_prompt_stays_in_its_line():
 
 def test_log_needs_no_checkpoint(copied):
     shutil.rmtree(copied / "checkpoints")
-    assert "known from the first checkpoint on" in training_log(copied)
+    assert "available after the first checkpoint" in training_log(copied)
 
 
 def test_several_runs_share_a_picture(kept_run, copied, tmp_path):
@@ -127,7 +127,7 @@ def test_several_runs_share_a_picture(kept_run, copied, tmp_path):
     other = copied.rename(tmp_path / "two")
     loss, _, _, speed = figure_of([kept_run[0], other]).axes
     assert [line.get_label() for line in speed.get_lines()] == ["one", "two"]
-    assert [line.get_label() for line in loss.get_lines()[2::3]] == ["one, held out", "two, held out"]
+    assert [line.get_label() for line in loss.get_lines()[2::3]] == ["one, validation", "two, validation"]
     rows = [row for row in read_rows(other / "metrics.jsonl") if "loss" in row]
     for line in speed.get_lines():
         assert points_of(line) == [(row["step"], row["tokens_per_s"]) for row in rows]

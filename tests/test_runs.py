@@ -153,4 +153,4 @@ def test_mistake_is_one_sentence(args, words, tmp_path, monkeypatch):
 
 def test_folder_without_runs_says_so(tmp_path, capsys):
     runs([str(tmp_path)])
-    assert capsys.readouterr().out == "no runs here\n"
+    assert capsys.readouterr().out == "no runs in this folder\n"

@@ -210,7 +210,7 @@ def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, forking):
     job = submitted.stdout.split()[2].rstrip(":")
     wait_for(lambda: is_gone(job, forking), 90, "end of the jobs")
     texts = [(tmp_path / f"slurm-{job}_{task}.out").read_text() for task in (0, 1)]
-    assert all(re.search(r"text: (\d+) of \1 parts are tokenised", text) for text in texts), texts
+    assert all(re.search(r"text: (\d+) of \1 shards tokenized", text) for text in texts), texts
     found = sorted((tmp_path / "cache" / "units").glob("*/*/meta.json"))
     trained = ranks.smolds("train", *options, "--train.steps=1")
     assert trained.returncode == 0, trained.text

@@ -131,7 +131,7 @@ def test_event_file_holds_the_rows_and_can_be_rebuilt_from_them(two_ranks, tmp_p
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # as a full disk
     try:
-        with pytest.raises(ConfigError, match="make room and repeat the command"):
+        with pytest.raises(ConfigError, match="free space and rerun the command"):
             rebuild(copy)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

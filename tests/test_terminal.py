@@ -75,7 +75,7 @@ def test_verbose_run_shows_its_configuration_and_every_step(small_run, capsys):
     train(load_config([*small_run, "--run.name=verbose", "-v"]))
     shown = capsys.readouterr()
     assert "num_experts: 8" in shown.out
-    lines = [line for line in shown.err.splitlines() if "gradient norm" in line and "of peak FLOP/s" in line]
+    lines = [line for line in shown.err.splitlines() if "gradient norm" in line and "MFU" in line]
     assert len(lines) == 6, shown.err
 
 
