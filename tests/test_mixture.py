@@ -359,7 +359,7 @@ def test_texts_of_a_step_are_those_that_were_trained_on(mixed, whole_run, capsys
                 assert str(found.tokenizer.decode(ids)).startswith(part["text"])
                 assert f"{part['file']}, line {part['document']:,}" in shown
     assert data_command(["show", str(whole_run), "--step", "1", "--rank", "0", "--json"]) == 0
-    for args, fix in ((["--step", "999"], "steps up to 50"), (["--step", "1", "--rank", "7"], "ranks 0 to 0")):
+    for args, fix in ((["--step", "999"], "steps up to 50"), (["--step", "1", "--rank", "7"], "from 0 to 0")):
         with pytest.raises(ConfigError, match=fix):
             data_command(["show", str(whole_run), *args])
 
@@ -391,7 +391,7 @@ def test_order_is_printed_as_positions(mixed, capsys):
     assert [line["index"] for line in lines] == list(range(10, 30))
     assert {line["source"] for line in lines} == {"web", "code"}
     assert all(set(line) == {"index", "source", "file", "document", "start"} for line in lines)
-    with pytest.raises(ConfigError, match="no range"):
+    with pytest.raises(ConfigError, match="not a range"):
         data_command(["order", "--samples", "9:3", "--", *options_of(mixed)])
 
 

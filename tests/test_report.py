@@ -133,7 +133,7 @@ def test_several_runs_share_a_picture(kept_run, copied, tmp_path):
         assert points_of(line) == [(row["step"], row["tokens_per_s"]) for row in rows]
 
 
-@pytest.mark.parametrize(("args", "fix"), [(["nowhere"], "holds no training steps"), (["RUN", "RUN"], "--to")])
+@pytest.mark.parametrize(("args", "fix"), [(["nowhere"], "has no training steps"), (["RUN", "RUN"], "--to")])
 def test_mistake_is_one_sentence(kept_run, args, fix):
     with pytest.raises(ConfigError, match=fix):
         report([str(kept_run[0]) if arg == "RUN" else arg for arg in args])

@@ -142,7 +142,7 @@ def test_watch_draws_again_until_ctrl_c(kept_run):
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [(["nowhere"], "is no folder"), (["diff", "nowhere", "."], "holds no run"), ([".", "--every=0"], "more than 0")],
+    [(["nowhere"], "is not a folder"), (["diff", "nowhere", "."], "is not a run"), ([".", "--every=0"], "more than 0")],
 )
 def test_mistake_is_one_sentence(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -256,9 +256,9 @@ def test_curves_keep_their_first_and_thin_their_later_steps():
 @pytest.mark.parametrize(
     ("args", "fix"),
     [
-        (["nowhere"], "holds no TensorBoard files"),
+        (["nowhere"], "contains no TensorBoard files"),
         (["RUN", "--port", "TAKEN"], "choose another --port"),
-        (["RUN", "RUN/.."], "not all are runs"),
+        (["RUN", "RUN/.."], "each must be a run"),
         (["--port", "many"], "invalid int"),
     ],
 )
