@@ -113,12 +113,12 @@ def test_a_prompt_is_a_line_and_positions_end(kept_run, tmp_path, capsys):
 
 @pytest.fixture
 def exported_now(kept_run):
-    """What the run's own export says to the first prompt."""
+    """Return the continuation of the first prompt by the run's own export."""
     model, tokenizer = load_model(kept_run[0] / "export")
     return continue_prompts(model, tokenizer, PROMPTS[:1], 6, seed=0, temperature=0)[0]
 
 
-def test_mistakes_are_told(kept_run, tmp_path):
+def test_mistakes_raise_errors(kept_run, tmp_path):
     run_dir = str(kept_run[0])
     for args, words in (
         ([run_dir, "--top-p", "0"], "more than 0"),
@@ -138,7 +138,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
             evaluate_model(args)
 
 
-def test_eval_of_held_out_text_is_the_trainings_own(kept_run, tmp_path, capsys):
+def test_eval_of_validation_set_equals_training(kept_run, tmp_path, capsys):
     run_dir, options = kept_run
     evaluated = [row for row in read_rows(run_dir / "metrics.jsonl") if "val_loss" in row][-1]
     evaluate_model([str(run_dir), "--max-tokens", str(5 * 32), "--json", str(tmp_path / "eval.json")])
