@@ -44,9 +44,8 @@ def prepare_data(
     try:
         data = find_data(config, tokenizer, limits, reporter)
         for name, taken in data.taken(samples).items():
-            data.orders[name].extend(
-                None if config.data.mixed[name].max_epochs else taken
-            )  # all where epochs are limited
+            limited = config.data.mixed[name].max_epochs
+            data.orders[name].extend(None if limited else taken)  # completely if epochs are limited
         for name in reporter.names:
             for line in data.sources[name].describe_skipped():
                 print(line, file=sys.stderr, flush=True)

@@ -134,8 +134,8 @@ class ShardedSource:
 
     def cached_bytes(self) -> int:
         """Return the bytes of all cached tokens."""
-        there = (meta for shard, meta in self._found.items() if (self.folders[shard] / "tokens.bin").exists())
-        return sum(meta.token_bytes for meta in there)
+        cached = (meta for shard, meta in self._found.items() if (self.folders[shard] / "tokens.bin").exists())
+        return sum(meta.token_bytes for meta in cached)
 
     def tokenize_shard(self, shard: int) -> bool:
         """Tokenize a shard unless another process is doing so; return True if its tokens are now in the cache.

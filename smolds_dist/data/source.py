@@ -246,7 +246,7 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
     once everything is tokenized. Delete `<cache>/listings` to get a newer revision.
 
     Raises:
-        ConfigError: if there is no file, or the Hub does not answer.
+        ConfigError: if no file matches, or the Hub does not answer.
     """
     if not source.source.startswith("hf:"):
         return source, files_of(source)
