@@ -273,7 +273,7 @@ def test_mistakes_raise_errors(kept_run, tmp_path):
     (tmp_path / "there.gguf").touch()
     for options, words in (
         (["--to", str(tmp_path / "there.gguf"), "--format", "gguf"], "exists; choose another"),
-        (["--to", str(tmp_path / "model"), "--format", "gguf"], "give one such as model.gguf"),
+        (["--to", str(tmp_path / "model"), "--format", "gguf"], "choose a name such as model.gguf"),
         (["--to", str(tmp_path / "model"), "--quantise", "q8_0"], "needs --format gguf"),
         (["--to", str(tmp_path / "model.gguf"), "--format", "gguf", "--push", "me/model"], "--push does not support"),
     ):
