@@ -34,11 +34,11 @@ class StageOrder:
     repeats_from: int
     period: np.ndarray  # [S] samples of each source per repetition
 
-    def locate(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return source and index in that source of samples counted from the stage's first."""
         length = len(self.source) - self.repeats_from
-        turn = np.maximum(place - self.repeats_from, 0) // length
-        row = place - turn * length
+        turn = np.maximum(index - self.repeats_from, 0) // length
+        row = index - turn * length
         source = self.source[row]
         return source, self.taken[source] + self.count[row] + turn * self.period[source]
 
@@ -76,10 +76,10 @@ class Mixture:
     def totals(self, samples: int) -> np.ndarray:
         """Return how many of the first `samples` samples come from each source [S]."""
         stage = next((s for s in self.stages if samples <= s.end), self.stages[-1])
-        place = samples - stage.first
+        index = samples - stage.first
         length = len(stage.source) - stage.repeats_from
-        turn = max(0, place - stage.repeats_from) // length
-        rest = np.bincount(stage.source[: place - turn * length], minlength=len(self.names))
+        turn = max(0, index - stage.repeats_from) // length
+        rest = np.bincount(stage.source[: index - turn * length], minlength=len(self.names))
         return stage.taken + rest + turn * stage.period
 
     def schedule(self) -> Schedule:
@@ -123,11 +123,11 @@ def names_in(schedule: Schedule) -> list[str]:
 def format_schedule(schedule: Schedule, global_batch: int) -> str:
     """Format `Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
 
-    def parts(shares: dict[str, float]) -> str:
-        largest_first = sorted(shares.items(), key=lambda part: -part[1])
+    def proportions(shares: dict[str, float]) -> str:
+        largest_first = sorted(shares.items(), key=lambda item: -item[1])
         return " + ".join(f"{100 * share:.4g}% {name}" for name, share in largest_first)
 
-    return ", then ".join(f"{parts(shares)} until step {end // global_batch}" for end, shares in schedule)
+    return ", then ".join(f"{proportions(shares)} until step {end // global_batch}" for end, shares in schedule)
 
 
 def exact_shares(weights: dict[str, float]) -> dict[str, Fraction]:

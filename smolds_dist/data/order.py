@@ -90,8 +90,8 @@ class SampleOrder:
 
     def _new_epoch(self, number: int) -> Epoch:
         key = self._round_keys(number, "units")[None]
-        places = permute_index(np.arange(self._shards), np.full(self._shards, self._shards), key)
-        return Epoch(np.argsort(places), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
+        positions = permute_index(np.arange(self._shards), np.full(self._shards, self._shards), key)
+        return Epoch(np.argsort(positions), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
 
     def _epoch(self, number: int, sample: int | None = None) -> Epoch:
         """Return an epoch, known up to that sample of it, or completely."""
@@ -159,9 +159,9 @@ class SampleOrder:
 
     def window_of(self, sample: int) -> tuple[int, int]:
         """Return the epoch of a sample of the source, and its window in that epoch."""
-        (number,), (place,) = (found.tolist() for found in self.locate(np.array([sample])))
+        (number,), (index,) = (found.tolist() for found in self.locate(np.array([sample])))
         with self._lock:
-            return number, bisect_right(self._epoch(number, place).windows, place) - 1
+            return number, bisect_right(self._epoch(number, index).windows, index) - 1
 
     def consumed_shards(self, sample: int) -> np.ndarray:
         """Return the shards of the windows before that sample's, in its epoch."""
@@ -206,9 +206,9 @@ class SampleOrder:
 
     def spans(self, positions: np.ndarray) -> list[list[TokenSpan]]:
         """Return the token spans of these samples of the source [n]: `seq_len` tokens each, or fewer if packed."""
-        epochs, places = self.locate(positions)
+        epochs, indices = self.locate(positions)
         with self._lock:
-            return list(map(self._split_sample, epochs.tolist(), places.tolist()))
+            return list(map(self._split_sample, epochs.tolist(), indices.tolist()))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for these samples of the source [n] the epoch, and the index in it before shuffling."""
@@ -222,15 +222,15 @@ class SampleOrder:
                 epochs, within = np.divmod(positions, self._first.windows[-1])
             else:
                 epochs, within = np.zeros_like(positions), positions
-            places = np.empty(len(positions), np.int64)
+            indices = np.empty(len(positions), np.int64)
             for number in np.unique(epochs):
                 here = epochs == number
                 epoch = self._epoch(int(number), int(within[here].max()))
                 windows, keys = epoch.arrays()
                 window = np.searchsorted(windows, within[here], "right") - 1
                 first, end = windows[window], windows[window + 1]
-                places[here] = first + permute_index(within[here] - first, end - first, keys[window])
-        return epochs, places
+                indices[here] = first + permute_index(within[here] - first, end - first, keys[window])
+        return epochs, indices
 
     def _packed_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return epochs and the indices in them, if epochs differ in their number of samples."""
@@ -251,18 +251,18 @@ class SampleOrder:
         assert self._pack
         return self._pack(epoch.spans[slice(*epoch.spans_until[window : window + 2])])
 
-    def _split_sample(self, number: int, place: int) -> list[TokenSpan]:
-        epoch = self._epoch(number, place)
+    def _split_sample(self, number: int, index: int) -> list[TokenSpan]:
+        epoch = self._epoch(number, index)
         if self._pack:
-            window = bisect_right(epoch.windows, place) - 1
-            return self._packed(number, window, epoch)[place - epoch.windows[window]]
-        start, end = place * self._seq_len, (place + 1) * self._seq_len
+            window = bisect_right(epoch.windows, index) - 1
+            return self._packed(number, window, epoch)[index - epoch.windows[window]]
+        start, end = index * self._seq_len, (index + 1) * self._seq_len
         spans, at = [], bisect_right(epoch.bounds, start) - 1
         while start < end:
             last = min(end, epoch.bounds[at + 1])
             if last > start:
-                whole = epoch.spans[at]
-                spans.append(TokenSpan(whole.shard, whole.start + start - epoch.bounds[at], last - start))
+                span = epoch.spans[at]
+                spans.append(TokenSpan(span.shard, span.start + start - epoch.bounds[at], last - start))
             start, at = last, at + 1
         return spans
 

@@ -36,8 +36,8 @@ class BatchPrefetcher:
             StoppedWaitingError: if it ended the wait.
         """
         self._taken = indices
-        ahead, future = self._next
-        if ahead != indices or future is None:
+        pending, future = self._next
+        if pending != indices or future is None:
             future = self._pool.submit(self._assemble, indices)
             self._next = indices, future
         asked = 0

@@ -128,8 +128,11 @@ def _tokenizer_folder(
 
     def train(folder: Path) -> None:
         if progress:
-            what = ", ".join(one.source for one in data.mixed.values())
-            print(f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", flush=True)
+            sources_text = ", ".join(one.source for one in data.mixed.values())
+            print(
+                f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {sources_text}",
+                flush=True,
+            )
         texts = {
             name: _interleaved_texts(one, files[name], data, TRAINING_CHARACTERS // len(sources))
             for name, one in sources.items()
@@ -143,16 +146,18 @@ def _tokenizer_folder(
 
 def _interleaved_texts(source: Source, files: list[File], data: Data, characters: int) -> Iterator[str]:
     """Yield documents from `INTERLEAVE` chunks of different files in turn, truncated to an equal number of characters."""
-    coming = (documents(source, files, data, chunks=[chunk]) for shard in group_files(source, files) for chunk in shard)
-    reading = deque(islice(coming, INTERLEAVE))
-    most = characters // max(1, len(reading))
-    while reading:
-        one = reading.popleft()
+    readers = (
+        documents(source, files, data, chunks=[chunk]) for shard in group_files(source, files) for chunk in shard
+    )
+    active = deque(islice(readers, INTERLEAVE))
+    most = characters // max(1, len(active))
+    while active:
+        one = active.popleft()
         if document := next(one, None):
             yield str(document.text)[:most]
-            reading.append(one)
+            active.append(one)
         else:
-            reading.extend(islice(coming, 1))
+            active.extend(islice(readers, 1))
 
 
 def _open_sources(

@@ -166,14 +166,14 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
     total, counted = 0.0, 0
     device = next(model.parameters()).device
     ids_S = torch.from_numpy(np.asarray(ids, dtype=np.int64))
-    whole = len(ids_S) // length * length
-    for tokens in (*ids_S[:whole].view(-1, length).split(batch), ids_S[None, whole:]):
+    full = len(ids_S) // length * length
+    for tokens in (*ids_S[:full].view(-1, length).split(batch), ids_S[None, full:]):
         if not len(tokens) or tokens.shape[1] < 2:
             continue
         labels, positions = tokens, {}
         if end_of_text is not None:
-            apart, labels = apply_document_mask(tokens, end_of_text)
-            positions["position_ids"] = apart.to(device)
+            restarting, labels = apply_document_mask(tokens, end_of_text)
+            positions["position_ids"] = restarting.to(device)
         with torch.no_grad():
             inputs = {"input_ids": tokens.to(device), "labels": labels.to(device)} | positions
             loss = model(**inputs, use_cache=False).loss.item()

@@ -36,8 +36,8 @@ def load_tasks(names: list[str], folder: Path | None, option: str = "--") -> lis
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{own} {folder} is not a folder; use one with YAML files of tasks.")
     manager = TaskManager(include_path=folder)
-    words = [word.strip() for name in names for word in name.split(",") if word.strip()]
-    names = [*dict.fromkeys(name for word in words for name in fnmatch.filter(manager.all_tasks, word) or [word])]
+    patterns = [one.strip() for name in names for one in name.split(",") if one.strip()]
+    names = [*dict.fromkeys(name for one in patterns for name in fnmatch.filter(manager.all_tasks, one) or [one])]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(

@@ -64,8 +64,8 @@ def evaluate_source(
         ids, labels = evaluation_batch(text.tokens, seq_len, range(first, first + topology.micro_batch), num_sequences)
         positions = None
         if end_of_text is not None:
-            positions, apart = apply_document_mask(ids, end_of_text)
-            labels = labels.masked_fill(apart < 0, -100)
+            positions, separated = apply_document_mask(ids, end_of_text)
+            labels = labels.masked_fill(separated < 0, -100)
         for layer in layers:
             layer.tokens_per_expert.zero_()
         loss = engine.model(**model_inputs(engine.device, ids, labels, positions, None)).loss

@@ -174,9 +174,9 @@ def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
     from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest
 
     run, name = folder.parent.parent, manifest.config["data"]["tokenizer"]
-    places = [str(place) for place in (run / "tokenizer", run / "export") if (place / "tokenizer.json").is_file()]
-    for place in places + ([name] if name != "train" else []):
-        tokenizer = load_tokenizer(place)
+    paths = [str(path) for path in (run / "tokenizer", run / "export") if (path / "tokenizer.json").is_file()]
+    for path in paths + ([name] if name != "train" else []):
+        tokenizer = load_tokenizer(path)
         if tokenizer_digest(tokenizer) == manifest.data["tokenizer"]:
             return tokenizer
     raise ConfigError(f"{run} does not contain the tokenizer it was trained with; copy it to {run / 'tokenizer'}.")

@@ -98,7 +98,7 @@ def gguf_tensors(
         return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
     for name, shape in reader.manifest.tensors.items():
-        block, module = _place(name)
+        block, module = _block_and_module(name)
         expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", module)
         if expert and expert[1] != "0":
             continue
@@ -110,10 +110,10 @@ def gguf_tensors(
         else:
             yield GGUFTensor(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(rotated, name))
     for name, bias in biases.items():
-        yield GGUFTensor(f"{_place(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
+        yield GGUFTensor(f"{_block_and_module(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
 
 
-def _place(name: str) -> tuple[str, str]:
+def _block_and_module(name: str) -> tuple[str, str]:
     """Return the file's prefix for a logical tensor's layer, and the module within the layer."""
     match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*?)\.(?:weight|e_score_correction_bias)", name)
     assert match
@@ -153,7 +153,7 @@ def write_gguf(
         ConfigError: if llama.cpp has no equivalent architecture or tokenizer; then nothing is written.
     """
     architecture, values = llama_architecture(config), hyperparameters(config)
-    words = vocabulary(tokenizer, config.vocab_size)
+    vocab = vocabulary(tokenizer, config.vocab_size)
     plain, quantized = KINDS[dtype], KINDS[quantize] if quantize else None
     every = list(gguf_tensors(reader, biases, config))
     kinds = {tensor.name: quantization_of(tensor, plain, quantized) for tensor in every}
@@ -166,7 +166,7 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in values.items():
             writer.add_key_value(f"{architecture}.{key}", value, _TYPES[type(value)])
-        write_vocabulary(words, tokenizer, config.eos_token_id, writer)
+        write_vocabulary(vocab, tokenizer, config.eos_token_id, writer)
         for tensor in every:
             block, size = gguf.GGML_QUANT_SIZES[kinds[tensor.name]]
             nbytes = math.prod(tensor.shape) // block * size
@@ -179,12 +179,12 @@ def write_gguf(
     finally:
         writer.close()
     if check:
-        check_gguf(path, words, tokenizer, every, kinds)
+        check_gguf(path, vocab, tokenizer, every, kinds)
 
 
 def check_gguf(
     path: Path,
-    words: Vocabulary,
+    vocab: Vocabulary,
     tokenizer: PreTrainedTokenizerBase,
     expected: Iterable[GGUFTensor],
     kinds: Mapping[str, Kind],
@@ -196,7 +196,7 @@ def check_gguf(
     """
     file = gguf.GGUFReader(path)
     tokens, merges = (file.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    check_vocabulary(words._replace(tokens=tokens, merges=merges), tokenizer)
+    check_vocabulary(vocab._replace(tokens=tokens, merges=merges), tokenizer)
     found = {tensor.name: tensor for tensor in file.tensors}
     for one in expected:
         tensor, values, kind = found.pop(one.name), one.load(), kinds[one.name]
@@ -224,10 +224,10 @@ def modelfile(path: Path, chat: bool) -> tuple[Path, str]:
     Raises:
         ConfigError: if both possible names are taken.
     """
-    places = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
-    for place in places:
+    paths = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
+    for candidate in paths:
         template = "" if chat else NO_CHAT
-        text = MODELFILE.format(name=path.stem, file=path.name, modelfile=place.name, template=template)
-        if not place.exists() or place.read_text(encoding="utf-8") == text:
-            return place, text
-    raise ConfigError(f"{places[0]} and {places[1]} exist already; move one of them, or choose another --to.")
+        text = MODELFILE.format(name=path.stem, file=path.name, modelfile=candidate.name, template=template)
+        if not candidate.exists() or candidate.read_text(encoding="utf-8") == text:
+            return candidate, text
+    raise ConfigError(f"{paths[0]} and {paths[1]} exist already; move one of them, or choose another --to.")

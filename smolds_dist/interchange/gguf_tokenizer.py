@@ -95,25 +95,25 @@ def _pre_tokenizer(spec: dict[str, Any] | None) -> str | None:
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     """Return whether the tokenizer adds its bos token before a text, and its eos token after it."""
     text = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
+    added = tokenizer("a").input_ids
     for bos, eos in product((False, True), repeat=2):
-        if whole == [tokenizer.bos_token_id] * bos + text + [tokenizer.eos_token_id] * eos:
+        if added == [tokenizer.bos_token_id] * bos + text + [tokenizer.eos_token_id] * eos:
             return bos, eos
     raise ConfigError(
-        f"the tokenizer encodes the text 'a' as {tokenizer.convert_ids_to_tokens(whole)}, but llama.cpp can only add a bos "
+        f"the tokenizer encodes the text 'a' as {tokenizer.convert_ids_to_tokens(added)}, but llama.cpp can only add a bos "
         "and an eos token; use --format transformers."
     )
 
 
 def write_vocabulary(
-    words: Vocabulary, tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None, writer: GGUFWriter
+    vocab: Vocabulary, tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None, writer: GGUFWriter
 ) -> None:
     """Write the tokenizer, the end-of-text tokens, and the chat template."""
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.kinds)
-    writer.add_token_merges(words.merges)
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.kinds)
+    writer.add_token_merges(vocab.merges)
     # Without one, llama.cpp uses token 11 of GPT-2.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     writer.add_bos_token_id(bos)
@@ -127,27 +127,27 @@ def write_vocabulary(
         writer.add_chat_template(template)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(words.bos)
-    writer.add_add_eos_token(words.eos)
+    writer.add_add_bos_token(vocab.bos)
+    writer.add_add_eos_token(vocab.eos)
 
 
-def check_vocabulary(words: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(vocab: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
     """Tokenize a sample text as llama.cpp would with the content of the file, and compare with our tokenizer.
 
     Raises:
         RuntimeError: if they differ, which no tokenizer accepted by `vocabulary` should cause.
     """
-    numbered = enumerate(words.tokens)
-    normal = {text: number for number, text in numbered if words.kinds[number] != TokenType.UNUSED}
-    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in words.merges)]
+    numbered = enumerate(vocab.tokens)
+    normal = {text: number for number, text in numbered if vocab.kinds[number] != TokenType.UNUSED}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocab.merges)]
     theirs = Tokenizer(models.BPE(normal, merges))
-    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE_TOKENIZERS[words.pre]]
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE_TOKENIZERS[vocab.pre]]
     theirs.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]  # its stub has no setter
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    control = [text for text, number in normal.items() if words.kinds[number] == TokenType.CONTROL]
+    control = [text for text, number in normal.items() if vocab.kinds[number] == TokenType.CONTROL]
     theirs.add_special_tokens(control)
-    theirs.add_tokens([text for text, number in normal.items() if words.kinds[number] == TokenType.USER_DEFINED])
+    theirs.add_tokens([text for text, number in normal.items() if vocab.kinds[number] == TokenType.USER_DEFINED])
     for allowed in (False, True):
         theirs.encode_special_tokens = not allowed
         page = SAMPLE + "".join(f"a{text} b" for text in control)

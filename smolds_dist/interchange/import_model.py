@@ -36,14 +36,14 @@ def import_model(args: list[str]) -> None:
     theirs, ours = read_config(folder)
     tokenizer = read_tokenizer(folder, ours.vocab_size)
     check_sizes(folder, check_settings(folder))
-    wanted, config.model = config.model, model_settings(ours)
+    requested, config.model = config.model, model_settings(ours)
     tensors = logical_tensors(folder, ours, theirs)
     if options.upcycle:
-        how = upcycle.Upcycling(
+        upcycling = upcycle.Upcycling(
             options.upcycle_granularity, options.upcycle_noise, options.upcycle_drop, config.train.seed
         )
-        config.model = upcycle.upcycled_model(config.model, wanted, how)
-        tensors = upcycle.upcycled(tensors, config.model, how)
+        config.model = upcycle.upcycled_model(config.model, requested, upcycling)
+        tensors = upcycle.upcycled(tensors, config.model, upcycling)
     config.data.tokenizer = str(to / "tokenizer")
     longest = config.model.max_position_embeddings
     if config.data.seq_len > longest:

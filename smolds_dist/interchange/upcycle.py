@@ -47,8 +47,8 @@ def check_options(given: Any) -> None:
             raise ConfigError(f"--upcycle-{name} needs --upcycle; add it, or remove --upcycle-{name}.")
 
 
-def upcycled_model(dense: Model, wanted: Model, how: Upcycling) -> Model:
-    """Return the mixture's settings: the dense model's, with `CHANGED` as wanted and the settings that follow from them.
+def upcycled_model(dense: Model, requested: Model, how: Upcycling) -> Model:
+    """Return the mixture's settings: the dense model's, with `CHANGED` as requested and the settings that follow from them.
 
     Raises:
         ConfigError: if the model is not dense, or cannot be split into these experts.
@@ -63,14 +63,14 @@ def upcycled_model(dense: Model, wanted: Model, how: Upcycling) -> Model:
             f"{dense.intermediate_size}; use a divisor."
         )
     for name in ("num_experts", "num_experts_per_tok"):
-        if getattr(wanted, name) % how.granularity:
+        if getattr(requested, name) % how.granularity:
             raise ConfigError(
-                f"--model.{name} {getattr(wanted, name)} is not a multiple of --upcycle-granularity {how.granularity}; "
+                f"--model.{name} {getattr(requested, name)} is not a multiple of --upcycle-granularity {how.granularity}; "
                 "use a multiple."
             )
     return replace(
         dense,
-        **{name: getattr(wanted, name) for name in CHANGED},
+        **{name: getattr(requested, name) for name in CHANGED},
         norm_topk_prob=True,
         intermediate_size=dense.intermediate_size // how.granularity,
     )

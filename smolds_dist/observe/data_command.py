@@ -274,16 +274,16 @@ def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     """Return the shares of split documents and of padding in a source's samples, from at most `MAX_SAMPLES`."""
     source, order = found.sources[name], found.orders[name]
     samples = order.spans(np.arange(min(order.num_samples, MAX_SAMPLES)))
-    begun = whole = tokens = 0
+    begun = unsplit = tokens = 0
     for shard, start, length in (span for sample in samples for span in sample):
         table = source.table(shard)
         first, end = documents_in(table, start, length)
         ends_here = end == len(table) or int(table["start"][end]) == start + length
         begun += end - first
-        whole += end - first if ends_here else max(0, end - first - 1)
+        unsplit += end - first if ends_here else max(0, end - first - 1)
         tokens += length
     return {
-        "cut_documents": round(1 - whole / max(1, begun), 4),
+        "cut_documents": round(1 - unsplit / max(1, begun), 4),
         "padding": round(1 - tokens / (len(samples) * found.seq_len), 4),
     }
 

@@ -120,15 +120,15 @@ def draw_loads(rows: list[dict]) -> "Figure | None":
     loads = [(row["step"], row["load"]) for row in rows if "load" in row]
     if not loads:
         return None
-    chosen = [loads[round(place)] for place in np.linspace(0, len(loads) - 1, min(FRAMES, len(loads)))]
+    chosen = [loads[round(position)] for position in np.linspace(0, len(loads) - 1, min(FRAMES, len(loads)))]
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     names, first = [str(expert) for expert in range(experts)], dense_layers(rows)
 
     def heatmap(load: list[list[float]]) -> Any:
         even = [[round(share * experts, 3) for share in layer] for layer in load]
-        places = [str(first + layer) for layer in range(layers)]
+        layer_names = [str(first + layer) for layer in range(layers)]
         hover = "layer %{y}, expert %{x}: %{z:.2f}<extra></extra>"
-        return Heatmap(z=even, x=names, y=places, zmin=0, zmax=2, colorscale="RdBu_r", hovertemplate=hover)
+        return Heatmap(z=even, x=names, y=layer_names, zmin=0, zmax=2, colorscale="RdBu_r", hovertemplate=hover)
 
     figure = Figure(
         data=[heatmap(chosen[-1][1])], frames=[Frame(data=[heatmap(load)], name=str(s)) for s, load in chosen]

@@ -196,9 +196,9 @@ def difference(first: Path, second: Path) -> str:
     """Return a table of three columns: settings that differ, then each curve's last value."""
     lines: list[tuple[str, ...]] = [("", first.name, second.name), *differing_settings([first, second])]
     rows = [read_rows(run / "metrics.jsonl") for run in (first, second)]
-    lines.append(("last step", *(str(max((row["step"] for row in part), default=0)) for part in rows)))
+    lines.append(("last step", *(str(max((row["step"] for row in own), default=0)) for own in rows)))
     for name in CURVES:
-        values = [next((row[name] for row in reversed(part) if row.get(name) is not None), None) for part in rows]
+        values = [next((row[name] for row in reversed(own) if row.get(name) is not None), None) for own in rows]
         if values != [None, None]:
             lines.append((name, *(_short(value) for value in values)))
     return _aligned(lines)
