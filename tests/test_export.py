@@ -180,7 +180,7 @@ def test_latent_model_and_many_files(latent, tmp_path):
     )
     assert first.manifest.tensors == second.manifest.tensors
     for name in first.manifest.tensors:
-        assert torch.equal(first.whole(name, "value").bfloat16().float(), second.whole(name, "value"))
+        assert torch.equal(first.read_full(name, "value").bfloat16().float(), second.read_full(name, "value"))
 
 
 def test_models_without_counterpart_export_in_smolds_format(corpus, cache, tmp_path):
@@ -290,7 +290,7 @@ def test_mistakes_raise_errors(kept_run, exported, tmp_path):
         export([str(tmp_path), *to])
     with pytest.raises(ConfigError, match="is not a file size"):
         export([source, *to, "--max-shard-size", "0GB"])
-    with pytest.raises(ConfigError, match="no model"):
+    with pytest.raises(ConfigError, match="it is a run, whose model"):
         import_model([source, *to])
     with pytest.raises(ConfigError, match="exists"):
         import_model([str(exported), "--to", source])
