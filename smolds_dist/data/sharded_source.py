@@ -30,28 +30,22 @@ class ShardedSource:
     """The units of a source; `open` it before use.
 
     Args:
-        aside: digests of documents that some source of the run holds out though `val_fraction` would not; these are not
+        skip: digests of documents that some source of the run holds out though `val_fraction` would not; these are not
             trained on.
         reporter: hears of it while units are made or waited for.
         limit: tokens after which no more units are taken, with the documents of the last one up to there.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        cache: Path,
-        validation: ValidationSet,
-        excluded: list[int],
-        reporter: Reporter,
-        limit: int | None,
+        self, corpus: Corpus, cache: Path, val: ValidationSet, skip: list[int], reporter: Reporter, limit: int | None
     ):
         self.name, self.files, self.shards = corpus.name, corpus.files, corpus.shards
-        self.validation = validation
+        self.validation = val
         self._corpus, self._reporter, self._limit = corpus, reporter, limit
         self._limits = {0: limit} if corpus.endless else {}  # of single units
         self._cache = cache
         self.folders = [self._folder_of(shard) for shard in range(len(self.shards))]
-        self._excluded = np.array(excluded, dtype=np.uint64)
+        self._excluded = np.array(skip, dtype=np.uint64)
         self._found: dict[int, ShardMeta] = {}
         self._checked = set[int]()  # units that hold what was written
         self._spans: dict[int, list[TokenSpan]] = {}  # of units that were found
@@ -210,9 +204,7 @@ class ShardedSource:
     @property
     def files_found(self) -> int:
         """Files all of whose parts are there, so far as this process knows."""
-        missing = {
-            chunk.file for shard, chunks in enumerate(self.shards) if shard not in self._found for chunk in chunks
-        }
+        missing = {one.file for shard, chunks in enumerate(self.shards) if shard not in self._found for one in chunks}
         return len(self.files) - len(missing)
 
     @property
@@ -223,9 +215,7 @@ class ShardedSource:
     def describe_skipped(self) -> list[str]:
         """What the units that were found left out, in words."""
         metas = self._found.values()
-        stats = ReadStats(
-            read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas)
-        )
+        stats = ReadStats(read=sum(m.rows for m in metas), without_text=sum(m.rows_without_text for m in metas))
         stats.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
         return stats.describe(self._corpus.label)
 
@@ -244,9 +234,8 @@ class ShardedSource:
         if not self.has_tokens(shard):
             self._wait_for(np.array([shard]), self.has_tokens)
         self._check(shard)
-        return _mapped(
-            self.folders[shard] / "tokens.bin", np.dtype(self._found[shard].dtype), self._found[shard].tokens
-        )
+        meta = self._found[shard]
+        return _mapped(self.folders[shard] / "tokens.bin", np.dtype(meta.dtype), meta.tokens)
 
     def _check(self, shard: int) -> None:
         """Tokenize a unit again whose files have changed since; each process checks it once."""

@@ -106,9 +106,7 @@ def _with_index(file: File) -> File:
 def _local_files(kind: str, pattern: str) -> list[File]:
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        paths = [
-            path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _matches_format(path, kind)
-        ]
+        paths = [path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _is_kind(path, kind)]
     else:
         paths = glob.glob(_literal_path(pattern), recursive=True)
     status = {path: os.stat(path) for path in sorted(paths) if os.path.isfile(path)}
@@ -124,7 +122,7 @@ def _literal_path(pattern: str) -> str:
     return os.path.join(glob.escape(head), *rest)
 
 
-def _matches_format(path: str, kind: str) -> bool:
+def _is_kind(path: str, kind: str) -> bool:
     return kind not in ENDINGS or _decompressed_name(path).endswith(ENDINGS[kind])
 
 
@@ -143,7 +141,7 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
         elif web and not path.endswith("/"):  # to ask whether it is a folder would fetch all of it
             paths = [path]
         elif system.isdir(path) and not system.isfile(path):
-            paths = [found for found in system.find(path) if _matches_format(found, kind)]
+            paths = [found for found in system.find(path) if _is_kind(found, kind)]
         else:
             paths = [path] if system.exists(path) else []
         return system, [(found, system.info(found)) for found in sorted(paths)]

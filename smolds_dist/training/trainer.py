@@ -59,12 +59,8 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
         held.enter_context(naming(config.run_dir))
         if topology.rank == 0:
             held.enter_context(lock_run_dir(config))
-        note = (
-            record_run_state(config.run_dir, topology.world_size)
-            if topology.rank == 0
-            else nullcontext(lambda *_: None)
-        )
-        set_outcome = held.enter_context(note)
+        state = record_run_state(config.run_dir, info.world_size) if info.rank == 0 else nullcontext(lambda *_: None)
+        set_outcome = held.enter_context(state)
         on_progress, stop = held.enter_context(ahead), held.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         job = Job(
