@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What has to be tried on a machine with an NVIDIA GPU: all tests that need one and a short benchmark, in under ten minutes,
-# without network. Installs nothing: packages have to be importable by python3, or by PYTHON. Results go to one folder:
+# Runs the GPU tests and a short benchmark on a machine with an NVIDIA GPU, in under ten minutes, without network.
+# Installs nothing: python3, or PYTHON, must have the packages. Results go to one folder:
 #   ./launch/gpu.sh [FOLDER]
-# On one H200 the tests took 140 s and the benchmark about as long for each size.
+# On one H200 the tests took 140 s, and the benchmark about that long for each size.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -10,13 +10,13 @@ results=${1:-gpu-results}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu.sh: $python sees no NVIDIA GPU; start it on a machine that has one, with a CUDA build of torch." >&2
+    echo "gpu.sh: $python sees no NVIDIA GPU; run gpu.sh on a machine that has one, with a CUDA build of torch." >&2
     exit 2
 fi
 mkdir -p "$results"
 nvidia-smi >"$results/nvidia-smi.txt" 2>&1
 workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then workers=(--numprocesses 6); fi # most of a test's time is a process that starts
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(--numprocesses 6); fi # most of a test's time is starting a process
 timeout 220 "$python" -m pytest -m gpu -q --durations=10 "${workers[@]}" --junitxml="$results/tests.xml" tests/test_gpu.py 2>&1 |
     tee "$results/tests.txt"
 status=$?

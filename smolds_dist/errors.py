@@ -1,4 +1,4 @@
-"""The one error type for a user's mistakes, and the parser that raises it."""
+"""Errors, and the option parser that raises them."""
 
 import argparse
 import errno
@@ -17,31 +17,31 @@ class ConfigError(Exception):
 
 
 class RankError(ConfigError):
-    """What is wrong with the ranks themselves; whoever raises it tells it, for it may be the only one."""
+    """An error of the ranks themselves; printed by the rank that raises it, since others may not exist."""
 
 
 class RankFailedError(Exception):
-    """A rank's training ended in an error that has been told and logged already."""
+    """Training failed on this rank; the error has already been printed and logged."""
 
 
 class TrainingStoppedError(Exception):
-    """Training that cannot go on, on all ranks alike: the loss has diverged, or checkpoints cannot be written.
+    """Training stopped on all ranks: the loss diverged, or checkpoints cannot be written.
 
     The message is one sentence with the fix; the command line prints it once and exits with code 1.
     """
 
 
 def first_line(error: Exception) -> str:
-    """An error's message in a sentence of ours."""
+    """Return the first line of an error's message, without a full stop."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse's parser, which tells a mistake as a `ConfigError` instead of ending the process.
+    """argparse's parser, raising `ConfigError` instead of exiting.
 
     Args:
-        example: a command line that `--help` shows at its end.
+        example: a command line for the end of `--help`.
     """
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any):
@@ -52,7 +52,7 @@ class OptionParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}.")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Check all numbers and paths: no option reaches a command out of range or as a file that cannot be written."""
+        """Parse options and check all numbers and paths: ranges, and that output files can be written."""
         options, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             given = getattr(options, action.dest, None)
@@ -62,25 +62,28 @@ class OptionParser(argparse.ArgumentParser):
         return options, rest
 
     def parse_before_training(self, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """This command's options, and those of the training behind `--`; raises a `ConfigError` for an option before it that
-        is none of this command's."""
+        """Return this command's options and the training options after `--`.
+
+        Raises:
+            ConfigError: for an unknown option before `--`.
+        """
         cut = args.index("--") if "--" in args else len(args)
         options, unknown = self.parse_known_args(args[:cut])
         if unknown:
-            raise ConfigError(f"{self.prog} does not know {unknown[0]!r}; options of the training go behind `--`.")
+            raise ConfigError(f"{self.prog} does not know {unknown[0]!r}; put training options after `--`.")
         return options, args[cut + 1 :]
 
 
 ABOVE_0 = math.ulp(0)
-Bounds = tuple[float, float]  # the lowest and the highest value
+Bounds = tuple[float, float]  # lowest and highest value
 
 
 def ranges(table: dict[Bounds, str]) -> dict[str, Bounds]:
-    """The bounds of each name, from those of several with spaces between."""
+    """Map each name to its bounds, from space-separated names."""
     return {name: bounds for bounds, names in table.items() for name in names.split()}
 
 
-# Of the commands' numbers; others are from 0 to 10^9, or 10^30 with decimals.
+# Ranges of the commands' numbers; default: 0 to 10^9, or to 10^30 with decimals.
 RANGES = ranges({
     (ABOVE_0, 1): "--top-p",
     (ABOVE_0, 10**9): "--every",
@@ -94,23 +97,25 @@ RANGES = ranges({
     (1, 1e30): "--budget-gpu-hours --target-tokens",
     (2, 10**9): "--max-tokens",
 })  # fmt: skip
-WRITTEN = ("--json", "--picture", "--calibrate")  # files that a command writes at its end
+WRITTEN = ("--json", "--picture", "--calibrate")  # files written at the end of a command
 
 
 def _check_value(option: str, value: Any) -> None:
-    """Raise a `ConfigError` for an option's value that no command could use."""
+    """Raise a `ConfigError` for a number out of range or an invalid path."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         check_range(option, value, RANGES.get(option, (0, 10**9 if isinstance(value, int) else 1e30)))
     if isinstance(value, Path):
         text = str(value)
         if "\0" in text or len(text) > 4000 or any(len(name.encode()) > 255 for name in text.split("/")):
-            raise ConfigError(f"{option} {text[:20]!r}... is not a path; names have 255 bytes at most, and no NUL.")
+            raise ConfigError(
+                f"{option} {text[:20]!r}... is not a path; the limit is 255 bytes for a name, without NUL."
+            )
         if option in WRITTEN:
             _check_writable(option, value)
 
 
 def check_range(option: str, value: float, bounds: Bounds, otherwise: str = "") -> None:
-    """Raise a `ConfigError` for a number out of bounds, as NaN is; `otherwise` is what else the option takes."""
+    """Raise a `ConfigError` for a number out of bounds, including NaN; `otherwise` is appended to the rule."""
     least, most = bounds
     if least <= value <= most:
         return
@@ -133,5 +138,5 @@ def _check_writable(option: str, path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(
-            f"{option} {path} cannot be written ({error.strerror}); name a file in a folder that is there and writable."
+            f"{option} {path} cannot be written ({error.strerror}); name a file in a folder that exists and is writable."
         ) from None

@@ -1,6 +1,6 @@
-"""Which settings no machine could run.
+"""Validation of settings.
 
-Every contradiction between two settings is refused here or, where it depends on the machine, in `parallel.topology`.
+Contradictions between settings are rejected here or, if they depend on the machine, in `parallel.topology`.
 """
 
 import re
@@ -11,11 +11,14 @@ from typing import Any, get_args
 
 from smolds_dist.architecture import contradictions, divisors
 from smolds_dist.errors import ABOVE_0, ConfigError, check_range, ranges
-from smolds_dist.settings import SOURCE_KINDS, TRACKERS, Data, RunConfig, Stage
+from smolds_dist.settings import Data, RunConfig, Stage
+
+SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrow", "tokens", "hf")
+TRACKERS = ("wandb", "mlflow", "trackio")
 
 
 def validate(config: RunConfig) -> None:
-    """Refuses what no machine could run.
+    """Reject settings that cannot work on any machine.
 
     Raises:
         ConfigError: naming the setting, the rule and the fix.
@@ -33,18 +36,18 @@ def validate(config: RunConfig) -> None:
     if config.train.time_budget is not None and config.train.warmup_steps < 2:
         raise ConfigError(
             f"--train.time_budget measures a step during the warm-up, and --train.warmup_steps is "
-            f"{config.train.warmup_steps}; give at least 2."
+            f"{config.train.warmup_steps}; set at least 2."
         )
     if config.train.time_budget is not None and config.data.stages:
         raise ConfigError(
-            "--train.time_budget changes the number of steps on the way, of which data.stages are shares; leave one out."
+            "--train.time_budget changes the number of steps during the run, and data.stages are fractions of it; unset one."
         )
     if config.profile.steps is not None:
         match = re.fullmatch(r"(\d+):(\d+)", config.profile.steps)
         if not match or not 1 <= int(match[1]) <= int(match[2]) <= config.train.steps:
             raise ConfigError(
-                f"--profile.steps {config.profile.steps!r} is no range of this run's {config.train.steps} steps; write it "
-                "as FIRST:LAST, such as 10:13."
+                f"--profile.steps {config.profile.steps!r} is not a range of this run's {config.train.steps} steps; write "
+                "FIRST:LAST, such as 10:13."
             )
     trackers_in(config.log.to)
     if config.data.seq_len > config.model.max_position_embeddings:
@@ -54,12 +57,12 @@ def validate(config: RunConfig) -> None:
         )
     if config.train.activation_checkpointing == "selective" and config.train.compile is True:
         raise ConfigError(
-            "--train.activation_checkpointing selective looks at every operator, which --train.compile true hides; use "
+            "--train.activation_checkpointing selective needs every operator, and --train.compile true fuses them; use "
             "attention, experts or full, or --train.compile false."
         )
     if config.train.qk_clip and config.model.qk_norm:
         raise ConfigError(
-            "--train.qk_clip shrinks what --model.qk_norm makes large again, and the norm bounds the logits; leave one out."
+            "--train.qk_clip has no effect with --model.qk_norm, which already bounds the logits; unset one."
         )
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         raise ConfigError(
@@ -67,14 +70,14 @@ def validate(config: RunConfig) -> None:
             f"{config.train.global_batch}; valid values: {divisors(config.train.global_batch)}."
         )
     if config.parallel.zero not in ("auto", 0, 1, 2, 3):
-        raise ConfigError(f"--parallel.zero {config.parallel.zero} is no ZeRO stage; use auto, 0, 1, 2 or 3.")
+        raise ConfigError(f"--parallel.zero {config.parallel.zero} is not a ZeRO stage; use auto, 0, 1, 2 or 3.")
     if config.parallel.ds_config is not None and not Path(config.parallel.ds_config).is_file():
         raise ConfigError(
-            f"--parallel.ds_config {config.parallel.ds_config!r} is not a file; give a DeepSpeed JSON file."
+            f"--parallel.ds_config {config.parallel.ds_config!r} is not a file; name a DeepSpeed JSON file."
         )
 
 
-# Of every number among the settings
+# Range of every numeric setting
 RANGES = ranges({
     (ABOVE_0, 1e30): "train.lr model.rope_theta model.routed_scaling_factor data.disk_budget_gb",
     (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
@@ -106,16 +109,16 @@ MAY_BE_EMPTY = ("log.to", "log.sample_prompts", "log.final_prompts", "eval.tasks
 
 
 def trackers_in(names: str, option: str = "--log.to") -> list[str]:
-    """The trackers beside TensorBoard that a list with commas names.
+    """Return the trackers in a comma-separated list.
 
     Raises:
-        ConfigError: for one that is none, or whose package is not here.
+        ConfigError: for an unknown tracker, or one whose package is not installed.
     """
     found = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
     for name in found:
         if name not in TRACKERS:
             raise ConfigError(
-                f"{option} {name!r} is no tracker; use {', '.join(TRACKERS)}, several with commas between."
+                f"{option} {name!r} is not a tracker; choose from {', '.join(TRACKERS)} (comma-separated)."
             )
         if find_spec(name) is None:
             raise ConfigError(f"{option} {name} needs its package; pip install 'smolds-dist[{name}]'.")
@@ -126,8 +129,8 @@ def _check_values(part: Any, kind: str, option: str) -> None:
     """Check the numbers and strings of a section, a source or YaRN.
 
     Args:
-        kind: of part, the first word of its names in `RANGES`.
-        option: how a message names the part.
+        kind: first word of the section's names in `RANGES`.
+        option: name of the section in messages.
     """
     for field in fields(part):
         name, value = f"{kind}.{field.name}", getattr(part, field.name)
@@ -141,24 +144,26 @@ def _check_values(part: Any, kind: str, option: str) -> None:
 
 def _check_text(text: str, option: str, may_be_empty: bool) -> None:
     if not text.strip() and not may_be_empty:
-        raise ConfigError(f"{option} is empty; give a value, or leave it out.")
+        raise ConfigError(f"{option} is empty; set a value, or unset it.")
     if re.search("[\0\ud800-\udfff]", text):
-        raise ConfigError(f"{option} {text!r} has characters that no file has; give UTF-8 text without NUL.")
+        raise ConfigError(f"{option} {text!r} has invalid characters; use UTF-8 text without NUL.")
     if not may_be_empty and (len(text) > 4000 or any(len(name.encode()) > 255 for name in text.split("/"))):
-        raise ConfigError(f"{option} {text[:20]!r}... is too long; names have 255 bytes at most, and paths 4,000.")
+        raise ConfigError(
+            f"{option} {text[:20]!r}... is too long; the limit is 255 bytes for a name and 4,000 for a path."
+        )
 
 
 def _check_data(data: Data) -> None:
     if data.sources is not None and data.source != "stdlib":
         raise ConfigError(
-            f"--data.source {data.source!r} and data.sources are both given; leave one out (--data.sources null)."
+            f"--data.source {data.source!r} and data.sources are both set; unset one (--data.sources null)."
         )
     if data.sources == {}:
-        raise ConfigError("data.sources is empty; name at least one source, or leave it out.")
+        raise ConfigError("data.sources is empty; name at least one source, or unset it.")
     if data.packing == "best_fit" and not data.document_mask:
         raise ConfigError(
-            "--data.packing best_fit fills sequences up with tokens that only --data.document_mask true leaves out of the "
-            "loss; give both."
+            "--data.packing best_fit pads sequences with tokens that only --data.document_mask true excludes from the loss; "
+            "set both."
         )
     if unquoted := [name for name in data.sources or () if not isinstance(name, str)]:
         raise ConfigError(f"data.sources: YAML reads a name as {unquoted[0]!r}, not as text; quote it, as in 'no'.")
@@ -169,14 +174,14 @@ def _check_data(data: Data) -> None:
             kinds = ", ".join(f"{kind}:GLOB" for kind in SOURCE_KINDS[1:-1])
             raise ConfigError(f"{option} {one.source!r} is unknown; use stdlib, {kinds} or hf:NAME.")
         if kind != "stdlib" and not rest:
-            raise ConfigError(f"{option} {one.source!r} names nothing to read; write it as {kind}:...")
+            raise ConfigError(f"{option} {one.source!r} names no files; write {kind}:...")
         if not re.fullmatch(r"[\w.-]+", name):
-            raise ConfigError(f"data.sources: the name {name!r} is no word; use letters, digits, '.', '-' and '_'.")
+            raise ConfigError(f"data.sources: the name {name!r} is not valid; use letters, digits, '.', '-' and '_'.")
         _check_values((data.sources or data.mixed)[name], "source", f"data.sources.{name}")
         if kind == "tokens" and data.tokenizer == "train":
             raise ConfigError(
-                f"{option} {one.source!r} holds tokens, on which no tokenizer can be trained; give the one that made them "
-                "with --data.tokenizer."
+                f"{option} {one.source!r} holds tokens, and a tokenizer is trained on text; set --data.tokenizer to the one "
+                "that made them."
             )
     _check_stages(data)
 
@@ -187,22 +192,22 @@ def _check_stages(data: Data) -> None:
     for number, stage in enumerate(data.stages or [], 1):
         if not before < stage.until <= 1:
             raise ConfigError(
-                f"data.stages: stage {number} ends at {stage.until}; until must grow from stage to stage, up to 1."
+                f"data.stages: stage {number} ends at {stage.until}; until must increase from stage to stage, up to 1."
             )
         before = stage.until
         for name, weight in (stage.weights or {}).items():
             if name not in data.mixed:
                 raise ConfigError(
-                    f"data.stages: stage {number} weighs {name!r}, which is no source; there are {names}."
+                    f"data.stages: stage {number} has a weight for {name!r}, which is not a source; choose from {names}."
                 )
             check_range(f"data.stages: stage {number}: {name}", weight, RANGES["source.weight"])
     if data.stages is not None and before != 1:
-        raise ConfigError("data.stages must end at 1; give the last stage `until: 1.0`.")
+        raise ConfigError("data.stages must end at 1; set `until: 1.0` in the last stage.")
     for number, stage in enumerate(data.stages or [Stage(1.0)], 1):
         weights = stage.weights if stage.weights is not None else {n: one.weight for n, one in data.mixed.items()}
         if not sum(weights.values()):
             where = f"stage {number} of data.stages" if data.stages else "data.sources"
-            raise ConfigError(f"{where} has no source with a weight; give at least one more than 0.")
+            raise ConfigError(f"{where} has no source with a weight; set at least one above 0.")
 
 
 def _check_model(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a run can be told, as typed dataclasses. `rules` says which values go together, `config` fills them in."""
+"""All settings of a run, as typed dataclasses. `rules` validates combinations; `config` fills in defaults."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,29 +10,36 @@ Recomputed = Literal["none", "attention", "experts", "selective", "full"]
 
 @dataclass
 class Run:
-    """Where a run lives: `dir`/`name`."""
+    """The run's folder, `dir`/`name`."""
 
     name: str | None = None
-    """The preset's name where not given."""
+    """Run name; default: the preset's."""
     dir: str = "runs"
+    """Parent folder of runs."""
 
 
 @dataclass
 class Yarn:
-    """YaRN's scaling of rotary embedding, for texts longer than the model was first trained on (arXiv 2309.00071)."""
+    """YaRN scaling of rotary embeddings, for contexts longer than in pre-training (arXiv 2309.00071)."""
 
     factor: float
-    """How much longer the texts may be."""
+    """Ratio of the new context length to the original, 1 or more."""
     original_max_position_embeddings: int
-    """Tokens that the model was first trained on."""
+    """Context length of the original training in tokens."""
     beta_fast: float = 32.0
+    """Rotations within the original context above which a channel is not scaled."""
     beta_slow: float = 1.0
+    """Rotations within the original context below which a channel is scaled by factor."""
     mscale: float | None = None
+    """Coefficient of the attention scale, as in DeepSeek-V3; default: none."""
     mscale_all_dim: float | None = None
+    """Coefficient of the attention scale over all channels; default: none."""
     attention_factor: float | None = None
+    """Ratio by which cosines and sines are scaled; default: from factor."""
     truncate: bool = True
+    """Round the bounds of scaled channels to integers."""
     rope_type: Literal["yarn"] = "yarn"
-    """As transformers has it."""
+    """Name of the scaling in transformers."""
 
 
 @dataclass
@@ -40,50 +47,74 @@ class Model:
     """The fields of `DeepSeekV3Config`, with its defaults: the reference model of 254,896,512 parameters."""
 
     vocab_size: int | None = None
-    """The tokenizer's where not given; a larger one leaves rows unused."""
+    """Vocabulary size in tokens; default: the tokenizer's. A larger one leaves rows unused."""
     hidden_size: int = 384
+    """Width of the residual stream in channels."""
     intermediate_size: int = 1024
-    """Width of one expert."""
+    """Width of one expert in channels."""
     num_hidden_layers: int = 24
+    """Number of layers."""
     num_attention_heads: int = 6
+    """Query heads per layer."""
     num_key_value_heads: int = 2
+    """Key/value heads per layer (gqa); a divisor of the query heads."""
     head_dim: int = 64
+    """Channels per head (gqa)."""
     attention: Literal["gqa", "latent"] = "gqa"
+    """Grouped-query or multi-head latent attention."""
     q_lora_rank: int | None = None
+    """Channels of the query latent (latent); default: queries are not compressed."""
     kv_lora_rank: int = 128
+    """Channels of the key/value latent (latent)."""
     qk_nope_head_dim: int = 32
+    """Channels per query and key head without rotary embedding (latent)."""
     qk_rope_head_dim: int = 32
+    """Channels per query and key head with rotary embedding (latent)."""
     v_head_dim: int = 64
+    """Channels per value head (latent)."""
     latent_norm_eps: float | None = None
-    """Of the latents' norms; rms_norm_eps where not given. An export to DeepSeek-V3's class needs 1e-6."""
+    """Epsilon of the latents' RMSNorm, above 0; default: rms_norm_eps. Export to DeepSeek-V3's class needs 1e-6."""
     qk_norm: Literal["head", "all"] | None = None
-    """Norms queries and keys before they are turned: each head by itself, or all heads of a token together."""
+    """RMSNorm of queries and keys before rotary embedding: per head, or over all heads of a token; default: none."""
     num_experts: int = 8
+    """Routed experts per layer."""
     num_experts_per_tok: int = 2
+    """Routed experts per token (top-k)."""
     n_shared_experts: int = 0
+    """Shared experts per layer, which process every token."""
     first_k_dense_replace: int = 0
-    """Leading layers that have one SwiGLU in place of the mixture, of dense_intermediate_size."""
+    """Number of leading layers with a dense SwiGLU of dense_intermediate_size instead of experts."""
     dense_intermediate_size: int | None = None
+    """Width of the dense SwiGLU in channels."""
     n_group: int | None = None
-    """Groups of experts, of which a token's best topk_group are chosen from; all of them where not given."""
+    """Number of expert groups; a token's experts come from its best topk_group groups. Default: no groups."""
     topk_group: int | None = None
+    """Groups per token."""
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    """Function that turns router logits into scores."""
     norm_topk_prob: bool = True
+    """Divide the chosen experts' scores by their sum."""
     routed_scaling_factor: float = 1.0
+    """Ratio by which the routed experts' output is scaled, above 0."""
     max_position_embeddings: int = 8192
+    """Longest context in tokens."""
     rope_theta: float = 100000.0
+    """Base of the rotary embedding's wavelengths, above 0."""
     rope_scaling: Yarn | None = None
-    """YaRN: factor and original_max_position_embeddings, and if need be its further settings."""
+    """YaRN scaling: factor, original_max_position_embeddings and, optionally, its other settings."""
     rms_norm_eps: float = 1e-5
+    """Epsilon of RMSNorm, above 0."""
     initializer_range: float = 0.02
+    """Standard deviation of initial weights, 0 or more."""
     tie_word_embeddings: bool = True
+    """Share the input and output embedding matrix."""
     eos_token_id: list[int] | None = None
-    """Tokens that end a generated text; default: the tokenizer's end-of-text token."""
+    """Token ids that end generation; default: the tokenizer's end-of-text token."""
     force_uniform_routing: bool = False
-    """Tokens take turns among the experts, whatever the router says; for `smolds bench` and `benchmarks/` alone."""
+    """Route tokens to all experts in turn, ignoring the router; only for `smolds bench` and `benchmarks/`."""
 
     def architecture(self, tokenizer: Any = None) -> dict[str, Any]:
-        """Return what `DeepSeekV3Config` takes, with the special tokens of a tokenizer if one is given."""
+        """Return the arguments of `DeepSeekV3Config`, with the tokenizer's special tokens if one is passed."""
         found = {name: value for name, value in dataclasses.asdict(self).items() if name != "force_uniform_routing"}
         if tokenizer is not None:
             found["bos_token_id"] = tokenizer.bos_token_id
@@ -93,33 +124,30 @@ class Model:
 
 @dataclass
 class Source:
-    """One of a mixture's sources."""
+    """One source of a mixture."""
 
     source: str
-    """As data.source."""
+    """Source, in the form of data.source."""
     weight: float = 1.0
-    """Its share of the tokens, beside the others' weights; 0 where it has one in a later stage only."""
+    """Ratio of its tokens to those of the other sources; 0 = only in stages that name it."""
     max_epochs: float | None = None
-    """How often the run may go through it; as often as it needs where not given."""
+    """Most passes over the source, in epochs; default: unlimited."""
     text_field: str | None = None
-    """As data.text_field, which counts where this is not given."""
+    """Text column; default: data.text_field."""
     split: str | None = None
-    """As data.split, likewise."""
+    """Dataset split; default: data.split."""
     token_dtype: str | None = None
-    """As data.token_dtype, likewise."""
+    """Type of token ids; default: data.token_dtype."""
 
 
 @dataclass
 class Stage:
-    """A part of the run with weights of its own."""
+    """A part of the run with its own mixture weights."""
 
     until: float
-    """Where it ends, as a share of the steps; the last stage ends at 1."""
+    """End of the stage, as a fraction of the steps; 1 for the last stage."""
     weights: dict[str, float] | None = None
-    """By source, 0 where not named; those of the sources themselves where not given."""
-
-
-SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrow", "tokens", "hf")
+    """Weight of each source, 0 if not named; default: the sources' own weights."""
 
 
 @dataclass
@@ -127,48 +155,49 @@ class Data:
     """Corpus, tokenizer and sequence length."""
 
     source: str = "stdlib"
-    """Stdlib | text:GLOB | jsonl:GLOB | parquet:GLOB | arrow:GLOB | tokens:GLOB | hf:NAME[:CONFIG]."""
+    """Dataset: stdlib | text:GLOB | jsonl:GLOB | parquet:GLOB | arrow:GLOB | tokens:GLOB | hf:NAME[:CONFIG]."""
     sources: dict[str, Source] | None = None
-    """A mixture in place of source: a name for each, with its source, weight, max_epochs, text_field and split."""
+    """Mixture instead of source: for each name a source, weight, max_epochs, text_field and split."""
     stages: list[Stage] | None = None
-    """Weights that change on the way: a list of until (a share of the steps) and weights (by source)."""
+    """Weights that change during the run: a list of until (a fraction of the steps) and weights (by source)."""
     text_field: str = "text"
-    """Column of jsonl, parquet, arrow and hf sources that holds the text; doc.text is the field text of the field doc."""
+    """Text column of jsonl, parquet, arrow and hf sources; doc.text is the field text of the field doc."""
     split: str = "train"
-    """Of an hf source."""
+    """Dataset split of an hf source."""
     token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
-    """Of a tokens source's flat .bin files."""
+    """Type of token ids in flat .bin files of a tokens source."""
     tokenizer: str = "train"
-    """"train" (byte-level BPE on the corpus), a folder, or a name on the Hub."""
+    """Tokenizer: train (byte-level BPE on the corpus), a folder, or a name on the Hub."""
     tokenizer_vocab_size: int = 8192
-    """Of a trained tokenizer."""
+    """Vocabulary size of a trained tokenizer, in tokens."""
     allow_control_tokens: bool = False
-    """Text that spells a control token such as <|endoftext|> becomes that token."""
+    """Convert text that spells a control token, such as <|endoftext|>, to that token."""
     seq_len: int = 1024
-    """Tokens of a sequence."""
+    """Sequence length in tokens."""
     max_tokens: int | None = None
-    """Stop reading a source there; an hf source stops after what the run needs."""
+    """Most tokens to read from a source; default: all, for an hf source as many as the run needs."""
     document_mask: bool = False
-    """Attention stays within each document, positions begin anew there, and no document's first token is predicted."""
+    """Mask attention across documents, restart positions in each, and predict no document's first token."""
     packing: Literal["concat", "best_fit"] = "concat"
-    """How documents become sequences: cut where one is full, or packed so that none is cut which fits into one."""
+    """Packing of documents into sequences: concatenate and split, or best-fit, which splits only longer documents."""
     val_fraction: float = 0.005
-    """Share of the documents held out."""
+    """Fraction of the documents in the validation set."""
     window_tokens: int = 2**28
-    """Samples are shuffled within so many tokens, files among each other."""
+    """Shuffle-window size in tokens; files are shuffled too."""
     on_bad_file: Literal["refuse", "skip"] = "refuse"
-    """What to do with a file that is empty or damaged; either way it is named."""
+    """Action on an empty or damaged file, which is always named."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
-    """What to do with a row that cannot be read or whose text is no string; skipped ones are named in bad_rows.jsonl."""
+    """Action on a row that is unreadable or whose text is not a string; skipped rows are listed in bad_rows.jsonl."""
     workers: Literal["auto"] | int = "auto"
-    """Processes that tokenise ahead of the training, on each machine; auto: the cores that ranks leave free, 1 to 16."""
+    """Tokenizer processes per machine during training; auto = the cores that the ranks leave free, 1 to 16."""
     disk_budget_gb: float | None = None
-    """Tokens that lie behind the training are removed where there are more than so many GB, and made again where needed."""
+    """Cached tokens in GB above which consumed shards are deleted (tokenized again if needed); default: no limit."""
     cache_dir: str = "~/.cache/smolds"
+    """Folder of token shards, tokenizers and file lists."""
 
     @property
     def mixed(self) -> dict[str, Source]:
-        """The sources in the order of their names, with every field filled in; a single one is named after its kind."""
+        """Return the sources sorted by name, with all fields filled in; a single source is named after its kind."""
         given = self.sources or {self.source.partition(":")[0]: Source(self.source)}
         return {
             name: dataclasses.replace(
@@ -182,157 +211,162 @@ class Data:
 
 
 def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
-    """The sources of a saved `data` section, as `Data.mixed`."""
+    """Return the sources of a saved `data` section, as `Data.mixed`."""
     named = {name: Source(**one) for name, one in (data["sources"] or {}).items()}
     return Data(**data | {"sources": named or None}).mixed
 
 
 @dataclass
 class Train:
-    """The optimisation."""
+    """Optimization."""
 
     steps: int = 10_000
+    """Number of steps."""
     time_budget: float | None = None
-    """Seconds for all steps: at the end of the warm-up, steps is lowered to what fits on this machine; null: none."""
+    """Seconds for all steps; after the warm-up, steps is lowered to what fits. Default: no limit."""
     seed: int = 0
+    """Seed of weights and sample order, 0 or more."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the forward and backward pass; auto = bf16 where the device computes it fast."""
     global_batch: int = 32
-    """Sequences per step, the same in every topology."""
+    """Sequences per step over all ranks."""
     micro_batch: int | None = None
-    """Sequences per forward pass of one rank; the rest is accumulated."""
+    """Sequences per forward pass of one rank; the rest is accumulated. Default: by device and seq_len."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    """Peak learning rate, above 0."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Both end at lr * min_lr_fraction. Cosine depends on steps: to continue a finished run without a jump of the rate, give
-    wsd, decay_fraction 0 (or the share to decay in) and the last rate as lr."""
+    """Learning-rate schedule, which ends at lr * min_lr_fraction. Cosine depends on steps: to continue a finished run
+    without a jump, set wsd, decay_fraction 0 (or the fraction to decay in) and the last learning rate as lr."""
     warmup_steps: int = 100
+    """Linear warm-up in steps."""
     decay_fraction: float = 0.2
-    """Last share of the steps in which wsd decays."""
+    """Last fraction of the steps in which wsd decays."""
     min_lr_fraction: float = 0.1
-    """Where the schedule ends, as a share of lr."""
+    """Final learning rate as a fraction of lr."""
     weight_decay: float = 0.1
+    """Decoupled weight decay, 0 or more; a step multiplies weights by 1 - lr * weight_decay."""
     beta1: float = 0.9
+    """Decay rate of Adam's first moment, 0 to 1; momentum of Muon."""
     beta2: float = 0.95
+    """Decay rate of Adam's second moment, 0 to 1."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Largest gradient norm; 0 = no clipping."""
     qk_clip: float = 0.0
-    """Largest attention logit, beyond which a step shrinks what a head's queries and keys are made with, 100 in Kimi K2 with
-    Muon; 0: none."""
+    """Largest attention logit; above it, a step scales down a head's query and key weights; 0 = off (Kimi K2: 100)."""
     balance: Literal["bias", "aux_loss", "none"] = "bias"
+    """Load balancing of experts: selection bias (without an auxiliary loss), auxiliary loss, or none."""
     balance_rate: float = 1e-3
-    """Change of a selection bias per step; after the warm-up it falls with the learning rate."""
+    """Change of a selection bias per step; after the warm-up it decays with the learning rate."""
     aux_loss_coef: float = 0.01
-    """Where balance is aux_loss."""
+    """Coefficient of the auxiliary loss (balance aux_loss)."""
     sequence_balance_coef: float = 0.0
-    """Of the balance loss within each sequence, which DeepSeek-V3 has beside the bias, 1e-4 there; 0: none."""
+    """Coefficient of the balance loss within each sequence (1e-4 in DeepSeek-V3, with the bias); 0 = off."""
     z_loss_coef: float = 0.0
-    """Of the routers' z-loss, which keeps their logits small, usually 1e-3; 0: none."""
+    """Coefficient of the routers' z-loss, which keeps logits small (usually 1e-3); 0 = off."""
     activation_checkpointing: Recomputed = "none"
-    """What the backward pass computes again instead of keeping it: attention with its norms; experts, or what a block has in
-    their place; all but the results of products and attention (selective); or whole blocks (full)."""
+    """Activations to recompute in the backward pass: attention with its norms; experts, or the dense SwiGLU; all except
+    the outputs of matmuls and attention (selective); or full blocks (full)."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile for what runs between matrix products; auto: where a compiler is found and the run is long."""
+    """torch.compile of the operations between matmuls; auto = for long runs if a compiler is found."""
     eval_every: int = 500
-    """Steps; 0: only at the end."""
+    """Steps between evaluations; 0 = only at the end."""
     eval_sequences: int = 128
-    """Of the held-out split."""
+    """Validation sequences per evaluation."""
     nonfinite_limit: int = 10
-    """Steps in a row with a NaN or infinite loss or gradient after which the run stops; such a step changes nothing."""
+    """Consecutive steps with a NaN or infinite loss or gradient that stop the run; each of them skips its update."""
     spike_threshold: float = 0.0
-    """Deviations above the recent losses from which a loss is a spike, for instance 8; 0 turns the guard off."""
+    """Standard deviations above recent losses from which a loss counts as a spike, for example 8; 0 = off."""
     spike_steps: int = 3
-    """Spikes in a row after which the run goes back to its last checkpoint and leaves the samples since then out."""
+    """Consecutive spikes that roll the run back to its last checkpoint; samples since then are skipped. In steps."""
 
 
 @dataclass
 class Parallel:
-    """The topology; "auto" leaves a choice to `parallel.topology`."""
+    """Topology; `parallel.topology` chooses what is "auto"."""
 
     engine: Literal["auto", "local", "deepspeed"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     expert: Literal["auto", "max"] | int = "auto"
-    """Ranks that share one set of experts; auto: as many as make the fastest step, by the planner's formulas; max: as many
-    as a node takes."""
+    """Ranks that share one set of experts; auto = the fastest by the planner's estimate, max = most within a node."""
     hardware: str | None = None
-    """What the formulas take for this machine: a name of costs/hardware.yaml, or a file of smolds plan --calibrate. Where
-    not given, GPUs are known by their names, and CPUs have typical figures."""
+    """Planner's specs: a name in costs/hardware.yaml, or a file of smolds plan --calibrate; default: by device."""
     zero: Literal["auto"] | int = "auto"
     """ZeRO stage, 0 to 3."""
     ds_config: str | None = None
-    """Your own DeepSpeed JSON instead of ds_configs/zeroN.json."""
+    """DeepSpeed JSON file; default: ds_configs/zeroN.json."""
     keep_memory: Literal["auto"] | bool = "auto"
-    """On Linux CPUs, keep what a step frees for the next one, which makes it faster; auto: unless a rank needs more than
-    90 % of the memory."""
+    """Keep freed memory for the next step on Linux CPUs (faster); auto = if a rank needs at most 90 % of the memory."""
     grace: float = 10.0
-    """Seconds after a rank's death until the others leave by force."""
+    """Seconds after a rank's death until the other ranks exit."""
     timeout: float = 600.0
-    """Seconds without any forward pass after which the ranks count as hanging; 0: wait for ever."""
+    """Seconds without a forward pass after which the ranks count as hung; 0 = no limit."""
     compare_every: int = 100
-    """Steps between comparisons of how long the ranks compute, which name a slow one; 0: none."""
+    """Steps between comparisons of the ranks' compute time, which report stragglers; 0 = off."""
     check_every: int = 1000
-    """Steps between comparisons of the weights that several ranks hold, also before each checkpoint; 0: none."""
+    """Steps between comparisons of replicated weights, also made before each checkpoint; 0 = off."""
 
 
 @dataclass
 class Checkpoint:
-    """State to continue from."""
+    """Checkpoints and resuming."""
 
     every: int = 1000
-    """Steps; 0: none but the one that a signal asks for."""
+    """Steps between checkpoints; 0 = only on a signal."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Checkpoints of such steps are kept for good; 0: none."""
+    """Keep checkpoints of multiples of this many steps permanently; 0 = off."""
     keep_best: bool = True
-    """Keep the one with the lowest validation loss too, where evaluated at its step."""
+    """Also keep the checkpoint with the lowest validation loss."""
     resume: str = "never"
-    """Never | auto (the run of this name, if it has a checkpoint) | a step of this run | a checkpoint's folder."""
+    """Start: never | auto (from this run's last checkpoint, if any) | a step of this run | a checkpoint's folder."""
     background: bool = True
-    """Write while training goes on, from a copy in host memory; off: no copy, and training waits."""
+    """Write in the background from a copy in host memory; off = training waits, without a copy."""
     on_error: Literal["continue", "stop"] = "continue"
-    """What to do when a checkpoint cannot be written; older ones stay whole."""
-
-
-TRACKERS = ("wandb", "mlflow", "trackio")
+    """Action if a checkpoint cannot be written; older checkpoints stay complete."""
 
 
 @dataclass
 class Log:
-    """What is written while training."""
+    """Output during training."""
 
     sample_every: int = 500
-    """Steps; 0: only at the end."""
+    """Steps between samples; 0 = only at the end."""
     sample_prompts: list[str] = field(default_factory=lambda: ["The "])
+    """Prompts of the samples."""
     final_prompts: list[str] = field(default_factory=list)
-    """Sampled too at the end of the run."""
+    """More prompts for the samples at the end."""
     sample_tokens: int = 64
+    """Length of a sample in tokens."""
     sample_temperature: float = 0.6
-    """0: always the likeliest token."""
+    """Sampling temperature, 0 or more; 0 = greedy."""
     tensorboard: bool = True
+    """Write TensorBoard events."""
     to: str = ""
-    """Trackers beside TensorBoard, with commas between: wandb, mlflow, trackio."""
+    """Trackers in addition to TensorBoard, comma-separated: wandb, mlflow, trackio."""
     every: float = 15.0
-    """Seconds between two lines of progress, where there is no terminal to redraw one."""
+    """Seconds between progress lines if there is no terminal."""
     level: Literal["quiet", "normal", "verbose"] = "normal"
-    """Quiet (-q): only warnings and errors; verbose (-v): a line for every step, and the whole configuration."""
+    """Output: quiet (-q) = only warnings and errors; verbose (-v) = a line per step, and the full configuration."""
 
 
 @dataclass
 class Eval:
-    """lm-evaluation-harness's tasks, scored while training (pip install smolds-dist[eval])."""
+    """lm-evaluation-harness tasks, scored during training (pip install smolds-dist[eval])."""
 
     tasks: str = ""
-    """Their names, with commas between."""
+    """Task names, comma-separated."""
     every: int = 0
-    """Steps; 0: only at the end."""
+    """Steps between evaluations; 0 = only at the end."""
     include_path: str | None = None
-    """A folder with YAML files of tasks of your own."""
+    """Folder with YAML files of your own tasks."""
     num_fewshot: int | None = None
-    """Examples before each question; the task's own number where not given."""
+    """Number of examples before each question; default: the task's."""
     limit: int | None = None
-    """Questions of each task; all where not given."""
+    """Questions per task; default: all."""
     batch_size: int = 8
-    """Questions that a rank computes together."""
+    """Questions per batch of a rank."""
 
     @property
     def names(self) -> list[str]:
@@ -341,15 +375,15 @@ class Eval:
 
 @dataclass
 class Profile:
-    """Tracing of what every operation takes."""
+    """Profiling with torch.profiler."""
 
     steps: str | None = None
-    """FIRST:LAST, both traced, such as 10:13; the trace is written to the run's profile folder."""
+    """First and last step to trace, such as 10:13; traces go to the run's profile folder."""
 
 
 @dataclass
 class RunConfig:
-    """One run. `rules.validate` has been called on every RunConfig that `load_config` returns."""
+    """Settings of a run; those that `load_config` returns have passed `rules.validate`."""
 
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)

@@ -1,12 +1,16 @@
 """Presets load, options override them, and every mistake is one sentence with the fix."""
 
+import ast
 import contextlib
 import re
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
 from ranks import smolds
 
+from smolds_dist import settings
 from smolds_dist.cli import main
 from smolds_dist.config import load_config, preset_names, save_config
 from smolds_dist.errors import ConfigError
@@ -76,21 +80,21 @@ MISTAKES = [
     ("--data.seq_len=1", "at least 2"),
     ("--data.seq_len=100000", "max_position_embeddings"),
     ("--data.source=csv:x", "jsonl:GLOB"),
-    ("--data.source=text:", "names nothing"),
-    ("--data.source=tokens:x.npy", "no tokenizer can be trained"),
+    ("--data.source=text:", "names no files"),
+    ("--data.source=tokens:x.npy", "a tokenizer is trained on text"),
     ("--data.window_tokens=0", "at least 1"),
     ("--data.sources={}", "at least one source"),
     ("--data.sources=7", "give for each name a `source`"),
     ("--data.sources={web: {sourc: stdlib}}", "give for each name a `source`"),
     ("--data.sources={web: {source: stdlib, weight: -1}}", "0 or more"),
-    ("--data.sources={web: {source: stdlib, weight: 0}}", "at least one more than 0"),
+    ("--data.sources={web: {source: stdlib, weight: 0}}", "at least one above 0"),
     ("--data.sources={web: {source: stdlib, max_epochs: 0}}", "more than 0"),
     ("--data.sources={web: {source: 'csv:x'}}", "jsonl:GLOB"),
     ("--data.sources={w/b: {source: stdlib}}", "digits"),
     ("--data.stages=[{until: half}]", "`until`"),
     ("--data.stages=[{until: 0.5}]", "`until: 1.0`"),
-    ("--data.stages=[{until: 0.5}, {until: 0.4}, {until: 1}]", "grow from stage to stage"),
-    ("--data.stages=[{until: 1, weights: {web: 1}}]", "there are stdlib"),
+    ("--data.stages=[{until: 0.5}, {until: 0.4}, {until: 1}]", "increase from stage to stage"),
+    ("--data.stages=[{until: 1, weights: {web: 1}}]", "choose from stdlib"),
     ("--data.stages=[{until: 1, weights: {stdlib: -1}}]", "0 or more"),
     ("--model.num_key_value_heads=4", "valid values: 1, 2, 3, 6"),
     ("--model.num_experts_per_tok=9", "lower it"),
@@ -121,9 +125,9 @@ def test_combinations_of_settings_are_refused():
         ([*groups, "--model.num_experts_per_tok=3"], "must leave enough"),
         (["--model.n_group=2", "--model.topk_group=3"], "at most n_group"),
         (["--model.attention=latent", "--model.qk_norm=head"], "for --model.attention gqa"),
-        (["--train.qk_clip=100", "--model.qk_norm=head"], "leave one out"),
-        (["--train.time_budget=60", "--train.warmup_steps=1"], "give at least 2"),
-        (["--train.time_budget=60", "--data.stages=[{until: 1}]"], "leave one out"),
+        (["--train.qk_clip=100", "--model.qk_norm=head"], "unset one"),
+        (["--train.time_budget=60", "--train.warmup_steps=1"], "set at least 2"),
+        (["--train.time_budget=60", "--data.stages=[{until: 1}]"], "unset one"),
         (["--train.compile=true", "--train.activation_checkpointing=selective"], "use attention, experts or full"),
     ):
         with pytest.raises(ConfigError, match=fix):
@@ -168,7 +172,7 @@ def test_command_line_ends_a_mistake_with_exit_code_2_and_no_traceback(tmp_path)
 def test_help_describes_the_options():
     finished = smolds("train", "--help")
     assert finished.returncode == 0
-    assert "Sequences per step, the same in every topology" in finished.stdout
+    assert "Sequences per step over all ranks" in finished.stdout
     assert "--train.global_batch" in finished.stdout
 
 
@@ -251,3 +255,23 @@ def test_settings_import_nothing(tmp_path, monkeypatch, given):
     with pytest.raises(ConfigError, match=r"class_path is not a setting|is not a mapping"):
         load_config(["--preset", "debug", *given])
     assert not (tmp_path / "imported").exists()
+
+
+UNITS = re.compile(
+    r"\b(tokens?|steps?|sequences|seconds|layers?|heads|channels|experts|ranks|GB|epochs|fraction|ratio|coefficient|number|"
+    r"epsilon|deviations?|seed|rate|rotations|questions|norm|logit|processes|spikes|checkpoints|stage|groups|\d)\b",
+    re.IGNORECASE,
+)
+
+
+def test_help_of_every_number_has_a_unit_or_a_range():
+    """The docstring below each field, which `--help` shows."""
+    tree = ast.parse(Path(settings.__file__).read_text())
+    numbers = 0
+    for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, doc in pairwise([*section.body, ast.Pass()]):
+            if isinstance(field, ast.AnnAssign) and re.search(r"\b(int|float)\b", ast.unparse(field.annotation)):
+                numbers += 1
+                name = f"{section.name}.{ast.unparse(field.target)}"
+                assert isinstance(doc, ast.Expr) and UNITS.search(doc.value.value), name
+    assert numbers > 80

@@ -313,7 +313,7 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path, tokenized):
     np.save(tmp_path / "a.npy", np.ones(1000))
     with pytest.raises(ConfigError, match="holds float64, no token ids"):
         prepare_shards(configure(tmp_path, *given))
-    with pytest.raises(ConfigError, match="no tokenizer can be trained"):
+    with pytest.raises(ConfigError, match="a tokenizer is trained on text"):
         configure(tmp_path, given[0])
     (tmp_path / "c.bin").write_bytes(b"123")
     with pytest.raises(ConfigError, match="no whole number of uint16 ids"):

@@ -298,10 +298,11 @@ def test_dry_run_in_an_allocation_uses_srun(monkeypatch, capsys, small_run):
         ("node1 slots=8\nnode1 slots=8\n", "each host once"),
         ("node1 slots=8\nnode2 slots=4\n", "make them equal"),
         ("# none\n", "names no host"),
+        ("Knoten\xe4 slots=8\n", "is not UTF-8 text"),
     ],
 )
 def test_bad_hostfile_is_one_sentence(text, fix, tmp_path, small_run):
-    (tmp_path / "hosts").write_text(text)
+    (tmp_path / "hosts").write_bytes(text.encode("latin-1"))
     finished = smolds("launch", "--hostfile", str(tmp_path / "hosts"), "--dry-run", "--", *small_run)
     assert finished.returncode == 2, finished.text
     assert fix in finished.stderr and finished.stderr.count("\n") == 1

@@ -27,6 +27,7 @@ from smolds_dist.config import load_config
 from smolds_dist.data import rows
 from smolds_dist.data.prepare import _interleaved_texts, prepare_data
 from smolds_dist.data.source import BadFileError, File, files_of, resolve
+from smolds_dist.data.token_files import Flat, read_tokens
 from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest
 from smolds_dist.errors import ConfigError
 from smolds_dist.observe.rows import read_rows
@@ -257,6 +258,41 @@ def test_damaged_columns_are_text_or_named(tmp_path_factory, change, kind):
             assert row is None or isinstance(row, (str, rows.BadRow))
     except (BadFileError, ConfigError) as error:
         str(error).encode()
+
+
+@cases()
+@given(
+    change=st.tuples(st.integers(0), st.binary(min_size=1, max_size=8)),
+    name=st.sampled_from(["a.bin", "a.idx", "a.ds", "a.ds.index", "a.npy"]),
+)
+def test_damaged_token_files_give_every_token_once_or_are_named(tmp_path_factory, change, name):
+    folder = tmp_path_factory.getbasetemp() / "token files"
+    if not folder.exists():
+        folder.mkdir()
+        documents = [np.arange(length, dtype=np.uint16) for length in (5, 0, 17, 3)]
+        write_megatron(folder / "a.bin", documents)
+        write_datatrove(folder / "a.ds", documents)
+        np.save(folder / "a.npy", np.concatenate(documents))
+    path = folder / (
+        name if name == "a.npy" else name.split(".")[0] + (".bin" if name in ("a.bin", "a.idx") else ".ds")
+    )
+    damaged = folder / name
+    whole = damaged.read_bytes()
+    at = change[0] % len(whole)
+    damaged.write_bytes(whole[:at] + change[1] + whole[at + len(change[1]) :])
+    try:
+        file = File(str(path), path.stat().st_size, "")
+        found = list(read_tokens(file, Source(source=f"tokens:{path}", token_dtype="uint16"), (0, 0)))
+        documents = [row.tokens if isinstance(row, Flat) else row for _, row in found]
+        count = sum(map(len, documents))
+        assert all(document.dtype.kind in "ui" for document in documents)
+        if name != "a.npy":
+            content = path.read_bytes()
+            assert b"".join(document.tobytes() for document in documents) == content and count
+    except BadFileError as error:
+        str(error).encode()
+    finally:
+        damaged.write_bytes(whole)
 
 
 def test_changed_byte_of_tokens_is_noticed_and_they_are_made_again(tmp_path, trained, capsys):

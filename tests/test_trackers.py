@@ -121,7 +121,7 @@ def test_tracker_has_how_a_run_ended_and_what_its_metrics_say(tmp_path, environm
 
 def test_names_and_packages_are_checked_before_anything_runs(small_run, monkeypatch):
     assert trackers_in("") == []
-    with pytest.raises(ConfigError, match="'tensorbored' is no tracker; use wandb, mlflow"):
+    with pytest.raises(ConfigError, match="'tensorbored' is not a tracker; choose from wandb, mlflow"):
         trackers_in("tensorbored")
     monkeypatch.setattr("smolds_dist.rules.find_spec", lambda name: None if name == "wandb" else name)
     with pytest.raises(ConfigError, match=r"--log.to wandb needs its package; pip install 'smolds-dist\[wandb\]'"):

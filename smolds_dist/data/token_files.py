@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterator
 from itertools import pairwise
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from smolds_dist.settings import Source
 MEGATRON = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 BLOCK = 2**22  # tokens
+NOT_NUMPY = (ValueError, TypeError, OverflowError, SyntaxError, TokenError)  # what NumPy raises at damaged headers
 
 
 class Flat(NamedTuple):
@@ -55,6 +57,8 @@ def _megatron(path: str, index_path: str) -> Iterator[tuple[int, np.ndarray]]:
         bounds = np.arange(sequences + 1)
     if starts[-1] != len(tokens):
         raise BadFileError(f"has {len(tokens):,} tokens, its index {starts[-1]:,}")
+    if bounds[0] or (np.diff(bounds) < 0).any() or (lengths < 0).any():
+        raise BadFileError("has a damaged index: its documents do not follow each other")
     yield from enumerate((tokens[start:end] for start, end in pairwise(starts[bounds].tolist())), 1)
 
 
@@ -66,6 +70,8 @@ def _datatrove(path: str) -> Iterator[tuple[int, np.ndarray]]:
     size = len(content) // int(ends[-1]) if len(ends) and ends[-1] else 2
     if size not in (2, 4) or not len(ends) or len(content) != size * ends[-1]:
         raise BadFileError(f"has {len(content):,} bytes, which are not 2 or 4 for each token of its index")
+    if ends[0] < 0 or (np.diff(ends) < 0).any():
+        raise BadFileError("has a damaged index: its documents do not follow each other")
     tokens = content.view(np.uint16 if size == 2 else np.uint32)
     for number, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True), 1):
         yield number, tokens[start:end]
@@ -82,7 +88,7 @@ def _flat(path: str, dtype: str) -> np.ndarray:
         else:
             with open_file(path) as file:
                 tokens = np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:  # cut short, or objects, which would have to be unpickled
+    except NOT_NUMPY as error:  # cut short, damaged, or objects, which would have to be unpickled
         raise BadFileError(f"cannot be read ({first_line(error)})") from None
     if tokens.dtype.kind not in "ui":
         raise BadFileError(f"holds {tokens.dtype}, no token ids")

@@ -153,7 +153,7 @@ class RankReport:
         """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
         cause = self.folder / "cause.txt"
         if not cause.exists() and record_dead_rank(self.folder, self.entry["job"], files=self.local_entries()):
-            _log(cause.read_text(encoding="utf-8").strip())
+            _log(cause.read_text(encoding="utf-8", errors="replace").strip())
         return cause.exists()
 
 
@@ -166,7 +166,7 @@ def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, f
     for entry in _entries(folder, job, files):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
             crash = folder / f"rank_{entry['rank']:05}.crash"
-            fault = crash.read_text().splitlines() if crash.exists() else []
+            fault = crash.read_text(errors="replace").splitlines() if crash.exists() else []
             if fault:
                 why = f"crashed: {fault[0]} (stack: {crash})"
             else:  # every other end leaves a word

@@ -41,7 +41,9 @@ def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]]
     for entry in entries:
         path = _stacks_path(folder, entry)
         texts.append(
-            path.read_text() if path.exists() else f"rank {entry['rank']} on host {entry['host']}: no answer\n"
+            path.read_text(errors="replace")
+            if path.exists()
+            else f"rank {entry['rank']} on host {entry['host']}: no answer\n"
         )
         if match := re.search(r": (\d+) forward passes", texts[-1]):
             made[entry["rank"]] = int(match.group(1))

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.inputs import read_text
 from smolds_dist.launching import restarts
 from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
 from smolds_dist.launching.output import run_filtered
@@ -253,10 +254,8 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
 
 def read_hostfile(path: Path) -> dict[str, int]:
     """Slots per host of a DeepSpeed or Open MPI hostfile, lines `host slots=N`; raises a `ConfigError` for others."""
-    if not path.is_file():
-        raise ConfigError(f"--hostfile {str(path)!r} is not a file; give one with a line `host slots=N` for each host.")
-    hosts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(read_text(path, "write a line `host slots=N` for each host").splitlines(), 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
@@ -322,7 +321,11 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
         return stopped, ""
     record_dead_rank(ranks, since=began)  # a rank notes the cause, unless it was killed
     noted = ranks / "cause.txt"
-    cause = noted.read_text(encoding="utf-8").strip() if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
+    cause = (
+        noted.read_text(encoding="utf-8", errors="replace").strip()
+        if noted.exists() and noted.stat().st_mtime >= began - 1
+        else ""
+    )
     kill_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
