@@ -32,7 +32,7 @@ def file_message(error: Exception) -> str | None:
 
 
 @contextmanager
-def naming(path: Path, part: Path | None = None) -> Iterator[None]:
+def path_in_errors(path: Path, part: Path | None = None) -> Iterator[None]:
     """Raise an `OSError` that names `path` for a write without room that names no file, and for one of what is in `part`."""
     try:
         yield
@@ -45,7 +45,7 @@ def naming(path: Path, part: Path | None = None) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def part_of(path: Path) -> Path:
+def temp_path(path: Path) -> Path:
     """Return a name beside `path` that nobody else has."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
@@ -53,9 +53,9 @@ def part_of(path: Path) -> Path:
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a file to write, which replaces `path` if all goes well: who reads that sees the old or the new."""
-    part = part_of(path)
+    part = temp_path(path)
     try:
-        with naming(path, part):
+        with path_in_errors(path, part):
             yield part
             part.replace(path)
     finally:

@@ -15,7 +15,7 @@ from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepa
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.workers import background_tokenization
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
-from smolds_dist.files import naming
+from smolds_dist.files import path_in_errors
 from smolds_dist.inference.harness import evaluate_live, load_tasks
 from smolds_dist.inference.samples import complete_lines, sample
 from smolds_dist.inference.validation import evaluate
@@ -56,7 +56,7 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     model_config = make_model_config(config, data)
     ahead = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
     with ExitStack() as held:
-        held.enter_context(naming(config.run_dir))
+        held.enter_context(path_in_errors(config.run_dir))
         if topology.rank == 0:
             held.enter_context(lock_run_dir(config))
         state = record_run_state(config.run_dir, info.world_size) if info.rank == 0 else nullcontext(lambda *_: None)
