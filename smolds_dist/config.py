@@ -106,9 +106,9 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
             raise ConfigError(f"{config}: {unquoted[0]!r} is not a section; put the name in quotes if it is one.")
         sections = [name for name in (f.name for f in fields(RunConfig)) if isinstance(settings.get(name), str)]
         if sections or _has_class_path(settings):
-            what = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
+            problem = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
             raise ConfigError(
-                f"{config}: {what}; give plain values of the settings, as runs/NAME/config.yaml has them."
+                f"{config}: {problem}; give plain values of the settings, as runs/NAME/config.yaml has them."
             )
         if not preset:
             preset, printed_by = settings.get("preset"), f"{config}: preset"
@@ -148,8 +148,8 @@ def _format_parser_error(message: str, parser: jsonargparse.ArgumentParser) -> s
         key, value = match.groups()
         if key in _SHAPES:
             unknown = re.search(r"Option '(\w+)' is not accepted", message)
-            what = f"has no setting {unknown[1]!r}" if unknown else "is not valid"
-            return f"--{key} {what}; {_SHAPES[key]}."
+            problem = f"has no setting {unknown[1]!r}" if unknown else "is not valid"
+            return f"--{key} {problem}; {_SHAPES[key]}."
         kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])", message)
         wanted = " or ".join(name or values for name, values in kinds).replace("NoneType", "null")
         wanted = re.sub(r"\bbool\b", "true or false", wanted)

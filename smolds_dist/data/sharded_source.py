@@ -69,7 +69,7 @@ class ShardedSource:
         if self._limit is None or self._corpus.endless:
             return self
         for shard in range(len(self.shards)):
-            self._wait_for(np.arange(shard, len(self.shards)))
+            self._wait_until_ready(np.arange(shard, len(self.shards)))
             meta = self._found[shard]
             if self.tokens_before(shard) + meta.all_tokens >= self._limit:
                 self._truncate_at(shard, self._limit - self.tokens_before(shard))
@@ -86,7 +86,7 @@ class ShardedSource:
         self._found = {before: self._found[before] for before in range(shard)}
         self.tokens_found = self.tokens_before(shard)
         self.folders[shard] = self._folder_of(shard)
-        self._wait_for(np.array([shard]))
+        self._wait_until_ready(np.array([shard]))
 
     def has_meta(self, shard: int) -> bool:
         """Whether it is known what a unit holds: its tokens are there, or have been."""
@@ -158,7 +158,7 @@ class ShardedSource:
         if not self.has_meta(shard):
             if not wait:
                 return None
-            self._wait_for(following)
+            self._wait_until_ready(following)
         return self._training_spans(shard)
 
     def _training_spans(self, shard: int) -> list[TokenSpan]:
@@ -173,7 +173,7 @@ class ShardedSource:
             self._spans[shard] = [TokenSpan(shard, start, end - start) for start, end in ends.tolist()]
         return self._spans[shard]
 
-    def _wait_for(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
+    def _wait_until_ready(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
         """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making.
 
         Args:
@@ -232,10 +232,10 @@ class ShardedSource:
     def _tokens(self, shard: int) -> np.ndarray:
         """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
         if not self.has_tokens(shard):
-            self._wait_for(np.array([shard]), self.has_tokens)
+            self._wait_until_ready(np.array([shard]), self.has_tokens)
         self._check(shard)
         meta = self._found[shard]
-        return _mapped(self.folders[shard] / "tokens.bin", np.dtype(meta.dtype), meta.tokens)
+        return _memmap(self.folders[shard] / "tokens.bin", np.dtype(meta.dtype), meta.tokens)
 
     def _check(self, shard: int) -> None:
         """Tokenize a unit again whose files have changed since; each process checks it once."""
@@ -253,7 +253,7 @@ class ShardedSource:
         """[texts] of `DOCUMENT`, in the order of their tokens."""
         self._check(shard)
         folder = self.folders[shard] if self.folders[shard].is_dir() else self._meta_folder(shard)
-        return _mapped(folder / "documents", DOCUMENT, self._found[shard].texts)
+        return _memmap(folder / "documents", DOCUMENT, self._found[shard].texts)
 
     def content(self, shards: np.ndarray) -> str:
         """Digest of the training texts of these units."""
@@ -264,5 +264,5 @@ class ShardedSource:
         return found.hexdigest()[:32]
 
 
-def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+def _memmap(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     return np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from smolds_dist.data.cache import build_once, json_damage, key_of
-from smolds_dist.data.remote import file_system, open_remote, retried
+from smolds_dist.data.remote import file_system, open_remote, with_retries
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Data, Source
 
@@ -147,7 +147,7 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
         return system, [(found, system.info(found)) for found in sorted(paths)]
 
     try:
-        system, described = retried(f"{pattern} could not be listed", listed, TRIES)
+        system, described = with_retries(f"{pattern} could not be listed", listed, TRIES)
     except FileNotFoundError:
         return []
     except Exception as error:  # each file system has errors of its own, and some have to be installed first
@@ -277,7 +277,7 @@ def _list(source: Source) -> tuple[str | None, list[File]]:
 
     name, _, config_name = source.source.removeprefix("hf:").partition(":")
     try:
-        builder = retried(
+        builder = with_retries(
             f"{source.source} could not be listed",
             lambda: datasets.load_dataset_builder(name, config_name or None),
             TRIES,
@@ -320,5 +320,5 @@ def _stat_file(path: str) -> File:
         status = Path(path).stat()
         return File(path, status.st_size, str(status.st_mtime_ns))
     system, name = file_system(path)
-    info = retried(f"{path} does not answer", lambda: system.info(name))
+    info = with_retries(f"{path} does not answer", lambda: system.info(name))
     return File(path, int(info.get("size") or 0), version_of(info))

@@ -63,12 +63,12 @@ class ReadStats:
             messages.append(f"{name}: {self.bad.total():,} of {self.read:,} rows were left out ({kinds}).")
         return messages
 
-    def add_bad_row(self, file: str, place: str, number: int, bad: BadRow) -> None:
+    def add_bad_row(self, file: str, row_name: str, number: int, bad: BadRow) -> None:
         """Counts a bad row and writes it down."""
         self.bad[bad.kind] += 1
         if self.bad_rows is not None:
             with self.bad_rows.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"file": file, place: number, "kind": bad.kind, "why": bad.why}) + "\n")
+                out.write(json.dumps({"file": file, row_name: number, "kind": bad.kind, "why": bad.why}) + "\n")
 
 
 def documents(
@@ -86,7 +86,7 @@ def documents(
             (`data.on_bad_file`, `data.on_bad_row`).
     """
     stats = stats or ReadStats()
-    place = ROW_NAMES.get(source.source.partition(":")[0], "file")
+    row_name = ROW_NAMES.get(source.source.partition(":")[0], "file")
     for at, chunk in enumerate(chunks or [FileChunk(number, 0, 1) for number in range(len(files))]):
         file, read, bad_here, before = files[chunk.file], stats.read, 0, None
         try:
@@ -105,14 +105,14 @@ def documents(
                     number += before
                     if data.on_bad_row == "refuse":
                         raise ConfigError(
-                            f"{file.path} has in {place} {number:,} {text.why}; mend it, or leave such rows out with "
+                            f"{file.path} has in {row_name} {number:,} {text.why}; mend it, or leave such rows out with "
                             "--data.on_bad_row skip."
                         )
-                    stats.add_bad_row(file.path, place, number, text)
+                    stats.add_bad_row(file.path, row_name, number, text)
                     bad_here += 1
                     if bad_here == 1:
                         stats.log(
-                            f"{file.path} has in {place} {number:,} {text.why}; left out, as others like it will be."
+                            f"{file.path} has in {row_name} {number:,} {text.why}; left out, as others like it will be."
                         )
                 else:
                     yield Document(at, number, text)
@@ -178,13 +178,13 @@ def tokenize(
         return done
 
     with ThreadPoolExecutor(1, "tokenizer") as pool:
-        ahead: Future | None = None
+        pending: Future | None = None
         for batch in _batches(documents):
-            previous, ahead = ahead, pool.submit(encode, batch)
+            previous, pending = pending, pool.submit(encode, batch)
             if previous:
                 yield finished(*previous.result())
-        if ahead:
-            yield finished(*ahead.result())
+        if pending:
+            yield finished(*pending.result())
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -168,8 +168,8 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
     total, counted = 0.0, 0
     device = next(model.parameters()).device
     ids_S = torch.from_numpy(np.asarray(ids, dtype=np.int64))
-    whole = len(ids_S) // length * length
-    for tokens in (*ids_S[:whole].view(-1, length).split(batch), ids_S[None, whole:]):
+    full_length = len(ids_S) // length * length
+    for tokens in (*ids_S[:full_length].view(-1, length).split(batch), ids_S[None, full_length:]):
         if not len(tokens) or tokens.shape[1] < 2:
             continue
         labels, positions = tokens, {}

@@ -222,10 +222,10 @@ def modelfile(path: Path, chat: bool) -> tuple[Path, str]:
     Raises:
         ConfigError: where both names that it could have are taken.
     """
-    places = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
-    for place in places:
+    paths = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
+    for place in paths:
         template = "" if chat else NO_CHAT
         text = MODELFILE.format(name=path.stem, file=path.name, modelfile=place.name, template=template)
         if not place.exists() or place.read_text(encoding="utf-8") == text:
             return place, text
-    raise ConfigError(f"{places[0]} and {places[1]} are there already; move one away, or choose another --to.")
+    raise ConfigError(f"{paths[0]} and {paths[1]} are there already; move one away, or choose another --to.")

@@ -204,8 +204,8 @@ def order(args: list[str]) -> int:
     for begin in range(int(first), int(end), 1024):
         indices = range(begin, min(int(end), begin + 1024))
         for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
-            place = origin_of(sample.source, *sample.spans[0][:2])
-            print(json.dumps({"index": index, "source": sample.source.name, **place}))
+            origin = origin_of(sample.source, *sample.spans[0][:2])
+            print(json.dumps({"index": index, "source": sample.source.name, **origin}))
     return 0
 
 
@@ -273,16 +273,16 @@ def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     """Shares of the documents that are cut, and of padding, in a source's samples, or the first of them."""
     source, order = found.sources[name], found.orders[name]
     samples = order.spans(np.arange(min(order.num_samples, MAX_SAMPLES)))
-    begun = whole = tokens = 0
+    begun = uncut = tokens = 0
     for shard, start, length in (span for sample in samples for span in sample):
         table = source.table(shard)
         first, end = documents_in(table, start, length)
         ends_here = end == len(table) or int(table["start"][end]) == start + length
         begun += end - first
-        whole += end - first if ends_here else max(0, end - first - 1)
+        uncut += end - first if ends_here else max(0, end - first - 1)
         tokens += length
     return {
-        "cut_documents": round(1 - whole / max(1, begun), 4),
+        "cut_documents": round(1 - uncut / max(1, begun), 4),
         "padding": round(1 - tokens / (len(samples) * found.seq_len), 4),
     }
 

@@ -119,6 +119,6 @@ class Gatherer:
         np.add.at(lengths, slices[:, 1], slices[:, 3])
         full = [torch.empty(length, dtype=self.dtype) for length in lengths.tolist()]
         ends = accumulate(slices[:, 3].tolist())
-        for (_, place, start, length), end in zip(slices.tolist(), ends, strict=True):
-            full[place][start : start + length] = received[end - length : end]
+        for (_, index, start, length), end in zip(slices.tolist(), ends, strict=True):
+            full[index][start : start + length] = received[end - length : end]
         return full
