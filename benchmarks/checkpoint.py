@@ -53,7 +53,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     import torch
 
     from smolds_dist.bench.contenders import smolds_step
-    from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
+    from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.fragments import tensor_shapes
@@ -83,13 +83,13 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     for repeat in range(repeats):
         times["step"].append(_seconds(step))
         begin = time.perf_counter()
-        writer.save(engine, balancer, Progress(step=repeat + 1), None)
+        writer.save(engine, balancer, TrainState(step=repeat + 1), None)
         times["stall"].append(time.perf_counter() - begin)
         writer.wait()
         times["total"].append(time.perf_counter() - begin)
         times["deepspeed"].append(_seconds(partial(engine.engine.save_checkpoint, str(plain), tag="one")))
         shutil.rmtree(plain)
-        writer.save(engine, balancer, Progress(step=1000 + repeat), None)
+        writer.save(engine, balancer, TrainState(step=1000 + repeat), None)
         times["step_while_writing"].append(_seconds(step))
         writer.wait()
         error = writer.failure()

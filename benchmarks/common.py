@@ -56,14 +56,14 @@ def held_out_loss(
     from smolds_dist.data.batch import evaluation_batch
 
     num_sequences = min(eval_sequences, len(tokens) // seq_len)
-    total = labelled = 0.0
+    total = labeled = 0.0
     with torch.no_grad():
         for start in range(0, num_sequences, 8):
             ids, labels = evaluation_batch(tokens, seq_len, range(start, start + 8), num_sequences)
             count = (labels[:, 1:] >= 0).sum().item()
             total += loss_of(ids, labels) * count
-            labelled += count
-    return total / labelled
+            labeled += count
+    return total / labeled
 
 
 def stdlib_texts(megabytes: int) -> list[str]:

@@ -75,11 +75,11 @@ def main(args: list[str]) -> None:
             dtypes = ("bf16",)  # varlen attention takes half precision alone
         result["mask"] = [mask(dtype, length, rounds) for dtype in dtypes for length in DOCUMENTS]
     keep(options, result)
-    for line in in_words(result):
+    for line in format_result(result):
         print(line)
 
 
-def in_words(result: dict[str, Any]) -> list[str]:
+def format_result(result: dict[str, Any]) -> list[str]:
     """A line for each part."""
     lines = []
     if part := result.get("tokenise"):
@@ -117,9 +117,9 @@ def in_words(result: dict[str, Any]) -> list[str]:
 def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
     """Tokens per second of the tokenizer alone and of all the way from files to shards; their ratio by medians."""
     from smolds_dist.data.prepare import prepare_data
+    from smolds_dist.data.shards import Corpus, write_shard
     from smolds_dist.data.source import files_of
     from smolds_dist.data.tokenizer import text_encoder
-    from smolds_dist.data.units import Corpus, write_unit
 
     texts = stdlib_texts(megabytes)
     (folder / "text").mkdir()
@@ -141,10 +141,10 @@ def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
         begin = time.perf_counter()
         source = config.data.mixed["jsonl"]
         corpus = Corpus("jsonl", source.source, source, files_of(source), config.data, tokenizer)
-        for at, unit in enumerate(corpus.units):
+        for at, shard in enumerate(corpus.shards):
             out = folder / f"units{number}-{at}"
             out.mkdir()
-            write_unit(out, unit, corpus)
+            write_shard(out, shard, corpus)
         ours = tokens / (time.perf_counter() - begin)
         if number:  # the first turn warms up
             speeds["tokenizers"].append(alone)
@@ -179,13 +179,15 @@ def batch(folder: Path, megabytes: int) -> dict[str, Any]:
 def order() -> dict[str, Any]:
     """Memory of the order of a billion samples of 1,024 tokens in units of 2^22 tokens, and the time for some of them, once
     all units are known."""
-    from smolds_dist.data.order import Piece, SourceOrder
+    from smolds_dist.data.order import SampleOrder, TokenSpan
 
     samples, unit_tokens = 10**9, 2**22
-    units = samples * SEQ_LEN // unit_tokens
+    shards = samples * SEQ_LEN // unit_tokens
 
-    def make() -> SourceOrder:
-        made = SourceOrder(units, lambda following, _: [Piece(int(following[0]), 0, unit_tokens)], SEQ_LEN, 0, 2**28)
+    def make() -> SampleOrder:
+        made = SampleOrder(
+            shards, lambda following, _: [TokenSpan(int(following[0]), 0, unit_tokens)], SEQ_LEN, 0, 2**28
+        )
         made.extend(None)
         return made
 
@@ -196,7 +198,7 @@ def order() -> dict[str, Any]:
     for number in range(100):
         positions = np.arange(SEQUENCES) + number * (made.num_samples // 100)
         begin = time.perf_counter()
-        made.pieces(positions)
+        made.spans(positions)
         seconds.append(time.perf_counter() - begin)
     tracemalloc.start()  # which slows all down
     made = make()

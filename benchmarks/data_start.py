@@ -58,10 +58,10 @@ def start(folder: Path, rounds: int, megabytes: int | None, steps: int) -> dict[
             first, speed = one_run(settings(folder, cache), folder / "runs", steps)
             seconds[name].append(first)
             speeds[name].append(speed)
-    told = {f"{name}_s": median(values) for name, values in seconds.items()}
-    told |= {f"{name}_tokens_per_s": median(values) for name, values in speeds.items()}
+    result = {f"{name}_s": median(values) for name, values in seconds.items()}
+    result |= {f"{name}_tokens_per_s": median(values) for name, values in speeds.items()}
     ratio = median(speeds["ahead"]) / median(speeds["prepared"])
-    return {"megabytes": megabytes or START_MEGABYTES, **told, "ratio": ratio, "seconds": seconds, "speeds": speeds}
+    return {"megabytes": megabytes or START_MEGABYTES, **result, "ratio": ratio, "seconds": seconds, "speeds": speeds}
 
 
 def one_run(given: list[str], runs: Path, steps: int) -> tuple[float, float]:

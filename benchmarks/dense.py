@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.common import held_out_loss
 from smolds_dist.bench.common import bench_parser, keep, parse
-from smolds_dist.bench.train import processor, say
+from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.memory import parameter_counts
@@ -127,7 +127,7 @@ class Run:
     val_losses: dict[int, float] = field(default_factory=dict)  # by step
     digest: int = 0  # of all batches, as `data.batch.batch_digest` of one
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         return {"steps": self.train.steps, "batches": f"{self.digest:08x}", "val_losses": self.val_losses}
 
 
@@ -183,7 +183,7 @@ def validation_loss(shared: Shared, run: Run) -> float:
     model.eval()
     losses = {
         name: held_out_loss(
-            loss_of, data.sources[name].held_out.tokens, config.data.seq_len, config.train.eval_sequences
+            loss_of, data.sources[name].validation.tokens, config.data.seq_len, config.train.eval_sequences
         )
         for name in data.sources
     }
@@ -262,12 +262,12 @@ def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
 def in_turns(shared: Shared, rate: float) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Everyone's run over the same tokens with a learning rate, and the seconds of its steps."""
     steps = shared.config.train.steps
-    say(f"all three in turns, {steps} steps, learning rate {rate:g}")
+    log(f"all three in turns, {steps} steps, learning rate {rate:g}")
     runs = {name: start(shared, width, steps, rate) for name, width in widths(shared.config.model).items()}
     train(shared, list(runs.values()))
     for name, run in runs.items():
-        say(f"  {name}: validation loss {run.val_losses[steps]:.4f}, {median(run.seconds):.3f} s a step")
-    return {name: run.told() for name, run in runs.items()}, {name: run.seconds for name, run in runs.items()}
+        log(f"  {name}: validation loss {run.val_losses[steps]:.4f}, {median(run.seconds):.3f} s a step")
+    return {name: run.summary() for name, run in runs.items()}, {name: run.seconds for name, run in runs.items()}
 
 
 def last_loss(run: dict[str, Any]) -> float:
@@ -282,11 +282,11 @@ def fitting_run(
     for runs in before:
         if name in runs and abs(runs[name]["steps"] / steps - 1) <= NEARLY:
             return runs[name]
-    say(f"{name}, {steps} steps")
+    log(f"{name}, {steps} steps")
     run = start(shared, widths(shared.config.model)[name], steps, rate)
     train(shared, [run])
-    say(f"  validation loss {run.val_losses[steps]:.4f}")
-    return run.told()
+    log(f"  validation loss {run.val_losses[steps]:.4f}")
+    return run.summary()
 
 
 def per_step(result: dict[str, Any], name: str) -> dict[str, float]:

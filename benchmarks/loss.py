@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.common import rows_of_training, run_python
 from benchmarks.trainer import Job
 from smolds_dist.bench.common import bench_parser, keep, parse
-from smolds_dist.bench.train import processor, say
+from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 
 LONGER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # times the steps of smolds
@@ -62,7 +62,7 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
     config = load_config(given)
     target = config.train
     prepare_data(config)
-    say(f"smolds, {target.steps} steps")
+    log(f"smolds, {target.steps} steps")
     ours = train_smolds(given, folder / "smolds", options.ranks)
 
     def adamw(rate: float | None, steps: int) -> dict[str, Any]:
@@ -76,9 +76,9 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
 
     def train(name: str, contender: Train, rate: float | None, times: float) -> dict[str, Any]:
         steps = max(1, round(target.steps * times))
-        say(f"{name}, {steps} steps, learning rate {rate or 'as it comes'}")
+        log(f"{name}, {steps} steps, learning rate {rate or 'as it comes'}")
         found = contender(rate, steps)
-        say(f"  validation loss {found['val_loss']:.4f} (target {ours['val_loss']:.4f}), {found['seconds']:.0f} s")
+        log(f"  validation loss {found['val_loss']:.4f} (target {ours['val_loss']:.4f}), {found['seconds']:.0f} s")
         return found
 
     def until_target(

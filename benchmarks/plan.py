@@ -28,7 +28,7 @@ from smolds_dist.bench.calibrate import (
     settings_of,
 )
 from smolds_dist.bench.common import keep
-from smolds_dist.bench.train import processor, say
+from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import parse_hardware
 from smolds_dist.costs.layout import Layout
@@ -97,7 +97,7 @@ def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], s
             for zero in options.zero:
                 row = compare_memory(size, ranks, zero, options.dtype, options.steps)
                 ratio = row["predicted"] / row["measured"]
-                say(f"memory: hidden {size['hidden_size']}, {ranks} ranks, ZeRO {zero}: {ratio:.3f} of the measured")
+                log(f"memory: hidden {size['hidden_size']}, {ranks} ranks, ZeRO {zero}: {ratio:.3f} of the measured")
                 rows.append(row)
     text = [f"{'parameters':>10} {'ranks':>5} {'zero':>4} {'predicted':>10} {'measured':>10} {'ratio':>6}"]
     for row in rows:
@@ -135,7 +135,7 @@ def against_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     rows = []
     for size in TIME_SIZES[: options.sizes]:
         for ranks in options.ranks:
-            say(f"time: hidden {size['hidden_size']}, {ranks} ranks")
+            log(f"time: hidden {size['hidden_size']}, {ranks} ranks")
             seconds, _ = measure_step(size, ranks, ("--parallel.zero=1",))
             rows.append(
                 {
@@ -166,7 +166,7 @@ def against_recomputation(options: argparse.Namespace) -> tuple[dict[str, Any], 
         memory = dict.fromkeys(RECOMPUTED, 0)
         for _ in range(RECOMPUTED_ROUNDS):
             for what in RECOMPUTED:
-                say(f"recompute: hidden {size['hidden_size']}, {what}")
+                log(f"recompute: hidden {size['hidden_size']}, {what}")
                 found, peak = measure_step(size, settings=(f"--train.activation_checkpointing={what}", *plain))
                 seconds[what] += found
                 memory[what] = max(memory[what], peak)
@@ -209,7 +209,7 @@ def against_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                     for expert, found in seconds.items():
                         found += measure_step(size, ranks, ("--parallel.zero=1", f"--parallel.expert={expert}"))[0]
                 medians = {expert: median(found) for expert, found in seconds.items()}
-                say(f"layout: hidden {size['hidden_size']}, {ranks} ranks: {chosen} of {medians}")
+                log(f"layout: hidden {size['hidden_size']}, {ranks} ranks: {chosen} of {medians}")
                 rows.append({"size": size, "ranks": ranks, "chosen": chosen, "seconds": medians})
     text = [
         f"{'hidden':>6} {'layers':>6} {'ranks':>5} {'chosen':>6} {'of the fastest':>14}  ms a step by expert-parallel size"
@@ -217,10 +217,10 @@ def against_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for row in rows:
         at, medians = row["size"], row["seconds"]
         share = min(medians.values()) / medians[row["chosen"]]
-        told = ", ".join(f"{expert}: {seconds * 1e3:,.0f}" for expert, seconds in medians.items())
+        times = ", ".join(f"{expert}: {seconds * 1e3:,.0f}" for expert, seconds in medians.items())
         text.append(
             f"{at['hidden_size']:>6} {at['num_hidden_layers']:>6} {row['ranks']:>5} {row['chosen']:>6} {share:>14.2f}  "
-            f"{told}"
+            f"{times}"
         )
     return {"hardware": entry, "steps": rows}, "\n".join(text)
 

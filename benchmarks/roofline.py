@@ -22,7 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
-from smolds_dist.bench.train import describe_machine, make_task, say
+from smolds_dist.bench.train import describe_machine, log, make_task
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     model, tokens = task.model_config(), task.sequences * task.seq_len
     plain, profiled = take_steps(task, options.steps)
     operations, seconds = min(profiled, key=lambda step: step[1])
-    say("memory, and matrix products alone")
+    log("memory, and matrix products alone")
     bandwidth = memory_bandwidth(device)
     alone = fastest_products(operations, device, dtype)
     peak = matrix_product_peak(device, dtype, PEAK_SECONDS, largest_products(model, tokens))
@@ -120,7 +120,7 @@ def take_steps(task: "Task", steps: int) -> tuple[list[float], "list[tuple[list[
         step()
     plain, profiled = [], []
     for number in range(steps):
-        say(f"step {number + 1} of {steps}")
+        log(f"step {number + 1} of {steps}")
         plain.append(seconds_of(step))
         with recorded_modules(engine.model):
             with profile(activities=activities, record_shapes=True) as trace, record_function(STEP):
@@ -214,12 +214,12 @@ def table(result: dict[str, Any]) -> str:
         f"{peak / 1e9:,.0f} GFLOP/s, memory {result['memory_bandwidth'] / 1e9:,.1f} GB/s",
         f"{'':32}{'calls':>8}{'ms':>11}{'share':>8}{'bound ms':>11}{'gap ms':>11}",
     ]
-    whole = {
+    total = {
         "kind": "the step, profiled", "calls": sum(row["calls"] for row in result["kinds"]), "seconds": total,
         "bound_seconds": limit, "gap_seconds": total - limit,
     }  # fmt: skip
     fastest, share = tokens / result["tokens_per_s"], flops * tokens / limit / peak
-    for row in (*result["kinds"], whole):
+    for row in (*result["kinds"], total):
         lines.append(
             f"{row['kind']:32}{row['calls']:>8,}{1e3 * row['seconds']:>11,.1f}{row['seconds'] / total:>8.1%}"
             f"{1e3 * row['bound_seconds']:>11,.1f}{1e3 * row['gap_seconds']:>11,.1f}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
 from smolds_dist.bench.contenders import Task
-from smolds_dist.bench.train import describe_machine, make_task, say, take_turn
+from smolds_dist.bench.train import describe_machine, log, make_task, run_trial
 from smolds_dist.errors import ConfigError
 
 PARTS = ("all_to_all", "optimizer_traffic", "waiting")
@@ -37,25 +37,25 @@ def main(args: list[str]) -> None:
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     """Speed without, and shares of the time with the barriers of `benchmarks.traffic`, for each number of ranks."""
-    whole = replace(make_task(options, settings), contender="smolds")
+    base = replace(make_task(options, settings), contender="smolds")
     for ranks in options.ranks:
         if ranks < 1 or options.sequences % ranks:
             raise ConfigError(
                 f"--ranks {ranks} does not divide --sequences {options.sequences}; choose divisors of it."
             )
-    tasks: dict[int, Task] = {n: replace(whole, sequences=options.sequences // n) for n in options.ranks}
-    tokens = options.sequences * whole.seq_len
+    tasks: dict[int, Task] = {n: replace(base, sequences=options.sequences // n) for n in options.ranks}
+    tokens = options.sequences * base.seq_len
     rates: dict[int, list[float]] = {ranks: [] for ranks in tasks}
     shares: dict[int, list[dict[str, float]]] = {ranks: [] for ranks in tasks}
     memory: dict[int, float] = dict.fromkeys(tasks, 0.0)
     for number in range(options.rounds):
         for ranks, task in tasks.items():
-            say(f"round {number + 1} of {options.rounds}: {ranks} ranks")
-            answer = take_turn(task, options.steps, ranks)
+            log(f"round {number + 1} of {options.rounds}: {ranks} ranks")
+            answer = run_trial(task, options.steps, ranks)
             rates[ranks].append(tokens / median(answer["seconds"]))
             memory[ranks] = max(memory[ranks], answer["memory"] / 1e9)
             if ranks > 1:
-                shares[ranks] += take_turn(task, options.steps, ranks, module="benchmarks.traffic")["notes"]
+                shares[ranks] += run_trial(task, options.steps, ranks, module="benchmarks.traffic")["notes"]
     by_ranks = {}
     for ranks in tasks:
         notes = shares[ranks]
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
             "memory_gb_of_a_rank": memory[ranks],
             "shares": {part: median([note[part] / note["step"] for note in notes] or [0.0]) for part in PARTS},
         }
-    return describe_machine(whole) | {"tokens_per_step": tokens, "ranks": by_ranks}
+    return describe_machine(base) | {"tokens_per_step": tokens, "ranks": by_ranks}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Where the time of a step on several ranks goes: into all-to-all, optimizer traffic, and waiting for each other.
 
-`benchmarks.scale` starts it as `smolds_dist.bench.train.take_turn` starts contenders.
+`benchmarks.scale` starts it as `smolds_dist.bench.train.run_trial` starts contenders.
 """
 
 import time

@@ -50,7 +50,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     base, rest = base_parser.parse_known_args(args)
     preset, base_files = _base(base.preset, base.config)
     if any(
-        word.partition("=")[0].endswith(".class_path") or _names_a_class(word.partition("=")[2] or word)
+        word.partition("=")[0].endswith(".class_path") or _has_class_path(word.partition("=")[2] or word)
         for word in rest
     ):
         raise ConfigError("class_path is not a setting; leave it out: settings are plain values.")
@@ -78,7 +78,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     try:
         settings = parser.instantiate(parser.parse_args(rest))
     except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ConfigError(_one_sentence(str(error), parser)) from None
+        raise ConfigError(_format_parser_error(str(error), parser)) from None
     config = RunConfig(**{f.name: settings[f.name] for f in dataclasses.fields(RunConfig)})
     if config.run.name is None:
         config.run.name = preset or "run"
@@ -97,7 +97,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str]]:
     """The preset to start from, and the files, each over those before it."""
-    said_by = "--preset"
+    printed_by = "--preset"
     if config and not config.is_file():
         raise ConfigError(f"--config {str(config)!r} is not a file; give a YAML file such as runs/NAME/config.yaml.")
     if config:
@@ -105,33 +105,33 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
         if unquoted := [name for name in settings if not isinstance(name, str)]:
             raise ConfigError(f"{config}: {unquoted[0]!r} is not a section; put the name in quotes if it is one.")
         sections = [name for name in (f.name for f in fields(RunConfig)) if isinstance(settings.get(name), str)]
-        if sections or _names_a_class(settings):
+        if sections or _has_class_path(settings):
             what = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
             raise ConfigError(
                 f"{config}: {what}; give plain values of the settings, as runs/NAME/config.yaml has them."
             )
         if not preset:
-            preset, said_by = settings.get("preset"), f"{config}: preset"
+            preset, printed_by = settings.get("preset"), f"{config}: preset"
     if preset and preset not in preset_names():
-        raise ConfigError(f"{said_by} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
+        raise ConfigError(f"{printed_by} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
     return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + (
         [glob.escape(str(config))] if config else []  # jsonargparse takes it for a pattern
     )
 
 
-def _names_a_class(value: object) -> bool:
+def _has_class_path(value: object) -> bool:
     """Return True if a value has a `class_path` somewhere, which jsonargparse would import before it rejects it."""
     if isinstance(value, dict):
-        return "class_path" in value or any(map(_names_a_class, value.values()))
+        return "class_path" in value or any(map(_has_class_path, value.values()))
     if isinstance(value, list):
-        return any(map(_names_a_class, value))
+        return any(map(_has_class_path, value))
     if not isinstance(value, str) or ":" not in value:
         return False
     try:
         inner = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         return "class_path" in value
-    return not isinstance(inner, str) and _names_a_class(inner)
+    return not isinstance(inner, str) and _has_class_path(inner)
 
 
 _SHAPES = {
@@ -142,7 +142,7 @@ _SHAPES = {
 }
 
 
-def _one_sentence(message: str, parser: jsonargparse.ArgumentParser) -> str:
+def _format_parser_error(message: str, parser: jsonargparse.ArgumentParser) -> str:
     """jsonargparse's message, which may be a paragraph, as one sentence that says what to do."""
     if match := re.match(r'Parser key "([^"]+)":.*(?:Got value|Given value): (.*)$', message, re.DOTALL):
         key, value = match.groups()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 FIRST_LOG = 5.0  # seconds of waiting before a training logs what it waits for
 LOG_EVERY = 15.0
 NEW_WAIT = 2.0  # seconds without an update, after which it is another wait
-NAP = 0.5  # seconds between two heartbeats
+HEARTBEAT_EVERY = 0.5  # seconds between two heartbeats
 
 
 def duration(seconds: float) -> str:
@@ -38,7 +38,7 @@ class ProgressBar:
 
     def __init__(self, what: str, total: int | None = None, done: int = 0, every: float = 15.0, shown: bool = True):
         self._what, self.total, self._start, self._every, self._shown = what, total, done, every, shown
-        self._began = self._told = time.monotonic()
+        self._began = self._last_log = time.monotonic()
         self._bar: tqdm | None = None
         if shown and sys.stderr.isatty():
             self._bar = tqdm(desc=what, total=total, initial=done, dynamic_ncols=True, unit_scale=total is None)
@@ -50,8 +50,8 @@ class ProgressBar:
             self._bar.total = self.total
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
-        if line or (self._bar is None and self._shown and (done == self.total or now - self._told >= self._every)):
-            self._told = now
+        if line or (self._bar is None and self._shown and (done == self.total or now - self._last_log >= self._every)):
+            self._last_log = now
             words = f"{self._what} {done:,}"
             if self.total:
                 words += f" of {self.total:,}: {text}"
@@ -84,8 +84,8 @@ class SourceProgress:
     name: str
     label: str  # the source as the settings have it
     tokens: int
-    units: int  # that are complete
-    all_units: int
+    shards: int  # that are complete
+    all_shards: int
 
 
 class Reporter:
@@ -103,7 +103,7 @@ class Reporter:
         self._log: Callable[[str], None] | None = None
         self._shown, self._stopped = shown, False
         self._bars: dict[str, ProgressBar] = {}
-        self._began = self._logged = self._heard = -1e9
+        self._began = self._logged = self._last_update = -1e9
         self._tokens = 0  # when the wait began
         self._last: SourceProgress | None = None
 
@@ -119,7 +119,7 @@ class Reporter:
             StoppedWaitingError: after `stop`.
         """
         self._last = done
-        self._beat()
+        self._heartbeat()
         if self._log is not None:
             self._log_wait(done, self._log)
             return
@@ -127,21 +127,21 @@ class Reporter:
             self._bars[done.name] = ProgressBar(f"Tokenising {done.label}: token", shown=self._shown)
         self._bars[done.name].show(done.tokens)
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         if self._stopped:
             raise StoppedWaitingError
         self.heartbeat()
 
     def _log_wait(self, done: SourceProgress, log: Callable[[str], None]) -> None:
         now = time.monotonic()
-        if now - self._heard > NEW_WAIT:
+        if now - self._last_update > NEW_WAIT:
             self._began, self._logged, self._tokens = now, now + FIRST_LOG - LOG_EVERY, done.tokens
-        self._heard = now
+        self._last_update = now
         if now - self._logged >= LOG_EVERY:
             self._logged = now
             rate = (done.tokens - self._tokens) / (now - self._began)
             log(
-                f"waiting for text of {done.name}: {done.units:,} of {done.all_units:,} parts are tokenised, "
+                f"waiting for text of {done.name}: {done.shards:,} of {done.all_shards:,} parts are tokenised, "
                 f"{rate:,.0f} tokens/s come in"
             )
 
@@ -152,8 +152,8 @@ class Reporter:
             if self._last is not None:
                 self.update(self._last)
             else:
-                self._beat()
-            time.sleep(min(left, NAP))
+                self._heartbeat()
+            time.sleep(min(left, HEARTBEAT_EVERY))
 
     def close_bars(self) -> None:
         """No bar is drawn from now on."""

@@ -17,9 +17,9 @@ from smolds_dist.config import load_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.deepspeed_engine import DeepSpeedEngine
 from smolds_dist.parallel.expert_parallel import expert_parameters, skip_shared_memory_build
-from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes, tensor_shapes
+from smolds_dist.parallel.fragments import Fragment, logical_shapes, split_by_tensor, tensor_shapes
 from smolds_dist.parallel.gather import Gatherer
-from smolds_dist.parallel.matrix_owners import plan_for
+from smolds_dist.parallel.matrix_owners import make_plan
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import new_engine
@@ -59,7 +59,7 @@ def fragments_of(engine: DeepSpeedEngine, rank: int) -> Iterator[Fragment]:
         if name in experts:
             place, first_expert = rank // expert, rank % expert * parameter.ds_shape[0]
         tensors = {"value": torch.zeros(length)}
-        yield from cut(logical_shapes(name, parameter.ds_shape, first_expert), place * length, tensors)
+        yield from split_by_tensor(logical_shapes(name, parameter.ds_shape, first_expert), place * length, tensors)
 
 
 def parts_of_all_ranks(engine: DeepSpeedEngine, shapes: dict[str, tuple[int, ...]], world: int) -> np.ndarray:
@@ -101,10 +101,10 @@ def main() -> None:
     # Every matrix has one owner, who gets all of it from those that hold it.
     matrices = {name: shapes[name] for name in names if len(shapes[name]) == 2}
     rows = [(r, list(matrices).index(names[n]), s, 0, size) for r, n, s, size in held.tolist() if names[n] in matrices]
-    plans = [plan_for(np.array(rows), matrices, world, rank, np.zeros(world)) for rank in range(world)]
+    plans = [make_plan(np.array(rows), matrices, world, rank, np.zeros(world)) for rank in range(world)]
     received, owners = Counter(), {}
     for rank, plan in enumerate(plans):
-        received.update({part.matrix: part.length for part in plan.whole})
+        received.update({part.matrix: part.length for part in plan.local})
         for round_ in plan.rounds:
             for part in (part for parts in round_.received for part in parts):
                 received[part.matrix] += part.length
@@ -116,7 +116,7 @@ def main() -> None:
     gatherer = Gatherer(engine.fragments(), names, engine.device, torch.float32)
     gatherer.find_in(held)
     wanted = [names[3], names[1]]
-    parts = gatherer._parts_of(wanted)
+    parts = gatherer._slices_of(wanted)
     expected = sorted(
         (rank, wanted.index(names[number]), start, length)
         for rank, number, start, length in held.tolist()

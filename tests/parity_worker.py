@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from smolds_dist.checkpoint.resume import open_checkpoint, restore
-from smolds_dist.checkpoint.writer import CheckpointWriter, Progress
+from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState
 from smolds_dist.config import load_config
-from smolds_dist.data.ahead import BatchesAhead
 from smolds_dist.data.mixture import mixture_of
+from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.interchange.final_export import write_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.parallel.balancer import Balancer
@@ -54,7 +54,7 @@ class Shards:
             tokens.append(token)
         self.tokens = torch.tensor(tokens)
 
-    def reach(self, samples: int) -> None:
+    def wait_for_samples(self, samples: int) -> None:
         """All of it is there."""
 
     def batch(self, indices: range) -> torch.Tensor:
@@ -93,7 +93,7 @@ def train_case(
     reader = open_checkpoint(config, topology)
     engine = new_engine(model_config, config, topology, reader)
     balancer = Balancer(engine.model, config.train.balance_rate)
-    progress = restore(reader, engine, balancer, topology) if reader else Progress()
+    progress = restore(reader, engine, balancer, topology) if reader else TrainState()
     if export:
         with torch.device("meta"):
             skeleton = DeepSeekV3ForCausalLM(model_config)
@@ -108,7 +108,7 @@ def train_case(
             file_bytes=MOST_IN_A_FILE * skeleton.lm_head.weight.itemsize,
         )
     shards = Shards()
-    ahead = BatchesAhead(shards, config.train.global_batch)
+    ahead = BatchPrefetcher(shards, config.train.global_batch)
     stepper = Stepper(engine, balancer, topology, config.train, ahead)
     routers, clock, clip = stepper.routers, stepper.clock, stepper.qk_clip
     losses, norms, totals, applied = [], [], [], []
@@ -150,7 +150,7 @@ def train_case(
             writer = CheckpointWriter(
                 config, topology, tensors, lambda samples: {"schedule": mixture_of(config).schedule()}
             )
-            writer.save(engine, balancer, Progress(step), None)  # in the background of the next steps
+            writer.save(engine, balancer, TrainState(step), None)  # in the background of the next steps
     if save:
         writer.wait()
         assert writer.failure() is None

@@ -8,7 +8,7 @@ from ranks import ROOT
 
 PACKAGE = ROOT / "smolds_dist"
 # From the top floor down. What stands on one line may not import each other.
-FLOORS = (
+LAYERS = (
     ("__main__",),
     ("cli", "__init__"),
     ("planner",),
@@ -30,7 +30,7 @@ FLOORS = (
     ("inputs",),
     ("architecture", "errors", "files", "progress"),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
 
 def imports(path: Path, package: Path) -> Iterator[tuple[str, int]]:
@@ -63,16 +63,16 @@ def mistakes(package: Path = PACKAGE) -> list[str]:
     found, graph = [], {}
     for path in sorted(package.rglob("*.py")):
         module = module_of(path, package)
-        room = module.split(".")[0]
+        module = module.split(".")[0]
         graph[module] = {}
         for target, line in imports(path, package):
             graph[module].setdefault(target, line)
             there = target.split(".")[0]
-            if room == there and "." in module + target:
+            if module == there and "." in module + target:
                 continue
-            if FLOOR[there] <= FLOOR[room]:
+            if LAYER[there] <= LAYER[module]:
                 found.append(
-                    f"{path.relative_to(package.parent)}:{line}: {room} stands below {there} and imports {target}"
+                    f"{path.relative_to(package.parent)}:{line}: {module} stands below {there} and imports {target}"
                 )
     return found + circles(graph)
 
@@ -81,12 +81,12 @@ def circles(graph: dict[str, dict[str, int]]) -> list[str]:
     """One sentence for every import that closes a circle."""
     found, done = [], set()
 
-    def visit(module: str, way: list[str]) -> None:
+    def visit(module: str, path: list[str]) -> None:
         for target, line in graph.get(module, {}).items():
-            if target in way:
-                found.append(f"{module} line {line}: circle {' -> '.join([*way[way.index(target) :], target])}")
+            if target in path:
+                found.append(f"{module} line {line}: circle {' -> '.join([*path[path.index(target) :], target])}")
             elif target not in done:
-                visit(target, [*way, target])
+                visit(target, [*path, target])
         done.add(module)
 
     for module in graph:
@@ -96,8 +96,10 @@ def circles(graph: dict[str, dict[str, int]]) -> list[str]:
 
 
 def test_every_folder_has_its_floor():
-    rooms = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms == FLOOR.keys()
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
+    assert modules == LAYER.keys()
 
 
 def test_imports_point_down_and_in_no_circle():
@@ -109,8 +111,8 @@ def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
     for path, text in {
         "costs/memory.py": "import math\n\n\ndef f():\n    from smolds_dist.parallel.topology import Topology\n",
         "parallel/topology.py": "from smolds_dist.costs import memory\nfrom smolds_dist.errors import ConfigError\n",
-        "parallel/ranks.py": "import smolds_dist.parallel.meeting\n",
-        "parallel/meeting.py": "from smolds_dist.parallel.ranks import RankInfo\n",
+        "parallel/rendezvous.py": "import smolds_dist.parallel.ranks\n",
+        "parallel/ranks.py": "from smolds_dist.parallel.rendezvous import WaitPolicy\n",
         "errors.py": "from smolds_dist import progress\n",
         "progress.py": "",
     }.items():
@@ -121,5 +123,5 @@ def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
         "smolds_dist/costs/memory.py:5: costs stands below parallel and imports parallel.topology",
         "smolds_dist/errors.py:1: errors stands below progress and imports progress",
         "parallel.topology line 1: circle costs.memory -> parallel.topology -> costs.memory",
-        "parallel.ranks line 1: circle parallel.meeting -> parallel.ranks -> parallel.meeting",
+        "parallel.rendezvous line 1: circle parallel.ranks -> parallel.rendezvous -> parallel.ranks",
     ]

@@ -10,7 +10,7 @@ import torch
 from ranks import EXTRAS, ROOT, smolds
 
 from smolds_dist.bench.contenders import Gate, Task
-from smolds_dist.bench.train import bench, take_turn, variants_of
+from smolds_dist.bench.train import bench, run_trial, variants_of
 from smolds_dist.errors import ConfigError
 from smolds_dist.training.compiling import has_compiler
 
@@ -58,7 +58,7 @@ def test_muon_and_another_commit_have_rows_of_their_own(tmp_path):
 @pytest.mark.long
 @needs_compiler
 def test_smolds_compiles_before_its_first_step():
-    answer = take_turn(Task("smolds", "debug", 64, 1, 16, "fp32", "cpu", "compile", SMALL[:3]), 2, 1)
+    answer = run_trial(Task("smolds", "debug", 64, 1, 16, "fp32", "cpu", "compile", SMALL[:3]), 2, 1)
     assert len(answer["seconds"]) == 2 and not answer["compiling"]
 
 
@@ -99,7 +99,7 @@ def test_transformers_is_compiled_under_its_trainer(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(EXTRAS), str(ROOT))))
     sizes = (*SMALL[:3], "--model.num_experts=2", "--model.num_experts_per_tok=1")
     plain, compiled = (
-        take_turn(Task("trainer", "debug", 64, 1, 16, "fp32", "cpu", variant, sizes), 2, 1)
+        run_trial(Task("trainer", "debug", 64, 1, 16, "fp32", "cpu", variant, sizes), 2, 1)
         for variant in ("grouped_mm/fp32", "grouped_mm/fp32/compile")
     )
     assert len(plain["seconds"]) == len(compiled["seconds"]) == 2

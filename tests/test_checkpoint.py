@@ -24,9 +24,9 @@ from smolds_dist.checkpoint.files import (
     DamagedCheckpointError,
     Manifest,
     checkpoints_in,
+    finalize,
     find_damage,
     open_verified,
-    publish,
     read_manifest,
     write_tensors,
 )
@@ -38,7 +38,7 @@ from smolds_dist.inference.generate import generate
 from smolds_dist.interchange.import_model import import_model
 from smolds_dist.launching.slurm import slurm
 from smolds_dist.observe.rows import read_rows
-from smolds_dist.parallel.fragments import Fragment, cut, logical_shapes
+from smolds_dist.parallel.fragments import Fragment, logical_shapes, split_by_tensor
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.settings import RunConfig
@@ -138,7 +138,7 @@ def test_manifest_cannot_name_files_outside_the_folder(copied):
     manifest.files["../outside.safetensors"] = manifest.files.pop(FILES[0])
     unfinished = newest.with_name("unfinished_step_00000006")
     unfinished.mkdir()
-    assert "is not a file of the folder itself" in find_damage(publish(unfinished, manifest))[0]
+    assert "is not a file of the folder itself" in find_damage(finalize(unfinished, manifest))[0]
 
 
 def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
@@ -189,7 +189,7 @@ def test_any_range_comes_back_from_any_cut(tmp_path):
     entries = {
         f"f{n}.safetensors": write_tensors(unfinished / f"f{n}.safetensors", file) for n, file in enumerate(files)
     }
-    reader = CheckpointReader(publish(unfinished, manifest_of(shapes, entries)), manifest_of(shapes, entries))
+    reader = CheckpointReader(finalize(unfinished, manifest_of(shapes, entries)), manifest_of(shapes, entries))
     reader.check_coverage()
     for _ in range(200):
         name = chance.choice(list(whole))
@@ -219,7 +219,7 @@ def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
     unfinished = tmp_path / "unfinished_step_00000001"
     unfinished.mkdir()
     entry = write_tensors(unfinished / "f.safetensors", pieces)
-    folder = publish(unfinished, manifest_of({"norm": (10,)}, {"f.safetensors": entry}))
+    folder = finalize(unfinished, manifest_of({"norm": (10,)}, {"f.safetensors": entry}))
     reader = CheckpointReader(folder, read_manifest(folder))
     with pytest.raises(DamagedCheckpointError, match="whole and once"):
         reader.check_coverage()
@@ -233,9 +233,15 @@ def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():
     assert list(shapes) == [f"model.layers.1.mlp.experts.{e}.gate_proj.weight" for e in (4, 5)]
     value = torch.arange(30.0)
     padded = torch.cat((value, torch.full((2,), -1.0)))
-    fragments = [f for rank in range(4) for f in cut(shapes, rank * 8, {"value": padded[rank * 8 : rank * 8 + 8]})]
+    fragments = [
+        f for rank in range(4) for f in split_by_tensor(shapes, rank * 8, {"value": padded[rank * 8 : rank * 8 + 8]})
+    ]
     assert torch.cat([f.tensors["value"] for f in fragments]).tolist() == value.tolist()
-    shares = [f.share() for replica in range(3) for f in cut(shapes, 0, {"value": value}, replica=replica, replicas=3)]
+    shares = [
+        f.share()
+        for replica in range(3)
+        for f in split_by_tensor(shapes, 0, {"value": value}, replica=replica, replicas=3)
+    ]
     for number, name in enumerate(shapes):
         parts = sorted((f for f in shares if f.name == name), key=lambda f: f.start)
         assert torch.cat([f.tensors["value"] for f in parts]).tolist() == value[15 * number : 15 * number + 15].tolist()

@@ -13,7 +13,7 @@ from smolds_dist.config import load_config
 from smolds_dist.model import enable_activation_checkpointing
 from smolds_dist.training import build as training_build
 from smolds_dist.training import compiling
-from smolds_dist.training.compiling import is_wanted, leave_uncompiled, try_to_compile
+from smolds_dist.training.compiling import leave_uncompiled, should_compile, try_to_compile
 from smolds_dist.training.trainer import train
 
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="Inductor needs a C++ compiler")
@@ -145,12 +145,12 @@ def test_a_compiler_that_fails_is_one_line(small_run, tmp_path):
 
 
 def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
-    assert is_wanted(True, "cpu", 0) and not is_wanted(False, "cpu", 1e9)
+    assert should_compile(True, "cpu", 0) and not should_compile(False, "cpu", 1e9)
     monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
-    assert is_wanted("auto", "cpu", 3600) and not is_wanted("auto", "cpu", 60)
-    assert is_wanted("auto", "cuda", 300) and not is_wanted("auto", "mps", 1e9)
+    assert should_compile("auto", "cpu", 3600) and not should_compile("auto", "cpu", 60)
+    assert should_compile("auto", "cuda", 300) and not should_compile("auto", "mps", 1e9)
     monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
-    assert not is_wanted("auto", "cpu", 3600)
+    assert not should_compile("auto", "cpu", 3600)
 
 
 def test_a_compiler_is_looked_for_where_inductor_does(monkeypatch, tmp_path):

@@ -12,15 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tokenised import whole
+from tokenized import load_all
 
 from smolds_dist.config import load_config
-from smolds_dist.data import held_out, unit_source, units
-from smolds_dist.data.ahead import BatchesAhead
+from smolds_dist.data import sharded_source, shards, validation
 from smolds_dist.data.batch import batch_digest, evaluation_batch
+from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.source import files_of
-from smolds_dist.data.text import Tally, digest, documents, is_held_out
+from smolds_dist.data.text import ReadStats, digest, documents, is_validation
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Source
 
@@ -41,7 +41,7 @@ def prepare_shards(config):
     """The shards of a single source, and the tokenizer."""
     data = prepare_data(config)
     (name,) = data.sources
-    return whole(data, name)
+    return load_all(data, name)
 
 
 def texts_of(data, say=lambda _: None) -> list[str]:
@@ -49,7 +49,7 @@ def texts_of(data, say=lambda _: None) -> list[str]:
     return [
         document.text
         for source in data.mixed.values()
-        for document in documents(source, files_of(source), data, Tally(say))
+        for document in documents(source, files_of(source), data, ReadStats(say))
     ]
 
 
@@ -304,14 +304,14 @@ def test_single_document_is_refused_and_of_two_one_is_held_out(tmp_path):
 
 
 def test_held_out_text_ends_when_there_is_enough_and_the_rest_is_left_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(held_out, "ENOUGH", 1000)
+    monkeypatch.setattr(validation, "VALIDATION_BYTES", 1000)
     rows = [f"document {number} with words of its own, {number * 37}, and some more" for number in range(400)]
     for count in (200, 400):
         (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[:count]))
         shards = prepare_shards(
             configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl", "--data.val_fraction=0.2")
         )
-        low = [row for row in rows[:count] if is_held_out(digest(row.encode()), 0.2)]
+        low = [row for row in rows[:count] if is_validation(digest(row.encode()), 0.2)]
         assert (
             documents_of(shards) == [row for row in rows[:count] if row not in low] + low[: len(shards.val_documents)]
         )
@@ -322,7 +322,7 @@ def test_max_tokens_stops_the_reading(corpus, cache):
     limited = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.max_tokens=5000")
     whole_of_it = configure(cache, f"--data.source=text:{corpus}/*.txt")
     counts = [prepare_data(config).sources["text"] for config in (limited, whole_of_it)]
-    counts[1].look()
+    counts[1].count_cached()
     found = [source.tokens_found for source in counts]
     longest = found[1] / 40 * 2
     assert 5000 <= found[0] < 5000 + longest < found[1]
@@ -333,8 +333,8 @@ def test_max_tokens_stops_the_reading(corpus, cache):
 
 def prepare_in_process(cache, source, queue):
     writes = []
-    original = unit_source.write_unit
-    unit_source.write_unit = lambda *args, **kwargs: (writes.append(1), time.sleep(0.5), original(*args, **kwargs))
+    original = sharded_source.write_shard
+    sharded_source.write_shard = lambda *args, **kwargs: (writes.append(1), time.sleep(0.5), original(*args, **kwargs))
     shards = prepare_shards(configure(cache, source))
     queue.put((len(writes), int(shards.train.astype(np.int64).sum())))
 
@@ -356,7 +356,7 @@ def hang_while_writing(cache, source, started):
         started.set()
         time.sleep(600)
 
-    units.is_held_out = write_and_wait
+    shards.is_validation = write_and_wait
     prepare_shards(configure(cache, source))
 
 
@@ -397,20 +397,20 @@ def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
     assembled = []
 
     class Watched:
-        def reach(self, samples: int) -> None:
+        def wait_for_samples(self, samples: int) -> None:
             pass
 
         def batch(self, indices: range) -> torch.Tensor:
             assembled.append(indices)
             return data.batch(indices)
 
-    ahead = BatchesAhead(Watched(), stride=8)
+    ahead = BatchPrefetcher(Watched(), stride=8)
     # a rank's half of each batch, one step after the other; then, after a rollback, elsewhere
     for start in (4, 12, 20, 60, 68):
         indices = range(start, start + 4)
         ids, digest = ahead.take(indices)
         for _ in range(2):  # as before the backward pass of every micro batch
-            ahead.begin_next()
+            ahead.prefetch_next()
         assert torch.equal(ids, data.batch(indices)) and digest == batch_digest(ids, indices)
     ahead.close()
     starts = [indices.start for indices in assembled]
@@ -419,7 +419,7 @@ def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
 
 def test_error_while_a_batch_is_assembled_ahead_is_raised():
     class Failing:
-        def reach(self, samples: int) -> None:
+        def wait_for_samples(self, samples: int) -> None:
             pass
 
         def batch(self, indices: range) -> torch.Tensor:
@@ -427,9 +427,9 @@ def test_error_while_a_batch_is_assembled_ahead_is_raised():
                 raise OSError("the disk is gone")
             return torch.zeros(len(indices), 4, dtype=torch.int64)
 
-    ahead = BatchesAhead(Failing(), stride=2)
+    ahead = BatchPrefetcher(Failing(), stride=2)
     ahead.take(range(2))
-    ahead.begin_next()
+    ahead.prefetch_next()
     with pytest.raises(OSError, match="the disk is gone"):
         ahead.take(range(2, 4))
     ahead.close()

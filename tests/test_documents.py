@@ -9,7 +9,7 @@ from ranks import smolds
 from test_model import GQA, LATENT, build
 
 from smolds_dist.config import load_config
-from smolds_dist.data.batch import by_document
+from smolds_dist.data.batch import apply_document_mask
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import mean_loss
@@ -44,7 +44,7 @@ LENGTHS = [[1, 5, 100, 30, 60, 104], [299, 1], [64, 64, 64, 64, 44], [300]]
 def test_attention_equals_that_of_a_mask(dtype, tolerance, groups):
     torch.manual_seed(0)
     ids = packed([[*row[:-1], 300 - sum(row[:-1])] for row in LENGTHS])
-    positions, _ = by_document(ids, EOS)
+    positions, _ = apply_document_mask(ids, EOS)
     document = (positions == 0).cumsum(1)
     mask = (document[:, :, None] == document[:, None]).tril()[:, None]
     shapes = [(4, 6, 300, 16), (4, groups, 300, 16), (4, groups, 300, 24)]
@@ -60,7 +60,7 @@ def test_attention_equals_that_of_a_mask(dtype, tolerance, groups):
 
 
 def test_blocks_meet_no_keys_before_their_documents():
-    positions, _ = by_document(packed([[32] * 8, [32] * 8]), EOS)
+    positions, _ = apply_document_mask(packed([[32] * 8, [32] * 8]), EOS)
     assert [(keys.start, keys.stop) for _, keys, _ in Documents(positions).blocks(torch.float32)] == [
         (0, 64), (64, 128), (128, 192), (192, 256),
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def test_blocks_meet_no_keys_before_their_documents():
 
 def test_positions_and_labels_begin_anew():
     ids = torch.tensor([[5, EOS, 6, 7, EOS, EOS, 8], [5, 6, 7, 8, 9, 5, EOS]])
-    positions, labels = by_document(ids, EOS)
+    positions, labels = apply_document_mask(ids, EOS)
     assert positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
     assert labels.tolist() == [[5, EOS, -100, 7, EOS, -100, -100], [5, 6, 7, 8, 9, 5, EOS]]
 
@@ -85,7 +85,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(attention,
     enable_activation_checkpointing(model, recomputed)
     rows = [[3, 50, 20, 47], [100, 20], [120]]
     ids = packed(rows)
-    positions, labels = by_document(ids, EOS)
+    positions, labels = apply_document_mask(ids, EOS)
     count = (labels[:, 1:] >= 0).sum()
     loss = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False).loss * count
     gradients = torch.autograd.grad(loss, list(model.parameters()))

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
 from smolds_dist.config import load_config
-from smolds_dist.data.ahead import BatchesAhead
+from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
@@ -118,7 +118,7 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
         reader.read(name, "value", 0, bias)
         assert bias.any()
     expected = []
-    stepper = Stepper(engine, balancer, topology, config.train, BatchesAhead(data, config.train.global_batch))
+    stepper = Stepper(engine, balancer, topology, config.train, BatchPrefetcher(data, config.train.global_batch))
     for step in (1, 2):
         first = (step - 1) * config.train.global_batch
         loss, _ = stepper.accumulate(first)

@@ -19,18 +19,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_launchers import end, start_launch
 
 from smolds_dist.checkpoint.files import checkpoints_in, find_damage
-from smolds_dist.checkpoint.writer import CheckpointWriter, OtherRankError
+from smolds_dist.checkpoint.writer import CheckpointWriter, PeerError
 from smolds_dist.config import load_config
-from smolds_dist.data.text import digest, is_held_out
+from smolds_dist.data.text import digest, is_validation
 from smolds_dist.errors import TrainingStoppedError
-from smolds_dist.launching.failure import RankReport, exit_code_of_stop, find_dead
+from smolds_dist.launching.failure import RankReport, exit_code_of_stop, record_dead_rank
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.settings import Parallel
 from smolds_dist.training import build as training_build
 from smolds_dist.training import trainer
-from smolds_dist.training.guard import LEAST, WINDOW, LossGuard, LossSpikeError
+from smolds_dist.training.guard import MIN_STEPS, WINDOW, LossGuard, LossSpikeError
 
 # Of each part: runs, ranks, seed.
 FEW, TWENTY = [(2, 1, 1), (1, 2, 3)], [(8, 1, 1), (8, 1, 2), (4, 2, 3)]
@@ -144,7 +144,7 @@ bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL
     assert finished.returncode == -signal.SIGKILL, finished.text
     other.communicate(timeout=60)
     assert other.returncode == -signal.SIGKILL
-    assert find_dead(tmp_path / "a" / "ranks") and find_dead(tmp_path / "b" / "ranks")
+    assert record_dead_rank(tmp_path / "a" / "ranks") and record_dead_rank(tmp_path / "b" / "ranks")
     word = "was killed by signal 9"
     assert (tmp_path / "a" / "ranks" / "cause.txt").read_text().endswith(f"{word}: the machine is out of memory\n")
     assert (tmp_path / "b" / "ranks" / "cause.txt").read_text().endswith(f"{word}\n")
@@ -282,7 +282,7 @@ def spiky(corpus, small_run, tmp_path):
         (tmp_path / path.name).write_text(path.read_text())
     chance = random.Random(3)
     noise = ""
-    while not noise or is_held_out(digest(noise.encode()), 0.5):
+    while not noise or is_validation(digest(noise.encode()), 0.5):
         noise = "".join(chr(chance.randrange(33, 127)) for _ in range(400))
     (tmp_path / "00_noise.txt").write_text(noise)
     return [
@@ -354,7 +354,7 @@ def test_guard_tells_spikes_from_noise_and_from_a_single_bad_batch():
 
 def test_guard_is_silent_at_the_start_and_when_it_is_off():
     watch = guard(spike_threshold=8, spike_steps=1)
-    for step in range(1, LEAST):
+    for step in range(1, MIN_STEPS):
         watch.check(step, 5.0 + 100 * (step % 2), True)
     off = guard()
     for step in range(1, 200):
@@ -379,6 +379,6 @@ def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
     folder.mkdir()
     (folder / "rank_00000.json").write_text(json.dumps({"bytes": 0, "sha256": "0" * 64}))
     began = time.monotonic()
-    with pytest.raises(OtherRankError, match="rank 1 has not written its file"):
-        writer._files_of_all_ranks(folder)
+    with pytest.raises(PeerError, match="rank 1 has not written its file"):
+        writer._collect_rank_files(folder)
     assert time.monotonic() - began < 5

@@ -33,7 +33,7 @@ COMPRESS = {
 }
 
 
-def content_of(kind: str) -> bytes:
+def file_bytes(kind: str) -> bytes:
     """A file of that kind that holds `TEXTS`; of a text file, the first alone."""
     rows = [{"other": 1, "text": text} for text in TEXTS]
     if kind == "text":
@@ -54,7 +54,7 @@ def content_of(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "arrow", "arrow stream"])
 def test_every_format_and_compression_gives_the_same_texts(tmp_path, kind, ending):
     name = kind.split()[0]
-    (tmp_path / f"a.{name}{ending}").write_bytes(COMPRESS[ending](content_of(kind)))
+    (tmp_path / f"a.{name}{ending}").write_bytes(COMPRESS[ending](file_bytes(kind)))
     data = configure(tmp_path, f"--data.source={name}:{tmp_path}/a.*").data
     assert texts_of(data) == (TEXTS[:1] if kind == "text" else TEXTS)
 
@@ -62,13 +62,13 @@ def test_every_format_and_compression_gives_the_same_texts(tmp_path, kind, endin
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
 def test_compressed_files_behind_one_another_are_read_whole(tmp_path, ending):
     """As parallel compressors write them, and `cat` joins them."""
-    (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](content_of("jsonl")) * 3)
+    (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](file_bytes("jsonl")) * 3)
     assert texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl{ending}").data) == TEXTS * 3
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
 def test_compressed_file_that_is_cut_off_is_damaged(tmp_path, ending):
-    content = COMPRESS[ending](content_of("jsonl") * 3)
+    content = COMPRESS[ending](file_bytes("jsonl") * 3)
     (tmp_path / f"a.jsonl{ending}").write_bytes(content[: len(content) // 2])
     source = f"--data.source=jsonl:{tmp_path}/a.jsonl{ending}"
     with pytest.raises(ConfigError, match=rf"a.jsonl\{ending} (is damaged|has in line).*skip"):
@@ -83,7 +83,7 @@ def test_remote_files_are_read_and_listed(tmp_path, kind):
     system = fsspec.filesystem("memory")
     for number, ending in enumerate(COMPRESS):
         with system.open(f"/corpus/{number}.{kind}{ending}", "wb") as file:
-            file.write(COMPRESS[ending](content_of(kind)))
+            file.write(COMPRESS[ending](file_bytes(kind)))
     for pattern in (f"memory://corpus/*.{kind}*", "memory://corpus"):
         config = configure(tmp_path, f"--data.source={kind}:{pattern}", "--data.val_fraction=0.2")
         assert texts_of(config.data) == TEXTS * len(COMPRESS)
@@ -91,7 +91,7 @@ def test_remote_files_are_read_and_listed(tmp_path, kind):
     assert sorted(documents_of(before)) == sorted(TEXTS * len(COMPRESS))
     assert before.files[0] == f"memory:///corpus/0.{kind}"
     with system.open(f"/corpus/0.{kind}", "wb") as file:
-        file.write(content_of(kind))
+        file.write(file_bytes(kind))
     assert prepare_shards(config).folders != before.folders
     with pytest.raises(ConfigError, match="matches no file"):
         texts_of(configure(tmp_path, f"--data.source={kind}:memory://nowhere/*").data)
@@ -102,13 +102,13 @@ def test_remote_files_are_read_and_listed(tmp_path, kind):
 
 def test_local_file_system_of_fsspec_gives_the_same(tmp_path):
     for number, ending in enumerate(COMPRESS):
-        (tmp_path / f"{number}.jsonl{ending}").write_bytes(COMPRESS[ending](content_of("jsonl")))
+        (tmp_path / f"{number}.jsonl{ending}").write_bytes(COMPRESS[ending](file_bytes("jsonl")))
     for pattern in (f"file://{tmp_path}/*.jsonl*", f"file://{tmp_path}"):
         assert texts_of(configure(tmp_path, f"--data.source=jsonl:{pattern}").data) == TEXTS * len(COMPRESS)
 
 
 def test_file_behind_http_is_read(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(COMPRESS[".gz"](content_of("jsonl")))
+    (tmp_path / "a.jsonl.gz").write_bytes(COMPRESS[".gz"](file_bytes("jsonl")))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -150,7 +150,7 @@ def test_nested_fields_and_their_nulls(tmp_path, kind):
 def test_folder_stands_for_the_files_of_its_kind(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("a.jsonl", "deep/b.jsonl.gz", "notes.md"):
-        (tmp_path / name).write_bytes(COMPRESS[".gz" if name.endswith("gz") else ""](content_of("jsonl")))
+        (tmp_path / name).write_bytes(COMPRESS[".gz" if name.endswith("gz") else ""](file_bytes("jsonl")))
     assert texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}").data) == TEXTS * 2
 
 
@@ -230,7 +230,7 @@ def test_wrong_column_of_the_last_file_is_told_before_the_work_begins(tmp_path, 
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     tokenizer = prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/0.jsonl")).tokenizer.name_or_path
     (tmp_path / "9.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
-    monkeypatch.setattr("smolds_dist.data.units.tokenize", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("smolds_dist.data.shards.tokenize", lambda *_: pytest.fail("the work began"))
     with pytest.raises(ConfigError, match=r"9\.jsonl has in line 1 no field 'text'"):
         prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={tokenizer}"))
 

@@ -15,7 +15,7 @@ from smolds_dist.data.text import documents
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import evaluate_model
 from smolds_dist.inference.generate import generate, load_model
-from smolds_dist.inference.samples import continue_prompts, whole_lines
+from smolds_dist.inference.samples import complete_lines, continue_prompts
 from smolds_dist.observe.rows import read_rows
 
 PROMPTS = ["def add", "a mixture of experts", "for number in range(10):", "x"]
@@ -51,9 +51,10 @@ def test_choice_is_narrowed_by_temperature_top_k_and_top_p(model_and_tokenizer):
 
 def test_shown_text_has_whole_lines_and_no_control_characters():
     assert (
-        whole_lines("def f():\n    return 'é'\x1b[2J\n\n    unfini") == "    | def f():\n    |     return 'é'\\x1b[2J"
+        complete_lines("def f():\n    return 'é'\x1b[2J\n\n    unfini")
+        == "    | def f():\n    |     return 'é'\\x1b[2J"
     )
-    assert whole_lines("one\tline") == "    | one\\tline"
+    assert complete_lines("one\tline") == "    | one\\tline"
 
 
 def test_texts_end_at_the_end_of_text_token(model_and_tokenizer):
@@ -147,7 +148,7 @@ def test_eval_of_held_out_text_is_the_trainings_own(kept_run, tmp_path, capsys):
     assert result["bits_per_byte"] == pytest.approx(evaluated["val_bits_per_byte"], rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert f"{result['loss']:.4f} nats per token" in capsys.readouterr().out
-    assert len(prepare_data(load_config(options)).sources["text"].held_out.tokens) > 5 * 32
+    assert len(prepare_data(load_config(options)).sources["text"].validation.tokens) > 5 * 32
 
 
 def test_eval_of_another_source_counts_every_token(kept_run, corpus, tmp_path):

@@ -256,7 +256,7 @@ def test_damage_is_found_out(kept_run, tmp_path):
     ours, file = parts_of(kept_run[0]), tmp_path / "model.gguf"
     export([str(kept_run[0]), "--to", str(file), "--format", "gguf"])
     parts = list(gguf_format.parts(ours.reader, {}, ours.config))
-    kinds = {part.name: gguf_format.kind_of(part, gguf.GGMLQuantizationType.F32, None) for part in parts}
+    kinds = {part.name: gguf_format.quantization_of(part, gguf.GGMLQuantizationType.F32, None) for part in parts}
     words = vocabulary(ours.tokenizer, ours.config.vocab_size)
     with pytest.raises(RuntimeError, match=r"exp_probs_b\.bias, which the checkpoint does not"):
         gguf_format.check_gguf(file, words, ours.tokenizer, parts, kinds)

@@ -14,7 +14,7 @@ from benchmarks.plan import MEMORY_SIZES, compare_memory
 from smolds_dist.checkpoint.files import RANDOM
 from smolds_dist.checkpoint.writer import CheckpointWriter
 from smolds_dist.config import load_config
-from smolds_dist.data.batch import by_document
+from smolds_dist.data.batch import apply_document_mask
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.attention import eager_attention
 from smolds_dist.model.causal_attention import Documents, causal_attention
@@ -111,7 +111,7 @@ def test_varlen_attention_equals_a_masked_one(shape):
     batch = ids(3, 300).clamp(min=1)
     batch[0, [0, 10, 40, 41, 298]] = 0
     batch[2, 150] = 0
-    positions, _ = by_document(batch, 0)
+    positions, _ = apply_document_mask(batch, 0)
     shapes = [(3, heads, 300, width), (3, groups, 300, width), (3, groups, 300, value_width)]
     exact = [torch.randn(one).bfloat16().float().requires_grad_() for one in shapes]
     given = [tensor.detach().to(DEVICE, torch.bfloat16).requires_grad_() for tensor in exact]
@@ -132,7 +132,7 @@ def test_documents_of_a_sequence_stay_apart_as_on_the_cpu(settings, dtype, toler
     """In bf16 by varlen attention, in fp32 by a mask."""
     batch = ids(2, 100).clamp(min=1)
     batch[:, [10, 40, 41]] = 0
-    positions, labels = by_document(batch, 0)
+    positions, labels = apply_document_mask(batch, 0)
     losses, gradients = [], []
     on_cpu, on_gpu = pair(settings)
     for model in (on_cpu, on_gpu.to(dtype)):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from smolds_dist import cli
-from smolds_dist.checkpoint.files import DamagedCheckpointError, best_of, read_manifest
+from smolds_dist.checkpoint.files import DamagedCheckpointError, best_checkpoint, read_manifest
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import load_hardware
 from smolds_dist.data.tokenizer import load_tokenizer
@@ -26,8 +26,8 @@ from smolds_dist.inputs import printable, read_yaml
 from smolds_dist.interchange.model_folder import check_settings, check_sizes, weight_files
 from smolds_dist.launching.failure import _entries
 from smolds_dist.observe.report import _check, training_log
-from smolds_dist.observe.rows import keep_rows, read_rows
-from smolds_dist.observe.runs import look, table
+from smolds_dist.observe.rows import read_rows, truncate_rows
+from smolds_dist.observe.runs import read_run, table
 from smolds_dist.training.trainer import train
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -208,7 +208,7 @@ def test_any_manifest_is_read_or_damaged(copied, data):
     except DamagedCheckpointError as error:
         check_sentence(error)
     else:
-        assert manifest.samples >= 0 and manifest.layout and best_of({folder: manifest}) in (folder, None)
+        assert manifest.samples >= 0 and manifest.layout and best_checkpoint({folder: manifest}) in (folder, None)
 
 
 @cases()
@@ -228,7 +228,7 @@ def test_any_run_has_its_line(copied, tmp_path_factory, data):
     else:
         content = json.dumps(data.draw(damaged(yaml.safe_load(whole)))).encode()
     (folder / name).write_bytes(data.draw(st.just(content) | flipped(whole)))
-    assert len(table([look(copied / "good"), look(folder)]).splitlines()) == 3
+    assert len(table([read_run(copied / "good"), read_run(folder)]).splitlines()) == 3
     try:
         _check(folder)
         assert training_log(folder)
@@ -268,12 +268,12 @@ def test_names_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path, name
 
 @pytest.mark.parametrize("place", range(4))
 def test_resume_with_a_damaged_line_loses_that_line_alone(kept_run, copied, capsys, place):
-    """By `keep_rows`, which a resume calls before it writes."""
+    """By `truncate_rows`, which a resume calls before it writes."""
     path = shutil.copy(kept_run[0] / "metrics.jsonl", copied / "metrics.jsonl")
     rows = read_rows(kept_run[0] / "metrics.jsonl")
     lines = Path(path).read_bytes().splitlines(keepends=True)
     Path(path).write_bytes(b"".join([*lines[:place], lines[place].replace(b":", b"\xff", 1), *lines[place + 1 :]]))
-    assert keep_rows(Path(path), 6) == rows[:place] + rows[place + 1 :]
+    assert truncate_rows(Path(path), 6) == rows[:place] + rows[place + 1 :]
 
 
 def test_what_is_printed_of_strangers_is_one_line():

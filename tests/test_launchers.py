@@ -320,4 +320,4 @@ def test_launchers_own_lines_are_told_from_the_ranks():
     logs = ["E1124 15:52:59.524000 1 torch/distributed/api.py:10] failed\n", "srun: error: n2: task 1: Killed\n"]
     noise = NoiseFilter()
     lines = [*ours, *trace, *table, ours[0], *logs, ours[1]]
-    assert [line for line in lines if not noise.hides(line)] == [*ours, ours[0], ours[1]]
+    assert [line for line in lines if not noise.is_noise(line)] == [*ours, ours[0], ours[1]]

@@ -27,14 +27,14 @@ def test_one_rank_of_64_knows_what_all_hold_and_together_that_is_everything_once
 
 def test_a_rank_watches_all_until_it_computes_and_then_its_own_hosts(tmp_path):
     report = RankReport(tmp_path, RankInfo(0, world_size=4), Parallel())
-    report.beat()
-    assert report.near() is None
+    report.heartbeat()
+    assert report.local_entries() is None
     report.passes = 0
     for rank, system in ((1, system_name()), (2, "another"), (3, "another")):
         entry = report.entry | {"rank": rank, "system": system}
         (report.folder / f"rank_{rank:05}.json").write_text(json.dumps(entry))
     (report.folder / "rank_00004.json").write_text(json.dumps(report.entry | {"rank": 4, "job": "the one before"}))
-    assert report.near() is None
-    report.beat()
-    assert [path.name for path in report.near()] == ["rank_00000.json", "rank_00001.json"]
+    assert report.local_entries() is None
+    report.heartbeat()
+    assert [path.name for path in report.local_entries()] == ["rank_00000.json", "rank_00001.json"]
     report.end()

@@ -9,7 +9,7 @@ import ranks
 import torch
 
 from smolds_dist.parallel import matrix_owners
-from smolds_dist.parallel.matrix_owners import Part, Plan, _in_batches, plan_for
+from smolds_dist.parallel.matrix_owners import MatrixSlice, Plan, _in_batches, make_plan
 
 WORLD = 4
 SHAPES = {
@@ -18,34 +18,34 @@ SHAPES = {
 SIZE = sum(rows * columns for rows, columns in SHAPES.values())
 
 
-def flat_partitions() -> list[list[Part]]:
+def flat_partitions() -> list[list[MatrixSlice]]:
     """As ZeRO 1 cuts them: one after the other in a row, of which every rank has an equal part."""
     share = -(-SIZE // WORLD)
-    held: list[list[Part]] = [[] for _ in range(WORLD)]
+    held: list[list[MatrixSlice]] = [[] for _ in range(WORLD)]
     begin = 0
     for name, shape in SHAPES.items():
         end = begin + shape[0] * shape[1]
         for rank in range(WORLD):
             first, last = max(begin, rank * share), min(end, (rank + 1) * share)
             if first < last:
-                held[rank].append(Part(name, shape, first - begin, first - rank * share, last - first))
+                held[rank].append(MatrixSlice(name, shape, first - begin, first - rank * share, last - first))
         begin = end
     return held
 
 
-def cut_each() -> list[list[Part]]:
+def cut_each() -> list[list[MatrixSlice]]:
     """As ZeRO 3 cuts them: of each every rank has an equal part."""
-    held: list[list[Part]] = [[] for _ in range(WORLD)]
+    held: list[list[MatrixSlice]] = [[] for _ in range(WORLD)]
     offset = 0
     for name, shape in SHAPES.items():
         share = shape[0] * shape[1] // WORLD
         for rank in range(WORLD):
-            held[rank].append(Part(name, shape, rank * share, offset, share))
+            held[rank].append(MatrixSlice(name, shape, rank * share, offset, share))
         offset += share
     return held
 
 
-def plans(held: list[list[Part]]) -> list[Plan]:
+def plans(held: list[list[MatrixSlice]]) -> list[Plan]:
     matrices = {name: SHAPES[name] for name in sorted(SHAPES)}
     number = {name: place for place, name in enumerate(matrices)}
     rows = [
@@ -53,7 +53,7 @@ def plans(held: list[list[Part]]) -> list[Plan]:
         for rank, parts in enumerate(held)
         for part in parts
     ]
-    return [plan_for(np.array(rows), matrices, WORLD, rank, np.zeros(WORLD)) for rank in range(WORLD)]
+    return [make_plan(np.array(rows), matrices, WORLD, rank, np.zeros(WORLD)) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("held", [flat_partitions(), cut_each()], ids=("zero1", "zero3"))
@@ -61,7 +61,7 @@ def plans(held: list[list[Part]]) -> list[Plan]:
 def test_every_matrix_is_computed_once_by_a_rank_that_gets_all_of_it(monkeypatch, held, most):
     monkeypatch.setattr(matrix_owners, "ROUND", most)
     made = plans(held)
-    computed = [part.matrix for plan in made for part in plan.whole]
+    computed = [part.matrix for plan in made for part in plan.local]
     assert len({len(plan.rounds) for plan in made}) == 1  # else ranks would wait for each other for ever
     for number in range(len(made[0].rounds)):
         for owner, plan in enumerate(made):
@@ -81,11 +81,11 @@ def test_every_matrix_is_computed_once_by_a_rank_that_gets_all_of_it(monkeypatch
 def test_the_work_is_shared_out():
     work = [
         sum(
-            matrix_owners._work(SHAPES[name]) for name in {p.matrix for parts in plan.rounds[0].received for p in parts}
+            matrix_owners._cost(SHAPES[name]) for name in {p.matrix for parts in plan.rounds[0].received for p in parts}
         )
         for plan in plans(cut_each())
     ]
-    assert max(work) - min(work) <= max(map(matrix_owners._work, SHAPES.values()))
+    assert max(work) - min(work) <= max(map(matrix_owners._cost, SHAPES.values()))
 
 
 def test_only_matrices_at_the_borders_travel_between_flat_partitions():
@@ -119,7 +119,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from smolds_dist.parallel.matrix_owners import apply_among
+from smolds_dist.parallel.matrix_owners import apply_on_replicas
 
 dist.init_process_group("gloo")
 folder, shapes = Path(sys.argv[1]), ((3, 4, 6), (1, 6, 4), (1, 4, 6), (5, 2, 2))
@@ -135,7 +135,7 @@ for apart in (1, 2, 4):
         computed.extend((first, rows * columns * min(rows, columns)) for first in matrices[:, 0, 0].tolist())
         return -matrices
 
-    apply_among(range(first, dist.get_world_size(), apart), stacks, negative, torch.device("cpu"))
+    apply_on_replicas(range(first, dist.get_world_size(), apart), stacks, negative, torch.device("cpu"))
     assert all(map(torch.equal, stacks, expected))
     (folder / f"{apart}_{dist.get_rank()}.json").write_text(json.dumps(computed))
 """

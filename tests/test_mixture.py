@@ -10,14 +10,14 @@ import pytest
 import yaml
 from ranks import smolds
 from test_data import configure, documents_of
-from tokenised import whole
+from tokenized import load_all
 
 from smolds_dist.checkpoint.files import CheckpointReader, read_manifest
 from smolds_dist.checkpoint.resume import check_contents
 from smolds_dist.config import load_config
-from smolds_dist.data.batch import UniqueTexts, first_from, sketch_of
+from smolds_dist.data.batch import UniqueTexts, search_sorted, sketch_of
 from smolds_dist.data.prepare import prepare_data
-from smolds_dist.data.text import digest, is_held_out
+from smolds_dist.data.text import digest, is_validation
 from smolds_dist.errors import ConfigError
 from smolds_dist.observe.data_command import data as data_command
 from smolds_dist.observe.report import figure_of, training_log
@@ -194,7 +194,7 @@ def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
     """Whole documents on both sides; also of a source so small that `val_fraction` holds out none of it, and of copies."""
     rows = [f"document {number} with words of its own, {number * 37}, and some more" for number in range(300)]
     write = lambda name, texts: (tmp_path / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))  # noqa: E731
-    few = [text for text in rows if not is_held_out(digest(text.encode()), 0.01)][:20]
+    few = [text for text in rows if not is_validation(digest(text.encode()), 0.01)][:20]
     write("all.jsonl", rows)
     write("some.jsonl", rows[100:200])
     write("few.jsonl", [*few, *few[::-1]])
@@ -205,14 +205,14 @@ def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
         found = prepare_data(config)
         trained, held_out = set[str](), set[str]()
         for name in order:
-            one = whole(found, name)
+            one = load_all(found, name)
             texts, count = documents_of(one), len(one.train_documents)
             trained |= set(texts[:count])
             held_out |= set(texts[count:])
             assert len(texts) == count + len(one.val_documents) and set(texts) <= set(rows)
             assert {digest(text.encode()) for text in texts[count:]} == set(one.val_documents["text"].tolist())
         assert trained | held_out == set(rows) and not trained & held_out
-        small = whole(found, "few")
+        small = load_all(found, "few")
         lowest = sorted(few, key=lambda text: digest(text.encode()))
         chosen = documents_of(small)[len(small.train_documents) :]
         assert 4 <= len(chosen) <= 6 and set(chosen) == set(lowest[: len(chosen) // 2])  # a tenth, each twice
@@ -248,7 +248,7 @@ def test_unique_texts_are_counted_as_by_hand(copies):
     config = load_config(options)
     found = prepare_data(config)
     source, eos = found.sources["jsonl"], found.tokenizer.eos_token_id
-    assert len(source.units) == 1
+    assert len(source.shards) == 1
     tokens = source.tokens(0)
     starts = np.concatenate(([0], np.flatnonzero(tokens == eos)[:-1] + 1)).tolist()
     beginnings = {}
@@ -260,7 +260,7 @@ def test_unique_texts_are_counted_as_by_hand(copies):
         for sample in found.samples(np.arange((step - 1) * 8, step * 8)):
             here = [
                 beginnings[t]
-                for _, start, length in sample.pieces
+                for _, start, length in sample.spans
                 for t in range(start, start + length)
                 if t in beginnings
             ]
@@ -310,14 +310,14 @@ def test_state_of_the_counter_comes_back(copies, monkeypatch, kind):
     if kind == "sketch":
         monkeypatch.setattr("smolds_dist.data.batch.LARGEST_EXACT", 100)
     one, two, exact = UniqueTexts(found), UniqueTexts(found), UniqueTexts(found)
-    one.see(range(0, 400))
+    one.add(range(0, 400))
     assert one.state()[0] == kind
     two.restore(*one.state())
     for counter in (one, two):
-        counter.see(range(400, 500))
+        counter.add(range(400, 500))
     assert (one.seen, one.unique) == (two.seen, two.unique)
     monkeypatch.undo()
-    exact.see(range(0, 500))
+    exact.add(range(0, 500))
     assert one.seen == exact.seen and one.unique == pytest.approx(exact.unique, rel=0.03)
 
 
@@ -332,7 +332,7 @@ def test_sketches_of_parts_give_the_whole():
 def test_first_from_is_searchsorted():
     values = np.sort(np.random.RandomState(0).randint(0, 100, 57)).astype(np.uint64)
     for wanted in (np.arange(110, dtype=np.uint64), np.zeros(0, np.uint64)):
-        assert first_from(values, wanted).tolist() == np.searchsorted(values, wanted).tolist()
+        assert search_sorted(values, wanted).tolist() == np.searchsorted(values, wanted).tolist()
 
 
 # Asking the data.
@@ -399,7 +399,7 @@ def test_stats_count_what_is_there(copies, capsys):
     folder, options = copies
     assert data_command(["stats", "--json", "--", *options]) == 0
     told = json.loads(capsys.readouterr().out)
-    found = whole(prepare_data(load_config(options)), "jsonl")
+    found = load_all(prepare_data(load_config(options)), "jsonl")
     texts = [json.loads(line)["text"] for line in (folder / "a.jsonl").read_text().splitlines()]
     assert told["files"] == 1 and told["documents"] == 1000 and told["copies"] == len(texts) - len(set(texts)) == 100
     assert told["tokens"] == found.train_tokens + found.val_tokens

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from smolds_dist.costs.flops import orthogonalisation_flops
+from smolds_dist.costs.flops import orthogonalization_flops
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.parallel.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalise, parameter_groups
+from smolds_dist.parallel.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalize, parameter_groups
 from smolds_dist.settings import Train
 
 
@@ -42,7 +42,7 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
 def test_orthogonalise_nears_the_polar_factor(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    ours = orthogonalise(matrices)
+    ours = orthogonalize(matrices)
     singular = torch.linalg.svdvals(ours)
     assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may lag behind
     assert singular.max() < 1.3
@@ -86,7 +86,7 @@ def test_flops_of_muon_are_those_that_pytorch_counts(attention):
         parameter.grad = torch.randn_like(parameter)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    assert counter.get_total_flops() == sum(orthogonalisation_flops(config))
+    assert counter.get_total_flops() == sum(orthogonalization_flops(config))
 
 
 def test_adamw_half_equals_pytorch():

@@ -10,22 +10,22 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from smolds_dist.data.mixture import Mixture, exact_shares, first_part
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Piece, SourceOrder, best_fit, permuted
+from smolds_dist.data.mixture import Mixture, exact_shares, truncate_schedule
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, SampleOrder, TokenSpan, best_fit, permute_index
+from smolds_dist.data.shards import DOCUMENT, SHARD_BYTES, group_files, group_into_shards
 from smolds_dist.data.source import File
-from smolds_dist.data.units import DOCUMENT, UNIT_BYTES, units_of, units_of_files
 from smolds_dist.settings import Source
 
 
-def order_of(starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int) -> SourceOrder:
+def order_of(starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int) -> SampleOrder:
     """Units of one piece each, numbered within the source."""
     bounds = [*starts, tokens]
 
-    def pieces_of(following: np.ndarray, _wait: bool) -> list[Piece]:
-        unit = int(following[0])
-        return [Piece(0, bounds[unit], bounds[unit + 1] - bounds[unit])]
+    def spans_in(following: np.ndarray, _wait: bool) -> list[TokenSpan]:
+        shard = int(following[0])
+        return [TokenSpan(0, bounds[shard], bounds[shard + 1] - bounds[shard])]
 
-    return SourceOrder(len(starts), pieces_of, seq_len, seed, window_tokens)
+    return SampleOrder(len(starts), spans_in, seq_len, seed, window_tokens)
 
 
 def keys_of(number: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def keys_of(number: int) -> np.ndarray:
 def test_permutation_hits_every_place_once(size):
     places = np.arange(size)
     sizes = np.full(size, size)
-    one, other = permuted(places, sizes, keys_of(1)), permuted(places, sizes, keys_of(2))
+    one, other = permute_index(places, sizes, keys_of(1)), permute_index(places, sizes, keys_of(2))
     assert sorted(one.tolist()) == sorted(other.tolist()) == list(range(size))
     assert size < 16 or (one != other).any()
 
@@ -44,7 +44,7 @@ def test_permutation_hits_every_place_once(size):
 def test_permutation_is_an_even_one():
     """Each of eight things comes to each of eight places equally often, and every pair stays in order half the time."""
     rounds = 2000
-    places = np.stack([permuted(np.arange(8), np.full(8, 8), keys_of(key)) for key in range(rounds)])
+    places = np.stack([permute_index(np.arange(8), np.full(8, 8), keys_of(key)) for key in range(rounds)])
     counts = np.stack([np.bincount(places[:, thing], minlength=8) for thing in range(8)])
     assert ((counts - rounds / 8) ** 2 / (rounds / 8)).sum() < 100  # chi-square, 49 degrees of freedom: above 1 in 10^4
     assert abs((places[:, 0] < places[:, 1]).mean() - 0.5) < 0.05
@@ -53,17 +53,17 @@ def test_permutation_is_an_even_one():
 def test_order_stays_what_it_was():
     """Recorded when the order was made: a run goes on in it, on any machine, with any version of any library."""
     order = order_of([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100)
-    epochs, places = order.places(np.arange(40))
+    epochs, places = order.locate(np.arange(40))
     assert epochs.tolist() == [0] * 33 + [1] * 7
     assert places.tolist() == RECORDED
-    assert order.pieces(np.array([0, 3])) == RECORDED_PIECES
+    assert order.spans(np.array([0, 3])) == RECORDED_PIECES
     large = order_of([0], 10**13, seq_len=1000, seed=2**40, window_tokens=2**28)
-    assert (1000 * large.places(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1]).tolist() == RECORDED_LARGE
-    assert units_of([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
+    assert (1000 * large.locate(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1]).tolist() == RECORDED_LARGE
+    assert group_into_shards([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
     source = Source("jsonl:*")
     files = [File(f"{number}.jsonl", size, "") for number, size in enumerate([2**19] * 4 + [2**25 + 1, 2**21])]
-    units = units_of_files(source, files)
-    assert [[(part.file, part.number, part.of) for part in unit] for unit in units] == RECORDED_UNITS
+    shards = group_files(source, files)
+    assert [[(part.file, part.number, part.of) for part in shard] for shard in shards] == RECORDED_UNITS
 
 
 RECORDED = [
@@ -77,67 +77,67 @@ RECORDED_UNITS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)],
 
 def test_small_files_travel_together_but_not_with_their_neighbours():
     sizes = [2**14] * 1000 + [2**21, 5]
-    units = units_of(sizes)
-    assert units_of(sizes) == units and set(units) == set(range(max(units) + 1))
-    totals = np.bincount(units, weights=sizes)
-    assert (np.delete(totals, units[1000]) <= UNIT_BYTES).all() and len(totals) < 70
-    assert units.count(units[1000]) == 1  # the large one
-    members = [np.flatnonzero(np.array(units) == unit) for unit in range(max(units))]
+    shards = group_into_shards(sizes)
+    assert group_into_shards(sizes) == shards and set(shards) == set(range(max(shards) + 1))
+    totals = np.bincount(shards, weights=sizes)
+    assert (np.delete(totals, shards[1000]) <= SHARD_BYTES).all() and len(totals) < 70
+    assert shards.count(shards[1000]) == 1  # the large one
+    members = [np.flatnonzero(np.array(shards) == shard) for shard in range(max(shards))]
     assert all(np.ptp(files) > 300 for files in members if len(files) > 20)
 
     # what is in a unit stays together, in every epoch
-    def pieces_of(following, _):
-        return [Piece(0, 10 * n, 10) for n in np.flatnonzero(np.array(units) == following[0]).tolist()]
+    def spans_in(following, _):
+        return [TokenSpan(0, 10 * n, 10) for n in np.flatnonzero(np.array(shards) == following[0]).tolist()]
 
-    order = SourceOrder(max(units) + 1, pieces_of, seq_len=10, seed=0, window_tokens=2**20)
+    order = SampleOrder(max(shards) + 1, spans_in, seq_len=10, seed=0, window_tokens=2**20)
     for epoch in range(2):
-        stream = [units[start // 10] for start in sorted_by_stream(order, epoch)]
-        assert len([1 for one, other in pairwise(stream) if one != other]) == max(units)
+        stream = [shards[start // 10] for start in sorted_by_stream(order, epoch)]
+        assert len([1 for one, other in pairwise(stream) if one != other]) == max(shards)
 
 
-def sorted_by_stream(order: SourceOrder, epoch: int) -> list[int]:
+def sorted_by_stream(order: SampleOrder, epoch: int) -> list[int]:
     """Where the samples of an epoch are stored, in the order of its stream of tokens."""
     positions = np.arange(order.num_samples) + epoch * order.num_samples
-    _, starts = order.places(positions)
-    return [order.pieces(positions[at : at + 1])[0][0].start for at in np.argsort(starts)]
+    _, starts = order.locate(positions)
+    return [order.spans(positions[at : at + 1])[0][0].start for at in np.argsort(starts)]
 
 
 def test_every_epoch_has_each_token_once_in_a_new_order():
     order = order_of([0, 700, 710, 2000], 3000, seq_len=10, seed=1, window_tokens=2**20)
     epochs = []
     for epoch in range(3):
-        pieces = order.pieces(np.arange(300) + 300 * epoch)
-        assert all(sum(piece.length for piece in sample) == 10 for sample in pieces)
-        tokens = [token for sample in pieces for _, start, length in sample for token in range(start, start + length)]
+        spans = order.spans(np.arange(300) + 300 * epoch)
+        assert all(sum(span.length for span in sample) == 10 for sample in spans)
+        tokens = [token for sample in spans for _, start, length in sample for token in range(start, start + length)]
         assert sorted(tokens) == list(range(3000))
         epochs.append(tokens)
     assert epochs[0] != epochs[1] != epochs[2]
     other = order_of([0, 700, 710, 2000], 3000, seq_len=10, seed=2, window_tokens=2**20)
-    assert other.pieces(np.arange(300)) != order.pieces(np.arange(300))
+    assert other.spans(np.arange(300)) != order.spans(np.arange(300))
 
 
 def test_sample_reads_on_in_the_next_unit():
     order = order_of([0, 5, 11], 30, seq_len=10, seed=0, window_tokens=100)
-    units = {0: range(0, 5), 5: range(5, 11), 11: range(11, 30)}
-    for sample in order.pieces(np.arange(3)):
+    shards = {0: range(0, 5), 5: range(5, 11), 11: range(11, 30)}
+    for sample in order.spans(np.arange(3)):
         for before, after in pairwise(sample):
-            end_of = next(unit for unit in units.values() if before.start in unit)
-            assert before.start + before.length == end_of.stop and after.start in units
+            end_of = next(shard for shard in shards.values() if before.start in shard)
+            assert before.start + before.length == end_of.stop and after.start in shards
 
 
 def test_windows_double_in_the_first_epoch_and_are_whole_later():
     tokens, window = 40 * FIRST_WINDOW, 8 * FIRST_WINDOW
-    units = list(range(0, tokens, FIRST_WINDOW // 4))
-    order = order_of(units, tokens, seq_len=1024, seed=0, window_tokens=window)
+    shards = list(range(0, tokens, FIRST_WINDOW // 4))
+    order = order_of(shards, tokens, seq_len=1024, seed=0, window_tokens=window)
     samples = FIRST_WINDOW // 1024
     for epoch, ends in ((0, [1, 3, 7, 15, 23, 31, 39, 40]), (1, [8, 16, 24, 32, 40])):
-        _, places = order.places(np.arange(40 * samples) + epoch * 40 * samples)
+        _, places = order.locate(np.arange(40 * samples) + epoch * 40 * samples)
         for begin, end in pairwise([0, *ends]):
             inside = places[begin * samples : end * samples]
             assert inside.min() == begin * samples and inside.max() == end * samples - 1
             assert len(set(inside.tolist())) == len(inside)
     # within one window, places are shuffled
-    assert abs(np.corrcoef(np.arange(samples), order.places(np.arange(samples))[1])[0, 1]) < 0.1
+    assert abs(np.corrcoef(np.arange(samples), order.locate(np.arange(samples))[1])[0, 1]) < 0.1
 
 
 def test_ten_billion_samples_take_no_more_memory_than_few():
@@ -147,11 +147,11 @@ def test_ten_billion_samples_take_no_more_memory_than_few():
     places = np.unique(np.concatenate(([0, samples - 1], chance.randint(0, samples, 200_000))))
     tracemalloc.start()
     order = order_of(files, samples * seq_len, seq_len, seed=3, window_tokens=2**28)
-    order.pieces(np.array([0, samples // 2, samples - 1]))
+    order.spans(np.array([0, samples // 2, samples - 1]))
     assert tracemalloc.get_traced_memory()[1] < 50 * 10**6
     tracemalloc.stop()
     assert order.num_samples == samples
-    _, found = order.places(places)
+    _, found = order.locate(places)
     assert len(np.unique(found)) == len(places) > 199_000
     assert found.min() >= 0 and found.max() < samples
 
@@ -172,7 +172,7 @@ def test_every_prefix_has_the_shares_to_within_one_sequence(seed):
     names, stages = random_stages(random.Random(seed))
     mixture = Mixture(names, stages)
     length = stages[-1][0] + 300
-    source, number = mixture.look_up(np.arange(length))
+    source, number = mixture.locate(np.arange(length))
     due, counts = [Fraction(0)] * len(names), [0] * len(names)
     for index in range(length):
         at = next((n for n, (end, _) in enumerate(stages) if index < end), len(stages) - 1)
@@ -185,7 +185,7 @@ def test_every_prefix_has_the_shares_to_within_one_sequence(seed):
             assert mixture.totals(index + 1).tolist() == counts
     # looked up one by one and in any order it is the same
     some = np.random.RandomState(0).permutation(length)[:100]
-    assert (mixture.look_up(some)[0] == source[some]).all() and (mixture.look_up(some)[1] == number[some]).all()
+    assert (mixture.locate(some)[0] == source[some]).all() and (mixture.locate(some)[1] == number[some]).all()
 
 
 def test_shares_are_exact_as_written_or_to_a_hundred_thousandth():
@@ -199,7 +199,7 @@ def test_far_samples_are_found_without_counting():
     mixture = Mixture(["a", "b"], [(10**10, {"a": 0.7, "b": 0.3}), (2 * 10**10, {"a": 1, "b": 3})])
     assert mixture.totals(10**10).tolist() == [7 * 10**9, 3 * 10**9]
     assert mixture.totals(2 * 10**10).tolist() == [7 * 10**9 + 25 * 10**8, 3 * 10**9 + 75 * 10**8]
-    source, number = mixture.look_up(np.array([10**10 - 1, 2 * 10**10 - 1]))
+    source, number = mixture.locate(np.array([10**10 - 1, 2 * 10**10 - 1]))
     totals = [mixture.totals(10**10), mixture.totals(2 * 10**10)]
     assert [int(total[s]) for total, s in zip(totals, source, strict=True)] == (number + 1).tolist()
 
@@ -207,9 +207,9 @@ def test_far_samples_are_found_without_counting():
 def test_schedule_joins_stages_that_are_alike():
     mixture = Mixture(["a", "b"], [(80, {"a": 1, "b": 1}), (100, {"a": 2, "b": 2}), (200, {"b": 1})])
     assert mixture.schedule() == [(100, {"a": 0.5, "b": 0.5}), (200, {"b": 1.0})]
-    assert first_part(mixture.schedule(), 90) == [(90, {"a": 0.5, "b": 0.5})]
-    assert first_part(mixture.schedule(), 150) == [(100, {"a": 0.5, "b": 0.5}), (150, {"b": 1.0})]
-    assert first_part(mixture.schedule(), 100) == [(100, {"a": 0.5, "b": 0.5})]
+    assert truncate_schedule(mixture.schedule(), 90) == [(90, {"a": 0.5, "b": 0.5})]
+    assert truncate_schedule(mixture.schedule(), 150) == [(100, {"a": 0.5, "b": 0.5}), (150, {"b": 1.0})]
+    assert truncate_schedule(mixture.schedule(), 100) == [(100, {"a": 0.5, "b": 0.5})]
 
 
 # Packing.
@@ -221,17 +221,17 @@ def table_of(lengths: list[int]) -> np.ndarray:
     return table
 
 
-def packed_order(units: list[list[int]], seq_len: int, window: int = 2**20) -> SourceOrder:
+def packed_order(shards: list[list[int]], seq_len: int, window: int = 2**20) -> SampleOrder:
     """Of documents of these lengths, by unit."""
-    pieces = lambda following, _: [Piece(int(following[0]), 0, sum(units[int(following[0])]))]  # noqa: E731
-    pack = partial(best_fit, table=lambda unit: table_of(units[unit]), seq_len=seq_len)
-    return SourceOrder(len(units), pieces, seq_len, 0, window, pack)
+    spans = lambda following, _: [TokenSpan(int(following[0]), 0, sum(shards[int(following[0])]))]  # noqa: E731
+    pack = partial(best_fit, table=lambda shard: table_of(shards[shard]), seq_len=seq_len)
+    return SampleOrder(len(shards), spans, seq_len, 0, window, pack)
 
 
 def test_best_fit_takes_the_fullest_sample_that_has_room():
     lengths = [2, 7, 5, 3, 21, 1]
-    samples = best_fit([Piece(0, 0, sum(lengths))], lambda _: table_of(lengths), 10)
-    assert [[(piece.start, piece.length) for piece in sample] for sample in samples] == [
+    samples = best_fit([TokenSpan(0, 0, sum(lengths))], lambda _: table_of(lengths), 10)
+    assert [[(span.start, span.length) for span in sample] for sample in samples] == [
         [(17, 10)], [(27, 10)], [(2, 7), (14, 3)], [(9, 5), (0, 2), (37, 1), (38, 1)],
     ]  # fmt: skip
 
@@ -239,29 +239,29 @@ def test_best_fit_takes_the_fullest_sample_that_has_room():
 @pytest.mark.parametrize("window", [300, 2**20])
 def test_packed_samples_hold_every_token_once_and_cut_only_what_is_too_long(window):
     chance = np.random.RandomState(0)
-    units = [chance.randint(1, 90, chance.randint(5, 60)).tolist() for _ in range(12)]
-    order = packed_order(units, 64, window)
+    shards = [chance.randint(1, 90, chance.randint(5, 60)).tolist() for _ in range(12)]
+    order = packed_order(shards, 64, window)
     total = order.num_samples
     seen = []
     for epoch in range(3):
         first = 0 if epoch == 0 else sum(len(one) for one in seen)
         samples, number = [], first
-        while sum(piece.length for sample in samples for piece in sample) < sum(map(sum, units)):
-            samples += order.pieces(np.array([number]))
+        while sum(span.length for sample in samples for span in sample) < sum(map(sum, shards)):
+            samples += order.spans(np.array([number]))
             number += 1
         tokens = Counter(
-            (piece.unit, token)
-            for sample in samples for piece in sample for token in range(piece.start, piece.start + piece.length)
+            (span.shard, token)
+            for sample in samples for span in sample for token in range(span.start, span.start + span.length)
         )  # fmt: skip
-        assert set(tokens.values()) == {1} and len(tokens) == sum(map(sum, units))
-        assert all(sum(piece.length for piece in sample) <= 64 for sample in samples)
-        pieces = {(piece.unit, piece.start, piece.length) for sample in samples for piece in sample}
-        for unit, lengths in enumerate(units):
+        assert set(tokens.values()) == {1} and len(tokens) == sum(map(sum, shards))
+        assert all(sum(span.length for span in sample) <= 64 for sample in samples)
+        spans = {(span.shard, span.start, span.length) for sample in samples for span in sample}
+        for shard, lengths in enumerate(shards):
             starts = np.cumsum([0, *lengths[:-1]]).tolist()
-            whole = {(unit, start, length) for start, length in zip(starts, lengths, strict=True) if length <= 64}
-            assert whole <= pieces
+            whole = {(shard, start, length) for start, length in zip(starts, lengths, strict=True) if length <= 64}
+            assert whole <= spans
         seen.append(samples)
     assert len(seen[0]) == total and seen[0] != seen[1] != seen[2]
-    again = packed_order(units, 64, window)
+    again = packed_order(shards, 64, window)
     last = sum(map(len, seen)) - 1
-    assert again.pieces(np.array([last, 0, total])) == [seen[2][-1], seen[0][0], seen[1][0]]
+    assert again.spans(np.array([last, 0, total])) == [seen[2][-1], seen[0][0], seen[1][0]]

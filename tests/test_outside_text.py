@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 
 from smolds_dist.config import load_config
 from smolds_dist.data import rows
-from smolds_dist.data.prepare import _spread_texts, prepare_data
+from smolds_dist.data.prepare import _interleaved_texts, prepare_data
 from smolds_dist.data.source import BadFileError, File, files_of, resolve
 from smolds_dist.data.token_files import Flat, read_tokens
 from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest
@@ -317,7 +317,7 @@ def test_tokenizer_learns_from_all_files_in_turn(tmp_path, kind):
         (tmp_path / f"{letter}.{kind}").write_text(content)
     source = Source(source=f"{kind}:{tmp_path}/*.{kind}", text_field="text")
     data = configure(tmp_path, f"--data.source={source.source}").data
-    texts = list(islice(_spread_texts(source, files_of(source), data, 60), 3))
+    texts = list(islice(_interleaved_texts(source, files_of(source), data, 60), 3))
     assert sorted(texts) == ["a" * 20, "b" * 20, "c" * 20]
 
 
@@ -350,20 +350,20 @@ def test_documents_and_units_end_with_the_end_of_text_and_no_held_out_copy_is_tr
     given_options = [f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={trained.name_or_path}"]
     given_options += ["--data.document_mask=true", f"--data.packing={packing}", "--data.val_fraction=0.001"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smolds_dist.data.units.UNIT_BYTES", 100)
+        patch.setattr("smolds_dist.data.shards.SHARD_BYTES", 100)
         found = prepare_data(configure(tmp_path / "cache", *given_options))
     (source,), (order,) = found.sources.values(), found.orders.values()
-    assert len(source.units) == 4 and source.held_out.beyond
+    assert len(source.shards) == 4 and source.validation.beyond
     order.extend(None)
     trained_on = set()
-    for unit in range(4):
-        for piece in source.pieces_of(np.array([unit]), True):
-            tokens = source.tokens(unit)[piece.start : piece.start + piece.length]
+    for shard in range(4):
+        for span in source.spans_in(np.array([shard]), True):
+            tokens = source.tokens(shard)[span.start : span.start + span.length]
             assert tokens[-1] == trained.eos_token_id
-            table = source.table(unit)
-            inside = (table["start"] >= piece.start) & (table["start"] < piece.start + piece.length)
+            table = source.table(shard)
+            inside = (table["start"] >= span.start) & (table["start"] < span.start + span.length)
             trained_on |= set(table["text"][inside].tolist())
-    assert trained_on and not trained_on & set(source.held_out.documents["text"].tolist())
+    assert trained_on and not trained_on & set(source.validation.documents["text"].tolist())
 
 
 def test_beginning_of_text_that_is_not_added_is_told_once(tmp_path, trained, capsys):

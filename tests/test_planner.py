@@ -14,7 +14,7 @@ from ranks import ROOT, smolds
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.hardware import FILE, Hardware, Link, load_hardware
-from smolds_dist.costs.layout import Layout, stretch
+from smolds_dist.costs.layout import Layout, load_stretch
 from smolds_dist.costs.memory import (
     activation_bytes,
     parameter_counts,
@@ -29,7 +29,7 @@ from smolds_dist.launching.launcher import launch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.planner.command import plan
 from smolds_dist.planner.search import RECOMPUTED, best_first, candidates
-from smolds_dist.planner.simulator import Meeting, Work, run_programs, simulate_step
+from smolds_dist.planner.simulator import Collective, Compute, run_programs, simulate_step
 from smolds_dist.settings import Model
 
 MODEL = with_vocabulary(load_config(["--preset", "smollm2-deepseek-255m"]))
@@ -209,9 +209,9 @@ def test_fp8_halves_the_time_of_linear_layers_alone():
 
 
 def test_imbalance_stretches_only_what_experts_on_a_rank_do_not_even_out():
-    assert stretch(0.4, 8, 8) == pytest.approx(0.4)
-    assert stretch(0.4, 8, 1) == 0
-    assert 0.4 > stretch(0.4, 64, 32) > stretch(0.4, 64, 8) > 0
+    assert load_stretch(0.4, 8, 8) == pytest.approx(0.4)
+    assert load_stretch(0.4, 8, 1) == 0
+    assert 0.4 > load_stretch(0.4, 64, 32) > load_stretch(0.4, 64, 8) > 0
     even, uneven = (step_time(MODEL, LAYOUT, H100, vio) for vio in (0.0, 0.5))
     assert uneven.imbalance > even.imbalance == 0 and uneven.all_to_all > even.all_to_all
 
@@ -262,7 +262,7 @@ def test_uneven_loads_and_stragglers_cost_time_and_make_ranks_wait():
 
 def test_ranks_that_wait_for_ever_are_an_error():
     with pytest.raises(RuntimeError, match="for ever"):
-        run_programs([iter([Meeting((0, 2), 1.0)]), iter([Work(1.0)])])
+        run_programs([iter([Collective((0, 2), 1.0)]), iter([Compute(1.0)])])
 
 
 @dataclass(frozen=True)

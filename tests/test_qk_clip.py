@@ -8,7 +8,7 @@ from test_documents import packed
 from test_model import GQA, LATENT, build, tokens
 
 from smolds_dist.config import load_config
-from smolds_dist.data.batch import by_document
+from smolds_dist.data.batch import apply_document_mask
 from smolds_dist.model.attention import largest_logits
 from smolds_dist.model.causal_attention import Documents
 from smolds_dist.observe.rows import read_rows
@@ -65,7 +65,7 @@ def test_documents_of_a_batch_are_looked_at_one_by_one():
     model = build(GQA).train()
     rows = [[3, 50, 20, 47], [100, 20], [120]]
     ids = packed(rows)
-    positions, labels = by_document(ids, 0)
+    positions, labels = apply_document_mask(ids, 0)
     attention = model.model.layers[0].self_attn
     found = []
     for given in ({"position_ids": positions}, {}):

@@ -17,7 +17,7 @@ from smolds_dist.checkpoint.files import checkpoints_in, step_of
 from smolds_dist.launching.failure import _entries
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import host_name
-from smolds_dist.training.rank_checks import SLOW, WINDOWS, SlowRanks, checksums, minority
+from smolds_dist.training.rank_checks import SLOW, WINDOWS, StragglerDetector, checksums, minority
 
 EVERY = 20  # steps of a window
 
@@ -105,14 +105,14 @@ def test_minority_is_named_and_without_one_all_are():
 
 
 class FourRanks:
-    """What `SlowRanks` wants of a topology."""
+    """What `StragglerDetector` wants of a topology."""
 
     rank, world_size = 0, 4
 
 
 def test_rank_counts_as_slow_after_three_windows_in_a_row():
-    ranks, told = SlowRanks(FourRanks()), []  # type: ignore[arg-type]
+    ranks, told = StragglerDetector(FourRanks()), []  # type: ignore[arg-type]
     for slow in (2.0, 2.0, 1.2, 2.0, 1.5, 2.0, 2.0):
-        ranks.note(1.0)
+        ranks.record(1.0)
         told.append(ranks.compare(lambda mine, slow=slow: mine + torch.tensor([0.0, 1.0, slow, 1.1])))
     assert told == [{}] * (2 + WINDOWS) + [{2: 2.0}, {}]

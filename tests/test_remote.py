@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from test_data import configure, documents_of, prepare_shards, texts_of
 
-from smolds_dist.data import remote, units
+from smolds_dist.data import remote, shards
 from smolds_dist.errors import ConfigError
 
 ROWS = [f"row {number} " + "with a few words " * (number % 13) for number in range(2000)]
@@ -71,7 +71,7 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(sent)
 
 
-def content_of(kind: str) -> bytes:
+def file_bytes(kind: str) -> bytes:
     if kind == "jsonl":
         return "".join(json.dumps({"text": row}) + "\n" for row in ROWS).encode()
     out = pyarrow.BufferOutputStream()
@@ -113,7 +113,7 @@ def truncating(number, content):
     ids=["slow", "failing", "truncating"],
 )
 def test_every_row_comes_once_from_a_bad_server(tmp_path, serve, capsys, kind, behave, said):
-    server = serve({f"/a.{kind}": content_of(kind)}, behave)
+    server = serve({f"/a.{kind}": file_bytes(kind)}, behave)
     data = configure(tmp_path, f"--data.source={kind}:{server.address}/a.{kind}").data
     assert texts_of(data) == ROWS
     assert server.requests["GET"] > 3
@@ -126,17 +126,17 @@ def test_every_row_comes_once_from_a_bad_server(tmp_path, serve, capsys, kind, b
 
 
 def test_server_without_ranges_sends_whole_files(tmp_path, serve, capsys):
-    server = serve({"/a.jsonl": content_of("jsonl")}, truncating, ranges=False)
+    server = serve({"/a.jsonl": file_bytes("jsonl")}, truncating, ranges=False)
     data = configure(tmp_path, f"--data.source=jsonl:{server.address}/a.jsonl").data
     assert texts_of(data) == ROWS
     assert "did not come whole" in capsys.readouterr().err
 
 
 def test_parts_of_a_remote_file_are_the_file(tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(units, "PART_BYTES", 2_000)
-    monkeypatch.setattr(units, "UNIT_BYTES", 2_000)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 2_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2_000)
     for kind in ("jsonl", "parquet"):
-        server = serve({f"/a.{kind}": content_of(kind)})
+        server = serve({f"/a.{kind}": file_bytes(kind)})
         config = configure(
             tmp_path / kind, f"--data.source={kind}:{server.address}/a.{kind}", "--data.val_fraction=0.1"
         )
@@ -146,7 +146,7 @@ def test_parts_of_a_remote_file_are_the_file(tmp_path, serve, monkeypatch):
 
 
 def test_what_is_not_there_is_no_reason_to_wait(tmp_path, serve, capsys):
-    server = serve({"/a.jsonl": content_of("jsonl")}, lambda number, content: (403, b""))
+    server = serve({"/a.jsonl": file_bytes("jsonl")}, lambda number, content: (403, b""))
     with pytest.raises(ConfigError, match="matches no file"):
         texts_of(configure(tmp_path, f"--data.source=jsonl:{server.address}/b.jsonl").data)
     with pytest.raises(ConfigError, match=r"cannot be read|is damaged"):
@@ -155,7 +155,7 @@ def test_what_is_not_there_is_no_reason_to_wait(tmp_path, serve, capsys):
 
 
 def test_server_that_vanishes_is_waited_for(tmp_path, serve, capsys):
-    files = {"/a.jsonl": content_of("jsonl")}
+    files = {"/a.jsonl": file_bytes("jsonl")}
     server = serve(files)
     data = configure(tmp_path, f"--data.source=jsonl:{server.address}/a.jsonl").data
     server.behave = lambda number, content: (

@@ -46,8 +46,8 @@ def test_report_of_a_run_holds_its_numbers(copied, capsys):
     evaluations = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     for row in rows:
         if "loss" in row:
-            held_out = f"{evaluations[row['step']]:.4f}" if row["step"] in evaluations else ""
-            assert f"| {row['step']} | {row['tokens']:,} | {row['loss']:.4f} | {held_out} |" in log
+            evaluation = f"{evaluations[row['step']]:.4f}" if row["step"] in evaluations else ""
+            assert f"| {row['step']} | {row['tokens']:,} | {row['loss']:.4f} | {evaluation} |" in log
     assert "65,568 parameters" in log and "DeepSeekV3ForCausalLM(" in log
     assert f"best validation loss | {min(evaluations.values()):.4f} at step" in log
     assert len(re.findall(r"^\| \d .*1 process, plain PyTorch, fp32 \|$", log, re.MULTILINE)) == 3  # checkpoints
@@ -71,9 +71,9 @@ def test_picture_of_a_run_shows_its_rows(copied):
     rows = read_rows(copied / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     loss, balance, texts, load, *_ = figure_of([copied]).axes
-    raw, smooth, held_out = loss.get_lines()
+    raw, smooth, evaluation = loss.get_lines()
     assert points_of(raw) == [(row["step"], row["loss"]) for row in steps]
-    assert points_of(held_out) == [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    assert points_of(evaluation) == [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     mean = (0.9 * steps[0]["loss"] + steps[1]["loss"]) / 1.9
     assert points_of(smooth)[:2] == [(1, pytest.approx(steps[0]["loss"])), (2, pytest.approx(mean))]
     assert points_of(balance.get_lines()[0]) == [(row["step"], row["max_vio"]) for row in steps]

@@ -18,7 +18,14 @@ from test_launchers import end, losses, start_and_wait_for_steps
 
 from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.launching import restarts
-from smolds_dist.launching.restarts import Failure, bad_nodes, keep_running, made_no_step, resume_options, wait
+from smolds_dist.launching.restarts import (
+    Failure,
+    faulty_hosts,
+    resume_options,
+    run_with_restarts,
+    starts_without_progress,
+    wait,
+)
 from smolds_dist.launching.state import read_state
 from smolds_dist.rows import RESTARTS, read_rows
 
@@ -140,25 +147,25 @@ def started(codes: list[int], run_dir: Path, steps: list[int] | None = None):
 @pytest.mark.parametrize("code", [0, 2, 75, 130, 143])
 def test_end_of_its_own_a_mistake_and_a_signal_restart_nothing(tmp_path, code):
     start, asked = started([code], tmp_path)
-    assert keep_running(start, tmp_path, 5) == code
+    assert run_with_restarts(start, tmp_path, 5) == code
     assert asked == [0] and not (tmp_path / RESTARTS).exists()
 
 
 def test_restarts_are_as_many_as_asked_for_and_steps_between_them_count(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(restarts, "SHORTEST", 0.01)
     start, asked = started([1, 1, 137, 1, 1], tmp_path / "run", [3, 3, 4, 4, 9])
-    assert keep_running(start, tmp_path / "run", 4) == 1
+    assert run_with_restarts(start, tmp_path / "run", 4) == 1
     assert asked == [0, 1, 2, 3, 4]
     assert [row["step"] for row in read_rows(tmp_path / "run" / RESTARTS)] == [3, 3, 4, 4, 9]
     assert "that was the last of 4 restarts" in capsys.readouterr().err
     start, asked = started([1, 0], tmp_path / "run", [9, 12])
-    assert keep_running(start, tmp_path / "run", 4) == 0
+    assert run_with_restarts(start, tmp_path / "run", 4) == 0
     assert [row["number"] for row in read_rows(tmp_path / "run" / RESTARTS)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_failures_without_a_step_between_them_are_counted_from_the_last():
     failures = [Failure(n, 0.0, step, 1, "", "") for n, step in enumerate((5, 5, 7, 7, 7))]
-    assert [made_no_step(failures[:n]) for n in (1, 2, 3, 4, 5)] == [1, 2, 1, 2, 3]
+    assert [starts_without_progress(failures[:n]) for n in (1, 2, 3, 4, 5)] == [1, 2, 1, 2, 3]
 
 
 def test_nodes_are_blamed_for_what_a_program_does_not_do_itself():
@@ -171,8 +178,8 @@ def test_nodes_are_blamed_for_what_a_program_does_not_do_itself():
         "rank 1 on host n2 was killed by signal 9: the machine is out of memory",
     ]
     failures = [Failure(n, 0.0, n, 1, cause, "") for n, cause in enumerate(causes)]
-    assert [bad_nodes(failures[n : n + 1]) for n in range(6)] == [["n2"], [], ["n3"], ["n2"], [], []]
-    assert bad_nodes(failures) == ["n3", "n2"] and bad_nodes([]) == []
+    assert [faulty_hosts(failures[n : n + 1]) for n in range(6)] == [["n2"], [], ["n3"], ["n2"], [], []]
+    assert faulty_hosts(failures) == ["n3", "n2"] and faulty_hosts([]) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from smolds_dist.observe.rows import keep_rows
+from smolds_dist.observe.rows import truncate_rows
 from smolds_dist.rows import read_rows
 
 ROWS = [{"step": step, "loss": 4.0 - step, "text": "é \u2028"} for step in range(6)]
@@ -27,7 +27,7 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, capsys, place, damage):
     lines[place] = damage(lines[place])
     path.write_bytes(b"\n".join(lines) + b"\n")
     rest = ROWS[:place] + ROWS[place + 1 :]
-    assert keep_rows(path, 5) == rest
+    assert truncate_rows(path, 5) == rest
     assert f"line {place + 1} of {path} is damaged; it is skipped." in capsys.readouterr().err
     assert read_rows(path) == rest and not capsys.readouterr().err
 

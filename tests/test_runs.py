@@ -15,7 +15,7 @@ from test_launchers import end, losses, start_and_wait_for_steps, start_launch
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.state import SUBMITTED, read_state, write_state
-from smolds_dist.observe.runs import SILENT, TAIL, difference, find_runs, last_rows, look, runs
+from smolds_dist.observe.runs import SILENT_SECONDS, TAIL, difference, find_runs, last_rows, read_run, runs
 from smolds_dist.parallel.ranks import host_name, system_name
 
 
@@ -80,17 +80,17 @@ def write_run(folder, seconds_ago: float, now: float, **state):
         "why": "",
     }
     write_state(folder, entry | state)
-    return look(folder, now)
+    return read_run(folder, now)
 
 
 def test_run_on_another_host_is_believed_until_it_falls_silent(tmp_path):
     now = time.time()
     run = write_run(tmp_path / "fresh", 5, now)
     assert run.state == "running on n7, 8 ranks" and (run.step, run.steps, run.left) == (39, 500, 461.0)
-    run = write_run(tmp_path / "silent", SILENT + 3600, now)
+    run = write_run(tmp_path / "silent", SILENT_SECONDS + 3600, now)
     assert run.state == "silent for 1:02:01 on n7, 8 ranks" and run.left is None
     (tmp_path / "fresh" / "restarts.jsonl").write_text('{"step": 0}\n{"step": 0}\n')
-    assert look(tmp_path / "fresh", now).state == "running on n7, 8 ranks, 2 restarts"
+    assert read_run(tmp_path / "fresh", now).state == "running on n7, 8 ranks, 2 restarts"
     assert write_run(tmp_path / "here", 5, now, system=system_name(), pid=os.getpid()).state.startswith("running on n7")
 
 
@@ -98,14 +98,14 @@ def test_submitted_run_waits_until_it_has_begun(tmp_path):
     now = time.time()
     write_run(tmp_path / "run", 50, now, state="stopped")
     write_state(tmp_path / "run", {"job": "12", "time": now - 20}, SUBMITTED)
-    assert look(tmp_path / "run", now).state == "waiting in Slurm, job 12"
+    assert read_run(tmp_path / "run", now).state == "waiting in Slurm, job 12"
     write_state(tmp_path / "run", read_state(tmp_path / "run") | {"state": "running", "started": now - 10})
-    assert look(tmp_path / "run", now).state == "running on n7, 8 ranks"
+    assert read_run(tmp_path / "run", now).state == "running on n7, 8 ranks"
     new = tmp_path / "new"
     new.mkdir()
     write_state(new, {"job": "13", "time": now}, SUBMITTED)
     assert [path.name for path in find_runs(tmp_path)] == ["new", "run"]
-    assert look(new, now).state == "waiting in Slurm, job 13"
+    assert read_run(new, now).state == "waiting in Slurm, job 13"
 
 
 def test_only_the_end_of_long_metrics_is_read(tmp_path):

@@ -95,7 +95,7 @@ def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, opti
     _, evaluation = rows_of(finished)
     model = AutoModelForCausalLM.from_pretrained(finished / "export")
     (source,) = prepare_data(load_config(options)).sources.values()
-    ids, labels = evaluation_batch(source.held_out.tokens, 32, range(5), 5)
+    ids, labels = evaluation_batch(source.validation.tokens, 32, range(5), 5)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=labels).loss.item()
     assert loss == pytest.approx(evaluation[-1]["val_loss"], rel=1e-5)

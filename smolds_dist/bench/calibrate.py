@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from smolds_dist.bench.contenders import Task
-from smolds_dist.bench.train import processor, say, take_turn
+from smolds_dist.bench.train import log, processor, run_trial
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import Hardware, parse_hardware
 from smolds_dist.costs.layout import Layout
@@ -56,9 +56,9 @@ def measure_machine() -> dict[str, Any]:
     device = torch.device(here.devices[0])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     peaks = {name: matrix_product_peak(device, dtype, 0.5) for name, dtype in dtypes.items()}
-    say("measuring memory")
+    log("measuring memory")
     bandwidth = memory_bandwidth(device)
-    say("measuring links")
+    log("measuring links")
     latency, link = _link(device.type, here.device_count)
     entry: dict[str, Any] = {
         "name": torch.cuda.get_device_name(0) if device.type == "cuda" else processor(),
@@ -81,7 +81,7 @@ def measure_machine() -> dict[str, Any]:
     }
     steps = []
     for number, size in enumerate(SIZES):
-        say(f"measuring steps of model {number + 1} of {len(SIZES)}")
+        log(f"measuring steps of model {number + 1} of {len(SIZES)}")
         steps.append(measure_step(size))
     layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
     entry["process"] = float(f"{steps[0][1] - rank_memory(model_of(SIZES[0]), layout).total:.3g}")
@@ -129,7 +129,7 @@ def measure_step(
     )  # fmt: skip
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     task = Task("smolds", "debug", size["vocab_size"], SEQUENCES // ranks, SEQ_LEN, dtype, device, settings=given)
-    answer = take_turn(task, steps, ranks)
+    answer = run_trial(task, steps, ranks)
     return answer["seconds"], answer["memory"]
 
 

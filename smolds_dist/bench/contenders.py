@@ -217,7 +217,7 @@ def transformers_trainer(task: Task, gate: Gate) -> None:
 
     model, precision, compiles = transformers_model(task)
 
-    class AtTheGate(TrainerCallback):
+    class GateCallback(TrainerCallback):
         def on_step_begin(self, *_args, **_kwargs):
             gate.before()
 
@@ -232,7 +232,7 @@ def transformers_trainer(task: Task, gate: Gate) -> None:
             weight_decay=0.1, bf16=precision == "autocast", use_cpu=task.device == "cpu", report_to="none",
             logging_strategy="no", save_strategy="no", disable_tqdm=True, torch_compile=compiles,
         )  # fmt: skip
-        Trainer(model, arguments, train_dataset=samples, callbacks=[AtTheGate()]).train()
+        Trainer(model, arguments, train_dataset=samples, callbacks=[GateCallback()]).train()
 
 
 class MaskedExperts(nn.Module):
@@ -266,7 +266,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def our_decoder_with(task: Task, make_mixture: Callable[[Any], nn.Module]) -> nn.Module:
+def decoder_with(task: Task, make_mixture: Callable[[Any], nn.Module]) -> nn.Module:
     """Our decoder with another mixture of experts, made from its configuration."""
     from smolds_dist.model import DeepSeekV3ForCausalLM
 
@@ -278,15 +278,15 @@ def our_decoder_with(task: Task, make_mixture: Callable[[Any], nn.Module]) -> nn
     return model.to(torch.bfloat16) if task.variant == "bf16" else model
 
 
-def whole_logits_loss(model: Any, ids: Tensor) -> Tensor:
+def full_logits_loss(model: Any, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
 def masked_loop(task: Task, gate: Gate) -> None:
     """A straightforward reference: an expert loop with masks."""
-    model = our_decoder_with(task, MaskedExperts)
-    repeat(gate, plain_step(model, task, task.variant, partial(whole_logits_loss, model)))
+    model = decoder_with(task, MaskedExperts)
+    repeat(gate, plain_step(model, task, task.variant, partial(full_logits_loss, model)))
 
 
 def deepspeed_moe(task: Task, gate: Gate) -> None:
@@ -314,7 +314,7 @@ def deepspeed_moe(task: Task, gate: Gate) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.moe(x)[0]
 
-    model = our_decoder_with(task, Mixture)
+    model = decoder_with(task, Mixture)
     groups = split_params_into_different_moe_groups_for_optimizer({
         "name": "all", "params": list(model.parameters()), "weight_decay": 0.1
     })  # fmt: skip
@@ -328,7 +328,7 @@ def deepspeed_moe(task: Task, gate: Gate) -> None:
     ids = task.batch()
 
     def step() -> None:
-        engine.backward(whole_logits_loss(engine, ids))
+        engine.backward(full_logits_loss(engine, ids))
         engine.step()
 
     repeat(gate, step)

@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     task = make_task(options, settings)
     if task.config().model.force_uniform_routing and options.only != ["smolds"]:
         raise ConfigError("--model.force_uniform_routing is smolds' alone; add --only smolds.")
-    chosen = ways_of_smolds(task, options) if "smolds" in options.only else {}
+    chosen = smolds_variants(task, options) if "smolds" in options.only else {}
     trials: dict[str, float] = {}
     for contender in ("transformers", "trainer", "deepspeed", "masked"):
         if contender in options.only:
@@ -121,9 +121,9 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     for number in range(options.rounds):
         peaks.append(matrix_product_peak(torch.device(task.device), dtype, 0.5, shapes))
         for name, (wanted, ranks) in chosen.items():
-            say(f"round {number + 1} of {options.rounds}: {name}")
+            log(f"round {number + 1} of {options.rounds}: {name}")
             checkout = options.against if name == OTHER_COMMIT else None
-            turns[name].append(take_turn(wanted, options.steps, ranks, checkout))
+            turns[name].append(run_trial(wanted, options.steps, ranks, checkout))
     peak = median(peaks)
     flops = flops_per_token(model, task.seq_len)
     tokens = options.sequences * task.seq_len
@@ -146,7 +146,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     }
 
 
-def ways_of_smolds(task: Task, options: argparse.Namespace) -> dict[str, tuple[Task, int]]:
+def smolds_variants(task: Task, options: argparse.Namespace) -> dict[str, tuple[Task, int]]:
     """smolds' own rows, each with its number of ranks; the first is what ratios are of."""
     ways = {}
     if 1 in options.ranks:
@@ -192,18 +192,18 @@ def best_variant(task: Task, trials: dict[str, float], modes: Sequence[str]) -> 
     """The fastest variant of a peer in a trial of two steps; None where none runs here. Adds to `trials`."""
     rates = {}
     for variant in variants_of(task, trials, modes):
-        say(f"trial of {task.contender} {variant}")
+        log(f"trial of {task.contender} {variant}")
         try:
-            answer = take_turn(replace(task, variant=variant), 2, 1)
+            answer = run_trial(replace(task, variant=variant), 2, 1)
         except ConfigError as error:
-            say(f"  {error}")
+            log(f"  {error}")
             continue
         rates[variant] = task.sequences * task.seq_len / min(answer["seconds"])
         trials[f"{task.contender} {variant}"] = rates[variant]
     return replace(task, variant=max(rates, key=lambda variant: rates[variant])) if rates else None
 
 
-def take_turn(
+def run_trial(
     task: Task, steps: int, ranks: int, checkout: Path | None = None, module: str = "smolds_dist.bench.contenders"
 ) -> dict[str, Any]:
     """Starts a contender, lets it warm up for a step, and takes `steps`.
@@ -217,8 +217,8 @@ def take_turn(
     """
     usual = asdict(Task("", "", 0, 0, 0, "", ""))
     # An older commit may know no more.
-    told = {name: value for name, value in asdict(task).items() if value != usual[name]}
-    command = [sys.executable, "-m", module, json.dumps(told)]
+    settings = {name: value for name, value in asdict(task).items() if value != usual[name]}
+    command = [sys.executable, "-m", module, json.dumps(settings)]
     environment = dict(os.environ)
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
@@ -227,8 +227,8 @@ def take_turn(
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes, text=True, env=environment, cwd=checkout)
     assert process.stdin and process.stdout and process.stderr
-    said: list[str] = []
-    errors = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+    lines: list[str] = []
+    errors = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
     errors.start()
     alarm = threading.Timer(LONGEST, process.kill)
     alarm.start()
@@ -242,7 +242,9 @@ def take_turn(
         return json.loads(line)
     except BrokenPipeError:
         errors.join(timeout=5)
-        raise ConfigError(f"{task.contender} {task.variant} failed: {said[-1].strip() if said else 'killed'}") from None
+        raise ConfigError(
+            f"{task.contender} {task.variant} failed: {lines[-1].strip() if lines else 'killed'}"
+        ) from None
     finally:
         alarm.cancel()
         process.stdin.close()
@@ -280,5 +282,5 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -23,15 +23,15 @@ def checkpoint(args: list[str]) -> int:
     if options.command == "ls":
         _list(folders)
     elif options.command == "verify":
-        return _verify(_chosen(folders, options.step) if options.step else folders)
+        return _verify(_select(folders, options.step) if options.step else folders)
     elif options.command == "convert":
-        (folder,) = _chosen(folders, [options.step] if options.step is not None else [files.step_of(folders[0])])
+        (folder,) = _select(folders, [options.step] if options.step is not None else [files.step_of(folders[0])])
         convert(folder, options.to, options.weights_only)
     else:
         if not options.step and options.after is None:
             raise ConfigError("smolds checkpoint rm needs --step N, or --after N for all later ones.")
         later = [f for f in folders if options.after is not None and files.step_of(f) > options.after]
-        _remove(options.run, folders, list(dict.fromkeys([*_chosen(folders, options.step or []), *later])))
+        _remove(options.run, folders, list(dict.fromkeys([*_select(folders, options.step or []), *later])))
     return 0
 
 
@@ -66,7 +66,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _chosen(folders: list[Path], steps: list[int]) -> list[Path]:
+def _select(folders: list[Path], steps: list[int]) -> list[Path]:
     by_step = {files.step_of(folder): folder for folder in folders}
     for step in steps:
         if step not in by_step:
@@ -79,7 +79,7 @@ def _list(folders: list[Path]) -> None:
     manifests = {
         folder: files.read_manifest(folder) for folder in folders if not files.find_damage(folder, contents=False)
     }
-    marked = {"newest": next(iter(manifests), None), "best": files.best_of(manifests)}
+    marked = {"newest": next(iter(manifests), None), "best": files.best_checkpoint(manifests)}
     print(f"{'step':>9}  {'saved':16}  {'size':>9}  {'val loss':>8}  layout")
     for folder in reversed(folders):
         manifest = manifests.get(folder)
@@ -125,31 +125,31 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in reader.manifest.tensors:
             for kind in ["value"] if weights_only else sorted(reader.kinds(name)):
-                yield f"{name}:{kind}:0", reader.whole(name, kind).view(-1)
-        yield from reader.others().items()
+                yield f"{name}:{kind}:0", reader.read_full(name, kind).view(-1)
+        yield from reader.extra_tensors().items()
 
     with new_folder(root / folder.name) as part:
-        entries = files.write_parts(part, tensors())
+        entries = files.write_tensor_files(part, tensors())
         check_free(root / folder.name)
-        written = files.publish(part, replace(reader.manifest, files=entries, weights_only=weights_only))
+        written = files.finalize(part, replace(reader.manifest, files=entries, weights_only=weights_only))
     print(f"wrote {written}")
     return written
 
 
-def _remove(run: Path, folders: list[Path], doomed: list[Path]) -> None:
+def _remove(run: Path, folders: list[Path], to_delete: list[Path]) -> None:
     lock = FileLock(run / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{run} is being trained; wait for its end.") from None
     with lock:
-        left = [folder for folder in folders if folder not in doomed]
-        whole = [folder for folder in doomed if not files.find_damage(folder, contents=False)]
-        if whole and all(files.find_damage(folder) for folder in left):
+        left = [folder for folder in folders if folder not in to_delete]
+        complete = [folder for folder in to_delete if not files.find_damage(folder, contents=False)]
+        if complete and all(files.find_damage(folder) for folder in left):
             raise ConfigError(
-                f"{whole[0].name} is the last whole checkpoint of {run}; delete the folder yourself if you mean it."
+                f"{complete[0].name} is the last whole checkpoint of {run}; delete the folder yourself if you mean it."
             )
-        for folder in doomed:
+        for folder in to_delete:
             files.remove(folder)
             print(f"removed {folder}")
         latest = folders[0].parent / "latest"

@@ -135,7 +135,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def by_bytes(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+def batch_by_bytes(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
     """Tensors in their order, so many at once as fit into `most` bytes; a larger one alone."""
     batch: dict[str, Tensor] = {}
     size = 0
@@ -149,18 +149,18 @@ def by_bytes(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[
         yield batch
 
 
-def write_parts(
+def write_tensor_files(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES
 ) -> dict[str, dict[str, Any]]:
     """Writes tensors into files of `file_bytes` and returns the manifest's entries."""
     files = {}
-    for number, part in enumerate(by_bytes(tensors, file_bytes)):
+    for number, part in enumerate(batch_by_bytes(tensors, file_bytes)):
         name = f"part_{number:05}.safetensors"
         files[name] = write_tensors(folder / name, part)
     return files
 
 
-def publish(unfinished: Path, manifest: Manifest) -> Path:
+def finalize(unfinished: Path, manifest: Manifest) -> Path:
     """Adds the manifest to a folder that holds all files, and gives it its name: from then on it counts."""
     text = json.dumps(asdict(manifest), indent=1)
     (unfinished / MANIFEST).write_text(text, encoding="utf-8")
@@ -184,10 +184,10 @@ def publish(unfinished: Path, manifest: Manifest) -> Path:
 
 def remove(folder: Path) -> None:
     """Deletes a checkpoint; if that breaks off, what is left does not look like one."""
-    doomed = folder.with_name(f"removing_{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    to_delete = folder.with_name(f"removing_{folder.name}")
+    shutil.rmtree(to_delete, ignore_errors=True)
+    folder.rename(to_delete)
+    shutil.rmtree(to_delete)
 
 
 def remove_leftovers(root: Path) -> None:
@@ -279,7 +279,7 @@ def manifests_of(root: Path) -> dict[Path, Manifest]:
     return found
 
 
-def best_of(manifests: dict[Path, Manifest]) -> Path | None:
+def best_checkpoint(manifests: dict[Path, Manifest]) -> Path | None:
     """The checkpoint with the lowest validation loss; None where none was evaluated."""
     losses = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
     return min(losses, key=lambda folder: losses[folder], default=None)
@@ -288,7 +288,7 @@ def best_of(manifests: dict[Path, Manifest]) -> Path | None:
 # Reading
 
 
-class _Piece(NamedTuple):
+class _StoredSlice(NamedTuple):
     start: int
     length: int
     file: str
@@ -311,14 +311,14 @@ class CheckpointReader:
                 self._files[name] = safe_open(folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from None
-        self._index: dict[str, dict[str, list[_Piece]]] = defaultdict(lambda: defaultdict(list))
+        self._index: dict[str, dict[str, list[_StoredSlice]]] = defaultdict(lambda: defaultdict(list))
         for file_name, file in self._files.items():
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping
                 name, kind, start = (*key.rsplit(":", 2), "", "")[:3]
                 if not re.fullmatch(r"[0-9]{1,18}", start):
                     raise DamagedCheckpointError(printable(f"{file_name} has a tensor {key}, which no checkpoint has"))
                 length = math.prod(file.get_slice(key).get_shape())
-                self._index[name][kind].append(_Piece(int(start), length, file_name, key))
+                self._index[name][kind].append(_StoredSlice(int(start), length, file_name, key))
         for kinds in self._index.values():
             for pieces in kinds.values():
                 pieces.sort()
@@ -366,13 +366,13 @@ class CheckpointReader:
             for kind, pieces in self._index.get(name, {}).items()
         }
 
-    def whole(self, name: str, kind: str) -> Tensor:
+    def read_full(self, name: str, kind: str) -> Tensor:
         """A logical tensor in its shape."""
         out = torch.empty(self.manifest.tensors[name])
         self.read(name, kind, 0, out.view(-1))
         return out
 
-    def others(self) -> dict[str, Tensor]:
+    def extra_tensors(self) -> dict[str, Tensor]:
         """What is not a parameter, by key: selection biases and random states."""
         names = [name for name in self._index if name not in self.manifest.tensors]
         return {f"{name}:{kind}:0": tensor for name in names for kind, tensor in self.stored(name).items()}

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest
-from smolds_dist.checkpoint.writer import Progress
+from smolds_dist.checkpoint.writer import TrainState
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.mixture import first_part, in_words, mixture_of, names_in
+from smolds_dist.data.mixture import format_schedule, mixture_of, names_in, truncate_schedule
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
@@ -132,8 +132,8 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     Stages that begin later may be others.
     """
     saved = saved_sources(manifest.config["data"])
-    before = first_part(manifest.data["schedule"], manifest.samples)
-    now = first_part(mixture_of(config).schedule(), manifest.samples)
+    before = truncate_schedule(manifest.data["schedule"], manifest.samples)
+    now = truncate_schedule(mixture_of(config).schedule(), manifest.samples)
     advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
     for name in names_in(before):
         old, new = saved[name], config.data.mixed.get(name)
@@ -150,8 +150,8 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     if before != now:
         batch = config.train.global_batch
         raise ConfigError(
-            f"{folder} was trained on {in_words(before, batch)}; this run would have begun with {in_words(now, batch)}; "
-            f"{advice}."
+            f"{folder} was trained on {format_schedule(before, batch)}; this run would have begun with "
+            f"{format_schedule(now, batch)}; {advice}."
         )
 
 
@@ -170,7 +170,7 @@ def check_contents(reader: CheckpointReader, data: TrainingData) -> None:
     advice = (
         "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
     )
-    for name in names_in(first_part(saved["schedule"], reader.manifest.samples)):
+    for name in names_in(truncate_schedule(saved["schedule"], reader.manifest.samples)):
         if saved["contents"][name] != identity["contents"][name]:
             raise ConfigError(
                 f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."
@@ -218,7 +218,7 @@ def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None
 
 
 @torch.no_grad()
-def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> Progress:
+def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> TrainState:
     """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was.
 
     Weights are the engine's already: it was made with `reader.fill`.
@@ -236,4 +236,4 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
-    return Progress(manifest.step, manifest.skipped_samples, manifest.rollbacks)
+    return TrainState(manifest.step, manifest.skipped_samples, manifest.rollbacks)

@@ -33,7 +33,7 @@ PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run is, beyond its tensors."""
 
     step: int = 0
@@ -41,7 +41,7 @@ class Progress:
     rollbacks: int = 0
 
 
-class OtherRankError(Exception):
+class PeerError(Exception):
     """What another rank says of its part of a checkpoint."""
 
 
@@ -78,13 +78,13 @@ class CheckpointWriter:
         The first use of fresh memory can take ten times as long as a copy into it.
         """
         if self.config.checkpoint.every and self.config.checkpoint.background:
-            self._start(self._make_room, self._live(engine, None))
+            self._start(self._allocate_staging, self._state_tensors(engine, None))
 
     def _start(self, work: Callable[..., None], *args: object) -> None:
         self._thread = threading.Thread(target=work, args=args, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+    def _allocate_staging(self, tensors: dict[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             if key not in self.staging or self.staging[key].shape != tensor.shape:
                 self.staging[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).zero_()
@@ -93,9 +93,9 @@ class CheckpointWriter:
         self,
         engine: Engine,
         balancer: Balancer,
-        progress: Progress,
+        state: TrainState,
         val_loss: float | None,
-        others: dict[str, Tensor] | None = None,
+        extra: dict[str, Tensor] | None = None,
         wait: bool = False,
     ) -> None:
         """Begins to write `checkpoints/step_N`, after the one before it is done. Collective.
@@ -105,16 +105,16 @@ class CheckpointWriter:
             wait: come back when all of it is done.
         """
         self.wait()
-        unfinished = self.root / f"unfinished_{files.checkpoint_name(progress.step)}"
+        unfinished = self.root / f"unfinished_{files.checkpoint_name(state.step)}"
         if self.topology.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         engine.barrier()  # so that no other rank's file is deleted
-        tensors = self._live(engine, balancer) | (others or {})
+        tensors = self._state_tensors(engine, balancer) | (extra or {})
         background = self.config.checkpoint.background and not wait
-        tensors = self._copied(tensors) if background else {key: tensor.cpu() for key, tensor in tensors.items()}
-        identity = self.identity(progress.skipped_samples + progress.step * self.config.train.global_batch)
+        tensors = self._stage(tensors) if background else {key: tensor.cpu() for key, tensor in tensors.items()}
+        identity = self.identity(state.skipped_samples + state.step * self.config.train.global_batch)
         of_step: dict[str, Any] = {"optimizer_steps": engine.optimizer_steps, "val_loss": val_loss, "files": {}}
-        manifest = new_manifest(self.config, self.topology, progress, identity, self.tensors, **of_step)
+        manifest = new_manifest(self.config, self.topology, state, identity, self.tensors, **of_step)
         self._start(self._write, unfinished, tensors, manifest)
         if not background:
             self.wait()
@@ -130,7 +130,7 @@ class CheckpointWriter:
         error, self._error = self._error, None
         return error if self.topology.rank == 0 else None
 
-    def _live(self, engine: Engine, balancer: Balancer | None) -> dict[str, Tensor]:
+    def _state_tensors(self, engine: Engine, balancer: Balancer | None) -> dict[str, Tensor]:
         """This rank's share of the state by key: views of what training works on."""
         tensors: dict[str, Tensor] = {}
         for fragment in engine.fragments():
@@ -147,8 +147,8 @@ class CheckpointWriter:
             tensors[f"{files.RANDOM}rank_{self.topology.rank:05}:{kind}:0"] = state
         return tensors
 
-    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self._make_room(tensors)
+    def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._allocate_staging(tensors)
         for key, tensor in tensors.items():
             self.staging[key].copy_(tensor, non_blocking=True)
         if self.topology.device == "cuda":
@@ -164,12 +164,12 @@ class CheckpointWriter:
             written = files.write_tensors(path, tensors)
             replace_text(entry, json.dumps(written))
             if self.topology.rank == 0:
-                manifest.files.update(self._files_of_all_ranks(unfinished))
+                manifest.files.update(self._collect_rank_files(unfinished))
                 CheckpointReader(unfinished, manifest).check_coverage()
-                self._retain(files.publish(unfinished, manifest))
+                self._prune(files.finalize(unfinished, manifest))
         except Exception as error:  # whatever it was, the user must hear of it
-            said = isinstance(error, OtherRankError)
-            self._error = str(error) if said else f"rank {self.topology.rank}: {_reason(error)}"
+            from_peer = isinstance(error, PeerError)
+            self._error = str(error) if from_peer else f"rank {self.topology.rank}: {_reason(error)}"
             self.failed_step = manifest.step
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)  # makes room for the next line
@@ -177,11 +177,11 @@ class CheckpointWriter:
             if self.topology.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _files_of_all_ranks(self, unfinished: Path) -> dict[str, dict[str, Any]]:
+    def _collect_rank_files(self, unfinished: Path) -> dict[str, dict[str, Any]]:
         """Each rank's file with its entry, as soon as it is there.
 
         Raises:
-            OtherRankError: where a rank could not write its own, or takes too long.
+            PeerError: where a rank could not write its own, or takes too long.
         """
         entries = {}
         deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
@@ -189,26 +189,24 @@ class CheckpointWriter:
             path = unfinished / f"rank_{rank:05}.json"
             while not path.exists():
                 if time.monotonic() > deadline:
-                    raise OtherRankError(
-                        f"rank {rank} has not written its file, or to a folder that rank 0 does not see"
-                    )
+                    raise PeerError(f"rank {rank} has not written its file, or to a folder that rank 0 does not see")
                 time.sleep(0.02)
             entry = read_json(path, "save again", dict[str, Any])
             if "error" in entry:
-                raise OtherRankError(str(entry["error"]))
+                raise PeerError(str(entry["error"]))
             convert(entry, files.FileEntry, path, "save again")
             entries[path.with_suffix(".safetensors").name] = entry
             path.unlink()
         return entries
 
-    def _retain(self, newest: Path) -> None:
+    def _prune(self, newest: Path) -> None:
         """Deletes the checkpoints that nothing asks for any more. The one just written is whole, so one always stays."""
         settings = self.config.checkpoint
         manifests = files.manifests_of(self.root)  # a person should look at the damaged ones
         kept = {newest, *list(manifests)[: settings.keep]}
         if settings.keep_every:
             kept |= {folder for folder in manifests if files.step_of(folder) % settings.keep_every == 0}
-        if settings.keep_best and (best := files.best_of(manifests)):
+        if settings.keep_best and (best := files.best_checkpoint(manifests)):
             kept.add(best)
         for folder in manifests.keys() - kept:
             files.remove(folder)
@@ -217,21 +215,21 @@ class CheckpointWriter:
 def new_manifest(
     config: RunConfig,
     topology: Topology,
-    progress: Progress,
+    state: TrainState,
     data: dict[str, Any],
     tensors: dict[str, tuple[int, ...]],
-    **others: Any,
+    **extra: Any,
 ) -> Manifest:
-    """Of a checkpoint that is written now; `others` are the rest of its fields."""
+    """Of a checkpoint that is written now; `extra` are the rest of its fields."""
     return Manifest(
-        **asdict(progress),
+        **asdict(state),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         config=asdict(config),
         topology=asdict(topology),
         data=data,
         versions=package_versions(),
         tensors={name: list(shape) for name, shape in tensors.items()},
-        **others,
+        **extra,
     )
 
 

@@ -66,7 +66,7 @@ def flops_per_token(model: Any, seq_len: int) -> float:
     return 3 * (2 * sum(product_weights(model)) + attention_flops(model, seq_len))
 
 
-def orthogonalisation_flops(model: Any) -> tuple[float, float]:
+def orthogonalization_flops(model: Any) -> tuple[float, float]:
     """Of a step of Muon, which orthogonalises every matrix between hidden states: outside the experts, and of all experts.
 
     A round of Newton-Schulz is two products of a matrix [r, c], r <= c, with a Gram matrix, and one of two Gram matrices:

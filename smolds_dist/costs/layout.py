@@ -63,7 +63,7 @@ class Layout:
         return {"fp32": 4, "bf16": 2, "fp8": 2}[self.dtype]  # fp8 training keeps bf16 activations and weights
 
 
-def stretch(max_vio: float, num_experts: int, expert: int) -> float:
+def load_stretch(max_vio: float, num_experts: int, expert: int) -> float:
     """How much longer than the mean the fullest rank's experts take, as a share.
 
     With one expert on a rank it is MaxVio itself. Several even each other out: the mean of n drawn out of E without

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of, product_weights
-from smolds_dist.costs.layout import Layout, stretch
+from smolds_dist.costs.layout import Layout, load_stretch
 
 # Share of a device's memory that a plan may fill: estimates err, and others may use it too.
 MEMORY_SHARE = 0.9
@@ -132,7 +132,7 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
         max_vio: the fullest expert's rows over the mean, minus 1.
     """
     weights, gradients, optimizer = state_bytes(model, layout)
-    fuller = 1 + stretch(max_vio, model.num_experts, layout.expert)
+    fuller = 1 + load_stretch(max_vio, model.num_experts, layout.expert)
     activations, logits = activation_bytes(model, layout, fuller), logits_bytes(model, layout)
     buffers = buffer_bytes(model, layout, fuller)
     allowance = FRAGMENTATION * (activations + gradients + logits + buffers)
@@ -160,7 +160,7 @@ def gpu_gradient_bytes(model: Any, layout: Layout, activations: float) -> tuple[
             kept += fp32
         else:
             summed += fp32
-        if keeps_whole_gradients(layout):
+        if keeps_full_gradients(layout):
             whole += parameters * layout.element_bytes
     # Without ZeRO, DeepSpeed makes bf16 gradients fp32 where the step begins.
     late = layout.engine == "deepspeed" and not layout.zero and layout.element_bytes == 2
@@ -192,14 +192,14 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
     for parameters, replicas, _ in rank_parameters(model, layout):
         found[0] += parameters * weight / (replicas if layout.zero >= 3 else 1)
         found[1] += parameters * 4 / (replicas if layout.zero >= 1 else 1)
-        if keeps_whole_gradients(layout):
+        if keeps_full_gradients(layout):
             found[1] += parameters * weight
         if not layout.offload:
             found[2] += parameters * optimizer / (replicas if layout.zero >= 1 else 1)
     return found[0], found[1], found[2]
 
 
-def keeps_whole_gradients(layout: Layout) -> bool:
+def keeps_full_gradients(layout: Layout) -> bool:
     """Whether gradients stay as the backward pass leaves them, beside those in fp32.
 
     ZeRO 2 and 3 let go of them bucket by bucket; measured on CPUs, their memory is not used again before the step's end. In

@@ -12,11 +12,11 @@ from smolds_dist.costs.flops import (
     attention_flops,
     attention_weights,
     layers_of,
-    orthogonalisation_flops,
+    orthogonalization_flops,
     product_weights,
 )
 from smolds_dist.costs.hardware import Hardware
-from smolds_dist.costs.layout import Layout, stretch
+from smolds_dist.costs.layout import Layout, load_stretch
 from smolds_dist.costs.memory import parameter_counts, rank_parameters, saved_elements
 
 # Of a link's bandwidth that collectives reach; NCCL's own tests show 70 to 85 %.
@@ -57,7 +57,7 @@ def step_time(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.
     """
     passes = layout.accumulation
     dense, experts = (passes * seconds for seconds in product_seconds(model, layout, machine))
-    stretched = experts * stretch(max_vio, model.num_experts, layout.expert)
+    stretched = experts * load_stretch(max_vio, model.num_experts, layout.expert)
     elementwise = passes * elementwise_seconds(model, layout, machine)
     overhead = passes * overhead_seconds(model, layout, machine)
     exchange = passes * all_to_all_seconds(model, layout, machine, max_vio)
@@ -120,7 +120,7 @@ def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: f
     2006.16668, section 3.3); recomputation sends them once more."""
     if layout.expert == 1:
         return 0.0
-    once = exchange_seconds(model, layout, machine, 1 + stretch(max_vio, model.num_experts, layout.expert))
+    once = exchange_seconds(model, layout, machine, 1 + load_stretch(max_vio, model.num_experts, layout.expert))
     times = 4 if layout.recompute in ("none", "attention") else 6
     return layers_of(model)[1] / layout.pipeline * once * times
 
@@ -160,7 +160,7 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     """
     width = layout.gradient_bytes or layout.element_bytes
     total, passes = 0.0, layout.accumulation
-    parts = zip(rank_parameters(model, layout), gathered_again(model, layout), strict=True)
+    parts = zip(rank_parameters(model, layout), regathered_weights(model, layout), strict=True)
     for (parameters, replicas, near), again in parts:
         if replicas == 1:
             continue
@@ -171,19 +171,19 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
             2: passes * reduced + gathered,
             3: passes * (reduced + (2 + again) * gathered),
         }[layout.zero]
-        bandwidth, latency = way_out(near, replicas, machine)
+        bandwidth, latency = egress_link(near, replicas, machine)
         total += (replicas - 1) / replicas * volume / bandwidth + 2 * math.log2(replicas) * latency
     return total
 
 
-def gathered_again(model: Any, layout: Layout) -> tuple[float, float]:
+def regathered_weights(model: Any, layout: Layout) -> tuple[float, float]:
     """Shares of the weights outside and inside the routed experts that ZeRO 3 gathers once more to compute again."""
     blocks = layout.recompute in ("selective", "full")
     attention = attention_weights(model) / parameter_counts(model)[0] if layout.recompute == "attention" else 0.0
     return (1.0 if blocks else attention), float(blocks or layout.recompute == "experts")
 
 
-def way_out(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:
+def egress_link(near: int, ranks: int, machine: Hardware) -> tuple[float, float]:
     """Bandwidth and latency of a collective over `ranks`, `near` of them in each node.
 
     Where it leaves nodes, all its ranks of a node share their ways out, up to what links inside carry.
@@ -204,7 +204,7 @@ def optimizer_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     kept = sum(n / (replicas if layout.zero else 1) for n, replicas, _ in rank_parameters(model, layout))
     products = 0.0
     if layout.optimizer == "muon":
-        parts = zip(orthogonalisation_flops(model), rank_parameters(model, layout), (1, layout.expert), strict=True)
+        parts = zip(orthogonalization_flops(model), rank_parameters(model, layout), (1, layout.expert), strict=True)
         products = sum(flops / apart / replicas for flops, (_, replicas, _), apart in parts) / machine.flops("fp32")
     if layout.offload:
         return products + kept * (2 * layout.element_bytes / machine.host_link + width / HOST_BANDWIDTH)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.mixture import Mixture
-from smolds_dist.data.order import VERSION, Piece, SourceOrder
+from smolds_dist.data.order import VERSION, SampleOrder, TokenSpan
+from smolds_dist.data.sharded_source import ShardedSource
 from smolds_dist.data.tokenizer import tokenizer_digest
-from smolds_dist.data.unit_source import UnitSource
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import Data
 
@@ -29,8 +29,8 @@ SKETCH_BITS = 14  # 2^14 registers
 class Sample(NamedTuple):
     """Where a sample's tokens are."""
 
-    source: UnitSource
-    pieces: list[Piece]
+    source: ShardedSource
+    spans: list[TokenSpan]
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class TrainingData:
     """All that a run is trained on and measured by."""
 
     tokenizer: PreTrainedTokenizerBase
-    sources: dict[str, UnitSource]
-    orders: dict[str, SourceOrder]
+    sources: dict[str, ShardedSource]
+    orders: dict[str, SampleOrder]
     mixture: Mixture
     seq_len: int
     limits: dict[str, int | None]  # tokens after which the reading of a source stopped
     reporter: Reporter  # hears of it while tokens are made or waited for
 
-    def reach(self, samples: int) -> None:
+    def wait_for_samples(self, samples: int) -> None:
         """Waits for the tokens of the run's first `samples` samples."""
-        self.covers(samples, wait=True)
+        self.has_samples(samples, wait=True)
 
-    def covers(self, samples: int, wait: bool = False) -> bool:
+    def has_samples(self, samples: int, wait: bool = False) -> bool:
         """Whether the tokens of the run's first `samples` samples are there."""
         return all(self.orders[name].extend(taken - 1, wait) for name, taken in self.taken(samples).items() if taken)
 
@@ -59,12 +59,12 @@ class TrainingData:
 
     def samples(self, indices: np.ndarray) -> list[Sample]:
         """The samples at those places of the run [n]; waits for tokens that are not there yet."""
-        source, number = self.mixture.look_up(indices)
+        source, number = self.mixture.locate(indices)
         found: list[Sample | None] = [None] * len(indices)
         for at, (name, order) in enumerate(self.orders.items()):
             here = np.flatnonzero(source == at)
-            for place, pieces in zip(here.tolist(), order.pieces(number[here]), strict=True):
-                found[place] = Sample(self.sources[name], pieces)
+            for place, spans in zip(here.tolist(), order.spans(number[here]), strict=True):
+                found[place] = Sample(self.sources[name], spans)
         return [sample for sample in found if sample]
 
     def batch(self, indices: range) -> Tensor:
@@ -72,8 +72,8 @@ class TrainingData:
         ids = np.empty((len(indices), self.seq_len), dtype=np.int64)
         for row, sample in zip(ids, self.samples(np.asarray(indices)), strict=True):
             at = 0
-            for unit, start, length in sample.pieces:
-                row[at : at + length] = sample.source.tokens(unit)[start : start + length]
+            for shard, start, length in sample.spans:
+                row[at : at + length] = sample.source.tokens(shard)[start : start + length]
                 at += length
             row[at:] = self.tokenizer.eos_token_id  # where documents are packed; none of these is predicted
         return torch.from_numpy(ids)
@@ -92,7 +92,7 @@ class TrainingData:
     @property
     def val_unigram_entropy(self) -> float:
         """Nats per token of held-out text: the loss of the best model that ignores context."""
-        return sum(self.sources[n].held_out.unigram_entropy * w for n, w in self.val_weights.items())
+        return sum(self.sources[n].validation.unigram_entropy * w for n, w in self.val_weights.items())
 
     @cached_property
     def _fixed(self) -> dict:
@@ -110,15 +110,15 @@ class TrainingData:
     def _content(self, name: str, samples: int) -> str:
         """Digest of a source's training texts up to the end of the window with the last of its first `samples` samples."""
         source, order = self.sources[name], self.orders[name]
-        return source.content(order.units_until(samples - 1) if samples else np.zeros(0, np.int64))
+        return source.content(order.shards_until(samples - 1) if samples else np.zeros(0, np.int64))
 
 
-def document_end(data: Data, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def document_separator(data: Data, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token after which another document begins; None where documents are not kept apart (`data.document_mask`)."""
     return tokenizer.eos_token_id if data.document_mask else None
 
 
-def by_document(ids: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
+def apply_document_mask(ids: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
     """Positions and labels [B, S] that keep documents apart, as transformers' models take them.
 
     Positions begin anew after each end-of-text token. A document's first token is no label (-100): what comes before it
@@ -167,9 +167,9 @@ class UniqueTexts:
             return len(self._counter)
         return round(self._counter.get_estimate())
 
-    def see(self, indices: range) -> None:
+    def add(self, indices: range) -> None:
         """The samples at those places of the run are trained on."""
-        beginnings = beginnings_in(self._data, indices).tolist()
+        beginnings = document_prefixes(self._data, indices).tolist()
         self.seen += len(beginnings)
         if isinstance(self._counter, set):
             self._counter.update(beginnings)
@@ -208,18 +208,18 @@ def sketch_of(texts: Iterable[int]) -> Any:
     return sketch
 
 
-def beginnings_in(data: TrainingData, indices: range) -> np.ndarray:
+def document_prefixes(data: TrainingData, indices: range) -> np.ndarray:
     """Digests [texts] of the beginnings of the texts whose first token is in those samples."""
     found = [np.zeros(0, np.uint64)]
     for sample in data.samples(np.asarray(indices)):
-        for unit, start, length in sample.pieces:
-            table = np.asarray(sample.source.table(unit))
-            first, end = first_from(table["start"], np.array([start, start + length], np.uint64)).tolist()
+        for shard, start, length in sample.spans:
+            table = np.asarray(sample.source.table(shard))
+            first, end = search_sorted(table["start"], np.array([start, start + length], np.uint64)).tolist()
             found.append(table["beginning"][first:end])
     return np.concatenate(found)
 
 
-def first_from(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+def search_sorted(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
     """For each of `values` [n] the first place in `sorted_values` that is not below it.
 
     As `numpy.searchsorted`, which would copy a column of a mapped table, however long, at every call.

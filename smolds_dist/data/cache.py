@@ -87,13 +87,13 @@ def file_damage(folder: Path, sizes_of: Callable[[dict], dict[str, int]], conten
     return None
 
 
-def written_once(folder: Path, write: Callable[[Path], None], find_damage: FindDamage) -> Path:
+def build_once(folder: Path, write: Callable[[Path], None], find_damage: FindDamage) -> Path:
     """`folder`, filled by `write` if it is not there yet or damaged; the others wait for the one that writes."""
-    write_if_free(folder, write, find_damage, patience=-1)
+    try_build(folder, write, find_damage, timeout=-1)
     return folder
 
 
-def write_if_free(folder: Path, write: Callable[[Path], None], find_damage: FindDamage, patience: float = 0) -> bool:
+def try_build(folder: Path, write: Callable[[Path], None], find_damage: FindDamage, timeout: float = 0) -> bool:
     """Whether `folder` is there now: filled by `write` if it was not there or damaged, and nobody else is writing it.
 
     The lock is the operating system's: it ends with the process that holds it.
@@ -107,18 +107,18 @@ def write_if_free(folder: Path, write: Callable[[Path], None], find_damage: Find
     if folder.is_dir() and not find_damage(folder):
         return True
     try:
-        return _write_if_free(folder, write, find_damage, patience)
+        return _try_build(folder, write, find_damage, timeout)
     except OSError as error:
         if (message := file_message(error)) is None:
             raise
         raise ConfigError(message) from None
 
 
-def _write_if_free(folder: Path, write: Callable[[Path], None], find_damage: FindDamage, patience: float) -> bool:
+def _try_build(folder: Path, write: Callable[[Path], None], find_damage: FindDamage, timeout: float) -> bool:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.lock")
     try:
-        held = lock.acquire(timeout=patience)
+        held = lock.acquire(timeout=timeout)
     except Timeout:
         return False
     with held:

@@ -34,7 +34,7 @@ class StageOrder:
     repeats_from: int
     period: np.ndarray  # [S] samples of each source in what repeats
 
-    def look_up(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source and number among its samples, of samples counted from the stage's first."""
         length = len(self.source) - self.repeats_from
         turn = np.maximum(place - self.repeats_from, 0) // length
@@ -63,14 +63,14 @@ class Mixture:
             due = [due[at] + share * (end - first) for at, share in enumerate(shares.values())]
             first, taken = end, self.totals(end)
 
-    def look_up(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For global sample indices [n]: each one's source, and how many samples of that source come before it."""
         source, number = np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
         for at, stage in enumerate(self.stages):
             end = stage.end if at + 1 < len(self.stages) else np.iinfo(np.int64).max
             here = (indices >= stage.first) & (indices < end)
             if here.any():
-                source[here], number[here] = stage.look_up(indices[here] - stage.first)
+                source[here], number[here] = stage.locate(indices[here] - stage.first)
         return source, number
 
     def totals(self, samples: int) -> np.ndarray:
@@ -107,7 +107,7 @@ def stage_weights(data: Data, steps: int, global_batch: int) -> list[tuple[int, 
     ]
 
 
-def first_part(schedule: Schedule, samples: int) -> Schedule:
+def truncate_schedule(schedule: Schedule, samples: int) -> Schedule:
     """The same of the run's first `samples` samples alone."""
     begins = [0, *(end for end, _ in schedule)]
     return [
@@ -120,7 +120,7 @@ def names_in(schedule: Schedule) -> list[str]:
     return sorted({name for _, shares in schedule for name in shares})
 
 
-def in_words(schedule: Schedule, global_batch: int) -> str:
+def format_schedule(schedule: Schedule, global_batch: int) -> str:
     """`Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
 
     def parts(shares: dict[str, float]) -> str:

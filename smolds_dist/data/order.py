@@ -25,35 +25,35 @@ ROUNDS = 6
 PACKED_WINDOWS = 4  # whose samples are kept
 
 
-class Piece(NamedTuple):
+class TokenSpan(NamedTuple):
     """A range of a unit's training tokens."""
 
-    unit: int
+    shard: int
     start: int
     length: int
 
 
 # From units in the order in which they are wanted to the pieces of the first. Where its tokens are not there yet, it waits
 # for them, or returns None if it is not to.
-PiecesOf = Callable[[np.ndarray, bool], list[Piece] | None]
+SpansIn = Callable[[np.ndarray, bool], list[TokenSpan] | None]
 # From a window's pieces to its samples, each of them pieces again.
-Pack = Callable[[list[Piece]], list[list[Piece]]]
+Pack = Callable[[list[TokenSpan]], list[list[TokenSpan]]]
 
 
 @dataclass(eq=False)
 class Epoch:
     """One way through a source, as far as it is known. Letters: U units."""
 
-    units: np.ndarray  # [U] in this epoch's order
+    shards: np.ndarray  # [U] in this epoch's order
     size: int  # of the next window, in tokens
-    taken: int = 0  # units that `pieces` and `pending` come from
-    pieces: list[Piece] = field(default_factory=list)  # of the windows, in this epoch's order
+    taken: int = 0  # units that `spans` and `pending` come from
+    spans: list[TokenSpan] = field(default_factory=list)  # of the windows, in this epoch's order
     bounds: list[int] = field(default_factory=lambda: [0])  # where each piece begins in the epoch's tokens, and the end
     windows: list[int] = field(default_factory=lambda: [0])  # the first sample of each window, and the end
-    pieces_until: list[int] = field(default_factory=lambda: [0])  # pieces up to each window's beginning, and the end
-    units_until: list[int] = field(default_factory=list)  # units up to each window's end
+    spans_until: list[int] = field(default_factory=lambda: [0])  # pieces up to each window's beginning, and the end
+    shards_until: list[int] = field(default_factory=list)  # units up to each window's end
     keys: list[np.ndarray] = field(default_factory=list)  # [ROUNDS] of the permutation in each window
-    pending: list[Piece] = field(default_factory=list)  # of the window to come
+    pending: list[TokenSpan] = field(default_factory=list)  # of the window to come
     complete: bool = False
     _arrays: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -64,7 +64,7 @@ class Epoch:
         return self._arrays
 
 
-class SourceOrder:
+class SampleOrder:
     """The order of a source. Several threads may ask it.
 
     Args:
@@ -75,14 +75,14 @@ class SourceOrder:
 
     def __init__(
         self,
-        units: int,
-        pieces_of: PiecesOf,
+        shards: int,
+        spans_in: SpansIn,
         seq_len: int,
         seed: int,
         window_tokens: int,
         pack: Pack | None = None,
     ):
-        self._units, self._pieces_of, self._pack = units, pieces_of, pack
+        self._shards, self._spans_in, self._pack = shards, spans_in, pack
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._first = self._new_epoch(0)
         self._later: tuple[int, Epoch] | None = None  # the one that was last asked for
@@ -91,8 +91,8 @@ class SourceOrder:
         self._lock = threading.RLock()
 
     def _new_epoch(self, number: int) -> Epoch:
-        key = self._key(number, "units")[None]
-        places = permuted(np.arange(self._units), np.full(self._units, self._units), key)
+        key = self._round_keys(number, "units")[None]
+        places = permute_index(np.arange(self._shards), np.full(self._shards, self._shards), key)
         return Epoch(np.argsort(places), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
 
     def _epoch(self, number: int, sample: int | None = None) -> Epoch:
@@ -120,7 +120,7 @@ class SourceOrder:
     @property
     def num_known(self) -> int:
         """Samples of the first epoch, so far as units are known."""
-        return (self.num_tokens + sum(piece.length for piece in self._first.pending)) // self._seq_len
+        return (self.num_tokens + sum(span.length for span in self._first.pending)) // self._seq_len
 
     @property
     def num_samples(self) -> int:
@@ -142,78 +142,78 @@ class SourceOrder:
                         break
                 else:
                     return True
-                missing = self.wanted_units()
+                missing = self.wanted_shards()
             if not wait:
                 return False
-            self._pieces_of(missing, True)  # without the lock: others may ask for what is known
+            self._spans_in(missing, True)  # without the lock: others may ask for what is known
 
-    def wanted_units(self) -> np.ndarray:
+    def wanted_shards(self) -> np.ndarray:
         """Units of the first epoch that are not known yet, in their order."""
-        return self._first.units[self._first.taken :]
+        return self._first.shards[self._first.taken :]
 
-    def units_until(self, sample: int) -> np.ndarray:
+    def shards_until(self, sample: int) -> np.ndarray:
         """The first epoch's units up to the end of the window with that sample; in later epochs, all."""
         self.extend(sample)
         ends = self._first.windows
         window = int(np.searchsorted(ends, sample, "right")) - 1
-        last = self._first.units_until[window] if window < len(ends) - 1 else self._units
-        return self._first.units[:last]
+        last = self._first.shards_until[window] if window < len(ends) - 1 else self._shards
+        return self._first.shards[:last]
 
     def window_of(self, sample: int) -> tuple[int, int]:
         """The epoch that a sample of the source is in, and the window there."""
-        (number,), (place,) = (found.tolist() for found in self.places(np.array([sample])))
+        (number,), (place,) = (found.tolist() for found in self.locate(np.array([sample])))
         with self._lock:
             return number, bisect_right(self._epoch(number, place).windows, place) - 1
 
-    def units_behind(self, sample: int) -> np.ndarray:
+    def consumed_shards(self, sample: int) -> np.ndarray:
         """Units of the windows of its epoch that lie before the one of that sample."""
         number, window = self.window_of(sample)
         with self._lock:
             epoch = self._epoch(number, 0)
             # The last of them may hold the beginning of a sample that ends in the next window.
-            return epoch.units[: max(0, epoch.units_until[window - 1] - 1) if window else 0]
+            return epoch.shards[: max(0, epoch.shards_until[window - 1] - 1) if window else 0]
 
-    def units_coming(self, sample: int) -> np.ndarray:
+    def upcoming_shards(self, sample: int) -> np.ndarray:
         """Units of the window of that sample and of the next one, as far as they are known."""
         number, window = self.window_of(sample)
         with self._lock:
             epoch = self._epoch(number, 0)
-            begin = epoch.units_until[window - 1] if window else 0
-            return epoch.units[begin : epoch.units_until[min(window + 1, len(epoch.units_until) - 1)]]
+            begin = epoch.shards_until[window - 1] if window else 0
+            return epoch.shards[begin : epoch.shards_until[min(window + 1, len(epoch.shards_until) - 1)]]
 
     def _add_window(self, epoch: Epoch, number: int) -> bool:
         """Whether all of the next window is known."""
-        size = sum(piece.length for piece in epoch.pending)
-        while size < epoch.size and epoch.taken < len(epoch.units):
-            pieces = self._pieces_of(epoch.units[epoch.taken :], False)
-            if pieces is None:
+        size = sum(span.length for span in epoch.pending)
+        while size < epoch.size and epoch.taken < len(epoch.shards):
+            spans = self._spans_in(epoch.shards[epoch.taken :], False)
+            if spans is None:
                 return False
-            epoch.pending += pieces
+            epoch.pending += spans
             epoch.taken += 1
-            size += sum(piece.length for piece in pieces)
+            size += sum(span.length for span in spans)
         if size:
-            for piece in epoch.pending:
-                epoch.bounds.append(epoch.bounds[-1] + piece.length)
-            epoch.pieces += epoch.pending
-            epoch.keys.append(self._key(number, f"window {len(epoch.keys)}"))
-            epoch.pieces_until.append(len(epoch.pieces))
+            for span in epoch.pending:
+                epoch.bounds.append(epoch.bounds[-1] + span.length)
+            epoch.spans += epoch.pending
+            epoch.keys.append(self._round_keys(number, f"window {len(epoch.keys)}"))
+            epoch.spans_until.append(len(epoch.spans))
             if self._pack is None:
                 epoch.windows.append(epoch.bounds[-1] // self._seq_len)
             else:
                 epoch.windows.append(epoch.windows[-1] + len(self._packed(number, len(epoch.windows) - 1, epoch)))
-            epoch.units_until.append(epoch.taken)
+            epoch.shards_until.append(epoch.taken)
             epoch.pending, epoch.size = [], min(2 * epoch.size, self._window)
-        epoch.complete = epoch.taken == len(epoch.units)
+        epoch.complete = epoch.taken == len(epoch.shards)
         return True
 
-    def pieces(self, positions: np.ndarray) -> list[list[Piece]]:
+    def spans(self, positions: np.ndarray) -> list[list[TokenSpan]]:
         """Where the tokens of the source's samples number `positions` [n] are, `seq_len` in all, or fewer where documents
         are packed."""
-        epochs, places = self.places(positions)
+        epochs, places = self.locate(positions)
         with self._lock:
-            return [self._cut(number, place) for number, place in zip(epochs.tolist(), places.tolist(), strict=True)]
+            return list(map(self._split_sample, epochs.tolist(), places.tolist()))
 
-    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For the source's samples number `positions` [n]: the epoch, and which one it is there before shuffling."""
         if not len(positions):
             return positions, positions
@@ -232,7 +232,7 @@ class SourceOrder:
                 windows, keys = epoch.arrays()
                 window = np.searchsorted(windows, within[here], "right") - 1
                 first, end = windows[window], windows[window + 1]
-                places[here] = first + permuted(within[here] - first, end - first, keys[window])
+                places[here] = first + permute_index(within[here] - first, end - first, keys[window])
         return epochs, places
 
     def _packed_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,30 +250,30 @@ class SourceOrder:
         epochs = np.searchsorted(self._ends, positions, "right")
         return epochs, positions - np.array([0, *self._ends])[epochs]
 
-    def _pack_window(self, _number: int, window: int, epoch: Epoch) -> list[list[Piece]]:
+    def _pack_window(self, _number: int, window: int, epoch: Epoch) -> list[list[TokenSpan]]:
         assert self._pack
-        return self._pack(epoch.pieces[slice(*epoch.pieces_until[window : window + 2])])
+        return self._pack(epoch.spans[slice(*epoch.spans_until[window : window + 2])])
 
-    def _cut(self, number: int, place: int) -> list[Piece]:
+    def _split_sample(self, number: int, place: int) -> list[TokenSpan]:
         epoch = self._epoch(number, place)
         if self._pack:
             window = bisect_right(epoch.windows, place) - 1
             return self._packed(number, window, epoch)[place - epoch.windows[window]]
         start, end = place * self._seq_len, (place + 1) * self._seq_len
-        pieces, at = [], bisect_right(epoch.bounds, start) - 1
+        spans, at = [], bisect_right(epoch.bounds, start) - 1
         while start < end:
             last = min(end, epoch.bounds[at + 1])
             if last > start:
-                whole = epoch.pieces[at]
-                pieces.append(Piece(whole.unit, whole.start + start - epoch.bounds[at], last - start))
+                whole = epoch.spans[at]
+                spans.append(TokenSpan(whole.shard, whole.start + start - epoch.bounds[at], last - start))
             start, at = last, at + 1
-        return pieces
+        return spans
 
-    def _key(self, epoch: int, what: str) -> np.ndarray:
-        return key_for(f"{VERSION} {self._seed} {epoch} {what}")
+    def _round_keys(self, epoch: int, what: str) -> np.ndarray:
+        return round_keys(f"{VERSION} {self._seed} {epoch} {what}")
 
 
-def permuted(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
+def permute_index(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
     """Where a permutation of `size` things puts `index`: N independent ones, chosen by their keys.
 
     A Feistel network on the smallest square of a power of two that holds `size`, walked until it leads to a place below it
@@ -296,26 +296,26 @@ def permuted(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.
         bits, mask, keys = bits_N[walking], mask_N[walking], keys_NR[walking]
         left, right = out_N[walking] >> bits, out_N[walking] & mask
         for number in range(ROUNDS):
-            left, right = right, left ^ (_mixed(right + keys[:, number]) & mask)
+            left, right = right, left ^ (_mix64(right + keys[:, number]) & mask)
         out_N[walking] = (left << bits) | right
         walking = walking[out_N[walking] >= size_N[walking]]
     return out_N.astype(np.int64)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def _mix64(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64, modulo 2^64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014, figure 17)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def key_for(what: str) -> np.ndarray:
+def round_keys(what: str) -> np.ndarray:
     """Round keys [ROUNDS] of uint64."""
     digest = hashlib.blake2b(what.encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 
-def best_fit(pieces: list[Piece], table: Callable[[int], np.ndarray], seq_len: int) -> list[list[Piece]]:
+def best_fit(spans: list[TokenSpan], table: Callable[[int], np.ndarray], seq_len: int) -> list[list[TokenSpan]]:
     """The samples of a window: for each the pieces in it, `seq_len` tokens at most. No document is cut that fits into one.
 
     Best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830, section 3): documents longer
@@ -326,8 +326,8 @@ def best_fit(pieces: list[Piece], table: Callable[[int], np.ndarray], seq_len: i
         pieces: of the window; each begins with a document.
         table: of a unit, with a row for each document.
     """
-    items = [item for piece in pieces for item in _items(piece, table(piece.unit)["start"], seq_len)]
-    samples: list[list[Piece]] = []
+    items = [item for span in spans for item in _packing_items(span, table(span.shard)["start"], seq_len)]
+    samples: list[list[TokenSpan]] = []
     roomy: list[list[int]] = [[] for _ in range(seq_len + 1)]  # samples by the room that they have
     rooms = 0  # bit n: some sample has room for n tokens
     for item in sorted(items, key=lambda item: -item.length):
@@ -348,12 +348,12 @@ def best_fit(pieces: list[Piece], table: Callable[[int], np.ndarray], seq_len: i
     return samples
 
 
-def _items(piece: Piece, starts: np.ndarray, seq_len: int) -> list[Piece]:
+def _packing_items(span: TokenSpan, starts: np.ndarray, seq_len: int) -> list[TokenSpan]:
     """Documents in a piece, longer ones in parts of a sample's length and a rest."""
-    first, end = np.searchsorted(starts, np.array([piece.start, piece.start + piece.length], dtype=np.uint64))
+    first, end = np.searchsorted(starts, np.array([span.start, span.start + span.length], dtype=np.uint64))
     begins = starts[first:end].astype(np.int64)
-    ends = np.append(begins[1:], piece.start + piece.length)
+    ends = np.append(begins[1:], span.start + span.length)
     items = []
     for begin, stop in zip(begins.tolist(), ends.tolist(), strict=True):
-        items += [Piece(piece.unit, at, min(seq_len, stop - at)) for at in range(begin, stop, seq_len)]
+        items += [TokenSpan(span.shard, at, min(seq_len, stop - at)) for at in range(begin, stop, seq_len)]
     return items

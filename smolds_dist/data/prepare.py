@@ -7,19 +7,19 @@ from itertools import islice
 from pathlib import Path
 
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.data.cache import cache_folder, json_damage, key_of, written_once
-from smolds_dist.data.held_out import LEAST, find_held_out
+from smolds_dist.data.cache import build_once, cache_folder, json_damage, key_of
 from smolds_dist.data.mixture import Mixture, mixture_of
+from smolds_dist.data.sharded_source import ShardedSource
+from smolds_dist.data.shards import Corpus, group_files
 from smolds_dist.data.source import File, fingerprint, resolve
 from smolds_dist.data.text import documents
 from smolds_dist.data.tokenizer import TRAINING_CHARACTERS, load_tokenizer, train_tokenizer
-from smolds_dist.data.unit_source import UnitSource
-from smolds_dist.data.units import Corpus, units_of_files
+from smolds_dist.data.validation import MIN_VALIDATION_BYTES, load_validation_set
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import Data, RunConfig, Source
 
-SPREAD = 16  # parts that a tokenizer learns from at once
+INTERLEAVE = 16  # parts that a tokenizer learns from at once
 TOKENIZER_FORMAT = 4  # raise it when training on the same text comes to another tokenizer
 
 
@@ -49,7 +49,7 @@ def prepare_data(
                 None if config.data.mixed[name].max_epochs else taken
             )  # all where epochs are limited
         for name in reporter.names:
-            for line in data.sources[name].left_out():
+            for line in data.sources[name].describe_skipped():
                 print(line, file=sys.stderr, flush=True)
     finally:
         reporter.close_bars()
@@ -84,7 +84,7 @@ def find_data(
     return TrainingData(loaded, sources, orders, mixture, seq_len, limits, reporter)
 
 
-def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
+def epoch_summary(config: RunConfig, data: TrainingData) -> list[str]:
     """What the run will take of each source, a sentence for each."""
     samples = config.train.steps * config.train.global_batch
     totals, epochs = data.taken(samples), data.epochs(samples)
@@ -94,14 +94,14 @@ def told_epochs(config: RunConfig, data: TrainingData) -> list[str]:
         if name in epochs:
             lines.append(f"{tokens}, {epochs[name]:.3g} epochs of {data.orders[name].num_tokens:,}")
         else:
-            lines.append(f"{tokens}; {source.num_found:,} of {len(source.units):,} parts are tokenised so far")
+            lines.append(f"{tokens}; {source.num_found:,} of {len(source.shards):,} parts are tokenised so far")
     return lines
 
 
 def _check_sizes(config: RunConfig, data: TrainingData) -> None:
     for name, source in data.sources.items():
         order = data.orders[name]
-        for split, tokens in (("training", order.num_tokens), ("held-out", len(source.held_out.tokens))):
+        for split, tokens in (("training", order.num_tokens), ("held-out", len(source.validation.tokens))):
             if tokens < config.data.seq_len:
                 raise ConfigError(
                     f"the {split} split of {config.data.mixed[name].source!r} has {tokens} tokens, less than one sequence "
@@ -133,20 +133,20 @@ def _tokenizer_folder(
             what = ", ".join(one.source for one in data.mixed.values())
             print(f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", flush=True)
         texts = {
-            name: _spread_texts(one, files[name], data, TRAINING_CHARACTERS // len(sources))
+            name: _interleaved_texts(one, files[name], data, TRAINING_CHARACTERS // len(sources))
             for name, one in sources.items()
         }
         train_tokenizer(texts, data.tokenizer_vocab_size, folder)
 
     fingerprints = [fingerprint(one, files[name], data) for name, one in data.mixed.items()]
     key = key_of(TOKENIZER_FORMAT, fingerprints, data.tokenizer_vocab_size)
-    return written_once(cache / "tokenizers" / key, train, json_damage("tokenizer.json"))
+    return build_once(cache / "tokenizers" / key, train, json_damage("tokenizer.json"))
 
 
-def _spread_texts(source: Source, files: list[File], data: Data, characters: int) -> Iterator[str]:
-    """Return texts from parts spread over all files, `SPREAD` of them in turn, and of each text its share of characters."""
-    coming = (documents(source, files, data, parts=[part]) for unit in units_of_files(source, files) for part in unit)
-    reading = deque(islice(coming, SPREAD))
+def _interleaved_texts(source: Source, files: list[File], data: Data, characters: int) -> Iterator[str]:
+    """Yield texts from parts spread over all files, `INTERLEAVE` of them in turn, each cut to its share of characters."""
+    coming = (documents(source, files, data, chunks=[chunk]) for shard in group_files(source, files) for chunk in shard)
+    reading = deque(islice(coming, INTERLEAVE))
     most = characters // max(1, len(reading))
     while reading:
         one = reading.popleft()
@@ -159,14 +159,14 @@ def _spread_texts(source: Source, files: list[File], data: Data, characters: int
 
 def _open_sources(
     corpora: list[Corpus], cache: Path, limits: dict[str, int | None], reporter: Reporter
-) -> dict[str, UnitSource]:
+) -> dict[str, ShardedSource]:
     """Each source. What one holds out, none is trained on."""
     with reporter.active():
-        held_out = [find_held_out(corpus, cache, limits[corpus.name]) for corpus in corpora]
-    aside = sorted({text for one in held_out for text in one.beyond})
+        validation = [load_validation_set(corpus, cache, limits[corpus.name]) for corpus in corpora]
+    excluded = sorted({text for one in validation for text in one.beyond})
     return {
-        corpus.name: UnitSource(corpus, cache, one, aside, reporter, limits[corpus.name]).open()
-        for corpus, one in zip(corpora, held_out, strict=True)
+        corpus.name: ShardedSource(corpus, cache, one, excluded, reporter, limits[corpus.name]).open()
+        for corpus, one in zip(corpora, validation, strict=True)
     }
 
 
@@ -175,4 +175,4 @@ def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture)
     if config.data.max_tokens or not source.source.startswith("hf:"):
         return config.data.max_tokens
     samples = mixture.totals(config.train.steps * config.train.global_batch)[mixture.names.index(name)]
-    return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + LEAST
+    return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + MIN_VALIDATION_BYTES

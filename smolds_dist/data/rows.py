@@ -17,7 +17,7 @@ from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Source
 
 # What a row is called where one is named.
-PLACES = {"jsonl": "line", "parquet": "row", "arrow": "row", "hf": "row", "tokens": "document"}
+ROW_NAMES = {"jsonl": "line", "parquet": "row", "arrow": "row", "hf": "row", "tokens": "document"}
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ NO_UTF8 = "no UTF-8", "bytes that are no UTF-8 text"
 # A row's number in its file, from 1, and its text: a string, None, whatever else stands there, or an array of token ids.
 Rows = Iterator[tuple[int, Any]]
 
-WHOLE = (0, 1)  # the first of one part
+WHOLE_FILE = (0, 1)  # the first of one part
 
 # Integers stand for themselves by their number of digits: Python converts 4,300 at most, and none of them is text.
 decode_json = json.JSONDecoder(parse_int=len).decode
 
 
-def rows_of(file: File, source: Source, part: tuple[int, int] = WHOLE) -> Rows:
+def rows_of(file: File, source: Source, part: tuple[int, int] = WHOLE_FILE) -> Rows:
     """The rows of a file, or of a part of it, numbered there.
 
     Args:
@@ -95,13 +95,13 @@ def _damage_errors() -> tuple[type[Exception], ...]:
     return OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException
 
 
-def _read_source(file: File, _source: Source, _part: tuple[int, int]) -> Rows:
+def _read_source(file: File, _source: Source, _chunk: tuple[int, int]) -> Rows:
     # Python's own tests hold files that are empty or in no encoding, on purpose.
     with open(file.path, encoding="utf-8", errors="replace") as content:
         yield 1, content.read()
 
 
-def _read_text(file: File, _source: Source, _part: tuple[int, int]) -> Rows:
+def _read_text(file: File, _source: Source, _chunk: tuple[int, int]) -> Rows:
     with open_file(file.path) as opened:
         content = opened.read()
     try:
@@ -115,7 +115,7 @@ def _read_text(file: File, _source: Source, _part: tuple[int, int]) -> Rows:
 def _read_jsonl(file: File, source: Source, part: tuple[int, int]) -> Rows:
     with open_file(file.path) as lines:
         at, end = 0, math.inf
-        if part != WHOLE:
+        if part != WHOLE_FILE:
             at, end = _first_byte(lines, file.size, part), _first_byte(lines, file.size, (part[0] + 1, part[1]))
             lines.seek(at)
         # Only b"\n" ends a line here: U+2028 and U+0085 may stand in a JSON string as they are.
@@ -211,7 +211,7 @@ def _row_groups(count: int, part: tuple[int, int]) -> range:
     return range(count * part[0] // part[1], count * (part[0] + 1) // part[1])
 
 
-def _read_arrow(file: File, source: Source, _part: tuple[int, int]) -> Rows:
+def _read_arrow(file: File, source: Source, _chunk: tuple[int, int]) -> Rows:
     import pyarrow
 
     with open_file(file.path, seekable=True) as content:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from smolds_dist.data.cache import json_damage, key_of, written_once
+from smolds_dist.data.cache import build_once, json_damage, key_of
 from smolds_dist.data.remote import file_system, open_remote, retried
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Data, Source
@@ -50,7 +50,7 @@ class File:
     version: str  # changes when the content does, as far as the file system tells
 
 
-class Part(NamedTuple):
+class FileChunk(NamedTuple):
     """One of `of` parts of a file."""
 
     file: int  # among the source's
@@ -98,7 +98,7 @@ def _with_index(file: File) -> File:
     """Return the file; its version changes with that of its index, too."""
     if index := index_of(file.path):
         with contextlib.suppress(FileNotFoundError):
-            described = _described(index)
+            described = _stat_file(index)
             return replace(file, version=f"{file.version} {described.size} {described.version}")
     return file
 
@@ -106,14 +106,16 @@ def _with_index(file: File) -> File:
 def _local_files(kind: str, pattern: str) -> list[File]:
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        paths = [path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _belongs(path, kind)]
+        paths = [
+            path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _matches_format(path, kind)
+        ]
     else:
-        paths = glob.glob(_existing_as_itself(pattern), recursive=True)
+        paths = glob.glob(_literal_path(pattern), recursive=True)
     status = {path: os.stat(path) for path in sorted(paths) if os.path.isfile(path)}
     return [File(path, s.st_size, f"{os.path.abspath(path)} {s.st_mtime_ns}") for path, s in status.items()]
 
 
-def _existing_as_itself(pattern: str) -> str:
+def _literal_path(pattern: str) -> str:
     """The pattern, in which the leading folders that exist stand for themselves, such as `corpus[v2]/*.txt`."""
     head, rest = pattern, list[str]()
     while head and not os.path.exists(head):
@@ -122,7 +124,7 @@ def _existing_as_itself(pattern: str) -> str:
     return os.path.join(glob.escape(head), *rest)
 
 
-def _belongs(path: str, kind: str) -> bool:
+def _matches_format(path: str, kind: str) -> bool:
     return kind not in ENDINGS or _decompressed_name(path).endswith(ENDINGS[kind])
 
 
@@ -141,7 +143,7 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
         elif web and not path.endswith("/"):  # to ask whether it is a folder would fetch all of it
             paths = [path]
         elif system.isdir(path) and not system.isfile(path):
-            paths = [found for found in system.find(path) if _belongs(found, kind)]
+            paths = [found for found in system.find(path) if _matches_format(found, kind)]
         else:
             paths = [path] if system.exists(path) else []
         return system, [(found, system.info(found)) for found in sorted(paths)]
@@ -264,7 +266,7 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
             kind, files = _list(source)
             (folder / "files.json").write_text(json.dumps({"kind": kind, "files": [asdict(file) for file in files]}))
 
-        listed = json.loads((written_once(folder, write, json_damage("files.json")) / "files.json").read_text())
+        listed = json.loads((build_once(folder, write, json_damage("files.json")) / "files.json").read_text())
         kind, files = listed["kind"], [File(**file) for file in listed["files"]]
     if kind is None:
         return source, files_of(source)
@@ -295,7 +297,7 @@ def _list(source: Source) -> tuple[str | None, list[File]]:
     if kind is None:
         return None, []
     with ThreadPoolExecutor(16) as pool:
-        return kind, list(pool.map(_described, paths))
+        return kind, list(pool.map(_stat_file, paths))
 
 
 def _kind_of(paths: list[str]) -> str | None:
@@ -315,7 +317,7 @@ def _holds_lines(path: str) -> bool:
             return False
 
 
-def _described(path: str) -> File:
+def _stat_file(path: str) -> File:
     if "://" not in path:
         status = Path(path).stat()
         return File(path, status.st_size, str(status.st_mtime_ns))

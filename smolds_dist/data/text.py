@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.data.rows import PLACES, BadRow, rows_before, rows_of
-from smolds_dist.data.source import BadFileError, File, Part
+from smolds_dist.data.rows import ROW_NAMES, BadRow, rows_before, rows_of
+from smolds_dist.data.source import BadFileError, File, FileChunk
 from smolds_dist.data.token_files import BLOCK, Flat
 from smolds_dist.data.tokenizer import text_encoder
 from smolds_dist.errors import ConfigError
@@ -25,19 +25,19 @@ from smolds_dist.settings import Data, Source
 
 BYTE_ORDER_MARK = "\ufeff"
 DOCUMENTS_AT_ONCE = 512
-BEGINNING = 50  # tokens by which the original run tells texts apart
+PREFIX_TOKENS = 50  # tokens by which the original run tells texts apart
 
 
 class Document(NamedTuple):
     """A text and where it stands."""
 
-    part: int  # among those that are read, from 0
+    chunk: int  # among those that are read, from 0
     number: int  # of its line or row there, from 1
     text: str | np.ndarray | Flat  # or token ids, of a `tokens` source
 
 
 @dataclass
-class Tally:
+class ReadStats:
     """What has been read of a source, and what was left out.
 
     Args:
@@ -45,25 +45,25 @@ class Tally:
         bad_rows: file for the others: a JSON line for each, with file, row and why; made with the first.
     """
 
-    say: Callable[[str], None] = lambda _: None
+    log: Callable[[str], None] = lambda _: None
     bad_rows: Path | None = None
     read: int = 0  # rows
     without_text: int = 0  # null, empty or blank ones
     bad: Counter[str] = field(default_factory=Counter)  # by kind
 
-    def lines(self, name: str) -> list[str]:
+    def describe(self, name: str) -> list[str]:
         """What was left out of the source of this name, in words."""
-        said = []
+        messages = []
         if self.without_text:
-            said.append(
+            messages.append(
                 f"{name}: {self.without_text:,} of {self.read:,} rows hold no text (null, empty or blank); left out."
             )
         if self.bad:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.bad.most_common())
-            said.append(f"{name}: {self.bad.total():,} of {self.read:,} rows were left out ({kinds}).")
-        return said
+            messages.append(f"{name}: {self.bad.total():,} of {self.read:,} rows were left out ({kinds}).")
+        return messages
 
-    def note(self, file: str, place: str, number: int, bad: BadRow) -> None:
+    def add_bad_row(self, file: str, place: str, number: int, bad: BadRow) -> None:
         """Counts a bad row and writes it down."""
         self.bad[bad.kind] += 1
         if self.bad_rows is not None:
@@ -72,7 +72,11 @@ class Tally:
 
 
 def documents(
-    source: Source, files: list[File], data: Data, tally: Tally | None = None, parts: Sequence[Part] | None = None
+    source: Source,
+    files: list[File],
+    data: Data,
+    stats: ReadStats | None = None,
+    chunks: Sequence[FileChunk] | None = None,
 ) -> Iterator[Document]:
     """The documents of a source, file by file, their texts as they are but for a byte order mark.
 
@@ -85,46 +89,46 @@ def documents(
         ConfigError: where a file is empty or damaged, or a row holds no string, and is not to be skipped
             (`data.on_bad_file`, `data.on_bad_row`).
     """
-    tally = tally or Tally()
-    place = PLACES.get(source.source.partition(":")[0], "file")
-    for at, part in enumerate(parts or [Part(number, 0, 1) for number in range(len(files))]):
-        file, read, bad_here, before = files[part.file], tally.read, 0, None
+    stats = stats or ReadStats()
+    place = ROW_NAMES.get(source.source.partition(":")[0], "file")
+    for at, chunk in enumerate(chunks or [FileChunk(number, 0, 1) for number in range(len(files))]):
+        file, read, bad_here, before = files[chunk.file], stats.read, 0, None
         try:
-            for number, text in rows_of(file, source, (part.number, part.of)):
-                tally.read += 1
+            for number, text in rows_of(file, source, (chunk.number, chunk.of)):
+                stats.read += 1
                 if isinstance(text, str):
                     text = text.removeprefix(BYTE_ORDER_MARK)
                     if text.strip():
                         yield Document(at, number, text)
                     else:
-                        tally.without_text += 1
+                        stats.without_text += 1
                 elif text is None:
-                    tally.without_text += 1
+                    stats.without_text += 1
                 elif isinstance(text, BadRow):
-                    before = rows_before(file, source, (part.number, part.of)) if before is None else before
+                    before = rows_before(file, source, (chunk.number, chunk.of)) if before is None else before
                     number += before
                     if data.on_bad_row == "refuse":
                         raise ConfigError(
                             f"{file.path} has in {place} {number:,} {text.why}; mend it, or leave such rows out with "
                             "--data.on_bad_row skip."
                         )
-                    tally.note(file.path, place, number, text)
+                    stats.add_bad_row(file.path, place, number, text)
                     bad_here += 1
                     if bad_here == 1:
-                        tally.say(
+                        stats.log(
                             f"{file.path} has in {place} {number:,} {text.why}; left out, as others like it will be."
                         )
                 else:
                     yield Document(at, number, text)
-            if tally.read == read and part.of == 1:
+            if stats.read == read and chunk.of == 1:
                 raise BadFileError("is empty")
         except BadFileError as error:
             if data.on_bad_file == "refuse":
                 raise ConfigError(f"{file.path} {error}; mend or remove it, or use --data.on_bad_file skip.") from None
-            tally.say(f"{file.path} {error}; {'left out' if tally.read == read else 'its rest was left out'}.")
+            stats.log(f"{file.path} {error}; {'left out' if stats.read == read else 'its rest was left out'}.")
 
 
-def look_ahead(source: Source, files: list[File], data: Data, most: int = 1000) -> None:
+def check_first_rows(source: Source, files: list[File], data: Data, most: int = 1000) -> None:
     """Reads the first row of each file, so that a wrong column or format shows before the work begins.
 
     Raises:
@@ -140,11 +144,11 @@ def look_ahead(source: Source, files: list[File], data: Data, most: int = 1000) 
 class Tokenized(NamedTuple):
     """A document's tokens and where it stands."""
 
-    part: int  # as of its `Document`
+    chunk: int  # as of its `Document`
     number: int
     ids: bytes  # little-endian uint32, the end-of-text token included
     text: int  # 64-bit digest of the whole text
-    beginning: int  # of its first `BEGINNING` tokens
+    beginning: int  # of its first `PREFIX_TOKENS` tokens
     length: int  # UTF-8 bytes of the text; of a `tokens` source 0, to be found by decoding
 
 
@@ -164,17 +168,17 @@ def tokenize(
 
     def encode(batch: list[Document]) -> tuple[list[Document], list[bytes]]:
         if not isinstance(batch[0].text, str):
-            return batch, [content_of(document) for document in batch]
+            return batch, [document_bytes(document) for document in batch]
         encodings = encoder.encode_batch_fast([str(document.text) for document in batch], add_special_tokens=False)
         return batch, [array("I", encoding.ids).tobytes() for encoding in encodings]
 
     def finished(batch: list[Document], encoded: list[bytes]) -> list[Tokenized]:
         done = []
         for document, ids in zip(batch, encoded, strict=True):
-            content = content_of(document)
+            content = document_bytes(document)
             length = len(content) if isinstance(document.text, str) else 0
-            beginning = digest(ids[: 4 * BEGINNING])
-            done.append(Tokenized(document.part, document.number, ids + end, digest(content), beginning, length))
+            beginning = digest(ids[: 4 * PREFIX_TOKENS])
+            done.append(Tokenized(document.chunk, document.number, ids + end, digest(content), beginning, length))
         return done
 
     with ThreadPoolExecutor(1, "tokenizer") as pool:
@@ -205,15 +209,17 @@ def single_documents(found: Iterable[Document], tokenizer: PreTrainedTokenizerBa
             yield document
             continue
         text = document.text
-        for number, ids in _cut(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]:
+        for number, ids in (
+            _split_flat(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]
+        ):
             if len(ids):
                 for outside in (int(ids.max()), int(ids.min())):
                     if not 0 <= outside < vocabulary:
-                        raise WrongIdError(document.part, number, outside, vocabulary)
-                yield Document(document.part, number, ids[:-1] if ids[-1] == eos else ids)
+                        raise WrongIdError(document.chunk, number, outside, vocabulary)
+                yield Document(document.chunk, number, ids[:-1] if ids[-1] == eos else ids)
 
 
-def content_of(document: Document) -> bytes:
+def document_bytes(document: Document) -> bytes:
     """What a document's digest is made of: its text, or the ids of a `tokens` source as they are stored here."""
     text = document.text
     return text.encode(errors="replace") if isinstance(text, str) else np.asarray(text).astype("<u4").tobytes()
@@ -222,14 +228,14 @@ def content_of(document: Document) -> bytes:
 class WrongIdError(Exception):
     """An id that the tokenizer does not have."""
 
-    def __init__(self, part: int, document: int, token: int, vocabulary: int):
+    def __init__(self, chunk: int, document: int, token: int, vocabulary: int):
         super().__init__(
             f"has in document {document:,} the id {token}; the tokenizer has ids from 0 to {vocabulary - 1}"
         )
-        self.part = part
+        self.chunk = chunk
 
 
-def _cut(tokens: np.ndarray, eos: int) -> Iterator[tuple[int, np.ndarray]]:
+def _split_flat(tokens: np.ndarray, eos: int) -> Iterator[tuple[int, np.ndarray]]:
     """The documents of a flat file, each with its end-of-text token; without holding all of it in memory."""
     start = number = 0
     for block in range(0, len(tokens), BLOCK):
@@ -252,7 +258,7 @@ def decoded_bytes(document: Tokenized, tokenizer: PreTrainedTokenizerBase) -> in
     return len(str(tokenizer.decode(ids.tolist())).encode(errors="replace"))
 
 
-def is_held_out(text: int, fraction: float) -> bool:
+def is_validation(text: int, fraction: float) -> bool:
     """By a text's digest alone: a document stays on its side when the corpus grows, in every source, and copies stay
     together.
     """

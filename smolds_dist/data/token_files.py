@@ -29,10 +29,10 @@ class Flat(NamedTuple):
     tokens: np.ndarray  # [tokens]
 
 
-def read_tokens(file: File, source: Source, _part: tuple[int, int]) -> Iterator[tuple[int, Any]]:
+def read_tokens(file: File, source: Source, _chunk: tuple[int, int]) -> Iterator[tuple[int, Any]]:
     """Return the documents of a file with an index, numbered from 1, or the whole of a flat one."""
     stem, ending = os.path.splitext(file.path)
-    if ending == ".bin" and _exists(f"{stem}.idx"):
+    if ending == ".bin" and _file_exists(f"{stem}.idx"):
         yield from _megatron(file.path, f"{stem}.idx")
     elif ending == ".ds":
         yield from _datatrove(file.path)
@@ -63,7 +63,7 @@ def _megatron(path: str, index_path: str) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _datatrove(path: str) -> Iterator[tuple[int, np.ndarray]]:
-    if not _exists(f"{path}.index"):
+    if not _file_exists(f"{path}.index"):
         raise BadFileError(f"has no {os.path.basename(path)}.index beside it")
     ends = _array(f"{path}.index", "uint64").astype(np.int64)
     content = _array(path, "uint8")
@@ -83,7 +83,7 @@ def _flat(path: str, dtype: str) -> np.ndarray:
     if not has_header:
         return _array(path, dtype)
     try:
-        if _is_plain(path):
+        if _is_raw(path):
             tokens: np.ndarray = np.lib.format.open_memmap(path, mode="r")
         else:
             with open_file(path) as file:
@@ -97,7 +97,7 @@ def _flat(path: str, dtype: str) -> np.ndarray:
 
 def _array(path: str, dtype: str) -> np.ndarray:
     """A file's content; mapped, so that one larger than memory can be read."""
-    if _is_plain(path):
+    if _is_raw(path):
         size = os.path.getsize(path)
         content = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
     else:
@@ -108,11 +108,11 @@ def _array(path: str, dtype: str) -> np.ndarray:
     return content.view(dtype)
 
 
-def _is_plain(path: str) -> bool:
+def _is_raw(path: str) -> bool:
     return "://" not in path and os.path.splitext(path)[1] in (".bin", ".npy", ".ds", ".index")
 
 
-def _exists(path: str) -> bool:
+def _file_exists(path: str) -> bool:
     if "://" not in path:
         return os.path.exists(path)
     system, name = file_system(path)

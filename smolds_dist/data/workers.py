@@ -19,26 +19,26 @@ from pathlib import Path
 from smolds_dist.config import load_config, save_config
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cores import free_cores, use_all_cores
-from smolds_dist.data.order import SourceOrder
+from smolds_dist.data.order import SampleOrder
 from smolds_dist.data.prepare import find_data
-from smolds_dist.data.unit_source import AT_ONCE, UnitSource
+from smolds_dist.data.sharded_source import LOOKAHEAD, ShardedSource
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import file_message, replace_text
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import RunConfig
 
-IDLE = 0.2  # seconds between two looks, where others are making all that is wanted
+IDLE_SECONDS = 0.2  # seconds between two looks, where others are making all that is wanted
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerArgs:
     """What a worker is told."""
 
     config: str  # path of the run's settings
     parent: int  # process without which it ends
     tokenizer: str  # a folder, or a name on the Hub
     limits: dict[str, int | None]
-    ahead: bool  # of a training, whose cores it must leave alone
+    background: bool  # of a training, whose cores it must leave alone
     position: str  # path of a file that says how many samples of the run have been trained on
 
 
@@ -50,16 +50,16 @@ class Workers:
         ahead: at low priority, passing over what is wrong with the text: the training will tell it when it gets there.
     """
 
-    def __init__(self, config: RunConfig, data: TrainingData, count: int, ahead: bool):
+    def __init__(self, config: RunConfig, data: TrainingData, count: int, background: bool):
         self._folder = tempfile.TemporaryDirectory(prefix="smolds-workers-")
         settings = Path(self._folder.name) / "config.yaml"
         save_config(config, settings)
         self._position = Path(self._folder.name) / "position"
-        self.tell_position(0)
+        self.set_position(0)
         tokenizer = data.tokenizer.name_or_path
-        work = Work(str(settings), os.getpid(), tokenizer, data.limits, ahead, str(self._position))
+        worker_args = WorkerArgs(str(settings), os.getpid(), tokenizer, data.limits, background, str(self._position))
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(work))]
+        command = [sys.executable, "-m", "smolds_dist.data.workers", json.dumps(asdict(worker_args))]
         self.processes = [
             subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
             for _ in range(count)
@@ -75,11 +75,11 @@ class Workers:
             process.communicate()
         self._folder.cleanup()
 
-    def tell_position(self, samples: int) -> None:
+    def set_position(self, samples: int) -> None:
         """So many samples of the run have been trained on."""
         replace_text(self._position, str(samples))
 
-    def busy(self) -> bool:
+    def are_running(self) -> bool:
         """Whether one of them still works.
 
         Raises:
@@ -87,8 +87,8 @@ class Workers:
         """
         for process in self.processes:
             if process.poll():
-                said = (process.stdout.read() if process.stdout else "").strip()
-                raise ConfigError(said or f"a worker process ended with exit code {process.returncode}; see above.")
+                message = (process.stdout.read() if process.stdout else "").strip()
+                raise ConfigError(message or f"a worker process ended with exit code {process.returncode}; see above.")
         return any(process.poll() is None for process in self.processes)
 
 
@@ -103,134 +103,134 @@ class DiskBudget:
 
     def __init__(self, data: TrainingData, budget: float):
         self._data, self._budget = data, budget
-        self._at: list[tuple[int, int]] = []
+        self._windows: list[tuple[int, int]] = []
 
-    def keep(self, samples: int) -> bool:
+    def enforce(self, samples: int) -> bool:
         """The run has come so far: removes what lies behind, the oldest first, where there is too much.
 
         Returns:
             Whether it has come to another window.
         """
-        at = [order.window_of(taken) for _, order, taken in unit_orders(self._data, samples)]
-        if at == self._at:
+        at = [order.window_of(taken) for _, order, taken in sharded_orders(self._data, samples)]
+        if at == self._windows:
             return False
-        self._at = at
-        over = bytes_there(self._data) - self._budget
-        for source, order, taken in unit_orders(self._data, samples):
-            for unit in order.units_behind(taken).tolist():
-                over -= source.remove(unit) if over > 0 else 0
+        self._windows = at
+        over = cached_bytes(self._data) - self._budget
+        for source, order, taken in sharded_orders(self._data, samples):
+            for shard in order.consumed_shards(taken).tolist():
+                over -= source.remove(shard) if over > 0 else 0
         return True
 
 
-def unit_orders(data: TrainingData, samples: int) -> list[tuple[UnitSource, SourceOrder, int]]:
+def sharded_orders(data: TrainingData, samples: int) -> list[tuple[ShardedSource, SampleOrder, int]]:
     """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
     taken = data.taken(samples)
-    several = {name: source for name, source in data.sources.items() if len(source.units) > 1}
+    several = {name: source for name, source in data.sources.items() if len(source.shards) > 1}
     return [(source, data.orders[name], max(0, taken[name] - 1)) for name, source in several.items()]
 
 
-def bytes_there(data: TrainingData) -> int:
+def cached_bytes(data: TrainingData) -> int:
     """Bytes of all tokens that are there."""
-    return sum(source.bytes_there() for source in data.sources.values())
+    return sum(source.cached_bytes() for source in data.sources.values())
 
 
 @contextmanager
-def tokenising_ahead(config: RunConfig, data: TrainingData, ranks: int) -> Iterator[Callable[[int], None]]:
+def background_tokenization(config: RunConfig, data: TrainingData, ranks: int) -> Iterator[Callable[[int], None]]:
     """The workers that a machine with so many ranks of a training should have, while the block lasts.
 
     Yields:
         What is to be told after each step how many samples of the run have been trained on.
     """
     gigabytes = config.data.disk_budget_gb
-    if gigabytes is None and data.covers(config.train.steps * config.train.global_batch):
+    if gigabytes is None and data.has_samples(config.train.steps * config.train.global_batch):
         yield lambda samples: None
         return
     count = free_cores(ranks) if config.data.workers == "auto" else config.data.workers
-    with Workers(config, data, count, ahead=True) as workers:
+    with Workers(config, data, count, background=True) as workers:
         budget = DiskBudget(data, 1e9 * gigabytes) if gigabytes else None
 
         def done(samples: int) -> None:
-            if budget and budget.keep(samples):
-                workers.tell_position(samples)
+            if budget and budget.enforce(samples):
+                workers.set_position(samples)
 
         yield done
 
 
-def wanted_units(data: TrainingData, samples: int) -> list[tuple[UnitSource, int]] | None:
+def wanted_shards(data: TrainingData, samples: int) -> list[tuple[ShardedSource, int]] | None:
     """Units that the run's first `samples` samples want and that are not there yet, the most urgent first; None where that
     cannot be said any more, as all is known."""
     needed = data.taken(samples)
-    missing: list[tuple[int, UnitSource, list[int]]] = []
+    missing: list[tuple[int, ShardedSource, list[int]]] = []
     for name, source in data.sources.items():
         order = data.orders[name]
         if needed[name] and not order.extend(needed[name] - 1, wait=False):
-            units = [unit for unit in order.wanted_units().tolist() if not source.find(unit)][:AT_ONCE]
-            missing.append((runs_dry(data, name, order.num_known, samples), source, units))
+            shards = [shard for shard in order.wanted_shards().tolist() if not source.has_meta(shard)][:LOOKAHEAD]
+            missing.append((first_missing_sample(data, name, order.num_known, samples), source, shards))
     missing.sort(key=lambda one: one[0])
-    return [(source, unit) for _, source, units in missing for unit in units] if missing else None
+    return [(source, shard) for _, source, shards in missing for shard in shards] if missing else None
 
 
-def runs_dry(data: TrainingData, name: str, known: int, samples: int) -> int:
+def first_missing_sample(data: TrainingData, name: str, known: int, samples: int) -> int:
     """The first sample of the run for which the source's first `known` samples are not enough; `samples`, if none is."""
     return bisect_right(range(samples), known, key=lambda sample: data.taken(sample + 1)[name])
 
 
-def work(told: Work) -> None:
+def run_worker(args: WorkerArgs) -> None:
     """Makes units until there are all that the run wants."""
-    if told.ahead:
+    if args.background:
         os.nice(19)
     use_all_cores()
-    config = load_config(["--config", told.config, "-q"])
+    config = load_config(["--config", args.config, "-q"])
     reporter = Reporter()
-    reporter.heartbeat = lambda: end_without(told.parent)
-    data = find_data(config, Path(told.tokenizer), told.limits, reporter)
-    refused = set[tuple[str, int]]()
+    reporter.heartbeat = lambda: exit_if_orphaned(args.parent)
+    data = find_data(config, Path(args.tokenizer), args.limits, reporter)
+    failed = set[tuple[str, int]]()
     samples = config.train.steps * config.train.global_batch
-    budget = config.data.disk_budget_gb if told.ahead else None
+    budget = config.data.disk_budget_gb if args.background else None
     while True:
-        end_without(told.parent)
-        wanted = wanted_units(data, samples)
+        exit_if_orphaned(args.parent)
+        wanted = wanted_shards(data, samples)
         if budget is not None:
-            wanted = within_budget(data, 1e9 * budget, Path(told.position), wanted or [])
+            wanted = within_budget(data, 1e9 * budget, Path(args.position), wanted or [])
         elif wanted is None:
             return
-        if not any(make(source, unit, refused, told.ahead) for source, unit in wanted):
-            if told.ahead and wanted and refused.issuperset((source.name, unit) for source, unit in wanted):
+        if not any(try_tokenize(source, shard, failed, args.background) for source, shard in wanted):
+            if args.background and wanted and failed.issuperset((source.name, shard) for source, shard in wanted):
                 return
-            time.sleep(IDLE)
+            time.sleep(IDLE_SECONDS)
 
 
 def within_budget(
-    data: TrainingData, budget: float, position: Path, wanted: list[tuple[UnitSource, int]]
-) -> list[tuple[UnitSource, int]]:
+    data: TrainingData, budget: float, position: Path, wanted: list[tuple[ShardedSource, int]]
+) -> list[tuple[ShardedSource, int]]:
     """Of the wanted units those for which there is room, after those that the run comes to next and that were removed."""
     for source in data.sources.values():
-        source.look()
-    if bytes_there(data) >= budget:
+        source.count_cached()
+    if cached_bytes(data) >= budget:
         return []
     again = [
-        (source, unit)
-        for source, order, taken in unit_orders(data, int(position.read_text()))
-        for unit in order.units_coming(taken).tolist()
-        if not source.has_tokens(unit)
+        (source, shard)
+        for source, order, taken in sharded_orders(data, int(position.read_text()))
+        for shard in order.upcoming_shards(taken).tolist()
+        if not source.has_tokens(shard)
     ]
-    return again[:AT_ONCE] + wanted
+    return again[:LOOKAHEAD] + wanted
 
 
-def make(source: UnitSource, unit: int, refused: set[tuple[str, int]], ahead: bool) -> bool:
+def try_tokenize(source: ShardedSource, shard: int, failed: set[tuple[str, int]], background: bool) -> bool:
     """Whether the unit was made here. One that cannot be made is refused, or, ahead of a training, remembered."""
-    if (source.name, unit) in refused:
+    if (source.name, shard) in failed:
         return False
     try:
-        return source.make(unit)
+        return source.tokenize_shard(shard)
     except ConfigError:
-        if not ahead:
+        if not background:
             raise
-        refused.add((source.name, unit))
+        failed.add((source.name, shard))
         return False
 
 
-def end_without(parent: int) -> None:
+def exit_if_orphaned(parent: int) -> None:
     """Ends this process where the one that started it is gone."""
     if os.getppid() != parent:
         os._exit(1)
@@ -238,7 +238,7 @@ def end_without(parent: int) -> None:
 
 if __name__ == "__main__":
     try:
-        work(Work(**json.loads(sys.argv[1])))
+        run_worker(WorkerArgs(**json.loads(sys.argv[1])))
     except Exception as error:
         if (message := str(error) if isinstance(error, ConfigError) else file_message(error)) is None:
             raise

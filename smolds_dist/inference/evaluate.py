@@ -60,16 +60,18 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
 
 
 def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
-    from smolds_dist.data.batch import document_end
+    from smolds_dist.data.batch import document_separator
 
-    config, held_out = _what(options.model, settings)
+    config, is_validation = _data_config(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
-    results, end_of_text = [], document_end(config.data, tokenizer)
-    for source, ids, num_bytes in (_held_out if held_out else _whole)(config, tokenizer, options.max_tokens):
+    results, end_of_text = [], document_separator(config.data, tokenizer)
+    for source, ids, num_bytes in (_validation_texts if is_validation else _all_texts)(
+        config, tokenizer, options.max_tokens
+    ):
         begin, used = time.perf_counter(), ids[: options.max_tokens]
         loss, counted = mean_loss(model, used, config.data.seq_len, options.batch_size, end_of_text)
         result = {
-            "text": f"{source}{', held out' if held_out else ''}",
+            "text": f"{source}{', held out' if is_validation else ''}",
             "tokens": counted,
             "sequence_length": config.data.seq_len,
             "loss": loss,
@@ -98,7 +100,7 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
     return result
 
 
-def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
+def _data_config(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
     """The settings of the text, and whether it is a run's held-out split."""
     run = next((f for f in (model, model.parent, *model.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
     base = ["--config", str(run / "config.yaml")] if run else ["--run.name=eval"]
@@ -114,7 +116,7 @@ def _what(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
     return config, not own
 
 
-def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[str, Any, int]]:
+def _validation_texts(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[str, Any, int]]:
     """Of each source its name, the tokens that the run holds out, and how many bytes of text these stand for."""
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.tokenizer import tokenizer_digest
@@ -123,22 +125,22 @@ def _held_out(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[
     if tokenizer_digest(data.tokenizer) != tokenizer_digest(tokenizer):
         raise ConfigError("the run's corpus has changed, and with it its tokenizer; say on what with --data.source.")
     for name, source in data.sources.items():
-        yield config.data.mixed[name].source, source.held_out.tokens, source.held_out.bytes
+        yield config.data.mixed[name].source, source.validation.tokens, source.validation.bytes
 
 
-def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
+def _all_texts(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
     """The same of a source's documents, each closed by the end-of-text token, until there are `limit` tokens."""
     import numpy as np
 
+    from smolds_dist.data.shards import Corpus
     from smolds_dist.data.source import files_of
-    from smolds_dist.data.text import Tally, decoded_bytes
-    from smolds_dist.data.units import Corpus
+    from smolds_dist.data.text import ReadStats, decoded_bytes
 
     for name, source in config.data.mixed.items():
-        tally = Tally(say=lambda text: print(text, file=sys.stderr))
+        stats = ReadStats(log=lambda text: print(text, file=sys.stderr))
         parts, count, num_bytes = [], 0, 0
         corpus = Corpus(name, source.source, source, files_of(source), config.data, tokenizer)
-        for batch in corpus.tokenize(corpus.documents(tally=tally)):
+        for batch in corpus.tokenize(corpus.documents(stats=stats)):
             for document in batch:
                 if count < limit:
                     parts.append(np.frombuffer(document.ids, "<u4"))
@@ -146,7 +148,7 @@ def _whole(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str,
                     num_bytes += document.length or decoded_bytes(document, tokenizer)
             if count >= limit:
                 break
-        for line in tally.lines(source.source):
+        for line in stats.describe(source.source):
             print(line, file=sys.stderr)
         if count < 2:
             raise ConfigError(f"{source.source!r} has too little text to measure on; give more.")
@@ -162,7 +164,7 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
     import numpy as np
     import torch
 
-    from smolds_dist.data.batch import by_document
+    from smolds_dist.data.batch import apply_document_mask
 
     total, counted = 0.0, 0
     device = next(model.parameters()).device
@@ -173,7 +175,7 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
             continue
         labels, positions = tokens, {}
         if end_of_text is not None:
-            apart, labels = by_document(tokens, end_of_text)
+            apart, labels = apply_document_mask(tokens, end_of_text)
             positions["position_ids"] = apart.to(device)
         with torch.no_grad():
             inputs = {"input_ids": tokens.to(device), "labels": labels.to(device)} | positions

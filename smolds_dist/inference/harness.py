@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.errors import ConfigError, first_line
-from smolds_dist.model.regions import plain_regions
+from smolds_dist.model.regions import eager_regions
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Eval
@@ -104,7 +104,7 @@ def evaluate_live(
     )
     adapter._rank, adapter._world_size = topology.rank, topology.world_size
     model.eval()
-    with plain_regions():
+    with eager_regions():
         answer = _ask(adapter, tasks, settings.num_fewshot, settings.limit, bootstrap_iters=0)  # errors are not kept
     model.train()
     return {

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from smolds_dist.inputs import printable
-from smolds_dist.model.regions import plain_regions
+from smolds_dist.model.regions import eager_regions
 
 
 def sample(
@@ -22,7 +22,7 @@ def sample(
 
 
 @torch.no_grad()
-@plain_regions()
+@eager_regions()
 def continue_prompts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,7 +84,7 @@ def continue_prompts(
     return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(whole)]
 
 
-def whole_lines(text: str) -> str:
+def complete_lines(text: str) -> str:
     """`text` to be shown: control characters escaped, and without an unfinished last line where there are others."""
     lines = (text.rpartition("\n")[0].rstrip() or text).split("\n")
     return "\n".join("    | " + printable(line) for line in lines)

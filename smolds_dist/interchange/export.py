@@ -18,7 +18,7 @@ from typing import Any
 from smolds_dist.checkpoint.files import (
     CheckpointReader,
     Manifest,
-    by_bytes,
+    batch_by_bytes,
     checkpoint_name,
     checkpoints_in,
     find_damage,
@@ -144,10 +144,10 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
             have = ", ".join(folder.name for folder in reversed(folders)) or "none"
             raise ConfigError(f"{source} has no checkpoint of step {step}; it has {have}.")
         return asked
-    whole = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
-    if whole is None:
+    complete = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
+    if complete is None:
         raise ConfigError(f"{source} holds no whole checkpoint; name a run's folder, such as runs/NAME.")
-    return whole
+    return complete
 
 
 def open_model(folder: Path) -> tuple[CheckpointReader, Any, Any]:
@@ -230,13 +230,13 @@ def write(
 def _for_transformers(reader: CheckpointReader, config: Any, model_type: str) -> Iterator[tuple[str, Any]]:
     from smolds_dist.interchange.transformers_format import to_transformers
 
-    ours = ((name, reader.whole(name, "value")) for name in reader.manifest.tensors)
+    ours = ((name, reader.read_full(name, "value")) for name in reader.manifest.tensors)
     for name, tensor in chain(ours, _selection_biases(reader)):
         if renamed := to_transformers(name, tensor, config, model_type):
             yield renamed
     if config.tie_word_embeddings and model_type in ("deepseek_v3", "mixtral"):
         # Models of these classes have an output weight of their own, so that mlx-lm and vLLM look for no other.
-        yield "lm_head.weight", reader.whole("model.embed_tokens.weight", "value")
+        yield "lm_head.weight", reader.read_full("model.embed_tokens.weight", "value")
 
 
 def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
@@ -244,13 +244,13 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
     import torch
 
     from smolds_dist.model import DeepSeekV3ForCausalLM
-    from smolds_dist.parallel.fragments import cut, logical_shapes
+    from smolds_dist.parallel.fragments import logical_shapes, split_by_tensor
 
     with torch.device("meta"):
         model = DeepSeekV3ForCausalLM(config)
     for name, parameter in model.named_parameters():
         tensor = torch.empty(parameter.shape)
-        for fragment in cut(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
+        for fragment in split_by_tensor(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
             reader.fill(fragment)
         yield name, tensor
     yield from _selection_biases(reader)
@@ -276,7 +276,7 @@ def build_model(reader: CheckpointReader, config: Any) -> Any:
 
 def _selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
     """Name and tensor [E] of each."""
-    for key, tensor in reader.others().items():
+    for key, tensor in reader.extra_tensors().items():
         if ".e_score_correction_bias:" in key:
             yield key.split(":")[0], tensor
 
@@ -294,7 +294,7 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
             yield name, (tensor if bias else tensor.to(getattr(torch, dtype))).contiguous()
 
     sizes: list[dict[str, int]] = []
-    for batch in by_bytes(converted(), file_bytes):
+    for batch in batch_by_bytes(converted(), file_bytes):
         file = folder / f"unnamed-{len(sizes)}"
         save_file(batch, file, metadata={"format": "pt"})
         file.chmod(0o644)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from smolds_dist.checkpoint.files import by_bytes
+from smolds_dist.checkpoint.files import batch_by_bytes
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.files import replaced
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
@@ -74,7 +74,7 @@ def write_weights(
     # Each sorted as safetensors does it, so that its own files are the same.
     files = [
         dict(sorted(some.items(), key=lambda item: (-item[1].itemsize, item[0])))
-        for some in by_bytes(tensors.items(), file_bytes)
+        for some in batch_by_bytes(tensors.items(), file_bytes)
     ]
     names = file_names(len(files))
     if topology.rank == 0:
@@ -144,6 +144,6 @@ def in_rounds(files: list[dict[str, Tensor]], world: int) -> Iterator[list[list[
             for part, shape in logical_shapes(name, tensor.shape).items():
                 yield part, tensor.new_empty(shape)
 
-    batches = (by_bytes(parts(tensors), ROUND_BYTES) for tensors in files)
+    batches = (batch_by_bytes(parts(tensors), ROUND_BYTES) for tensors in files)
     for wanted in zip_longest(*batches, fillvalue={}):
         yield [list(names) for names in wanted] + [[]] * (world - len(files))  # fewer files than ranks

@@ -26,7 +26,7 @@ from smolds_dist.checkpoint.files import CheckpointReader
 from smolds_dist.errors import ConfigError
 from smolds_dist.interchange.gguf_settings import hyperparameters, llama_architecture
 from smolds_dist.interchange.gguf_tokenizer import Vocabulary, check_vocabulary, vocabulary, write_vocabulary
-from smolds_dist.interchange.transformers_format import turned_in_pairs
+from smolds_dist.interchange.transformers_format import interleave_rotary
 from smolds_dist.model import DeepSeekV3Config
 
 KINDS = {"fp32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
@@ -69,7 +69,7 @@ TEMPLATE "{{ .Prompt }}"
 """
 
 
-class Part(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor of the file; its rows are the last dimension, as in ours."""
 
     name: str
@@ -77,22 +77,22 @@ class Part(NamedTuple):
     load: Callable[[], Tensor]  # in fp32
 
 
-def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config) -> Iterator[Part]:
+def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config) -> Iterator[GGUFTensor]:
     """Every tensor of the file, none of them read yet."""
     N, D, R, E = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, config.num_experts
     # llama.cpp turns the same pairs as the classes that it has its architectures from.
     kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
 
     def turned(name: str) -> Tensor:
-        return turned_in_pairs(name, reader.whole(name, "value"), config, kind)
+        return interleave_rotary(name, reader.read_full(name, "value"), config, kind)
 
     def stacked(name: str) -> Tensor:
         names = [name.replace(".experts.0.", f".experts.{number}.") for number in range(E)]
-        return torch.stack([reader.whole(one, "value") for one in names])
+        return torch.stack([reader.read_full(one, "value") for one in names])
 
     def latent(name: str, keys: bool) -> Tensor:
         """What makes keys, of which D are not turned, or values of a latent vector [R]."""
-        heads = reader.whole(name, "value").view(N, -1, R)
+        heads = reader.read_full(name, "value").view(N, -1, R)
         return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
     for name, shape in reader.manifest.tensors.items():
@@ -101,14 +101,14 @@ def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSe
         if expert and expert[1] != "0":
             continue
         if expert:
-            yield Part(f"{block}{_EXPERTS[expert[2]]}.weight", (E, *shape), partial(stacked, name))
+            yield GGUFTensor(f"{block}{_EXPERTS[expert[2]]}.weight", (E, *shape), partial(stacked, name))
         elif module == "self_attn.kv_b_proj":
-            yield Part(f"{block}attn_k_b.weight", (N, R, D), partial(latent, name, keys=True))
-            yield Part(f"{block}attn_v_b.weight", (N, shape[0] // N - D, R), partial(latent, name, keys=False))
+            yield GGUFTensor(f"{block}attn_k_b.weight", (N, R, D), partial(latent, name, keys=True))
+            yield GGUFTensor(f"{block}attn_v_b.weight", (N, shape[0] // N - D, R), partial(latent, name, keys=False))
         else:
-            yield Part(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(turned, name))
+            yield GGUFTensor(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(turned, name))
     for name, bias in biases.items():
-        yield Part(f"{_place(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
+        yield GGUFTensor(f"{_place(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -118,13 +118,13 @@ def _place(name: str) -> tuple[str, str]:
     return (f"blk.{match[1]}." if match[1] else ""), match[2]
 
 
-def kind_of(part: Part, plain: Kind, quantise: Kind | None) -> Kind:
+def quantization_of(part: GGUFTensor, plain: Kind, quantize: Kind | None) -> Kind:
     """What a tensor's numbers are. Norms, biases and routers stay fp32, whatever is asked for; matrices whose rows are no
     multiple of a block of 32 are not quantised, and stay what they would be without."""
     if len(part.shape) == 1 or ".ffn_gate_inp." in part.name:
         return Kind.F32
-    if quantise and part.shape[-1] % gguf.GGML_QUANT_SIZES[quantise][0] == 0:
-        return quantise
+    if quantize and part.shape[-1] % gguf.GGML_QUANT_SIZES[quantize][0] == 0:
+        return quantize
     return plain
 
 
@@ -136,7 +136,7 @@ def write_gguf(
     config: DeepSeekV3Config,
     tokenizer: PreTrainedTokenizerBase,
     dtype: str,
-    quantise: str | None,
+    quantize: str | None,
     check: bool,
 ) -> None:
     """Writes the file, and reads it back where `check` says so.
@@ -152,14 +152,14 @@ def write_gguf(
     """
     architecture, values = llama_architecture(config), hyperparameters(config)
     words = vocabulary(tokenizer, config.vocab_size)
-    plain, quantised = KINDS[dtype], KINDS[quantise] if quantise else None
+    plain, quantized = KINDS[dtype], KINDS[quantize] if quantize else None
     every = list(parts(reader, biases, config))
-    kinds = {part.name: kind_of(part, plain, quantised) for part in every}
+    kinds = {part.name: quantization_of(part, plain, quantized) for part in every}
 
     writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_name(name)
-        most = quantised or plain
+        most = quantized or plain
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if most == Kind.F32 else 'MOSTLY'}_{most.name}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in values.items():
@@ -184,7 +184,7 @@ def check_gguf(
     path: Path,
     words: Vocabulary,
     tokenizer: PreTrainedTokenizerBase,
-    expected: Iterable[Part],
+    expected: Iterable[GGUFTensor],
     kinds: Mapping[str, Kind],
 ) -> None:
     """Reads a file back: its tokens must be the tokenizer's, its numbers the checkpoint's, but for rounding.

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.checkpoint.files import checkpoint_name, publish, write_parts
+from smolds_dist.checkpoint.files import checkpoint_name, finalize, write_tensor_files
 from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser, first_line
@@ -20,7 +20,7 @@ from smolds_dist.interchange.model_folder import check_settings, check_sizes, we
 from smolds_dist.rules import validate
 from smolds_dist.settings import Model, RunConfig, Yarn
 
-PART_BYTES = 200_000_000  # of a file of the checkpoint; what is written is held twice
+CHUNK_BYTES = 200_000_000  # of a file of the checkpoint; what is written is held twice
 
 
 def import_model(args: list[str]) -> None:
@@ -170,7 +170,7 @@ def write_checkpoint(
     """
     import torch
 
-    from smolds_dist.checkpoint.writer import Progress, new_manifest
+    from smolds_dist.checkpoint.writer import TrainState, new_manifest
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
     from smolds_dist.parallel.fragments import tensor_shapes
     from smolds_dist.parallel.ranks import RankInfo
@@ -184,10 +184,10 @@ def write_checkpoint(
     unfinished = root / f"unfinished_{checkpoint_name(0)}"
     unfinished.mkdir(parents=True)
     tensors = check_tensors(folder, kind, given, ours, shapes | biases)
-    files = write_parts(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), PART_BYTES)
+    files = write_tensor_files(unfinished, ((f"{name}:value:0", one.flatten()) for name, one in tensors), CHUNK_BYTES)
     topology = plan_topology(config, detect_machine(), RankInfo())
     of_import: dict[str, Any] = {"optimizer_steps": 0, "val_loss": None, "files": files, "weights_only": True}
-    publish(unfinished, new_manifest(config, topology, Progress(), {"tokenizer": tokenizer}, shapes, **of_import))
+    finalize(unfinished, new_manifest(config, topology, TrainState(), {"tokenizer": tokenizer}, shapes, **of_import))
 
 
 def check_tensors(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.checkpoint.files import Manifest
-from smolds_dist.data.mixture import first_part, in_words
+from smolds_dist.data.mixture import format_schedule, truncate_schedule
 from smolds_dist.observe import markdown
 from smolds_dist.observe.overview import parameters_of
 from smolds_dist.observe.report import figure_of
@@ -29,10 +29,10 @@ def texts(manifest: Manifest) -> list[tuple[str, str]]:
     train, data = manifest.config["train"], manifest.config["data"]
     if not data.get("sources"):
         return [("text", f"`{data['source']}`")]
-    trained_on = first_part(manifest.data["schedule"], manifest.samples)
+    trained_on = truncate_schedule(manifest.data["schedule"], manifest.samples)
     return [
         *((f"text: {name}", f"`{one['source']}`") for name, one in data["sources"].items()),
-        ("mixture", in_words(trained_on, train["global_batch"])),
+        ("mixture", format_schedule(trained_on, train["global_batch"])),
     ]
 
 
@@ -54,8 +54,8 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
     ]  # fmt: skip
     evaluation = next((row for row in reversed(rows) if "val_loss" in row), None)
     if evaluation:
-        told = f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte"
-        table.append(("validation loss", f"{told} (step {evaluation['step']:,})"))
+        line = f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte"
+        table.append(("validation loss", f"{line} (step {evaluation['step']:,})"))
     table += facts(rows).items()
     import_line = "import smolds_dist.model  # registers the architecture\n" if kind == "smolds" else ""
     parts = [

@@ -80,12 +80,12 @@ def check_sizes(folder: Path, sizes: ModelFile) -> None:
     """Raise a `ConfigError` if the settings describe more than the weights' files hold: it would be made in memory."""
     layers, numbers = _stored(folder)
     width, hidden = sizes.moe_intermediate_size or sizes.intermediate_size or 1, sizes.hidden_size
-    said = {
+    checks = {
         f"{sizes.num_hidden_layers:,} layers": sizes.num_hidden_layers > layers,
         f"a vocabulary of {sizes.vocab_size:,} and a width of {hidden:,}": sizes.vocab_size * hidden > numbers,
         f"{sizes.experts:,} experts of width {width:,}": sizes.experts * width * hidden > numbers,
     }
-    if more := next((what for what, is_more in said.items() if is_more), None):
+    if more := next((what for what, is_more in checks.items() if is_more), None):
         held = f"{layers:,} layers, {numbers:,} numbers at most"
         raise ConfigError(
             f"{folder / 'config.json'} says {more}, more than the weights beside it hold ({held}); {FIX}."

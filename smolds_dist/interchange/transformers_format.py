@@ -181,7 +181,7 @@ def _counterpart(config: DeepSeekV3Config, kind: str, common: dict[str, Any]) ->
 def to_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> tuple[str, Tensor] | None:
     """A logical tensor or selection bias of ours (`parallel.fragments`) under the name and in the row order of transformers'
     files, in which too every matrix of every expert stands on its own. None: there is no such tensor there."""
-    tensor = turned_in_pairs(name, tensor, config, kind)
+    tensor = interleave_rotary(name, tensor, config, kind)
     if name.endswith(".gate.e_score_correction_bias"):
         if kind == "ernie4_5_moe":
             return name.replace(".gate.", ".moe_statics."), tensor[None]
@@ -234,7 +234,7 @@ def _rotary_rows(name: str, config: DeepSeekV3Config, kind: str) -> tuple[int, i
     return None
 
 
-def turned_in_pairs(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> Tensor:
+def interleave_rotary(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> Tensor:
     """A logical tensor of ours in the row order of a kind of model that turns the pairs (2 i, 2 i + 1)."""
     if rotary := _rotary_rows(name, config, kind):
         return _reordered(tensor, *rotary, (2, rotary[1] // 2))
@@ -288,8 +288,8 @@ def _rope(theirs: Any) -> dict[str, Any]:
         return {"rope_theta": theta}
     unknown = [name for name in rope if name not in _YARN_FIELDS]
     if kind != "yarn" or unknown:
-        told = f"its setting {unknown[0]!r}" if kind == "yarn" else f"rope_type {kind!r}"
-        raise ValueError(f"{told} has no counterpart; only plain rotary embedding and YaRN have.")
+        message = f"its setting {unknown[0]!r}" if kind == "yarn" else f"rope_type {kind!r}"
+        raise ValueError(f"{message} has no counterpart; only plain rotary embedding and YaRN have.")
     if rope.get("factor") is None:
         rope["factor"] = theirs.max_position_embeddings / rope["original_max_position_embeddings"]
     return {"rope_theta": theta, "rope_scaling": {"rope_type": "yarn", **rope}}

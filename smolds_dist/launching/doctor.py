@@ -33,7 +33,7 @@ def doctor(args: list[str]) -> int:
     failed = False
     with contextlib.ExitStack() as stack:
         for finding in _findings(options, stack):
-            print(_without_secrets(str(finding)), flush=True)
+            print(_redact(str(finding)), flush=True)
             failed |= finding.level == "fail"
     return int(failed)
 
@@ -78,7 +78,7 @@ def _guarded(name: str, check: Callable[..., Iterator[Finding]], *args: Any) -> 
         yield Finding("warn", name, f"the check itself broke ({type(error).__name__}: {error})", "report this")
 
 
-def _without_secrets(text: str) -> str:
+def _redact(text: str) -> str:
     """Blanks tokens and the credentials of URLs, should an error message repeat them."""
     secrets = {os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
     for name, value in os.environ.items():

@@ -49,12 +49,12 @@ class RankReport:
         self.timeout = settings.timeout or float("inf")
         self.rank, self.world_size = info.rank, info.world_size
         self.passes = 0
-        self._near: list[Path] | None = None
-        self._last_beat = time.monotonic()
+        self._local_entries: list[Path] | None = None
+        self._last_heartbeat = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob(f"rank_{info.rank:05}.*"):
             old.unlink(missing_ok=True)
-        self._forget_earlier_jobs()
+        self._remove_stale_files()
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
         faulthandler.enable(self._fault_file)  # a segmentation fault leaves its name there
         memory_events = _memory_events()
@@ -67,10 +67,10 @@ class RankReport:
         if info.world_size > 1:
             threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
 
-    def _forget_earlier_jobs(self) -> None:
+    def _remove_stale_files(self) -> None:
         """Every rank does, because each begins to watch at once: only what is older than this process is of another job."""
         begun = process_started()
-        for name in ("cause.txt", hang.SIGN, hang.STACKS):
+        for name in ("cause.txt", hang.HANG_MARKER, hang.STACKS):
             with contextlib.suppress(FileNotFoundError):
                 if (self.folder / name).stat().st_mtime < begun:
                     (self.folder / name).unlink()
@@ -78,14 +78,14 @@ class RankReport:
     def _write(self) -> None:
         write_state(self.folder, self.entry, f"rank_{self.rank:05}.json")
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """A sign of life: another forward pass begins."""
         self.passes += 1
-        self.alive()
+        self.touch()
 
-    def alive(self) -> None:
+    def touch(self) -> None:
         """A sign of life without a forward pass."""
-        self._last_beat = time.monotonic()
+        self._last_heartbeat = time.monotonic()
 
     def end(self, state: str = "done", code: int = 0) -> None:
         """The rank's work has ended as it should, with this exit code."""
@@ -109,7 +109,7 @@ class RankReport:
                 if any(entry["state"] == "refused" for entry in _entries(self.folder, self.entry["job"])):
                     self.end("refused", 2)  # a rank alone has found a mistake, and told it
                     return
-                if self._tell_dead():
+                if self._report_dead_rank():
                     return
                 time.sleep(0.2)
             others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
@@ -117,47 +117,49 @@ class RankReport:
             if gone:
                 word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
                 who = f"{word} {ranks} on host {gone[0]['host']}"
-                _tell(self.folder, f"{who} was killed or lost its network ({last_line})")
+                _report_cause(self.folder, f"{who} was killed or lost its network ({last_line})")
                 return
-        _tell(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
+        _report_cause(
+            self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})"
+        )
 
-    def near(self) -> list[Path] | None:
+    def local_entries(self) -> list[Path] | None:
         """The entries of this host's ranks, the only ones in which a dead rank can be seen; None, for all, until every rank
         has its entry of this start, which is so once they compute together."""
-        if self._near is None and self.passes:
+        if self._local_entries is None and self.passes:
             entries = _entries(self.folder, self.entry["job"])
             if len(entries) == self.world_size:  # else a file could not be read just now
                 mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
-                self._near = [self.folder / f"rank_{rank:05}.json" for rank in mine]
-        return self._near
+                self._local_entries = [self.folder / f"rank_{rank:05}.json" for rank in mine]
+        return self._local_entries
 
     def _watch(self) -> None:
         while self.entry["state"] == "running":
             time.sleep(1)
-            idle = time.monotonic() - self._last_beat
-            if idle > self.timeout or (self.folder / hang.SIGN).exists():
+            idle = time.monotonic() - self._last_heartbeat
+            if idle > self.timeout or (self.folder / hang.HANG_MARKER).exists():
                 entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
-                cause = hang.give_up(self.folder, self.entry, entries, idle, self.passes)
+                cause = hang.report_hang(self.folder, self.entry, entries, idle, self.passes)
                 if self.entry["state"] == "running":
-                    _tell(self.folder, cause)
-                    hang.kill_silent(self.folder, entries)
+                    _report_cause(self.folder, cause)
+                    hang.kill_unresponsive(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
-            if self._tell_dead():
+            if self._report_dead_rank():
                 time.sleep(self.grace)
                 if self.entry["state"] == "running":
                     sys.stderr.flush()
                     os._exit(1)
 
-    def _tell_dead(self) -> bool:
+    def _report_dead_rank(self) -> bool:
         """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
         cause = self.folder / "cause.txt"
-        if not cause.exists() and find_dead(self.folder, self.entry["job"], files=self.near()):
-            _say(cause.read_text(encoding="utf-8", errors="replace").strip())
+        if not cause.exists() and record_dead_rank(self.folder, self.entry["job"], files=self.local_entries()):
+            _log(cause.read_text(encoding="utf-8", errors="replace").strip())
         return cause.exists()
 
 
-def find_dead(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
+def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
     """Notes a rank of this host that ended without a word as the cause; whether it has, as the first.
 
     Args:
@@ -172,7 +174,7 @@ def find_dead(folder: Path, job: str | None = None, since: float = 0.0, files: l
             else:  # every other end leaves a word
                 memory = _out_of_memory_kills(entry["memory_events"]) > entry["kills_before"]
                 why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
-            return _note(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
+            return _record_cause(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
     return False
 
 
@@ -189,7 +191,7 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
     return bool(mine)
 
 
-def end_ranks(folder: Path, since: float) -> None:
+def kill_ranks(folder: Path, since: float) -> None:
     """Kills what is left of a failed job's ranks on this machine, and waits for their end.
 
     Whoever started them may have died before them, and the next start wants their place.
@@ -206,7 +208,7 @@ def exit_code_of_stop(folder: Path, since: float) -> int | None:
     return stopped[0] if stopped and len(stopped) == len(entries) else None
 
 
-def _note(folder: Path, cause: str) -> bool:
+def _record_cause(folder: Path, cause: str) -> bool:
     """Writes the cause down unless there is one already; whether it has."""
     try:
         with (folder / "cause.txt").open("x", encoding="utf-8") as file:
@@ -216,13 +218,13 @@ def _note(folder: Path, cause: str) -> bool:
     return True
 
 
-def _tell(folder: Path, cause: str) -> None:
+def _report_cause(folder: Path, cause: str) -> None:
     """Notes the cause and prints it, unless there is one already."""
-    if _note(folder, cause):
-        _say(cause)
+    if _record_cause(folder, cause):
+        _log(cause)
 
 
-def _say(cause: str) -> None:
+def _log(cause: str) -> None:
     print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
 
 

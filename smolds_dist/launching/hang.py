@@ -16,12 +16,12 @@ from typing import Any
 from smolds_dist.files import replace_text, replaced
 from smolds_dist.parallel.ranks import process_state, system_name
 
-SIGN = "hanging"
+HANG_MARKER = "hanging"
 STACKS = "stacks.txt"
 ANSWER_SECONDS = 5.0
 
 
-def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float, passes: int) -> str:
+def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float, passes: int) -> str:
     """Writes this rank's stacks, waits for the others', puts all into `stacks.txt` and says in one line what is wrong.
 
     Args:
@@ -29,17 +29,17 @@ def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], id
         idle: seconds since this rank's last forward pass.
         passes: forward passes that it has begun.
     """
-    (folder / SIGN).touch()
-    with replaced(_stacks_of(folder, own)) as part, part.open("w") as file:
+    (folder / HANG_MARKER).touch()
+    with replaced(_stacks_path(folder, own)) as part, part.open("w") as file:
         file.write(f"rank {own['rank']} on host {own['host']}: {passes} forward passes, the last {idle:.0f} s ago\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
     deadline = time.monotonic() + ANSWER_SECONDS
-    while _silent(folder, entries) and time.monotonic() < deadline:
+    while _unresponsive(folder, entries) and time.monotonic() < deadline:
         time.sleep(0.1)
     texts, made = [], {}
     for entry in entries:
-        path = _stacks_of(folder, entry)
+        path = _stacks_path(folder, entry)
         texts.append(
             path.read_text(errors="replace")
             if path.exists()
@@ -49,33 +49,33 @@ def give_up(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], id
             made[entry["rank"]] = int(match.group(1))
     replace_text(folder / STACKS, "\n".join(texts))
 
-    where = f"stacks of all ranks: {folder / STACKS}"
-    silent = _silent(folder, entries)
-    if silent:
-        stopped = [e for e in silent if e["system"] == system_name() and process_state(e["pid"]) == "T"]
+    location = f"stacks of all ranks: {folder / STACKS}"
+    unresponsive = _unresponsive(folder, entries)
+    if unresponsive:
+        stopped = [e for e in unresponsive if e["system"] == system_name() and process_state(e["pid"]) == "T"]
         why = "it was stopped by a signal" if stopped else "it hangs, or its host does"
-        return f"{_names(silent)} did not answer for {idle:.0f} s: {why} ({where})"
+        return f"{_format_ranks(unresponsive)} did not answer for {idle:.0f} s: {why} ({location})"
     behind = [e for e in entries if made.get(e["rank"], 0) < max(made.values(), default=0)]
-    who = f"; {_names(behind)} fell behind the others" if behind else ""
-    return f"the ranks have waited for each other for {idle:.0f} s{who} ({where})"
+    who = f"; {_format_ranks(behind)} fell behind the others" if behind else ""
+    return f"the ranks have waited for each other for {idle:.0f} s{who} ({location})"
 
 
-def kill_silent(folder: Path, entries: list[dict[str, Any]]) -> None:
+def kill_unresponsive(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Kills the ranks of this machine that did not answer: a stopped process ends by nothing less."""
-    for entry in _silent(folder, entries):
+    for entry in _unresponsive(folder, entries):
         if entry["system"] == system_name():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(entry["pid"], signal.SIGKILL)
 
 
-def _stacks_of(folder: Path, entry: dict[str, Any]) -> Path:
+def _stacks_path(folder: Path, entry: dict[str, Any]) -> Path:
     return folder / f"rank_{entry['rank']:05}.stacks"
 
 
-def _silent(folder: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in entries if not _stacks_of(folder, entry).exists()]
+def _unresponsive(folder: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if not _stacks_path(folder, entry).exists()]
 
 
-def _names(entries: list[dict[str, Any]]) -> str:
+def _format_ranks(entries: list[dict[str, Any]]) -> str:
     ranks = ", ".join(str(entry["rank"]) for entry in entries)
     return f"rank{'s' if len(entries) > 1 else ''} {ranks} on host {entries[0]['host']}"

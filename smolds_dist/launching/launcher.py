@@ -30,12 +30,12 @@ from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inputs import read_text
 from smolds_dist.launching import restarts
-from smolds_dist.launching.failure import end_ranks, exit_code_of_stop, find_dead, signal_ranks
-from smolds_dist.launching.output import run_quietly
-from smolds_dist.launching.restarts import Failure, bad_nodes, keep_running, resume_options
+from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
+from smolds_dist.launching.output import run_filtered
+from smolds_dist.launching.restarts import Failure, faulty_hosts, resume_options, run_with_restarts
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.launching.slurm import requeue_without
-from smolds_dist.parallel.ranks import RankInfo, started_by
+from smolds_dist.parallel.ranks import RankInfo, detect_launcher
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
 from smolds_dist.settings import RunConfig
 
@@ -92,20 +92,20 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
 
     def start(failures: list[Failure]) -> tuple[int, str]:
         args = resume_options(config.run_dir, train_args, config.checkpoint.resume) if failures else train_args
-        now = plan_again(plan, failures, options, config, machine) if failures else plan
+        now = replan(plan, failures, options, config, machine) if failures else plan
         command = rank_command(now, args, on_cpu)
         if plan.launcher == "none":
-            return _run_alone(command, environment)
+            return _run_single(command, environment)
         return run_ranks(command, environment, config.run_dir, remote=plan.launcher in ("mpi", "slurm"))
 
-    def elsewhere(failures: list[Failure]) -> bool:
-        bad, now = bad_nodes(failures), bad_nodes(failures[-1:])
+    def hand_over(failures: list[Failure]) -> bool:
+        bad, now = faulty_hosts(failures), faulty_hosts(failures[-1:])
         no_spare = plan.launcher == "slurm" and bool(now) and len(bad) > options.spares
-        if no_spare and plan_again(plan, failures, options, config, machine).nodes < plan.nodes:
+        if no_spare and replan(plan, failures, options, config, machine).nodes < plan.nodes:
             return False
         return no_spare and requeue_without(bad, plan.nodes + options.spares)
 
-    return keep_running(start, config.run_dir, options.restarts, elsewhere) if options.restarts else start([])[0]
+    return run_with_restarts(start, config.run_dir, options.restarts, hand_over) if options.restarts else start([])[0]
 
 
 def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env: "os._Environ[str] | dict") -> Plan:
@@ -115,7 +115,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
     hosts = read_hostfile(options.hostfile) if options.hostfile else {}
     launcher = options.launcher
     if launcher == "auto":
-        if started_by(env):
+        if detect_launcher(env):
             return Plan("none", 1, 1)
         if hosts:
             launcher = "deepspeed"
@@ -134,7 +134,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
             raise ConfigError(f"{options.hostfile} gives its hosts different slots ({sorted(slots)}); make them equal.")
         nodes, here = len(hosts), slots.pop()
     if options.nproc_per_node != "auto":
-        here = _asked_ranks(options, nodes, here, launcher)
+        here = _requested_ranks(options, nodes, here, launcher)
     procs = nodes * here
     on_gpu = not on_cpu and machine.devices[0] == "cuda"
     if on_gpu and nodes == 1 and launcher != "slurm" and procs > machine.device_count:
@@ -168,7 +168,7 @@ def _allocation(options: argparse.Namespace, env: "os._Environ[str] | dict", on_
     return nodes - options.spares, here
 
 
-def _asked_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: str) -> int:
+def _requested_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: str) -> int:
     """The ranks per machine that --nproc-per-node asks for."""
     if not options.nproc_per_node.isdecimal() or int(options.nproc_per_node) < 1:
         raise ConfigError(
@@ -183,12 +183,12 @@ def _asked_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: s
     return asked
 
 
-def plan_again(
+def replan(
     plan: Plan, failures: list[Failure], options: argparse.Namespace, config: RunConfig, machine: Machine
 ) -> Plan:
     """The plan of the next start: without nodes that failed, as far as spares are there; with --restarts-shrink on whatever
     is left, the largest number of ranks that works there. Fewer GPUs than before have not been tested."""
-    bad = bad_nodes(failures)
+    bad = faulty_hosts(failures)
     if not options.restarts_shrink:
         return replace(plan, excluded=tuple(bad[-options.spares :] if options.spares else []))
     if plan.launcher == "slurm":
@@ -281,15 +281,15 @@ def _check_programs(plan: Plan) -> None:
         raise ConfigError(f"--launcher {plan.launcher} needs the program {program}, which is not here; {fix}.")
 
 
-def _run_alone(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+def _run_single(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """One process, which gets the signals that this one gets; its exit code and, where it failed, why."""
     process = subprocess.Popen(command, env=environment)
 
-    def pass_on(number: int, _frame: object) -> None:
+    def forward_signal(number: int, _frame: object) -> None:
         if number != signal.SIGINT:  # which a terminal sends to both
             process.send_signal(number)
 
-    with handled_by(pass_on):
+    with handled_by(forward_signal):
         code = process.wait()
     if code >= 0:
         return code, f"the process ended with exit code {code}"
@@ -307,39 +307,39 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
     hidden: list[str] = []
     asked: list[int] = []
 
-    def pass_on(process: subprocess.Popen, number: int) -> None:
+    def forward_signal(process: subprocess.Popen, number: int) -> None:
         asked.append(number)
         # torchrun and deepspeed would kill the ranks; the ranks want to save their work.
         if remote or not signal_ranks(ranks, number, began):
             process.send_signal(number)
 
-    code, told = run_quietly(command, environment, hidden, pass_on)
+    code, message = run_filtered(command, environment, hidden, forward_signal)
     if code == 0:
         return 0, ""
     stopped = exit_code_of_stop(ranks, began)
     if stopped is not None:
         return stopped, ""
-    find_dead(ranks, since=began)  # a rank notes the cause, unless it was killed
+    record_dead_rank(ranks, since=began)  # a rank notes the cause, unless it was killed
     noted = ranks / "cause.txt"
     cause = (
         noted.read_text(encoding="utf-8", errors="replace").strip()
         if noted.exists() and noted.stat().st_mtime >= began - 1
         else ""
     )
-    end_ranks(ranks, began)
+    kill_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
     how = (
         f"the ranks ended with exit code {code}" if code > 0 else f"what started the ranks was killed by signal {-code}"
     )
-    if code != 2 and not told:
-        said = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
-        last = f"{how}; the last that was heard of them: {said}"
+    if code != 2 and not message:
+        last_line = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
+        last = f"{how}; the last that was heard of them: {last_line}"
         print(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", file=sys.stderr)
     code = code if code > 0 else 128 - code
     if code in EXIT_CODES.values() and not asked:
         code = 1  # srun gives the highest code of all ranks, also of those that it signalled because another had failed
-    return code, cause or told.rstrip(".") or how
+    return code, cause or message.rstrip(".") or how
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -25,11 +25,11 @@ class NoiseFilter:
     """Tells a launcher's own lines: logs, tracebacks, and blocks between rules of -, = or *."""
 
     def __init__(self) -> None:
-        self.told = ""  # what a rank has said last, most likely why the job ends
+        self.last_message = ""  # what a rank has said last, most likely why the job ends
         self.rule = ""
         self.in_traceback = False
 
-    def hides(self, line: str) -> bool:
+    def is_noise(self, line: str) -> bool:
         line = HOST.sub("", line.strip("\r\n"))
         if self.rule:
             if line.startswith(self.rule * 20):
@@ -40,7 +40,7 @@ class NoiseFilter:
             self.rule = match.group(1)
             return True
         if line.startswith("smolds: "):
-            self.told = line.removeprefix("smolds: ")
+            self.last_message = line.removeprefix("smolds: ")
             return False
         if self.in_traceback:
             self.in_traceback = line.startswith((" ", "Traceback")) or not line
@@ -51,16 +51,16 @@ class NoiseFilter:
         return bool(NOISE.match(line))
 
 
-def run_quietly(
+def run_filtered(
     command: list[str],
     environment: dict[str, str],
     hidden: list[str],
-    pass_on: Callable[[subprocess.Popen, int], None],
+    forward_signal: Callable[[subprocess.Popen, int], None],
 ) -> tuple[int, str]:
     """Runs `command`; returns its exit code, -N where signal N ended it, and what the last line of smolds' own said.
 
     Standard output passes untouched. Lines of standard error that are the launcher's go to `hidden`. Signals that ask this
-    process to stop go to `pass_on`; the launcher has a session of its own and does not get the terminal's.
+    process to stop go to `forward_signal`; the launcher has a session of its own and does not get the terminal's.
     """
     if sys.stderr.isatty():
         # The ranks' progress bar should go on seeing a terminal.
@@ -69,24 +69,24 @@ def run_quietly(
     else:
         reading, writing = os.pipe()
     process = subprocess.Popen(
-        command, env=environment, stderr=writing, start_new_session=True, preexec_fn=_end_with_parent
+        command, env=environment, stderr=writing, start_new_session=True, preexec_fn=_die_with_parent
     )
     os.close(writing)
     try:
-        with handled_by(lambda number, _frame: pass_on(process, number)):
-            told = _pump(reading, process, hidden)
+        with handled_by(lambda number, _frame: forward_signal(process, number)):
+            told = _forward_output(reading, process, hidden)
             return process.wait(), told
     finally:
         os.close(reading)
 
 
-def _end_with_parent() -> None:
+def _die_with_parent() -> None:
     """Has the kernel send the launcher SIGTERM, should this process be killed: no ranks are left behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
+def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
     noise, rest = NoiseFilter(), ""
     while True:
         ready, _, _ = select.select([reading], [], [], 0.2)
@@ -105,10 +105,10 @@ def _pump(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
             break
         *lines, rest = re.split(r"(?<=\n)", rest + data.decode(errors="replace"))
         for line in lines:
-            if noise.hides(line.rpartition("\r")[2] if line.startswith("\r") else line):
+            if noise.is_noise(line.rpartition("\r")[2] if line.startswith("\r") else line):
                 hidden.append(line)
             else:
                 print(line, end="", file=sys.stderr, flush=True)
     if rest:
         print(rest, end="", file=sys.stderr, flush=True)
-    return noise.told
+    return noise.last_message

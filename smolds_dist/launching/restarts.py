@@ -24,7 +24,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.rows import RESTARTS, read_rows
 
-SAME_STEP = 3  # starts in a row that made no step, after which the job ends
+MAX_STUCK_STARTS = 3  # starts in a row that made no step, after which the job ends
 SHORTEST, LONGEST = 1.0, 300.0  # seconds of pause; each start that made no step doubles it
 LINES = 30  # of a traceback
 # Sentences of `launching.failure`, `launching.hang` and `training.rank_checks`.
@@ -44,11 +44,11 @@ class Failure:
     logs: str  # what the ranks left
 
 
-def keep_running(
+def run_with_restarts(
     start: Callable[[list[Failure]], tuple[int, str]],
     run_dir: Path,
     restarts: int,
-    elsewhere: Callable[[list[Failure]], bool] = lambda failures: False,
+    hand_over: Callable[[list[Failure]], bool] = lambda failures: False,
 ) -> int:
     """Runs a job, again and again where it fails; returns the last exit code.
 
@@ -62,20 +62,22 @@ def keep_running(
     code, cause = start(failures)
     while code not in (0, 2, *EXIT_CODES.values()):
         failures.append(note_failure(run_dir, code, cause))
-        without_step = made_no_step(failures)
-        if without_step == SAME_STEP:
+        stuck = starts_without_progress(failures)
+        if stuck == MAX_STUCK_STARTS:
             for failure in failures[-2:]:
-                _say(f"failure {failure.number}, after step {failure.step}: {failure.cause}")
-                print(traceback_of(failure), file=sys.stderr, end="")
-            _say(f"{SAME_STEP} starts in a row ended after step {failures[-1].step}: another one would not help.")
+                _log(f"failure {failure.number}, after step {failure.step}: {failure.cause}")
+                print(last_traceback(failure), file=sys.stderr, end="")
+            _log(
+                f"{MAX_STUCK_STARTS} starts in a row ended after step {failures[-1].step}: another one would not help."
+            )
             break
         if len(failures) > restarts:
-            _say(f"that was the last of {restarts} restarts.")
+            _log(f"that was the last of {restarts} restarts.")
             break
-        if elsewhere(failures):
+        if hand_over(failures):
             break
-        pause = min(LONGEST, SHORTEST * 2 ** (without_step - 1))
-        _say(f"restart {len(failures)} of {restarts} in {pause:.0f} s.")
+        pause = min(LONGEST, SHORTEST * 2 ** (stuck - 1))
+        _log(f"restart {len(failures)} of {restarts} in {pause:.0f} s.")
         if asked := wait(pause):
             return EXIT_CODES[asked]
         code, cause = start(failures)
@@ -128,12 +130,12 @@ def note_failure(run_dir: Path, code: int, cause: str) -> Failure:
     return failure
 
 
-def made_no_step(failures: list[Failure]) -> int:
+def starts_without_progress(failures: list[Failure]) -> int:
     """How many of the last failures came after the same step."""
     return len(list(takewhile(lambda failure: failure.step == failures[-1].step, reversed(failures))))
 
 
-def bad_nodes(failures: list[Failure]) -> list[str]:
+def faulty_hosts(failures: list[Failure]) -> list[str]:
     """Hosts that these failures are to be blamed on, the newest last: a process there was killed, crashed, hung or lost its
     GPU. What a program itself does wrong, it does on every host."""
     found = [BLAMED.search(failure.cause) for failure in failures]
@@ -141,7 +143,7 @@ def bad_nodes(failures: list[Failure]) -> list[str]:
     return list(dict.fromkeys(names))[::-1]
 
 
-def traceback_of(failure: Failure) -> str:
+def last_traceback(failure: Failure) -> str:
     """The last lines of the failing rank's traceback, or nothing, where none was left."""
     logs = sorted(Path(failure.logs).glob("rank_*.log"))
     named = [path for path in logs if path.name in failure.cause]
@@ -176,5 +178,5 @@ def wait(seconds: float) -> signal.Signals | None:
     return signal.Signals(got.si_signo) if got else None
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"smolds: {text}", file=sys.stderr, flush=True)

@@ -29,22 +29,22 @@ class StopRequest(ExitStack):
     """Remembers the signal that this process got; a context manager that puts the handlers back."""
 
     def __enter__(self) -> "StopRequest":
-        self.asked: int | None = None
+        self.requested: int | None = None
         self.enter_context(handled_by(self._note))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # one that came early is delivered now
         return self
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         # A launcher may pass one Slurm warning on by more than one way: only the others count as a second request.
-        if self.asked in (signal.SIGINT, signal.SIGTERM) and number == self.asked:
+        if self.requested in (signal.SIGINT, signal.SIGTERM) and number == self.requested:
             os._exit(EXIT_CODES[signal.Signals(number)])
-        self.asked = number
+        self.requested = number
 
     def counts(self) -> list[float]:
         """One number per signal; summed over the ranks they tell all of them what any was asked."""
-        return [float(self.asked == number) for number in EXIT_CODES]
+        return [float(self.requested == number) for number in EXIT_CODES]
 
     @staticmethod
-    def agreed(counts: list[float]) -> signal.Signals | None:
+    def agree_on_stop(counts: list[float]) -> signal.Signals | None:
         """The signal that some rank got, the same on every rank."""
         return next((number for number, count in zip(EXIT_CODES, counts, strict=True) if count), None)

@@ -143,8 +143,8 @@ def requeue_without(nodes: list[str], needed: int) -> bool:
         ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
         return True
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", "") or str(error)
-        print(f"smolds: job {job} could not be moved: {told.strip()}", file=sys.stderr, flush=True)
+        message = getattr(error, "stderr", "") or str(error)
+        print(f"smolds: job {job} could not be moved: {message.strip()}", file=sys.stderr, flush=True)
         return False
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -68,7 +68,7 @@ def read_state(run_dir: Path, name: str = STATE, damaged_is_none: bool = True) -
 
 
 @contextlib.contextmanager
-def noted_state(run_dir: Path, world_size: int) -> Iterator[Callable[[int, str], None]]:
+def record_run_state(run_dir: Path, world_size: int) -> Iterator[Callable[[int, str], None]]:
     """Notes that this process trains the run, and how it ended. For rank 0.
 
     Yields:

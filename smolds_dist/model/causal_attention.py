@@ -84,7 +84,7 @@ def causal_attention(
     return _CausalAttention.apply(query, key, value, documents)
 
 
-def takes_documents(x_BSH: Tensor, widest_head: int) -> bool:
+def supports_documents(x_BSH: Tensor, widest_head: int) -> bool:
     """Whether `causal_attention` takes `Documents` on the device and in the dtype of `x_BSH`; else it takes a mask."""
     if device.family(x_BSH) == "cuda":
         return x_BSH.dtype in HALF and widest_head <= WIDEST_HEAD and x_BSH.shape[1] > 1
@@ -121,7 +121,7 @@ def _varlen() -> tuple[Callable[..., Any], bool]:
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        ctx.blocks = documents.blocks(query.dtype) if documents else _whole_blocks(query.shape[2], query.dtype)
+        ctx.blocks = documents.blocks(query.dtype) if documents else _full_blocks(query.shape[2], query.dtype)
         # Copies of their own, so that nothing else of the tensors that they are views of is kept for the backward pass.
         key, value = key.contiguous(), value.contiguous()
         out = _attention(query, key, value, ctx.blocks)
@@ -181,7 +181,7 @@ def _attention_gradients(
 def _opaque_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`_attention` of whole sequences for torch.compile, which leaves it as it is, and for selective checkpointing. Not for
     other callers: it hides its products from a count of FLOPs."""
-    return _attention(query, key, value, _whole_blocks(query.shape[2], query.dtype))
+    return _attention(query, key, value, _full_blocks(query.shape[2], query.dtype))
 
 
 @_opaque_attention.register_fake
@@ -191,7 +191,7 @@ def _(query, key, value):
 
 @torch.library.custom_op("smolds::causal_attention_gradients", mutates_args=())
 def _opaque_attention_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> list[Tensor]:
-    return _attention_gradients(grad, query, key, value, out, _whole_blocks(query.shape[2], query.dtype))
+    return _attention_gradients(grad, query, key, value, out, _full_blocks(query.shape[2], query.dtype))
 
 
 @_opaque_attention_gradients.register_fake
@@ -199,7 +199,7 @@ def _(grad, query, key, value, out):
     return [one.new_empty(one.shape) for one in (query, key, value)]
 
 
-def _keep_for_gradients(ctx, inputs, output) -> None:
+def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
@@ -207,7 +207,7 @@ def _gradients_of_attention(ctx, grad: Tensor):
     return tuple(_opaque_attention_gradients(grad, *ctx.saved_tensors))
 
 
-_opaque_attention.register_autograd(_gradients_of_attention, setup_context=_keep_for_gradients)
+_opaque_attention.register_autograd(_gradients_of_attention, setup_context=_save_for_backward)
 
 
 def _blocks(length: int, dtype: torch.dtype) -> list[slice]:
@@ -215,7 +215,7 @@ def _blocks(length: int, dtype: torch.dtype) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _whole_blocks(length: int, dtype: torch.dtype) -> Blocks:
+def _full_blocks(length: int, dtype: torch.dtype) -> Blocks:
     """As `Documents.blocks` of one document."""
     return [(block, slice(0, block.stop), None) for block in _blocks(length, dtype)]
 

@@ -190,7 +190,7 @@ def _(grad_PH, x_PH, inner_PJ, counts_E, down_EHI, gate_up):
     return [torch.empty_like(one) for one in (x_PH, down_EHI, *gate_up)]
 
 
-def _keep_for_gradients(ctx, inputs, output) -> None:
+def _save_for_backward(ctx, inputs, output) -> None:
     x_PH, counts_E, down_EHI, gate_up = inputs
     ctx.save_for_backward(x_PH, output[1], counts_E, down_EHI, *gate_up)
 
@@ -201,7 +201,7 @@ def _gradients_of_ffn(ctx, grad_PH: Tensor, _unused: Tensor | None):
     return gradients[0], None, gradients[1], gradients[2:]
 
 
-_opaque_expert_ffn.register_autograd(_gradients_of_ffn, setup_context=_keep_for_gradients)
+_opaque_expert_ffn.register_autograd(_gradients_of_ffn, setup_context=_save_for_backward)
 
 
 def _experts(counts: Sequence[int]) -> list[tuple[int, slice]]:

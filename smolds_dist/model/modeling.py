@@ -21,13 +21,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from smolds_dist.model import device
 from smolds_dist.model.attention import DeepSeekV3Attention
-from smolds_dist.model.causal_attention import Documents, takes_documents
+from smolds_dist.model.causal_attention import Documents, supports_documents
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.kernels import linear_cross_entropy
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopKRouter, balance_loss, z_loss
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
-from smolds_dist.model.selective import keep_products
+from smolds_dist.model.selective import save_products
 
 
 class DeepSeekV3Block(GradientCheckpointingLayer):
@@ -181,7 +181,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
 
     def _documents(self, x_BSH: Tensor, position_ids: Tensor) -> Documents | None:
         """The documents that positions tell of by beginning anew, where attention takes its fast path."""
-        fast = takes_documents(x_BSH, self.config.widest_head) and not device.is_traced()
+        fast = supports_documents(x_BSH, self.config.widest_head) and not device.is_traced()
         if not fast or self.config._attn_implementation != "sdpa" or position_ids.shape != x_BSH.shape[:2]:
             return None
         begins = position_ids[:, 1:] == 0
@@ -306,4 +306,4 @@ def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, what: str = "f
     elif what != "none":
         # The method's name from transformers 5.23 on, and the older one.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False} | ({"context_fn": keep_products} if what == "selective" else {}))
+        enable({"use_reentrant": False} | ({"context_fn": save_products} if what == "selective" else {}))

@@ -36,17 +36,17 @@ class TopKRouter(nn.Module):
             logits = F.linear(x_TH.float(), self.weight.float())
         config, bias = self.config, self.e_score_correction_bias
         how = config.scoring_func, config.num_experts_per_tok, config.norm_topk_prob
-        weights, chosen = choose(logits, bias, *how, (config.n_group, config.topk_group))
+        weights, chosen = select_experts(logits, bias, *how, (config.n_group, config.topk_group))
         return weights * config.routed_scaling_factor, chosen, logits
 
 
 @region
-def choose(
+def select_experts(
     logits_TE: Tensor,
     bias_E: Tensor,
     scoring_func: str,
     top_k: int,
-    normalised: bool,
+    normalized: bool,
     groups: tuple[int | None, int | None],
 ) -> tuple[Tensor, Tensor]:
     """Weights [T, K] and experts [T, K] of each token; `groups` are how many there are and how many can be chosen from."""
@@ -56,7 +56,7 @@ def choose(
         biased = within_best_groups(biased, groups[0], groups[1])
     chosen = biased.topk(top_k, dim=-1).indices
     weights = scores.gather(-1, chosen)
-    if normalised:
+    if normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights, chosen
 

@@ -47,17 +47,17 @@ def compile_regions(backend: str = "inductor") -> None:
         one.compiled = torch.compile(one.plain, backend=backend)
 
 
-def run_regions_plainly() -> None:
+def run_regions_eagerly() -> None:
     """Takes `compile_regions` back."""
     for one in _regions:
         one.compiled = None
 
 
 @contextmanager
-def plain_regions() -> Iterator[None]:
+def eager_regions() -> Iterator[None]:
     """Around what is no training: other shapes, and no gradients, would each be compiled anew."""
     compiled = [one.compiled for one in _regions]
-    run_regions_plainly()
+    run_regions_eagerly()
     try:
         yield
     finally:

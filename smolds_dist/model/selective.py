@@ -8,7 +8,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from smolds_dist.model import device
 
 
-def keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def save_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `torch.utils.checkpoint.checkpoint`'s `context_fn`: of its function's forward pass, and of the second one.
 
     Kept are the results of the operators below; batched products are not among them, since those of attention written out

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from smolds_dist.config import load_config
-from smolds_dist.data.batch import Sample, TrainingData, batch_digest, first_from
+from smolds_dist.data.batch import Sample, TrainingData, batch_digest, search_sorted
 from smolds_dist.data.cores import free_cores
-from smolds_dist.data.prepare import find_data, prepare_data, told_epochs
-from smolds_dist.data.rows import PLACES
-from smolds_dist.data.unit_source import UnitSource
+from smolds_dist.data.prepare import epoch_summary, find_data, prepare_data
+from smolds_dist.data.rows import ROW_NAMES
+from smolds_dist.data.sharded_source import ShardedSource
 from smolds_dist.data.workers import Workers
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.observe.rows import read_rows
@@ -24,8 +24,8 @@ from smolds_dist.progress import ProgressBar, Reporter
 from smolds_dist.settings import RunConfig
 
 BAR = 40  # characters of the longest
-MOST_SAMPLES = 50_000  # that are looked at to see what packing comes to
-LOOK_EVERY = 0.5  # seconds between two looks at what workers have made
+MAX_SAMPLES = 50_000  # that are looked at to see what packing comes to
+POLL_SECONDS = 0.5  # seconds between two looks at what workers have made
 
 
 def data(args: list[str]) -> int:
@@ -61,13 +61,15 @@ def prepare(args: list[str]) -> int:
     data = find_data(config, reporter=reporter)
     reporter.close_bars()
     samples = config.train.steps * config.train.global_batch
-    if not data.covers(samples):
-        with Workers(config, data, options.workers or free_cores(0), ahead=False) as workers:
+    if not data.has_samples(samples):
+        with Workers(config, data, options.workers or free_cores(0), background=False) as workers:
             watch(config, data, samples, workers)
     for name, source in data.sources.items():
-        source.look()
-        tokenised = f"{source.num_found:,} of {len(source.units):,} parts are tokenised, {source.tokens_found:,} tokens"
-        print(f"{name}: {tokenised}", *source.left_out(), sep="\n  ")
+        source.count_cached()
+        tokenized = (
+            f"{source.num_found:,} of {len(source.shards):,} parts are tokenised, {source.tokens_found:,} tokens"
+        )
+        print(f"{name}: {tokenized}", *source.describe_skipped(), sep="\n  ")
     return 0
 
 
@@ -76,13 +78,13 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
     sources = data.sources.values()
     files = sum(len(source.files) for source in sources)
     for source in sources:
-        source.look()
+        source.count_cached()
     began, before = time.monotonic(), sum(source.tokens_found for source in sources)
     with closing(ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")) as bar:
-        while workers.busy() and not data.covers(samples):
-            time.sleep(LOOK_EVERY)
+        while workers.are_running() and not data.has_samples(samples):
+            time.sleep(POLL_SECONDS)
             for source in sources:
-                source.look()
+                source.count_cached()
             there, ready = sum(source.tokens_found for source in sources), sum(source.files_found for source in sources)
             rate = (there - before) / (time.monotonic() - began)
             bar.total = wanted_tokens(data, samples)
@@ -96,7 +98,7 @@ def wanted_tokens(data: TrainingData, samples: int) -> int | None:
         source = data.sources[name]
         if not source.num_found:
             return None
-        all_of_it = source.tokens_found / source.num_found * len(source.units)
+        all_of_it = source.tokens_found / source.num_found * len(source.shards)
         total += max(source.tokens_found, min(all_of_it, needed * data.seq_len))
     return round(total)
 
@@ -136,12 +138,12 @@ def show(args: list[str]) -> int:
             )
         indices = indices[options.rank * batch // ranks : (options.rank + 1) * batch // ranks]
     for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
-        parts = list(parts_of(found, sample))
+        parts = list(documents_of(found, sample))
         if options.json:
             print(json.dumps({"index": index, "source": sample.source.name, "parts": parts}))
             continue
         for part in parts:
-            print(f"== sample {index}, {sample.source.name}: {place_in_words(config, sample, part)}\n{part['text']}")
+            print(f"== sample {index}, {sample.source.name}: {format_origin(config, sample, part)}\n{part['text']}")
     if not options.json:
         print(f"== batch {digest}, recorded as {row['batch']}")
     if row["batch"] == digest:
@@ -150,36 +152,36 @@ def show(args: list[str]) -> int:
     return 1
 
 
-def place_in_words(config: RunConfig, sample: Sample, part: dict[str, Any]) -> str:
+def format_origin(config: RunConfig, sample: Sample, part: dict[str, Any]) -> str:
     """A part's file, row and first token there."""
     kind = config.data.mixed[sample.source.name].source.partition(":")[0]
-    row = f", {PLACES[kind]} {part['document']:,}" if kind in PLACES else ""
+    row = f", {ROW_NAMES[kind]} {part['document']:,}" if kind in ROW_NAMES else ""
     return f"{part['file']}{row}" + (f", from token {part['start']:,}" if part["start"] else "")
 
 
-def parts_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]]:
+def documents_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]]:
     """The documents in a sample, each with its file, number, the first of its tokens that is in the sample, and the text."""
     source = sample.source
-    for unit, start, length in sample.pieces:
-        table, tokens = np.asarray(source.table(unit)), source.tokens(unit)
+    for shard, start, length in sample.spans:
+        table, tokens = np.asarray(source.table(shard)), source.tokens(shard)
         inside = table[slice(*documents_in(table, start + 1, length - 1))][
             "start"
         ].tolist()  # begin behind the first token
         for at, end in pairwise([start, *inside, start + length]):
             text = str(found.tokenizer.decode(tokens[at:end].tolist(), skip_special_tokens=True))
-            yield place_of(source, unit, at) | {"text": text}
+            yield origin_of(source, shard, at) | {"text": text}
 
 
 def documents_in(table: np.ndarray, start: int, length: int) -> list[int]:
     """The rows of the first document that begins at this training token or later, and of the first behind so many more."""
-    return first_from(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
+    return search_sorted(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
 
 
-def place_of(source: UnitSource, unit: int, token: int) -> dict[str, Any]:
+def origin_of(source: ShardedSource, shard: int, token: int) -> dict[str, Any]:
     """Where a training token comes from: its file, the document's number there, and the token's in it."""
-    table = np.asarray(source.table(unit))
+    table = np.asarray(source.table(shard))
     row = table[documents_in(table, token + 1, 0)[0] - 1]
-    file, number = source.place(unit, row)
+    file, number = source.location(shard, row)
     return {"file": file, "document": number, "start": token - int(row["start"])}
 
 
@@ -205,7 +207,7 @@ def order(args: list[str]) -> int:
     for begin in range(int(first), int(end), 1024):
         indices = range(begin, min(int(end), begin + 1024))
         for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
-            place = place_of(sample.source, *sample.pieces[0][:2])
+            place = origin_of(sample.source, *sample.spans[0][:2])
             print(json.dumps({"index": index, "source": sample.source.name, **place}))
     return 0
 
@@ -224,41 +226,41 @@ def stats(args: list[str]) -> int:
         order.extend(None)
     epochs = found.epochs(config.train.steps * config.train.global_batch)
     for name, source in found.sources.items():
-        facts = facts_of(source, found.orders[name].num_tokens)
-        told = facts | packing_of(found, name) | {"epochs": round(epochs[name], 4)}
+        facts = source_stats(source, found.orders[name].num_tokens)
+        summary = facts | packing_stats(found, name) | {"epochs": round(epochs[name], 4)}
         if options.json:
-            print(json.dumps({"source": name} | told))
+            print(json.dumps({"source": name} | summary))
             continue
         print(f"{name} ({config.data.mixed[name].source})")
-        print("\n".join(table_of(told, source.left_out())))
+        print("\n".join(format_stats(summary, source.describe_skipped())))
     if not options.json:
-        print("the run takes", *told_epochs(config, found), sep="\n  ")
+        print("the run takes", *epoch_summary(config, found), sep="\n  ")
     return 0
 
 
-def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
+def source_stats(source: ShardedSource, train_tokens: int) -> dict[str, Any]:
     """What a source's tokens say of its text, both splits together.
 
     Args:
         train_tokens: of the training split.
     """
-    tables = [(source.held_out.documents, len(source.held_out.tokens))]
-    for unit in range(len(source.units)):
-        table = np.asarray(source.table(unit))
-        for _, start, length in source.pieces_of(np.array([unit]), True) or []:
+    tables = [(source.validation.documents, len(source.validation.tokens))]
+    for shard in range(len(source.shards)):
+        table = np.asarray(source.table(shard))
+        for _, start, length in source.spans_in(np.array([shard]), True) or []:
             first, end = documents_in(table, start, length)
             tables.append((table[first:end], start + length))
     lengths = np.concatenate([np.diff(table["start"].astype(np.int64), append=end) for table, end in tables])
     texts = np.concatenate([table["text"] for table, _ in tables])
-    tokens = train_tokens + len(source.held_out.tokens)
-    bytes_per_token = source.text_bytes / source.tokens_found or source.held_out.bytes / len(source.held_out.tokens)
+    tokens = train_tokens + len(source.validation.tokens)
+    bytes_per_token = source.text_bytes / source.tokens_found or source.validation.bytes / len(source.validation.tokens)
     powers, counts = np.unique(np.floor(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
     histogram = dict(zip(powers.tolist(), counts.tolist(), strict=True))
     return {
         "files": len(source.files),
         "documents": len(texts),
         "tokens": tokens,
-        "held_out_tokens": len(source.held_out.tokens),
+        "held_out_tokens": len(source.validation.tokens),
         "bytes_per_token": round(bytes_per_token, 3),
         "copies": len(texts) - len(np.unique(texts)),
         "length": {
@@ -270,13 +272,13 @@ def facts_of(source: UnitSource, train_tokens: int) -> dict[str, Any]:
     }
 
 
-def packing_of(found: TrainingData, name: str) -> dict[str, Any]:
+def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     """Shares of the documents that are cut, and of padding, in a source's samples, or the first of them."""
     source, order = found.sources[name], found.orders[name]
-    samples = order.pieces(np.arange(min(order.num_samples, MOST_SAMPLES)))
+    samples = order.spans(np.arange(min(order.num_samples, MAX_SAMPLES)))
     begun = whole = tokens = 0
-    for unit, start, length in (piece for sample in samples for piece in sample):
-        table = source.table(unit)
+    for shard, start, length in (span for sample in samples for span in sample):
+        table = source.table(shard)
         first, end = documents_in(table, start, length)
         ends_here = end == len(table) or int(table["start"][end]) == start + length
         begun += end - first
@@ -288,20 +290,22 @@ def packing_of(found: TrainingData, name: str) -> dict[str, Any]:
     }
 
 
-def table_of(told: dict[str, Any], left_out: list[str]) -> list[str]:
+def format_stats(summary: dict[str, Any], skipped: list[str]) -> list[str]:
     """The same in words, with a histogram of lengths."""
-    share = told["copies"] / max(1, told["documents"])
-    length = told["length"]
-    most = max(told["lengths"].values())
-    in_sequences = f"{told['cut_documents']:.1%} of documents are cut, {told['padding']:.1%} of the tokens are padding"
+    share = summary["copies"] / max(1, summary["documents"])
+    length = summary["length"]
+    most = max(summary["lengths"].values())
+    in_sequences = (
+        f"{summary['cut_documents']:.1%} of documents are cut, {summary['padding']:.1%} of the tokens are padding"
+    )
     lines = [
-        f"  {told['files']:,} files, {told['documents']:,} documents, {told['tokens']:,} tokens, "
-        f"{told['held_out_tokens']:,} of them held out; {told['bytes_per_token']:.2f} bytes per token",
-        f"  {told['copies']:,} documents ({share:.1%}) are copies of another",
+        f"  {summary['files']:,} files, {summary['documents']:,} documents, {summary['tokens']:,} tokens, "
+        f"{summary['held_out_tokens']:,} of them held out; {summary['bytes_per_token']:.2f} bytes per token",
+        f"  {summary['copies']:,} documents ({share:.1%}) are copies of another",
         f"  tokens of a document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
         f"  in sequences {in_sequences}",
     ]
-    for begin, count in told["lengths"].items():
+    for begin, count in summary["lengths"].items():
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
         lines.append(f"  {int(begin):>12,} to {2 * int(begin) - 1:<12,} {bar} {count:,}")
-    return lines + [f"  {line}" for line in left_out]
+    return lines + [f"  {line}" for line in skipped]

@@ -51,11 +51,11 @@ def overview(rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
     table += facts(rows).items()
     if manifests:
         table.append(("parameters", f"{parameters_of(manifests[-1]):,}"))
-        table.append(("versions", versions_in_words(manifests[-1].versions)))
+        table.append(("versions", format_versions(manifests[-1].versions)))
     return table
 
 
-def versions_in_words(versions: dict[str, str]) -> str:
+def format_versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
@@ -65,7 +65,7 @@ def events(rows: list[dict]) -> list[str]:
     for row in rows:
         kind = "skipped" if row.get("skipped") else row.get("event")
         if kind in EVENTS:
-            known = defaultdict(lambda: "?", row | {"versions": versions_in_words(row.get("versions", {}))})
+            known = defaultdict(lambda: "?", row | {"versions": format_versions(row.get("versions", {}))})
             told.append(EVENTS[kind].format_map(known))
     return told
 

@@ -21,7 +21,7 @@ from smolds_dist.checkpoint.files import manifests_of
 from smolds_dist.observe.curves import CURVES
 from smolds_dist.observe.overview import column_of, events, overview, smooth
 from smolds_dist.observe.rows import dense_layers, read_rows, read_settings
-from smolds_dist.observe.runs import settings_that_differ
+from smolds_dist.observe.runs import differing_settings
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -59,7 +59,7 @@ def html_page(runs: list[Path]) -> str:
         parts += [f"<h2>Samples{_of(run, runs)}</h2>", *_samples(read_rows(run / "samples.jsonl"))]
     parts += ["<h2>Settings</h2>"]
     if len(runs) > 1:
-        parts.append(_table([("", *(run.resolve().name for run in runs)), *settings_that_differ(runs)]))
+        parts.append(_table([("", *(run.resolve().name for run in runs)), *differing_settings(runs)]))
     for run in runs:
         settings = yaml.safe_dump(read_settings(run), sort_keys=False)
         parts.append(f"<details><summary>All{_of(run, runs)}</summary><pre>{_text(settings)}</pre></details>")
@@ -90,7 +90,7 @@ def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
         steps, values = column_of(part, name)
         if not steps:
             continue
-        colour = qualitative.D3[number % len(qualitative.D3)]
+        color = qualitative.D3[number % len(qualitative.D3)]
         label = _text(run.resolve().name)
         if name in SMOOTHED:
             lines = [(values, label, 0.3, 1, False), (smooth(values), f"{label}, smoothed", 1.0, 2, True)]
@@ -101,7 +101,7 @@ def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
             figure.add_trace(
                 Scattergl(
                     x=steps[::every], y=line[::every], name=called, opacity=opacity, showlegend=shown and len(rows) > 1,
-                    mode="lines+markers" if name == "val_loss" else "lines", line={"color": colour, "width": width},
+                    mode="lines+markers" if name == "val_loss" else "lines", line={"color": color, "width": width},
                 )
             )  # fmt: skip
     if not figure.data:

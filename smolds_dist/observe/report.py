@@ -16,7 +16,7 @@ import yaml
 
 from smolds_dist.checkpoint.files import Manifest, manifests_of
 from smolds_dist.config import load_config
-from smolds_dist.data.mixture import in_words, mixture_of
+from smolds_dist.data.mixture import format_schedule, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.files import replace_text, replaced
 from smolds_dist.launching.signals import EXIT_CODES
@@ -184,24 +184,24 @@ def figure_of(runs: list[Path]) -> "Figure":
     # An opaque light ground reads the same on light and dark pages.
     figure = Figure(figsize=(12, 7.5), dpi=110, facecolor="white", layout="constrained")
     (loss_axes, balance_axes), (unique_axes, last_axes) = figure.subplots(2, 2)
-    colours = rcParams["axes.prop_cycle"].by_key()["color"]
+    colors = rcParams["axes.prop_cycle"].by_key()["color"]
     for number, run in enumerate(runs):
-        colour, name = colours[number % len(colours)], run.resolve().name
+        color, name = colors[number % len(colors)], run.resolve().name
         rows = read_rows(run / "metrics.jsonl")
         for axes, column, label in ((loss_axes, "loss", f"{name}, training"), (balance_axes, "max_vio", name)):
             steps, values = column_of(rows, column)
-            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smooth(values), color=colour, linewidth=1.6, label=label)
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smooth(values), color=color, linewidth=1.6, label=label)
         steps, values = column_of(rows, "val_loss")
         if values:
-            line = dict(color=colour, marker="o", markersize=5, linestyle="--", markeredgecolor="black")
+            line = dict(color=color, marker="o", markersize=5, linestyle="--", markeredgecolor="black")
             loss_axes.plot(steps, values, label=f"{name}, held out", **line)
         unique_axes.plot(
-            *column_of(rows, "seen_texts"), color=colour, linewidth=1, linestyle="--", label=f"{name}, seen"
+            *column_of(rows, "seen_texts"), color=color, linewidth=1, linestyle="--", label=f"{name}, seen"
         )
-        unique_axes.plot(*column_of(rows, "unique_texts"), color=colour, linewidth=1.8, label=f"{name}, distinct")
+        unique_axes.plot(*column_of(rows, "unique_texts"), color=color, linewidth=1.8, label=f"{name}, distinct")
         if len(runs) > 1:
-            last_axes.plot(*column_of(rows, "tokens_per_s"), color=colour, label=name)
+            last_axes.plot(*column_of(rows, "tokens_per_s"), color=color, label=name)
     _finish(loss_axes, "Loss", "nats per token")
     _finish(
         balance_axes, "Expert imbalance (MaxVio of a batch, mean of layers)", "busiest expert over the mean, minus 1"
@@ -248,10 +248,10 @@ def _losses(rows: list[dict]) -> list[tuple]:
 
     table = []
     for step in chosen:
-        row, held_out = steps[step], evaluated.get(step, {})
+        row, evaluation = steps[step], evaluated.get(step, {})
         table.append((
-            step, f"{row['tokens']:,}", _cell(row, "loss") or "not finite", _cell(held_out, "val_loss"),
-            _cell(held_out, "val_bits_per_byte", 3), _cell(row, "grad_norm", 3), _cell(row, "max_vio", 2),
+            step, f"{row['tokens']:,}", _cell(row, "loss") or "not finite", _cell(evaluation, "val_loss"),
+            _cell(evaluation, "val_bits_per_byte", 3), _cell(row, "grad_norm", 3), _cell(row, "max_vio", 2),
         ))  # fmt: skip
     return table
 
@@ -264,11 +264,11 @@ def _sources(config: dict, rows: list[dict]) -> list[tuple]:
     """What the run has taken of each source, and how it does on its held-out text."""
     sources = saved_sources(config["data"])
     epochs: dict = next((row["epochs"] for row in reversed(rows) if "epochs" in row), {})
-    held_out: dict = next((row for row in reversed(rows) if "val_loss" in row), {})
+    evaluation: dict = next((row for row in reversed(rows) if "val_loss" in row), {})
     table = []
     for name, one in sources.items():
         own = "" if len(sources) == 1 else f"/{name}"
-        loss, bits = _cell(held_out, f"val_loss{own}"), _cell(held_out, f"val_bits_per_byte{own}", 3)
+        loss, bits = _cell(evaluation, f"val_loss{own}"), _cell(evaluation, f"val_bits_per_byte{own}", 3)
         table.append((name, f"`{one.source}`", f"{epochs[name]:.3g}" if name in epochs else "", loss, bits))
     return table
 
@@ -278,7 +278,7 @@ def _mixture(run: Path, config: dict) -> list[str]:
     if not config["data"].get("sources"):
         return []
     mixture = mixture_of(load_config(["--config", str(run / "config.yaml")]))
-    return [f"The mixture: {in_words(mixture.schedule(), config['train']['global_batch'])}."]
+    return [f"The mixture: {format_schedule(mixture.schedule(), config['train']['global_batch'])}."]
 
 
 def _checkpoint(manifest: Manifest) -> tuple:

@@ -38,7 +38,7 @@ def read_settings(run: Path, filled: bool = True) -> dict[str, Any]:
     return asdict(config) if filled else settings
 
 
-def keep_rows(path: Path, last_step: int) -> list[dict]:
+def truncate_rows(path: Path, last_step: int) -> list[dict]:
     """Removes the rows of later steps, and a line that a killed writer left unfinished; returns the others.
 
     The file is never half there.

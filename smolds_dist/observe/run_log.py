@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smolds_dist.files import AppendedFile
-from smolds_dist.observe.rows import WINDOW, keep_rows, rounded
+from smolds_dist.observe.rows import WINDOW, rounded, truncate_rows
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.parallel.balancer import max_violation
 from smolds_dist.progress import ProgressBar
@@ -43,8 +43,8 @@ class RunLog:
             return
         self._samples = config.run_dir / "samples.jsonl"
         path = config.run_dir / "metrics.jsonl"
-        keep_rows(self._samples, start_step)
-        rows = keep_rows(path, start_step)
+        truncate_rows(self._samples, start_step)
+        rows = truncate_rows(path, start_step)
         loads = [row["load"] for row in rows if "load" in row]
         self._recent = deque((torch.tensor(load) for load in loads[-WINDOW:]), maxlen=WINDOW)
         self._file = AppendedFile(path)
@@ -55,12 +55,12 @@ class RunLog:
             self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config))
         self._feeds = [Feed(name, config.run_dir, asdict(config), rows) for name in trackers_in(config.log.to)]
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Something worth knowing, on standard output."""
         if self.shown:
             self._bar.write(text, sys.stdout)
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """Whatever the level."""
         if self._main:
             self._bar.write(f"warning: {text}", sys.stderr)
@@ -97,7 +97,7 @@ class RunLog:
         self._bar.show(row["step"], text, line=self.verbose)
 
     def row(self, step: int, **values: object) -> None:
-        """A row of metrics: of training, an evaluation (see `inference.held_out`), or an `event` such as a restart."""
+        """A row of metrics: of training, an evaluation (see `inference.validation`), or an `event` such as a restart."""
         if not self._main:
             return
         row = {"step": step, **values, "time": round(time.time(), 3)}

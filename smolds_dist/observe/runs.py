@@ -24,7 +24,9 @@ from smolds_dist.parallel.ranks import process_state, system_name
 from smolds_dist.rows import RESTARTS, parse_row, read_rows
 
 TAIL = 1 << 18  # bytes of a metrics.jsonl that are read from its end
-SILENT = 120.0  # seconds without a row, and `STEPS` steps' time, after which a run on another host counts as silent
+SILENT_SECONDS = (
+    120.0  # seconds without a row, and `STEPS` steps' time, after which a run on another host counts as silent
+)
 STEPS = 20
 
 
@@ -60,7 +62,7 @@ def runs(args: list[str]) -> None:
     if not options.folder.is_dir():
         raise ConfigError(f"{options.folder} is no folder; name the one that --run.dir names.")
     while True:
-        shown = table(look(folder) for folder in find_runs(options.folder))
+        shown = table(read_run(folder) for folder in find_runs(options.folder))
         if not options.watch:
             print(shown)
             return
@@ -76,15 +78,15 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (_started(path) or 0.0, path.name))
 
 
-def look(folder: Path, now: float | None = None) -> Run:
+def read_run(folder: Path, now: float | None = None) -> Run:
     """A run as its folder says, or what is wrong with it."""
     try:
-        return _look(folder, time.time() if now is None else now)
+        return _read_run(folder, time.time() if now is None else now)
     except ConfigError as error:
         return Run(folder.name, f"damaged: {str(error).removeprefix(f'{folder}/')}", 0, 0, None, None, None, None)
 
 
-def _look(folder: Path, now: float) -> Run:
+def _read_run(folder: Path, now: float) -> Run:
     """Of metrics.jsonl, however long it is, the beginning and the end are read."""
     rows = last_rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
@@ -117,7 +119,7 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
     if submitted and submitted["time"] > state.get("started", 0.0) and submitted["time"] > (last_row or 0.0):
         return f"waiting in Slurm, job {submitted['job']}"
     silent = now - max(state.get("started", 0.0), last_row or 0.0)
-    is_silent = silent > max(SILENT, STEPS * (step_seconds or 0.0))
+    is_silent = silent > max(SILENT_SECONDS, STEPS * (step_seconds or 0.0))
     if not state:  # it could not be written
         return "ended" if is_silent else "running"
     restarts = len(read_rows(folder / RESTARTS))
@@ -194,7 +196,7 @@ def _parse_diff(args: list[str]) -> tuple[Path, Path]:
 
 def difference(first: Path, second: Path) -> str:
     """Settings that are not the same, then each curve's last value, as a table of three columns."""
-    lines: list[tuple[str, ...]] = [("", first.name, second.name), *settings_that_differ([first, second])]
+    lines: list[tuple[str, ...]] = [("", first.name, second.name), *differing_settings([first, second])]
     rows = [read_rows(run / "metrics.jsonl") for run in (first, second)]
     lines.append(("last step", *(str(max((row["step"] for row in part), default=0)) for part in rows)))
     for name in CURVES:
@@ -204,7 +206,7 @@ def difference(first: Path, second: Path) -> str:
     return _aligned(lines)
 
 
-def settings_that_differ(found: list[Path]) -> list[tuple[str, ...]]:
+def differing_settings(found: list[Path]) -> list[tuple[str, ...]]:
     """Names of the settings that are not the same in all runs, each with every run's value."""
     settings = [_flat(_config(run)) for run in found]
     names = dict.fromkeys(name for one in settings for name in one if name != "run.name")

@@ -69,7 +69,7 @@ class Board:
         if points:
             self._add(Summary(value=points), step, when)
         if "loss" in row and is_kept(step, digits=1):
-            self._pictures(row, step, when)
+            self._images(row, step, when)
         if "loss" in row and step == self._config["train"]["steps"]:
             self._add(self._end, step, when)
 
@@ -77,7 +77,7 @@ class Board:
         """Adds a row of `samples.jsonl`."""
         self._add(text(f"samples/{row['prompt'].strip() or 'no prompt'}", fenced(row["text"])), row["step"])
 
-    def _pictures(self, row: dict, step: int, when: float | None) -> None:
+    def _images(self, row: dict, step: int, when: float | None) -> None:
         load_LE = torch.tensor(row.get("load", ()))
         if 0 < load_LE.numel() <= LARGEST_CELLS:
             self._add(image("balance/load", heatmap(load_LE), dataformats="CHW"), step, when)

@@ -143,7 +143,7 @@ class Feed:
         self._waiting.put(code)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._say(f"has not taken everything within {CLOSE_SECONDS:.0f} s")
+            self._log(f"has not taken everything within {CLOSE_SECONDS:.0f} s")
 
     def _work(self) -> None:
         try:
@@ -161,7 +161,7 @@ class Feed:
                     replace_text(self._run_dir / NOTES, json.dumps(notes))
             tracker.close(row)
         except Exception as error:  # whatever a client or its server does wrong
-            self._say(f"has failed ({first_line(error)})")
+            self._log(f"has failed ({first_line(error)})")
 
     def _read_note(self) -> dict[str, Any]:
         """Return the tracker's note; a new one if it was fed steps that the run repeats with other settings."""
@@ -174,6 +174,6 @@ class Feed:
             note = {"replaced": note["id"]}
         return note | {"settings": settings}
 
-    def _say(self, what: str) -> None:
+    def _log(self, what: str) -> None:
         later = f"`smolds report --send {self.name} {self._run_dir}` fills it up"
         print(f"\nsmolds: {self.name} {what}; training goes on, and {later}.", file=sys.stderr, flush=True)

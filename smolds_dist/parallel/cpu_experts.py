@@ -36,7 +36,7 @@ class CpuExperts(nn.Module):
         return torch.cat([*kept, torch.zeros_like(rest)])
 
 
-def use_our_experts(model: nn.Module) -> None:
+def patch_cpu_experts(model: nn.Module) -> None:
     """Puts `CpuExperts` in place of AutoEP's, after AutoEP has made its layers and before ZeRO looks at their modules."""
     for layer in autoep_layers(model).values():
         layer.experts = CpuExperts(layer.experts)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from smolds_dist.errors import ConfigError
-from smolds_dist.parallel.cpu_experts import use_our_experts
+from smolds_dist.parallel.cpu_experts import patch_cpu_experts
 from smolds_dist.parallel.engine import (
     Fill,
     KindsOf,
@@ -34,14 +34,14 @@ from smolds_dist.parallel.expert_parallel import (
 )
 from smolds_dist.parallel.fragments import (
     Fragment,
-    cut,
     fill_parameters,
     full_shape,
     logical_shapes,
-    place_in,
+    offset_in,
+    split_by_tensor,
     tensor_shapes,
 )
-from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_among
+from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_on_replicas
 from smolds_dist.parallel.optim import make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, Train
@@ -60,7 +60,7 @@ def zero3_init(config: RunConfig, topology: Topology, model_config: "DeepSeekV3C
     return deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False)
 
 
-def places_in_partitions(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]]:
+def partition_offsets(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]]:
     """Where ZeRO 3 puts this rank's part of each parameter, by its id: flat partition, first element and length.
 
     Args:
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
         if topology.zero == 3:
-            self._places = places_in_partitions(self.engine.optimizer.fp16_groups)
+            self._places = partition_offsets(self.engine.optimizer.fp16_groups)
         if config.train.optimizer == "muon" and topology.zero:
             self._owners = MatrixOwners(self.fragments(), self._flats(), self.tensor_shapes(), self.device)
         if topology.dtype == "bf16":
@@ -138,7 +138,7 @@ class DeepSpeedEngine:
         if fill is not None:
             fill_parameters(model, fill, expert_parameters(model))
         if self.topology.device == "cpu":
-            use_our_experts(model)
+            patch_cpu_experts(model)
         known = {id(parameter) for parameter in parameters}
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
@@ -147,7 +147,7 @@ class DeepSpeedEngine:
         built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
         built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
         for group in built.param_groups:
-            holders = self._holders(group["part"] == "experts")
+            holders = self._replica_ranks(group["part"] == "experts")
             if group["muon"] and (self.topology.zero or len(holders) > 1):
                 group["on_matrices"] = partial(self._on_matrices, holders)
         return built
@@ -180,7 +180,7 @@ class DeepSpeedEngine:
         else:
             self._sums[parameter] = total
 
-    def _holders(self, of_experts: bool) -> range:
+    def _replica_ranks(self, of_experts: bool) -> range:
         """The ranks that have the same experts as this one, or the same of all the rest."""
         apart = self.topology.expert if of_experts else 1
         return range(self.topology.rank % apart, self.topology.world_size, apart)
@@ -189,7 +189,7 @@ class DeepSpeedEngine:
         self, holders: range, parameters: list[Tensor], values: list[Tensor], function: OnMatrices
     ) -> None:
         if self.topology.zero == 0:
-            apply_among(holders, values, function, self.device)
+            apply_on_replicas(holders, values, function, self.device)
         else:  # the optimizer was made before what it works on was cut, and the owners after
             for flat, one in zip(parameters, values, strict=True):
                 self._owners.apply(flat, one, function)
@@ -216,7 +216,7 @@ class DeepSpeedEngine:
         shares = squares_by_part(optimizer)
         for part in shares:
             # Ranks that hold the same have the same averaged gradients: count them once.
-            shares[part] /= len(self._holders(part == "experts"))
+            shares[part] /= len(self._replica_ranks(part == "experts"))
         if self._squares is not None:
             self._squares |= shares
         total = torch.stack(list(shares.values())).sum()
@@ -246,7 +246,7 @@ class DeepSpeedEngine:
             flats = self._flats()
             for fragment in self.fragments():
                 if fragment.name in factors:
-                    index, _ = place_in(flats, fragment.tensors["value"])
+                    index, _ = offset_in(flats, fragment.tensors["value"])
                     self._factors.setdefault(id(flats[index]), []).append((fragment, factors[fragment.name]))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -273,11 +273,11 @@ class DeepSpeedEngine:
             start, tensors = self._held(parameter)
             replicas = {}
             if self.topology.zero == 0:
-                holders = self._holders(name in experts)
+                holders = self._replica_ranks(name in experts)
                 replicas = {"replica": holders.index(self.topology.rank), "replicas": len(holders)}
             if tensors:
                 shapes = logical_shapes(name, full_shape(parameter), experts.get(name, 0))
-                yield from cut(shapes, start, tensors, **replicas)
+                yield from split_by_tensor(shapes, start, tensors, **replicas)
 
     def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
         """First element, and flat views by kind, of what this rank holds of a parameter; no views where it holds nothing."""
@@ -318,7 +318,7 @@ class DeepSpeedEngine:
         flats = self._flats()
         kinds: dict[int, list[str]] = {}  # the same for all that lies in one flat tensor
         for fragment in self.fragments():
-            index, _ = place_in(flats, fragment.tensors["value"])
+            index, _ = offset_in(flats, fragment.tensors["value"])
             if index not in kinds:
                 kinds[index] = list(kinds_of(fragment.name))
         for index, stored in kinds.items():  # what is padding alone starts anew

@@ -70,7 +70,7 @@ def logical_shapes(name: str, shape: Size | tuple[int, ...], first_expert: int =
     }
 
 
-def cut(
+def split_by_tensor(
     shapes: dict[str, tuple[int, ...]], start: int, tensors: dict[str, Tensor], **replica: int
 ) -> Iterator[Fragment]:
     """Cuts a parameter's held range at the borders of its logical tensors.
@@ -106,11 +106,11 @@ def fill_parameters(
         held = getattr(parameter, "ds_tensor", parameter)  # at ZeRO 3 this rank's slice
         start = 0 if held is parameter else parameter.ds_zero_partition_rank * held.numel()
         shapes = logical_shapes(name, full_shape(parameter), experts.get(name, 0))
-        for fragment in cut(shapes, start, {"value": held.detach().view(-1)}):
+        for fragment in split_by_tensor(shapes, start, {"value": held.detach().view(-1)}):
             fill(fragment)
 
 
-def place_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:
+def offset_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:
     """Which of the flat tensors `view` is a view of, and its first element there."""
     for index, flat in enumerate(flats):
         if 0 <= (distance := view.data_ptr() - flat.data_ptr()) < flat.nbytes:

@@ -16,7 +16,7 @@ from torch import Tensor
 from smolds_dist.parallel.fragments import Fragment
 
 
-def all_to_all(pieces: list[Tensor], sizes: list[int], coming: list[int], like: Tensor) -> Tensor:
+def all_to_all(pieces: list[Tensor], sizes: list[int], incoming: list[int], like: Tensor) -> Tensor:
     """One flat tensor [n] of all that the ranks have for this one, in their order. Collective, unless there is one process.
 
     Args:
@@ -28,12 +28,12 @@ def all_to_all(pieces: list[Tensor], sizes: list[int], coming: list[int], like: 
     given = torch.cat([like.new_empty(0), *(piece.to(like.device) for piece in pieces)])
     if not dist.is_initialized():
         return given
-    received = like.new_empty(sum(coming))
-    dist.all_to_all_single(received, given, coming, sizes)
+    received = like.new_empty(sum(incoming))
+    dist.all_to_all_single(received, given, incoming, sizes)
     return received
 
 
-def rows_of_all(mine: Sequence[Sequence[int]], width: int, device: torch.device) -> np.ndarray:
+def all_gather_rows(mine: Sequence[Sequence[int]], width: int, device: torch.device) -> np.ndarray:
     """The rows of all ranks in the ranks' order, each with its rank before it: int64 [M, 1 + width]. Collective, unless
     there is one process.
 
@@ -78,7 +78,7 @@ class Gatherer:
                 self._mine[share.name].append(share)
         held = (one for some in self._mine.values() for one in some)
         mine = [(self._number[one.name], one.start, len(one.tensors["value"])) for one in held]
-        self.find_in(rows_of_all(mine, 3, device))
+        self.find_in(all_gather_rows(mine, 3, device))
 
     def find_in(self, held: np.ndarray) -> None:
         """Keeps what the ranks hold so that a tensor's parts are found at once.
@@ -89,7 +89,7 @@ class Gatherer:
         self._held = held[np.argsort(held[:, 1], kind="stable")]  # by tensor, and within one by rank
         self._begin = np.searchsorted(self._held[:, 1], np.arange(len(self._number) + 1))
 
-    def _parts_of(self, names: list[str]) -> np.ndarray:
+    def _slices_of(self, names: list[str]) -> np.ndarray:
         """Rank, place in `names`, start and length of each part [P, 4], in the order in which they come: by rank, and of one
         rank by name."""
         numbers = [self._number[name] for name in names]
@@ -111,14 +111,14 @@ class Gatherer:
             pieces += [one.view(torch.uint8) for one in found]
             sizes.append(sum(one.nbytes for one in found))
         names = wanted[dist.get_rank() if dist.is_initialized() else 0]
-        parts = self._parts_of(names)
-        coming = np.zeros(len(wanted), np.int64)
-        np.add.at(coming, parts[:, 0], self.dtype.itemsize * parts[:, 3])
-        received = all_to_all(pieces, sizes, coming.tolist(), like).cpu().view(self.dtype)
+        parts = self._slices_of(names)
+        incoming = np.zeros(len(wanted), np.int64)
+        np.add.at(incoming, parts[:, 0], self.dtype.itemsize * parts[:, 3])
+        received = all_to_all(pieces, sizes, incoming.tolist(), like).cpu().view(self.dtype)
         lengths = np.zeros(len(names), np.int64)
         np.add.at(lengths, parts[:, 1], parts[:, 3])
-        whole = [torch.empty(length, dtype=self.dtype) for length in lengths.tolist()]
+        full = [torch.empty(length, dtype=self.dtype) for length in lengths.tolist()]
         ends = accumulate(parts[:, 3].tolist())
         for (_, place, start, length), end in zip(parts.tolist(), ends, strict=True):
-            whole[place][start : start + length] = received[end - length : end]
-        return whole
+            full[place][start : start + length] = received[end - length : end]
+        return full

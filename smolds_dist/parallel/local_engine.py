@@ -18,7 +18,7 @@ from smolds_dist.parallel.engine import (
     scale_rows,
     squares_by_part,
 )
-from smolds_dist.parallel.fragments import Fragment, cut, fill_parameters, logical_shapes, tensor_shapes
+from smolds_dist.parallel.fragments import Fragment, fill_parameters, logical_shapes, split_by_tensor, tensor_shapes
 from smolds_dist.parallel.optim import make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
@@ -104,7 +104,7 @@ class LocalEngine:
         for name, (parameter, master) in self.masters.items():
             tensors = {"value": master} | same_shape(self.optimizer.state[master], master)
             flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
-            yield from cut(logical_shapes(name, parameter.shape), 0, flat)
+            yield from split_by_tensor(logical_shapes(name, parameter.shape), 0, flat)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return tensor_shapes(self.model)

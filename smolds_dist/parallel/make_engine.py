@@ -18,7 +18,7 @@ def build_engine(model_config: DeepSeekV3Config, config: RunConfig, topology: To
     Args:
         fill: gives each part that this process keeps its values.
     """
-    give_back_freed_memory()
+    release_freed_memory()
     sharded: AbstractContextManager[None] = nullcontext()
     if topology.engine == "deepspeed" and topology.zero == 3:
         from smolds_dist.parallel.deepspeed_engine import zero3_init
@@ -48,30 +48,30 @@ def make_engine(
     if config.model.force_uniform_routing:
         force_uniform_routing(engine.model)
     if topology.device == "cpu" and topology.keeps_memory:
-        keep_freed_memory()  # from here on: what was needed for the building goes back
+        retain_freed_memory()  # from here on: what was needed for the building goes back
     return engine
 
 
-def keep_freed_memory() -> None:
+def retain_freed_memory() -> None:
     """Has glibc keep large blocks that are freed, for the next ones, in this process from now on (Linux).
 
     Left alone, it gives every large block back to the kernel and gets new pages for the next, all zeroed: for a step's
     temporary tensors that takes longer than what is computed in them. The price is what lies between blocks that are in use:
     measured with half a billion parameters on four ranks at ZeRO 3, 4.3 GB in place of 3.3.
     """
-    _set_malloc(trim_threshold=-1, mmap_max=0)
+    _configure_malloc(trim_threshold=-1, mmap_max=0)
 
 
-def give_back_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Has glibc give every block of a megabyte back to the kernel as soon as it is freed (Linux).
 
     While a model is built, most of what is freed is never wanted again, and where memory is short it stays so. Left alone,
     glibc keeps blocks of up to 32 MB once it has seen some freed.
     """
-    _set_malloc(trim_threshold=2**20, mmap_max=2**16, mmap_threshold=2**20)
+    _configure_malloc(trim_threshold=2**20, mmap_max=2**16, mmap_threshold=2**20)
 
 
-def _set_malloc(**options: int) -> None:
+def _configure_malloc(**options: int) -> None:
     numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # in malloc.h
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smolds_dist.parallel.fragments import Fragment, place_in
-from smolds_dist.parallel.gather import all_to_all, rows_of_all
+from smolds_dist.parallel.fragments import Fragment, offset_in
+from smolds_dist.parallel.gather import all_gather_rows, all_to_all
 
 ROUND = 2**25
 """Elements of the matrices that are gathered at a time, over all ranks: bounds what an owner holds beside its own parts."""
@@ -31,7 +31,7 @@ BATCH = 2**23
 OnMatrices = Callable[[Tensor], Tensor]  # of whole matrices [N, R, C], the same shape back
 
 
-class Part(NamedTuple):
+class MatrixSlice(NamedTuple):
     """Elements [start, start + length) of a matrix, which lie at `offset` of a rank's flat partition."""
 
     matrix: str
@@ -44,14 +44,14 @@ class Part(NamedTuple):
 class Round(NamedTuple):
     """One gather and one scatter."""
 
-    sent: list[list[Part]]  # this rank's parts, by the rank that owns the matrix
-    received: list[list[Part]]  # parts of the matrices that this rank owns, by the rank that holds them
+    sent: list[list[MatrixSlice]]  # this rank's parts, by the rank that owns the matrix
+    received: list[list[MatrixSlice]]  # parts of the matrices that this rank owns, by the rank that holds them
 
 
 class Plan(NamedTuple):
     """What one flat partition needs."""
 
-    whole: list[Part]  # matrices that are here already
+    local: list[MatrixSlice]  # matrices that are here already
     rounds: list[Round]
 
 
@@ -76,17 +76,17 @@ class MatrixOwners:
         self._device = device
         self._index = {id(flat): index for index, flat in enumerate(flats)}
         matrices = {name: shapes[name] for name in sorted(shapes) if len(shapes[name]) == 2}
-        number = {name: place for place, name in enumerate(matrices)}
+        number = {name: index for index, name in enumerate(matrices)}
         mine = []
         for fragment in fragments:
             if len(fragment.shape) == 2:
-                index, offset = place_in(flats, fragment.tensors["value"])
+                index, offset = offset_in(flats, fragment.tensors["value"])
                 mine.append((index, number[fragment.name], fragment.start, offset, len(fragment.tensors["value"])))
-        held = rows_of_all(mine, 5, device)
+        held = all_gather_rows(mine, 5, device)
         world = dist.get_world_size()
         loads = np.zeros(world)
         self._plans = [
-            plan_for(np.delete(held[held[:, 1] == index], 1, axis=1), matrices, world, dist.get_rank(), loads)
+            make_plan(np.delete(held[held[:, 1] == index], 1, axis=1), matrices, world, dist.get_rank(), loads)
             for index in range(len(flats))
         ]
 
@@ -96,23 +96,25 @@ class MatrixOwners:
         Every rank calls it for the same partitions in the same order.
         """
         plan = self._plans[self._index[id(flat)]]
-        _in_batches(((part.shape, values[part.offset : part.offset + part.length]) for part in plan.whole), function)
+        _in_batches(((s.shape, values[s.offset : s.offset + s.length]) for s in plan.local), function)
         for sent, received in plan.rounds:
-            ours = [values[part.offset : part.offset + part.length] for parts in sent for part in parts]
+            ours = [values[s.offset : s.offset + s.length] for slices in sent for s in slices]
             theirs = self._exchange(ours, sent, received)
-            parts = list(chain(*received))
-            matrices = {part.matrix: theirs.new_empty(part.shape) for part in parts}
-            places = [matrices[part.matrix].view(-1)[part.start : part.start + part.length] for part in parts]
-            _fill_in_order(places, theirs)
+            slices = list(chain(*received))
+            matrices = {s.matrix: theirs.new_empty(s.shape) for s in slices}
+            views = [matrices[s.matrix].view(-1)[s.start : s.start + s.length] for s in slices]
+            _copy_in_order(views, theirs)
             _in_batches(((matrix.shape, matrix) for matrix in matrices.values()), function)
-            _fill_in_order(ours, self._exchange(places, received, sent))
+            _copy_in_order(ours, self._exchange(views, received, sent))
 
-    def _exchange(self, pieces: list[Tensor], given: list[list[Part]], coming: list[list[Part]]) -> Tensor:
-        sizes, expected = ([sum(part.length for part in parts) for parts in one] for one in (given, coming))
+    def _exchange(
+        self, pieces: list[Tensor], outgoing: list[list[MatrixSlice]], incoming: list[list[MatrixSlice]]
+    ) -> Tensor:
+        sizes, expected = ([sum(s.length for s in slices) for slices in one] for one in (outgoing, incoming))
         return all_to_all(pieces, sizes, expected, torch.empty(0, device=self._device))
 
 
-def apply_among(ranks: range, stacks: list[Tensor], function: OnMatrices, device: torch.device) -> None:
+def apply_on_replicas(ranks: range, stacks: list[Tensor], function: OnMatrices, device: torch.device) -> None:
     """Replaces stacked matrices [N, R, C], which several ranks hold, by `function` of them. Collective, of all ranks.
 
     Args:
@@ -123,10 +125,10 @@ def apply_among(ranks: range, stacks: list[Tensor], function: OnMatrices, device
     others = [other for other in ranks if other != rank]
     owned: dict[int, list[Tensor]] = {owner: [] for owner in ranks}
     loads = dict.fromkeys(ranks, 0.0)
-    matrices = [(_work(matrix.shape), matrix) for stack in stacks for matrix in stack]
-    for work, matrix in sorted(matrices, key=lambda one: -one[0]):  # a stable order, the same on all ranks
+    matrices = [(_cost(matrix.shape), matrix) for stack in stacks for matrix in stack]
+    for cost, matrix in sorted(matrices, key=lambda one: -one[0]):  # a stable order, the same on all ranks
         owner = min(ranks, key=loads.__getitem__)
-        loads[owner] += work
+        loads[owner] += cost
         owned[owner].append(matrix)
     _in_batches(((matrix.shape, matrix) for matrix in owned[rank]), function)
     sizes = {owner: sum(matrix.numel() for matrix in some) for owner, some in owned.items()}
@@ -136,16 +138,16 @@ def apply_among(ranks: range, stacks: list[Tensor], function: OnMatrices, device
         [sizes[other] if other in others else 0 for other in range(world)],
         torch.empty(0, device=device),
     )
-    _fill_in_order([matrix for other in others for matrix in owned[other]], received)
+    _copy_in_order([matrix for other in others for matrix in owned[other]], received)
 
 
-def _fill_in_order(places: list[Tensor], values: Tensor) -> None:
+def _copy_in_order(views: list[Tensor], values: Tensor) -> None:
     """Copies `values` [n] into the places, one after the other."""
-    for place, part in zip(places, values.split([place.numel() for place in places]), strict=True):
-        place.copy_(part.view(place.shape))
+    for view, s in zip(views, values.split([view.numel() for view in views]), strict=True):
+        view.copy_(s.view(view.shape))
 
 
-def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:
+def make_plan(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:
     """What `rank` computes and exchanges. Every rank gets the same owners, as long as it is asked about the same.
 
     All ranks' parts are looked at in arrays alone; Python loops over the matrices, and over what `rank` sends and receives.
@@ -159,31 +161,31 @@ def plan_for(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int,
     """
     names, shapes = list(matrices), list(matrices.values())
     holder, matrix = held[:, 0], held[:, 1]
-    work = np.array([_work(shape) for shape in shapes])
-    parts_of = np.bincount(matrix, minlength=len(names))
-    alone = parts_of[matrix] == 1
-    np.add.at(loads, holder[alone], work[matrix[alone]])
-    cut = sorted(np.flatnonzero(parts_of > 1).tolist(), key=lambda number: -work[number])
+    cost = np.array([_cost(shape) for shape in shapes])
+    num_slices = np.bincount(matrix, minlength=len(names))
+    alone = num_slices[matrix] == 1
+    np.add.at(loads, holder[alone], cost[matrix[alone]])
+    split = sorted(np.flatnonzero(num_slices > 1).tolist(), key=lambda number: -cost[number])
     by_matrix = np.argsort(matrix, kind="stable")  # within one in the order of the ranks
-    end = np.cumsum(parts_of)
+    end = np.cumsum(num_slices)
     owner = np.full(len(names), -1)
-    for number in cut:
-        holders = holder[by_matrix[end[number] - parts_of[number] : end[number]]]
+    for number in split:
+        holders = holder[by_matrix[end[number] - num_slices[number] : end[number]]]
         owner[number] = holders[loads[holders].argmin()]  # the first of them where loads are the same
-        loads[owner[number]] += work[number]
-    number_of = _rounds(cut, shapes)
+        loads[owner[number]] += cost[number]
+    number_of = _rounds(split, shapes)
     rounds = [
         Round([[] for _ in range(world)], [[] for _ in range(world)])
         for _ in range(max(number_of.values(), default=-1) + 1)
     ]
 
-    whole: list[Part] = []
-    for _, number, *place in held[holder == rank].tolist():
-        to = whole if owner[number] < 0 else rounds[number_of[number]].sent[owner[number]]
-        to.append(Part(names[number], shapes[number], *place))
-    for other, number, *place in held[owner[matrix] == rank].tolist():
-        rounds[number_of[number]].received[other].append(Part(names[number], shapes[number], *place))
-    return Plan(whole, rounds)
+    local: list[MatrixSlice] = []
+    for _, number, *bounds in held[holder == rank].tolist():
+        to = local if owner[number] < 0 else rounds[number_of[number]].sent[owner[number]]
+        to.append(MatrixSlice(names[number], shapes[number], *bounds))
+    for other, number, *bounds in held[owner[matrix] == rank].tolist():
+        rounds[number_of[number]].received[other].append(MatrixSlice(names[number], shapes[number], *bounds))
+    return Plan(local, rounds)
 
 
 def _rounds(matrices: list[int], shapes: list[tuple[int, ...]]) -> dict[int, int]:
@@ -199,7 +201,7 @@ def _rounds(matrices: list[int], shapes: list[tuple[int, ...]]) -> dict[int, int
     return numbers
 
 
-def _work(shape: tuple[int, ...]) -> float:
+def _cost(shape: tuple[int, ...]) -> float:
     """Of the Newton-Schulz iteration, up to a factor: products of a matrix with its smaller Gram matrix."""
     return float(torch.Size(shape).numel() * min(shape))
 

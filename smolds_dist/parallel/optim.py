@@ -143,10 +143,10 @@ def together(group: dict) -> Iterator[list[Any]]:
 
 def muon_update(matrices: Tensor) -> Tensor:
     """Of the momentum [..., rows, columns]: orthogonalised, and as large as AdamW's."""
-    return orthogonalise(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
+    return orthogonalize(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Near the closest semi-orthogonal matrix of each [..., rows, columns]: singular values end in about 0.7 to 1.2.
 
     Newton-Schulz iteration with the quintic coefficients of Jordan et al., "Muon" (2024).

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
-from smolds_dist.parallel.meeting import Patience, meet
 from smolds_dist.parallel.ranks import RankInfo, interface_towards
+from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 from smolds_dist.parallel.topology import Topology
 
 
-def start_process_group(topology: Topology, info: RankInfo, patience: Patience | None = None) -> bool:
-    """Joins the other ranks, if the topology has a process group; False where `patience` ended the waiting for them.
+def start_process_group(topology: Topology, info: RankInfo, wait_policy: WaitPolicy | None = None) -> bool:
+    """Joins the other ranks, if the topology has a process group; False where `wait_policy` ended the waiting for them.
 
     Raises:
         ConfigError: where ranks are missing.
@@ -38,7 +38,7 @@ def start_process_group(topology: Topology, info: RankInfo, patience: Patience |
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if topology.world_size > 1:
         # Held until the end of this function: torch's own store is the same server's.
-        store = meet(info, patience or Patience())
+        store = rendezvous(info, wait_policy or WaitPolicy())
         if store is None:
             return False
     import deepspeed
@@ -57,7 +57,7 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def largest_over_ranks(topology: Topology, value: int) -> int:
+def max_over_ranks(topology: Topology, value: int) -> int:
     """The largest of the ranks' values, below 2^24. Collective."""
     if topology.world_size == 1:
         return value

@@ -22,7 +22,7 @@ from typing import Any
 from smolds_dist.data.cores import SHARED
 from smolds_dist.errors import ConfigError, RankError, first_line
 
-TELL_AFTER = 10.0  # seconds that a rank waits for others in silence
+LOG_AFTER = 10.0  # seconds that a rank waits for others in silence
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ MPI_VARIABLES = {"OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PM
 SLURM_VARIABLES = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID"}
 
 
-def started_by(environment: Mapping[str, str]) -> str | None:
+def detect_launcher(environment: Mapping[str, str]) -> str | None:
     """The variable that says how many ranks there are, if any does; RANK and WORLD_SIZE count before the others'."""
     if "RANK" in environment:
         return "WORLD_SIZE"
@@ -58,21 +58,21 @@ def started_by(environment: Mapping[str, str]) -> str | None:
 
 def is_first_rank(environment: Mapping[str, str]) -> bool:
     """Whether this process is rank 0, or a single one; known before the ranks have joined."""
-    size = started_by(environment)
+    size = detect_launcher(environment)
     return size is None or environment.get((MPI_VARIABLES | SLURM_VARIABLES).get(size, "RANK"), "0") == "0"
 
 
-def how_to_train_alone(info: RankInfo) -> str:
+def single_process_hint(info: RankInfo) -> str:
     """What to do, as a part of a sentence."""
     variables = "RANK WORLD_SIZE" if info.size_from == "WORLD_SIZE" else info.size_from
     return f"`unset {variables}` to train in this process alone"
 
 
-def still_waiting(info: RankInfo, seconds: float, whom: str) -> str:
-    """The sentence of a rank that has waited so long, which it says after `TELL_AFTER` seconds and when it gives up."""
+def waiting_message(info: RankInfo, seconds: float, missing: str) -> str:
+    """The sentence of a rank that has waited so long, which it says after `LOG_AFTER` seconds and when it gives up."""
     return (
-        f"rank {info.rank} has waited {seconds:.0f} s for {whom}, because {info.size_from} says that there are "
-        f"{info.world_size}; {how_to_train_alone(info)}, or start all ranks with `smolds launch`."
+        f"rank {info.rank} has waited {seconds:.0f} s for {missing}, because {info.size_from} says that there are "
+        f"{info.world_size}; {single_process_hint(info)}, or start all ranks with `smolds launch`."
     )
 
 
@@ -85,7 +85,7 @@ def join_ranks(timeout: float = 0.0) -> RankInfo:
     Raises:
         ConfigError: where a launcher's variables are incomplete or wrong, or mpi4py is missing.
     """
-    size = started_by(os.environ)
+    size = detect_launcher(os.environ)
     if size is None:
         return RankInfo()
     if size in MPI_VARIABLES:
@@ -95,7 +95,7 @@ def join_ranks(timeout: float = 0.0) -> RankInfo:
     return replace(rank_from_environment(), size_from=size)
 
 
-ALONE = f"start ranks with `smolds launch`, or {how_to_train_alone(RankInfo())}"
+ALONE = f"start ranks with `smolds launch`, or {single_process_hint(RankInfo())}"
 
 
 def rank_from_environment() -> RankInfo:
@@ -175,15 +175,15 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
     except (ImportError, RuntimeError) as error:  # RuntimeError: without an MPI library
         raise ConfigError(
             f"{size} says that mpirun started {info.world_size} ranks, but mpi4py cannot be loaded ({first_line(error)}); "
-            f"{how_to_train_alone(info)}, or install an MPI library and smolds-dist[mpi]."
+            f"{single_process_hint(info)}, or install an MPI library and smolds-dist[mpi]."
         ) from None
-    with _waiting_told(info, timeout):
+    with _log_while_waiting(info, timeout):
         _initialize_mpi(MPI)
     world = MPI.COMM_WORLD
     if world.size != info.world_size:
         raise RankError(
             f"{size} says that there are {info.world_size} ranks, but MPI knows of {world.size}; "
-            f"{how_to_train_alone(info)}, or where mpirun did start this, install an mpi4py that was built for its MPI."
+            f"{single_process_hint(info)}, or where mpirun did start this, install an mpi4py that was built for its MPI."
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     with socket.create_server(("0.0.0.0", 0)) as server:
@@ -212,16 +212,16 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _waiting_told(info: RankInfo, timeout: float) -> Iterator[None]:
-    """Says after `TELL_AFTER` seconds what this process waits for, and after `timeout` ends it."""
+def _log_while_waiting(info: RankInfo, timeout: float) -> Iterator[None]:
+    """Says after `LOG_AFTER` seconds what this process waits for, and after `timeout` ends it."""
     over = threading.Event()
 
     def watch() -> None:
         waited = 0.0
-        for seconds in sorted({min(TELL_AFTER, timeout or TELL_AFTER), timeout or TELL_AFTER}):
+        for seconds in sorted({min(LOG_AFTER, timeout or LOG_AFTER), timeout or LOG_AFTER}):
             if over.wait(seconds - waited):
                 return
-            text = still_waiting(info, seconds, "the other ranks of its MPI job")
+            text = waiting_message(info, seconds, "the other ranks of its MPI job")
             print(f"smolds: {text}", file=sys.stderr, flush=True)
             waited = seconds
         if timeout:

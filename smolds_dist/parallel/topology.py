@@ -130,9 +130,9 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
             why_expert += ", and figures of this machine are not known, which smolds plan --calibrate measures"
         else:
             firsts = {size: first(size) for size in sizes}
-            expert, why_expert = _fastest(memory, experts, firsts, hardware.shared_by(per_node))
+            expert, why_expert = _fastest_layout(memory, experts, firsts, hardware.shared_by(per_node))
     chosen = first(expert)
-    why = _why_stage(chosen, parallel.zero != "auto", memory)
+    why = _explain_stage(chosen, parallel.zero != "auto", memory)
     keeps_memory = memory.fits(chosen) if parallel.keep_memory == "auto" else parallel.keep_memory
     if device == "cpu" and not keeps_memory:
         why += "; what a step frees goes back to the system, which takes time"
@@ -232,7 +232,7 @@ def _expert_sizes(wanted: str | int, experts: int, world: int, per_node: int) ->
     return [wanted], f"{experts} experts are shared by {wanted} ranks as asked{where}"
 
 
-def _fastest(memory: Memory, experts: int, layouts: dict[int, Layout], hardware: Hardware) -> tuple[int, str]:
+def _fastest_layout(memory: Memory, experts: int, layouts: dict[int, Layout], hardware: Hardware) -> tuple[int, str]:
     """The expert-parallel size with the shortest step among those that fit, and by how much it is.
 
     Args:
@@ -289,7 +289,7 @@ def _micro_batches(train: Train, world: int, most: int) -> list[int]:
     return [wanted]
 
 
-def _why_stage(layout: Layout, asked: bool, memory: Memory) -> str:
+def _explain_stage(layout: Layout, asked: bool, memory: Memory) -> str:
     lowest = ""
     if layout.engine == "local":
         why = "one process needs neither ZeRO nor a process group"

@@ -17,10 +17,10 @@ def force_uniform_routing(model: nn.Module) -> None:
     Routers still compute all they would, and their weights stay those of the experts that they had chosen.
     """
     for layer in moe_layers(model).values():
-        (getattr(layer, "router", None) or layer.gate).register_forward_hook(_in_turns)
+        (getattr(layer, "router", None) or layer.gate).register_forward_hook(_round_robin)
 
 
-def _in_turns(router: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _round_robin(router: Any, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     weights, chosen_TK, last = output  # the logits of our own router, the counts of AutoEP's
     ours = hasattr(router, "config")
     experts = router.config.num_experts if ours else router.num_experts

@@ -13,14 +13,14 @@ from smolds_dist.costs.flops import flops_per_token, layers_of
 from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
-from smolds_dist.data.mixture import in_words, mixture_of
+from smolds_dist.data.mixture import format_schedule, mixture_of
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.planner.search import Candidate, best_first, candidates, fits, why_not
+from smolds_dist.planner.search import Candidate, best_first, candidates, fits, rejection_reason
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
 from smolds_dist.progress import duration
 from smolds_dist.settings import RunConfig
 
-MOST_SIMULATED = 1024  # ranks, above which the simulator would take minutes
+MAX_SIMULATED_RANKS = 1024  # ranks, above which the simulator would take minutes
 
 
 def plan(args: list[str]) -> None:
@@ -55,8 +55,8 @@ def plan(args: list[str]) -> None:
         )
     print(report(config, machine, found, ranking, run, steps, options.top))
     print(f"\nstart it with\n  {command_line(best, config, run, train_args, options.nodes, per_node)}")
-    if loads and best.layout.world > MOST_SIMULATED:
-        print(f"\nnot simulated: more than {MOST_SIMULATED:,} ranks")
+    if loads and best.layout.world > MAX_SIMULATED_RANKS:
+        print(f"\nnot simulated: more than {MAX_SIMULATED_RANKS:,} ranks")
     elif loads:
         fitted = _fit(loads, config)
         simulated = simulate_step(with_vocabulary(config), best.layout, machine, fitted, options.straggling)
@@ -106,7 +106,7 @@ def report(
     ]
     for one in [*ranking[:1], *alternatives(found, best, machine)[:top]]:
         at = one.layout
-        verdict = "the best" if one is best else why_not(one, best, machine)
+        verdict = "the best" if one is best else rejection_reason(one, best, machine)
         lines.append(
             f"{at.expert:>6} {at.zero:>4} {at.micro_batch:>5} {at.recompute:>9} "
             f"{one.tokens_per_s:>12,.0f} {one.memory.total / 1e9:>6,.1f} GB  {verdict}"
@@ -122,7 +122,7 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
     batch, length = config.train.global_batch, config.data.seq_len
     totals = zip(mixture.names, mixture.totals(steps * batch).tolist(), strict=True)
     return [
-        f"text: {in_words(mixture.schedule(), batch)}",
+        f"text: {format_schedule(mixture.schedule(), batch)}",
         "tokens: " + ", ".join(f"{total * length:,} of {name}" for name, total in totals),
     ]
 

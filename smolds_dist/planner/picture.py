@@ -9,14 +9,14 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.planner.search import Candidate, best_first, candidates
 from smolds_dist.settings import RunConfig
 
-MOST_RANKS = 16_384
+MAX_RANKS = 16_384
 
 
 def best_by_ranks(config: RunConfig, machine: Hardware, per_node: int, max_vio: float) -> dict[int, Candidate | None]:
-    """The best layout of 1, 2, 4, ... up to `MOST_RANKS` ranks; None where none fits. The global batch grows with the ranks
+    """The best layout of 1, 2, 4, ... up to `MAX_RANKS` ranks; None where none fits. The global batch grows with the ranks
     where there would not be a sequence for each."""
     found: dict[int, Candidate | None] = {}
-    for ranks in (2**power for power in range(MOST_RANKS.bit_length())):
+    for ranks in (2**power for power in range(MAX_RANKS.bit_length())):
         batch = -(-max(config.train.global_batch, ranks) // ranks) * ranks
         given = replace(config, train=replace(config.train, global_batch=batch))
         on_node = min(ranks, per_node)
@@ -36,7 +36,7 @@ def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, pa
     """
     found = best_by_ranks(config, machine, per_node, max_vio)
     if not any(found.values()):
-        raise ConfigError(f"no number of ranks up to {MOST_RANKS:,} has a layout that fits {machine.name}.")
+        raise ConfigError(f"no number of ranks up to {MAX_RANKS:,} has a layout that fits {machine.name}.")
     import matplotlib
 
     matplotlib.use("Agg")

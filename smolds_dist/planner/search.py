@@ -14,7 +14,7 @@ from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
 from smolds_dist.settings import Recomputed, RunConfig
 
-MOST_SEQUENCES = 64  # of a micro batch that is tried
+MAX_SEQUENCES = 64  # of a micro batch that is tried
 RECOMPUTED: tuple[Recomputed, ...] = get_args(Recomputed)
 
 
@@ -58,7 +58,7 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
     if world == 1 and config.parallel.engine != "deepspeed":
         stages = [0]
     per_rank = config.train.global_batch // world
-    batches = [size for size in range(1, min(per_rank, MOST_SEQUENCES) + 1) if per_rank % size == 0]
+    batches = [size for size in range(1, min(per_rank, MAX_SEQUENCES) + 1) if per_rank % size == 0]
     if config.train.micro_batch:
         batches = [config.train.micro_batch]
     asked = config.train.activation_checkpointing
@@ -99,7 +99,7 @@ def best_first(found: list[Candidate], machine: Hardware) -> list[Candidate]:
     return sorted(fitting, key=lambda one: (-one.tokens_per_s, one.layout.zero))
 
 
-def why_not(one: Candidate, best: Candidate, machine: Hardware) -> str:
+def rejection_reason(one: Candidate, best: Candidate, machine: Hardware) -> str:
     """In a few words, what another layout loses by."""
     if not fits(one, machine):
         return f"needs {one.memory.total / 1e9:,.1f} GB, most of it {one.memory.largest}"

@@ -29,14 +29,14 @@ from smolds_dist.rows import read_rows
 
 
 @dataclass(frozen=True)
-class Work:
+class Compute:
     """A rank computes."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Collective:
     """A rank waits for `group` (its first rank and size), then takes `seconds`."""
 
     group: tuple[int, int]
@@ -84,7 +84,7 @@ def simulate_step(
     return run_programs([_program(rank, model, layout, machine, loads, slow) for rank, slow in enumerate(slowness)])
 
 
-def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
+def run_programs(programs: list[Iterator[Compute | Collective]]) -> Simulation:
     """Runs every rank's program to its end; the heart of the simulator."""
     waiting = [0.0] * len(programs)
     present: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
@@ -92,7 +92,7 @@ def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
     while events:
         now, rank = heapq.heappop(events)
         event = next(programs[rank], None)
-        if isinstance(event, Work):
+        if isinstance(event, Compute):
             heapq.heappush(events, (now + event.seconds, rank))
         elif event is not None:
             there = present.setdefault(event.group, [])
@@ -108,7 +108,7 @@ def run_programs(programs: list[Iterator[Work | Meeting]]) -> Simulation:
 
 def _program(
     rank: int, model: Any, layout: Layout, machine: Hardware, loads: list[list[float]], slow: float
-) -> Iterator[Work | Meeting]:
+) -> Iterator[Compute | Collective]:
     """One step of a rank; forward, backward and recomputation share a pass's work as 1 : 2 : 1."""
     size, own = layout.expert, model.num_experts // layout.expert
     group, place = (rank // size * size, size), rank % size
@@ -123,13 +123,13 @@ def _program(
     for _ in range(layout.accumulation):
         for part, layers in turns:
             for layer in layers:
-                exchange = [Meeting(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))]
+                exchange = [Collective(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))]
                 exchange *= size > 1
-                yield Work((dense + other) * slow * part / parts)
+                yield Compute((dense + other) * slow * part / parts)
                 yield from exchange
-                yield Work(experts * share[layer] * slow * part / parts)
+                yield Compute(experts * share[layer] * slow * part / parts)
                 yield from exchange
     closed = step_time(model, layout, machine)
     if layout.world > 1:
-        yield Meeting((0, layout.world), closed.gradients)
-    yield Work(closed.optimizer)
+        yield Collective((0, layout.world), closed.gradients)
+    yield Compute(closed.optimizer)

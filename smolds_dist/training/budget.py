@@ -34,6 +34,6 @@ class TimeBudget:
         training.log.fit(train.steps)
         if job.main:
             save_config(job.config, job.config.run_dir / "config.yaml")
-            training.log.say(
+            training.log.info(
                 f"a step takes {seconds:.3f} s here: {train.steps:,} of at most {most:,} steps, in {train.time_budget:.0f} s"
             )

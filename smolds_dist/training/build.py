@@ -14,12 +14,12 @@ from filelock import FileLock, Timeout
 
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints_in, remove, step_of
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
-from smolds_dist.checkpoint.writer import CheckpointWriter, Progress, package_versions
+from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState, package_versions
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import largest_products
-from smolds_dist.data.ahead import BatchesAhead
-from smolds_dist.data.batch import TrainingData, UniqueTexts, document_end
-from smolds_dist.data.prepare import told_epochs
+from smolds_dist.data.batch import TrainingData, UniqueTexts, document_separator
+from smolds_dist.data.prefetch import BatchPrefetcher
+from smolds_dist.data.prepare import epoch_summary
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.launching.signals import StopRequest
@@ -36,10 +36,10 @@ from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import matrix_product_peak
 from smolds_dist.training.compiling import compile_model
-from smolds_dist.training.guard import MOST_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
-from smolds_dist.training.rank_checks import SlowRanks
+from smolds_dist.training.rank_checks import StragglerDetector
 from smolds_dist.training.step import Stepper
 
 
@@ -53,9 +53,11 @@ class Job:
     model_config: DeepSeekV3Config
     flops_per_token: float
     stop: StopRequest
-    beat: Callable[[], None]  # a sign of life for the other ranks
+    heartbeat: Callable[[], None]  # a sign of life for the other ranks
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
-    done: Callable[[int], None] | None = None  # told after each step how many samples of the run have been trained on
+    on_progress: Callable[[int], None] | None = (
+        None  # told after each step how many samples of the run have been trained on
+    )
 
     @property
     def main(self) -> bool:
@@ -68,11 +70,11 @@ class Training:
 
     engine: Engine
     balancer: Balancer
-    progress: Progress
+    state: TrainState
     texts: UniqueTexts | None  # on rank 0
     stepper: Stepper
     guard: LossGuard
-    slow: SlowRanks
+    stragglers: StragglerDetector
     checkpoints: CheckpointWriter
     log: RunLog
     profiler: Profiler
@@ -84,7 +86,7 @@ class Training:
         if self.texts is not None:
             kind, content = self.texts.state()
             others[f"{UNIQUE_TEXTS}:{kind}:0"] = torch.from_numpy(content)
-        self.checkpoints.save(self.engine, self.balancer, self.progress, val_loss, others, wait=wait)
+        self.checkpoints.save(self.engine, self.balancer, self.state, val_loss, others, wait=wait)
 
     def close(self, code: int = 0) -> None:
         """Close all that works in the background; `code` is the exit code of the training."""
@@ -96,7 +98,7 @@ class Training:
 
 
 @contextmanager
-def hold_run(config: RunConfig) -> Iterator[None]:
+def lock_run_dir(config: RunConfig) -> Iterator[None]:
     """Makes the run's folder and keeps other processes from training in it.
 
     Raises:
@@ -146,39 +148,39 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     config, topology = job.config, job.topology
     torch.manual_seed(config.train.seed)
     engine = new_engine(job.model_config, config, topology, reader)
-    engine.model.register_forward_pre_hook(lambda *_: job.beat())
+    engine.model.register_forward_pre_hook(lambda *_: job.heartbeat())
     balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
-    progress = restore(reader, engine, balancer, topology) if reader else Progress()
+    state = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
     num_parameters = sum(math.prod(shape) for shape in tensors.values())
     shapes = largest_products(job.model_config, topology.micro_batch * config.data.seq_len)
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
     mine = matrix_product_peak(engine.device, dtype, shapes=shapes)
     peak = engine.sum_over_ranks(torch.tensor(mine)).item()
-    history = recent_losses(config.run_dir / "metrics.jsonl", progress.step) if config.train.spike_threshold else ()
+    history = recent_losses(config.run_dir / "metrics.jsonl", state.step) if config.train.spike_threshold else ()
 
-    log = begin_log(job, progress.step, environment(job, num_parameters, peak))
+    log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
-        log.say(f"continuing from {reader.folder}")
-        tell_other_rate(log, reader.manifest, config.train)
-    left = (config.train.steps - progress.step) * config.train.global_batch * config.data.seq_len
+        log.info(f"continuing from {reader.folder}")
+        log_lr_change(log, reader.manifest, config.train)
+    left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
     compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, log)
     return Training(
         engine=engine,
         balancer=balancer,
-        progress=progress,
-        texts=texts_seen(job.data, reader) if job.main else None,
+        state=state,
+        texts=restore_unique_texts(job.data, reader) if job.main else None,
         stepper=Stepper(
             engine,
             balancer,
             topology,
             config.train,
-            BatchesAhead(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
-            end_of_text=document_end(config.data, job.data.tokenizer),
-            stopped=lambda: job.stop.asked is not None,
+            BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
+            end_of_text=document_separator(config.data, job.data.tokenizer),
+            should_stop=lambda: job.stop.requested is not None,
         ),
         guard=LossGuard(config.train, history),
-        slow=SlowRanks(topology),
+        stragglers=StragglerDetector(topology),
         checkpoints=CheckpointWriter(config, topology, tensors, job.data.identity),
         log=log,
         profiler=Profiler(config, topology),
@@ -195,7 +197,7 @@ def new_engine(
     return build_engine(model_config, config, topology, reader.fill if reader else initial.fill)
 
 
-def begin_log(job: Job, step: int, facts: dict) -> RunLog:
+def start_log(job: Job, step: int, facts: dict) -> RunLog:
     """The run's log, with what it begins with, first its `environment`; on rank 0 also the files that describe the run."""
     config = job.config
     log = RunLog(config, step, job.main)
@@ -203,18 +205,18 @@ def begin_log(job: Job, step: int, facts: dict) -> RunLog:
         save_config(config, config.run_dir / "config.yaml")
         save_tokenizer(job.data.tokenizer, config.run_dir / "tokenizer")
         log.row(step, event="start", **facts)
-        for failure in untold_failures(config.run_dir):
+        for failure in unlogged_failures(config.run_dir):
             log.row(step, event="restart", **failure)
-    log.say(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
-    log.say(job.topology.reason)
-    for line in told_epochs(config, job.data):
-        log.say(line)
+    log.info(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
+    log.info(job.topology.reason)
+    for line in epoch_summary(config, job.data):
+        log.info(line)
     if log.verbose:
-        log.say((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        log.info((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
     return log
 
 
-def tell_other_rate(log: RunLog, manifest: Manifest, train: Train) -> None:
+def log_lr_change(log: RunLog, manifest: Manifest, train: Train) -> None:
     """Log where a resumed run has another learning rate than the checkpoint's settings give its next step."""
     if manifest.weights_only:
         return
@@ -223,13 +225,13 @@ def tell_other_rate(log: RunLog, manifest: Manifest, train: Train) -> None:
     step = manifest.step + 1
     before, now = learning_rate(min(step, saved.steps), saved), learning_rate(step, train)
     if not math.isclose(before, now, rel_tol=1e-6):
-        log.say(
+        log.info(
             f"the learning rate of step {step} is {now:.2e}, and with the checkpoint's settings it would be "
             f"{before:.2e}; --train.schedule says how to continue at the same rate"
         )
 
 
-def texts_seen(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
+def restore_unique_texts(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
     """The texts that a checkpoint says were trained on; none without one."""
     texts = UniqueTexts(data)
     for kind, content in (reader.stored(UNIQUE_TEXTS) if reader else {}).items():
@@ -237,14 +239,14 @@ def texts_seen(data: TrainingData, reader: CheckpointReader | None) -> UniqueTex
     return texts
 
 
-def untold_failures(run_dir: Path) -> list[dict]:
+def unlogged_failures(run_dir: Path) -> list[dict]:
     """What `launching.restarts` has noted and `metrics.jsonl` does not hold, or holds no more after going back."""
     failures = read_rows(run_dir / RESTARTS)
     if not failures:  # as most often: metrics may be long
         return []
-    told = {row["number"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"}
+    logged = {row["number"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"}
     keys = {"number": "number", "step": "failed_after", "cause": "cause", "logs": "logs"}
-    return [{new: row[old] for old, new in keys.items()} for row in failures if row["number"] not in told]
+    return [{new: row[old] for old, new in keys.items()} for row in failures if row["number"] not in logged]
 
 
 def environment(job: Job, num_parameters: int, peak: float) -> dict:
@@ -267,26 +269,26 @@ def environment(job: Job, num_parameters: int, peak: float) -> dict:
     }
 
 
-def roll_back(job: Job, progress: Progress, spike: LossSpikeError) -> Training:
+def roll_back(job: Job, state: TrainState, spike: LossSpikeError) -> Training:
     """The training at its last checkpoint before the spike; the samples since then are left out. Collective.
 
     Raises:
         TrainingStoppedError: where there is none, or it has been tried too often.
     """
     reader = open_checkpoint(job.config, job.topology, before=spike.begin)
-    if reader is None or progress.rollbacks >= MOST_ROLLBACKS:
-        why = "no checkpoint is older" if reader is None else f"{MOST_ROLLBACKS} rollbacks did not help"
-        raise TrainingStoppedError(f"{spike}, and {why}; lower --train.lr, or raise --train.spike_threshold")
+    if reader is None or state.rollbacks >= MAX_ROLLBACKS:
+        reason = "no checkpoint is older" if reader is None else f"{MAX_ROLLBACKS} rollbacks did not help"
+        raise TrainingStoppedError(f"{spike}, and {reason}; lower --train.lr, or raise --train.spike_threshold")
     if job.main:
         for newer in checkpoints_in(job.config.run_dir / "checkpoints"):
             if step_of(newer) > reader.manifest.step:
                 remove(newer)
         replace_runs(job.config.run_dir)
     training = build(job, reader)
-    left_out = (spike.end - reader.manifest.step) * job.config.train.global_batch
-    training.progress.skipped_samples += left_out
-    training.progress.rollbacks = progress.rollbacks + 1
+    skipped = (spike.end - reader.manifest.step) * job.config.train.global_batch
+    training.state.skipped_samples += skipped
+    training.state.rollbacks = state.rollbacks + 1
     step, ends = reader.manifest.step, {"spike_begin": spike.begin, "spike_end": spike.end}
-    training.log.row(step, event="rollback", **ends, skipped_samples=left_out)
-    training.log.say(f"{spike}; going on from step {step} with other samples")
+    training.log.row(step, event="rollback", **ends, skipped_samples=skipped)
+    training.log.info(f"{spike}; going on from step {step} with other samples")
     return training

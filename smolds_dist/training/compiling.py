@@ -17,17 +17,17 @@ from torch import nn
 from smolds_dist.errors import first_line
 from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.kernels import expert_ffn
-from smolds_dist.model.regions import compile_regions, run_regions_plainly
+from smolds_dist.model.regions import compile_regions, run_regions_eagerly
 from smolds_dist.model.rotary import rotary_angles
 from smolds_dist.observe.run_log import RunLog
 from smolds_dist.parallel.engine import Engine
-from smolds_dist.parallel.process_group import largest_over_ranks
+from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
 
 # Seconds of matrix products at their peak from which a run is long enough to win back what compiling takes. On a GPU the
 # products are a small part of a step, and what is compiled a large one.
-LONG_ENOUGH = {"cpu": 600, "cuda": 60}
+MIN_SECONDS = {"cpu": 600, "cuda": 60}
 
 
 def compile_model(
@@ -48,28 +48,28 @@ def compile_model(
     """
     # Under selective checkpointing, which looks at every operator, all would be compiled once more in the first step.
     selective = config.train.activation_checkpointing == "selective"
-    if selective or not is_wanted(config.train.compile, topology.device, peak_seconds):
+    if selective or not should_compile(config.train.compile, topology.device, peak_seconds):
         return False
     began = time.perf_counter()
-    log.say("compiling; what is compiled is kept in PyTorch's cache for later runs")
+    log.info("compiling; what is compiled is kept in PyTorch's cache for later runs")
     error = None
     for turn in (True, False):
         if turn == (topology.local_rank == 0):
             error = try_to_compile(engine, topology, config.data.seq_len, model)
         engine.barrier()
-    if failed := largest_over_ranks(topology, error is not None):
+    if failed := max_over_ranks(topology, error is not None):
         leave_uncompiled(engine.model)
-        log.warn(f"compiling failed ({error or 'on another rank'}); the run goes on without (--train.compile off)")
+        log.warning(f"compiling failed ({error or 'on another rank'}); the run goes on without (--train.compile off)")
     else:
-        log.say(f"compiled in {time.perf_counter() - began:.0f} s")
+        log.info(f"compiled in {time.perf_counter() - began:.0f} s")
     return not failed
 
 
-def is_wanted(setting: str | bool, device: str, peak_seconds: float) -> bool:
+def should_compile(setting: str | bool, device: str, peak_seconds: float) -> bool:
     """Whether to compile: `auto` does for runs that are long enough, where a compiler is found."""
     if isinstance(setting, bool):
         return setting
-    return peak_seconds >= LONG_ENOUGH.get(device, float("inf")) and has_compiler(device)
+    return peak_seconds >= MIN_SECONDS.get(device, float("inf")) and has_compiler(device)
 
 
 def has_compiler(device: str) -> bool:
@@ -139,6 +139,6 @@ def dense_parts(model: nn.Module) -> list[DeepSeekV3Block]:
 
 def leave_uncompiled(model: nn.Module) -> None:
     """Takes back what was compiled."""
-    run_regions_plainly()
+    run_regions_eagerly()
     for block in dense_parts(model):
         block.compiled_attend = None

@@ -8,8 +8,8 @@ from smolds_dist.errors import TrainingStoppedError
 from smolds_dist.settings import Train
 
 WINDOW = 100  # recent losses that a spike is measured against
-LEAST = 20  # of them, before anything counts as a spike
-MOST_ROLLBACKS = 3
+MIN_STEPS = 20  # of them, before anything counts as a spike
+MAX_ROLLBACKS = 3
 
 
 class LossSpikeError(Exception):
@@ -63,7 +63,7 @@ class LossGuard:
 
     def _is_spike(self, loss: float) -> bool:
         """By median and median absolute deviation, which spikes themselves hardly move."""
-        if len(self._recent) < LEAST:
+        if len(self._recent) < MIN_STEPS:
             return False
         middle = median(self._recent)
         # 1.4826 makes it the standard deviation of a normal distribution.

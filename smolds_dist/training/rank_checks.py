@@ -20,7 +20,7 @@ WINDOWS = 3  # in a row, until a rank counts as slow
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class SlowRanks:
+class StragglerDetector:
     """Compares how long the ranks compute, which those that wait for a slow one do not.
 
     What is compared is a step's forward pass without its all-to-all, in the steps that are measured: there nobody waits for
@@ -32,7 +32,7 @@ class SlowRanks:
         self._seconds: deque[float] = deque(maxlen=1000)  # nobody may ever compare
         self._windows = [0] * topology.world_size  # in which each rank was slow, up to the last one
 
-    def note(self, seconds: float) -> None:
+    def record(self, seconds: float) -> None:
         """A measured step's forward pass took this rank so long."""
         self._seconds.append(seconds)
 
@@ -60,7 +60,7 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([one.sum(dtype=torch.int64) for one in bits])
 
 
-def find_difference(model: nn.Module, topology: Topology, experts: Iterable[str]) -> tuple[str, list[int]] | None:
+def find_weight_mismatch(model: nn.Module, topology: Topology, experts: Iterable[str]) -> tuple[str, list[int]] | None:
     """The first of the weights that are not the same on all ranks that should hold the same, and the ranks that are in the
     minority; all of them, where none is. Collective.
 
@@ -94,7 +94,7 @@ def minority(values: dict[int, int]) -> list[int]:
     return [rank for rank, value in values.items() if 2 * count <= len(values) or value != common]
 
 
-def where(run_dir: Path, ranks: Iterable[int]) -> str:
+def format_ranks(run_dir: Path, ranks: Iterable[int]) -> str:
     """Ranks and their hosts, in words."""
     return ", ".join(f"rank {rank} on host {host_of(run_dir, rank)}" for rank in ranks)
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolds_dist.data.ahead import BatchesAhead
-from smolds_dist.data.batch import by_document
+from smolds_dist.data.batch import apply_document_mask
+from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, Update
 from smolds_dist.parallel.optim import learning_rate
@@ -22,7 +22,7 @@ from smolds_dist.training.clock import StepClock, is_measured
 from smolds_dist.training.qk_clip import QkClip
 
 
-class Taken(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step leaves on this rank."""
 
     step: int
@@ -43,9 +43,9 @@ class Stepper:
     balancer: Balancer
     topology: Topology
     train: Train
-    batches: BatchesAhead  # this rank's part of each global batch
+    batches: BatchPrefetcher  # this rank's part of each global batch
     end_of_text: int | None = None  # after which another document begins, where documents are masked from each other
-    stopped: Callable[[], bool] = lambda: False  # whether the run was asked to stop
+    should_stop: Callable[[], bool] = lambda: False  # whether the run was asked to stop
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
@@ -53,7 +53,7 @@ class Stepper:
         model_config: Any = self.engine.model.config
         self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
-    def take(self, step: int, first_sample: int) -> Taken:
+    def train_step(self, step: int, first_sample: int) -> StepOutput:
         """The whole of a step, whose batch begins with that sample of the run.
 
         Raises:
@@ -69,7 +69,7 @@ class Stepper:
             # The biases settle as the weights do: a last step's jump would show in every later forward pass.
             settling = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
             counts_LE = self.balancer.step(update.applied, settling)
-        return Taken(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
+        return StepOutput(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
 
     def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
         """Forward and backward over this rank's part of a global batch: its mean loss, and the digest of its tokens."""
@@ -77,13 +77,13 @@ class Stepper:
         first = first_sample + topology.rank * topology.per_rank
         total = torch.zeros((), device=self.engine.device)
         with clock.phase("data"):
-            ids, digest = self.batches.take(range(first, first + topology.per_rank), self.stopped)
+            ids, digest = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
             micro_batches = self._micro_batches(ids)
         for micro_batch in micro_batches:
             with clock.phase("forward"), self.balancer.counting(), self.routers.watching(clock.measured):
                 loss = self.engine.forward(*micro_batch)
             with clock.phase("backward"):
-                self.batches.begin_next()
+                self.batches.prefetch_next()
                 self.engine.backward(loss)
             total += loss.detach()
         return total / topology.accumulation, digest
@@ -97,9 +97,9 @@ class Stepper:
         parts = ids.split(self.topology.micro_batch)
         if self.end_of_text is None:
             return [(part, part) for part in parts]
-        masked = [by_document(part, self.end_of_text) for part in parts]
-        here = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
-        labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(here, dtype=torch.float32))
+        masked = [apply_document_mask(part, self.end_of_text) for part in parts]
+        num_labels = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
+        labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(num_labels, dtype=torch.float32))
         mean = labels_of_all / self.topology.world_size / len(parts)
         return [(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from smolds_dist.observe.rows import is_kept, rounded
 from smolds_dist.parallel.optim import PARTS
-from smolds_dist.parallel.process_group import largest_over_ranks
+from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.router_statistics import entropy_and_histogram
 from smolds_dist.training.build import Job, Training
 from smolds_dist.training.clock import PHASES, memory_in_use
-from smolds_dist.training.step import Taken
+from smolds_dist.training.step import StepOutput
 
 
 class StepResult(NamedTuple):
@@ -23,24 +23,24 @@ class StepResult(NamedTuple):
 
     row: dict  # for `RunLog.training_row`
     counts: Tensor | None  # routed tokens per expert [L, E]; None where the update was skipped
-    asked: list[float]  # how many ranks have been asked to stop, by signal
+    requested: list[float]  # how many ranks have been asked to stop, by signal
     failed: bool  # whether a checkpoint could not be written
     error: str | None  # why, on rank 0
 
 
-def sum_up(job: Job, training: Training, taken: Taken) -> StepResult:
+def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResult:
     """Ends a step: its numbers over all ranks. Collective."""
-    clock, update = training.stepper.clock, taken.update
+    clock, update = training.stepper.clock, output.update
     measured, world = clock.measured, job.topology.world_size
     error = training.checkpoints.failure()
     if measured:
-        training.slow.note(clock.seconds["forward"])
+        training.stragglers.record(clock.seconds["forward"])
     mine = {
-        "loss": [taken.loss.item()],
-        "asked": job.stop.counts(),
+        "loss": [output.loss.item()],
+        "requested": job.stop.counts(),
         "failed": [float(error is not None)],
         # Four bytes: single precision adds them up exactly over up to 65,536 ranks.
-        "digest": list(map(float, taken.digest.to_bytes(4, "little"))),
+        "digest": list(map(float, output.digest.to_bytes(4, "little"))),
         "phases": list(clock.seconds.values()) if measured else [],
         "squares": [float(update.squares.get(part, 0.0)) for part in PARTS] if measured else [],
     }
@@ -51,28 +51,28 @@ def sum_up(job: Job, training: Training, taken: Taken) -> StepResult:
 
     step_tokens = job.config.train.global_batch * job.config.data.seq_len
     row: dict[str, Any] = {
-        "step": taken.step,
-        "tokens": taken.step * step_tokens,
+        "step": output.step,
+        "tokens": output.step * step_tokens,
         "loss": sums["loss"][0] / world,
-        "lr": taken.lr,
+        "lr": output.lr,
     }
     row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
     share = job.flops_per_token * step_tokens / seconds / training.peak
     row["mfu"] = float(f"{share:.4g}")  # digits, not decimals: a small model's share of a large GPU is tiny
     digest = sum(int(byte) << 8 * place for place, byte in enumerate(sums["digest"])) % 2**32
-    row |= {"batch": f"{digest:08x}"} | data_row(job, training, taken.first_sample)
-    if taken.logits is not None and update.applied:  # else they may be NaN, which JSON has no number for
-        row |= {"max_logit": float(f"{taken.logits.max():.4g}")}
-        row |= {"clipped_heads": int((taken.logits > job.config.train.qk_clip).sum())}
+    row |= {"batch": f"{digest:08x}"} | data_row(job, training, output.first_sample)
+    if output.logits is not None and update.applied:  # else they may be NaN, which JSON has no number for
+        row |= {"max_logit": float(f"{output.logits.max():.4g}")}
+        row |= {"clipped_heads": int((output.logits > job.config.train.qk_clip).sum())}
     if measured:
         means = {name: total / world for name, total in zip(PHASES, sums["phases"], strict=True)}
         means["other"] = seconds - sum(means.values())
         row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
-        details = diagnostics(job, training, taken.step)
+        details = diagnostics(job, training, output.step)
         if update.applied:  # else they may be NaN, which JSON has no number for
             row |= details | {"grad_norms": norms_by_part(update.grad_norm, sums["squares"])}
-    counts = taken.counts if update.applied else None
-    return StepResult(row, counts, sums["asked"], bool(sums["failed"][0]), error)
+    counts = output.counts if update.applied else None
+    return StepResult(row, counts, sums["requested"], bool(sums["failed"][0]), error)
 
 
 def data_row(job: Job, training: Training, first_sample: int) -> dict:
@@ -81,7 +81,7 @@ def data_row(job: Job, training: Training, first_sample: int) -> dict:
         return {}
     end = first_sample + job.config.train.global_batch
     with training.stepper.clock.phase("logging"):
-        training.texts.see(range(first_sample, end))
+        training.texts.add(range(first_sample, end))
     epochs = {name: round(epochs, 6) for name, epochs in job.data.epochs(end).items()}
     return {"seen_texts": training.texts.seen, "unique_texts": training.texts.unique, "epochs": epochs}
 
@@ -89,7 +89,7 @@ def data_row(job: Job, training: Training, first_sample: int) -> dict:
 def diagnostics(job: Job, training: Training, step: int) -> dict:
     """Memory, selection biases and the routers' probabilities, for a measured step's row. Collective."""
     engine = training.engine
-    memory = largest_over_ranks(job.topology, memory_in_use(engine.device) // 10**6)
+    memory = max_over_ranks(job.topology, memory_in_use(engine.device) // 10**6)
     entropy_L, histogram = entropy_and_histogram(engine.sum_over_ranks(training.stepper.routers.take()))
     row = {"memory_gb": memory / 1000, "router_entropy": rounded(entropy_L)}
     row["bias"] = rounded(torch.stack(training.balancer.biases))

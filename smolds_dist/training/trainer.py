@@ -13,28 +13,28 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepare_resumed
 from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.data.workers import tokenising_ahead
+from smolds_dist.data.workers import background_tokenization
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.files import naming
 from smolds_dist.inference.harness import evaluate_live, load_tasks
-from smolds_dist.inference.held_out import evaluate
-from smolds_dist.inference.samples import sample, whole_lines
+from smolds_dist.inference.samples import complete_lines, sample
+from smolds_dist.inference.validation import evaluate
 from smolds_dist.interchange.final_export import export_model
 from smolds_dist.launching.failure import RankReport
 from smolds_dist.launching.signals import EXIT_CODES, StopRequest
-from smolds_dist.launching.state import noted_state
+from smolds_dist.launching.state import record_run_state
 from smolds_dist.observe.summary import summary
-from smolds_dist.parallel.meeting import Patience
-from smolds_dist.parallel.process_group import end_process_group, largest_over_ranks, start_process_group
+from smolds_dist.parallel.process_group import end_process_group, max_over_ranks, start_process_group
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
+from smolds_dist.parallel.rendezvous import WaitPolicy
 from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.progress import StoppedWaitingError
 from smolds_dist.settings import RunConfig
 from smolds_dist.training.budget import TimeBudget
-from smolds_dist.training.build import Job, Training, build, hold_run, make_model_config, roll_back
+from smolds_dist.training.build import Job, Training, build, lock_run_dir, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
-from smolds_dist.training.rank_checks import WINDOWS, find_difference, host_of, where
-from smolds_dist.training.step_row import sum_up
+from smolds_dist.training.rank_checks import WINDOWS, find_weight_mismatch, format_ranks, host_of
+from smolds_dist.training.step_row import summarize_step
 
 
 def train(config: RunConfig, info: RankInfo | None = None) -> int:
@@ -54,14 +54,18 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     topology = plan_topology(config, detect_machine(), info)
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
-    ahead = tokenising_ahead(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
+    ahead = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
     with ExitStack() as held:
         held.enter_context(naming(config.run_dir))
         if topology.rank == 0:
-            held.enter_context(hold_run(config))
-        note = noted_state(config.run_dir, topology.world_size) if topology.rank == 0 else nullcontext(lambda *_: None)
-        ended = held.enter_context(note)
-        done, stop = held.enter_context(ahead), held.enter_context(StopRequest())
+            held.enter_context(lock_run_dir(config))
+        note = (
+            record_run_state(config.run_dir, topology.world_size)
+            if topology.rank == 0
+            else nullcontext(lambda *_: None)
+        )
+        set_outcome = held.enter_context(note)
+        on_progress, stop = held.enter_context(ahead), held.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         job = Job(
             config=config,
@@ -70,12 +74,12 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
             model_config=model_config,
             flops_per_token=flops_per_token(model_config, config.data.seq_len),
             stop=stop,
-            beat=report.beat if report else lambda: None,
-            tasks=tasks_of(config),
-            done=done,
+            heartbeat=report.heartbeat if report else lambda: None,
+            tasks=load_eval_tasks(config),
+            on_progress=on_progress,
         )
-        code, why = run_and_report(job, info, report)
-        ended(code, why)
+        code, reason = run_and_report(job, info, report)
+        set_outcome(code, reason)
     return code
 
 
@@ -85,22 +89,22 @@ def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple
     Returns:
         The exit code, and why the training failed where it has.
     """
-    patience = Patience(
+    wait_policy = WaitPolicy(
         timeout=job.config.parallel.timeout or math.inf,
-        stopped=lambda: job.stop.asked is not None,
-        alive=report.alive if report else lambda: None,
+        should_stop=lambda: job.stop.requested is not None,
+        heartbeat=report.touch if report else lambda: None,
     )
-    why = ""
+    reason = ""
     try:
-        met = start_process_group(job.topology, info, patience)
-        code = run(job) if met else EXIT_CODES[signal.Signals(job.stop.asked or 0)]
+        joined = start_process_group(job.topology, info, wait_policy)
+        code = run(job) if joined else EXIT_CODES[signal.Signals(job.stop.requested or 0)]
         outcome = "stopped" if code else "done"
     except ConfigError:
         if report:
             report.end("refused", 2)
         raise
     except TrainingStoppedError as error:
-        code, outcome, why = 1, "failed", str(error)
+        code, outcome, reason = 1, "failed", str(error)
         if job.main:
             print(f"\nsmolds: {error}.", file=sys.stderr, flush=True)
     except Exception as error:
@@ -110,13 +114,13 @@ def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple
         raise RankFailedError from error
     if report:
         report.end(outcome, code)
-    return code, why
+    return code, reason
 
 
 def run(job: Job) -> int:
     """Trains to the end, going back to a checkpoint where the loss has spiked; returns the exit code."""
     config, topology = job.config, job.topology
-    if largest_over_ranks(topology, not (config.run_dir / "lock").exists()):
+    if max_over_ranks(topology, not (config.run_dir / "lock").exists()):
         raise ConfigError(
             f"{config.run_dir} is not seen by all ranks; choose a --run.dir on a file system that all nodes share."
         )
@@ -125,7 +129,7 @@ def run(job: Job) -> int:
         check_contents(reader, job.data)
     training = build(job, reader)
     while True:
-        job.data.reporter.begin_training(training.log.say, job.beat)
+        job.data.reporter.begin_training(training.log.info, job.heartbeat)
         try:
             code = run_steps(job, training)
             break
@@ -137,11 +141,11 @@ def run(job: Job) -> int:
         except Exception:
             training.log.close(1)
             raise
-        progress = training.progress
+        state = training.state
         training.close(1)
         del training
         gc.collect()  # so that one model at a time is in memory
-        training = roll_back(job, progress, spike)
+        training = roll_back(job, state, spike)
     training.close(code)
     end_process_group()
     return code
@@ -149,60 +153,60 @@ def run(job: Job) -> int:
 
 def run_steps(job: Job, training: Training) -> int:
     """The training itself; returns the exit code."""
-    config, progress, clock = job.config, training.progress, training.stepper.clock
-    begin = progress.step
+    config, state, clock = job.config, training.state, training.stepper.clock
+    begin = state.step
     budget = TimeBudget()
-    while progress.step < config.train.steps:
-        step = progress.step + 1
+    while state.step < config.train.steps:
+        step = state.step + 1
         last = step == config.train.steps
         training.profiler.begin(step)
-        first_sample = progress.skipped_samples + (step - 1) * config.train.global_batch
+        first_sample = state.skipped_samples + (step - 1) * config.train.global_batch
         try:
-            taken = training.stepper.take(step, first_sample)
+            output = training.stepper.train_step(step, first_sample)
         except (ConfigError, StoppedWaitingError) as error:  # no text, on all ranks alike, before the step has begun
             job.data.reporter.stop()
             if step > begin + 1:
-                save_without_text(config, training)
+                save_last_step(config, training)
             if isinstance(error, ConfigError):
                 raise
-            return EXIT_CODES[signal.Signals(job.stop.asked or 0)]
-        result = sum_up(job, training, taken)
+            return EXIT_CODES[signal.Signals(job.stop.requested or 0)]
+        result = summarize_step(job, training, output)
         with clock.paused():
             trace = training.profiler.end(step)
-        progress.step = step
-        if job.done:
-            job.done(progress.skipped_samples + step * config.train.global_batch)
+        state.step = step
+        if job.on_progress:
+            job.on_progress(state.skipped_samples + step * config.train.global_batch)
         if step == begin + 1:
             with clock.paused():
                 training.checkpoints.prepare(training.engine)
         with clock.phase("logging"):
             training.log.training_row(result.row, result.counts)
         if trace:
-            training.log.say(trace)
+            training.log.info(trace)
         if result.failed:
-            heed_failure(config, training, result.error)
+            handle_checkpoint_error(config, training, result.error)
         training.guard.check(step, result.row["loss"], result.counts is not None)
-        tell_slow_ranks(job, training, step)
+        report_stragglers(job, training, step)
         budget.after_step(job, training, step)
 
         with clock.paused():
-            val_loss = look_at_model(job, training, step, last)
-        asked = None if last else job.stop.agreed(result.asked)
-        saving = asked or (config.checkpoint.every and is_due(step, config.checkpoint.every, last))
+            val_loss = evaluate_and_sample(job, training, step, last)
+        stop_signal = None if last else job.stop.agree_on_stop(result.requested)
+        saving = stop_signal or (config.checkpoint.every and is_due(step, config.checkpoint.every, last))
         if config.parallel.check_every and (saving or step % config.parallel.check_every == 0):
             check_weights(job, training, step)
         if saving:
-            ending = bool(asked) or last
+            ending = bool(stop_signal) or last
             with clock.paused():
                 training.save(val_loss, wait=ending)
-            if ending and not is_saved(training, step):
+            if ending and not check_saved(training, step):
                 return 1
-        if asked:
+        if stop_signal:
             training.log.close_bar()
-            training.log.say(
-                f"stopped by {asked.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
+            training.log.info(
+                f"stopped by {stop_signal.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
             )
-            return EXIT_CODES[asked]
+            return EXIT_CODES[stop_signal]
     finish(job, training)
     return 0
 
@@ -212,11 +216,11 @@ def is_due(step: int, every: int, last: bool) -> bool:
     return last or bool(every and step % every == 0)
 
 
-def look_at_model(job: Job, training: Training, step: int, last: bool) -> float | None:
+def evaluate_and_sample(job: Job, training: Training, step: int, last: bool) -> float | None:
     """Evaluates, scores and samples, where it is time for it; returns the validation loss. Collective."""
     config, val_loss = job.config, None
     if is_due(step, config.train.eval_every, last):
-        val_loss = evaluate_and_tell(job, training, step)
+        val_loss = evaluate_and_log(job, training, step)
     if job.tasks and is_due(step, config.eval.every, last):
         score_tasks(job, training, step)
     if is_due(step, config.log.sample_every, last):
@@ -231,18 +235,18 @@ def finish(job: Job, training: Training) -> None:
     folder, model_config, tokenizer = job.config.run_dir / "export", job.model_config, job.data.tokenizer
     export_model(folder, training.engine, training.balancer, job.topology, model_config, tokenizer)
     if training.log.shown:
-        training.log.say(summary(job.config, job.data.val_unigram_entropy))
+        training.log.info(summary(job.config, job.data.val_unigram_entropy))
 
 
-def tell_slow_ranks(job: Job, training: Training, step: int) -> None:
+def report_stragglers(job: Job, training: Training, step: int) -> None:
     """Names ranks that compute more slowly than the others, now and then. Collective."""
     every = job.config.parallel.compare_every
     if job.topology.world_size == 1 or not every or step % every:
         return
-    for rank, times in training.slow.compare(training.engine.sum_over_ranks).items():
+    for rank, times in training.stragglers.compare(training.engine.sum_over_ranks).items():
         host = host_of(job.config.run_dir, rank)
         training.log.row(step, event="slow_rank", rank=rank, host=host, times=round(times, 2))
-        training.log.say(
+        training.log.info(
             f"rank {rank} on host {host} has computed {times:.1f} times as long as the others in the last "
             f"{WINDOWS * every} steps; all of them wait for it"
         )
@@ -258,27 +262,27 @@ def check_weights(job: Job, training: Training, step: int) -> None:
         return
     from smolds_dist.parallel.expert_parallel import expert_parameters  # needs deepspeed, as several ranks do
 
-    found = find_difference(training.engine.model, job.topology, expert_parameters(training.engine.model))
+    found = find_weight_mismatch(training.engine.model, job.topology, expert_parameters(training.engine.model))
     if found is None:
         return
     name, ranks = found
     raise TrainingStoppedError(
-        f"{where(job.config.run_dir, ranks)} holds other values of {name} than the ranks that hold the same at step {step}; "
-        "a device or its memory is broken: leave that host out, and continue from the last checkpoint"
+        f"{format_ranks(job.config.run_dir, ranks)} holds other values of {name} than the ranks that hold the same at step "
+        f"{step}; a device or its memory is broken: leave that host out, and continue from the last checkpoint"
     )
 
 
-def save_without_text(config: RunConfig, training: Training) -> None:
+def save_last_step(config: RunConfig, training: Training) -> None:
     """Saves the last step of a run that has no text for the next one. Collective."""
-    progress = training.progress
-    if not (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
+    state = training.state
+    if not (config.checkpoint.every and state.step % config.checkpoint.every == 0):
         training.save(wait=True)
-        if not is_saved(training, progress.step):
+        if not check_saved(training, state.step):
             return
-    training.log.say(f"step {progress.step} is saved; continue with --checkpoint.resume auto")
+    training.log.info(f"step {state.step} is saved; continue with --checkpoint.resume auto")
 
 
-def heed_failure(config: RunConfig, training: Training, error: str | None) -> None:
+def handle_checkpoint_error(config: RunConfig, training: Training, error: str | None) -> None:
     """A checkpoint could not be written: goes on or stops, as configured. All ranks come here together.
 
     Args:
@@ -292,10 +296,10 @@ def heed_failure(config: RunConfig, training: Training, error: str | None) -> No
         raise TrainingStoppedError(
             f"{what}, older ones are whole; make room, and continue with --checkpoint.resume auto"
         )
-    training.log.warn(f"{what}; training goes on, older checkpoints are whole")
+    training.log.warning(f"{what}; training goes on, older checkpoints are whole")
 
 
-def is_saved(training: Training, step: int) -> bool:
+def check_saved(training: Training, step: int) -> bool:
     """Whether the checkpoint of `step`, which was just written, counts; says so if not. Collective."""
     error, failed_step = training.checkpoints.failure(), training.checkpoints.failed_step
     failed = error is not None and failed_step == step
@@ -308,18 +312,18 @@ def is_saved(training: Training, step: int) -> bool:
     return not training.engine.sum_over_ranks(torch.tensor(float(failed))).item()
 
 
-def evaluate_and_tell(job: Job, training: Training, step: int) -> float:
+def evaluate_and_log(job: Job, training: Training, step: int) -> float:
     """The validation loss after `step`, which rank 0 writes down. Collective."""
     result = evaluate(job.config, job.topology, training.engine, job.data)
     tokens = step * job.config.train.global_batch * job.config.data.seq_len
     training.log.row(step, tokens=tokens, **result)
-    training.log.say(
+    training.log.info(
         f"step {step}: validation loss {result['val_loss']:.4f}, {result['val_bits_per_byte']:.3f} bits per byte"
     )
     return result["val_loss"]
 
 
-def tasks_of(config: RunConfig) -> list[Any]:
+def load_eval_tasks(config: RunConfig) -> list[Any]:
     """The tasks that are scored while training, with their questions.
 
     Raises:
@@ -335,7 +339,7 @@ def score_tasks(job: Job, training: Training, step: int) -> None:
     """Scores the model on the run's tasks; rank 0 writes the scores down. Collective."""
     scores = evaluate_live(training.engine, job.topology, job.data.tokenizer, job.tasks, job.config.eval)
     training.log.row(step, tasks=scores)
-    training.log.say(f"step {step}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
+    training.log.info(f"step {step}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
 
 
 def write_samples(
@@ -348,4 +352,4 @@ def write_samples(
     }
     if texts:
         training.log.samples(step, texts)
-        training.log.say(f"step {step}, a sample:\n{whole_lines(next(iter(texts.values())))}")
+        training.log.info(f"step {step}, a sample:\n{complete_lines(next(iter(texts.values())))}")

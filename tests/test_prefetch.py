@@ -218,19 +218,19 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_text((corpus / f"{number}.jsonl").read_text())
     options = [*options_of(tmp_path, tmp_path), "--checkpoint.every=0", "--checkpoint.resume=auto"]
-    third = int(prepare_data(load_config([*options, "-q"])).orders["jsonl"].wanted_units()[1])
+    third = int(prepare_data(load_config([*options, "-q"])).orders["jsonl"].wanted_shards()[1])
     source = prepare_data(load_config([*options, "-q"])).sources["jsonl"]
-    path = Path(source.files[source.units[third][0].file].path)
+    path = Path(source.files[source.shards[third][0].file].path)
     text, status = path.read_text(), path.stat()
     lines = text.splitlines(keepends=True)
     lines[1000] = "[" + lines[1000][1:]
     path.write_text("".join(lines))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    stopped = smolds("launch", "--nproc-per-node=2", "--", *options)
-    assert stopped.returncode == 2, stopped.text
-    assert f"{path} has in line 1,001 no JSON object" in stopped.stderr
+    should_stop = smolds("launch", "--nproc-per-node=2", "--", *options)
+    assert should_stop.returncode == 2, should_stop.text
+    assert f"{path} has in line 1,001 no JSON object" in should_stop.stderr
     saved = max(rows_by_step(tmp_path))
-    assert 1 < saved < STEPS and f"step {saved} is saved" in stopped.stdout
+    assert 1 < saved < STEPS and f"step {saved} is saved" in should_stop.stdout
     ended = smolds("train", *options, "--data.on_bad_row=skip")
     assert ended.returncode == 0, ended.text
     assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))
@@ -267,7 +267,7 @@ def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corp
     """Two ranks, of which each waits for a part that another process holds the lock of; the training makes all parts."""
     options = [*options_of(corpus, tmp_path), "--checkpoint.every=0", "--data.workers=0"]
     found = prepare_data(load_config([*options, "-q"]))
-    second = int(found.orders["jsonl"].wanted_units()[0])
+    second = int(found.orders["jsonl"].wanted_shards()[0])
     folder = found.sources["jsonl"].folders[second]
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):

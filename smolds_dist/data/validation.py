@@ -5,7 +5,7 @@ grows, in every source, and copies stay together. The text is taken from the fir
 later units with such digests are left aside. So it does not grow with the corpus, and is there before the first step.
 
 Where that is too little, as of a small corpus, documents with the next higher digests are held out too. They are named
-(`HeldOut.beyond`), and left out of all sources.
+(`ValidationSet.beyond`), and left out of all sources.
 """
 
 import heapq
@@ -16,21 +16,21 @@ from pathlib import Path
 
 import numpy as np
 
-from smolds_dist.data.cache import checksums, file_damage, key_of, written_once
-from smolds_dist.data.text import Document, content_of, decoded_bytes, digest, is_held_out, look_ahead
+from smolds_dist.data.cache import build_once, checksums, file_damage, key_of
+from smolds_dist.data.shards import DOCUMENT, Corpus, DocumentWriter
+from smolds_dist.data.text import Document, check_first_rows, decoded_bytes, digest, document_bytes, is_validation
 from smolds_dist.data.tokenizer import without_beginning
-from smolds_dist.data.units import DOCUMENT, Corpus, DocumentWriter
 from smolds_dist.errors import ConfigError
 
 FORMAT = 1  # part of the key: raise it when the layout, the meaning of a file or the choice of documents changes
 # Bytes of text; of a `tokens` source four for each token.
-ENOUGH = 2**20  # held out
-MOST_READ = 2**28  # read for it
-LEAST = 2**16  # held out, or a tenth of what was read, whichever is less
+VALIDATION_BYTES = 2**20  # held out
+MAX_BYTES_READ = 2**28  # read for it
+MIN_VALIDATION_BYTES = 2**16  # held out, or a tenth of what was read, whichever is less
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """The held-out text of a source."""
 
     tokens: np.ndarray  # documents one after the other, each closed by the end-of-text token
@@ -40,7 +40,7 @@ class HeldOut:
     beyond: list[int]  # digests of those documents that `val_fraction` alone would not hold out
 
 
-def find_held_out(corpus: Corpus, cache: Path, limit: int | None) -> HeldOut:
+def load_validation_set(corpus: Corpus, cache: Path, limit: int | None) -> ValidationSet:
     """The text, from the cache or written there.
 
     Args:
@@ -49,16 +49,16 @@ def find_held_out(corpus: Corpus, cache: Path, limit: int | None) -> HeldOut:
     Raises:
         ConfigError: where a file cannot be read and is not to be skipped, or all is one document.
     """
-    most = min(MOST_READ, 4 * limit) if limit else MOST_READ
-    keys = [corpus.key(unit) for unit in range(len(corpus.units))]
-    folder = written_once(
+    most = min(MAX_BYTES_READ, 4 * limit) if limit else MAX_BYTES_READ
+    keys = [corpus.key(shard) for shard in range(len(corpus.shards))]
+    folder = build_once(
         cache / "held_out" / key_of(FORMAT, keys, most),
-        lambda folder: write_held_out(folder, corpus, most),
+        lambda folder: write_validation_set(folder, corpus, most),
         lambda folder: file_damage(folder, _sizes_of),
     )
     meta = json.loads((folder / "meta.json").read_text())
     tokens, documents = np.fromfile(folder / "tokens.bin", meta["dtype"]), np.fromfile(folder / "documents", DOCUMENT)
-    return HeldOut(tokens, documents, meta["bytes"], meta["unigram_entropy"], meta["beyond"])
+    return ValidationSet(tokens, documents, meta["bytes"], meta["unigram_entropy"], meta["beyond"])
 
 
 def _sizes_of(meta: dict) -> dict[str, int]:
@@ -66,34 +66,34 @@ def _sizes_of(meta: dict) -> dict[str, int]:
     return {"tokens.bin": meta["tokens"] * itemsize, "documents": meta["texts"] * DOCUMENT.itemsize}
 
 
-def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
+def write_validation_set(folder: Path, corpus: Corpus, most: int) -> None:
     """Chooses the held-out text, by the text alone, and writes it to `folder`.
 
     Args:
         most: bytes of text that are read for it.
     """
-    look_ahead(corpus.source, corpus.files, corpus.data)
+    check_first_rows(corpus.source, corpus.files, corpus.data)
     if added := without_beginning(corpus.tokenizer):
         print(
             f"the tokenizer begins a text with {added}; documents are trained on without it",
             file=sys.stderr,
             flush=True,
         )
-    parts = [part for unit in corpus.units for part in unit]
-    choice = Choice(corpus.data.val_fraction)
-    for document in corpus.documents(parts):
-        choice.see(document)
-        if choice.size >= ENOUGH or (choice.read >= most and choice.several):
+    chunks = [chunk for shard in corpus.shards for chunk in shard]
+    selector = ValidationSelector(corpus.data.val_fraction)
+    for document in corpus.documents(chunks):
+        selector.add(document)
+        if selector.size >= VALIDATION_BYTES or (selector.read >= most and selector.can_choose):
             break
-    chosen, beyond = choice.chosen()
-    if choice.read and not chosen:
+    chosen, beyond = selector.select()
+    if selector.read and not chosen:
         raise ConfigError(
             f"{corpus.label!r} is a single document, which cannot be both trained on and held out; split it into several "
             "files or rows."
         )
     out, num_bytes = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype), 0
     for batch in corpus.tokenize(chosen):
-        out.add([one._replace(part=parts[one.part].file) for one in batch])
+        out.add([one._replace(chunk=chunks[one.chunk].file) for one in batch])
         num_bytes += sum(one.length or decoded_bytes(one, corpus.tokenizer) for one in batch)
     out.close()
     counts = np.bincount(np.fromfile(folder / "tokens.bin", corpus.dtype), minlength=len(corpus.tokenizer))
@@ -104,7 +104,7 @@ def write_held_out(folder: Path, corpus: Corpus, most: int) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-class Choice:
+class ValidationSelector:
     """Which documents are held out, of those that are shown to it.
 
     Args:
@@ -115,18 +115,18 @@ class Choice:
         self.read = self.size = 0  # bytes: all, and those below the fraction
         self._fraction = fraction
         self._below: list[Document] = []
-        # The next higher digests, `LEAST` bytes and no document more: copies together, with their bytes.
+        # The next higher digests, `MIN_VALIDATION_BYTES` bytes and no document more: copies together, with their bytes.
         self._next: dict[int, tuple[int, list[Document]]] = {}
         self._next_size = 0
         self._highest: list[int] = []  # a heap of the same digests, negative
-        self._passed_over = False  # a document that is in neither
+        self._has_training_document = False  # a document that is in neither
 
-    def see(self, document: Document) -> None:
+    def add(self, document: Document) -> None:
         """Another document."""
-        content = content_of(document)
+        content = document_bytes(document)
         text, size = digest(content), len(content)
         self.read += size
-        if is_held_out(text, self._fraction):
+        if is_validation(text, self._fraction):
             self._below.append(document)
             self.size += size
             return
@@ -135,22 +135,22 @@ class Choice:
         before, copies = self._next.get(text, (0, []))
         self._next[text] = before + size, [*copies, document]
         self._next_size += size
-        while self._next_size - self._next[-self._highest[0]][0] >= LEAST:
+        while self._next_size - self._next[-self._highest[0]][0] >= MIN_VALIDATION_BYTES:
             self._next_size -= self._next.pop(-heapq.heappop(self._highest))[0]
-            self._passed_over = True
+            self._has_training_document = True
 
     @property
-    def several(self) -> bool:
+    def can_choose(self) -> bool:
         """Whether there is something to choose from."""
-        return self._passed_over or bool(self._below) + len(self._next) > 1
+        return self._has_training_document or bool(self._below) + len(self._next) > 1
 
-    def chosen(self) -> tuple[list[Document], list[int]]:
+    def select(self) -> tuple[list[Document], list[int]]:
         """The documents, and the digests of those above the fraction. At least one document is left to train on, if one is
         above it."""
         chosen, beyond, size = list(self._below), list[int](), self.size
         for text in sorted(self._next):
-            last = not self._passed_over and len(beyond) == len(self._next) - 1
-            if size >= min(LEAST, self.read / 10) or last:
+            last = not self._has_training_document and len(beyond) == len(self._next) - 1
+            if size >= min(MIN_VALIDATION_BYTES, self.read / 10) or last:
                 break
             more, copies = self._next[text]
             chosen += copies

@@ -14,13 +14,12 @@ import warm
 from ranks import Finished, run, smolds
 
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel import meeting
-from smolds_dist.parallel.meeting import Patience, meet
 from smolds_dist.parallel.ranks import RankInfo, join_ranks
+from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 
 
 @pytest.fixture
-def place(monkeypatch):
+def free_port(monkeypatch):
     """A free port, and in the environment as the place where ranks meet."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
@@ -30,11 +29,11 @@ def place(monkeypatch):
 
 
 def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object]:
-    """What `meet` gave to each of these ranks of `world`, or its error."""
+    """What `rendezvous` gave to each of these ranks of `world`, or its error."""
 
     def one(rank: int):
         try:
-            return meet(RankInfo(rank, rank, world), Patience(timeout))
+            return rendezvous(RankInfo(rank, rank, world), WaitPolicy(timeout))
         except ConfigError as error:
             return error
 
@@ -42,17 +41,19 @@ def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object
         return dict(zip(ranks, pool.map(one, ranks), strict=True))
 
 
-def test_ranks_that_all_come_meet_without_a_word(place, capsys):
+def test_ranks_that_all_come_meet_without_a_word(free_port, capsys):
     stores = come([2, 0, 1, 3], 4, timeout=30)
     stores[1].set("from 1", "here")
     assert stores[3].get("from 1") == b"here"
     assert capsys.readouterr().err == ""
 
 
-def test_missing_ranks_are_named_by_the_first_that_came(place, capsys, monkeypatch):
-    monkeypatch.setattr(meeting, "TELL_AFTER", 0.3)
+def test_missing_ranks_are_named_by_the_first_that_came(free_port, capsys, monkeypatch):
+    monkeypatch.setattr("smolds_dist.parallel.rendezvous.LOG_AFTER", 0.3)
     errors = come([0, 1, 4], 6)
-    words = f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{place}, because WORLD_SIZE says that there are 6; "
+    words = (
+        f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{free_port}, because WORLD_SIZE says that there are 6; "
+    )
     assert str(errors[0]).startswith(words)
     assert "`unset RANK WORLD_SIZE`" in str(errors[0])
     assert [type(errors[rank]) for rank in (0, 1, 4)] == [RankError, ConfigError, ConfigError]
@@ -60,24 +61,24 @@ def test_missing_ranks_are_named_by_the_first_that_came(place, capsys, monkeypat
     assert said.count("smolds: ") == 1 and "rank 0 has waited 0 s for ranks 2, 3, 5 at" in said
 
 
-def test_every_rank_says_that_rank_0_is_missing(place, capsys, monkeypatch):
-    monkeypatch.setattr(meeting, "TELL_AFTER", 0.3)
+def test_every_rank_says_that_rank_0_is_missing(free_port, capsys, monkeypatch):
+    monkeypatch.setattr("smolds_dist.parallel.rendezvous.LOG_AFTER", 0.3)
     errors = come([1], 2)
     assert isinstance(errors[1], RankError)
-    assert f"rank 1 has waited 1 s for rank 0 at 127.0.0.1:{place}" in str(errors[1])
+    assert f"rank 1 has waited 1 s for rank 0 at 127.0.0.1:{free_port}" in str(errors[1])
     assert capsys.readouterr().err.count("for rank 0 at") == 1
 
 
-def test_taken_port_is_told(place):
-    with socket.create_server(("", int(place))):
+def test_taken_port_is_told(free_port):
+    with socket.create_server(("", int(free_port))):
         (error,) = come([0], 2).values()
     assert isinstance(error, RankError)
-    assert f"127.0.0.1:{place}" in str(error) and "set MASTER_PORT to a free port" in str(error)
+    assert f"127.0.0.1:{free_port}" in str(error) and "set MASTER_PORT to a free port" in str(error)
 
 
-def test_waiting_ends_when_asked_to(place):
+def test_waiting_ends_when_asked_to(free_port):
     begun = time.monotonic()
-    assert meet(RankInfo(0, 0, 2), Patience(stopped=lambda: time.monotonic() > begun + 0.5)) is None
+    assert rendezvous(RankInfo(0, 0, 2), WaitPolicy(should_stop=lambda: time.monotonic() > begun + 0.5)) is None
     assert time.monotonic() < begun + 5
 
 
@@ -95,13 +96,13 @@ def left_over(rank: int, port: str) -> dict[str, str]:
 PATIENCES = [(2, [2]), pytest.param(12, [10, 12], marks=pytest.mark.long)]
 
 
-@pytest.mark.parametrize(("timeout", "told_after"), PATIENCES)
-def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, place, timeout, told_after):
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": place}
+@pytest.mark.parametrize(("timeout", "logged_after"), PATIENCES)
+def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, free_port, timeout, logged_after):
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": free_port}
     cases = {
-        "first": left_over(0, place),
-        "second": left_over(1, str(int(place) - 1)),
-        "slurm": slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(int(place) - 2)},
+        "first": left_over(0, free_port),
+        "second": left_over(1, str(int(free_port) - 1)),
+        "slurm": slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(int(free_port) - 2)},
     }
 
     def train(name: str) -> Finished:
@@ -117,7 +118,7 @@ def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, place, time
     }.items():
         assert finished[name].returncode == 2, finished[name].text
         told = [line for line in finished[name].stderr.splitlines() if line.startswith("smolds: ")]
-        for line, seconds in zip(told, told_after, strict=True):
+        for line, seconds in zip(told, logged_after, strict=True):
             assert line.startswith(f"smolds: rank {rank} has waited {seconds} s for rank {other} at 127.0.0.1:"), line
             assert f"because {variable} says that there are 2; `unset {unset}` to train in this process alone" in line
 
@@ -141,7 +142,7 @@ def test_variables_that_contradict_each_other_are_refused_at_once(small_run, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_first_rank_has_the_time_to_say_what_all_have_found_wrong(small_run, place):
+def test_first_rank_has_the_time_to_say_what_all_have_found_wrong(small_run, free_port):
     """A launcher ends all ranks once one has ended, so the others must not be the first to."""
     command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--model.num_experts=0"]
     ranks = {}
@@ -177,8 +178,8 @@ def test_without_an_mpi_library_the_variable_is_named(monkeypatch, size):
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no Open MPI here")
-@pytest.mark.parametrize(("timeout", "told_after"), PATIENCES)
-def test_rank_of_mpirun_says_that_the_others_do_not_come(small_run, timeout, told_after):
+@pytest.mark.parametrize(("timeout", "logged_after"), PATIENCES)
+def test_rank_of_mpirun_says_that_the_others_do_not_come(small_run, timeout, logged_after):
     pytest.importorskip("mpi4py")
     train = [sys.executable, "-m", "smolds_dist", "train", *small_run, f"--parallel.timeout={timeout}"]
     script = 'if [ "$OMPI_COMM_WORLD_RANK" = 0 ]; then exec "$@"; else sleep 60; fi'
@@ -188,14 +189,14 @@ def test_rank_of_mpirun_says_that_the_others_do_not_come(small_run, timeout, tol
     told = re.findall(
         r"smolds: rank 0 has waited (\d+) s for the other ranks of its MPI job, because OMPI", finished.stderr
     )
-    assert told == [str(seconds) for seconds in told_after]
+    assert told == [str(seconds) for seconds in logged_after]
     assert "`unset OMPI_COMM_WORLD_SIZE` to train in this process alone" in finished.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_ends_the_waiting_at_once(small_run, tmp_path, place, number, code):
+def test_signal_ends_the_waiting_at_once(small_run, tmp_path, free_port, number, code):
     command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--run.name=waiting"]
-    environment = warm.environment() | left_over(1, place)
+    environment = warm.environment() | left_over(1, free_port)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     entry = tmp_path / "runs" / "waiting" / "ranks" / "rank_00001.json"
     try:

@@ -8,11 +8,13 @@ from torch import Tensor
 from smolds_dist.data.batch import TrainingData, batch_digest
 from smolds_dist.progress import StoppedWaitingError
 
-LOOK_EVERY = 0.2  # seconds
-STOP_AFTER = 3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
+POLL_SECONDS = 0.2  # seconds
+STOP_GRACE_SECONDS = (
+    3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
+)
 
 
-class BatchesAhead:
+class BatchPrefetcher:
     """Batches in the order of the run.
 
     Args:
@@ -26,7 +28,7 @@ class BatchesAhead:
         self._taken = range(0)
         self._next: tuple[range, Future | None] = range(0), None
 
-    def take(self, indices: range, stopped: Callable[[], bool] = lambda: False) -> tuple[Tensor, int]:
+    def take(self, indices: range, should_stop: Callable[[], bool] = lambda: False) -> tuple[Tensor, int]:
         """Token ids [len(indices), seq_len] at those places of the run, and their digest.
 
         Args:
@@ -41,13 +43,13 @@ class BatchesAhead:
             future = self._pool.submit(self._assemble, indices)
             self._next = indices, future
         asked = 0
-        while not wait([future], timeout=LOOK_EVERY).done:
-            asked += stopped()
-            if asked * LOOK_EVERY > STOP_AFTER:
+        while not wait([future], timeout=POLL_SECONDS).done:
+            asked += should_stop()
+            if asked * POLL_SECONDS > STOP_GRACE_SECONDS:
                 raise StoppedWaitingError
         return future.result()
 
-    def begin_next(self) -> None:
+    def prefetch_next(self) -> None:
         """Begins on the batch after the one last taken, if that is not under way.
 
         To be called just before the host has long to wait: Python runs one thread at a time, and this one comes first.
@@ -58,7 +60,7 @@ class BatchesAhead:
 
     def _assemble(self, indices: range) -> tuple[Tensor, int]:
         # Of the whole batch, so that what is wrong with the text is wrong on all ranks in the same step.
-        self._data.reach((indices.start // self._stride + 1) * self._stride)
+        self._data.wait_for_samples((indices.start // self._stride + 1) * self._stride)
         ids = self._data.batch(indices)
         return (ids.pin_memory() if self._pinned else ids), batch_digest(ids, indices)
 

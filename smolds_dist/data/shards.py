@@ -4,7 +4,7 @@ of any number of processes and machines.
 A unit is the smallest piece of work: it is read by one process, and the order of samples is made of units. Large files are
 cut into several, small ones travel together.
 
-Layout: `<cache>/units/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad_rows.jsonl` where rows were skipped.
+Layout: `<cache>/shards/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad_rows.jsonl` where rows were skipped.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.cache import checksums, file_damage, key_of
-from smolds_dist.data.order import key_for, permuted
-from smolds_dist.data.source import COMPRESSED, File, Part, settings_of
+from smolds_dist.data.order import permute_index, round_keys
+from smolds_dist.data.source import COMPRESSED, File, FileChunk, settings_of
 from smolds_dist.data.text import (
     Document,
-    Tally,
+    ReadStats,
     Tokenized,
     WrongIdError,
     documents,
-    is_held_out,
+    is_validation,
     single_documents,
     tokenize,
 )
@@ -36,9 +36,9 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Data, Source
 
 FORMAT = 6  # part of every key: raise it when the layout or the meaning of a file changes
-UNIT_BYTES = 2**20  # small files travel together up to this size
-PART_BYTES = 2**24  # larger files are cut, where their format can be
-CUT = ("jsonl", "parquet")
+SHARD_BYTES = 2**20  # small files travel together up to this size
+CHUNK_BYTES = 2**24  # larger files are cut, where their format can be
+SPLITTABLE = ("jsonl", "parquet")
 # A row of a table of documents: where its tokens start, its part of the unit and number there, digests of its text and its
 # beginning.
 DOCUMENT = np.dtype([("start", "<u8"), ("file", "<u4"), ("number", "<u4"), ("text", "<u8"), ("beginning", "<u8")])
@@ -56,8 +56,8 @@ class Corpus:
     tokenizer: PreTrainedTokenizerBase
 
     @cached_property
-    def units(self) -> list[list[Part]]:
-        return units_of_files(self.source, self.files)
+    def shards(self) -> list[list[FileChunk]]:
+        return group_files(self.source, self.files)
 
     @property
     def endless(self) -> bool:
@@ -76,27 +76,29 @@ class Corpus:
             FORMAT, settings, tokenizer_digest(self.tokenizer), self.data.val_fraction, self.data.allow_control_tokens
         ]  # fmt: skip
 
-    def key(self, unit: int, limit: int | None = None) -> str:
+    def key(self, shard: int, limit: int | None = None) -> str:
         """Of the folder of a unit, or of its first `limit` tokens."""
         described = []
-        for part in self.units[unit]:
-            file = self.files[part.file]
+        for chunk in self.shards[shard]:
+            file = self.files[chunk.file]
             # Several machines with the same Python share these.
             path = Path(file.path).name if self.source.source == "stdlib" else file.path
-            described.append((path, file.size, file.version, part.number, part.of))
+            described.append((path, file.size, file.version, chunk.number, chunk.of))
         return key_of(self._made_with, limit, described)
 
-    def documents(self, parts: Sequence[Part] | None = None, tally: Tally | None = None) -> Iterator[Document]:
+    def documents(
+        self, chunks: Sequence[FileChunk] | None = None, stats: ReadStats | None = None
+    ) -> Iterator[Document]:
         """Those of all files, or of these parts, one by one.
 
         Raises:
             ConfigError: as `text.documents`, and where ids of a `tokens` source do not fit the tokenizer.
         """
-        parts = parts or [Part(number, 0, 1) for number in range(len(self.files))]
+        chunks = chunks or [FileChunk(number, 0, 1) for number in range(len(self.files))]
         try:
-            yield from single_documents(documents(self.source, self.files, self.data, tally, parts), self.tokenizer)
+            yield from single_documents(documents(self.source, self.files, self.data, stats, chunks), self.tokenizer)
         except WrongIdError as error:
-            path = self.files[parts[error.part].file].path
+            path = self.files[chunks[error.chunk].file].path
             raise ConfigError(f"{path} {error}; give the tokenizer that made them.") from None
 
     def tokenize(self, found: Iterable[Document]) -> Iterator[list[Tokenized]]:
@@ -104,39 +106,39 @@ class Corpus:
         return tokenize(found, self.tokenizer, self.data.allow_control_tokens)
 
 
-def units_of_files(source: Source, files: list[File]) -> list[list[Part]]:
+def group_files(source: Source, files: list[File]) -> list[list[FileChunk]]:
     """The units of a source, in an order that has nothing to do with the files' names."""
-    parts, sizes = [], []
+    chunks, sizes = [], []
     for at, file in enumerate(files):
-        cut = source.source.partition(":")[0] in CUT and not file.path.endswith(COMPRESSED)
-        count = -(-file.size // PART_BYTES) if cut and file.size else 1
-        parts += [Part(at, number, count) for number in range(count)]
+        cut = source.source.partition(":")[0] in SPLITTABLE and not file.path.endswith(COMPRESSED)
+        count = -(-file.size // CHUNK_BYTES) if cut and file.size else 1
+        chunks += [FileChunk(at, number, count) for number in range(count)]
         sizes += [file.size // count] * count
-    units: dict[int, list[Part]] = {}
-    for part, unit in zip(parts, units_of(sizes), strict=True):
-        units.setdefault(unit, []).append(part)
-    return [units[unit] for unit in sorted(units)]
+    shards: dict[int, list[FileChunk]] = {}
+    for chunk, shard in zip(chunks, group_into_shards(sizes), strict=True):
+        shards.setdefault(shard, []).append(chunk)
+    return [shards[shard] for shard in sorted(shards)]
 
 
-def units_of(sizes: list[int]) -> list[int]:
+def group_into_shards(sizes: list[int]) -> list[int]:
     """The unit of each part of a source, whose sizes in bytes are given in the order of the names.
 
-    Small ones travel together, up to `UNIT_BYTES`, but not with their neighbours: those are often alike, and the first
+    Small ones travel together, up to `SHARD_BYTES`, but not with their neighbours: those are often alike, and the first
     window should be like the whole. So they are taken in a fixed order that has nothing to do with their names.
     """
-    key = key_for("2 0 0 files")[None]
-    order = np.argsort(permuted(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), key))
-    units, unit, size = [0] * len(sizes), -1, UNIT_BYTES
-    for part in order.tolist():
-        if size + sizes[part] > UNIT_BYTES:
-            unit, size = unit + 1, 0
-        size += sizes[part]
-        units[part] = unit
-    return units
+    key = round_keys("2 0 0 files")[None]
+    order = np.argsort(permute_index(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), key))
+    shards, shard, size = [0] * len(sizes), -1, SHARD_BYTES
+    for chunk in order.tolist():
+        if size + sizes[chunk] > SHARD_BYTES:
+            shard, size = shard + 1, 0
+        size += sizes[chunk]
+        shards[chunk] = shard
+    return shards
 
 
 @dataclass(frozen=True)
-class UnitMeta:
+class ShardMeta:
     """What a unit's folder says of itself."""
 
     dtype: str
@@ -160,15 +162,15 @@ class UnitMeta:
         return self.tokens + self.aside_tokens
 
 
-def read_unit(folder: Path) -> UnitMeta:
-    return UnitMeta(**json.loads((folder / "meta.json").read_text()))
+def read_meta(folder: Path) -> ShardMeta:
+    return ShardMeta(**json.loads((folder / "meta.json").read_text()))
 
 
-def unit_damage(folder: Path, content: bool = True) -> str | None:
+def shard_damage(folder: Path, content: bool = True) -> str | None:
     """Return what is wrong with a unit's folder, if anything; by the sizes alone, or by the content."""
 
     def sizes_of(described: dict) -> dict[str, int]:
-        meta = UnitMeta(**described)
+        meta = ShardMeta(**described)
         known = {"documents": meta.texts * DOCUMENT.itemsize}
         return known if folder.suffix == ".known" else known | {"tokens.bin": meta.token_bytes}
 
@@ -185,7 +187,7 @@ class DocumentWriter:
     def add(self, documents: list[Tokenized]) -> None:
         rows = np.empty(len(documents), DOCUMENT)
         for at, document in enumerate(documents):
-            rows[at] = (self.tokens, document.part, document.number, document.text, document.beginning)
+            rows[at] = (self.tokens, document.chunk, document.number, document.text, document.beginning)
             self.tokens += len(document.ids) // 4
         self.texts += len(documents)
         self._table.write(rows.tobytes())
@@ -197,9 +199,9 @@ class DocumentWriter:
         self._table.close()
 
 
-def write_unit(
+def write_shard(
     folder: Path,
-    unit: list[Part],
+    shard: list[FileChunk],
     corpus: Corpus,
     limit: int | None = None,
     report: Callable[[int], None] = lambda tokens: None,
@@ -213,15 +215,15 @@ def write_unit(
     Raises:
         ConfigError: for a file or row that cannot be read and is not to be skipped.
     """
-    tally = Tally(say=lambda text: print(text, file=sys.stderr, flush=True), bad_rows=folder / "bad_rows.jsonl")
+    stats = ReadStats(log=lambda text: print(text, file=sys.stderr, flush=True), bad_rows=folder / "bad_rows.jsonl")
     content = hashlib.sha256()
     read = text_bytes = 0
     out = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype)
     try:
-        for batch in corpus.tokenize(corpus.documents(unit, tally)):
+        for batch in corpus.tokenize(corpus.documents(shard, stats)):
             if limit:
-                batch = _up_to(batch, limit - read)
-            kept = [one for one in batch if not is_held_out(one.text, corpus.data.val_fraction)]
+                batch = _truncate_batch(batch, limit - read)
+            kept = [one for one in batch if not is_validation(one.text, corpus.data.val_fraction)]
             out.add(kept)
             content.update(b"".join(one.text.to_bytes(8, "big") for one in kept))
             read += sum(len(one.ids) // 4 for one in batch)
@@ -231,22 +233,22 @@ def write_unit(
                 break
     finally:
         out.close()
-    meta = UnitMeta(
+    meta = ShardMeta(
         dtype=corpus.dtype.name,
         tokens=out.tokens,
         texts=out.texts,
         aside_tokens=read - out.tokens,
         text_bytes=text_bytes,
         content=content.hexdigest(),
-        rows=tally.read,
-        rows_without_text=tally.without_text,
-        bad_rows=dict(tally.bad),
+        rows=stats.read,
+        rows_without_text=stats.without_text,
+        bad_rows=dict(stats.bad),
         sums=checksums(folder, ("tokens.bin", "documents")),
     )
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
 
 
-def _up_to(batch: list[Tokenized], limit: int) -> list[Tokenized]:
+def _truncate_batch(batch: list[Tokenized], limit: int) -> list[Tokenized]:
     """The documents until there are `limit` tokens."""
     ends = np.cumsum([len(document.ids) // 4 for document in batch])
     return batch[: int(np.searchsorted(ends, limit)) + 1]

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from smolds_dist.data.batch import TrainingData, by_document, document_end, evaluation_batch
-from smolds_dist.data.held_out import HeldOut
-from smolds_dist.model.regions import plain_regions
+from smolds_dist.data.batch import TrainingData, apply_document_mask, document_separator, evaluation_batch
+from smolds_dist.data.validation import ValidationSet
+from smolds_dist.model.regions import eager_regions
 from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine, model_inputs
 from smolds_dist.parallel.topology import Topology
@@ -29,9 +29,9 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
     """
     result = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
     counts_LE = torch.zeros(())
-    end_of_text = document_end(config.data, data.tokenizer)
+    end_of_text = document_separator(config.data, data.tokenizer)
     for name, weight in data.val_weights.items():
-        text = data.sources[name].held_out
+        text = data.sources[name].validation
         loss, of_source_LE = evaluate_source(config, topology, engine, text, end_of_text)
         bits = loss / math.log(2) / (text.bytes / len(text.tokens))
         result["val_loss"] += weight * loss
@@ -43,9 +43,9 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
 
 
 @torch.no_grad()
-@plain_regions()
+@eager_regions()
 def evaluate_source(
-    config: RunConfig, topology: Topology, engine: Engine, text: HeldOut, end_of_text: int | None
+    config: RunConfig, topology: Topology, engine: Engine, text: ValidationSet, end_of_text: int | None
 ) -> tuple[float, torch.Tensor]:
     """Mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective.
 
@@ -64,7 +64,7 @@ def evaluate_source(
         ids, labels = evaluation_batch(text.tokens, seq_len, range(first, first + topology.micro_batch), num_sequences)
         positions = None
         if end_of_text is not None:
-            positions, apart = by_document(ids, end_of_text)
+            positions, apart = apply_document_mask(ids, end_of_text)
             labels = labels.masked_fill(apart < 0, -100)
         for layer in layers:
             layer.tokens_per_expert.zero_()

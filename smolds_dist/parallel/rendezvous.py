@@ -16,43 +16,43 @@ from datetime import timedelta
 from torch.distributed import DistError, DistNetworkError, TCPStore
 
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel.ranks import TELL_AFTER, RankInfo, how_to_train_alone, still_waiting
+from smolds_dist.parallel.ranks import LOG_AFTER, RankInfo, single_process_hint, waiting_message
 
-EVERYONE = "smolds/everyone"  # the key that whoever comes last sets
+ALL_JOINED = "smolds/everyone"  # the key that whoever comes last sets
 
 
 @dataclass(frozen=True)
-class Patience:
+class WaitPolicy:
     """How a rank waits for the others."""
 
     timeout: float = math.inf  # seconds until it gives up
-    stopped: Callable[[], bool] = lambda: False  # whether it has been asked to stop waiting
-    alive: Callable[[], None] = lambda: None  # called while it waits
+    should_stop: Callable[[], bool] = lambda: False  # whether it has been asked to stop waiting
+    heartbeat: Callable[[], None] = lambda: None  # called while it waits
 
 
-def meet(info: RankInfo, patience: Patience) -> TCPStore | None:
-    """The store that all ranks have come to, or None where `patience.stopped` ended the waiting.
+def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> TCPStore | None:
+    """The store that all ranks have come to, or None where `wait_policy.should_stop` ended the waiting.
 
     Raises:
-        RankError: on the first of the ranks that did come, after `patience.timeout` seconds.
+        RankError: on the first of the ranks that did come, after `wait_policy.timeout` seconds.
         ConfigError: on the others.
     """
-    begun, told, pause = time.monotonic(), False, 0.01
+    start, logged, pause = time.monotonic(), False, 0.01
     store: TCPStore | None = None
-    while not patience.stopped():
-        patience.alive()
+    while not wait_policy.should_stop():
+        wait_policy.heartbeat()
         try:
             store = store or _store(info)
-            if store and store.check([EVERYONE]):
+            if store and store.check([ALL_JOINED]):
                 return store
         except DistError:  # whoever keeps the store has gone
             store = None
-        waited = time.monotonic() - begun
-        if (waited > TELL_AFTER and not told) or waited > patience.timeout:
-            told = True
+        waited = time.monotonic() - start
+        if (waited > LOG_AFTER and not logged) or waited > wait_policy.timeout:
+            logged = True
             missing, first = _missing(info, store)
-            text = still_waiting(info, waited, f"{missing} at {_place()}")
-            if waited > patience.timeout:
+            text = waiting_message(info, waited, f"{missing} at {_address()}")
+            if waited > wait_policy.timeout:
                 raise RankError(text) if first else ConfigError(text)
             if first:
                 print(f"smolds: {text}", file=sys.stderr, flush=True)
@@ -61,7 +61,7 @@ def meet(info: RankInfo, patience: Patience) -> TCPStore | None:
     return None
 
 
-def _place() -> str:
+def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -93,13 +93,13 @@ def _store(info: RankInfo) -> TCPStore | None:
         if "EADDRINUSE" not in str(error):
             raise
         raise RankError(
-            f"{_place()}, where the ranks should meet, is taken by another program; set MASTER_PORT to a free port, or "
-            f"{how_to_train_alone(info)}."
+            f"{_address()}, where the ranks should meet, is taken by another program; set MASTER_PORT to a free port, or "
+            f"{single_process_hint(info)}."
         ) from None
     if not store.check([_key(info.rank)]):
         store.set(_key(info.rank), "")
         if store.add("smolds/count", 1) == info.world_size:
-            store.set(EVERYONE, "")
+            store.set(ALL_JOINED, "")
     return store
 
 

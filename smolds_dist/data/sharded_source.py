@@ -1,0 +1,279 @@
+"""A source whose units are tokenised when they are wanted: by worker processes that run ahead, by `smolds data prepare` long
+before, or else by the process that needs them."""
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from smolds_dist.data.cache import try_build
+from smolds_dist.data.order import SampleOrder, TokenSpan, best_fit
+from smolds_dist.data.rows import rows_before
+from smolds_dist.data.shards import DOCUMENT, Corpus, ShardMeta, read_meta, shard_damage, write_shard
+from smolds_dist.data.text import ReadStats
+from smolds_dist.data.validation import ValidationSet
+from smolds_dist.errors import ConfigError
+from smolds_dist.progress import Reporter, SourceProgress
+
+LOOKAHEAD = 16  # units that a process looks for work in, from the one that is wanted next
+OPEN_SHARDS = 1024
+
+
+class ShardedSource:
+    """The units of a source; `open` it before use.
+
+    Args:
+        aside: digests of documents that some source of the run holds out though `val_fraction` would not; these are not
+            trained on.
+        reporter: hears of it while units are made or waited for.
+        limit: tokens after which no more units are taken, with the documents of the last one up to there.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        cache: Path,
+        validation: ValidationSet,
+        excluded: list[int],
+        reporter: Reporter,
+        limit: int | None,
+    ):
+        self.name, self.files, self.shards = corpus.name, corpus.files, corpus.shards
+        self.validation = validation
+        self._corpus, self._reporter, self._limit = corpus, reporter, limit
+        self._limits = {0: limit} if corpus.endless else {}  # of single units
+        self._cache = cache
+        self.folders = [self._folder_of(shard) for shard in range(len(self.shards))]
+        self._excluded = np.array(excluded, dtype=np.uint64)
+        self._found: dict[int, ShardMeta] = {}
+        self._checked = set[int]()  # units that hold what was written
+        self._spans: dict[int, list[TokenSpan]] = {}  # of units that were found
+        self.tokens_found = 0  # of these, for training and aside
+        self.tokens = lru_cache(OPEN_SHARDS)(self._tokens)
+        self.table = lru_cache(OPEN_SHARDS)(self._table)
+        self._rows_before = lru_cache(OPEN_SHARDS)(
+            lambda chunk: rows_before(self.files[chunk.file], corpus.source, (chunk.number, chunk.of))
+        )
+
+    def _folder_of(self, shard: int) -> Path:
+        key = self._corpus.key(shard, self._limits.get(shard))
+        return self._cache / "units" / key[:2] / key
+
+    def open(self) -> "ShardedSource":
+        """The source itself, once it is known which units the limit leaves; for that, these are tokenized.
+
+        Raises:
+            ConfigError: where the text of a file cannot be read and is not to be skipped.
+        """
+        if self._limit is None or self._corpus.endless:
+            return self
+        for shard in range(len(self.shards)):
+            self._wait_for(np.arange(shard, len(self.shards)))
+            meta = self._found[shard]
+            if self.tokens_before(shard) + meta.all_tokens >= self._limit:
+                self._truncate_at(shard, self._limit - self.tokens_before(shard))
+                break
+        return self
+
+    def tokens_before(self, shard: int) -> int:
+        """Of the units before this one, which are all known."""
+        return sum(self._found[before].all_tokens for before in range(shard))
+
+    def _truncate_at(self, shard: int, limit: int) -> None:
+        """Takes no further unit, and of this one the documents until there are so many tokens."""
+        self.shards, self.folders, self._limits = self.shards[: shard + 1], self.folders[: shard + 1], {shard: limit}
+        self._found = {before: self._found[before] for before in range(shard)}
+        self.tokens_found = self.tokens_before(shard)
+        self.folders[shard] = self._folder_of(shard)
+        self._wait_for(np.array([shard]))
+
+    def has_meta(self, shard: int) -> bool:
+        """Whether it is known what a unit holds: its tokens are there, or have been."""
+        if shard not in self._found:
+            for folder in (self.folders[shard], self._meta_folder(shard)):
+                if folder.is_dir() and not shard_damage(folder, content=False):
+                    self._found[shard] = read_meta(folder)
+                    self.tokens_found += self._found[shard].all_tokens
+                    break
+        return shard in self._found
+
+    def has_tokens(self, shard: int) -> bool:
+        """Whether a unit's tokens are there."""
+        return self.has_meta(shard) and (self.folders[shard] / "tokens.bin").exists()
+
+    def _meta_folder(self, shard: int) -> Path:
+        """Where the rest of a unit stays whose tokens were removed."""
+        return self.folders[shard].with_suffix(".known")
+
+    def remove(self, shard: int) -> int:
+        """Removes a unit's tokens; what it holds stays known. Returns how many bytes that were."""
+        if not self.has_tokens(shard):
+            return 0
+        folder, known, meta = self.folders[shard], self._meta_folder(shard), self._found[shard]
+        if not known.is_dir():
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{known.name}.writing-", dir=known.parent))
+            for name in ("documents", "meta.json"):
+                shutil.copy(folder / name, unfinished / name)
+            with contextlib.suppress(OSError):  # another process was faster
+                unfinished.rename(known)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.tokens.cache_clear()
+        self.table.cache_clear()
+        gone = folder.with_suffix(".gone")
+        with contextlib.suppress(OSError):
+            folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        return meta.token_bytes
+
+    def cached_bytes(self) -> int:
+        """Bytes of the tokens of all units that have some."""
+        there = (meta for shard, meta in self._found.items() if (self.folders[shard] / "tokens.bin").exists())
+        return sum(meta.token_bytes for meta in there)
+
+    def tokenize_shard(self, shard: int) -> bool:
+        """Whether a unit's tokens are there now: made here, if nobody else is making them.
+
+        Raises:
+            ConfigError: for a file or row that cannot be read and is not to be skipped.
+        """
+        write = partial(
+            write_shard,
+            shard=self.shards[shard],
+            corpus=self._corpus,
+            limit=self._limits.get(shard),
+            report=self._report,
+        )
+        with self._reporter.active():
+            return try_build(self.folders[shard], write, shard_damage) and self.has_meta(shard)
+
+    def _report(self, tokens: int) -> None:
+        """Of the unit that this process is making there are so many."""
+        found, shards = self.tokens_found + tokens, (len(self._found), len(self.shards))
+        self._reporter.update(SourceProgress(self.name, self._corpus.label, found, *shards))
+
+    def spans_in(self, following: np.ndarray, wait: bool) -> list[TokenSpan] | None:
+        """As `order.SpansIn`."""
+        shard = int(following[0])
+        if not self.has_meta(shard):
+            if not wait:
+                return None
+            self._wait_for(following)
+        return self._training_spans(shard)
+
+    def _training_spans(self, shard: int) -> list[TokenSpan]:
+        """A found unit's tokens but for documents that are held out; each piece is of whole documents."""
+        if shard not in self._spans:
+            bounds, kept = np.array([0, self._found[shard].tokens]), np.array([self._found[shard].tokens > 0])
+            if len(self._excluded):
+                table = self.table(shard)
+                bounds = np.append(table["start"].astype(np.int64), bounds[-1])
+                kept = ~np.isin(table["text"], self._excluded)
+            ends = bounds[np.flatnonzero(np.diff(kept, prepend=False, append=False))].reshape(-1, 2)
+            self._spans[shard] = [TokenSpan(shard, start, end - start) for start, end in ends.tolist()]
+        return self._spans[shard]
+
+    def _wait_for(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
+        """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making.
+
+        Args:
+            there: `find`, if not given.
+        """
+        shard = int(following[0])
+        lookahead = 1 if self._corpus.data.disk_budget_gb else LOOKAHEAD
+        while not (there or self.has_meta)(shard):
+            if not self.tokenize_shard(shard) and not self._tokenize_any(following[1:lookahead].tolist()):
+                time.sleep(0.05)
+            self._report(0)
+
+    def _tokenize_any(self, shards: list[int]) -> bool:
+        """Whether one was made. What is wrong with it will be told when it is wanted."""
+        with contextlib.suppress(ConfigError):
+            return any(not self.has_meta(shard) and self.tokenize_shard(shard) for shard in shards)
+        return False
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all text of the units that were found; 0 of a `tokens` source."""
+        return sum(meta.text_bytes for meta in self._found.values())
+
+    def count_cached(self) -> int:
+        """How many units are there now."""
+        return sum(self.has_meta(shard) for shard in range(len(self.shards)))
+
+    @property
+    def files_found(self) -> int:
+        """Files all of whose parts are there, so far as this process knows."""
+        missing = {
+            chunk.file for shard, chunks in enumerate(self.shards) if shard not in self._found for chunk in chunks
+        }
+        return len(self.files) - len(missing)
+
+    @property
+    def num_found(self) -> int:
+        """Units of which this process knows that they are there."""
+        return len(self._found)
+
+    def describe_skipped(self) -> list[str]:
+        """What the units that were found left out, in words."""
+        metas = self._found.values()
+        stats = ReadStats(
+            read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas)
+        )
+        stats.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
+        return stats.describe(self._corpus.label)
+
+    def location(self, shard: int, row: np.void) -> tuple[str, int]:
+        """The file of a row of a unit's table, and the number of the row there."""
+        chunk = self.shards[shard][int(row["file"])]
+        return self.files[chunk.file].path, int(row["number"]) + self._rows_before(chunk)
+
+    def order(self, seq_len: int, seed: int, window_tokens: int, packing: str) -> SampleOrder:
+        """Of its samples."""
+        pack = partial(best_fit, table=self.table, seq_len=seq_len) if packing == "best_fit" else None
+        return SampleOrder(len(self.shards), self.spans_in, seq_len, seed, window_tokens, pack)
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
+        if not self.has_tokens(shard):
+            self._wait_for(np.array([shard]), self.has_tokens)
+        self._check(shard)
+        return _mapped(
+            self.folders[shard] / "tokens.bin", np.dtype(self._found[shard].dtype), self._found[shard].tokens
+        )
+
+    def _check(self, shard: int) -> None:
+        """Tokenize a unit again whose files have changed since; each process checks it once."""
+        while shard not in self._checked:
+            known = self._meta_folder(shard)
+            if not self.folders[shard].is_dir() and not shard_damage(known):
+                self._checked.add(shard)
+            elif self.tokenize_shard(shard):
+                shutil.rmtree(known, ignore_errors=True)
+                self._checked.add(shard)
+            else:
+                time.sleep(0.05)
+
+    def _table(self, shard: int) -> np.ndarray:
+        """[texts] of `DOCUMENT`, in the order of their tokens."""
+        self._check(shard)
+        folder = self.folders[shard] if self.folders[shard].is_dir() else self._meta_folder(shard)
+        return _mapped(folder / "documents", DOCUMENT, self._found[shard].texts)
+
+    def content(self, shards: np.ndarray) -> str:
+        """Digest of the training texts of these units."""
+        found = hashlib.sha256()
+        for shard in shards.tolist():
+            spans = [span[1:] for span in self._training_spans(shard)]
+            found.update(f"{self._found[shard].content} {spans}\n".encode())
+        return found.hexdigest()[:32]
+
+
+def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)
