@@ -97,7 +97,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str]]:
     """Return the preset's name and the YAML files, each overriding the previous."""
-    printed_by = "--preset"
+    option = "--preset"
     if config and not config.is_file():
         raise ConfigError(f"--config {str(config)!r} is not a file; name a YAML file such as runs/NAME/config.yaml.")
     if config:
@@ -106,12 +106,12 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
             raise ConfigError(f"{config}: {unquoted[0]!r} is not a section; quote the name if it is one.")
         sections = [name for name in (f.name for f in fields(RunConfig)) if isinstance(settings.get(name), str)]
         if sections or _has_class_path(settings):
-            what = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
-            raise ConfigError(f"{config}: {what}; write plain values, as in runs/NAME/config.yaml.")
+            problem = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
+            raise ConfigError(f"{config}: {problem}; write plain values, as in runs/NAME/config.yaml.")
         if not preset:
-            preset, printed_by = settings.get("preset"), f"{config}: preset"
+            preset, option = settings.get("preset"), f"{config}: preset"
     if preset and preset not in preset_names():
-        raise ConfigError(f"{printed_by} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
+        raise ConfigError(f"{option} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
     return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + (
         [glob.escape(str(config))] if config else []  # jsonargparse treats it as a pattern
     )
@@ -146,8 +146,8 @@ def _format_parser_error(message: str, parser: jsonargparse.ArgumentParser) -> s
         key, value = match.groups()
         if key in _SHAPES:
             unknown = re.search(r"Option '(\w+)' is not accepted", message)
-            what = f"has no setting {unknown[1]!r}" if unknown else "is not valid"
-            return f"--{key} {what}; {_SHAPES[key]}."
+            problem = f"has no setting {unknown[1]!r}" if unknown else "is not valid"
+            return f"--{key} {problem}; {_SHAPES[key]}."
         kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])", message)
         wanted = " or ".join(name or values for name, values in kinds).replace("NoneType", "null")
         wanted = re.sub(r"\bbool\b", "true or false", wanted)

@@ -36,7 +36,7 @@ def file_message(error: Exception) -> str | None:
 
 
 @contextmanager
-def naming(path: Path, part: Path | None = None) -> Iterator[None]:
+def path_in_errors(path: Path, part: Path | None = None) -> Iterator[None]:
     """Raise an `OSError` that names `path` for a full disk, and for errors of files in `part`."""
     try:
         yield
@@ -49,7 +49,7 @@ def naming(path: Path, part: Path | None = None) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def part_of(path: Path) -> Path:
+def temp_path(path: Path) -> Path:
     """Return a unique temporary name in the folder of `path`."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
@@ -57,9 +57,9 @@ def part_of(path: Path) -> Path:
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary file to write, which atomically replaces `path` on success."""
-    part = part_of(path)
+    part = temp_path(path)
     try:
-        with naming(path, part):
+        with path_in_errors(path, part):
             yield part
             part.replace(path)
     finally:

@@ -36,12 +36,12 @@ class ProgressBar:
         shown: False = print only what `write` is called with.
     """
 
-    def __init__(self, what: str, total: int | None = None, done: int = 0, every: float = 15.0, shown: bool = True):
-        self._what, self.total, self._start, self._every, self._shown = what, total, done, every, shown
+    def __init__(self, label: str, total: int | None = None, done: int = 0, every: float = 15.0, shown: bool = True):
+        self._label, self.total, self._start, self._every, self._shown = label, total, done, every, shown
         self._began = self._last_log = time.monotonic()
         self._bar: tqdm | None = None
         if shown and sys.stderr.isatty():
-            self._bar = tqdm(desc=what, total=total, initial=done, dynamic_ncols=True, unit_scale=total is None)
+            self._bar = tqdm(desc=label, total=total, initial=done, dynamic_ncols=True, unit_scale=total is None)
 
     def show(self, done: int, text: str = "", line: bool = False) -> None:
         """Update the bar to `done`; `line`: also print a line."""
@@ -52,7 +52,7 @@ class ProgressBar:
             self._bar.update(done - self._bar.n)
         if line or (self._bar is None and self._shown and (done == self.total or now - self._last_log >= self._every)):
             self._last_log = now
-            words = f"{self._what} {done:,}"
+            words = f"{self._label} {done:,}"
             if self.total:
                 words += f" of {self.total:,}: {text}"
                 left = (now - self._began) / max(1, done - self._start) * (self.total - done)
