@@ -43,7 +43,7 @@ def rows_of_training(given: list[str], run_dir: Path, ranks: int = 1) -> list[di
     return read_rows(run_dir / "metrics.jsonl")
 
 
-def held_out_loss(
+def mean_validation_loss(
     loss_of: Callable[["Tensor", "Tensor"], float], tokens: "np.ndarray", seq_len: int, eval_sequences: int
 ) -> float:
     """Mean loss in nats per token over the first `eval_sequences` sequences of held-out tokens.

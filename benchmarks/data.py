@@ -179,12 +179,12 @@ def order() -> dict[str, Any]:
     some of them once all shards are known."""
     from smolds_dist.data.order import SampleOrder, TokenSpan
 
-    samples, unit_tokens = 10**9, 2**22
-    shards = samples * SEQ_LEN // unit_tokens
+    samples, shard_tokens = 10**9, 2**22
+    shards = samples * SEQ_LEN // shard_tokens
 
     def make() -> SampleOrder:
         made = SampleOrder(
-            shards, lambda following, _: [TokenSpan(int(following[0]), 0, unit_tokens)], SEQ_LEN, 0, 2**28
+            shards, lambda following, _: [TokenSpan(int(following[0]), 0, shard_tokens)], SEQ_LEN, 0, 2**28
         )
         made.extend(None)
         return made

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import held_out_loss
+from benchmarks.common import mean_validation_loss
 from smolds_dist.bench.common import bench_parser, keep, parse
 from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
@@ -182,7 +182,7 @@ def validation_loss(shared: Shared, run: Run) -> float:
 
     model.eval()
     losses = {
-        name: held_out_loss(
+        name: mean_validation_loss(
             loss_of, data.sources[name].validation.tokens, config.data.seq_len, config.train.eval_sequences
         )
         for name in data.sources
@@ -228,7 +228,7 @@ def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
     shared = Shared(config, prepare_data(config), topology)
     model = replace(config.model, vocab_size=config.model.vocab_size or len(shared.data.tokenizer))
     steps = config.train.steps
-    tried = {rate: in_turns(shared, rate) for rate in rates}
+    tried = {rate: interleaved_runs(shared, rate) for rate in rates}
     models: dict[str, dict[str, Any]] = {}
     for name, width in widths(config.model).items():
         counted = counted_as(model, width)
@@ -259,7 +259,7 @@ def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
     }
 
 
-def in_turns(shared: Shared, rate: float) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+def interleaved_runs(shared: Shared, rate: float) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Everyone's run over the same tokens with a learning rate, and the seconds of its steps."""
     steps = shared.config.train.steps
     log(f"all three in turns, {steps} steps, learning rate {rate:g}")

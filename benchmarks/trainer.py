@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import held_out_loss
+from benchmarks.common import mean_validation_loss
 from smolds_dist.config import load_config
 
 
@@ -64,7 +64,7 @@ def train(job: Job) -> dict[str, Any]:
     def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> float:
         return model(input_ids=ids.to(model.device), labels=labels.to(model.device), use_cache=False).loss.item()
 
-    val_loss = held_out_loss(loss_of, source.validation.tokens, length, config.train.eval_sequences)
+    val_loss = mean_validation_loss(loss_of, source.validation.tokens, length, config.train.eval_sequences)
     step_s = median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else float("nan")
     tokens = job.steps * config.train.global_batch * length
     return {"steps": job.steps, "tokens": tokens, "seconds": step_s * job.steps, "val_loss": val_loss}

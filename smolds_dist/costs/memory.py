@@ -57,7 +57,7 @@ def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
     ]  # fmt: skip
 
 
-def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str = "none") -> float:
+def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = "none") -> float:
     """Numbers that the forward pass keeps for the backward pass, for one token and all layers together.
 
     Args:
@@ -77,7 +77,7 @@ def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str 
             projected += N * (key + m.qk_nope_head_dim + 2 * value)
         else:
             projected = 2 * m.head_dim * (N + m.num_key_value_heads)
-        experts = m.num_experts + fuller * K * (H + 2 * width)
+        experts = m.num_experts + skew * K * (H + 2 * width)
         experts += (H + 2 * m.n_shared_experts * width) if m.n_shared_experts else 0
         feed_forward = mixtures * experts + dense * (H + 2 * (m.dense_intermediate_size or 0))
         # A block's input, and what attention adds to it.
@@ -88,7 +88,7 @@ def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str 
         attention = m.head_dim * (3 * N + 2 * m.num_key_value_heads)  # q, out twice, k, v
         if m.qk_norm:  # their inputs
             attention += m.head_dim * (N + m.num_key_value_heads)
-    experts = fuller * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
+    experts = skew * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
     feed_forward = mixtures * experts + dense * 4 * (m.dense_intermediate_size or 0)
     if recompute == "attention":
         return m.num_hidden_layers * 2 * H + feed_forward  # what goes into a block, and into its feed-forward layer
@@ -132,9 +132,9 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
         max_vio: the fullest expert's rows over the mean, minus 1.
     """
     weights, gradients, optimizer = state_bytes(model, layout)
-    fuller = 1 + load_stretch(max_vio, model.num_experts, layout.expert)
-    activations, logits = activation_bytes(model, layout, fuller), logits_bytes(model, layout)
-    buffers = buffer_bytes(model, layout, fuller)
+    skew = 1 + load_stretch(max_vio, model.num_experts, layout.expert)
+    activations, logits = activation_bytes(model, layout, skew), logits_bytes(model, layout)
+    buffers = buffer_bytes(model, layout, skew)
     allowance = FRAGMENTATION * (activations + gradients + logits + buffers)
     if layout.device == "cuda":
         gradients, coming = gpu_gradient_bytes(model, layout, activations)
@@ -211,7 +211,7 @@ def keeps_full_gradients(layout: Layout) -> bool:
     return unsharded or layout.zero == 1 or (layout.zero >= 2 and layout.device == "cpu")
 
 
-def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
+def activation_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
     """Of what the forward pass keeps; and of what is computed again, one block's."""
     tokens, width = layout.tokens, layout.element_bytes
     # Our own function keeps gate and up. What DeepSpeed and grouped products leave to autograd keeps silu(gate), their
@@ -220,11 +220,11 @@ def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
         swiglu = 2
     else:
         swiglu = 4 if layout.engine == "local" else 3
-    kept = saved_elements(model, swiglu, fuller)
+    kept = saved_elements(model, swiglu, skew)
     if layout.device == "cuda" and width == 2:
         kept += layers_of(model)[1] * model.hidden_size * 2  # the router reads an fp32 copy
     if layout.recompute != "none":
-        rest = saved_elements(model, swiglu, fuller, layout.recompute)
+        rest = saved_elements(model, swiglu, skew, layout.recompute)
         kept = rest + (kept - rest) / model.num_hidden_layers
     kept += 2 * model.hidden_size  # the last norm's input, and the loss's gradient
     return kept * tokens * width
@@ -242,7 +242,7 @@ def logits_bytes(model: Any, layout: Layout) -> float:
     return logits + weight * (layout.element_bytes + (4 if layout.tokens > chunk else 0))
 
 
-def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
+def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
     """What tokens are exchanged in, what DeepSpeed's ZeRO reduces and gathers in, and what else libraries take.
 
     Two buckets of gradients, one filled while the other travels; an fp32 gradient of what is stepped at a time; with ZeRO 3
@@ -252,7 +252,7 @@ def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
     own = sum(parameters for parameters, _, _ in held)
     buffers = 0.0
     if layout.expert > 1:  # rows as they are sent and as they come, of one layer
-        buffers += (1 + fuller) * layout.tokens * model.num_experts_per_tok * model.hidden_size * layout.element_bytes
+        buffers += (1 + skew) * layout.tokens * model.num_experts_per_tok * model.hidden_size * layout.element_bytes
     if layout.device == "cpu":
         buffers += CPU_BF16_KERNELS if layout.element_bytes == 2 else 0.0
         buffers += CPU_RANKS if layout.world > 1 else 0.0

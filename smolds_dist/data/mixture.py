@@ -57,8 +57,8 @@ class Mixture:
         due = [Fraction(0)] * len(names)  # of each source so far
         for end, weights in stages:
             shares = exact_shares({name: weights.get(name, 0.0) for name in names})
-            ahead = [due[at] - int(taken[at]) for at in range(len(names))]
-            source, count, repeats_from, period = _pattern(list(shares.values()), ahead)
+            lead = [due[at] - int(taken[at]) for at in range(len(names))]
+            source, count, repeats_from, period = _pattern(list(shares.values()), lead)
             self.stages.append(StageOrder(first, end, shares, taken, source, count, repeats_from, period))
             due = [due[at] + share * (end - first) for at, share in enumerate(shares.values())]
             first, taken = end, self.totals(end)

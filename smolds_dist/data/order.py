@@ -266,8 +266,8 @@ class SampleOrder:
             start, at = last, at + 1
         return spans
 
-    def _round_keys(self, epoch: int, what: str) -> np.ndarray:
-        return round_keys(f"{VERSION} {self._seed} {epoch} {what}")
+    def _round_keys(self, epoch: int, text: str) -> np.ndarray:
+        return round_keys(f"{VERSION} {self._seed} {epoch} {text}")
 
 
 def permute_index(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:

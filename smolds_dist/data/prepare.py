@@ -16,7 +16,7 @@ from smolds_dist.data.text import documents
 from smolds_dist.data.tokenizer import TRAINING_CHARACTERS, load_tokenizer, train_tokenizer
 from smolds_dist.data.validation import MIN_VALIDATION_BYTES, load_validation_set
 from smolds_dist.errors import ConfigError
-from smolds_dist.progress import Reporter
+from smolds_dist.progress import Reporter, print_line
 from smolds_dist.settings import Data, RunConfig, Source
 
 INTERLEAVE = 16  # chunks that a tokenizer is trained on in turn
@@ -48,7 +48,7 @@ def prepare_data(
             data.orders[name].extend(None if limited else taken)  # completely if epochs are limited
         for name in reporter.names:
             for line in data.sources[name].describe_skipped():
-                print(line, file=sys.stderr, flush=True)
+                print_line(line, sys.stderr)
     finally:
         reporter.close_bars()
     _check_sizes(config, data)

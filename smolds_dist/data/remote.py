@@ -58,7 +58,7 @@ def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
             return action()
         except Exception as error:  # each file system has its own errors
             tried += 1
-            if tried == tries or _is_final(error):
+            if tried == tries or _is_permanent(error):
                 raise
             why = reason(error)
         print(f"{what} ({why}); retrying in {pause:.0f} s", file=sys.stderr, flush=True)
@@ -94,7 +94,7 @@ def _read(what: str, action: Callable[[], T]) -> T:
         NoRangesError: from `action`.
     """
     try:
-        return retried(what, action)
+        return with_retries(message, action)
     except (OSError, NoRangesError):
         raise
     except Exception as error:

@@ -37,21 +37,15 @@ class ShardedSource:
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        cache: Path,
-        validation: ValidationSet,
-        excluded: list[int],
-        reporter: Reporter,
-        limit: int | None,
+        self, corpus: Corpus, cache: Path, val: ValidationSet, skip: list[int], reporter: Reporter, limit: int | None
     ):
         self.name, self.files, self.shards = corpus.name, corpus.files, corpus.shards
-        self.validation = validation
+        self.validation = val
         self._corpus, self._reporter, self._limit = corpus, reporter, limit
         self._limits = {0: limit} if corpus.endless else {}  # of single shards
         self._cache = cache
         self.folders = [self._folder_of(shard) for shard in range(len(self.shards))]
-        self._excluded = np.array(excluded, dtype=np.uint64)
+        self._excluded = np.array(skip, dtype=np.uint64)
         self._found: dict[int, ShardMeta] = {}
         self._checked = set[int]()  # shards whose checksums were compared
         self._spans: dict[int, list[TokenSpan]] = {}  # of known shards
@@ -75,7 +69,7 @@ class ShardedSource:
         if self._limit is None or self._corpus.endless:
             return self
         for shard in range(len(self.shards)):
-            self._wait_for(np.arange(shard, len(self.shards)))
+            self._wait_until_ready(np.arange(shard, len(self.shards)))
             meta = self._found[shard]
             if self.tokens_before(shard) + meta.all_tokens >= self._limit:
                 self._truncate_at(shard, self._limit - self.tokens_before(shard))
@@ -92,7 +86,7 @@ class ShardedSource:
         self._found = {before: self._found[before] for before in range(shard)}
         self.tokens_found = self.tokens_before(shard)
         self.folders[shard] = self._folder_of(shard)
-        self._wait_for(np.array([shard]))
+        self._wait_until_ready(np.array([shard]))
 
     def has_meta(self, shard: int) -> bool:
         """Return True if a shard's metadata is known, because its tokens are or were in the cache."""
@@ -164,7 +158,7 @@ class ShardedSource:
         if not self.has_meta(shard):
             if not wait:
                 return None
-            self._wait_for(following)
+            self._wait_until_ready(following)
         return self._training_spans(shard)
 
     def _training_spans(self, shard: int) -> list[TokenSpan]:
@@ -223,9 +217,7 @@ class ShardedSource:
     def describe_skipped(self) -> list[str]:
         """Return messages about rows and files skipped in the known shards."""
         metas = self._found.values()
-        stats = ReadStats(
-            read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas)
-        )
+        stats = ReadStats(read=sum(m.rows for m in metas), without_text=sum(m.rows_without_text for m in metas))
         stats.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
         return stats.describe(self._corpus.label)
 
@@ -242,11 +234,10 @@ class ShardedSource:
     def _tokens(self, shard: int) -> np.ndarray:
         """Return a shard's training tokens [tokens]: concatenated documents, each ending with the end-of-text token."""
         if not self.has_tokens(shard):
-            self._wait_for(np.array([shard]), self.has_tokens)
+            self._wait_until_ready(np.array([shard]), self.has_tokens)
         self._check(shard)
-        return _mapped(
-            self.folders[shard] / "tokens.bin", np.dtype(self._found[shard].dtype), self._found[shard].tokens
-        )
+        meta = self._found[shard]
+        return _memmap(self.folders[shard] / "tokens.bin", np.dtype(meta.dtype), meta.tokens)
 
     def _check(self, shard: int) -> None:
         """Tokenize a shard again if its cached files are damaged; each process checks it once."""
@@ -264,7 +255,7 @@ class ShardedSource:
         """Return a shard's document table [documents] of `DOCUMENT`, in token order."""
         self._check(shard)
         folder = self.folders[shard] if self.folders[shard].is_dir() else self._meta_folder(shard)
-        return _mapped(folder / "documents", DOCUMENT, self._found[shard].texts)
+        return _memmap(folder / "documents", DOCUMENT, self._found[shard].texts)
 
     def content(self, shards: np.ndarray) -> str:
         """Return a digest of the training documents of these shards."""
@@ -275,5 +266,5 @@ class ShardedSource:
         return found.hexdigest()[:32]
 
 
-def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+def _memmap(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     return np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)

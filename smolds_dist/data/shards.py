@@ -10,7 +10,7 @@ Layout: `<cache>/units/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad_
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path

@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -72,11 +72,7 @@ class ReadStats:
 
 
 def documents(
-    source: Source,
-    files: list[File],
-    data: Data,
-    stats: ReadStats | None = None,
-    chunks: Sequence[FileChunk] | None = None,
+    source: Source, files: list[File], data: Data, stats: ReadStats | None = None, chunks: list[FileChunk] | None = None
 ) -> Iterator[Document]:
     """Yield the documents of a source, file by file, unchanged except for a removed byte order mark.
 
@@ -207,9 +203,8 @@ def single_documents(found: Iterable[Document], tokenizer: PreTrainedTokenizerBa
             yield document
             continue
         text = document.text
-        for number, ids in (
-            _split_flat(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]
-        ):
+        numbered = _split_flat(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]
+        for number, ids in numbered:
             if len(ids):
                 for outside in (int(ids.max()), int(ids.min())):
                     if not 0 <= outside < vocabulary:

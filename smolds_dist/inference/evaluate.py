@@ -60,9 +60,8 @@ def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[
     config, is_validation = _data_config(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
     results, end_of_text = [], document_separator(config.data, tokenizer)
-    for source, ids, num_bytes in (_validation_texts if is_validation else _all_texts)(
-        config, tokenizer, options.max_tokens
-    ):
+    texts = _validation_texts if is_validation else _all_texts
+    for source, ids, num_bytes in texts(config, tokenizer, options.max_tokens):
         begin, used = time.perf_counter(), ids[: options.max_tokens]
         loss, counted = mean_loss(model, used, config.data.seq_len, options.batch_size, end_of_text)
         result = {

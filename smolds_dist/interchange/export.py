@@ -26,7 +26,7 @@ from smolds_dist.checkpoint.files import (
 )
 from smolds_dist.checkpoint.new_folder import check_free, new_file, new_folder
 from smolds_dist.errors import ConfigError, OptionParser, first_line
-from smolds_dist.files import naming, replace_text
+from smolds_dist.files import path_in_errors, replace_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TOLERANCE = 1e-3  # difference between transformers' logits and ours in fp32, relative to the largest

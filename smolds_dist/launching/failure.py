@@ -24,6 +24,7 @@ from smolds_dist.launching import hang
 from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.state import write_state
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
+from smolds_dist.progress import print_line
 from smolds_dist.settings import Parallel
 
 LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
@@ -117,11 +118,9 @@ class RankReport:
             if gone:
                 word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
                 who = f"{word} {ranks} on host {gone[0]['host']}"
-                _report_cause(self.folder, f"{who} was killed or lost its network ({last_line})")
+                _report(self.folder, f"{who} was killed or lost its network ({last_line})")
                 return
-        _report_cause(
-            self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})"
-        )
+        _report(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
     def local_entries(self) -> list[Path] | None:
         """The entries of this host's ranks, the only ones in which a dead rank can be seen; None, for all, until every rank
@@ -141,7 +140,7 @@ class RankReport:
                 entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
                 cause = hang.report_hang(self.folder, self.entry, entries, idle, self.passes)
                 if self.entry["state"] == "running":
-                    _report_cause(self.folder, cause)
+                    _report(self.folder, cause)
                     hang.kill_unresponsive(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
@@ -218,14 +217,14 @@ def _record_cause(folder: Path, cause: str) -> bool:
     return True
 
 
-def _report_cause(folder: Path, cause: str) -> None:
+def _report(folder: Path, cause: str) -> None:
     """Notes the cause and prints it, unless there is one already."""
     if _record_cause(folder, cause):
         _log(cause)
 
 
 def _log(cause: str) -> None:
-    print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
+    print_line(f"\nsmolds: {cause}; the other ranks stop.", sys.stderr)
 
 
 @dataclass

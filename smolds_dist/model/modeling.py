@@ -291,7 +291,7 @@ def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:
     return model
 
 
-def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, what: str = "full") -> None:
+def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, mode: str = "full") -> None:
     """Has the backward pass compute again what is otherwise kept from the forward pass.
 
     Args:
@@ -300,10 +300,10 @@ def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, what: str = "f
             its input and the results of matrix products and attention, and computes again what is cheap: norms, rotary
             embedding, activations, dispatching and combining; under expert parallelism also all-to-all.
     """
-    if what in ("attention", "experts"):
+    if mode in ("attention", "experts"):
         for block in model.model.layers:
-            block.recomputed = what
-    elif what != "none":
+            block.recomputed = mode
+    elif mode != "none":
         # The method's name from transformers 5.23 on, and the older one.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False} | ({"context_fn": save_products} if what == "selective" else {}))
+        enable({"use_reentrant": False} | ({"context_fn": save_products} if mode == "selective" else {}))

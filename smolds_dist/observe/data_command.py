@@ -225,12 +225,12 @@ def stats(args: list[str]) -> int:
     epochs = found.epochs(config.train.steps * config.train.global_batch)
     for name, source in found.sources.items():
         facts = source_stats(source, found.orders[name].num_tokens)
-        summary = facts | packing_stats(found, name) | {"epochs": round(epochs[name], 4)}
+        row = facts | packing_stats(found, name) | {"epochs": round(epochs[name], 4)}
         if options.json:
-            print(json.dumps({"source": name} | summary))
+            print(json.dumps({"source": name} | row))
             continue
         print(f"{name} ({config.data.mixed[name].source})")
-        print("\n".join(format_stats(summary, source.describe_skipped())))
+        print("\n".join(format_stats(row, source.describe_skipped())))
     if not options.json:
         print("the run takes", *epoch_summary(config, found), sep="\n  ")
     return 0
@@ -303,7 +303,7 @@ def format_stats(summary: dict[str, Any], skipped: list[str]) -> list[str]:
         f"  tokens per document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
         f"  in sequences {in_sequences}",
     ]
-    for begin, count in summary["lengths"].items():
+    for begin, count in row["lengths"].items():
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
         lines.append(f"  {int(begin):>12,} to {2 * int(begin) - 1:<12,} {bar} {count:,}")
     return lines + [f"  {line}" for line in skipped]
