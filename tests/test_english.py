@@ -61,6 +61,8 @@ STORED = {"held out"}  # keys, which no user reads
 # What is read: pages without their code; of modules, docstrings and string literals.
 PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docs" / "run" / "README.md"]
 PATHS += [ROOT / "smolds_dist" / name for name in ("rules.py", "settings.py")]
+for folder in ("data", "inference", "interchange", "observe"):
+    PATHS += sorted((ROOT / "smolds_dist" / folder).glob("*.py"))
 
 
 def without_code(page: str) -> str:

@@ -70,7 +70,7 @@ def prepared(corpus, tmp_path_factory) -> tuple[Path, dict[int, dict]]:
     made = smolds("data", "prepare", "--workers", "2", "--", *options_of(corpus, folder), "--train.steps=500")
     assert made.returncode == 0, made.text
     assert "jsonl: 6 of 6 shards tokenized" in made.stdout
-    before = units_in(folder)
+    before = shards_in(folder)
     assert len(before) == 6
     trained = smolds("train", *options_of(corpus, folder))
     assert trained.returncode == 0, trained.text

@@ -34,11 +34,11 @@ class StageOrder:
     repeats_from: int
     period: np.ndarray  # [S] samples of each source per repetition
 
-    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return source and index in that source of samples counted from the stage's first."""
         length = len(self.source) - self.repeats_from
-        turn = np.maximum(index - self.repeats_from, 0) // length
-        row = index - turn * length
+        turn = np.maximum(position - self.repeats_from, 0) // length
+        row = position - turn * length
         source = self.source[row]
         return source, self.taken[source] + self.count[row] + turn * self.period[source]
 
@@ -76,10 +76,10 @@ class Mixture:
     def totals(self, samples: int) -> np.ndarray:
         """Return how many of the first `samples` samples come from each source [S]."""
         stage = next((s for s in self.stages if samples <= s.end), self.stages[-1])
-        index = samples - stage.first
+        position = samples - stage.first
         length = len(stage.source) - stage.repeats_from
-        turn = max(0, index - stage.repeats_from) // length
-        rest = np.bincount(stage.source[: index - turn * length], minlength=len(self.names))
+        turn = max(0, position - stage.repeats_from) // length
+        rest = np.bincount(stage.source[: position - turn * length], minlength=len(self.names))
         return stage.taken + rest + turn * stage.period
 
     def schedule(self) -> Schedule:

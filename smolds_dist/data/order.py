@@ -306,9 +306,9 @@ def _mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def round_keys(what: str) -> np.ndarray:
+def round_keys(text: str) -> np.ndarray:
     """Return round keys [ROUNDS] of uint64."""
-    digest = hashlib.blake2b(what.encode(), digest_size=8 * ROUNDS).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 

@@ -128,11 +128,9 @@ def _tokenizer_folder(
 
     def train(folder: Path) -> None:
         if progress:
-            sources_text = ", ".join(one.source for one in data.mixed.values())
-            print(
-                f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {sources_text}",
-                flush=True,
-            )
+            names = ", ".join(one.source for one in data.mixed.values())
+            size = data.tokenizer_vocab_size
+            print_line(f"Training a byte-level BPE tokenizer of {size} tokens on {names}", sys.stdout)
         texts = {
             name: _interleaved_texts(one, files[name], data, TRAINING_CHARACTERS // len(sources))
             for name, one in sources.items()

@@ -42,11 +42,11 @@ def file_system(path: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(path, client_kwargs={"timeout": timeout})
 
 
-def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
+def with_retries(message: str, action: Callable[[], T], tries: int | None = None) -> T:
     """Return the result of `action`, retrying with pauses that double.
 
     Args:
-        what: problem that the log line about a pause begins with.
+        message: problem that the log line about a pause begins with.
         tries: maximum; None = until it works.
 
     Raises:
@@ -61,12 +61,12 @@ def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
             if tried == tries or _is_permanent(error):
                 raise
             why = reason(error)
-        print(f"{what} ({why}); retrying in {pause:.0f} s", file=sys.stderr, flush=True)
+        print(f"{message} ({why}); retrying in {pause:.0f} s", file=sys.stderr, flush=True)
         current_reporter().sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _is_final(error: Exception) -> bool:
+def _is_permanent(error: Exception) -> bool:
     """Return True if a retry would fail in the same way."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
@@ -86,8 +86,8 @@ def reason(error: Exception) -> str:
     return f"HTTP {status}" if status else first_line(error)
 
 
-def _read(what: str, action: Callable[[], T]) -> T:
-    """Return `retried` without a limit of tries.
+def _read(message: str, action: Callable[[], T]) -> T:
+    """Return `with_retries` without a limit of tries.
 
     Raises:
         OSError: if it fails permanently.

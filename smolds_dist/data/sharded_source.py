@@ -30,7 +30,7 @@ class ShardedSource:
     """The shards of a source; call `open` before use.
 
     Args:
-        excluded: digests of documents that are in some source's validation set although `val_fraction` would not put
+        skip: digests of documents that are in some source's validation set although `val_fraction` would not put
             them there; they are not trained on.
         reporter: receives progress while shards are tokenized or waited for.
         limit: tokens after which no further shards are used; the last shard is truncated after a document.
@@ -173,7 +173,7 @@ class ShardedSource:
             self._spans[shard] = [TokenSpan(shard, start, end - start) for start, end in ends.tolist()]
         return self._spans[shard]
 
-    def _wait_for(self, following: np.ndarray, is_ready: Callable[[int], bool] | None = None) -> None:
+    def _wait_until_ready(self, following: np.ndarray, is_ready: Callable[[int], bool] | None = None) -> None:
         """Wait for the first of these shards and tokenize any that no other process is tokenizing.
 
         Args:
@@ -204,9 +204,7 @@ class ShardedSource:
     @property
     def files_found(self) -> int:
         """Files whose chunks are all in the cache, as far as this process knows."""
-        missing = {
-            chunk.file for shard, chunks in enumerate(self.shards) if shard not in self._found for chunk in chunks
-        }
+        missing = {one.file for shard, chunks in enumerate(self.shards) if shard not in self._found for one in chunks}
         return len(self.files) - len(missing)
 
     @property

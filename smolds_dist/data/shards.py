@@ -86,9 +86,7 @@ class Corpus:
             described.append((path, file.size, file.version, chunk.number, chunk.of))
         return key_of(self._made_with, limit, described)
 
-    def documents(
-        self, chunks: Sequence[FileChunk] | None = None, stats: ReadStats | None = None
-    ) -> Iterator[Document]:
+    def documents(self, chunks: list[FileChunk] | None = None, stats: ReadStats | None = None) -> Iterator[Document]:
         """Yield the documents of all files, or of these chunks, one by one.
 
         Raises:

@@ -330,7 +330,7 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
             "the checkpoint's logits are not finite, so the training has diverged; choose an earlier one with --step."
         )
     isolated = ["-I"] if kind == "transformers" else []  # does not import anything of smolds
-    with tempfile.TemporaryDirectory() as scratch, naming(path := Path(scratch) / "tensors", path):
+    with tempfile.TemporaryDirectory() as scratch, path_in_errors(path := Path(scratch) / "tensors", path):
         save_file({"ids": ids}, path)
         finished = subprocess.run(
             [sys.executable, *isolated, "-c", CHECK, str(folder), str(path), kind],

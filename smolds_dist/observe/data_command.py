@@ -162,9 +162,7 @@ def documents_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]
     source = sample.source
     for shard, start, length in sample.spans:
         table, tokens = np.asarray(source.table(shard)), source.tokens(shard)
-        inside = table[slice(*documents_in(table, start + 1, length - 1))][
-            "start"
-        ].tolist()  # that begin after the first token
+        inside = table[slice(*documents_in(table, start + 1, length - 1))]["start"].tolist()  # after the first token
         for at, end in pairwise([start, *inside, start + length]):
             text = str(found.tokenizer.decode(tokens[at:end].tolist(), skip_special_tokens=True))
             yield origin_of(source, shard, at) | {"text": text}
@@ -288,18 +286,16 @@ def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     }
 
 
-def format_stats(summary: dict[str, Any], skipped: list[str]) -> list[str]:
+def format_stats(row: dict[str, Any], skipped: list[str]) -> list[str]:
     """Format the statistics as lines, with a histogram of lengths."""
-    share = summary["copies"] / max(1, summary["documents"])
-    length = summary["length"]
-    most = max(summary["lengths"].values())
-    in_sequences = (
-        f"{summary['cut_documents']:.1%} of documents are split, {summary['padding']:.1%} of the tokens are padding"
-    )
+    share = row["copies"] / max(1, row["documents"])
+    length = row["length"]
+    most = max(row["lengths"].values())
+    in_sequences = f"{row['cut_documents']:.1%} of documents are split, {row['padding']:.1%} of the tokens are padding"
     lines = [
-        f"  {summary['files']:,} files, {summary['documents']:,} documents, {summary['tokens']:,} tokens, "
-        f"{summary['held_out_tokens']:,} of them for validation; {summary['bytes_per_token']:.2f} bytes per token",
-        f"  {summary['copies']:,} documents ({share:.1%}) are copies of others",
+        f"  {row['files']:,} files, {row['documents']:,} documents, {row['tokens']:,} tokens, "
+        f"{row['held_out_tokens']:,} of them for validation; {row['bytes_per_token']:.2f} bytes per token",
+        f"  {row['copies']:,} documents ({share:.1%}) are copies of others",
         f"  tokens per document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
         f"  in sequences {in_sequences}",
     ]
