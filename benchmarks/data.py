@@ -1,8 +1,7 @@
-"""`python -m benchmarks data`: tokenizing, the time of a batch, the order's memory, masked documents, the start of a run.
+"""`python -m benchmarks data`: tokenization, batch time, memory of the sample order, document masking, start of a run.
 
-The same texts, which are the standard library's, are encoded by `tokenizers` from memory and made to shards from jsonl
-files, in turns. Batches come from three sources; the order's memory is that of a billion samples, whose tokens nobody has
-to have.
+The same documents, the standard library's modules, are encoded by `tokenizers` from memory and turned into shards from
+jsonl files, in turns. Batches come from three sources. The sample order has a billion samples, without their tokens.
 """
 
 import json
@@ -26,27 +25,25 @@ from smolds_dist.errors import OptionParser
 PARTS = ("tokenise", "batch", "order", "mask", "start", "prepare")
 SEQUENCES, SEQ_LEN = 32, 1024
 BATCHES = 200
-DOCUMENTS = (100, 300, 1000)  # tokens of one, in the mean
+DOCUMENTS = (100, 300, 1000)  # mean tokens per document
 
 
 def main(args: list[str]) -> None:
-    """Measures, prints, and, with --json, writes all numbers.
+    """Measure, print, and, with --json, write all numbers.
 
     Raises:
-        ConfigError: for options that are none.
+        ConfigError: for unknown options.
     """
     parser = OptionParser(
         prog="python -m benchmarks data",
         description=(__doc__ or "").partition("\n")[0],
         example="python -m benchmarks data --what tokenise",
     )
-    parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="all where not given")
-    parser.add_argument("--rounds", type=int, help="each way; 5, of start and prepare 3")
-    parser.add_argument(
-        "--megabytes", type=int, help="of text; to tokenise and batch 30, to start on 1000, to prepare 200"
-    )
-    parser.add_argument("--steps", type=int, default=180, help="whose speed is measured after the start")
+    parser.add_argument("--json", type=Path, help="output file for the result")
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="benchmarks to run; default: all")
+    parser.add_argument("--rounds", type=int, help="rounds; default: 5, for start and prepare 3")
+    parser.add_argument("--megabytes", type=int, help="MB of text; default: 30, for start 1000, for prepare 200")
+    parser.add_argument("--steps", type=int, default=180, help="steps timed after the start")
     options = parser.parse_args(args)
     rounds = options.rounds or 5
     from benchmarks.data_start import prepare, start
@@ -55,7 +52,7 @@ def main(args: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-data-"))
     try:
         if "tokenise" in options.what:
-            result["tokenise"] = tokenise(folder, rounds, options.megabytes or 30)
+            result["tokenise"] = tokenize(folder, rounds, options.megabytes or 30)
         if "batch" in options.what:
             result["batch"] = batch(folder, options.megabytes or 30)
         for name, measure in (("start", start), ("prepare", prepare)):
@@ -72,7 +69,7 @@ def main(args: list[str]) -> None:
         machine = detect_machine()
         dtypes = ("fp32", "bf16") if machine.bf16 else ("fp32",)
         if machine.devices[0] == "cuda":
-            dtypes = ("bf16",)  # varlen attention takes half precision alone
+            dtypes = ("bf16",)  # varlen attention supports half precision only
         result["mask"] = [mask(dtype, length, rounds) for dtype in dtypes for length in DOCUMENTS]
     keep(options, result)
     for line in format_result(result):
@@ -80,42 +77,42 @@ def main(args: list[str]) -> None:
 
 
 def format_result(result: dict[str, Any]) -> list[str]:
-    """A line for each part."""
+    """Format one line per benchmark."""
     lines = []
     if part := result.get("tokenise"):
         lines.append(
-            f"reading, tokenising, writing: {part['smolds']:,.0f} tokens/s; tokenizers alone: {part['tokenizers']:,.0f}; "
-            f"{part['ratio']:.3f} of it"
+            f"reading, tokenizing, writing: {part['smolds']:,.0f} tokens/s; tokenizers alone: {part['tokenizers']:,.0f}; "
+            f"ratio {part['ratio']:.3f}"
         )
     if part := result.get("batch"):
         lines.append(f"a batch of {SEQUENCES} x {SEQ_LEN:,} tokens from three sources: {1e3 * part['median_s']:.2f} ms")
     if part := result.get("order"):
         lines.append(
-            f"order of {part['samples']:,} samples: {part['peak_bytes'] / 1e6:.1f} MB, {1e3 * part['median_s']:.2f} ms for "
-            f"{SEQUENCES} of them"
+            f"order of {part['samples']:,} samples: {part['peak_bytes'] / 1e6:.1f} MB, {1e3 * part['median_s']:.2f} ms per "
+            f"{SEQUENCES} samples"
         )
     if part := result.get("start"):
         lines.append(
-            f"first step of {part['megabytes']:,} MB of text after {part['ahead_s']:.1f} s, of a prepared corpus after "
+            f"first step on {part['megabytes']:,} MB of text after {part['ahead_s']:.1f} s, on a prepared corpus after "
             f"{part['prepared_s']:.1f} s; then {part['ahead_tokens_per_s']:,.0f} and "
-            f"{part['prepared_tokens_per_s']:,.0f} tokens/s; {part['ratio']:.2f} of it"
+            f"{part['prepared_tokens_per_s']:,.0f} tokens/s, ratio {part['ratio']:.2f}"
         )
     if part := result.get("prepare"):
         lines.append(
-            f"preparing {part['megabytes']:,} MB: {part['one_s']:.1f} s by one process, {part['two_s']:.1f} s by two; "
-            f"{part['ratio']:.2f} times as fast"
+            f"preparing {part['megabytes']:,} MB: {part['one_s']:.1f} s with one process, {part['two_s']:.1f} s with two, "
+            f"speedup {part['ratio']:.2f}"
         )
     lines += [
-        f"attention, {part['dtype']}, documents of {part['length']:,} tokens: apart {1e3 * part['apart_s']:.3g} ms, "
-        f"together {1e3 * part['together_s']:.3g} ms; {part['ratio']:.2f} of it"
-        + (f"; by a mask {1e3 * part['masked_s']:.3g} ms" if "masked_s" in part else "")
+        f"attention, {part['dtype']}, documents of {part['length']:,} tokens: masked {1e3 * part['apart_s']:.3g} ms, "
+        f"unmasked {1e3 * part['together_s']:.3g} ms, ratio {part['ratio']:.2f}"
+        + (f"; with a mask tensor {1e3 * part['masked_s']:.3g} ms" if "masked_s" in part else "")
         for part in result.get("mask", [])
     ]
     return lines
 
 
-def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
-    """Tokens per second of the tokenizer alone and of all the way from files to shards; their ratio by medians."""
+def tokenize(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
+    """Measure tokens/s of the tokenizer alone and from files to shards, and the ratio of their medians."""
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.shards import Corpus, write_shard
     from smolds_dist.data.source import files_of
@@ -142,7 +139,7 @@ def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
         source = config.data.mixed["jsonl"]
         corpus = Corpus("jsonl", source.source, source, files_of(source), config.data, tokenizer)
         for at, shard in enumerate(corpus.shards):
-            out = folder / f"units{number}-{at}"
+            out = folder / f"shards{number}-{at}"
             out.mkdir()
             write_shard(out, shard, corpus)
         ours = tokens / (time.perf_counter() - begin)
@@ -154,7 +151,7 @@ def tokenise(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
 
 
 def batch(folder: Path, megabytes: int) -> dict[str, Any]:
-    """Seconds of a batch from three sources, which the file cache holds."""
+    """Measure the seconds of a batch from three sources, in the page cache."""
     from smolds_dist.data.prepare import prepare_data
 
     texts = stdlib_texts(megabytes)
@@ -177,16 +174,16 @@ def batch(folder: Path, megabytes: int) -> dict[str, Any]:
 
 
 def order() -> dict[str, Any]:
-    """Memory of the order of a billion samples of 1,024 tokens in units of 2^22 tokens, and the time for some of them, once
-    all units are known."""
+    """Measure the memory of the order of a billion samples of 1,024 tokens in shards of 2^22 tokens, and the time per batch,
+    once all shards are known."""
     from smolds_dist.data.order import SampleOrder, TokenSpan
 
-    samples, unit_tokens = 10**9, 2**22
-    shards = samples * SEQ_LEN // unit_tokens
+    samples, shard_tokens = 10**9, 2**22
+    shards = samples * SEQ_LEN // shard_tokens
 
     def make() -> SampleOrder:
         made = SampleOrder(
-            shards, lambda following, _: [TokenSpan(int(following[0]), 0, unit_tokens)], SEQ_LEN, 0, 2**28
+            shards, lambda following, _: [TokenSpan(int(following[0]), 0, shard_tokens)], SEQ_LEN, 0, 2**28
         )
         made.extend(None)
         return made
@@ -200,7 +197,7 @@ def order() -> dict[str, Any]:
         begin = time.perf_counter()
         made.spans(positions)
         seconds.append(time.perf_counter() - begin)
-    tracemalloc.start()  # which slows all down
+    tracemalloc.start()  # only now: it slows everything down
     made = make()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -208,10 +205,10 @@ def order() -> dict[str, Any]:
 
 
 def mask(dtype: str, length: int, rounds: int) -> dict[str, Any]:
-    """Seconds of attention, forward and backward, with documents apart and without, in turns; on a GPU also of PyTorch's
-    attention with a mask.
+    """Measure the seconds of attention, forward and backward, with and without document masking, in turns; on a GPU also of
+    PyTorch's attention with a mask.
 
-    The reference model's heads over 4 x 1,024 tokens, on a GPU 16 x 1,024, whose documents end at random.
+    The reference model's heads over 4 x 1,024 tokens, on a GPU 16 x 1,024, with random document boundaries.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention

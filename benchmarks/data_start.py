@@ -1,4 +1,4 @@
-"""For `benchmarks.data`: how soon a run begins on a large corpus, and what tokenizing in the background costs."""
+"""For `benchmarks.data`: start time of a run on a large corpus, and cost of background tokenization."""
 
 import json
 import shutil
@@ -15,11 +15,11 @@ from smolds_dist.observe.rows import read_rows
 
 START_MEGABYTES, PREPARE_MEGABYTES = 1000, 200
 FILES = 4
-WARM_UP = 10  # steps, before the speed is measured
+WARM_UP = 10  # steps before the speed is measured
 
 
 def write_corpus(folder: Path, megabytes: int) -> None:
-    """Files of the standard library's texts, each with a number of its own."""
+    """Write files of the standard library's modules, each with a unique number."""
     texts, number = stdlib_texts(20), 0
     folder.mkdir()
     for file in range(FILES):
@@ -30,7 +30,7 @@ def write_corpus(folder: Path, megabytes: int) -> None:
 
 
 def settings(folder: Path, cache: Path) -> list[str]:
-    """Of a run of `debug` over the corpus, with a tokenizer that is there already."""
+    """Return the settings of a `debug` run on the corpus, with a trained tokenizer."""
     from smolds_dist.config import load_config
     from smolds_dist.data.prepare import prepare_data
 
@@ -43,8 +43,8 @@ def settings(folder: Path, cache: Path) -> list[str]:
 
 
 def start(folder: Path, rounds: int, megabytes: int | None, steps: int) -> dict[str, Any]:
-    """Seconds from the start of `smolds train` to the end of its first step, with nothing tokenised and with all; and tokens
-    per second from then on, with a worker that tokenises ahead and with a prepared corpus, in turns."""
+    """Measure the seconds from the start of `smolds train` to the end of its first step, and tokens/s from then on, with
+    background tokenization and with a prepared corpus, in turns."""
     write_corpus(folder / "text", megabytes or START_MEGABYTES)
     prepared = settings(folder, folder / "prepared")
     subprocess.run([sys.executable, "-m", "smolds_dist", "data", "prepare", "--", *prepared], check=True)
@@ -65,7 +65,7 @@ def start(folder: Path, rounds: int, megabytes: int | None, steps: int) -> dict[
 
 
 def one_run(given: list[str], runs: Path, steps: int) -> tuple[float, float]:
-    """Seconds to the first step's end, and tokens per second over so many steps."""
+    """Return the seconds to the first step's end, and tokens/s over the `steps` after the warm-up."""
     shutil.rmtree(runs, ignore_errors=True)
     options = [*given, f"--run.dir={runs}", "--run.name=one", "--log.tensorboard=false", "--train.eval_every=0"]
     begin = time.time()
@@ -84,7 +84,7 @@ def one_run(given: list[str], runs: Path, steps: int) -> tuple[float, float]:
 
 
 def prepare(folder: Path, rounds: int, megabytes: int | None, _steps: int) -> dict[str, Any]:
-    """Seconds of `smolds data prepare` with one worker and with two, in turns, its own start included."""
+    """Measure the seconds of `smolds data prepare` with one worker and with two, in turns, including startup."""
     write_corpus(folder / "text", megabytes or PREPARE_MEGABYTES)
     given = settings(folder, folder / "cache")
     seconds: dict[int, list[float]] = {1: [], 2: []}

@@ -1,4 +1,4 @@
-"""One training by transformers' Trainer, for `python -m benchmarks loss`: `python -m benchmarks.trainer JSON`."""
+"""A run of transformers' Trainer, for `python -m benchmarks loss`: `python -m benchmarks.trainer JSON`."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import held_out_loss
+from benchmarks.common import mean_validation_loss
 from smolds_dist.config import load_config
 
 
@@ -19,11 +19,11 @@ from smolds_dist.config import load_config
 class Job:
     given: list[str]  # the smolds run's options
     steps: int
-    learning_rate: float | None  # the Trainer's own where None
+    learning_rate: float | None  # None: the Trainer's default
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Steps, tokens, seconds (steps times the median of one's) and validation loss of the whole schedule."""
+    """Train; return steps, tokens, seconds (steps times the median step time) and validation loss of the full schedule."""
     from transformers import Ernie4_5_MoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from smolds_dist.data.prepare import prepare_data
@@ -64,7 +64,7 @@ def train(job: Job) -> dict[str, Any]:
     def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> float:
         return model(input_ids=ids.to(model.device), labels=labels.to(model.device), use_cache=False).loss.item()
 
-    val_loss = held_out_loss(loss_of, source.validation.tokens, length, config.train.eval_sequences)
+    val_loss = mean_validation_loss(loss_of, source.validation.tokens, length, config.train.eval_sequences)
     step_s = median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else float("nan")
     tokens = job.steps * config.train.global_batch * length
     return {"steps": job.steps, "tokens": tokens, "seconds": step_s * job.steps, "val_loss": val_loss}

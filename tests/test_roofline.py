@@ -8,7 +8,7 @@ import torch
 from torch.profiler import profile
 
 from benchmarks import roofline
-from benchmarks.least_bytes import least_bytes, normed_numbers, optimizer_bytes, swiglu_numbers, turned_numbers
+from benchmarks.least_bytes import least_bytes, normed_elements, optimizer_bytes, rotated_elements, swiglu_elements
 from benchmarks.operations import (
     COPIES,
     ELEMENTWISE,
@@ -24,7 +24,7 @@ from benchmarks.operations import (
     operations_of,
     product_of,
 )  # fmt: skip
-from benchmarks.roofline import bounds_of, fastest_products, kind_rows, take_steps
+from benchmarks.roofline import bounds_of, fastest_products, kind_rows, run_steps
 from smolds_dist.bench.contenders import Task
 from smolds_dist.costs.flops import flops_per_token, product_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
@@ -68,7 +68,7 @@ def _short_repetitions(monkeypatch):
 def profiled(request):
     """A model, and the operations and seconds of one of its steps."""
     task = small_task(request.param)
-    _, (step,) = take_steps(task, 1)
+    _, (step,) = run_steps(task, 1)
     return task, *step
 
 
@@ -104,7 +104,7 @@ def test_products_of_the_step_are_those_that_a_token_costs(profiled):
     vocabulary = 6 * m.hidden_size * VOCAB
     assert made[VOCABULARY] == vocabulary * (tokens - SEQUENCES)  # nothing follows a sequence's last token
     assert made[SCORES] == flops_of_scores(task)
-    assert made[EXPERTS] == 6 * 3 * m.hidden_size * swiglu_numbers(m) * tokens
+    assert made[EXPERTS] == 6 * 3 * m.hidden_size * swiglu_elements(m) * tokens
     mixtures = m.num_hidden_layers - m.first_k_dense_replace
     assert made[ROUTER] == 6 * m.hidden_size * m.num_experts * mixtures * tokens
     weights = 6 * sum(product_weights(m)) * tokens
@@ -117,10 +117,10 @@ def test_products_of_the_step_are_those_that_a_token_costs(profiled):
 
 def test_padded_rows_are_all_that_bf16_adds():
     task = small_task("grouped-query", "bf16")
-    _, ((operations, _),) = take_steps(task, 1)
+    _, ((operations, _),) = run_steps(task, 1)
     rows = SEQUENCES * SEQ_LEN * 2
     m, made = model_of(task), flops_by_kind(operations)
-    least = 6 * 3 * m.hidden_size * swiglu_numbers(m) * SEQUENCES * SEQ_LEN
+    least = 6 * 3 * m.hidden_size * swiglu_elements(m) * SEQUENCES * SEQ_LEN
     assert least <= made[EXPERTS] <= least * (rows + 8 * 63) / rows
     assert {operation.dtype for operation in operations if operation.kind == EXPERTS and operation.product} == {
         torch.bfloat16
@@ -151,9 +151,9 @@ def test_least_bytes_count_what_the_model_norms_turns_and_gates(name):
     for event in trace.events():
         if event.name in numbers:
             numbers[event.name] += torch.Size(event.input_shapes[0]).numel()
-    assert numbers["_RMSNorm"] == normed_numbers(m) * SEQ_LEN
-    assert numbers["_Rotate"] == turned_numbers(m) * SEQ_LEN
-    assert numbers["aten::silu"] == swiglu_numbers(m) * SEQ_LEN
+    assert numbers["_RMSNorm"] == normed_elements(m) * SEQ_LEN
+    assert numbers["_Rotate"] == rotated_elements(m) * SEQ_LEN
+    assert numbers["aten::silu"] == swiglu_elements(m) * SEQ_LEN
     count = sum(parameter.numel() for parameter in model.parameters())
     fp32, bf16 = (least_bytes(m, SEQ_LEN, size) for size in (4, 2))
     assert fp32["optimizer"] == count * (4 + 4 + 6 * 4) == optimizer_bytes(count, 4)
