@@ -1,7 +1,7 @@
-"""`python -m benchmarks data`: tokenization, batch time, memory of the sample order, document masking, start of a run.
+"""`python -m benchmarks data`: tokenization, time of a batch, memory of the order, masked documents, start of a run.
 
-The same documents, the standard library's modules, are encoded by `tokenizers` from memory and turned into shards from
-jsonl files, in turns. Batches come from three sources. The sample order has a billion samples, without their tokens.
+The documents of the standard library are encoded by `tokenizers` from memory, and tokenized to shards from jsonl files, in
+turns. Batches come from three sources; the order's memory is measured for a billion samples, without their tokens.
 """
 
 import json
@@ -39,11 +39,12 @@ def main(args: list[str]) -> None:
         description=(__doc__ or "").partition("\n")[0],
         example="python -m benchmarks data --what tokenise",
     )
-    parser.add_argument("--json", type=Path, help="output file for the result")
-    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="benchmarks to run; default: all")
-    parser.add_argument("--rounds", type=int, help="rounds; default: 5, for start and prepare 3")
-    parser.add_argument("--megabytes", type=int, help="MB of text; default: 30, for start 1000, for prepare 200")
-    parser.add_argument("--steps", type=int, default=180, help="steps timed after the start")
+    parser.add_argument("--json", type=Path, help="output file for the results")
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="measurements; default: all")
+    parser.add_argument("--rounds", type=int, help="rounds per variant; default: 5, for start and prepare 3")
+    megabytes = "MB of text; default: 30, for start 1000, for prepare 200"
+    parser.add_argument("--megabytes", type=int, help=megabytes)
+    parser.add_argument("--steps", type=int, default=180, help="steps whose speed is measured after the start")
     options = parser.parse_args(args)
     rounds = options.rounds or 5
     from benchmarks.data_start import prepare, start
@@ -69,7 +70,7 @@ def main(args: list[str]) -> None:
         machine = detect_machine()
         dtypes = ("fp32", "bf16") if machine.bf16 else ("fp32",)
         if machine.devices[0] == "cuda":
-            dtypes = ("bf16",)  # varlen attention supports half precision only
+            dtypes = ("bf16",)  # varlen attention only supports half precision
         result["mask"] = [mask(dtype, length, rounds) for dtype in dtypes for length in DOCUMENTS]
     keep(options, result)
     for line in format_result(result):
@@ -77,7 +78,7 @@ def main(args: list[str]) -> None:
 
 
 def format_result(result: dict[str, Any]) -> list[str]:
-    """Format one line per benchmark."""
+    """Return a line for each measurement."""
     lines = []
     if part := result.get("tokenise"):
         lines.append(
@@ -88,31 +89,31 @@ def format_result(result: dict[str, Any]) -> list[str]:
         lines.append(f"a batch of {SEQUENCES} x {SEQ_LEN:,} tokens from three sources: {1e3 * part['median_s']:.2f} ms")
     if part := result.get("order"):
         lines.append(
-            f"order of {part['samples']:,} samples: {part['peak_bytes'] / 1e6:.1f} MB, {1e3 * part['median_s']:.2f} ms per "
-            f"{SEQUENCES} samples"
+            f"order of {part['samples']:,} samples: {part['peak_bytes'] / 1e6:.1f} MB, {1e3 * part['median_s']:.2f} ms for "
+            f"{SEQUENCES} of them"
         )
     if part := result.get("start"):
         lines.append(
-            f"first step on {part['megabytes']:,} MB of text after {part['ahead_s']:.1f} s, on a prepared corpus after "
+            f"first step of {part['megabytes']:,} MB of text after {part['ahead_s']:.1f} s, with a prepared corpus after "
             f"{part['prepared_s']:.1f} s; then {part['ahead_tokens_per_s']:,.0f} and "
-            f"{part['prepared_tokens_per_s']:,.0f} tokens/s, ratio {part['ratio']:.2f}"
+            f"{part['prepared_tokens_per_s']:,.0f} tokens/s; ratio {part['ratio']:.2f}"
         )
     if part := result.get("prepare"):
         lines.append(
-            f"preparing {part['megabytes']:,} MB: {part['one_s']:.1f} s with one process, {part['two_s']:.1f} s with two, "
-            f"speedup {part['ratio']:.2f}"
+            f"preparing {part['megabytes']:,} MB: {part['one_s']:.1f} s with one process, {part['two_s']:.1f} s with two; "
+            f"{part['ratio']:.2f} times as fast"
         )
     lines += [
         f"attention, {part['dtype']}, documents of {part['length']:,} tokens: masked {1e3 * part['apart_s']:.3g} ms, "
-        f"unmasked {1e3 * part['together_s']:.3g} ms, ratio {part['ratio']:.2f}"
-        + (f"; with a mask tensor {1e3 * part['masked_s']:.3g} ms" if "masked_s" in part else "")
+        f"unmasked {1e3 * part['together_s']:.3g} ms; ratio {part['ratio']:.2f}"
+        + (f"; with a dense mask {1e3 * part['masked_s']:.3g} ms" if "masked_s" in part else "")
         for part in result.get("mask", [])
     ]
     return lines
 
 
 def tokenize(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
-    """Measure tokens/s of the tokenizer alone and from files to shards, and the ratio of their medians."""
+    """Measure tokens per second of the tokenizer alone, and from files to shards; return their ratio by medians."""
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.shards import Corpus, write_shard
     from smolds_dist.data.source import files_of
@@ -139,11 +140,11 @@ def tokenize(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
         source = config.data.mixed["jsonl"]
         corpus = Corpus("jsonl", source.source, source, files_of(source), config.data, tokenizer)
         for at, shard in enumerate(corpus.shards):
-            out = folder / f"shards{number}-{at}"
+            out = folder / f"units{number}-{at}"
             out.mkdir()
             write_shard(out, shard, corpus)
         ours = tokens / (time.perf_counter() - begin)
-        if number:  # the first turn warms up
+        if number:  # the first turn is a warm-up
             speeds["tokenizers"].append(alone)
             speeds["smolds"].append(ours)
     of = {name: median(values) for name, values in speeds.items()}
@@ -151,7 +152,7 @@ def tokenize(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
 
 
 def batch(folder: Path, megabytes: int) -> dict[str, Any]:
-    """Measure the seconds of a batch from three sources, in the page cache."""
+    """Measure seconds per batch from three sources in the file cache."""
     from smolds_dist.data.prepare import prepare_data
 
     texts = stdlib_texts(megabytes)
@@ -174,8 +175,8 @@ def batch(folder: Path, megabytes: int) -> dict[str, Any]:
 
 
 def order() -> dict[str, Any]:
-    """Measure the memory of the order of a billion samples of 1,024 tokens in shards of 2^22 tokens, and the time per batch,
-    once all shards are known."""
+    """Measure memory of the order of a billion samples of 1,024 tokens in shards of 2^22 tokens, and the time to look up
+    some of them once all shards are known."""
     from smolds_dist.data.order import SampleOrder, TokenSpan
 
     samples, shard_tokens = 10**9, 2**22
@@ -197,7 +198,7 @@ def order() -> dict[str, Any]:
         begin = time.perf_counter()
         made.spans(positions)
         seconds.append(time.perf_counter() - begin)
-    tracemalloc.start()  # only now: it slows everything down
+    tracemalloc.start()  # which slows everything down
     made = make()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -205,10 +206,10 @@ def order() -> dict[str, Any]:
 
 
 def mask(dtype: str, length: int, rounds: int) -> dict[str, Any]:
-    """Measure the seconds of attention, forward and backward, with and without document masking, in turns; on a GPU also of
+    """Measure seconds of attention, forward and backward, with and without document masks, in turns; on a GPU also of
     PyTorch's attention with a mask.
 
-    The reference model's heads over 4 x 1,024 tokens, on a GPU 16 x 1,024, with random document boundaries.
+    The reference model's heads over 4 x 1,024 tokens, on a GPU 16 x 1,024, with random document lengths.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -239,7 +240,7 @@ def mask(dtype: str, length: int, rounds: int) -> dict[str, Any]:
                 attend().sum().backward()
             if on_gpu:
                 torch.cuda.synchronize()
-            if number:  # the first turn warms up
+            if number:  # the first turn is a warm-up
                 seconds[name].append((time.perf_counter() - begin) / repeats)
     times = {f"{name}_s": median(values) for name, values in seconds.items()}
     return {

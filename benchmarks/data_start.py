@@ -1,4 +1,4 @@
-"""For `benchmarks.data`: start time of a run on a large corpus, and cost of background tokenization."""
+"""For `benchmarks.data`: time to the first step on a large corpus, and the cost of tokenization in the background."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ WARM_UP = 10  # steps before the speed is measured
 
 
 def write_corpus(folder: Path, megabytes: int) -> None:
-    """Write files of the standard library's modules, each with a unique number."""
+    """Write numbered files of the standard library's documents."""
     texts, number = stdlib_texts(20), 0
     folder.mkdir()
     for file in range(FILES):
@@ -30,7 +30,7 @@ def write_corpus(folder: Path, megabytes: int) -> None:
 
 
 def settings(folder: Path, cache: Path) -> list[str]:
-    """Return the settings of a `debug` run on the corpus, with a trained tokenizer."""
+    """Return options of a `debug` run over the corpus, with an existing tokenizer."""
     from smolds_dist.config import load_config
     from smolds_dist.data.prepare import prepare_data
 
@@ -43,8 +43,8 @@ def settings(folder: Path, cache: Path) -> list[str]:
 
 
 def start(folder: Path, rounds: int, megabytes: int | None, steps: int) -> dict[str, Any]:
-    """Measure the seconds from the start of `smolds train` to the end of its first step, and tokens/s from then on, with
-    background tokenization and with a prepared corpus, in turns."""
+    """Measure seconds from the start of `smolds train` to the end of its first step, with nothing and with everything
+    tokenized; and tokens per second after that, with a background worker and with a prepared corpus, in turns."""
     write_corpus(folder / "text", megabytes or START_MEGABYTES)
     prepared = settings(folder, folder / "prepared")
     subprocess.run([sys.executable, "-m", "smolds_dist", "data", "prepare", "--", *prepared], check=True)
@@ -65,7 +65,7 @@ def start(folder: Path, rounds: int, megabytes: int | None, steps: int) -> dict[
 
 
 def one_run(given: list[str], runs: Path, steps: int) -> tuple[float, float]:
-    """Return the seconds to the first step's end, and tokens/s over the `steps` after the warm-up."""
+    """Return seconds to the end of the first step, and tokens per second over `steps` steps."""
     shutil.rmtree(runs, ignore_errors=True)
     options = [*given, f"--run.dir={runs}", "--run.name=one", "--log.tensorboard=false", "--train.eval_every=0"]
     begin = time.time()
@@ -84,7 +84,7 @@ def one_run(given: list[str], runs: Path, steps: int) -> tuple[float, float]:
 
 
 def prepare(folder: Path, rounds: int, megabytes: int | None, _steps: int) -> dict[str, Any]:
-    """Measure the seconds of `smolds data prepare` with one worker and with two, in turns, including startup."""
+    """Measure seconds of `smolds data prepare` with one worker and with two, in turns, including its start."""
     write_corpus(folder / "text", megabytes or PREPARE_MEGABYTES)
     given = settings(folder, folder / "cache")
     seconds: dict[int, list[float]] = {1: [], 2: []}

@@ -229,7 +229,7 @@ def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
     shared = Shared(config, prepare_data(config), topology)
     model = replace(config.model, vocab_size=config.model.vocab_size or len(shared.data.tokenizer))
     steps = config.train.steps
-    tried = {rate: in_turns(shared, rate) for rate in rates}
+    tried = {rate: interleaved_runs(shared, rate) for rate in rates}
     models: dict[str, dict[str, Any]] = {}
     for name, width in widths(config.model).items():
         counted = counted_as(model, width)
@@ -260,7 +260,7 @@ def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
     }
 
 
-def in_turns(shared: Shared, rate: float) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+def interleaved_runs(shared: Shared, rate: float) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Train all models on the same tokens with a learning rate; return their runs and step times."""
     steps = shared.config.train.steps
     log(f"all three models in turns, {steps} steps, learning rate {rate:g}")

@@ -103,10 +103,10 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
         losses[name] = {f"{rate:g}": found["val_loss"] for rate, found in tried.items()}
     if options.ranks == 1:
         # If the longest run misses the target, skip all shorter ones.
-        longest_way = train("Trainer", trainer, None, options.longest)
-        too_far = longest_way["val_loss"] > ours["val_loss"]
+        longest_run = train("Trainer", trainer, None, options.longest)
+        too_far = longest_run["val_loss"] > ours["val_loss"]
         one = (
-            [longest_way] if too_far else until_target("Trainer", trainer, None, [train("Trainer", trainer, None, 1.0)])
+            [longest_run] if too_far else until_target("Trainer", trainer, None, [train("Trainer", trainer, None, 1.0)])
         )
         runs["Trainer as it comes"] = one
     return {"target": ours["val_loss"], "smolds": ours, "contenders": runs, "learning_rates": losses}

@@ -80,7 +80,7 @@ def main(args: list[str]) -> None:
     if not 1 <= options.sizes <= 3 or any(SEQUENCES % ranks for ranks in options.ranks):
         raise ConfigError(f"--sizes must be between 1 and 3, and --ranks must divide {SEQUENCES}.")
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
-    for kind in options.what:
+    for kind in options.recompute:
         result[kind], text = KINDS[kind](options)
         print(text)
     keep(options, result)
@@ -159,25 +159,25 @@ def check_recomputation(options: argparse.Namespace) -> tuple[dict[str, Any], st
     rows: list[dict[str, Any]] = []
     plain = ("--parallel.engine=local",)  # DeepSpeed's own buffers would hide the activations
     for size in MEMORY_SIZES[: options.sizes]:
-        seconds: dict[str, list[float]] = {what: [] for what in RECOMPUTED}
+        seconds: dict[str, list[float]] = {recompute: [] for recompute in RECOMPUTED}
         memory = dict.fromkeys(RECOMPUTED, 0)
         for _ in range(RECOMPUTED_ROUNDS):
-            for what in RECOMPUTED:
-                log(f"recompute: hidden {size['hidden_size']}, {what}")
-                found, peak = measure_step(size, settings=(f"--train.activation_checkpointing={what}", *plain))
-                seconds[what] += found
-                memory[what] = max(memory[what], peak)
+            for recompute in RECOMPUTED:
+                log(f"recompute: hidden {size['hidden_size']}, {recompute}")
+                found, peak = measure_step(size, settings=(f"--train.activation_checkpointing={recompute}", *plain))
+                seconds[recompute] += found
+                memory[recompute] = max(memory[recompute], peak)
         layout = Layout(1, 1, 1, 0, SEQUENCES, 1, SEQ_LEN, "fp32", device=machine.device, engine="local")
         process = PROCESS_BYTES["cpu"] if machine.device == "cpu" else 0.0
-        for what in RECOMPUTED:
-            at, model = replace(layout, recompute=what), model_of(size)
+        for recompute in RECOMPUTED:
+            at, model = replace(layout, recompute=recompute), model_of(size)
             times = (step_time(model, one, machine).total for one in (at, layout))
             rows.append(
                 {
-                    "size": size, "recompute": what,
-                    "memory": {"predicted": rank_memory(model, at, process).total, "measured": memory[what]},
+                    "size": size, "recompute": recompute,
+                    "memory": {"predicted": rank_memory(model, at, process).total, "measured": memory[recompute]},
                     "slower": {"predicted": next(times) / next(times),
-                               "measured": median(a / b for a, b in zip(seconds[what], seconds["none"], strict=True))},
+                               "measured": median(a / b for a, b in zip(seconds[recompute], seconds["none"], strict=True))},
                 }
             )  # fmt: skip
     text = ["hidden layers recompute   memory  measured  ratio  slower measured"]

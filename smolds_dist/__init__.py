@@ -1,4 +1,4 @@
-"""smolds: pre-trains SmolLM2-DeepSeek language models with expert parallelism.
+"""smolds: pre-train SmolLM2-DeepSeek language models with expert parallelism.
 
 from smolds_dist import load_config, train
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from smolds_dist.training.library import launch as launch
     from smolds_dist.training.library import train as train
 
-# What the package offers, by the module that it is in.
+# Public names, by module.
 _HOME = {
     "ConfigError": "errors", "RunConfig": "config", "load_config": "config", "RunResult": "training.library",
     "launch": "training.library", "train": "training.library", "DeepSeekV3Config": "model", "DeepSeekV3ForCausalLM": "model",
@@ -27,7 +27,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for only then: torch and transformers take seconds, which no command should wait for in vain."""
+    """Import a public name on first use: torch and transformers take seconds to import."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -15,30 +15,30 @@ from importlib import import_module
 from smolds_dist.errors import ConfigError, RankError, RankFailedError
 from smolds_dist.files import file_message
 
-FIRST_SPEAKS = 10.0  # seconds that ranks leave the first one to say what all have found wrong
+FIRST_RANK_SECONDS = 10.0  # that other ranks wait for the first one to print an error common to all
 
 USAGE = """usage: smolds COMMAND [options]
 
   train      train in this process, or as one rank of a torchrun, deepspeed, mpirun or srun job
   launch     start the ranks that fit this machine or allocation: smolds launch -- TRAIN-OPTIONS
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
-  plan       memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
+  plan       estimate memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
   doctor     check this machine: smolds doctor
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
-  data       ask what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
-  runs       all runs at a glance, or what sets two apart: smolds runs [--watch] | diff runs/A runs/B
-  report     write a run's training log, samples and picture: smolds report runs/NAME
-  board      open TensorBoard with the experts' curves in front: smolds board [runs/NAME ...]
-  bench      measure a training step against its alternatives: smolds bench train
+  data       show what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
+  runs       list all runs, or compare two: smolds runs [--watch] | diff runs/A runs/B
+  report     write a run's training log, samples and plot: smolds report runs/NAME
+  board      open TensorBoard with the experts' curves pinned: smolds board [runs/NAME ...]
+  bench      compare a training step with its alternatives: smolds bench train
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
-  import     make a run of such a model, to continue training from: smolds import DIR --to runs/NAME
+  import     make a run of such a model, to continue its training: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
-  eval       perplexity of a model, or its scores: smolds eval runs/NAME [--data.source SOURCE | --tasks TASK]
+  eval       compute perplexity or task scores of a model: smolds eval runs/NAME [--data.source SOURCE | --tasks TASK]
 
-`smolds COMMAND --help` tells more, `smolds --version` the version."""
+`smolds COMMAND --help` shows its options, `smolds --version` the version."""
 
-# What each command calls, imported when it is called: it takes the options and returns an exit code, None for 0. All raise
-# `ConfigError` where options contradict each other, are out of range, or name what is not there.
+# Function of each command, imported on use: it takes the options and returns an exit code, None for 0. All raise
+# `ConfigError` if options contradict each other, are out of range, or name something that does not exist.
 COMMANDS = {
     "train": "cli:train_rank",
     "launch": "launching.launcher:launch",
@@ -59,10 +59,10 @@ COMMANDS = {
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run one command (default: that of this process); a user's mistake ends with one sentence on stderr and exit code 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show must not end a run
+    """Run a command (default: from sys.argv); a user error prints one sentence to stderr and exits with code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="replace")
-    # deepspeed puts this in front unless told not to; LOCAL_RANK says the same.
+    # deepspeed prepends this by default; LOCAL_RANK has the same value.
     name, *args = [arg for arg in words or sys.argv[1:] if not arg.startswith("--local_rank=")] or [""]
     if name in ("", "-h", "--help"):
         print(USAGE)
@@ -87,25 +87,25 @@ def main(words: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        # A file that cannot be read or written is the user's to fix, as a wrong setting is.
-        mistake = isinstance(error, ConfigError)
-        if (message := str(error) if mistake else file_message(error)) is None:
+        # The user can fix an unreadable or unwritable file, as a wrong setting.
+        user_error = isinstance(error, ConfigError)
+        if (message := str(error) if user_error else file_message(error)) is None:
             raise
         from smolds_dist.inputs import printable
         from smolds_dist.parallel.ranks import is_first_rank
 
-        # Every rank finds the same mistake; one of them says so. Launchers end all ranks once one has ended: the others wait
-        # for that, or the first might be ended before it has spoken.
-        if not mistake or isinstance(error, RankError) or is_first_rank(os.environ):
+        # All ranks find the same error; the first prints it. Launchers end all ranks once one has exited: the others wait
+        # for that, or the first might be ended before it has printed.
+        if not user_error or isinstance(error, RankError) or is_first_rank(os.environ):
             print("\n".join(map(printable, f"smolds: {message}".split("\n"))), file=sys.stderr)
         else:
-            time.sleep(FIRST_SPEAKS)
-        sys.exit(1 if name == "train" and not mistake else 2)
+            time.sleep(FIRST_RANK_SECONDS)
+        sys.exit(1 if name == "train" and not user_error else 2)
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """End the block by an exception on Ctrl-C or SIGTERM, so that nothing half-written is left; exit code 128 + number."""
+    """Raise an exception in the block on Ctrl-C or SIGTERM, so that partial files are removed; exit code 128 + signal."""
     asked: list[int] = []
 
     def end(number: int, _frame: object) -> None:
@@ -118,7 +118,7 @@ def ended_by_signals() -> Iterator[None]:
         signal.signal(number, end)
     try:
         yield
-    except Exception:  # code in C may make another exception of the signal's
+    except Exception:  # C code may replace the signal's exception by another
         if asked:
             sys.exit(128 + asked[0])
         raise
@@ -130,17 +130,17 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def train_rank(args: list[str]) -> int:
-    """`smolds train`: this process trains, alone or as a rank of a job; returns the exit code."""
+    """Train in this process, alone or as a rank of a job (`smolds train`); return the exit code."""
     from smolds_dist.config import load_config
     from smolds_dist.parallel.ranks import join_ranks, share_cores
 
-    # Slurm's warning may come before the training listens; it waits until then.
+    # Slurm's warning may arrive before training handles it; it stays pending until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    config = load_config(args, prog="smolds train")  # before the heavy imports, so that a mistake shows at once
+    config = load_config(args, prog="smolds train")  # before the slow imports, so that an error is printed immediately
     info = join_ranks(config.parallel.timeout)
     share_cores(info)
 
-    # Almost all that imports make stays for good: looking for garbage in it is a quarter of the time in which a run starts.
+    # Imported objects are almost all permanent: collecting garbage among them is a quarter of a run's start.
     gc.disable()
     import transformers
 

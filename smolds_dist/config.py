@@ -1,4 +1,4 @@
-"""Presets, YAML files and dotted overrides, each over the one before, become a `RunConfig`."""
+"""Load a `RunConfig` from a preset, YAML files and dotted options, each overriding the previous."""
 
 import base64
 import dataclasses
@@ -19,7 +19,7 @@ from smolds_dist.inputs import read_yaml
 from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig, Source, Yarn
 
-# A whole command line as base64 of JSON, for ways that lead through shells: `--encoded=...`.
+# A full command line as base64 of JSON, safe to pass through shells: `--encoded=...`.
 ENCODED = "--encoded="
 PRESET_DIR = Path(__file__).parent / "presets"
 
@@ -29,13 +29,13 @@ def preset_names() -> list[str]:
 
 
 def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = False) -> RunConfig:
-    """The RunConfig of a command line such as `--preset debug --train.steps 50`; options override the preset.
+    """Parse a command line such as `--preset debug --train.steps 50`; options override the preset.
 
-    `--config FILE` (for instance another run's config.yaml) goes over `--preset NAME`, or over the preset that the file
-    itself names as `preset: NAME`.
+    `--config FILE` (for instance another run's config.yaml) overrides `--preset NAME`, or the preset that the file itself
+    names as `preset: NAME`.
 
     Args:
-        benchmark: allows what would spoil a model.
+        benchmark: allow settings that train no usable model.
 
     Raises:
         ConfigError: for an unknown option, a value of the wrong type, or a contradiction.
@@ -53,7 +53,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
         word.partition("=")[0].endswith(".class_path") or _has_class_path(word.partition("=")[2] or word)
         for word in rest
     ):
-        raise ConfigError("class_path is not a setting; leave it out: settings are plain values.")
+        raise ConfigError("class_path is not a setting; remove it: settings are plain values.")
     if base.level:
         rest.append(f"--log.level={base.level}")
 
@@ -66,14 +66,14 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
         allow_abbrev=False,
         default_config_files=[*base_files],
     )
-    # Only for --help: these were read above, because the preset is the ground that the other options stand on.
+    # Only for --help: these were read above, because other options override the preset.
     parser.add_argument("--preset", help=f"settings to start from: {', '.join(preset_names())}")
     parser.add_argument(
         "--config",
-        help="YAML file that goes over the preset, which it may name (preset: NAME); runs/NAME/config.yaml is one",
+        help="YAML file that overrides the preset and may name one (preset: NAME), such as runs/NAME/config.yaml",
     )
-    parser.add_argument("-q", action="store_true", help="the same as --log.level quiet")
-    parser.add_argument("-v", action="store_true", help="the same as --log.level verbose")
+    parser.add_argument("-q", action="store_true", help="same as --log.level quiet")
+    parser.add_argument("-v", action="store_true", help="same as --log.level verbose")
     parser.add_class_arguments(RunConfig)
     try:
         settings = parser.instantiate(parser.parse_args(rest))
@@ -85,37 +85,35 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     validate(config)
     if config.model.force_uniform_routing and not benchmark:
         raise ConfigError(
-            "--model.force_uniform_routing trains a router to which nothing listens; it is for smolds bench and benchmarks/."
+            "--model.force_uniform_routing ignores the router, which then learns nothing; use it only in smolds bench."
         )
     return config
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes every field as YAML that `--config` reads."""
+    """Write all fields as YAML that `--config` reads."""
     replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str]]:
-    """The preset to start from, and the files, each over those before it."""
-    printed_by = "--preset"
+    """Return the preset's name and the YAML files, each overriding the previous."""
+    option = "--preset"
     if config and not config.is_file():
-        raise ConfigError(f"--config {str(config)!r} is not a file; give a YAML file such as runs/NAME/config.yaml.")
+        raise ConfigError(f"--config {str(config)!r} is not a file; name a YAML file such as runs/NAME/config.yaml.")
     if config:
-        settings = read_yaml(config, "write it as runs/NAME/config.yaml is", dict[Any, Any])
+        settings = read_yaml(config, "write it like runs/NAME/config.yaml", dict[Any, Any])
         if unquoted := [name for name in settings if not isinstance(name, str)]:
-            raise ConfigError(f"{config}: {unquoted[0]!r} is not a section; put the name in quotes if it is one.")
+            raise ConfigError(f"{config}: {unquoted[0]!r} is not a section; quote the name if it is one.")
         sections = [name for name in (f.name for f in fields(RunConfig)) if isinstance(settings.get(name), str)]
         if sections or _has_class_path(settings):
-            what = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
-            raise ConfigError(
-                f"{config}: {what}; give plain values of the settings, as runs/NAME/config.yaml has them."
-            )
+            problem = f"{sections[0]} is not a mapping" if sections else "class_path is not a setting"
+            raise ConfigError(f"{config}: {problem}; write plain values, as in runs/NAME/config.yaml.")
         if not preset:
-            preset, printed_by = settings.get("preset"), f"{config}: preset"
+            preset, option = settings.get("preset"), f"{config}: preset"
     if preset and preset not in preset_names():
-        raise ConfigError(f"{printed_by} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
+        raise ConfigError(f"{option} {preset!r} is unknown; use one of {', '.join(preset_names())}.")
     return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + (
-        [glob.escape(str(config))] if config else []  # jsonargparse takes it for a pattern
+        [glob.escape(str(config))] if config else []  # jsonargparse treats it as a pattern
     )
 
 
@@ -135,37 +133,35 @@ def _has_class_path(value: object) -> bool:
 
 
 _SHAPES = {
-    "model.rope_scaling": "give `factor` and `original_max_position_embeddings`, and if need be "
+    "model.rope_scaling": "set `factor` and `original_max_position_embeddings`, and optionally "
     + ", ".join(f.name for f in fields(Yarn)[2:]),
-    "data.sources": "give for each name a `source`, and if need be " + ", ".join(f.name for f in fields(Source)[1:]),
-    "data.stages": "give a list, each with `until` and if need be `weights` by source",
+    "data.sources": "set for each name a `source`, and optionally " + ", ".join(f.name for f in fields(Source)[1:]),
+    "data.stages": "set a list, each with `until` and optionally `weights` by source",
 }
 
 
 def _format_parser_error(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """jsonargparse's message, which may be a paragraph, as one sentence that says what to do."""
+    """Return jsonargparse's message, which may be a paragraph, as one sentence with the fix."""
     if match := re.match(r'Parser key "([^"]+)":.*(?:Got value|Given value): (.*)$', message, re.DOTALL):
         key, value = match.groups()
         if key in _SHAPES:
             unknown = re.search(r"Option '(\w+)' is not accepted", message)
-            what = f"has no setting {unknown[1]!r}" if unknown else "is not valid"
-            return f"--{key} {what}; {_SHAPES[key]}."
+            problem = f"has no setting {unknown[1]!r}" if unknown else "is not valid"
+            return f"--{key} {problem}; {_SHAPES[key]}."
         kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^\]]*)\])", message)
         wanted = " or ".join(name or values for name, values in kinds).replace("NoneType", "null")
         wanted = re.sub(r"\bbool\b", "true or false", wanted)
-        return f"--{key} {value} is not valid; give {wanted}."
+        return f"--{key} {value} is not valid; set {wanted}."
     if match := re.match(r'Parser key "(\w+)":\s*Unable to load config', message):
-        return (
-            f"--{match[1]} takes no value that could be read; give its settings one by one, as --{match[1]}.NAME VALUE."
-        )
+        return f"--{match[1]} is a section; set its settings one by one, as --{match[1]}.NAME VALUE."
     if match := re.match(r"(?:unrecognized arguments: |Group '(\w+)' does not accept option ')([^\s'=]+)", message):
         group, name = match.groups()
         name = f"--{group}.{name}" if group else name
         options = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(name, options, n=1)
-        return f"{name} is no option; " + (
+        return f"{name} is not an option; " + (
             f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists them."
         )
     if match := re.match(r'Parser key "([^"]+)":\s*Exceeds the limit', message):
-        return f"--{match[1]} has more digits than any setting takes; give a smaller number."
+        return f"--{match[1]} has too many digits; set a smaller number."
     return " ".join(message.split()) + "."

@@ -1,4 +1,4 @@
-"""Files that are never half there: replaced as a whole, or grown record by record."""
+"""Atomic writes: files are replaced as a unit, or appended record by record."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _full(error: Exception) -> int | None:
-    """Return the error number of a write without room; NumPy's errors and those of libraries in Rust have only a text."""
+    """Return the error number of a write to a full disk; NumPy and libraries in Rust have it only in the message."""
     text = "" if isinstance(error, OSError) and error.errno else str(error)
     if re.search(r"\d+ requested and \d+ written", text):
         return errno.ENOSPC
@@ -23,17 +23,21 @@ def _full(error: Exception) -> int | None:
 
 
 def file_message(error: Exception) -> str | None:
-    """Return one sentence about a file that cannot be read or written, or None if the error is another."""
+    """Return one sentence about an unreadable or unwritable file, or None for other errors."""
     if isinstance(error, OSError) and error.filename is not None and error.errno:
         name, number = f"{error.filename}: ", error.errno
     else:
         name, number = "", _full(error) or 0
-    return f"{name}{os.strerror(number)}; check that it is there, writable, and has room." if number else None
+    return (
+        f"{name}{os.strerror(number)}; check that it exists and is writable, and the disk's free space."
+        if number
+        else None
+    )
 
 
 @contextmanager
-def naming(path: Path, part: Path | None = None) -> Iterator[None]:
-    """Raise an `OSError` that names `path` for a write without room that names no file, and for one of what is in `part`."""
+def path_in_errors(path: Path, part: Path | None = None) -> Iterator[None]:
+    """Raise an `OSError` that names `path` for a full disk, and for errors of files in `part`."""
     try:
         yield
     except Exception as error:
@@ -45,17 +49,17 @@ def naming(path: Path, part: Path | None = None) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def part_of(path: Path) -> Path:
-    """Return a name beside `path` that nobody else has."""
+def temp_path(path: Path) -> Path:
+    """Return a unique temporary name in the folder of `path`."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a file to write, which replaces `path` if all goes well: who reads that sees the old or the new."""
-    part = part_of(path)
+    """Yield a temporary file to write, which atomically replaces `path` on success."""
+    part = temp_path(path)
     try:
-        with naming(path, part):
+        with path_in_errors(path, part):
             yield part
             part.replace(path)
     finally:
@@ -69,7 +73,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 class AppendedFile:
-    """Appends whole records; what a full disk does not take waits in memory until it does, and no record is torn."""
+    """Appends complete records; if the disk is full, they are buffered in memory until it has space."""
 
     def __init__(self, path: Path):
         self._file = path.open("ab", buffering=0)
@@ -85,7 +89,7 @@ class AppendedFile:
             self._waiting = b""
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), size)  # a full disk may take part of a record
+                os.ftruncate(self._file.fileno(), size)  # a full disk may hold a partial record
 
     def close(self) -> bool:
         """Return True if everything has been written."""

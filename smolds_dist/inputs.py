@@ -1,4 +1,4 @@
-"""The gate for JSON and YAML from disk, which may be damaged or a stranger's: bounded in size and depth, typed, one error.
+"""Reading of JSON and YAML that may be damaged or untrusted: bounded in size and depth, typed, one error.
 
 A FIFO, device or folder is rejected without waiting for it. Nothing read here is code: YAML is plain data.
 """
@@ -18,16 +18,16 @@ from smolds_dist.errors import ConfigError
 T = TypeVar("T")
 JSON_BYTES, YAML_BYTES, ROWS_BYTES = 64 << 20, 4 << 20, 4 << 30
 DEPTH = 64
-NODES = 100_000  # of a YAML file, its aliases expanded; more take longer than a second
+NODES = 100_000  # in a YAML file with expanded aliases; more take over a second
 _NUMBER = re.compile(r"[-+0-9a-fA-Fx_:.]{300,}")  # 1:00:00:... takes quadratic time
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
-Time = Annotated[float, msgspec.Meta(ge=0, le=2e11)]  # seconds since 1970 that a date can have
+Time = Annotated[float, msgspec.Meta(ge=0, le=2e11)]  # seconds since 1970, within the range of dates
 
 
 def printable(text: str) -> str:
-    """Text of any origin for a terminal: one line, control characters escaped."""
+    """Return untrusted text as one line for a terminal, with control characters escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -35,7 +35,7 @@ def read_bytes(path: Path, fix: str, most: int) -> bytes:
     """Read a regular file.
 
     Args:
-        fix: what the user is to do if the file is not as expected.
+        fix: what the user should do if the file is invalid.
         most: largest size in bytes.
 
     Raises:
@@ -55,7 +55,7 @@ def read_bytes(path: Path, fix: str, most: int) -> bytes:
             content = opened.read(most + 1)
     except OSError as error:
         raise _wrong(path, f"cannot be read ({error.strerror})", fix) from None
-    if len(content) > most:  # it grew, or is one of /proc's
+    if len(content) > most:  # it grew, or is in /proc
         raise _wrong(path, f"has more than {most:,} bytes", fix)
     return content
 
@@ -69,12 +69,12 @@ def read_text(path: Path, fix: str, most: int = YAML_BYTES) -> str:
 
 
 def read_json(path: Path, fix: str, kind: type[T], most: int = JSON_BYTES) -> T:
-    """Read a JSON file as a value of a type that `convert` takes; raises a `ConfigError` that names file, field and fix."""
+    """Read a JSON file as a type that `convert` accepts; raises a `ConfigError` that names file, field and fix."""
     return parse_json(read_bytes(path, fix, most), path, fix, kind)
 
 
 def check_tokenizer_files(folder: Path, fix: str) -> None:
-    """Raise a `ConfigError` unless a tokenizer's files in the folder, as far as they are there, are JSON objects."""
+    """Raise a `ConfigError` if a tokenizer's file in the folder is not a JSON object."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             read_json(folder / name, fix, dict[str, Any])
@@ -85,11 +85,11 @@ def parse_json(content: bytes, path: Path, fix: str, kind: type[T]) -> T:
     try:
         values = json.loads(content)
         too_deep = _is_deep(values)
-        if not too_deep and re.search(rb"\\u[dD]", content):  # half a character could not be written again
+        if not too_deep and re.search(rb"\\u[dD]", content):  # an unpaired surrogate cannot be encoded
             json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         too_deep = True
-    except ValueError as error:  # a byte that is not UTF-8 and a number of thousands of digits are too
+    except ValueError as error:  # also for invalid UTF-8 and for numbers with thousands of digits
         raise _wrong(path, f"is not valid JSON ({str(error).partition(';')[0]})", fix) from None
     if too_deep:
         raise _wrong(path, f"is nested more than {DEPTH} deep", fix)
@@ -97,7 +97,7 @@ def parse_json(content: bytes, path: Path, fix: str, kind: type[T]) -> T:
 
 
 def read_yaml(path: Path, fix: str, kind: type[T]) -> T:
-    """Read a YAML file as a value of a type that `convert` takes; raises a `ConfigError` that names file, field and fix."""
+    """Read a YAML file as a type that `convert` accepts; raises a `ConfigError` that names file, field and fix."""
     text = read_text(path, fix)
     try:
         _check_size(text)
@@ -110,7 +110,7 @@ def read_yaml(path: Path, fix: str, kind: type[T]) -> T:
 
 
 def convert(values: Any, kind: type[T], path: Path, fix: str, strict: bool = True) -> T:
-    """Convert plain values to a type: a dataclass, whose unknown fields are ignored, or anything that msgspec checks.
+    """Convert plain values to a dataclass, ignoring unknown fields, or to any type that msgspec checks.
 
     Args:
         strict: reject a number that is written as text, such as YAML's 1e12.
@@ -121,7 +121,7 @@ def convert(values: Any, kind: type[T], path: Path, fix: str, strict: bool = Tru
         reason, _, where = str(error).partition(" - at `")
         field = where.rstrip("`").removeprefix("$").lstrip(".")
         reason = f"{field}: {reason[:1].lower()}{reason[1:]}" if field else f"{reason[:1].lower()}{reason[1:]}"
-        raise _wrong(path, f"is not what it should be ({reason})", fix) from None
+        raise _wrong(path, f"is invalid ({reason})", fix) from None
 
 
 def _wrong(path: Path, problem: str, fix: str) -> ConfigError:
@@ -129,7 +129,7 @@ def _wrong(path: Path, problem: str, fix: str) -> ConfigError:
 
 
 def _is_deep(values: Any) -> bool:
-    """Return True if lists and objects are nested more than `DEPTH` deep; goes level by level."""
+    """Return True if lists and objects are nested more than `DEPTH` deep; works level by level."""
     level = [values]
     for _ in range(DEPTH + 1):
         level = [one for one in level if isinstance(one, dict | list)]
@@ -140,14 +140,14 @@ def _is_deep(values: Any) -> bool:
 
 
 def _check_size(text: str) -> None:
-    """Raise a `ValueError` for YAML that is too deep or, with its aliases expanded, too large; builds nothing."""
+    """Raise a `ValueError` for YAML that is too deep or, with expanded aliases, too large, without building it."""
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = []
     nodes = 0
     for event in yaml.parse(text, yaml.CSafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"the alias *{event.anchor} stands within what it names, or before it")
+                raise ValueError(f"the alias *{event.anchor} is inside its own anchor, or before it")
             nodes += sizes[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, nodes))

@@ -1,4 +1,4 @@
-"""How far something long has come: a bar in a terminal, plain lines in a file."""
+"""Progress of long tasks: a bar in a terminal, plain lines in a file."""
 
 import sys
 import time
@@ -11,14 +11,14 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-FIRST_LOG = 5.0  # seconds of waiting before a training logs what it waits for
+FIRST_LOG = 5.0  # seconds of waiting before training logs the reason
 LOG_EVERY = 15.0
-NEW_WAIT = 2.0  # seconds without an update, after which it is another wait
-HEARTBEAT_EVERY = 0.5  # seconds between two heartbeats
+NEW_WAIT = 2.0  # seconds without an update after which a new wait begins
+HEARTBEAT_EVERY = 0.5  # seconds between heartbeats
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit of which there are two."""
+    """Format a duration in the largest unit of which it has at least two."""
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:,.1f} {name}"
@@ -26,25 +26,25 @@ def duration(seconds: float) -> str:
 
 
 class ProgressBar:
-    """A bar that is redrawn in place, or a line now and then where standard error is no terminal, as in a Slurm job's file.
+    """A progress bar, or periodic lines if standard error is not a terminal, as in a Slurm job's log.
 
     Args:
-        what: goes before the number: "step" gives "step 3 of 10".
-        total: where it ends, if that is known; it may be set later and change.
-        done: where it starts.
-        every: seconds between two lines.
-        shown: off: says nothing, but for what is written through it.
+        what: text before the number: "step" gives "step 3 of 10".
+        total: final value, if known; may be set later and change.
+        done: initial value.
+        every: seconds between lines.
+        shown: False = print only what `write` is called with.
     """
 
-    def __init__(self, what: str, total: int | None = None, done: int = 0, every: float = 15.0, shown: bool = True):
-        self._what, self.total, self._start, self._every, self._shown = what, total, done, every, shown
+    def __init__(self, label: str, total: int | None = None, done: int = 0, every: float = 15.0, shown: bool = True):
+        self._label, self.total, self._start, self._every, self._shown = label, total, done, every, shown
         self._began = self._last_log = time.monotonic()
         self._bar: tqdm | None = None
         if shown and sys.stderr.isatty():
-            self._bar = tqdm(desc=what, total=total, initial=done, dynamic_ncols=True, unit_scale=total is None)
+            self._bar = tqdm(desc=label, total=total, initial=done, dynamic_ncols=True, unit_scale=total is None)
 
     def show(self, done: int, text: str = "", line: bool = False) -> None:
-        """Now at `done`; `line`: gives it a line in any case."""
+        """Update the bar to `done`; `line`: also print a line."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.total = self.total
@@ -52,7 +52,7 @@ class ProgressBar:
             self._bar.update(done - self._bar.n)
         if line or (self._bar is None and self._shown and (done == self.total or now - self._last_log >= self._every)):
             self._last_log = now
-            words = f"{self._what} {done:,}"
+            words = f"{self._label} {done:,}"
             if self.total:
                 words += f" of {self.total:,}: {text}"
                 left = (now - self._began) / max(1, done - self._start) * (self.total - done)
@@ -60,7 +60,7 @@ class ProgressBar:
             self.write(words, sys.stderr)
 
     def write(self, text: str, file: TextIO) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=file)
         else:
@@ -74,28 +74,28 @@ class ProgressBar:
 
 
 class StoppedWaitingError(Exception):
-    """The text that a run waits for does not come, and it was asked to stop: on all ranks alike, before a step."""
+    """The run was asked to stop while it waited for text; raised on all ranks, before a step."""
 
 
 @dataclass(frozen=True)
 class SourceProgress:
-    """How far a source has come."""
+    """Tokenizing progress of a source."""
 
     name: str
-    label: str  # the source as the settings have it
+    label: str  # the source as in the settings
     tokens: int
-    shards: int  # that are complete
+    shards: int  # complete shards
     all_shards: int
 
 
 class Reporter:
-    """Hears from a process that tokenizes text or waits for it, every moment: shows how far that has come, gives the sign of
-    life that others need, and ends the work where it is to end.
+    """Receives updates while text is tokenized or waited for: shows progress, sends heartbeats to the other ranks, and
+    raises an exception to end the work.
 
-    Before training it draws a bar for each source; from `begin_training` on it logs what the run waits for.
+    Before training it draws a bar for each source; after `begin_training` it logs what the run waits for.
 
     Args:
-        shown: whether there are bars.
+        shown: draw bars.
     """
 
     def __init__(self, shown: bool = False):
@@ -109,11 +109,11 @@ class Reporter:
 
     @property
     def names(self) -> list[str]:
-        """Of the sources that were worked on before training."""
+        """Names of the sources tokenized before training."""
         return list(self._bars)
 
     def update(self, done: SourceProgress) -> None:
-        """To be called again and again, also while nothing comes.
+        """Report progress; to be called repeatedly, also without any.
 
         Raises:
             StoppedWaitingError: after `stop`.
@@ -124,7 +124,7 @@ class Reporter:
             self._log_wait(done, self._log)
             return
         if done.name not in self._bars:
-            self._bars[done.name] = ProgressBar(f"Tokenising {done.label}: token", shown=self._shown)
+            self._bars[done.name] = ProgressBar(f"Tokenizing {done.label}: token", shown=self._shown)
         self._bars[done.name].show(done.tokens)
 
     def _heartbeat(self) -> None:
@@ -141,12 +141,12 @@ class Reporter:
             self._logged = now
             rate = (done.tokens - self._tokens) / (now - self._began)
             log(
-                f"waiting for text of {done.name}: {done.shards:,} of {done.all_shards:,} parts are tokenised, "
-                f"{rate:,.0f} tokens/s come in"
+                f"waiting for text of {done.name}: {done.shards:,}/{done.all_shards:,} shards tokenized, "
+                f"{rate:,.0f} tokens/s"
             )
 
     def sleep(self, seconds: float) -> None:
-        """Sleeps, and repeats the last update meanwhile."""
+        """Sleep, and repeat the last update in the background."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             if self._last is not None:
@@ -156,26 +156,26 @@ class Reporter:
             time.sleep(min(left, HEARTBEAT_EVERY))
 
     def close_bars(self) -> None:
-        """No bar is drawn from now on."""
+        """Close all bars and draw no more."""
         self._shown = False
         for bar in self._bars.values():
             bar.close()
 
     def begin_training(self, log: Callable[[str], None], heartbeat: Callable[[], None]) -> None:
-        """From now on logs what is waited for.
+        """Log what the run waits for from now on.
 
         Args:
-            heartbeat: gives the other ranks a sign of life.
+            heartbeat: sends the other ranks a heartbeat.
         """
         self._log, self.heartbeat, self._stopped = log, heartbeat, False
 
     def stop(self) -> None:
-        """Ends whatever works or waits."""
+        """End the work or wait that calls `update`."""
         self._stopped = True
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While the block lasts, `current_reporter` of this thread is this one."""
+        """Make this the `current_reporter` of the thread within the block."""
         before = _current.set(self)
         try:
             yield
@@ -187,5 +187,5 @@ _current: ContextVar[Reporter] = ContextVar("reporter", default=Reporter())  # n
 
 
 def current_reporter() -> Reporter:
-    """That of the work under way; for what is too far down to be handed one."""
+    """Return the active reporter, for functions too deep to receive one."""
     return _current.get()

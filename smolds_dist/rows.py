@@ -1,4 +1,4 @@
-"""Rows of JSON, a line each, of which the last may be unfinished."""
+"""JSON-lines files whose last line may be incomplete."""
 
 import functools
 import sys
@@ -10,10 +10,10 @@ from msgspec import defstruct
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import ROWS_BYTES, Count, Time, convert, parse_json, printable, read_bytes
 
-RESTARTS = "restarts.jsonl"  # in a run's folder, what `launching.restarts` notes there
+RESTARTS = "restarts.jsonl"  # in a run's folder, written by `launching.restarts`
 
 
-# What is read of a row, in metrics.jsonl, samples.jsonl and restarts.jsonl, beside its step, by type; a row of other
+# Fields read from rows of metrics.jsonl, samples.jsonl and restarts.jsonl in addition to step, by type; a row with other
 # types is damaged.
 _FIELDS: tuple[tuple[Any, str], ...] = (
     (Count, "tokens seen_texts unique_texts dense_layers number failed_after"),
@@ -32,13 +32,12 @@ Row: Any = defstruct("Row", [("step", Count), *_OPTIONAL], module=__name__)
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file such as metrics.jsonl, none if it is missing.
+    """Read the rows of a file such as metrics.jsonl; no rows if it is missing.
+
+    A damaged line is skipped with a warning, an incomplete last line, as a killed writer leaves it, silently.
 
     Raises:
         ConfigError: for a path that is not a regular file.
-
-    A damaged line costs that line alone: it is skipped, and named on standard error. So is, without a word, a last line that
-    a killed writer left unfinished.
     """
     if not path.exists():
         return []
@@ -54,7 +53,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def parse_row(line: bytes) -> dict | None:
-    """The line's row, if it is one: an object with the number of its step, and values of the types of `Row`."""
+    """Parse a line as an object with a step and values of the types of `Row`; return None for any other."""
     try:
         row = parse_json(line, Path("row"), "", dict[str, Any])
         convert(row, Row, Path("row"), "")
@@ -65,5 +64,5 @@ def parse_row(line: bytes) -> dict | None:
 
 @functools.cache
 def _warn_of_damage(path: Path, number: int) -> None:
-    """Once in a process."""
+    """Warn once per process."""
     print(printable(f"smolds: line {number} of {path} is damaged; it is skipped."), file=sys.stderr, flush=True)

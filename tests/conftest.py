@@ -25,7 +25,7 @@ LONGEST = [
     for name in (
         "parity",
         "readme",
-        "ahead",
+        "prefetch",
         "faults",
         "launchers",
         "contract",

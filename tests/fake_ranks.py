@@ -114,7 +114,7 @@ def main() -> None:
 
     # Two tensors as the export wants them: by rank, and of one rank by name.
     gatherer = Gatherer(engine.fragments(), names, engine.device, torch.float32)
-    gatherer.find_in(held)
+    gatherer.set_layout(held)
     wanted = [names[3], names[1]]
     parts = gatherer._slices_of(wanted)
     expected = sorted(

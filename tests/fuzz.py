@@ -27,7 +27,7 @@ def damaged(draw: st.DrawFn, values: dict) -> object:
     """`values` with one or two of its fields, at any depth, replaced or removed; sometimes something else."""
     if draw(st.integers(0, 9)) == 0:
         return draw(VALUES)
-    copy = _copy_to_staging(values)
+    copy = _deep_copy(values)
     for _ in range(draw(st.integers(1, 2))):
         at = copy
         while at:
@@ -43,10 +43,10 @@ def damaged(draw: st.DrawFn, values: dict) -> object:
     return copy
 
 
-def _copy_to_staging(values: object) -> object:
+def _deep_copy(values: object) -> object:
     if isinstance(values, dict):
-        return {key: _copy_to_staging(value) for key, value in values.items()}
-    return [_copy_to_staging(value) for value in values] if isinstance(values, list) else values
+        return {key: _deep_copy(value) for key, value in values.items()}
+    return [_deep_copy(value) for value in values] if isinstance(values, list) else values
 
 
 def flipped(content: bytes) -> st.SearchStrategy[bytes]:

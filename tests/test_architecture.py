@@ -63,16 +63,16 @@ def mistakes(package: Path = PACKAGE) -> list[str]:
     found, graph = [], {}
     for path in sorted(package.rglob("*.py")):
         module = module_of(path, package)
-        module = module.split(".")[0]
+        folder = module.split(".")[0]
         graph[module] = {}
         for target, line in imports(path, package):
             graph[module].setdefault(target, line)
-            there = target.split(".")[0]
-            if module == there and "." in module + target:
+            other = target.split(".")[0]
+            if folder == other and "." in module + target:
                 continue
-            if LAYER[there] <= LAYER[module]:
+            if LAYER[other] <= LAYER[folder]:
                 found.append(
-                    f"{path.relative_to(package.parent)}:{line}: {module} stands below {there} and imports {target}"
+                    f"{path.relative_to(package.parent)}:{line}: {folder} stands below {other} and imports {target}"
                 )
     return found + circles(graph)
 
@@ -95,7 +95,7 @@ def circles(graph: dict[str, dict[str, int]]) -> list[str]:
     return found
 
 
-def test_every_folder_has_its_floor():
+def test_every_folder_has_its_layer():
     modules = {path.stem for path in PACKAGE.glob("*.py")} | {
         path.parent.name for path in PACKAGE.glob("*/__init__.py")
     }

@@ -84,8 +84,8 @@ MISTAKES = [
     ("--data.source=tokens:x.npy", "a tokenizer is trained on text"),
     ("--data.window_tokens=0", "at least 1"),
     ("--data.sources={}", "at least one source"),
-    ("--data.sources=7", "give for each name a `source`"),
-    ("--data.sources={web: {sourc: stdlib}}", "give for each name a `source`"),
+    ("--data.sources=7", "set for each name a `source`"),
+    ("--data.sources={web: {sourc: stdlib}}", "set for each name a `source`"),
     ("--data.sources={web: {source: stdlib, weight: -1}}", "0 or more"),
     ("--data.sources={web: {source: stdlib, weight: 0}}", "at least one above 0"),
     ("--data.sources={web: {source: stdlib, max_epochs: 0}}", "more than 0"),
@@ -101,7 +101,7 @@ MISTAKES = [
     ("--model.head_dim=33", "use 34"),
     ("--model.first_k_dense_replace=4", "lower it"),
     ("--model.first_k_dense_replace=1", "--model.dense_intermediate_size"),
-    ("--model.n_group=4", "give both"),
+    ("--model.n_group=4", "set both"),
     ("--model.qk_norm=some", "'head', 'all' or null"),
     ("--model.rope_scaling={foo: 1, factor: 4, original_max_position_embeddings: 64}", "no setting 'foo'"),
     ("--model=x.yaml", "--model.NAME VALUE"),
@@ -165,7 +165,7 @@ def test_mistake_in_a_yaml_file_is_named(tmp_path):
 def test_command_line_ends_a_mistake_with_exit_code_2_and_no_traceback(tmp_path):
     finished = smolds("train", "--preset", "debug", "--train.steps", "many", cwd=tmp_path)
     assert finished.returncode == 2
-    assert finished.stderr == "smolds: --train.steps many is not valid; give int.\n"
+    assert finished.stderr == "smolds: --train.steps many is not valid; set int.\n"
     assert not list(tmp_path.iterdir())
 
 

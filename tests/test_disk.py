@@ -20,7 +20,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text, replaced
 from smolds_dist.observe.report import report
 
-ADVICE = "check that it is there, writable, and has room."
+ADVICE = "check that it exists and is writable, and the disk's free space."
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

@@ -186,9 +186,9 @@ def test_packed_documents_train_as_each_alone(short_documents, tmp_path):
     total = count = 0
     padding = False
     for sample in samples:
-        padding |= sum(piece.length for piece in sample.pieces) < 64
-        for unit, start, length in sample.pieces:
-            ids = torch.from_numpy(sample.source.tokens(unit)[start : start + length].astype(np.int64))[None]
+        padding |= sum(span.length for span in sample.spans) < 64
+        for shard, start, length in sample.spans:
+            ids = torch.from_numpy(sample.source.tokens(shard)[start : start + length].astype(np.int64))[None]
             assert ids[0, -1] == data.tokenizer.eos_token_id or length == 64
             if length > 1:
                 total += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * (length - 1)

@@ -180,7 +180,7 @@ def test_latent_model_and_many_files(latent, tmp_path):
     )
     assert first.manifest.tensors == second.manifest.tensors
     for name in first.manifest.tensors:
-        assert torch.equal(first.whole(name, "value").bfloat16().float(), second.whole(name, "value"))
+        assert torch.equal(first.read_full(name, "value").bfloat16().float(), second.read_full(name, "value"))
 
 
 def test_what_transformers_lacks_is_kept_in_our_own_format(corpus, cache, tmp_path):

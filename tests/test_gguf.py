@@ -255,7 +255,7 @@ def test_modelfile_of_another_stays(kept_run, tmp_path):
 def test_damage_is_found_out(kept_run, tmp_path):
     ours, file = parts_of(kept_run[0]), tmp_path / "model.gguf"
     export([str(kept_run[0]), "--to", str(file), "--format", "gguf"])
-    parts = list(gguf_format.parts(ours.reader, {}, ours.config))
+    parts = list(gguf_format.entries(ours.reader, {}, ours.config))
     kinds = {part.name: gguf_format.quantization_of(part, gguf.GGMLQuantizationType.F32, None) for part in parts}
     words = vocabulary(ours.tokenizer, ours.config.vocab_size)
     with pytest.raises(RuntimeError, match=r"exp_probs_b\.bias, which the checkpoint does not"):

@@ -335,7 +335,7 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
         ),
         "names": (
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
-            "index.json is not what it should be",
+            "index.json is invalid",
         ),
         "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer"),
         "vocabulary": (vocabulary, "tokenizer of 300 tokens and a model of 280"),
@@ -450,7 +450,7 @@ def test_upcycled_model_trains_balanced(corpus, cache, smollm2, tmp_path, ranks)
         (["--upcycle", "--upcycle-granularity=5"], "--upcycle-granularity 5"),
         (["--upcycle", "--upcycle-granularity=4"], "--model.num_experts_per_tok 2 is no multiple"),
         (["--upcycle", "--upcycle-drop=1.5"], "--upcycle-drop 1.5"),
-        (["--upcycle", "--model.num_experts=1"], "does not lie between 1 and --model.num_experts 1"),
+        (["--upcycle", "--model.num_experts=1"], "is not between 1 and --model.num_experts 1"),
         (["--upcycle-granularity=2"], "--upcycle-granularity needs --upcycle"),
         (["--upcycle-noise=0.1"], "--upcycle-noise needs --upcycle"),
         (["--model.hidden_sizee=8"], "did you mean --model.hidden_size"),

@@ -104,10 +104,10 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[]", "is not what it should be"),
-        ('{"bf16": true}', "is not what it should be (bf16: expected"),
+        ("[]", "is invalid"),
+        ('{"bf16": true}', "is invalid (bf16: expected"),
         ('{"fp16": {"enabled": true}}', "enables fp16, and smolds computes in fp32 or bf16"),
-        ('{"fp16": true}', "is not what it should be (fp16: expected"),
+        ('{"fp16": true}', "is invalid (fp16: expected"),
         ('{"optimizer": {}}', "remove it"),
         ('{"expert_parallel": {"autoep_size": 7}}', "sets expert_parallel.autoep_size to 7, but the run needs 2"),
         ('{"zero_optimization": {"offload_param": "cpu"}}', "(zero_optimization.offload_param: expected"),

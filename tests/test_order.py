@@ -56,23 +56,23 @@ def test_order_stays_what_it_was():
     epochs, places = order.locate(np.arange(40))
     assert epochs.tolist() == [0] * 33 + [1] * 7
     assert places.tolist() == RECORDED
-    assert order.spans(np.array([0, 3])) == RECORDED_PIECES
+    assert order.spans(np.array([0, 3])) == RECORDED_SPANS
     large = order_of([0], 10**13, seq_len=1000, seed=2**40, window_tokens=2**28)
     assert (1000 * large.locate(np.array([0, 1, 5 * 10**9, 10**10 - 1, 10**10]))[1]).tolist() == RECORDED_LARGE
     assert group_into_shards([2**19] * 10) == [0, 2, 3, 0, 4, 1, 4, 2, 1, 3]
     source = Source("jsonl:*")
     files = [File(f"{number}.jsonl", size, "") for number, size in enumerate([2**19] * 4 + [2**25 + 1, 2**21])]
     shards = group_files(source, files)
-    assert [[(part.file, part.number, part.of) for part in shard] for shard in shards] == RECORDED_UNITS
+    assert [[(part.file, part.number, part.of) for part in shard] for shard in shards] == RECORDED_SHARDS
 
 
 RECORDED = [
     9, 2, 1, 7, 4, 3, 5, 8, 6, 0, 27, 22, 10, 16, 25, 18, 28, 23, 15, 13, 17, 19, 24, 11,
     30, 32, 12, 31, 14, 26, 20, 29, 21, 9, 7, 8, 3, 6, 1, 2,
 ]  # fmt: skip
-RECORDED_PIECES = [[(0, 90, 10)], [(0, 70, 5), (0, 75, 5)]]
+RECORDED_SPANS = [[(0, 90, 10)], [(0, 70, 5), (0, 75, 5)]]
 RECORDED_LARGE = [9037558459000, 8193538121000, 5797450439000, 998896847000, 2986002147000]
-RECORDED_UNITS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)], [(1, 0, 1), (2, 0, 1)], [(4, 0, 3)]]
+RECORDED_SHARDS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)], [(1, 0, 1), (2, 0, 1)], [(4, 0, 3)]]
 
 
 def test_small_files_travel_together_but_not_with_their_neighbours():

@@ -59,7 +59,7 @@ def options_of(corpus: Path, folder: Path) -> list[str]:
     return ["--preset", "debug", *(f"--{name}={value}" for name, value in options.items())]
 
 
-def units_in(folder: Path) -> list[Path]:
+def shards_in(folder: Path) -> list[Path]:
     return sorted((folder / "cache" / "units").glob("*/*/meta.json"))
 
 
@@ -70,11 +70,11 @@ def prepared(corpus, tmp_path_factory) -> tuple[Path, dict[int, dict]]:
     made = smolds("data", "prepare", "--workers", "2", "--", *options_of(corpus, folder), "--train.steps=500")
     assert made.returncode == 0, made.text
     assert "jsonl: 6 of 6 parts are tokenised" in made.stdout
-    before = units_in(folder)
+    before = shards_in(folder)
     assert len(before) == 6
     trained = smolds("train", *options_of(corpus, folder))
     assert trained.returncode == 0, trained.text
-    assert units_in(folder) == before
+    assert shards_in(folder) == before
     return folder, rows_by_step(folder)
 
 
@@ -109,7 +109,7 @@ def test_losses_are_those_of_a_prepared_corpus(corpus, prepared, tmp_path, worke
         for folder in (tmp_path, prepared[0])
     ]
     assert val[0] == pytest.approx(val[1], rel=1e-5)
-    for made in units_in(tmp_path):
+    for made in shards_in(tmp_path):
         there = prepared[0] / made.relative_to(tmp_path)
         assert [(made.parent / name).read_bytes() for name in ("tokens.bin", "documents")] == [
             (there.parent / name).read_bytes() for name in ("tokens.bin", "documents")

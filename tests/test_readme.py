@@ -292,11 +292,19 @@ def test_python_on_the_pages_runs(kept_run, cache, tmp_path):
     assert float(loss) > 0 and (tmp_path / export / "model.safetensors").exists()
 
 
+def headings(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
 def test_every_link_leads_somewhere():
     assert len((ROOT / "README.md").read_text().splitlines()) < 180
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / target if target else page
+            assert target.exists(), f"{page.name} links to {target}"
+            assert not heading or heading in headings(target), f"{page.name} links to #{heading} of {target.name}"
 
 
 def test_two_commands_are_in_the_readme():

@@ -225,8 +225,8 @@ def run_trial(
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes, text=True, env=environment, cwd=checkout)
     assert process.stdin and process.stdout and process.stderr
-    lines: list[str] = []
-    errors = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+    tail: list[str] = []
+    errors = threading.Thread(target=tail.extend, args=(process.stderr,), daemon=True)
     errors.start()
     alarm = threading.Timer(LONGEST, process.kill)
     alarm.start()
@@ -240,9 +240,7 @@ def run_trial(
         return json.loads(line)
     except BrokenPipeError:
         errors.join(timeout=5)
-        raise ConfigError(
-            f"{task.contender} {task.variant} failed: {lines[-1].strip() if lines else 'killed'}"
-        ) from None
+        raise ConfigError(f"{task.contender} {task.variant} failed: {tail[-1].strip() if tail else 'killed'}") from None
     finally:
         alarm.cancel()
         process.stdin.close()

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from smolds_dist.errors import ConfigError
-from smolds_dist.files import naming, part_of
+from smolds_dist.files import path_in_errors, temp_path
 
 
 def check_free(to: Path) -> None:
@@ -24,7 +24,7 @@ def new_folder(to: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[
         ConfigError: if none can be made, or another process has made `to` meanwhile.
         OSError: naming `to`, if there is no room.
     """
-    part = part_of(to.with_name(f".{to.name}"))
+    part = temp_path(to.with_name(f".{to.name}"))
     missing = [folder for folder in part.parents if not folder.exists()]
     try:
         try:
@@ -32,7 +32,7 @@ def new_folder(to: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[
             make(part)
         except OSError as error:
             raise ConfigError(f"--to {to} cannot be made ({error.strerror}); choose another place.") from None
-        with naming(to, part):
+        with path_in_errors(to, part):
             yield part
             if part.exists():  # else the block has given it its name
                 check_free(to)

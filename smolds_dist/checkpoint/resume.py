@@ -87,18 +87,18 @@ def _candidates(config: RunConfig) -> list[Path]:
     if resume == "auto":
         return own
     if resume.isdecimal():
-        asked = config.run_dir / "checkpoints" / files.checkpoint_name(int(resume))
+        requested = config.run_dir / "checkpoints" / files.checkpoint_name(int(resume))
     else:
-        asked = Path(resume)
-        if (asked / "checkpoints").is_dir():
-            asked = next(iter(files.checkpoints_in(asked / "checkpoints")), asked)
-    if not asked.is_dir() or not re.fullmatch(r"step_\d+", asked.resolve().name):
+        requested = Path(resume)
+        if (requested / "checkpoints").is_dir():
+            requested = next(iter(files.checkpoints_in(requested / "checkpoints")), requested)
+    if not requested.is_dir() or not re.fullmatch(r"step_\d+", requested.resolve().name):
         have = ", ".join(str(files.step_of(folder)) for folder in reversed(own)) or "none"
         raise ConfigError(
             f"--checkpoint.resume {resume!r} is no checkpoint; give never, auto, a step of this run ({have}), or a "
             "folder such as runs/NAME/checkpoints/step_00001000."
         )
-    return [asked.resolve()]
+    return [requested.resolve()]
 
 
 def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
@@ -116,10 +116,10 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
     for section, names in kept.items():
         for name in names:
             now = asdict(getattr(config, section))[name]
-            then = saved[section][name]
-            if then != now:
+            saved_value = saved[section][name]
+            if saved_value != now:
                 raise ConfigError(
-                    f"{folder} was written with --{section}.{name} {then}, this run has {now}; "
+                    f"{folder} was written with --{section}.{name} {saved_value}, this run has {now}; "
                     "resume with the same value, or start a new --run.name."
                 )
     if not manifest.weights_only:

@@ -57,12 +57,12 @@ def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
     ]  # fmt: skip
 
 
-def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str = "none") -> float:
+def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = "none") -> float:
     """Return the activation elements that the forward pass saves for the backward pass, per token over all layers.
 
     Args:
         swiglu: elements that SwiGLU saves, in widths of an expert.
-        fuller: rows of the rank's experts over the mean rank's.
+        skew: rows of the rank's experts over the mean rank's.
         recompute: as in `Layout.recompute`.
     """
     m = model
@@ -77,7 +77,7 @@ def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str 
             projected += N * (key + m.qk_nope_head_dim + 2 * value)
         else:
             projected = 2 * m.head_dim * (N + m.num_key_value_heads)
-        experts = m.num_experts + fuller * K * (H + 2 * width)
+        experts = m.num_experts + skew * K * (H + 2 * width)
         experts += (H + 2 * m.n_shared_experts * width) if m.n_shared_experts else 0
         feed_forward = mixtures * experts + dense * (H + 2 * (m.dense_intermediate_size or 0))
         # A block's input, and attention's output.
@@ -88,7 +88,7 @@ def saved_elements(model: Any, swiglu: int, fuller: float = 1.0, recompute: str 
         attention = m.head_dim * (3 * N + 2 * m.num_key_value_heads)  # q, out twice, k, v
         if m.qk_norm:  # their inputs
             attention += m.head_dim * (N + m.num_key_value_heads)
-    experts = fuller * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
+    experts = skew * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
     feed_forward = mixtures * experts + dense * 4 * (m.dense_intermediate_size or 0)
     if recompute == "attention":
         return m.num_hidden_layers * 2 * H + feed_forward  # a block's input, and its feed-forward layer's
@@ -132,9 +132,9 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
         max_vio: the most loaded expert's rows over the mean, minus 1.
     """
     weights, gradients, optimizer = state_bytes(model, layout)
-    fuller = 1 + load_stretch(max_vio, model.num_experts, layout.expert)
-    activations, logits = activation_bytes(model, layout, fuller), logits_bytes(model, layout)
-    buffers = buffer_bytes(model, layout, fuller)
+    skew = 1 + load_stretch(max_vio, model.num_experts, layout.expert)
+    activations, logits = activation_bytes(model, layout, skew), logits_bytes(model, layout)
+    buffers = buffer_bytes(model, layout, skew)
     allowance = FRAGMENTATION * (activations + gradients + logits + buffers)
     if layout.device == "cuda":
         gradients, coming = gpu_gradient_bytes(model, layout, activations)
@@ -211,7 +211,7 @@ def keeps_full_gradients(layout: Layout) -> bool:
     return unsharded or layout.zero == 1 or (layout.zero >= 2 and layout.device == "cpu")
 
 
-def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
+def activation_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
     """Return the bytes of saved activations, and of one block's recomputed ones."""
     tokens, width = layout.tokens, layout.element_bytes
     # Our own function saves gate and up. Autograd, under DeepSpeed or with grouped matmuls, also saves silu(gate), its
@@ -220,11 +220,11 @@ def activation_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
         swiglu = 2
     else:
         swiglu = 4 if layout.engine == "local" else 3
-    kept = saved_elements(model, swiglu, fuller)
+    kept = saved_elements(model, swiglu, skew)
     if layout.device == "cuda" and width == 2:
         kept += layers_of(model)[1] * model.hidden_size * 2  # the router reads an fp32 copy
     if layout.recompute != "none":
-        rest = saved_elements(model, swiglu, fuller, layout.recompute)
+        rest = saved_elements(model, swiglu, skew, layout.recompute)
         kept = rest + (kept - rest) / model.num_hidden_layers
     kept += 2 * model.hidden_size  # the last norm's input, and the loss's gradient
     return kept * tokens * width
@@ -242,7 +242,7 @@ def logits_bytes(model: Any, layout: Layout) -> float:
     return logits + weight * (layout.element_bytes + (4 if layout.tokens > chunk else 0))
 
 
-def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
+def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
     """Return the bytes of all-to-all buffers, of ZeRO's reductions and gathers, and of libraries.
 
     Two gradient buckets, one filled while the other is reduced; an fp32 gradient per optimizer sub-step; with ZeRO 3 the
@@ -252,7 +252,7 @@ def buffer_bytes(model: Any, layout: Layout, fuller: float = 1.0) -> float:
     own = sum(parameters for parameters, _, _ in held)
     buffers = 0.0
     if layout.expert > 1:  # sent and received rows of one layer
-        buffers += (1 + fuller) * layout.tokens * model.num_experts_per_tok * model.hidden_size * layout.element_bytes
+        buffers += (1 + skew) * layout.tokens * model.num_experts_per_tok * model.hidden_size * layout.element_bytes
     if layout.device == "cpu":
         buffers += CPU_BF16_KERNELS if layout.element_bytes == 2 else 0.0
         buffers += CPU_RANKS if layout.world > 1 else 0.0

@@ -126,8 +126,8 @@ def all_to_all_seconds(model: Any, layout: Layout, machine: Hardware, max_vio: f
     return layers_of(model)[1] / layout.pipeline * once * times
 
 
-def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: float) -> float:
-    """Return the time of one all-to-all, on a rank whose experts have `fuller` times the mean rank's rows.
+def exchange_seconds(model: Any, layout: Layout, machine: Hardware, skew: float) -> float:
+    """Return the time of one all-to-all, on a rank whose experts have `skew` times the mean rank's rows.
 
     Alpha-beta model: a latency per peer, and bytes over bandwidth, to peers in the node and to others simultaneously. A rank
     has tokens x K rows of H elements, of which (ep - 1) / ep have remote experts; the most loaded rank receives more.
@@ -136,16 +136,16 @@ def exchange_seconds(model: Any, layout: Layout, machine: Hardware, fuller: floa
     rows = layout.tokens / layout.tensor * model.num_experts_per_tok
     row_bytes = model.hidden_size * layout.element_bytes
     near = min(size, layout.per_node)
-    to_each = rows * row_bytes / size * fuller
-    inside = (near - 1) * to_each / (LINK_SHARE * machine.link.bandwidth)
-    outside = (size - near) * to_each / (LINK_SHARE * machine.fabric.bandwidth)
+    per_peer = rows * row_bytes / size * skew
+    inside = (near - 1) * per_peer / (LINK_SHARE * machine.link.bandwidth)
+    outside = (size - near) * per_peer / (LINK_SHARE * machine.fabric.bandwidth)
     latency = (near - 1) * machine.link.latency + (size - near) * machine.fabric.latency
     if layout.once_per_node and size > near:
         nodes = size // near
         chosen = min(nodes, layout.most_nodes or nodes)
         # Expected remote nodes, among those selected, with at least one of a row's K experts.
         copies = chosen * (1 - (1 - 1 / chosen) ** model.num_experts_per_tok) * (nodes - 1) / nodes
-        sent = layout.tokens / layout.tensor * row_bytes * copies * fuller
+        sent = layout.tokens / layout.tensor * row_bytes * copies * skew
         outside = sent / (LINK_SHARE * machine.fabric.bandwidth)
         latency = (near - 1) * machine.link.latency + (nodes - 1) * machine.fabric.latency  # one peer in each node
     return latency + max(inside, outside)

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from smolds_dist.errors import ConfigError
-from smolds_dist.files import file_message, naming
+from smolds_dist.files import file_message, path_in_errors
 
 
 def cache_folder(name: str) -> Path:
@@ -131,7 +131,7 @@ def _try_build(folder: Path, write: Callable[[Path], None], find_damage: FindDam
             prefix = f"{folder.name}.writing-"
             with tempfile.TemporaryDirectory(None, prefix, folder.parent, ignore_cleanup_errors=True) as name:
                 unfinished = Path(name)
-                with naming(folder, unfinished):
+                with path_in_errors(folder, unfinished):
                     write(unfinished)
                 unfinished.chmod(0o755)
                 unfinished.rename(folder)  # and nothing is left to remove

@@ -34,11 +34,11 @@ class StageOrder:
     repeats_from: int
     period: np.ndarray  # [S] samples of each source in what repeats
 
-    def locate(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source and number among its samples, of samples counted from the stage's first."""
         length = len(self.source) - self.repeats_from
-        turn = np.maximum(place - self.repeats_from, 0) // length
-        row = place - turn * length
+        turn = np.maximum(position - self.repeats_from, 0) // length
+        row = position - turn * length
         source = self.source[row]
         return source, self.taken[source] + self.count[row] + turn * self.period[source]
 
@@ -57,8 +57,8 @@ class Mixture:
         due = [Fraction(0)] * len(names)  # of each source so far
         for end, weights in stages:
             shares = exact_shares({name: weights.get(name, 0.0) for name in names})
-            ahead = [due[at] - int(taken[at]) for at in range(len(names))]
-            source, count, repeats_from, period = _pattern(list(shares.values()), ahead)
+            lead = [due[at] - int(taken[at]) for at in range(len(names))]
+            source, count, repeats_from, period = _pattern(list(shares.values()), lead)
             self.stages.append(StageOrder(first, end, shares, taken, source, count, repeats_from, period))
             due = [due[at] + share * (end - first) for at, share in enumerate(shares.values())]
             first, taken = end, self.totals(end)
@@ -76,10 +76,10 @@ class Mixture:
     def totals(self, samples: int) -> np.ndarray:
         """How many of the first `samples` samples each source has [S]."""
         stage = next((s for s in self.stages if samples <= s.end), self.stages[-1])
-        place = samples - stage.first
+        position = samples - stage.first
         length = len(stage.source) - stage.repeats_from
-        turn = max(0, place - stage.repeats_from) // length
-        rest = np.bincount(stage.source[: place - turn * length], minlength=len(self.names))
+        turn = max(0, position - stage.repeats_from) // length
+        rest = np.bincount(stage.source[: position - turn * length], minlength=len(self.names))
         return stage.taken + rest + turn * stage.period
 
     def schedule(self) -> Schedule:

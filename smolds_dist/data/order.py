@@ -92,8 +92,8 @@ class SampleOrder:
 
     def _new_epoch(self, number: int) -> Epoch:
         key = self._round_keys(number, "units")[None]
-        places = permute_index(np.arange(self._shards), np.full(self._shards, self._shards), key)
-        return Epoch(np.argsort(places), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
+        indices = permute_index(np.arange(self._shards), np.full(self._shards, self._shards), key)
+        return Epoch(np.argsort(indices), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
 
     def _epoch(self, number: int, sample: int | None = None) -> Epoch:
         """One of them, known up to that sample of it, or whole."""
@@ -161,9 +161,9 @@ class SampleOrder:
 
     def window_of(self, sample: int) -> tuple[int, int]:
         """The epoch that a sample of the source is in, and the window there."""
-        (number,), (place,) = (found.tolist() for found in self.locate(np.array([sample])))
+        (number,), (index,) = (found.tolist() for found in self.locate(np.array([sample])))
         with self._lock:
-            return number, bisect_right(self._epoch(number, place).windows, place) - 1
+            return number, bisect_right(self._epoch(number, index).windows, index) - 1
 
     def consumed_shards(self, sample: int) -> np.ndarray:
         """Units of the windows of its epoch that lie before the one of that sample."""
@@ -209,9 +209,9 @@ class SampleOrder:
     def spans(self, positions: np.ndarray) -> list[list[TokenSpan]]:
         """Where the tokens of the source's samples number `positions` [n] are, `seq_len` in all, or fewer where documents
         are packed."""
-        epochs, places = self.locate(positions)
+        epochs, indices = self.locate(positions)
         with self._lock:
-            return list(map(self._split_sample, epochs.tolist(), places.tolist()))
+            return list(map(self._split_sample, epochs.tolist(), indices.tolist()))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For the source's samples number `positions` [n]: the epoch, and which one it is there before shuffling."""
@@ -225,15 +225,15 @@ class SampleOrder:
                 epochs, within = np.divmod(positions, self._first.windows[-1])
             else:
                 epochs, within = np.zeros_like(positions), positions
-            places = np.empty(len(positions), np.int64)
+            indices = np.empty(len(positions), np.int64)
             for number in np.unique(epochs):
                 here = epochs == number
                 epoch = self._epoch(int(number), int(within[here].max()))
                 windows, keys = epoch.arrays()
                 window = np.searchsorted(windows, within[here], "right") - 1
                 first, end = windows[window], windows[window + 1]
-                places[here] = first + permute_index(within[here] - first, end - first, keys[window])
-        return epochs, places
+                indices[here] = first + permute_index(within[here] - first, end - first, keys[window])
+        return epochs, indices
 
     def _packed_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs, and the places in them, where epochs differ in the number of their samples."""
@@ -254,12 +254,12 @@ class SampleOrder:
         assert self._pack
         return self._pack(epoch.spans[slice(*epoch.spans_until[window : window + 2])])
 
-    def _split_sample(self, number: int, place: int) -> list[TokenSpan]:
-        epoch = self._epoch(number, place)
+    def _split_sample(self, number: int, index: int) -> list[TokenSpan]:
+        epoch = self._epoch(number, index)
         if self._pack:
-            window = bisect_right(epoch.windows, place) - 1
-            return self._packed(number, window, epoch)[place - epoch.windows[window]]
-        start, end = place * self._seq_len, (place + 1) * self._seq_len
+            window = bisect_right(epoch.windows, index) - 1
+            return self._packed(number, window, epoch)[index - epoch.windows[window]]
+        start, end = index * self._seq_len, (index + 1) * self._seq_len
         spans, at = [], bisect_right(epoch.bounds, start) - 1
         while start < end:
             last = min(end, epoch.bounds[at + 1])
@@ -269,8 +269,8 @@ class SampleOrder:
             start, at = last, at + 1
         return spans
 
-    def _round_keys(self, epoch: int, what: str) -> np.ndarray:
-        return round_keys(f"{VERSION} {self._seed} {epoch} {what}")
+    def _round_keys(self, epoch: int, text: str) -> np.ndarray:
+        return round_keys(f"{VERSION} {self._seed} {epoch} {text}")
 
 
 def permute_index(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
@@ -309,9 +309,9 @@ def _mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def round_keys(what: str) -> np.ndarray:
+def round_keys(text: str) -> np.ndarray:
     """Round keys [ROUNDS] of uint64."""
-    digest = hashlib.blake2b(what.encode(), digest_size=8 * ROUNDS).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from smolds_dist.data.batch import TrainingData, batch_digest
 from smolds_dist.progress import StoppedWaitingError
 
-POLL_SECONDS = 0.2  # seconds
-STOP_GRACE_SECONDS = (
-    3.0  # seconds of waiting once a stop is asked for: text that comes on one rank comes on all by then
-)
+POLL_SECONDS = 0.2
+STOP_GRACE_SECONDS = 3.0  # of waiting once a stop is asked for: text that comes on one rank comes on all by then
 
 
 class BatchPrefetcher:

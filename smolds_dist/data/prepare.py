@@ -45,9 +45,8 @@ def prepare_data(
     try:
         data = find_data(config, tokenizer, limits, reporter)
         for name, taken in data.taken(samples).items():
-            data.orders[name].extend(
-                None if config.data.mixed[name].max_epochs else taken
-            )  # all where epochs are limited
+            # all where epochs are limited
+            data.orders[name].extend(None if config.data.mixed[name].max_epochs else taken)
         for name in reporter.names:
             for line in data.sources[name].describe_skipped():
                 print(line, file=sys.stderr, flush=True)

@@ -42,7 +42,7 @@ def file_system(path: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(path, client_kwargs={"timeout": timeout})
 
 
-def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
+def with_retries(message: str, action: Callable[[], T], tries: int | None = None) -> T:
     """What `action` returns, once it does; it is tried again after pauses that double.
 
     Args:
@@ -58,15 +58,15 @@ def retried(what: str, action: Callable[[], T], tries: int | None = None) -> T:
             return action()
         except Exception as error:  # each file system has errors of its own
             tried += 1
-            if tried == tries or _is_final(error):
+            if tried == tries or _is_permanent(error):
                 raise
             why = reason(error)
-        print(f"{what} ({why}); trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+        print(f"{message} ({why}); trying again in {pause:.0f} s", file=sys.stderr, flush=True)
         current_reporter().sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _is_final(error: Exception) -> bool:
+def _is_permanent(error: Exception) -> bool:
     """Whether another try would end alike."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
@@ -86,15 +86,15 @@ def reason(error: Exception) -> str:
     return f"HTTP {status}" if status else first_line(error)
 
 
-def _read(what: str, action: Callable[[], T]) -> T:
-    """As `retried`, until it works.
+def _read(message: str, action: Callable[[], T]) -> T:
+    """As `with_retries`, until it works.
 
     Raises:
         OSError: where it never will.
         NoRangesError: by `action`.
     """
     try:
-        return retried(what, action)
+        return with_retries(message, action)
     except (OSError, NoRangesError):
         raise
     except Exception as error:

@@ -30,28 +30,22 @@ class ShardedSource:
     """The units of a source; `open` it before use.
 
     Args:
-        aside: digests of documents that some source of the run holds out though `val_fraction` would not; these are not
+        skip: digests of documents that some source of the run holds out though `val_fraction` would not; these are not
             trained on.
         reporter: hears of it while units are made or waited for.
         limit: tokens after which no more units are taken, with the documents of the last one up to there.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        cache: Path,
-        validation: ValidationSet,
-        excluded: list[int],
-        reporter: Reporter,
-        limit: int | None,
+        self, corpus: Corpus, cache: Path, val: ValidationSet, skip: list[int], reporter: Reporter, limit: int | None
     ):
         self.name, self.files, self.shards = corpus.name, corpus.files, corpus.shards
-        self.validation = validation
+        self.validation = val
         self._corpus, self._reporter, self._limit = corpus, reporter, limit
         self._limits = {0: limit} if corpus.endless else {}  # of single units
         self._cache = cache
         self.folders = [self._folder_of(shard) for shard in range(len(self.shards))]
-        self._excluded = np.array(excluded, dtype=np.uint64)
+        self._excluded = np.array(skip, dtype=np.uint64)
         self._found: dict[int, ShardMeta] = {}
         self._checked = set[int]()  # units that hold what was written
         self._spans: dict[int, list[TokenSpan]] = {}  # of units that were found
@@ -75,7 +69,7 @@ class ShardedSource:
         if self._limit is None or self._corpus.endless:
             return self
         for shard in range(len(self.shards)):
-            self._wait_for(np.arange(shard, len(self.shards)))
+            self._wait_until_ready(np.arange(shard, len(self.shards)))
             meta = self._found[shard]
             if self.tokens_before(shard) + meta.all_tokens >= self._limit:
                 self._truncate_at(shard, self._limit - self.tokens_before(shard))
@@ -92,7 +86,7 @@ class ShardedSource:
         self._found = {before: self._found[before] for before in range(shard)}
         self.tokens_found = self.tokens_before(shard)
         self.folders[shard] = self._folder_of(shard)
-        self._wait_for(np.array([shard]))
+        self._wait_until_ready(np.array([shard]))
 
     def has_meta(self, shard: int) -> bool:
         """Whether it is known what a unit holds: its tokens are there, or have been."""
@@ -164,7 +158,7 @@ class ShardedSource:
         if not self.has_meta(shard):
             if not wait:
                 return None
-            self._wait_for(following)
+            self._wait_until_ready(following)
         return self._training_spans(shard)
 
     def _training_spans(self, shard: int) -> list[TokenSpan]:
@@ -179,7 +173,7 @@ class ShardedSource:
             self._spans[shard] = [TokenSpan(shard, start, end - start) for start, end in ends.tolist()]
         return self._spans[shard]
 
-    def _wait_for(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
+    def _wait_until_ready(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
         """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making.
 
         Args:
@@ -210,9 +204,7 @@ class ShardedSource:
     @property
     def files_found(self) -> int:
         """Files all of whose parts are there, so far as this process knows."""
-        missing = {
-            chunk.file for shard, chunks in enumerate(self.shards) if shard not in self._found for chunk in chunks
-        }
+        missing = {one.file for shard, chunks in enumerate(self.shards) if shard not in self._found for one in chunks}
         return len(self.files) - len(missing)
 
     @property
@@ -223,9 +215,7 @@ class ShardedSource:
     def describe_skipped(self) -> list[str]:
         """What the units that were found left out, in words."""
         metas = self._found.values()
-        stats = ReadStats(
-            read=sum(meta.rows for meta in metas), without_text=sum(meta.rows_without_text for meta in metas)
-        )
+        stats = ReadStats(read=sum(m.rows for m in metas), without_text=sum(m.rows_without_text for m in metas))
         stats.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
         return stats.describe(self._corpus.label)
 
@@ -242,11 +232,10 @@ class ShardedSource:
     def _tokens(self, shard: int) -> np.ndarray:
         """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
         if not self.has_tokens(shard):
-            self._wait_for(np.array([shard]), self.has_tokens)
+            self._wait_until_ready(np.array([shard]), self.has_tokens)
         self._check(shard)
-        return _mapped(
-            self.folders[shard] / "tokens.bin", np.dtype(self._found[shard].dtype), self._found[shard].tokens
-        )
+        meta = self._found[shard]
+        return _memmap(self.folders[shard] / "tokens.bin", np.dtype(meta.dtype), meta.tokens)
 
     def _check(self, shard: int) -> None:
         """Tokenize a unit again whose files have changed since; each process checks it once."""
@@ -264,7 +253,7 @@ class ShardedSource:
         """[texts] of `DOCUMENT`, in the order of their tokens."""
         self._check(shard)
         folder = self.folders[shard] if self.folders[shard].is_dir() else self._meta_folder(shard)
-        return _mapped(folder / "documents", DOCUMENT, self._found[shard].texts)
+        return _memmap(folder / "documents", DOCUMENT, self._found[shard].texts)
 
     def content(self, shards: np.ndarray) -> str:
         """Digest of the training texts of these units."""
@@ -275,5 +264,5 @@ class ShardedSource:
         return found.hexdigest()[:32]
 
 
-def _mapped(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+def _memmap(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     return np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)

@@ -10,7 +10,7 @@ Layout: `<cache>/shards/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,9 +86,7 @@ class Corpus:
             described.append((path, file.size, file.version, chunk.number, chunk.of))
         return key_of(self._made_with, limit, described)
 
-    def documents(
-        self, chunks: Sequence[FileChunk] | None = None, stats: ReadStats | None = None
-    ) -> Iterator[Document]:
+    def documents(self, chunks: list[FileChunk] | None = None, stats: ReadStats | None = None) -> Iterator[Document]:
         """Those of all files, or of these parts, one by one.
 
         Raises:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from smolds_dist.data.cache import build_once, json_damage, key_of
-from smolds_dist.data.remote import file_system, open_remote, retried
+from smolds_dist.data.remote import file_system, open_remote, with_retries
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Data, Source
 
@@ -106,9 +106,7 @@ def _with_index(file: File) -> File:
 def _local_files(kind: str, pattern: str) -> list[File]:
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        paths = [
-            path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _matches_format(path, kind)
-        ]
+        paths = [path for path in glob.glob(f"{glob.escape(pattern)}/**", recursive=True) if _is_kind(path, kind)]
     else:
         paths = glob.glob(_literal_path(pattern), recursive=True)
     status = {path: os.stat(path) for path in sorted(paths) if os.path.isfile(path)}
@@ -124,7 +122,7 @@ def _literal_path(pattern: str) -> str:
     return os.path.join(glob.escape(head), *rest)
 
 
-def _matches_format(path: str, kind: str) -> bool:
+def _is_kind(path: str, kind: str) -> bool:
     return kind not in ENDINGS or _decompressed_name(path).endswith(ENDINGS[kind])
 
 
@@ -143,13 +141,13 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
         elif web and not path.endswith("/"):  # to ask whether it is a folder would fetch all of it
             paths = [path]
         elif system.isdir(path) and not system.isfile(path):
-            paths = [found for found in system.find(path) if _matches_format(found, kind)]
+            paths = [found for found in system.find(path) if _is_kind(found, kind)]
         else:
             paths = [path] if system.exists(path) else []
         return system, [(found, system.info(found)) for found in sorted(paths)]
 
     try:
-        system, described = retried(f"{pattern} could not be listed", listed, TRIES)
+        system, described = with_retries(f"{pattern} could not be listed", listed, TRIES)
     except FileNotFoundError:
         return []
     except Exception as error:  # each file system has errors of its own, and some have to be installed first
@@ -279,7 +277,7 @@ def _list(source: Source) -> tuple[str | None, list[File]]:
 
     name, _, config_name = source.source.removeprefix("hf:").partition(":")
     try:
-        builder = retried(
+        builder = with_retries(
             f"{source.source} could not be listed",
             lambda: datasets.load_dataset_builder(name, config_name or None),
             TRIES,
@@ -322,5 +320,5 @@ def _stat_file(path: str) -> File:
         status = Path(path).stat()
         return File(path, status.st_size, str(status.st_mtime_ns))
     system, name = file_system(path)
-    info = retried(f"{path} does not answer", lambda: system.info(name))
+    info = with_retries(f"{path} does not answer", lambda: system.info(name))
     return File(path, int(info.get("size") or 0), version_of(info))

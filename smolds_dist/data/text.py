@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -63,20 +63,16 @@ class ReadStats:
             messages.append(f"{name}: {self.bad.total():,} of {self.read:,} rows were left out ({kinds}).")
         return messages
 
-    def add_bad_row(self, file: str, place: str, number: int, bad: BadRow) -> None:
+    def add_bad_row(self, file: str, row_name: str, number: int, bad: BadRow) -> None:
         """Counts a bad row and writes it down."""
         self.bad[bad.kind] += 1
         if self.bad_rows is not None:
             with self.bad_rows.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"file": file, place: number, "kind": bad.kind, "why": bad.why}) + "\n")
+                out.write(json.dumps({"file": file, row_name: number, "kind": bad.kind, "why": bad.why}) + "\n")
 
 
 def documents(
-    source: Source,
-    files: list[File],
-    data: Data,
-    stats: ReadStats | None = None,
-    chunks: Sequence[FileChunk] | None = None,
+    source: Source, files: list[File], data: Data, stats: ReadStats | None = None, chunks: list[FileChunk] | None = None
 ) -> Iterator[Document]:
     """The documents of a source, file by file, their texts as they are but for a byte order mark.
 
@@ -90,7 +86,7 @@ def documents(
             (`data.on_bad_file`, `data.on_bad_row`).
     """
     stats = stats or ReadStats()
-    place = ROW_NAMES.get(source.source.partition(":")[0], "file")
+    row_name = ROW_NAMES.get(source.source.partition(":")[0], "file")
     for at, chunk in enumerate(chunks or [FileChunk(number, 0, 1) for number in range(len(files))]):
         file, read, bad_here, before = files[chunk.file], stats.read, 0, None
         try:
@@ -109,14 +105,14 @@ def documents(
                     number += before
                     if data.on_bad_row == "refuse":
                         raise ConfigError(
-                            f"{file.path} has in {place} {number:,} {text.why}; mend it, or leave such rows out with "
+                            f"{file.path} has in {row_name} {number:,} {text.why}; mend it, or leave such rows out with "
                             "--data.on_bad_row skip."
                         )
-                    stats.add_bad_row(file.path, place, number, text)
+                    stats.add_bad_row(file.path, row_name, number, text)
                     bad_here += 1
                     if bad_here == 1:
                         stats.log(
-                            f"{file.path} has in {place} {number:,} {text.why}; left out, as others like it will be."
+                            f"{file.path} has in {row_name} {number:,} {text.why}; left out, as others like it will be."
                         )
                 else:
                     yield Document(at, number, text)
@@ -182,13 +178,13 @@ def tokenize(
         return done
 
     with ThreadPoolExecutor(1, "tokenizer") as pool:
-        ahead: Future | None = None
+        pending: Future | None = None
         for batch in _batches(documents):
-            previous, ahead = ahead, pool.submit(encode, batch)
+            previous, pending = pending, pool.submit(encode, batch)
             if previous:
                 yield finished(*previous.result())
-        if ahead:
-            yield finished(*ahead.result())
+        if pending:
+            yield finished(*pending.result())
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -209,9 +205,8 @@ def single_documents(found: Iterable[Document], tokenizer: PreTrainedTokenizerBa
             yield document
             continue
         text = document.text
-        for number, ids in (
-            _split_flat(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]
-        ):
+        numbered = _split_flat(text.tokens, eos) if isinstance(text, Flat) else [(document.number, np.asarray(text))]
+        for number, ids in numbered:
             if len(ids):
                 for outside in (int(ids.max()), int(ids.min())):
                     if not 0 <= outside < vocabulary:

@@ -65,9 +65,8 @@ def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[
     config, is_validation = _data_config(options.model, settings)
     model, tokenizer = load_model(options.model, options.step)
     results, end_of_text = [], document_separator(config.data, tokenizer)
-    for source, ids, num_bytes in (_validation_texts if is_validation else _all_texts)(
-        config, tokenizer, options.max_tokens
-    ):
+    texts = _validation_texts if is_validation else _all_texts
+    for source, ids, num_bytes in texts(config, tokenizer, options.max_tokens):
         begin, used = time.perf_counter(), ids[: options.max_tokens]
         loss, counted = mean_loss(model, used, config.data.seq_len, options.batch_size, end_of_text)
         result = {
@@ -169,8 +168,8 @@ def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | 
     total, counted = 0.0, 0
     device = next(model.parameters()).device
     ids_S = torch.from_numpy(np.asarray(ids, dtype=np.int64))
-    whole = len(ids_S) // length * length
-    for tokens in (*ids_S[:whole].view(-1, length).split(batch), ids_S[None, whole:]):
+    full_length = len(ids_S) // length * length
+    for tokens in (*ids_S[:full_length].view(-1, length).split(batch), ids_S[None, full_length:]):
         if not len(tokens) or tokens.shape[1] < 2:
             continue
         labels, positions = tokens, {}

@@ -80,8 +80,8 @@ def continue_prompts(
     added = [row[longest:] for row in output.tolist()]
     if stop_at_end:
         added = [list(takewhile(lambda token: token not in ends, new)) for new in added]
-    whole = [ids + new for (ids, _), new in zip(encoded, added, strict=True)]
-    return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(whole)]
+    sequences = [ids + new for (ids, _), new in zip(encoded, added, strict=True)]
+    return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(sequences)]
 
 
 def complete_lines(text: str) -> str:

@@ -26,7 +26,7 @@ from smolds_dist.checkpoint.files import (
 )
 from smolds_dist.checkpoint.new_folder import check_free, new_file, new_folder
 from smolds_dist.errors import ConfigError, OptionParser, first_line
-from smolds_dist.files import naming, replace_text
+from smolds_dist.files import path_in_errors, replace_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TOLERANCE = 1e-3  # of the largest logit, between transformers' logits and ours, both computed in fp32
@@ -326,7 +326,7 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
             "the checkpoint's logits are not finite, so its training has gone wrong; choose an earlier one with --step."
         )
     isolated = ["-I"] if kind == "transformers" else []  # so that nothing of this project is found by chance
-    with tempfile.TemporaryDirectory() as scratch, naming(path := Path(scratch) / "tensors", path):
+    with tempfile.TemporaryDirectory() as scratch, path_in_errors(path := Path(scratch) / "tensors", path):
         save_file({"ids": ids}, path)
         finished = subprocess.run(
             [sys.executable, *isolated, "-c", CHECK, str(folder), str(path), kind],

@@ -77,13 +77,13 @@ class GGUFTensor(NamedTuple):
     load: Callable[[], Tensor]  # in fp32
 
 
-def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config) -> Iterator[GGUFTensor]:
+def entries(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config) -> Iterator[GGUFTensor]:
     """Every tensor of the file, none of them read yet."""
     N, D, R, E = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, config.num_experts
     # llama.cpp turns the same pairs as the classes that it has its architectures from.
     kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
 
-    def turned(name: str) -> Tensor:
+    def permuted(name: str) -> Tensor:
         return interleave_rotary(name, reader.read_full(name, "value"), config, kind)
 
     def stacked(name: str) -> Tensor:
@@ -96,7 +96,7 @@ def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSe
         return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
     for name, shape in reader.manifest.tensors.items():
-        block, module = _place(name)
+        block, module = _block_and_module(name)
         expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", module)
         if expert and expert[1] != "0":
             continue
@@ -106,12 +106,12 @@ def parts(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSe
             yield GGUFTensor(f"{block}attn_k_b.weight", (N, R, D), partial(latent, name, keys=True))
             yield GGUFTensor(f"{block}attn_v_b.weight", (N, shape[0] // N - D, R), partial(latent, name, keys=False))
         else:
-            yield GGUFTensor(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(turned, name))
+            yield GGUFTensor(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(permuted, name))
     for name, bias in biases.items():
-        yield GGUFTensor(f"{_place(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
+        yield GGUFTensor(f"{_block_and_module(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
 
 
-def _place(name: str) -> tuple[str, str]:
+def _block_and_module(name: str) -> tuple[str, str]:
     """Of a logical tensor's name: the file's prefix for its layer, and the module within the layer."""
     match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*?)\.(?:weight|e_score_correction_bias)", name)
     assert match
@@ -153,7 +153,7 @@ def write_gguf(
     architecture, values = llama_architecture(config), hyperparameters(config)
     words = vocabulary(tokenizer, config.vocab_size)
     plain, quantized = KINDS[dtype], KINDS[quantize] if quantize else None
-    every = list(parts(reader, biases, config))
+    every = list(entries(reader, biases, config))
     kinds = {part.name: quantization_of(part, plain, quantized) for part in every}
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -222,10 +222,10 @@ def modelfile(path: Path, chat: bool) -> tuple[Path, str]:
     Raises:
         ConfigError: where both names that it could have are taken.
     """
-    places = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
-    for place in places:
+    paths = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
+    for place in paths:
         template = "" if chat else NO_CHAT
         text = MODELFILE.format(name=path.stem, file=path.name, modelfile=place.name, template=template)
         if not place.exists() or place.read_text(encoding="utf-8") == text:
             return place, text
-    raise ConfigError(f"{places[0]} and {places[1]} are there already; move one away, or choose another --to.")
+    raise ConfigError(f"{paths[0]} and {paths[1]} are there already; move one away, or choose another --to.")

@@ -117,11 +117,9 @@ class RankReport:
             if gone:
                 word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
                 who = f"{word} {ranks} on host {gone[0]['host']}"
-                _report_cause(self.folder, f"{who} was killed or lost its network ({last_line})")
+                _report(self.folder, f"{who} was killed or lost its network ({last_line})")
                 return
-        _report_cause(
-            self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})"
-        )
+        _report(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
     def local_entries(self) -> list[Path] | None:
         """The entries of this host's ranks, the only ones in which a dead rank can be seen; None, for all, until every rank
@@ -141,7 +139,7 @@ class RankReport:
                 entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
                 cause = hang.report_hang(self.folder, self.entry, entries, idle, self.passes)
                 if self.entry["state"] == "running":
-                    _report_cause(self.folder, cause)
+                    _report(self.folder, cause)
                     hang.kill_unresponsive(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
@@ -218,7 +216,7 @@ def _record_cause(folder: Path, cause: str) -> bool:
     return True
 
 
-def _report_cause(folder: Path, cause: str) -> None:
+def _report(folder: Path, cause: str) -> None:
     """Notes the cause and prints it, unless there is one already."""
     if _record_cause(folder, cause):
         _log(cause)

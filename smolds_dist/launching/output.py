@@ -74,8 +74,8 @@ def run_filtered(
     os.close(writing)
     try:
         with handled_by(lambda number, _frame: forward_signal(process, number)):
-            told = _forward_output(reading, process, hidden)
-            return process.wait(), told
+            message = _forward_output(reading, process, hidden)
+            return process.wait(), message
     finally:
         os.close(reading)
 

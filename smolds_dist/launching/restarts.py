@@ -24,7 +24,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.rows import RESTARTS, read_rows
 
-MAX_STUCK_STARTS = 3  # starts in a row that made no step, after which the job ends
+MAX_STUCK = 3  # starts in a row that made no step, after which the job ends
 SHORTEST, LONGEST = 1.0, 300.0  # seconds of pause; each start that made no step doubles it
 LINES = 30  # of a traceback
 # Sentences of `launching.failure`, `launching.hang` and `training.rank_checks`.
@@ -63,13 +63,11 @@ def run_with_restarts(
     while code not in (0, 2, *EXIT_CODES.values()):
         failures.append(note_failure(run_dir, code, cause))
         stuck = starts_without_progress(failures)
-        if stuck == MAX_STUCK_STARTS:
+        if stuck == MAX_STUCK:
             for failure in failures[-2:]:
                 _log(f"failure {failure.number}, after step {failure.step}: {failure.cause}")
                 print(last_traceback(failure), file=sys.stderr, end="")
-            _log(
-                f"{MAX_STUCK_STARTS} starts in a row ended after step {failures[-1].step}: another one would not help."
-            )
+            _log(f"{MAX_STUCK} starts in a row ended after step {failures[-1].step}: another one would not help.")
             break
         if len(failures) > restarts:
             _log(f"that was the last of {restarts} restarts.")

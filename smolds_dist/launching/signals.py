@@ -30,11 +30,11 @@ class StopRequest(ExitStack):
 
     def __enter__(self) -> "StopRequest":
         self.requested: int | None = None
-        self.enter_context(handled_by(self._note))
+        self.enter_context(handled_by(self._handle))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # one that came early is delivered now
         return self
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         # A launcher may pass one Slurm warning on by more than one way: only the others count as a second request.
         if self.requested in (signal.SIGINT, signal.SIGTERM) and number == self.requested:
             os._exit(EXIT_CODES[signal.Signals(number)])

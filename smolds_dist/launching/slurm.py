@@ -53,11 +53,11 @@ def slurm(args: list[str]) -> None:
         raise ConfigError("--checkpoint.resume is always auto in a batch job, which may run in parts; leave it out.")
     per_node = options.tasks_per_node or options.gpus_per_node or 1
     if options.prepare:
-        what = f"tokenising in {options.nodes} tasks"
+        topology = f"tokenising in {options.nodes} tasks"
     else:
         device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
         machine = Machine(device, options.gpus_per_node or per_node, bf16=True)
-        what = str(plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node)))
+        topology = str(plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node)))
     script = render(options, config, train_args, per_node)
     if not options.submit:
         print(script, end="")
@@ -73,7 +73,7 @@ def slurm(args: list[str]) -> None:
     job = result.stdout.strip().partition(";")[0]
     if not options.prepare:
         write_state(config.run_dir, {"job": job, "time": time.time()}, SUBMITTED)
-    print(f"submitted job {job}: {what}")
+    print(f"submitted job {job}: {topology}")
 
 
 def render(options: argparse.Namespace, config: RunConfig, train_args: list[str], per_node: int) -> str:

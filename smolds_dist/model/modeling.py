@@ -291,19 +291,19 @@ def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:
     return model
 
 
-def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, what: str = "full") -> None:
+def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, mode: str = "full") -> None:
     """Recompute activations in the backward pass instead of saving them.
 
     Args:
-        what: none; attention (with its norms: a block saves its input and its feed-forward layer's input); experts (of a
+        mode: none; attention (with its norms: a block saves its input and its feed-forward layer's input); experts (of a
             block's feed-forward layer only the input is saved); full (a block saves its input); or selective: a block saves
             its input and the results of matmuls and attention, and recomputes what is cheap: norms, rotary embedding,
             activations, dispatch and combine; under expert parallelism also all-to-all.
     """
-    if what in ("attention", "experts"):
+    if mode in ("attention", "experts"):
         for block in model.model.layers:
-            block.recomputed = what
-    elif what != "none":
+            block.recomputed = mode
+    elif mode != "none":
         # The method's name from transformers 5.23 on, and the older one.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False} | ({"context_fn": save_matmuls} if what == "selective" else {}))
+        enable({"use_reentrant": False} | ({"context_fn": save_matmuls} if mode == "selective" else {}))

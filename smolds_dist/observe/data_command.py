@@ -66,10 +66,8 @@ def prepare(args: list[str]) -> int:
             watch(config, data, samples, workers)
     for name, source in data.sources.items():
         source.count_cached()
-        tokenized = (
-            f"{source.num_found:,} of {len(source.shards):,} parts are tokenised, {source.tokens_found:,} tokens"
-        )
-        print(f"{name}: {tokenized}", *source.describe_skipped(), sep="\n  ")
+        found = f"{source.num_found:,} of {len(source.shards):,} parts are tokenised, {source.tokens_found:,} tokens"
+        print(f"{name}: {found}", *source.describe_skipped(), sep="\n  ")
     return 0
 
 
@@ -164,9 +162,8 @@ def documents_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]
     source = sample.source
     for shard, start, length in sample.spans:
         table, tokens = np.asarray(source.table(shard)), source.tokens(shard)
-        inside = table[slice(*documents_in(table, start + 1, length - 1))][
-            "start"
-        ].tolist()  # begin behind the first token
+        # those that begin behind the first token
+        inside = table[slice(*documents_in(table, start + 1, length - 1))]["start"].tolist()
         for at, end in pairwise([start, *inside, start + length]):
             text = str(found.tokenizer.decode(tokens[at:end].tolist(), skip_special_tokens=True))
             yield origin_of(source, shard, at) | {"text": text}
@@ -207,8 +204,8 @@ def order(args: list[str]) -> int:
     for begin in range(int(first), int(end), 1024):
         indices = range(begin, min(int(end), begin + 1024))
         for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
-            place = origin_of(sample.source, *sample.spans[0][:2])
-            print(json.dumps({"index": index, "source": sample.source.name, **place}))
+            origin = origin_of(sample.source, *sample.spans[0][:2])
+            print(json.dumps({"index": index, "source": sample.source.name, **origin}))
     return 0
 
 
@@ -227,12 +224,12 @@ def stats(args: list[str]) -> int:
     epochs = found.epochs(config.train.steps * config.train.global_batch)
     for name, source in found.sources.items():
         facts = source_stats(source, found.orders[name].num_tokens)
-        summary = facts | packing_stats(found, name) | {"epochs": round(epochs[name], 4)}
+        row = facts | packing_stats(found, name) | {"epochs": round(epochs[name], 4)}
         if options.json:
-            print(json.dumps({"source": name} | summary))
+            print(json.dumps({"source": name} | row))
             continue
         print(f"{name} ({config.data.mixed[name].source})")
-        print("\n".join(format_stats(summary, source.describe_skipped())))
+        print("\n".join(format_stats(row, source.describe_skipped())))
     if not options.json:
         print("the run takes", *epoch_summary(config, found), sep="\n  ")
     return 0
@@ -276,36 +273,34 @@ def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     """Shares of the documents that are cut, and of padding, in a source's samples, or the first of them."""
     source, order = found.sources[name], found.orders[name]
     samples = order.spans(np.arange(min(order.num_samples, MAX_SAMPLES)))
-    begun = whole = tokens = 0
+    begun = uncut = tokens = 0
     for shard, start, length in (span for sample in samples for span in sample):
         table = source.table(shard)
         first, end = documents_in(table, start, length)
         ends_here = end == len(table) or int(table["start"][end]) == start + length
         begun += end - first
-        whole += end - first if ends_here else max(0, end - first - 1)
+        uncut += end - first if ends_here else max(0, end - first - 1)
         tokens += length
     return {
-        "cut_documents": round(1 - whole / max(1, begun), 4),
+        "cut_documents": round(1 - uncut / max(1, begun), 4),
         "padding": round(1 - tokens / (len(samples) * found.seq_len), 4),
     }
 
 
-def format_stats(summary: dict[str, Any], skipped: list[str]) -> list[str]:
+def format_stats(row: dict[str, Any], skipped: list[str]) -> list[str]:
     """The same in words, with a histogram of lengths."""
-    share = summary["copies"] / max(1, summary["documents"])
-    length = summary["length"]
-    most = max(summary["lengths"].values())
-    in_sequences = (
-        f"{summary['cut_documents']:.1%} of documents are cut, {summary['padding']:.1%} of the tokens are padding"
-    )
+    share = row["copies"] / max(1, row["documents"])
+    length = row["length"]
+    most = max(row["lengths"].values())
+    in_sequences = f"{row['cut_documents']:.1%} of documents are cut, {row['padding']:.1%} of the tokens are padding"
     lines = [
-        f"  {summary['files']:,} files, {summary['documents']:,} documents, {summary['tokens']:,} tokens, "
-        f"{summary['held_out_tokens']:,} of them held out; {summary['bytes_per_token']:.2f} bytes per token",
-        f"  {summary['copies']:,} documents ({share:.1%}) are copies of another",
+        f"  {row['files']:,} files, {row['documents']:,} documents, {row['tokens']:,} tokens, "
+        f"{row['held_out_tokens']:,} of them held out; {row['bytes_per_token']:.2f} bytes per token",
+        f"  {row['copies']:,} documents ({share:.1%}) are copies of another",
         f"  tokens of a document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
         f"  in sequences {in_sequences}",
     ]
-    for begin, count in summary["lengths"].items():
+    for begin, count in row["lengths"].items():
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
         lines.append(f"  {int(begin):>12,} to {2 * int(begin) - 1:<12,} {bar} {count:,}")
     return lines + [f"  {line}" for line in skipped]

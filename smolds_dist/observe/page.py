@@ -64,8 +64,8 @@ def html_page(runs: list[Path]) -> str:
         settings = yaml.safe_dump(read_settings(run), sort_keys=False)
         parts.append(f"<details><summary>All{_of(run, runs)}</summary><pre>{_text(settings)}</pre></details>")
     for run in runs:
-        told = "".join(f"<li>{_text(event)}</li>" for event in events(rows[run]))
-        parts += [f"<h2>Events{_of(run, runs)}</h2>", f"<ul>{told}</ul>"]
+        event_items = "".join(f"<li>{_text(event)}</li>" for event in events(rows[run]))
+        parts += [f"<h2>Events{_of(run, runs)}</h2>", f"<ul>{event_items}</ul>"]
     for run in runs:
         start: dict = next((row for row in reversed(rows[run]) if row.get("event") == "start"), {})
         known = [(name.replace("_", " "), _plain(start[name])) for name in ENVIRONMENT if name in start]

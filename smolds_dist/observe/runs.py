@@ -24,9 +24,7 @@ from smolds_dist.parallel.ranks import process_state, system_name
 from smolds_dist.rows import RESTARTS, parse_row, read_rows
 
 TAIL = 1 << 18  # bytes of a metrics.jsonl that are read from its end
-SILENT_SECONDS = (
-    120.0  # seconds without a row, and `STEPS` steps' time, after which a run on another host counts as silent
-)
+SILENT_SECONDS = 120.0  # without a row, and `STEPS` steps' time, after which a run on another host counts as silent
 STEPS = 20
 
 

@@ -119,9 +119,9 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
     def lines(*tags: str) -> list:
         return ["Multiline", list(tags)]
 
-    def of_experts(what: str) -> dict[str, list]:
+    def of_experts(metric: str) -> dict[str, list]:
         return {
-            f"{what}, layer {layer}": lines(*(f"{what}_layer_{layer:02}/expert_{e:02}" for e in experts))
+            f"{metric}, layer {layer}": lines(*(f"{metric}_layer_{layer:02}/expert_{e:02}" for e in experts))
             for layer in layers
         }
 

@@ -174,6 +174,6 @@ class Feed:
             note = {"replaced": note["id"]}
         return note | {"settings": settings}
 
-    def _log(self, what: str) -> None:
+    def _log(self, message: str) -> None:
         later = f"`smolds report --send {self.name} {self._run_dir}` fills it up"
-        print(f"\nsmolds: {self.name} {what}; training goes on, and {later}.", file=sys.stderr, flush=True)
+        print(f"\nsmolds: {self.name} {message}; training goes on, and {later}.", file=sys.stderr, flush=True)

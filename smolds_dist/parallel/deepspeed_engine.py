@@ -66,13 +66,13 @@ def partition_offsets(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]
     Args:
         groups: the parameters of each partition, which lie there one after the other.
     """
-    places = {}
+    offsets = {}
     for index, parameters in enumerate(groups):
         begin = 0
         for parameter in parameters:
-            places[id(parameter)] = (index, begin, parameter.partition_numel())
+            offsets[id(parameter)] = (index, begin, parameter.partition_numel())
             begin += parameter.partition_numel()
-    return places
+    return offsets
 
 
 def initialize(model: Any, config: RunConfig, topology: Topology, make: Callable[[Any], torch.optim.Optimizer]) -> Any:
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
         if topology.zero == 3:
-            self._places = partition_offsets(self.engine.optimizer.fp16_groups)
+            self._offsets = partition_offsets(self.engine.optimizer.fp16_groups)
         if config.train.optimizer == "muon" and topology.zero:
             self._owners = MatrixOwners(self.fragments(), self._flats(), self.tensor_shapes(), self.device)
         if topology.dtype == "bf16":
@@ -294,7 +294,7 @@ class DeepSpeedEngine:
             start, part = mapping.lp_fragment_address.start, slice(place.start, place.start + place.numel)
         else:
             # DeepSpeed's `safe_get_local_...` give copies where the optimizer is offloaded (0.19.8), and these are live.
-            index, begin, length = self._places[id(parameter)]
+            index, begin, length = self._offsets[id(parameter)]
             flat = self._flats()[index]
             start, part = parameter.ds_zero_partition_rank * length, slice(begin, begin + length)
         tensors = {"value": flat} | same_shape(self.engine.basic_optimizer.state[flat], flat)

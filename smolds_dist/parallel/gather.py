@@ -16,7 +16,7 @@ from torch import Tensor
 from smolds_dist.parallel.fragments import Fragment
 
 
-def all_to_all(pieces: list[Tensor], sizes: list[int], incoming: list[int], like: Tensor) -> Tensor:
+def all_to_all(flats: list[Tensor], sizes: list[int], incoming: list[int], like: Tensor) -> Tensor:
     """One flat tensor [n] of all that the ranks have for this one, in their order. Collective, unless there is one process.
 
     Args:
@@ -25,15 +25,15 @@ def all_to_all(pieces: list[Tensor], sizes: list[int], incoming: list[int], like
         coming: how many elements each rank has for this one.
         like: of the dtype of all, on the device that collectives take their tensors from.
     """
-    given = torch.cat([like.new_empty(0), *(piece.to(like.device) for piece in pieces)])
+    outgoing = torch.cat([like.new_empty(0), *(piece.to(like.device) for piece in flats)])
     if not dist.is_initialized():
-        return given
+        return outgoing
     received = like.new_empty(sum(incoming))
-    dist.all_to_all_single(received, given, incoming, sizes)
+    dist.all_to_all_single(received, outgoing, incoming, sizes)
     return received
 
 
-def all_gather_rows(mine: Sequence[Sequence[int]], width: int, device: torch.device) -> np.ndarray:
+def all_gather_rows(local: Sequence[Sequence[int]], width: int, device: torch.device) -> np.ndarray:
     """The rows of all ranks in the ranks' order, each with its rank before it: int64 [M, 1 + width]. Collective, unless
     there is one process.
 
@@ -41,8 +41,8 @@ def all_gather_rows(mine: Sequence[Sequence[int]], width: int, device: torch.dev
         mine: this rank's rows of `width` numbers.
         device: where collectives take their tensors from.
     """
-    rows = torch.tensor(mine, dtype=torch.int64).view(len(mine), width)
-    everyone = [rows]
+    rows = torch.tensor(local, dtype=torch.int64).view(len(local), width)
+    gathered_rows = [rows]
     if dist.is_initialized():
         count = torch.tensor([len(rows)], device=device)
         counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
@@ -53,9 +53,9 @@ def all_gather_rows(mine: Sequence[Sequence[int]], width: int, device: torch.dev
         padded = padded.to(device)
         gathered = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(gathered, padded)
-        everyone = [some[:length].cpu() for some, length in zip(gathered, lengths, strict=True)]
-    ranks = np.repeat(np.arange(len(everyone)), [len(some) for some in everyone])
-    return np.column_stack((ranks, torch.cat(everyone).numpy()))
+        gathered_rows = [some[:length].cpu() for some, length in zip(gathered, lengths, strict=True)]
+    ranks = np.repeat(np.arange(len(gathered_rows)), [len(some) for some in gathered_rows])
+    return np.column_stack((ranks, torch.cat(gathered_rows).numpy()))
 
 
 class Gatherer:
@@ -71,16 +71,16 @@ class Gatherer:
     def __init__(self, fragments: Iterable[Fragment], names: Iterable[str], device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
         self._number = {name: number for number, name in enumerate(names)}
-        self._mine: dict[str, list[Fragment]] = defaultdict(list)
+        self._local: dict[str, list[Fragment]] = defaultdict(list)
         for fragment in fragments:
             share = fragment.share()
             if len(share.tensors["value"]):
-                self._mine[share.name].append(share)
-        held = (one for some in self._mine.values() for one in some)
-        mine = [(self._number[one.name], one.start, len(one.tensors["value"])) for one in held]
-        self.find_in(all_gather_rows(mine, 3, device))
+                self._local[share.name].append(share)
+        held = (one for some in self._local.values() for one in some)
+        local = [(self._number[one.name], one.start, len(one.tensors["value"])) for one in held]
+        self.set_layout(all_gather_rows(local, 3, device))
 
-    def find_in(self, held: np.ndarray) -> None:
+    def set_layout(self, held: np.ndarray) -> None:
         """Keeps what the ranks hold so that a tensor's parts are found at once.
 
         Args:
@@ -94,9 +94,9 @@ class Gatherer:
         rank by name."""
         numbers = [self._number[name] for name in names]
         some = [self._held[self._begin[number] : self._begin[number + 1]] for number in numbers]
-        parts = np.concatenate([np.empty((0, 4), np.int64), *some])
-        parts[:, 1] = np.repeat(np.arange(len(names)), [len(one) for one in some])
-        return parts[np.argsort(parts[:, 0], kind="stable")]
+        slices = np.concatenate([np.empty((0, 4), np.int64), *some])
+        slices[:, 1] = np.repeat(np.arange(len(names)), [len(one) for one in some])
+        return slices[np.argsort(slices[:, 0], kind="stable")]
 
     def __call__(self, wanted: list[list[str]]) -> list[Tensor]:
         """The tensors that this rank is to have, whole and flat [n], on the CPU.
@@ -105,20 +105,20 @@ class Gatherer:
             wanted: the names for each rank; no name twice for one.
         """
         like = torch.empty(0, dtype=torch.uint8, device=self.device)  # not every backend sends bf16
-        pieces, sizes = [], []
+        flats, sizes = [], []
         for names in wanted:
-            found = [f.tensors["value"].detach().to(self.dtype) for n in names for f in self._mine.get(n, ())]
-            pieces += [one.view(torch.uint8) for one in found]
+            found = [f.tensors["value"].detach().to(self.dtype) for n in names for f in self._local.get(n, ())]
+            flats += [one.view(torch.uint8) for one in found]
             sizes.append(sum(one.nbytes for one in found))
         names = wanted[dist.get_rank() if dist.is_initialized() else 0]
-        parts = self._slices_of(names)
+        slices = self._slices_of(names)
         incoming = np.zeros(len(wanted), np.int64)
-        np.add.at(incoming, parts[:, 0], self.dtype.itemsize * parts[:, 3])
-        received = all_to_all(pieces, sizes, incoming.tolist(), like).cpu().view(self.dtype)
+        np.add.at(incoming, slices[:, 0], self.dtype.itemsize * slices[:, 3])
+        received = all_to_all(flats, sizes, incoming.tolist(), like).cpu().view(self.dtype)
         lengths = np.zeros(len(names), np.int64)
-        np.add.at(lengths, parts[:, 1], parts[:, 3])
+        np.add.at(lengths, slices[:, 1], slices[:, 3])
         full = [torch.empty(length, dtype=self.dtype) for length in lengths.tolist()]
-        ends = accumulate(parts[:, 3].tolist())
-        for (_, place, start, length), end in zip(parts.tolist(), ends, strict=True):
-            full[place][start : start + length] = received[end - length : end]
+        ends = accumulate(slices[:, 3].tolist())
+        for (_, index, start, length), end in zip(slices.tolist(), ends, strict=True):
+            full[index][start : start + length] = received[end - length : end]
         return full

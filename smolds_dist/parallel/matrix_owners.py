@@ -107,11 +107,9 @@ class MatrixOwners:
             _in_batches(((matrix.shape, matrix) for matrix in matrices.values()), function)
             _copy_in_order(ours, self._exchange(views, received, sent))
 
-    def _exchange(
-        self, pieces: list[Tensor], outgoing: list[list[MatrixSlice]], incoming: list[list[MatrixSlice]]
-    ) -> Tensor:
-        sizes, expected = ([sum(s.length for s in slices) for slices in one] for one in (outgoing, incoming))
-        return all_to_all(pieces, sizes, expected, torch.empty(0, device=self._device))
+    def _exchange(self, own: list[Tensor], sent: list[list[MatrixSlice]], received: list[list[MatrixSlice]]) -> Tensor:
+        sizes, expected = ([sum(s.length for s in slices) for slices in one] for one in (sent, received))
+        return all_to_all(own, sizes, expected, torch.empty(0, device=self._device))
 
 
 def apply_on_replicas(ranks: range, stacks: list[Tensor], function: OnMatrices, device: torch.device) -> None:

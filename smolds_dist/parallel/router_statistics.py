@@ -35,7 +35,7 @@ class RouterStatistics:
                 gate, scoring = layer.gate, layer.gate.config.scoring_func
             else:  # AutoEP keeps the scores to itself, but not the Linear that they come from
                 gate, scoring = router.gate, router.score_func
-            gate.register_forward_hook(partial(self._note, number, scoring))
+            gate.register_forward_hook(partial(self._hook, number, scoring))
 
     @contextmanager
     def watching(self, on: bool = True) -> Iterator[None]:
@@ -45,7 +45,7 @@ class RouterStatistics:
         self._on = False
 
     @torch.no_grad()
-    def _note(self, layer: int, scoring: str, _module: Any, _inputs: Any, output: Any) -> None:
+    def _hook(self, layer: int, scoring: str, _module: Any, _inputs: Any, output: Any) -> None:
         if not self._on:
             return
         logits_TE = output[2] if isinstance(output, tuple) else output

@@ -247,13 +247,13 @@ def _fastest_layout(memory: Memory, experts: int, layouts: dict[int, Layout], ha
         for size, layout in fitting.items()
     }
     best = max(tokens_per_s, key=lambda size: tokens_per_s[size])
-    what = f"every rank holds all {experts} experts" if best == 1 else f"{experts} experts are shared by {best} ranks"
+    choice = f"every rank holds all {experts} experts" if best == 1 else f"{experts} experts are shared by {best} ranks"
     if len(fitting) == 1:
-        return best, f"{what}, because fewer ranks that share them need more memory than there is"
+        return best, f"{choice}, because fewer ranks that share them need more memory than there is"
     other = max((size for size in tokens_per_s if size != best), key=lambda size: tokens_per_s[size])
     gain = tokens_per_s[best] / tokens_per_s[other] - 1
     shared = "none are shared" if other == 1 else f"{other} ranks share them"
-    return best, f"{what}, {gain:.1%} faster than where {shared}, by the planner's formulas for {hardware.name}"
+    return best, f"{choice}, {gain:.1%} faster than where {shared}, by the planner's formulas for {hardware.name}"
 
 
 def _zero_stages(wanted: str | int, engine: str) -> list[int]:

@@ -67,7 +67,7 @@ def plan(args: list[str]) -> None:
     if options.json:
         options.json.write_text(json.dumps(as_json(machine, ranking, run, steps), indent=1) + "\n")
     if options.picture:
-        from smolds_dist.planner.picture import draw
+        from smolds_dist.planner.plot import draw
 
         draw(config, machine, per_node, max_vio, options.picture)
 

@@ -55,9 +55,7 @@ class Job:
     stop: StopRequest
     heartbeat: Callable[[], None]  # a sign of life for the other ranks
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
-    on_progress: Callable[[int], None] | None = (
-        None  # told after each step how many samples of the run have been trained on
-    )
+    on_progress: Callable[[int], None] | None = None  # called after each step with the samples trained on so far
 
     @property
     def main(self) -> bool:

@@ -15,7 +15,7 @@ from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepa
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.workers import background_tokenization
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
-from smolds_dist.files import naming
+from smolds_dist.files import path_in_errors
 from smolds_dist.inference.harness import evaluate_live, load_tasks
 from smolds_dist.inference.samples import complete_lines, sample
 from smolds_dist.inference.validation import evaluate
@@ -54,18 +54,14 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     topology = plan_topology(config, detect_machine(), info)
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
-    ahead = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
+    workers = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
     with ExitStack() as held:
-        held.enter_context(naming(config.run_dir))
+        held.enter_context(path_in_errors(config.run_dir))
         if topology.rank == 0:
             held.enter_context(lock_run_dir(config))
-        note = (
-            record_run_state(config.run_dir, topology.world_size)
-            if topology.rank == 0
-            else nullcontext(lambda *_: None)
-        )
-        set_outcome = held.enter_context(note)
-        on_progress, stop = held.enter_context(ahead), held.enter_context(StopRequest())
+        state = record_run_state(config.run_dir, info.world_size) if info.rank == 0 else nullcontext(lambda *_: None)
+        set_outcome = held.enter_context(state)
+        on_progress, stop = held.enter_context(workers), held.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         job = Job(
             config=config,
@@ -291,12 +287,12 @@ def handle_checkpoint_error(config: RunConfig, training: Training, error: str | 
     Raises:
         TrainingStoppedError: where `checkpoint.on_error` is stop.
     """
-    what = f"the checkpoint of step {training.checkpoints.failed_step} could not be written ({error})"
+    failure = f"the checkpoint of step {training.checkpoints.failed_step} could not be written ({error})"
     if config.checkpoint.on_error == "stop":
         raise TrainingStoppedError(
-            f"{what}, older ones are whole; make room, and continue with --checkpoint.resume auto"
+            f"{failure}, older ones are whole; make room, and continue with --checkpoint.resume auto"
         )
-    training.log.warning(f"{what}; training goes on, older checkpoints are whole")
+    training.log.warning(f"{failure}; training goes on, older checkpoints are whole")
 
 
 def check_saved(training: Training, step: int) -> bool:

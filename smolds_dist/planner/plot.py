@@ -43,7 +43,7 @@ def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, pa
     import matplotlib.pyplot as plt
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 8), sharex=True, height_ratios=(3, 2))
-    places = range(len(found))
+    indices = range(len(found))
     bottom = [0.0] * len(found)
     for field in fields(StepTime):
         # Per token, to compare different global batches.
@@ -52,20 +52,20 @@ def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, pa
             for one in found.values()
         ]
         if any(heights):
-            above.bar(places, heights, 0.8, bottom, label=field.name.replace("_", " "))
+            above.bar(indices, heights, 0.8, bottom, label=field.name.replace("_", " "))
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    for place, one in zip(places, found.values(), strict=True):
+    for index, one in zip(indices, found.values(), strict=True):
         text = f"ep {one.layout.expert}\nZeRO {one.layout.zero}" if one else "does\nnot fit"
-        above.text(place, bottom[place], text, ha="center", va="bottom", fontsize=7)
+        above.text(index, bottom[index], text, ha="center", va="bottom", fontsize=7)
     above.set_ylabel("device time per token (µs)")
     above.set_ylim(0, max(bottom) * 1.2)
     above.set_title(f"{config.run.name} on {machine.name}: best layout for each number of ranks")
     above.legend(fontsize=8)
-    below.plot(places, [one.time.total if one else None for one in found.values()], marker="o")
+    below.plot(indices, [one.time.total if one else None for one in found.values()], marker="o")
     below.set_yscale("log")
     below.set_ylabel("step time (s)")
     below.set_xlabel(f"ranks; above {config.train.global_batch:,}, the global batch grows with them")
-    below.set_xticks(list(places), [f"{ranks:,}" for ranks in found], rotation=45)
+    below.set_xticks(list(indices), [f"{ranks:,}" for ranks in found], rotation=45)
     below.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
