@@ -91,7 +91,7 @@ CASES = [
         ("runs/first/export/model.safetensors",),
         3,
     ),
-    Case("smolds train .*--profile.steps", f"{TINY} --train.steps=13", made=("runs/traced/profile/*",), steps=13),
+    Case("smolds train .*--profile.steps", f"{TINY} --train.steps=13", files=("runs/traced/profile/*",), steps=13),
     Case(
         "smolds train --config examples/mixture",
         f"{TINY} --train.steps=2",
