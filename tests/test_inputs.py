@@ -242,7 +242,7 @@ def test_any_yaml_is_read_or_rejected(copied, text):
     path = copied / "any.yaml"
     path.write_text(text)
     try:
-        read_yaml(path, "mend it", dict)
+        read_yaml(path, "fix it", dict)
     except ConfigError as error:
         check_sentence(error)
 

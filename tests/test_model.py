@@ -209,7 +209,7 @@ def test_configuration_rejects_contradictions():
         dict(n_group=8, topk_group=8), dict(n_group=4, topk_group=5), dict(qk_norm="both"),
         dict(qk_norm="head", attention="latent"), dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
     ):  # fmt: skip
-        with pytest.raises(Exception, match=next(iter(wrong)) if "head_dim" not in wrong else "even"):
+        with pytest.raises(Exception, match=next(iter(wrong)) if "head_dim" not in wrong else "odd"):
             DeepSeekV3Config(**wrong)
 
 

@@ -40,7 +40,7 @@ NARROW = (
 )
 MODELS = {
     "grouped-query": (),
-    "norms of heads, output weight of its own": ("--model.qk_norm=head", "--model.tie_word_embeddings=false"),
+    "QK norm, untied embeddings": ("--model.qk_norm=head", "--model.tie_word_embeddings=false"),
     "latent": ("--model.attention=latent", "--model.kv_lora_rank=24", "--model.v_head_dim=24"),
     "latent queries, shared and dense": (
         "--model.attention=latent", "--model.q_lora_rank=40", "--model.kv_lora_rank=24", "--model.n_shared_experts=1",
