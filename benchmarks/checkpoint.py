@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import bench_parser, keep
+from smolds_dist.bench.common import bench_parser, write_result
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 
@@ -34,7 +34,7 @@ def main(args: list[str]) -> None:
         result = measure(options.preset, options.repeats, folder)
     finally:
         shutil.rmtree(folder)
-    keep(options, result)
+    write_result(options, result)
     print(f"{result['parameters']:,} parameters, {result['ours']['gigabytes']:.2f} GB of state")
     print(f"{'':22}{'training stall':>22}{'until on disk':>22}")
     for name, label in (("ours", "smolds"), ("deepspeed", "DeepSpeed")):

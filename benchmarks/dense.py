@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import mean_validation_loss
-from smolds_dist.bench.common import bench_parser, keep, parse
+from smolds_dist.bench.common import bench_parser, parse, write_result
 from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
@@ -68,7 +68,7 @@ def main(args: list[str]) -> None:
     result = {
         "date": time.strftime("%Y-%m-%d"), "machine": processor(), "preset": options.preset, "settings": settings,
     } | result  # fmt: skip
-    keep(options, result)
+    write_result(options, result)
     if options.picture:
         draw(result, options.picture)
     print(table(result))

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import rows_of_training, run_python
 from benchmarks.trainer import Job
-from smolds_dist.bench.common import bench_parser, keep, parse
+from smolds_dist.bench.common import bench_parser, parse, write_result
 from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 
@@ -52,7 +52,7 @@ def main(args: list[str]) -> None:
         "ranks": options.ranks,
         "settings": settings,
     } | result
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 

@@ -26,7 +26,7 @@ from smolds_dist.bench.calibrate import (
     predict,
     settings_of,
 )
-from smolds_dist.bench.common import keep
+from smolds_dist.bench.common import write_result
 from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import parse_hardware
@@ -83,7 +83,7 @@ def main(args: list[str]) -> None:
     for kind in options.recompute:
         result[kind], text = KINDS[kind](options)
         print(text)
-    keep(options, result)
+    write_result(options, result)
 
 
 def check_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:

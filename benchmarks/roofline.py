@@ -20,7 +20,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, parse, write_result
 from smolds_dist.bench.train import describe_machine, log, make_task
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps with and without profiling, after two to warm up")
     options, settings = parse(parser, args)
     result = measure(options, settings)
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, parse, write_result
 from smolds_dist.bench.contenders import Task
 from smolds_dist.bench.train import describe_machine, log, make_task, run_trial
 from smolds_dist.errors import ConfigError
@@ -31,7 +31,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps per turn, after one to warm up")
     options, settings = parse(parser, args)
     result = measure(options, settings)
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 

@@ -22,7 +22,7 @@ SMALL = (
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["train", "--preset=debug", "--train.optimizer=muon"], "--optimizers"),
         (["train", "--preset=debug", "--against=/nowhere"], "git worktree add"),
@@ -32,8 +32,8 @@ SMALL = (
     ],
     ids=str,
 )
-def test_invalid_options_are_rejected(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_options_are_rejected(options, message):
+    with pytest.raises(ConfigError, match=message):
         bench(options)
 
 

@@ -65,7 +65,7 @@ def test_every_benchmark_is_documented():
 
 
 @pytest.mark.parametrize(
-    ("main", "options", "said"),
+    ("main", "options", "message"),
     [
         (checkpoint.main, ["--repeats=0"], "--repeats 0 is out of range"),
         (data.main, ["--rounds=0"], "--rounds 0 is out of range"),
@@ -79,8 +79,8 @@ def test_every_benchmark_is_documented():
         (scale.main, ["--ranks", "3"], "does not divide"),
     ],
 )  # fmt: skip
-def test_invalid_options_are_rejected(main, options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_options_are_rejected(main, options, message):
+    with pytest.raises(ConfigError, match=message):
         main(options)
 
 

@@ -23,7 +23,7 @@ from smolds_dist.costs.memory import (
     state_bytes,
     with_vocabulary,
 )
-from smolds_dist.costs.step_time import RESTART_SECONDS, all_to_all_seconds, product_seconds, run_time, step_time
+from smolds_dist.costs.step_time import RESTART_SECONDS, all_to_all_seconds, matmul_seconds, run_time, step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.launcher import launch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
@@ -201,7 +201,7 @@ def test_rows_sent_once_per_node_by_hand():
 def test_fp8_halves_only_the_time_of_linear_layers():
     model = Model(**LATENT)
     free = replace(H100, utilisation=1.0)
-    wide, fp8 = (product_seconds(model, replace(LAYOUT, dtype=dtype), free) for dtype in ("bf16", "fp8"))
+    wide, fp8 = (matmul_seconds(model, replace(LAYOUT, dtype=dtype), free) for dtype in ("bf16", "fp8"))
     assert fp8[1] == pytest.approx(wide[1] * 989 / 1979)
     # Without the head and attention's own matmuls, only linear layers are left outside the experts.
     kept = 3 * LAYOUT.tokens * (2 * 96 * 512 + 4 * 2 * 6 * 40 * 1025 / 2) / 989e12

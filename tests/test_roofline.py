@@ -26,7 +26,7 @@ from benchmarks.operations import (
 )  # fmt: skip
 from benchmarks.roofline import bounds_of, fastest_products, kind_rows, run_steps
 from smolds_dist.bench.contenders import Task
-from smolds_dist.costs.flops import flops_per_token, product_weights
+from smolds_dist.costs.flops import flops_per_token, matmul_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.causal_attention import ATTENTION_BLOCK
 
@@ -107,7 +107,7 @@ def test_matmuls_of_the_step_match_the_flops_per_token(profiled):
     assert made[EXPERTS] == 6 * 3 * m.hidden_size * swiglu_elements(m) * tokens
     mixtures = m.num_hidden_layers - m.first_k_dense_replace
     assert made[ROUTER] == 6 * m.hidden_size * m.num_experts * mixtures * tokens
-    weights = 6 * sum(product_weights(m)) * tokens
+    weights = 6 * sum(matmul_weights(m)) * tokens
     assert made[PROJECTIONS] == weights - made[EXPERTS] - made[ROUTER] - vocabulary * tokens
     assert not made[ELEMENTWISE] and not made[OPTIMIZER] and not made[COPIES]
     # The total matches flops_per_token, except for scores that are recomputed or masked.

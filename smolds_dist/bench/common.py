@@ -41,7 +41,7 @@ def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, li
     return options, settings
 
 
-def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
+def write_result(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write a result to the --json file, if set."""
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

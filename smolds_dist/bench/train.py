@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, parse, write_result
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.costs.memory import with_vocabulary
@@ -66,7 +66,7 @@ def bench(args: list[str]) -> None:
             f"--against {options.against} is not a checkout of smolds; create one by `git worktree add FOLDER COMMIT`."
         )
     result = measure(options, settings)
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 

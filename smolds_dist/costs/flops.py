@@ -14,7 +14,7 @@ def layers_of(model: Any) -> tuple[int, int]:
     return model.first_k_dense_replace, model.num_hidden_layers - model.first_k_dense_replace
 
 
-def product_weights(model: Any) -> tuple[int, int]:
+def matmul_weights(model: Any) -> tuple[int, int]:
     """Return the matmul weights that one token uses: outside the routed experts, and in its selected experts."""
     hidden = model.hidden_size
     expert = 3 * hidden * model.intermediate_size
@@ -63,7 +63,7 @@ def flops_per_token(model: Any, seq_len: int) -> float:
     forward's (PaLM, arXiv 2204.02311, appendix B, which counts masked keys too). Recomputation, norms and softmax do not
     count.
     """
-    return 3 * (2 * sum(product_weights(model)) + attention_flops(model, seq_len))
+    return 3 * (2 * sum(matmul_weights(model)) + attention_flops(model, seq_len))
 
 
 def orthogonalization_flops(model: Any) -> tuple[float, float]:

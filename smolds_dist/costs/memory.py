@@ -6,7 +6,7 @@ Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K e
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of, product_weights
+from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of, matmul_weights
 from smolds_dist.costs.layout import Layout, load_stretch
 
 # Fraction of a device's memory that a plan may use: estimates err, and other programs may use it too.
@@ -38,7 +38,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
         norms = m.head_dim * {None: 0, "head": 2, "all": m.num_attention_heads + m.num_key_value_heads}[m.qk_norm]
     else:
         norms = (m.q_lora_rank or 0) + m.kv_lora_rank
-    outside = product_weights(m)[0]  # the vocabulary once
+    outside = matmul_weights(m)[0]  # the vocabulary once
     outside += m.hidden_size + m.num_hidden_layers * (norms + 2 * m.hidden_size)
     untied = 0 if m.tie_word_embeddings else m.vocab_size * m.hidden_size
     return outside + untied, layers_of(m)[1] * m.num_experts * 3 * m.hidden_size * m.intermediate_size

@@ -12,8 +12,8 @@ from smolds_dist.costs.flops import (
     attention_flops,
     attention_weights,
     layers_of,
+    matmul_weights,
     orthogonalization_flops,
-    product_weights,
 )
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.layout import Layout, load_stretch
@@ -56,7 +56,7 @@ def step_time(model: Any, layout: Layout, machine: Hardware, max_vio: float = 0.
         max_vio: the most loaded expert's rows over the mean, minus 1 (arXiv 2408.15664).
     """
     passes = layout.accumulation
-    dense, experts = (passes * seconds for seconds in product_seconds(model, layout, machine))
+    dense, experts = (passes * seconds for seconds in matmul_seconds(model, layout, machine))
     stretched = experts * load_stretch(max_vio, model.num_experts, layout.expert)
     elementwise = passes * elementwise_seconds(model, layout, machine)
     overhead = passes * overhead_seconds(model, layout, machine)
@@ -92,7 +92,7 @@ def overhead_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     return model.num_hidden_layers / layout.pipeline * machine.overhead * (1 + again)
 
 
-def product_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[float, float]:
+def matmul_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[float, float]:
     """Return the matmul time of a forward and backward pass, outside and inside the routed experts: FLOPs over the reachable
     fraction of the peak.
 
@@ -100,7 +100,7 @@ def product_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[floa
     layers, not of the head. In fp8 training, attention's own matmuls and the head stay in bf16 (DeepSeek-V3, arXiv
     2412.19437, section 3.3.1).
     """
-    dense, experts = product_weights(model)
+    dense, experts = matmul_weights(model)
     head, attention = model.hidden_size * model.vocab_size, attention_weights(model)
     tokens = layout.tokens / (layout.tensor * layout.pipeline)
     flops, wide = machine.flops(layout.dtype), machine.flops("bf16" if layout.dtype == "fp8" else layout.dtype)

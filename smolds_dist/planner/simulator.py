@@ -20,8 +20,8 @@ from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.step_time import (
     elementwise_seconds,
     exchange_seconds,
+    matmul_seconds,
     overhead_seconds,
-    product_seconds,
     step_time,
 )
 from smolds_dist.errors import ConfigError
@@ -116,7 +116,7 @@ def _program(
     """Yield a rank's events of one step; forward, backward and recomputation take a pass's time as 1 : 2 : 1."""
     size, own = layout.expert, model.num_experts // layout.expert
     group, place = (rank // size * size, size), rank % size
-    dense, experts = (seconds / len(loads) for seconds in product_seconds(model, layout, machine))
+    dense, experts = (seconds / len(loads) for seconds in matmul_seconds(model, layout, machine))
     other = (elementwise_seconds(model, layout, machine) + overhead_seconds(model, layout, machine)) / len(loads)
     # Rows that the rank receives in each layer, relative to the mean rank; it always sends its own.
     share = [sum(load[place * own : (place + 1) * own]) * size for load in loads]
