@@ -1,5 +1,6 @@
 """Progress of long tasks: a bar in a terminal, plain lines in a file."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,14 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds / unit:,.1f} {name}"
     return f"{seconds:,.1f} seconds"
+
+
+def print_line(text: str, file: TextIO, end: str = "\n") -> None:
+    """Print for a run, which continues without output if the reader of a pipe, such as `head`, or a terminal has gone."""
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class ProgressBar:
@@ -64,7 +73,7 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.write(text, file=file)
         else:
-            print(text, file=file, flush=True)
+            print_line(text, file)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -39,6 +39,20 @@ def test_output_in_a_file_is_plain_lines_of_rank_0_alone(small_run):
         assert finished.stdout.count(text) == 1, finished.text
 
 
+@pytest.mark.parametrize("start", [["train"], ["launch", "--nproc-per-node=2", "--"]])
+def test_run_continues_when_the_reader_of_its_output_has_gone(small_run, tmp_path, start):
+    """As with `smolds train ... 2>&1 | head -1`."""
+    command = [warm.python(), "-m", "smolds_dist", *start, *small_run, "--run.name=one", "--log.every=0"]
+    reading, writing = os.pipe()
+    process = subprocess.Popen(command, stdout=writing, stderr=writing, env=warm.environment())
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)
+    assert process.wait(120) == 0
+    assert (tmp_path / "runs" / "one" / "checkpoints" / "step_00000006").is_dir()
+    assert (tmp_path / "runs" / "one" / "export" / "config.json").exists()
+
+
 def test_lines_come_as_often_as_asked(small_run, capsys):
     train(load_config([*small_run, "--run.name=seldom", "--log.every=1000"]))
     shown = capsys.readouterr().err

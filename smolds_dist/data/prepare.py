@@ -16,7 +16,7 @@ from smolds_dist.data.text import documents
 from smolds_dist.data.tokenizer import TRAINING_CHARACTERS, load_tokenizer, train_tokenizer
 from smolds_dist.data.validation import MIN_VALIDATION_BYTES, load_validation_set
 from smolds_dist.errors import ConfigError
-from smolds_dist.progress import Reporter
+from smolds_dist.progress import Reporter, print_line
 from smolds_dist.settings import Data, RunConfig, Source
 
 INTERLEAVE = 16  # parts that a tokenizer learns from at once
@@ -49,7 +49,7 @@ def prepare_data(
             data.orders[name].extend(None if config.data.mixed[name].max_epochs else taken)
         for name in reporter.names:
             for line in data.sources[name].describe_skipped():
-                print(line, file=sys.stderr, flush=True)
+                print_line(line, sys.stderr)
     finally:
         reporter.close_bars()
     _check_sizes(config, data)
@@ -130,7 +130,9 @@ def _tokenizer_folder(
     def train(folder: Path) -> None:
         if progress:
             what = ", ".join(one.source for one in data.mixed.values())
-            print(f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", flush=True)
+            print_line(
+                f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", sys.stdout
+            )
         texts = {
             name: _interleaved_texts(one, files[name], data, TRAINING_CHARACTERS // len(sources))
             for name, one in sources.items()

@@ -24,6 +24,7 @@ from smolds_dist.launching import hang
 from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.state import write_state
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
+from smolds_dist.progress import print_line
 from smolds_dist.settings import Parallel
 
 LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
@@ -223,7 +224,7 @@ def _report(folder: Path, cause: str) -> None:
 
 
 def _log(cause: str) -> None:
-    print(f"\nsmolds: {cause}; the other ranks stop.", file=sys.stderr, flush=True)
+    print_line(f"\nsmolds: {cause}; the other ranks stop.", sys.stderr)
 
 
 @dataclass

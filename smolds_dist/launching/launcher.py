@@ -37,6 +37,7 @@ from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.launching.slurm import requeue_without
 from smolds_dist.parallel.ranks import RankInfo, detect_launcher
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
+from smolds_dist.progress import print_line
 from smolds_dist.settings import RunConfig
 
 LAUNCHERS = ("auto", "none", "torchrun", "deepspeed", "mpi", "slurm")
@@ -335,7 +336,7 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
     if code != 2 and not message:
         last_line = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
         last = f"{how}; the last that was heard of them: {last_line}"
-        print(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", file=sys.stderr)
+        print_line(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", sys.stderr)
     code = code if code > 0 else 128 - code
     if code in EXIT_CODES.values() and not asked:
         code = 1  # srun gives the highest code of all ranks, also of those that it signalled because another had failed

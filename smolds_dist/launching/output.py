@@ -11,6 +11,7 @@ import termios
 from collections.abc import Callable
 
 from smolds_dist.launching.signals import handled_by
+from smolds_dist.progress import print_line
 
 # Log lines of torchrun, deepspeed, srun and mpirun. Ranks never print such.
 NOISE = re.compile(
@@ -94,7 +95,7 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str]) 
             if process.poll() is not None:
                 break
             if rest and not noise.in_traceback and not noise.rule and not NOISE.match(rest.lstrip("\r")):
-                print(rest, end="", file=sys.stderr, flush=True)  # a progress bar's line has no end
+                print_line(rest, sys.stderr, end="")  # a progress bar's line has no end
                 rest = ""
             continue
         try:
@@ -108,7 +109,7 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str]) 
             if noise.is_noise(line.rpartition("\r")[2] if line.startswith("\r") else line):
                 hidden.append(line)
             else:
-                print(line, end="", file=sys.stderr, flush=True)
+                print_line(line, sys.stderr, end="")
     if rest:
-        print(rest, end="", file=sys.stderr, flush=True)
+        print_line(rest, sys.stderr, end="")
     return noise.last_message

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.progress import print_line
 from smolds_dist.rows import RESTARTS, read_rows
 
 MAX_STUCK = 3  # starts in a row that made no step, after which the job ends
@@ -66,7 +67,7 @@ def run_with_restarts(
         if stuck == MAX_STUCK:
             for failure in failures[-2:]:
                 _log(f"failure {failure.number}, after step {failure.step}: {failure.cause}")
-                print(last_traceback(failure), file=sys.stderr, end="")
+                print_line(last_traceback(failure), sys.stderr, end="")
             _log(f"{MAX_STUCK} starts in a row ended after step {failures[-1].step}: another one would not help.")
             break
         if len(failures) > restarts:
@@ -177,4 +178,4 @@ def wait(seconds: float) -> signal.Signals | None:
 
 
 def _log(text: str) -> None:
-    print(f"smolds: {text}", file=sys.stderr, flush=True)
+    print_line(f"smolds: {text}", sys.stderr)
