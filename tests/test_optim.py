@@ -1,4 +1,4 @@
-"""Optimizers and schedules against independent references."""
+"""Optimizers and schedules compared with independent references."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_orthogonalise_nears_the_polar_factor(shape):
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     ours = orthogonalize(matrices)
     singular = torch.linalg.svdvals(ours)
-    assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may lag behind
+    assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may converge later
     assert singular.max() < 1.3
     cosine = (ours * (left @ right)).sum() / ours.norm() / (left @ right).norm()
     assert cosine > 0.95
@@ -72,7 +72,7 @@ LATENT = dict(attention="latent", kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_he
 
 
 @pytest.mark.parametrize("attention", [{}, LATENT, LATENT | dict(q_lora_rank=6)])
-def test_flops_of_muon_are_those_that_pytorch_counts(attention):
+def test_flops_of_muon_match_pytorchs_counter(attention):
     config = DeepSeekV3Config(
         vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, num_experts=4, first_k_dense_replace=1, dense_intermediate_size=12,
