@@ -54,7 +54,7 @@ def test_report_of_a_sound_machine_has_every_check_and_no_secret(tmp_path):
 
 def test_hub_is_not_asked_where_the_user_is_offline_by_choice():
     (finding,) = check_hub(None)
-    assert finding.level == "ok" and "offline by choice" in finding.detail
+    assert finding.level == "ok" and "offline mode is set" in finding.detail
 
 
 def test_figures_of_a_link_are_those_of_the_bytes_that_leave_a_rank():

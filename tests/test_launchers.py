@@ -297,7 +297,7 @@ def test_dry_run_in_an_allocation_uses_srun(monkeypatch, capsys, small_run):
         ("node1 slots=8\nnode2\n", "line 2"),
         ("node1 slots=8\nnode1 slots=8\n", "each host once"),
         ("node1 slots=8\nnode2 slots=4\n", "make them equal"),
-        ("# none\n", "names no host"),
+        ("# none\n", "lists no host"),
         ("Knoten\xe4 slots=8\n", "is not UTF-8 text"),
     ],
 )

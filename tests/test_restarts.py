@@ -81,7 +81,7 @@ def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_und
     told = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"]
     assert [row["number"] for row in told] == list(range(1, kills + 1))
     assert all(row["cause"].endswith("was killed by signal 9") for row in told)
-    assert sum(row["cause"].startswith("what started the ranks") for row in told) == kills // 3, told
+    assert sum(row["cause"].startswith("the launcher was killed") for row in told) == kills // 3, told
     assert without_events(run_dir) == without_events(tmp_path / "runs" / "whole")
     report = smolds("report", str(run_dir))
     assert report.returncode == 0, report.text
@@ -112,7 +112,7 @@ def test_failure_that_comes_back_at_its_step_ends_the_job_with_both_tracebacks(o
     assert finished.returncode == 1, finished.text
     failures = read_rows(run_dir / RESTARTS)
     assert len({row["step"] for row in failures[-3:]}) == 1 and len(failures) in (3, 4), failures
-    assert f"3 starts in a row ended after step {failures[-1]['step']}: another one would not help." in finished.stderr
+    assert f"3 starts in a row failed after step {failures[-1]['step']}; no further restart." in finished.stderr
     assert finished.stderr.count("Traceback") == 2 and finished.stderr.count("FileExistsError") >= 4, finished.text
     assert all((Path(row["logs"]) / "rank_00000.log").exists() for row in failures[1:])
 

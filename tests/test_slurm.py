@@ -206,7 +206,7 @@ def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, forking):
     start = ["slurm", "--prepare", "--nodes=2", "--time=5", "--submit", "--", *options]
     submitted = ranks.smolds(*start, cwd=tmp_path, **forking)
     assert submitted.returncode == 0, submitted.text
-    assert "tokenising in 2 tasks" in submitted.stdout
+    assert "tokenization in 2 tasks" in submitted.stdout
     job = submitted.stdout.split()[2].rstrip(":")
     wait_for(lambda: is_gone(job, forking), 90, "end of the jobs")
     texts = [(tmp_path / f"slurm-{job}_{task}.out").read_text() for task in (0, 1)]
@@ -238,7 +238,7 @@ def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
     [
         (["--nodes=2", "--"], "--time"),
         (["--time=soon", "--"], "H:MM:SS"),
-        (["--time=5", "--job-name=a\n#SBATCH --x", "--"], "plain ones"),
+        (["--time=5", "--job-name=a\n#SBATCH --x", "--"], "not allowed in a batch script"),
         (["--time=5", "--nodes=0", "--"], "at least 1"),
         (["--time=5"], "behind `--`"),
         (["--time=5", "--", "--checkpoint.resume=never"], "leave it out"),
@@ -273,7 +273,7 @@ def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp
     wait_for(lambda: is_gone(job, cluster), 300, "end of the job")
     text = (tmp_path / "job.out").read_text()
     assert f"rank 1 on host {bad} was killed by signal 9" in text
-    assert (f"goes back into the queue, and on without {bad}." in text) == (instead == "queue"), text
+    assert (f"is requeued without {bad}." in text) == (instead == "queue"), text
     state = json.loads((run_dir / "state.json").read_text())
     assert state["host"] in {"n1", "n2"} - {bad} and state["ranks"] == (1 if instead == "fewer" else 2), text
     assert [step for step, _ in losses(run_dir)] == list(range(1, steps + 1)), text
