@@ -51,9 +51,7 @@ def test_ranks_that_all_come_meet_without_a_word(free_port, capsys):
 def test_missing_ranks_are_named_by_the_first_that_came(free_port, capsys, monkeypatch):
     monkeypatch.setattr("smolds_dist.parallel.rendezvous.LOG_AFTER", 0.3)
     errors = come([0, 1, 4], 6)
-    words = (
-        f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{free_port}, because WORLD_SIZE says that there are 6; "
-    )
+    words = f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{free_port}, because WORLD_SIZE sets the world size to 6; "
     assert str(errors[0]).startswith(words)
     assert "`unset RANK WORLD_SIZE`" in str(errors[0])
     assert [type(errors[rank]) for rank in (0, 1, 4)] == [RankError, ConfigError, ConfigError]
@@ -120,17 +118,19 @@ def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, free_port, 
         told = [line for line in finished[name].stderr.splitlines() if line.startswith("smolds: ")]
         for line, seconds in zip(told, logged_after, strict=True):
             assert line.startswith(f"smolds: rank {rank} has waited {seconds} s for rank {other} at 127.0.0.1:"), line
-            assert f"because {variable} says that there are 2; `unset {unset}` to train in this process alone" in line
+            assert (
+                f"because {variable} sets the world size to 2; `unset {unset}` to train in this process alone" in line
+            )
 
 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "'LOCAL_RANK' is missing"),
-        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "no MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT is not set"),
         (
             {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-            "RANK=2 in the environment is none of WORLD_SIZE=2 ranks",
+            "RANK=2 in the environment is not below WORLD_SIZE=2",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path,
     variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": rank}
     finished = smolds("train", *small_run, timeout=30, **variables)
     assert finished.returncode == 2, finished.text
-    assert "OMPI_COMM_WORLD_SIZE says that there are 2 ranks, but MPI knows of 1; `unset OMPI_COMM" in finished.stderr
+    assert "OMPI_COMM_WORLD_SIZE is 2, but MPI reports 1 ranks; `unset OMPI_COMM" in finished.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -173,7 +173,7 @@ def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path,
 def test_without_an_mpi_library_the_variable_is_named(monkeypatch, size):
     monkeypatch.setenv(size, "2")
     monkeypatch.setenv("MPI4PY_LIBMPI", "/nowhere/libmpi.so")
-    with pytest.raises(ConfigError, match=f"{size} says that mpirun started 2 ranks, but .*`unset {size}` to train"):
+    with pytest.raises(ConfigError, match=f"{size} is 2, but mpi4py cannot be loaded .*`unset {size}` to train"):
         join_ranks()
 
 
