@@ -140,7 +140,9 @@ def test_a_compiler_that_fails_is_one_line(small_run, tmp_path):
     )
     assert finished.returncode == 0, finished.text
     assert finished.stderr.count("compiling failed") == 1
-    assert "the run goes on without (--train.compile off)" in finished.stderr and "Traceback" not in finished.stderr
+    assert (
+        "the run continues uncompiled (--train.compile off)" in finished.stderr and "Traceback" not in finished.stderr
+    )
     assert len(rows_without_timing(tmp_path / "runs" / "one")) >= 6
 
 

@@ -27,7 +27,7 @@ MAX_STUCK_STARTS = 3  # starts in a row without a step, after which the job ends
 SHORTEST, LONGEST = 1.0, 300.0  # seconds of pause, doubled by each start without a step
 LINES = 30  # of a traceback
 # Messages of `launching.failure`, `launching.hang` and `training.rank_checks`.
-SIGNS = r"was killed(?!.*out of memory)|crashed|did not answer|holds other values|failed: .*CUDA error"
+SIGNS = r"was killed(?!.*out of memory)|crashed|did not answer|differs from its replicas|failed: .*CUDA error"
 BLAMED = re.compile(rf"on host (\S+) (?:{SIGNS})")
 
 
