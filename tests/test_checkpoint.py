@@ -80,7 +80,7 @@ def test_damage_to_any_file_is_found_named_and_the_one_before_is_used(copied, ca
     reader = opened(options)
     assert reader.manifest.step == 4
     assert f"{newest} is damaged: " in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"step_00000006 is damaged|no checkpoint of .* is whole"):
+    with pytest.raises(ConfigError, match=r"step_00000006 is damaged|no checkpoint of .* is complete"):
         opened([*options, "--checkpoint.resume=6"])
     assert checkpoint(["verify", str(run_dir)]) == 1
 
@@ -90,7 +90,7 @@ def test_run_without_a_whole_checkpoint_is_refused_rather_than_begun_again(copie
     for folder in checkpoints_in(run_dir / "checkpoints"):
         (folder / FILES[0]).write_bytes(b"")
     before = (run_dir / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"no checkpoint of .* is whole .*step_00000006.*step_00000002"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* is complete .*step_00000006.*step_00000002"):
         train(load_config([*options, "--train.steps=8"]))
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
@@ -133,12 +133,12 @@ def test_manifest_cannot_name_files_outside_the_folder(copied):
     outside = run_dir / "outside.safetensors"
     shutil.move(newest / FILES[0], outside)
     (newest / FILES[0]).symlink_to(outside)
-    assert "is not a file of the folder itself" in find_damage(newest)[0]
+    assert "is not a regular file of the folder" in find_damage(newest)[0]
     manifest = read_manifest(newest)
     manifest.files["../outside.safetensors"] = manifest.files.pop(FILES[0])
     unfinished = newest.with_name("unfinished_step_00000006")
     unfinished.mkdir()
-    assert "is not a file of the folder itself" in find_damage(finalize(unfinished, manifest))[0]
+    assert "is not a regular file of the folder" in find_damage(finalize(unfinished, manifest))[0]
 
 
 def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
@@ -198,7 +198,7 @@ def test_any_range_comes_back_from_any_cut(tmp_path):
         out = torch.empty(end - begin)
         reader.fill(Fragment(name, (), begin, {"value": out}))
         assert torch.equal(out, whole[name].flatten()[begin:end])
-    with pytest.raises(DamagedCheckpointError, match="not there"):
+    with pytest.raises(DamagedCheckpointError, match="is missing"):
         reader.read("model.norm.weight", "value", 10, torch.empty(4))
 
 
@@ -221,9 +221,9 @@ def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
     entry = write_tensors(unfinished / "f.safetensors", pieces)
     folder = finalize(unfinished, manifest_of({"norm": (10,)}, {"f.safetensors": entry}))
     reader = CheckpointReader(folder, read_manifest(folder))
-    with pytest.raises(DamagedCheckpointError, match="whole and once"):
+    with pytest.raises(DamagedCheckpointError, match="missing or repeated"):
         reader.check_coverage()
-    with pytest.raises(ConfigError, match=r"damaged: .* whole and once; choose another --step"):
+    with pytest.raises(ConfigError, match=r"damaged: .* missing or repeated elements; choose another --step"):
         open_verified(folder)
 
 
@@ -308,7 +308,7 @@ def test_last_whole_checkpoint_cannot_be_removed(copied):
     run_dir, _ = copied
     for step in (2, 4):
         (run_dir / "checkpoints" / f"step_0000000{step}" / FILES[0]).write_bytes(b"")
-    with pytest.raises(ConfigError, match="last whole checkpoint"):
+    with pytest.raises(ConfigError, match="last complete checkpoint"):
         checkpoint(["rm", str(run_dir), "--step", "6"])
     assert checkpoint(["rm", str(run_dir), "--step", "2", "4"]) == 0
     assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == ["step_00000006"]
@@ -318,7 +318,7 @@ def test_last_whole_checkpoint_cannot_be_removed(copied):
 @pytest.mark.parametrize(
     ("args", "fix"),
     [
-        (["ls", "nowhere"], "holds no checkpoint"),
+        (["ls", "nowhere"], "has no checkpoint"),
         (["verify", "RUN", "--step", "5"], "it has 2, 4, 6"),
         (["rm", "RUN"], "--step N"),
         (["convert", "RUN", "--to", "RUN"], "choose another --to"),
