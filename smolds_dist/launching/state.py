@@ -50,7 +50,7 @@ def write_state(run_dir: Path, entry: dict[str, Any], name: str = STATE) -> None
 
 
 def read_state(run_dir: Path, name: str = STATE, damaged_is_none: bool = True) -> dict[str, Any]:
-    """Return the file's contents; empty if there is no file.
+    """Return the file's contents; empty if it is missing.
 
     Raises:
         ConfigError: for a damaged file, unless that counts as none.

@@ -345,7 +345,7 @@ def score_tasks(job: Job, training: Training, step: int) -> None:
 def write_samples(
     config: RunConfig, training: Training, tokenizer: PreTrainedTokenizerBase, step: int, prompts: list[str]
 ) -> None:
-    """Sample every prompt on all ranks; rank 0 stores the texts and logs the first."""
+    """Sample every prompt on all ranks; rank 0 stores the samples and logs the first."""
     seed, log, model = config.train.seed + step, config.log, training.engine.model
     texts = {
         prompt: sample(model, tokenizer, prompt, log.sample_tokens, seed, log.sample_temperature) for prompt in prompts
