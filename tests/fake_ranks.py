@@ -1,7 +1,7 @@
-"""Rank 13 of many, of which it alone is there: what it knows of the others, by the functions of a run.
+"""Rank 13 of a simulated job: test what it knows about the other ranks.
 
-Run as `python fake_ranks.py WORLD TRAIN-OPTIONS...`. It joins torch's fake process group, whose collectives return at
-once, and builds the run's engine at ZeRO 3 in it.
+Run as `python fake_ranks.py WORLD TRAIN-OPTIONS...`. It joins torch's fake process group, whose collectives return
+immediately, and builds the run's engine at ZeRO 3.
 """
 
 import os
@@ -29,8 +29,8 @@ WORDS = 4096  # of the vocabulary
 
 
 def join_fake_ranks(rank: int, world: int) -> RankInfo:
-    """Makes this process a rank of so many, all others of which are missing: collectives return at once, and what they
-    should bring from others is this rank's own, or nothing."""
+    """Make this process a rank of a simulated job: collectives return immediately, with this rank's own values or nothing in
+    place of the others'."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -49,8 +49,8 @@ def join_fake_ranks(rank: int, world: int) -> RankInfo:
 
 
 def fragments_of(engine: DeepSpeedEngine, rank: int) -> Iterator[Fragment]:
-    """What any rank holds at ZeRO 3, all zeros, told from what this one holds: the ranks that share a parameter, for experts
-    those that have the same ones, each have an equal part of it, in their order."""
+    """Return any rank's slices at ZeRO 3, as zeros, derived from this rank's: replicas (for experts, ranks with the same
+    experts) have equal slices of a parameter, in rank order."""
     experts, expert = expert_parameters(engine.model), engine.topology.expert
     parameter: Any
     for name, parameter in engine.model.named_parameters():
@@ -63,7 +63,7 @@ def fragments_of(engine: DeepSpeedEngine, rank: int) -> Iterator[Fragment]:
 
 
 def parts_of_all_ranks(engine: DeepSpeedEngine, shapes: dict[str, tuple[int, ...]], world: int) -> np.ndarray:
-    """Rank, number of the logical tensor by its name, start and length of all that all ranks hold [M, 4]."""
+    """Return all ranks' slices [M, 4]: rank, number of the logical tensor in name order, start and length."""
     number = {name: place for place, name in enumerate(sorted(shapes))}
     return np.array(
         [
@@ -84,12 +84,12 @@ def main() -> None:
         shapes = tensor_shapes(DeepSeekV3ForCausalLM(model_config))
     assert engine.tensor_shapes() == shapes
 
-    # What is told of any rank is what DeepSpeed has given to this one.
+    # The derived slices equal those that DeepSpeed gave this rank.
     own = [(one.name, one.start, one.tensors["value"].shape) for one in engine.fragments()]
     assert own == [(one.name, one.start, one.tensors["value"].shape) for one in fragments_of(engine, 13)]
     assert any(".experts.5." in name for name, *_ in own) and not any(".experts.4." in name for name, *_ in own)
 
-    # All ranks together hold, and write, everything once.
+    # All ranks together hold and write every element once.
     held, names = parts_of_all_ranks(engine, shapes, world), sorted(shapes)
     for number, name in enumerate(names):
         ends = 0
@@ -98,7 +98,7 @@ def main() -> None:
             ends += length
         assert ends == torch.Size(shapes[name]).numel(), name
 
-    # Every matrix has one owner, who gets all of it from those that hold it.
+    # Every matrix has one owner, which receives all its slices.
     matrices = {name: shapes[name] for name in names if len(shapes[name]) == 2}
     rows = [(r, list(matrices).index(names[n]), s, 0, size) for r, n, s, size in held.tolist() if names[n] in matrices]
     plans = [make_plan(np.array(rows), matrices, world, rank, np.zeros(world)) for rank in range(world)]
@@ -112,7 +112,7 @@ def main() -> None:
     assert received == {name: torch.Size(shape).numel() for name, shape in matrices.items()}
     assert len(set(owners.values())) > world // 4
 
-    # Two tensors as the export wants them: by rank, and of one rank by name.
+    # Two tensors in the export's order: by rank, then by name.
     gatherer = Gatherer(engine.fragments(), names, engine.device, torch.float32)
     gatherer.find_in(held)
     wanted = [names[3], names[1]]

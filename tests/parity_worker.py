@@ -1,4 +1,4 @@
-"""Trains a tiny model in each topology given as JSON on the command line; rank 0 prints one JSON line per case.
+"""Train a tiny model in each topology given as JSON on the command line; rank 0 prints one JSON line per case.
 
 Run by test_parity.py under torchrun, and in-process for the single-process reference.
 """
@@ -29,10 +29,10 @@ from smolds_dist.training.step import Stepper
 VOCAB = 96
 STEPS = 8
 SAVE_AT = 4
-MOST_IN_A_FILE = 25_000  # elements of an export: more than any tensor has, fewer than any model
+MOST_IN_A_FILE = 25_000  # elements per export file: more than any tensor, fewer than any model
 BASE = [
-    # Under some seeds, more of them the larger the learning rate, a token's second and third expert have the same score but
-    # for rounding, and runs part there.
+    # With some seeds, more with a larger learning rate, a token's second and third expert have the same score up to
+    # rounding, and runs diverge there.
     "--train.seed=3",
     "--preset=debug", "--parallel.device=cpu", "--train.dtype=fp32", "--train.global_batch=8", "--train.micro_batch=2",
     f"--train.steps={STEPS}", "--train.warmup_steps=2", "--train.lr=0.01", "--train.grad_clip=0.5", "--data.seq_len=32",
@@ -42,7 +42,7 @@ BASE = [
 
 
 class Shards:
-    """Only what the training loop reads: a Markov chain of tokens, so that there is something to learn."""
+    """The data that the training loop reads: a Markov chain of tokens, which is learnable."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
@@ -70,15 +70,15 @@ def train_case(
     poison: str = "",
     skip: bool = False,
 ) -> dict:
-    """Losses, gradient norms and counts of all steps, and the weights and biases at the end.
+    """Return losses, gradient norms and counts of all steps, and the final weights and biases.
 
     Args:
-        disturb: every step is preceded by an evaluation pass and followed by sampling, which must change nothing.
+        disturb: evaluate before and sample after every step, which must change nothing.
         save: run folder to write a checkpoint to after step SAVE_AT.
-        resume: checkpoint to continue from.
-        export: folder that the weights which a run starts from are written to.
-        poison: what the last rank's loss is in step SAVE_AT, "nan" or "inf".
-        skip: step SAVE_AT is left out.
+        resume: checkpoint to resume from.
+        export: folder to write the initial weights to.
+        poison: the last rank's loss in step SAVE_AT, "nan" or "inf".
+        skip: omit step SAVE_AT.
     """
     options = [*options, f"--run.dir={save or 'unused'}", "--run.name=run"]
     config = load_config([*BASE, *options, *([f"--checkpoint.resume={resume}"] if resume else [])])

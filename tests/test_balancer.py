@@ -1,4 +1,4 @@
-"""The balancer against its definition, and its effect on the debug model."""
+"""Compare the balancer with its definition, and test its effect on the debug model."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -122,14 +122,14 @@ def test_aux_loss_is_the_switch_loss_and_reaches_the_router(model):
     output = model.train()(input_ids=ids, labels=ids)
     plain = model.eval()(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(output.loss, plain + output.aux_loss)
-    # E x sum of (share of the tokens x mean score): 1 where both are even, up to E where one expert takes all
+    # E x sum of (share of the tokens x mean score): 1 if both are even, up to E if one expert takes all
     assert 0.9 < output.aux_loss.item() / 0.5 < 4
     output.aux_loss.backward()
     assert all(block.mlp.gate.weight.grad.any() for block in model.model.layers)
 
 
 def test_bias_evens_out_routers_that_prefer_an_expert(model):
-    """Passes without training: nothing but the biases moves."""
+    """Run passes without training: only the biases change."""
     model.model.embed_tokens.weight.data += 0.02
     for block in model.model.layers:
         block.mlp.gate.weight.data.mul_(20)[0] += 0.1
@@ -150,13 +150,13 @@ def test_bias_evens_out_routers_that_prefer_an_expert(model):
 
 @pytest.mark.long
 def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
-    """Over 1,500 steps the loss is 4 % lower (docs/benchmarks.md); after so few, 1 % is left to noise."""
+    """Over 1,500 steps the loss is 4% lower (docs/benchmarks.md); after this few, allow 1% of noise."""
 
     def train(balance: str) -> list[dict]:
         options = [f"--run.name={balance}", f"--train.balance={balance}", "--train.steps=240", f"--run.dir={tmp_path}"]
-        # All of the text: on a part of it that is all of a kind, the two losses differ by less than two seeds' do.
+        # All of the text: on a uniform part of it, the two losses differ by less than those of two seeds.
         options += ["--checkpoint.every=0", "--train.eval_every=0", "--log.sample_every=0"]
-        # The preset's share is a handful of files, whose loss varies by more than the two runs differ.
+        # The preset's validation set is a few files, whose loss varies by more than the two runs differ.
         options += ["--data.val_fraction=0.05", "--train.eval_sequences=256"]
         finished = smolds("train", "--preset=debug", *options, timeout=500)
         assert finished.returncode == 0, finished.text

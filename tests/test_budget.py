@@ -1,4 +1,4 @@
-"""`train.time_budget`: steps are fixed once, as if they had been asked for."""
+"""`train.time_budget`: the number of steps is lowered once, as if it had been set."""
 
 import shutil
 

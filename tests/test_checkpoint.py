@@ -1,4 +1,4 @@
-"""The checkpoint's format: whole or absent, verified before it is read, kept as asked, and the commands for it."""
+"""The checkpoint format: complete or absent, verified before reading, kept as configured, and `smolds checkpoint`."""
 
 import dataclasses
 import gzip
@@ -53,7 +53,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 @pytest.fixture
 def copied(kept_run, tmp_path):
-    """A copy of that run and the options to go on with it."""
+    """Copy that run; return it and the options to resume it."""
     run_dir, options = kept_run
     shutil.copytree(run_dir, tmp_path / "runs" / "one", symlinks=True)
     return tmp_path / "runs" / "one", [*options, f"--run.dir={tmp_path / 'runs'}", "--checkpoint.resume=auto"]
@@ -71,7 +71,7 @@ def test_damage_to_any_file_is_found_named_and_the_one_before_is_used(copied, ca
     run_dir, options = copied
     newest = run_dir / "checkpoints" / "step_00000006"
     content = (newest / name).read_bytes()
-    # Every place could be hit: with a seed of its own, each file is hit elsewhere.
+    # Any byte may be damaged: each file has its own seed.
     place = random.Random(name).randrange(len(content))
     flipped = content[:place] + bytes([content[place] ^ 0x20]) + content[place + 1 :]
     new = {"truncate": content[:place], "flip": flipped, "empty": b""}
@@ -104,12 +104,12 @@ class Bomb:
 
 
 def test_pickle_in_a_checkpoint_is_never_run(copied, tmp_path):
-    """Neither beside the files, nor in place of one whose entry in the manifest was forged to match."""
+    """Neither next to the files, nor in place of one whose manifest entry was forged to match."""
     run_dir, options = copied
     newest = run_dir / "checkpoints" / "step_00000006"
     for name in ("balancer.pt", "rank_00001.safetensors", "mp_rank_00_model_states.pt"):
         (newest / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    assert "never read: balancer.pt" in smolds("checkpoint", "verify", str(run_dir)).stdout  # as users start it
+    assert "never read: balancer.pt" in smolds("checkpoint", "verify", str(run_dir)).stdout  # as a user starts it
     train(load_config([*options, "--train.steps=7"]))
     assert losses(run_dir)[-1][0] == 7
 
@@ -142,7 +142,7 @@ def test_manifest_cannot_name_files_outside_the_folder(copied):
 
 
 def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
-    """Neither tokens nor models that hold a pickle, nor code that a model's folder brings along, do anything."""
+    """Token files and models with a pickle, and code in a model's folder, execute nothing."""
     ran = tmp_path / "ran"
     np.save(tmp_path / "tokens.npy", np.array([Bomb(ran)]), allow_pickle=True)
     (tmp_path / "tokens.npy.gz").write_bytes(gzip.compress((tmp_path / "tokens.npy").read_bytes()))
@@ -170,12 +170,12 @@ def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
     with pytest.raises(ConfigError, match="cannot be imported"):
         import_model([str(model), "--to", str(tmp_path / "run"), "--data.seq_len=32"])
     assert not ran.exists()
-    np.load(tmp_path / "tokens.npy", allow_pickle=True)  # what would have done something does it
+    np.load(tmp_path / "tokens.npy", allow_pickle=True)  # control: the attack works if loaded
     assert ran.exists()
 
 
 def test_any_range_comes_back_from_any_cut(tmp_path):
-    """A property: tensors cut at random over files, read at random, are what was written."""
+    """Property: tensors split at random over files and read at random are what was written."""
     chance = random.Random(7)
     shapes = logical_shapes("model.layers.0.mlp.experts.gate_up_proj", (3, 10, 7)) | {"model.norm.weight": (13,)}
     whole = {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -228,7 +228,7 @@ def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
 
 
 def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():
-    """ZeRO's ranges with padding at their end, and shares of ranks that hold the same."""
+    """ZeRO's ranges with padding at their end, and the shares of replicas."""
     shapes = logical_shapes("model.layers.1.mlp.experts.w1", (2, 5, 3), first_expert=4)
     assert list(shapes) == [f"model.layers.1.mlp.experts.{e}.gate_proj.weight" for e in (4, 5)]
     value = torch.arange(30.0)
@@ -251,14 +251,14 @@ def test_retention_keeps_the_last_the_milestones_and_the_best(small_run, tmp_pat
     options = [
         *small_run, "--run.name=kept", "--train.steps=12", "--train.eval_every=1", "--checkpoint.every=1",
         "--checkpoint.keep=2", "--checkpoint.keep_every=5", "--log.sample_every=0", "--log.tensorboard=false",
-        # The learning rate grows until nothing is learned any more: the best step is an early one.
+        # The learning rate grows until training diverges: the best step is an early one.
         "--train.warmup_steps=12", "--train.lr=1.5", "--train.grad_clip=0", "--log.sample_prompts=[]",
     ]  # fmt: skip
     train(load_config(options))
     run_dir = tmp_path / "runs" / "kept"
     evaluations = {row["step"]: row["val_loss"] for row in read_rows(run_dir / "metrics.jsonl") if "val_loss" in row}
     best = min(evaluations, key=lambda step: evaluations[step])
-    assert best not in (5, 10, 11, 12)  # else it would be kept anyhow
+    assert best not in (5, 10, 11, 12)  # else it would be kept anyway
     kept = [read_manifest(folder).step for folder in reversed(checkpoints_in(run_dir / "checkpoints"))]
     assert kept == sorted({5, 10, 11, 12, best})
     capsys.readouterr()
@@ -349,7 +349,7 @@ def test_random_states_come_back(copied):
 
 def test_secrets_reach_no_file_of_a_run(small_run, tmp_path, monkeypatch, capsys):
     secret = "hf_SecretOfFortyLettersThatNobodyMaySee"
-    arguments = [*small_run, "--run.name=secret", "--parallel.zero=1"]  # the engine of several ranks
+    arguments = [*small_run, "--run.name=secret", "--parallel.zero=1"]  # the engine for several ranks
     finished = smolds("train", *arguments, HF_TOKEN=secret, WANDB_API_KEY=secret, timeout=120)
     assert finished.returncode == 0, finished.text
     assert secret not in finished.stdout + finished.stderr

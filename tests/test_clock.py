@@ -1,4 +1,4 @@
-"""The peak that FLOPs utilisation is a share of."""
+"""The measured peak that MFU is relative to."""
 
 import time
 
@@ -20,7 +20,7 @@ from smolds_dist.training.clock import (
 @pytest.mark.parametrize(
     ("rates", "peak", "products"),
     [
-        # GFLOP/s of each shape; an entry that is never asked for is one that would take too long
+        # GFLOP/s of each shape; an entry that is never used would take too long
         (
             {(1024, 1024, 1024): 540, (8192, 384, 1024): 1000, (2048, 2048, 2048): 900, (4096, 4096, 4096): 1300},
             1300,

@@ -1,4 +1,4 @@
-"""`train.compile`: the same losses and gradients as without, compiled once and before the first step."""
+"""`train.compile`: the same losses and gradients as uncompiled; compiles once, before the first step."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="I
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """What another test has compiled would count here."""
+    """Reset what other tests have compiled, which would count here."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -29,7 +29,7 @@ def nothing_compiled():
 
 
 def graphs() -> int:
-    """How many have been compiled in this process, or taken from the cache on disk."""
+    """Count the graphs compiled in this process or loaded from the cache on disk."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed
 
 @needs_compiler
 def test_a_run_compiles_before_its_first_step_and_never_again(small_run, monkeypatch, tmp_path):
-    """Over 14 steps, in which the experts' numbers of rows change, with held-out losses, samples and checkpoints."""
+    """Run 14 steps with changing numbers of rows per expert, validation losses, samples and checkpoints."""
     compiled = []
 
     def counted(*args):

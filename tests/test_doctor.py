@@ -1,4 +1,4 @@
-"""`smolds doctor`: the report of a sound machine, and what must never be printed."""
+"""`smolds doctor`: the report of a working machine, and secrets that must never be printed."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /
 
 
 def levels(output: str) -> dict[str, str]:
-    """Level of each line by the name of its check; the last where several have one name."""
+    """Return the level of each line by its check's name; the last one of equal names."""
     rows = [re.match(r"(ok|warn|fail)\s+(.+?)  +(\S.*)", line) for line in output.splitlines()]
     assert all(rows), output
     return {row[2]: row[1] for row in rows}
@@ -26,7 +26,7 @@ def levels(output: str) -> dict[str, str]:
 def test_report_of_a_sound_machine_has_every_check_and_no_secret(tmp_path):
     secrets = {
         "HF_TOKEN": "hf_tokenof40letters",
-        "HF_ENDPOINT": "http://alice:pa55word@127.0.0.1:9x",  # no port, so a message could repeat the address
+        "HF_ENDPOINT": "http://alice:pa55word@127.0.0.1:9x",  # not a port, so a message may contain the address
         "https_proxy": "http://bobby:hunter22@127.0.0.1:9",
         "HTTPS_PROXY": "http://token-of-proxy@127.0.0.1:9",
     }
@@ -46,7 +46,7 @@ def test_report_of_a_sound_machine_has_every_check_and_no_secret(tmp_path):
     speed = re.search(r"ok +all-to-all .* over gloo: (\d+) us median latency, ([\d.]+) GB/s", report.stdout)
     assert speed, report.text
     latency, bandwidth = int(speed[1]) / 1e6, float(speed[2]) * 1e9
-    # Half of the 300 exchanges took the latency or longer, and 3 of the 5 large ones their time; no link inside a machine is
+    # Half of the 300 exchanges took at least the latency, and 3 of the 5 large ones their time; no link inside a machine is
     # faster than its memory.
     assert 0 < 150 * latency + 3 * 2**24 / bandwidth < taken
     assert bandwidth < 2 * memory_bandwidth(torch.device("cpu"))
@@ -63,7 +63,7 @@ def test_figures_of_a_link_are_those_of_the_bytes_that_leave_a_rank():
 
 
 def test_answers_of_two_ranks_may_share_a_line():
-    """mpirun passes on what each rank has written so far, newline or not; seen in one of six starts on a busy machine."""
+    """mpirun forwards partial lines of each rank; seen in one of six starts on a busy machine."""
     answer = ANSWER + '{"size": 2}'
     with Probe([sys.executable, "-c", f"print({answer!r} + {answer!r} + 2 * chr(10) + 'a warning')"], 20) as probe:
         assert probe.answer() == ({"size": 2}, "")

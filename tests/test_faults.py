@@ -1,4 +1,4 @@
-"""What becomes of a run when things go wrong, with real processes: killed, disk full, read-only, hanging, diverging."""
+"""Faults in runs of real processes: kills, full and read-only disks, hangs, divergence."""
 
 import json
 import os
@@ -90,7 +90,7 @@ print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
     (tmp_path / "script.py").write_text(script)
     finished = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
     assert finished.stdout == "False\n", finished.text
-    # What another rank of this job has told already stays.
+    # A cause that another rank of this job has reported stays.
     cause.write_text("rank 1 on host n1 failed\n")
     os.utime(cause, (time.time() + 60, time.time() + 60))
     finished = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
@@ -107,7 +107,7 @@ def test_rank_that_loses_one_which_found_a_mistake_has_nothing_to_tell(tmp_path)
 
 @pytest.fixture
 def memory_group():
-    """A control group for memory of 200 MB: its folder, in either version."""
+    """Create a memory cgroup of 200 MB, v1 or v2; return its folder."""
     groups = Path("/sys/fs/cgroup")
     groups = groups / "memory" if (groups / "memory").is_dir() else groups
     folder = groups / f"smolds-test-{os.getpid()}"
@@ -181,7 +181,7 @@ needs_mount = pytest.mark.skipif(not can_mount(), reason="needs root, to mount s
 
 
 def on_file_system(folder: Path, mount_options: str, script: str, timeout: float = 120):
-    """Runs a shell script with a file system at `folder` that nobody else sees and that ends with it."""
+    """Run a shell script with a private file system at `folder`, which ends with it."""
     folder.mkdir()
     mount = f"mount -t tmpfs -o {mount_options} tmpfs {shlex.quote(str(folder))}"
     return run(["unshare", "--mount", "sh", "-c", f"{mount}\n{script}"], timeout)
@@ -190,7 +190,7 @@ def on_file_system(folder: Path, mount_options: str, script: str, timeout: float
 @needs_mount
 @pytest.mark.parametrize("on_error", ["continue", "stop"])
 def test_full_disk_is_told_and_older_checkpoints_stay_whole(small_run, tmp_path, on_error):
-    """Two checkpoints fit; then something else fills the disk; later it is gone again."""
+    """Two checkpoints fit; then another file fills the disk; later it is removed."""
     small = tmp_path / "small"
     options = [
         *small_run, f"--run.dir={small}", "--run.name=full", f"--checkpoint.on_error={on_error}", "--train.steps=2000",
@@ -255,7 +255,7 @@ def test_rank_that_stops_answering_ends_the_job_and_all_stacks_are_kept(small_ru
     assert "rank 1 on host" in lines[0] and "it was stopped by a signal" in lines[0]
     stacks = (run_dir / "ranks" / "stacks.txt").read_text()
     assert str(run_dir / "ranks" / "stacks.txt") in lines[0]
-    assert "rank 0 on host" in stacks and "run_steps" in stacks  # where the main thread is
+    assert "rank 0 on host" in stacks and "run_steps" in stacks  # the main thread's stack
     assert "rank 1 on host" in stacks and "no answer" in stacks
 
 
@@ -270,14 +270,14 @@ def test_run_that_diverges_stops_with_its_last_good_checkpoint(small_run, tmp_pa
     assert "Traceback" not in finished.stderr
     rows = read_rows(tmp_path / "runs" / "diverged" / "metrics.jsonl")
     assert [row.get("skipped", False) for row in rows][-5:] == [False, True, True, True, True]
-    assert "NaN" not in (tmp_path / "runs" / "diverged" / "metrics.jsonl").read_text()  # JSON has none
+    assert "NaN" not in (tmp_path / "runs" / "diverged" / "metrics.jsonl").read_text()  # JSON has no NaN
     saved = checkpoints_in(tmp_path / "runs" / "diverged" / "checkpoints")
     assert saved and not any(find_damage(folder) for folder in saved)
 
 
 @pytest.fixture
 def spiky(corpus, small_run, tmp_path):
-    """Options of a run with a real spike: among text that repeats itself, one document of noise."""
+    """Return the options of a run with a real spike: one document of noise in repetitive text."""
     for path in corpus.glob("*.txt"):
         (tmp_path / path.name).write_text(path.read_text())
     chance = random.Random(3)
@@ -301,7 +301,7 @@ def assert_rolled_back(run_dir: Path, options: list[str]) -> None:
     for event in events:
         assert event["skipped_samples"] == 2 * (event["spike_end"] - event["step"])
         assert event["step"] % 10 == 0 and event["step"] < event["spike_begin"]
-    # No spike is left: the samples that made them were not seen again.
+    # No spike is left: the samples that caused them were skipped.
     again = LossGuard(load_config(options).train)
     for row in rows:
         if "loss" in row:
@@ -309,7 +309,7 @@ def assert_rolled_back(run_dir: Path, options: list[str]) -> None:
 
 
 def test_spike_rolls_back_and_leaves_the_samples_out(spiky, tmp_path, monkeypatch, capsys):
-    """With one model in memory at a time."""
+    """Only one model is in memory at a time."""
     before = []
 
     def build(*args):
@@ -344,7 +344,7 @@ def test_guard_tells_spikes_from_noise_and_from_a_single_bad_batch():
     for step in range(1, 3 * WINDOW):
         watch.check(step, 5 - step / 100 + 0.1 * (step % 3), True)
     watch.check(step + 1, 50.0, True)
-    watch.check(step + 2, 2.1, True)  # back again: nothing has happened
+    watch.check(step + 2, 2.1, True)  # reset: nothing has happened
     for offset, loss in enumerate((9.0, 8.0)):
         watch.check(step + 3 + offset, loss, True)
     with pytest.raises(LossSpikeError) as spike:
@@ -370,7 +370,7 @@ def test_guard_counts_skipped_steps_in_a_row():
 
 
 def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
-    """A rank's folder that rank 0 does not see: here the other rank never comes to write."""
+    """A rank's folder that rank 0 cannot access: here the other rank never writes."""
     config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
     writer = CheckpointWriter(
         config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, lambda samples: {}

@@ -1,4 +1,4 @@
-"""A new model's values; that every layout starts from the same ones is told by test_parity.py."""
+"""A new model's initial values; test_parity.py tests that every layout starts from the same ones."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def values(start: int, length: int, name: str = NAME, seed: int = 7, dtype=torch
 
 
 def test_values_are_the_recorded_ones():
-    """A run that begins today and one that begins in a year start from the same model."""
+    """The values stay the same across versions."""
     assert [values(start, 2).tolist() for start in (0, BLOCK - 1, 149_998)] == [
         [-0.017888706177473068, 0.019686328247189522],
         [0.006927177309989929, -0.03995584324002266],

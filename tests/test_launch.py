@@ -1,4 +1,4 @@
-"""`smolds launch` with real ranks: the run of one process, its refusals, its resume."""
+"""`smolds launch` with real ranks: equal to one process, errors, resume."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from smolds_dist.training.trainer import train
 
 
 def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
-    """Launched by torchrun, resumed by deepspeed: the rows and the model of a run in this process without a break.
+    """Launched by torchrun, resumed by deepspeed: rows and model equal those of an uninterrupted run in this process.
 
-    The newest checkpoint is damaged in between, where only the second rank looks.
+    The newest checkpoint is damaged in between, in a file that only the second rank verifies.
     """
     options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--train.schedule=wsd"]
-    options += ["--train.decay_fraction=0"]  # so that a run of four steps is the beginning of one of six
+    options += ["--train.decay_fraction=0"]  # so that four steps are the first of six
     train(load_config([*options, "--run.name=single"]))
 
     options += ["--run.name=pair", "--parallel.zero=3", "--parallel.expert=2"]
@@ -43,7 +43,7 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
     resume = ["--launcher=deepspeed", "--", *options, "--checkpoint.resume=auto"]
     resumed = smolds("launch", "--nproc-per-node=2", *resume, timeout=180)
     assert resumed.returncode == 0, resumed.text
-    assert f"{newest} is damaged: rank_00001.safetensors is not what was written" in resumed.stdout
+    assert f"{newest} is damaged: rank_00001.safetensors differs from what was written" in resumed.stdout
     assert re.search("continuing from .*step_00000002\n", resumed.stdout)
 
     rows = {name: read_rows(tmp_path / "runs" / name / "metrics.jsonl") for name in ("pair", "single")}
@@ -71,7 +71,7 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
         (["--restarts=1", "--spares=1", "--"], "use --launcher slurm"),
         (["--spares=1", "--"], "needs --restarts"),
         (["--restarts-shrink", "--"], "needs --restarts"),
-        (["--train.steps=3"], "behind `--`"),
+        (["--train.steps=3"], "after `--`"),
         (["--nproc-per-node=2", "--", "--data.source=text:/nowhere/*"], "check the pattern"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Training from Python, as a notebook does it."""
+"""Training from Python, as in a notebook."""
 
 import subprocess
 import sys

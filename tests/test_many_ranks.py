@@ -1,4 +1,4 @@
-"""A job of many ranks of which one is there: what it knows of the others."""
+"""One rank of a simulated job of many: what it knows about the others."""
 
 import json
 import sys

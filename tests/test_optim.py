@@ -1,4 +1,4 @@
-"""Optimizers and schedules against independent references."""
+"""Compare optimizers and schedules with independent references."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_orthogonalise_nears_the_polar_factor(shape):
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     ours = orthogonalize(matrices)
     singular = torch.linalg.svdvals(ours)
-    assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may lag behind
+    assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may converge later
     assert singular.max() < 1.3
     cosine = (ours * (left @ right)).sum() / ours.norm() / (left @ right).norm()
     assert cosine > 0.95

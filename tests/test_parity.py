@@ -1,4 +1,4 @@
-"""Every layout trains the same model: losses, gradient norms, weights and biases of a single process are the reference."""
+"""Every layout trains the same model; the reference is a single process's losses, gradient norms, weights and biases."""
 
 import json
 import math
@@ -29,18 +29,18 @@ from safetensors.torch import save_file
 from smolds_dist.checkpoint.files import open_verified
 from smolds_dist.interchange.export import build_model, model_config
 
-TOLERANCE = 1e-5  # of losses, relative; that of norms, weights and shares is ten times as large
+TOLERANCE = 1e-5  # relative, for losses; ten times as large for norms, weights and proportions
 
 
 def tolerance_of(case: Case) -> float:
-    """Rounding in bf16 is another in every layout, and where it changes the choice of experts, it shows more."""
+    """bf16 rounding differs between layouts; the effect is larger if it changes the choice of experts."""
     if "bf16" not in case.names:
         return TOLERANCE
     return 2e-3 if "every" in case.names else 1e-2
 
 
 class Runs:
-    """Trains each case once, all cases of a world size in one start of its ranks; and leaves checkpoints and exports."""
+    """Trains each case once, all cases of a world size in one start of its ranks; writes checkpoints and exports."""
 
     def __init__(self, folder: Path, everything: bool):
         self.folder = folder
@@ -50,26 +50,26 @@ class Runs:
         self.poisoned = POISONED + LONG_POISONED * everything
 
     def begun(self, case: Case) -> Path:
-        """Where the weights are that the case begins with."""
+        """Return the folder of the case's initial weights."""
         return self.folder / str(case) / "begun"
 
     def checkpoint(self, case: Case) -> Path:
         return self.folder / str(case) / "run" / "checkpoints" / f"step_{SAVE_AT:08}"
 
     def continued_from(self, source: Case, target: Case) -> Path:
-        """Where the weights are that the target begins with at the source's checkpoint."""
+        """Return the folder of the weights that the target loads from the source's checkpoint."""
         return self.folder / str(source) / f"as {target}"
 
     @cache  # noqa: B019
     def local(self, case: Case, skip: bool = False) -> dict:
-        """The run of one process in plain PyTorch, `skip`: without the step SAVE_AT."""
+        """Return the run of one process in plain PyTorch; with `skip`, without the step SAVE_AT."""
         if skip:
             return train_case(case.options, case.disturb, skip=True)
         return train_case(case.options, case.disturb, save=str(self.folder / str(case)), export=str(self.begun(case)))
 
     @cache  # noqa: B019
     def of_ranks(self, world: int) -> dict:
-        """The runs without a break by case, and the poisoned ones by case and poison."""
+        """Return the uninterrupted runs by case, and the poisoned ones by case and poison."""
         cases = [case for case in self.cases if case.world == world]
         poisoned = [(case, poison) for case, poison in self.poisoned if case.world == world]
         jobs = [self._job(case, save=str(self.folder / str(case)), export=str(self.begun(case))) for case in cases]
@@ -81,7 +81,7 @@ class Runs:
 
     @cache  # noqa: B019
     def continued(self, world: int) -> dict[tuple[Case, Case], dict]:
-        """The runs that begin at a checkpoint."""
+        """Return the resumed runs."""
         pairs = [(source, target) for source, target in self.changes if target.world == world]
         jobs = []
         for source, target in pairs:
@@ -117,7 +117,7 @@ def parametrize_cases(short: list[Case], long: list[Case]):
 
 
 def assert_same_numbers(result: dict, expected: dict, steps: slice, tolerance: float = TOLERANCE) -> None:
-    """Losses and gradient norms of those steps, and the weights after the last; except in bf16, the biases too."""
+    """Compare losses and gradient norms of these steps, and the final weights; except in bf16, the biases too."""
     assert result["losses"] == pytest.approx(expected["losses"][steps], rel=tolerance)
     assert result["norms"] == pytest.approx(expected["norms"][steps], rel=10 * tolerance)
     assert result["weights"] == pytest.approx(expected["weights"], rel=10 * tolerance)
@@ -141,7 +141,7 @@ def assert_same_run(result: dict, expected: dict) -> None:
 
 
 def assert_same_run_but_for_rounding(result: dict, expected: dict, tolerance: float) -> None:
-    """In bf16: the first step begins with the same weights, so of it there are tight bounds, and wider ones of the rest."""
+    """In bf16, bounds are tight for the first step, which has the same weights, and wider for the rest."""
     assert result["losses"][0] == pytest.approx(expected["losses"][0], rel=TOLERANCE)
     assert result["norms"][0] == pytest.approx(expected["norms"][0], rel=2e-3)
     assert result["shares"][0] == pytest.approx(expected["shares"][0], rel=0.02, abs=TOLERANCE)
@@ -153,8 +153,8 @@ def assert_same_run_but_for_rounding(result: dict, expected: dict, tolerance: fl
 def test_the_reference_learns_and_its_gradients_are_clipped(runs):
     reference = runs.local(local())
     assert reference["losses"][-1] < reference["losses"][0] - 0.2
-    assert max(reference["norms"]) > 0.5  # else no layout's clipping would be seen
-    # 8 sequences x 32 tokens x 2 experts a step, however they are cut into micro batches
+    assert max(reference["norms"]) > 0.5  # else clipping would have no effect
+    # 8 sequences x 32 tokens x 2 experts per step, for any micro batch
     assert reference["totals"] == [[512.0, 512.0]] * STEPS
 
 
@@ -211,7 +211,7 @@ def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32(runs, case):
 
 @pytest.mark.parametrize(("source", "target"), with_long(CHANGES, LONG_CHANGES), ids=str)
 def test_checkpoint_continues_in_another_layout(runs, source, target):
-    """Several steps after the change, because the optimizer's state shows from the second on."""
+    """Run several steps after the change, because the optimizer's state has an effect from the second on."""
     result = runs.continued(target.world)[source, target]
     assert len(result["losses"]) == STEPS - SAVE_AT
     assert_same_numbers(result, runs.local(target.reference), slice(SAVE_AT, None))
@@ -255,7 +255,7 @@ def test_all_ranks_together_write_the_files_that_one_process_writes(runs, tmp_pa
 
 @pytest.mark.parametrize(("case", "poison"), with_long(POISONED, LONG_POISONED), ids=str)
 def test_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(runs, case, poison):
-    """The run is that of one process which leaves the step out."""
+    """The run equals that of one process without the step."""
     result = runs.poisoned_run(case, poison)
     assert result["applied"] == [step != SAVE_AT for step in range(1, STEPS + 1)]
     assert not math.isfinite(result["losses"].pop(SAVE_AT - 1))

@@ -1,4 +1,4 @@
-"""QK-clip: what is looked at is the largest logit, and one step puts it where the limit is."""
+"""QK-clip: it tracks the largest logit, and one step reduces it to the limit."""
 
 from types import SimpleNamespace
 
@@ -54,10 +54,10 @@ def test_a_step_puts_the_largest_logits_of_clipped_heads_at_the_limit(kind, dtyp
     before, after = seen
     assert (before[0] > limit).any() and (before[0] < limit).any()
     tolerance = 1e-3 if dtype == "fp32" else 3e-2
-    # Of the first layer alone is the input the same again.
+    # Only the first layer's input is the same again.
     torch.testing.assert_close(after[0], before[0].clamp(max=limit), rtol=tolerance, atol=tolerance * limit)
     model.eval()
-    model(input_ids=ids)  # no pass of training
+    model(input_ids=ids)  # not a training pass
     assert clip.take().max() == -torch.inf
 
 

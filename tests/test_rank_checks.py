@@ -1,4 +1,4 @@
-"""Ranks against each other: one that is slowed down, and one whose weights change, are named by running jobs."""
+"""Running jobs report a straggler, and a rank whose weights change."""
 
 import os
 import re
@@ -23,7 +23,7 @@ EVERY = 20  # steps of a window
 
 
 def test_slow_rank_is_named_in_one_line_and_in_the_metrics(small_run, tmp_path):
-    """Rank 1 stands still most of the time: it is stopped and woken again, over and over."""
+    """Rank 1 is repeatedly stopped and continued."""
     options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--run.name=slow", "--train.steps=100000"]
     options += [
         "--train.eval_every=0",
@@ -70,7 +70,7 @@ def test_slow_rank_is_named_in_one_line_and_in_the_metrics(small_run, tmp_path):
     [("embeddings", ["rank 2 on host"]), ("experts", ["rank 0 on host", "rank 2 on host"])],
 )
 def test_flipped_bit_is_named_and_reaches_no_checkpoint(small_run, tmp_path, part, named):
-    """Of four ranks all hold the embeddings, and two each expert, of which none can be told to be right."""
+    """Four ranks have replicas of the embeddings, and two of each expert, without a majority."""
     options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--run.name=flipped", "--train.steps=40"]
     options += ["--train.micro_batch=1", "--parallel.zero=0", "--parallel.expert=2", "--parallel.check_every=3"]
     options += ["--checkpoint.every=5", "--train.eval_every=0", "--log.sample_every=0"]
@@ -105,7 +105,7 @@ def test_minority_is_named_and_without_one_all_are():
 
 
 class FourRanks:
-    """What `StragglerDetector` wants of a topology."""
+    """The attributes of a topology that `StragglerDetector` uses."""
 
     rank, world_size = 0, 4
 

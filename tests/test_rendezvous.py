@@ -1,4 +1,4 @@
-"""Ranks that wait for others: they say so, name what they believe it from, and come to an end."""
+"""Ranks that wait for others print so, name the variable that set the world size, and time out."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 
 @pytest.fixture
 def free_port(monkeypatch):
-    """A free port, and in the environment as the place where ranks meet."""
+    """Return a free port, set as the rendezvous address in the environment."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -29,7 +29,7 @@ def free_port(monkeypatch):
 
 
 def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object]:
-    """What `rendezvous` gave to each of these ranks of `world`, or its error."""
+    """Return the result or error of `rendezvous` for each of these ranks of `world`."""
 
     def one(rank: int):
         try:
@@ -90,7 +90,7 @@ def left_over(rank: int, port: str) -> dict[str, str]:
     }
 
 
-# Seconds that a rank waits, and after which it says so: with ten and more, once before it gives up.
+# The timeout, and the seconds after which a rank prints: with ten or more, once before the timeout.
 PATIENCES = [(2, [2]), pytest.param(12, [10, 12], marks=pytest.mark.long)]
 
 
@@ -143,7 +143,7 @@ def test_variables_that_contradict_each_other_are_refused_at_once(small_run, tmp
 
 
 def test_first_rank_has_the_time_to_say_what_all_have_found_wrong(small_run, free_port):
-    """A launcher ends all ranks once one has ended, so the others must not be the first to."""
+    """A launcher ends all ranks after the first exits, so the others must not exit first."""
     command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--model.num_experts=0"]
     ranks = {}
     for rank in ("1", "0"):

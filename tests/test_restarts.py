@@ -1,4 +1,4 @@
-"""`smolds launch --restarts`: jobs that fail for real and end by themselves, with the rows of an undisturbed run."""
+"""`smolds launch --restarts`: jobs with real failures finish with the rows of an undisturbed run."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ def ranks_of(run_dir: Path) -> list[psutil.Process]:
 
 
 def torchrun_of(run_dir: Path) -> psutil.Process:
-    """The parent of the ranks' processes, or of what stands for them where ranks fork (see warm.py)."""
+    """Return the parent of the ranks' processes, or of their stand-ins if ranks fork (see warm.py)."""
     parents = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -61,7 +61,7 @@ def torchrun_of(run_dir: Path) -> psutil.Process:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_undisturbed_one(options, tmp_path, kills):
-    """Killed are single ranks, and what starts them, each time a few steps further on."""
+    """Single ranks and their launcher are killed, each time a few steps later."""
     options += [f"--train.steps={10 * kills}"]
     whole = smolds("launch", "--nproc-per-node=2", "--", *options, "--run.name=whole", timeout=200)
     assert whole.returncode == 0, whole.text
@@ -100,7 +100,7 @@ def without_events(run_dir: Path) -> list[dict]:
 
 
 def test_failure_that_comes_back_at_its_step_ends_the_job_with_both_tracebacks(options, tmp_path):
-    """A rank is killed; since then a file stands where every start makes a folder."""
+    """A rank is killed; from then on a file has the name of a folder that every start creates."""
     run_dir = tmp_path / "runs" / "same"
     options += ["--run.name=same", "--train.steps=100000"]
     job = start_and_wait_for_steps(launch_command("--nproc-per-node=2", "--restarts=9", "--", *options), run_dir)
@@ -130,7 +130,7 @@ def test_single_process_is_restarted_too(options, tmp_path):
 
 
 def started(codes: list[int], run_dir: Path, steps: list[int] | None = None):
-    """Stands for a job that ends with these codes, after these steps; tells what it was asked."""
+    """A stand-in for a job that ends with these codes after these steps; it records its arguments."""
     asked = []
 
     def start(failures: list[Failure]) -> tuple[int, str]:
@@ -185,7 +185,7 @@ def test_nodes_are_blamed_for_what_a_program_does_not_do_itself():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_ends_the_pause(number):
     assert wait(0.01) is None
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})  # one that comes before the pause must not end pytest
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})  # a signal before the pause must not end pytest
     try:
         threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), number)).start()
         begun = time.monotonic()

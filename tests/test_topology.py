@@ -99,7 +99,7 @@ def test_expert_sizes_divide_ranks_and_experts(world, experts, sizes):
 
 
 def test_auto_is_the_fastest_size_by_the_planners_formulas():
-    """Of every machine that is known: no other size that fits into a node and into memory has a shorter step."""
+    """On every known machine, no other size that fits a node and the memory has a shorter step."""
     cases, sizes = 0, set()
     configs = [
         load_config(["--preset", preset, "--train.global_batch=64"])
@@ -201,7 +201,7 @@ def test_rank_comes_from_the_environment(monkeypatch):
 
 
 def test_expert_groups_stay_inside_a_node_and_the_lowest_zero_stage_that_fits_is_taken():
-    """Over a table of machines, ranks and models: the rules, and that nothing better was passed over."""
+    """Check the rules over a table of machines, ranks and models, and that no better layout was skipped."""
     cases = 0
     for preset in ("debug", "smollm2-deepseek-255m", "moe-1b-a200m", "moe-7b-a1b"):
         for experts in (8, 12, 64):

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: what they write, how they resume, what they refuse."""
+"""Full runs from the command line: output files, resume and errors."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from smolds_dist.training.trainer import train
 
 
 def rows_of(run_dir):
-    """Training rows and evaluation rows of a run."""
+    """Return a run's training rows and evaluation rows."""
     rows = read_rows(run_dir / "metrics.jsonl")
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
@@ -36,7 +36,7 @@ def options(corpus, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(options):
-    """A run of six steps in this process. To be looked at, not changed."""
+    """Train six steps in this process. Read only."""
     config = load_config(options)
     train(config)
     return config.run_dir
@@ -53,7 +53,7 @@ def test_run_folder_is_complete(finished, options):
             assert sum(layer) == pytest.approx(1, abs=1e-3)
         violations = [max(layer) * 8 - 1 for layer in row["load"]]
         assert row["max_vio"] == pytest.approx(sum(violations) / 2, abs=1e-3)
-        # Written with one decimal, which is more than a thousandth where a loaded machine is slow.
+        # Rounded to one decimal, which is more than 0.1% on a slow machine.
         assert row["tokens_per_s"] == pytest.approx(8 * 32 / sum(row["seconds"].values()), rel=1e-3, abs=0.06)
         assert math.hypot(*row["grad_norms"].values()) == pytest.approx(row["grad_norm"], rel=1e-3)
         assert set(row["grad_norms"]) == {"embeddings", "attention", "routers", "experts", "norms"}
@@ -100,7 +100,7 @@ def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, opti
         loss = model(input_ids=ids, labels=labels).loss.item()
     assert loss == pytest.approx(evaluation[-1]["val_loss"], rel=1e-5)
 
-    # The last micro batch of two is filled up with a sequence that does not count, so four sequences are whole.
+    # The last micro batch of two is padded with an ignored sequence, so four sequences count.
     for block in model.model.layers:
         block.mlp.tokens_per_expert.zero_()
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_load_table_shows_shares_and_violation():
 
 def test_trains_without_deepspeed(small_run):
     script = (
-        "import sys; sys.modules['deepspeed'] = None\n"  # as on a machine where it is not installed
+        "import sys; sys.modules['deepspeed'] = None\n"  # as if it were not installed
         "from smolds_dist.cli import main; main()"
     )
     import sys
