@@ -13,7 +13,7 @@ from smolds_dist.config import load_config
 from smolds_dist.model import enable_activation_checkpointing
 from smolds_dist.training import build as training_build
 from smolds_dist.training import compiling
-from smolds_dist.training.compiling import leave_uncompiled, should_compile, try_to_compile
+from smolds_dist.training.compiling import should_compile, try_to_compile, undo_compile
 from smolds_dist.training.trainer import train
 
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="Inductor needs a C++ compiler")
@@ -25,7 +25,7 @@ def nothing_compiled():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
-    leave_uncompiled(torch.nn.Module())
+    undo_compile(torch.nn.Module())
 
 
 def graphs() -> int:

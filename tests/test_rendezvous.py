@@ -127,7 +127,7 @@ def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, free_port, 
     ("variables", "words"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "'LOCAL_RANK' is missing"),
-        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR or MASTER_PORT is not set"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "but not MASTER_ADDR and MASTER_PORT"),
         (
             {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
             "RANK=2 in the environment is not below WORLD_SIZE=2",

@@ -152,7 +152,7 @@ def test_end_of_its_own_a_mistake_and_a_signal_restart_nothing(tmp_path, code):
 
 
 def test_restarts_are_as_many_as_asked_for_and_steps_between_them_count(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(restarts, "SHORTEST", 0.01)
+    monkeypatch.setattr(restarts, "MIN_PAUSE", 0.01)
     start, asked = started([1, 1, 137, 1, 1], tmp_path / "run", [3, 3, 4, 4, 9])
     assert run_with_restarts(start, tmp_path / "run", 4) == 1
     assert asked == [0, 1, 2, 3, 4]

@@ -24,8 +24,8 @@ from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.rows import RESTARTS, read_rows
 
 MAX_STUCK_STARTS = 3  # starts in a row without a step, after which the job ends
-SHORTEST, LONGEST = 1.0, 300.0  # seconds of pause, doubled by each start without a step
-LINES = 30  # of a traceback
+MIN_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds of pause, doubled by each start without a step
+TRACEBACK_LINES = 30  # of a traceback
 # Messages of `launching.failure`, `launching.hang` and `training.rank_checks`.
 SIGNS = r"was killed(?!.*out of memory)|crashed|did not answer|differs from its replicas|failed: .*CUDA error"
 BLAMED = re.compile(rf"on host (\S+) (?:{SIGNS})")
@@ -59,7 +59,7 @@ def run_with_restarts(
     failures: list[Failure] = []
     code, cause = start(failures)
     while code not in (0, 2, *EXIT_CODES.values()):
-        failures.append(note_failure(run_dir, code, cause))
+        failures.append(record_failure(run_dir, code, cause))
         stuck = starts_without_progress(failures)
         if stuck == MAX_STUCK_STARTS:
             for failure in failures[-2:]:
@@ -72,7 +72,7 @@ def run_with_restarts(
             break
         if hand_over(failures):
             break
-        pause = min(LONGEST, SHORTEST * 2 ** (stuck - 1))
+        pause = min(MAX_PAUSE, MIN_PAUSE * 2 ** (stuck - 1))
         _log(f"restart {len(failures)} of {restarts} in {pause:.0f} s.")
         if asked := wait(pause):
             return EXIT_CODES[asked]
@@ -110,7 +110,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} needs --restarts; set it too.")
 
 
-def note_failure(run_dir: Path, code: int, cause: str) -> Failure:
+def record_failure(run_dir: Path, code: int, cause: str) -> Failure:
     """Add a row to `restarts.jsonl` and move the ranks' files to `ranks-N`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     number = len(read_rows(run_dir / RESTARTS)) + 1
@@ -144,7 +144,7 @@ def last_traceback(failure: Failure) -> str:
     logs = sorted(Path(failure.logs).glob("rank_*.log"))
     named = [path for path in logs if path.name in failure.cause]
     lines = (named or logs)[0].read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if logs else []
-    return "".join(lines[-LINES:])
+    return "".join(lines[-TRACEBACK_LINES:])
 
 
 def resume_options(run_dir: Path, train_args: list[str], asked: str) -> list[str]:

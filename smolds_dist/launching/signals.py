@@ -30,11 +30,11 @@ class StopRequest(ExitStack):
 
     def __enter__(self) -> "StopRequest":
         self.requested: int | None = None
-        self.enter_context(handled_by(self._note))
+        self.enter_context(handled_by(self._record))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # delivers one that came earlier
         return self
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         # A launcher may deliver one Slurm warning (SIGUSR1) twice, so that only the other signals count as a second request.
         if self.requested in (signal.SIGINT, signal.SIGTERM) and number == self.requested:
             os._exit(EXIT_CODES[signal.Signals(number)])

@@ -66,13 +66,13 @@ def partition_offsets(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]
     Args:
         groups: the parameters of each partition, in the order of their slices.
     """
-    places = {}
+    offsets = {}
     for index, parameters in enumerate(groups):
         begin = 0
         for parameter in parameters:
-            places[id(parameter)] = (index, begin, parameter.partition_numel())
+            offsets[id(parameter)] = (index, begin, parameter.partition_numel())
             begin += parameter.partition_numel()
-    return places
+    return offsets
 
 
 def initialize(model: Any, config: RunConfig, topology: Topology, make: Callable[[Any], torch.optim.Optimizer]) -> Any:
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
         if topology.zero == 3:
-            self._places = partition_offsets(self.engine.optimizer.fp16_groups)
+            self._offsets = partition_offsets(self.engine.optimizer.fp16_groups)
         if config.train.optimizer == "muon" and topology.zero:
             self._owners = MatrixOwners(self.fragments(), self._flats(), self.tensor_shapes(), self.device)
         if topology.dtype == "bf16":
@@ -143,7 +143,7 @@ class DeepSpeedEngine:
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
         built = make_optimizer([group for group in groups if group["params"]], train)
-        before_step = self._clip_without_zero if self.topology.zero == 0 else self._note_squares
+        before_step = self._clip_without_zero if self.topology.zero == 0 else self._add_squares
         built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
         built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
         for group in built.param_groups:
@@ -182,8 +182,8 @@ class DeepSpeedEngine:
 
     def _replica_ranks(self, of_experts: bool) -> range:
         """Return the ranks that hold the same experts as this one, or the same other weights."""
-        apart = self.topology.expert if of_experts else 1
-        return range(self.topology.rank % apart, self.topology.world_size, apart)
+        stride = self.topology.expert if of_experts else 1
+        return range(self.topology.rank % stride, self.topology.world_size, stride)
 
     def _on_matrices(
         self, holders: range, parameters: list[Tensor], values: list[Tensor], function: OnMatrices
@@ -194,7 +194,7 @@ class DeepSpeedEngine:
             for flat, one in zip(parameters, values, strict=True):
                 self._owners.apply(flat, one, function)
 
-    def _note_squares(self, optimizer: torch.optim.Optimizer) -> None:
+    def _add_squares(self, optimizer: torch.optim.Optimizer) -> None:
         """Sum the squared gradients of this rank's slices after clipping; ZeRO steps one group or slice at a time."""
         if self._squares is not None:
             for part, square in squares_by_part(optimizer).items():
@@ -270,7 +270,7 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         experts = expert_parameters(self.model)
         for name, parameter in self.model.named_parameters():
-            start, tensors = self._held(parameter)
+            start, tensors = self._local_views(parameter)
             replicas = {}
             if self.topology.zero == 0:
                 holders = self._replica_ranks(name in experts)
@@ -279,7 +279,7 @@ class DeepSpeedEngine:
                 shapes = logical_shapes(name, full_shape(parameter), experts.get(name, 0))
                 yield from split_by_tensor(shapes, start, tensors, **replicas)
 
-    def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
+    def _local_views(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
         """Return the first element and flat views by kind of this rank's slice of a parameter; no views if it has none."""
         start, part = 0, slice(None)
         if self.topology.zero == 0:
@@ -294,7 +294,7 @@ class DeepSpeedEngine:
             start, part = mapping.lp_fragment_address.start, slice(place.start, place.start + place.numel)
         else:
             # These views are live; with an offloaded optimizer DeepSpeed's `safe_get_local_...` return copies (0.19.8).
-            index, begin, length = self._places[id(parameter)]
+            index, begin, length = self._offsets[id(parameter)]
             flat = self._flats()[index]
             start, part = parameter.ds_zero_partition_rank * length, slice(begin, begin + length)
         tensors = {"value": flat} | same_shape(self.engine.basic_optimizer.state[flat], flat)

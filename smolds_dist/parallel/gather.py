@@ -78,9 +78,9 @@ class Gatherer:
                 self._mine[share.name].append(share)
         held = (one for some in self._mine.values() for one in some)
         mine = [(self._number[one.name], one.start, len(one.tensors["value"])) for one in held]
-        self.find_in(all_gather_rows(mine, 3, device))
+        self.index_slices(all_gather_rows(mine, 3, device))
 
-    def find_in(self, held: np.ndarray) -> None:
+    def index_slices(self, held: np.ndarray) -> None:
         """Index the ranks' slices by tensor.
 
         Args:

@@ -11,7 +11,7 @@ from smolds_dist.parallel.fragments import full_shape
 from smolds_dist.settings import Train
 
 MUON_MOMENTUM = 0.95
-TOGETHER = 2**25
+BATCH_ELEMENTS = 2**25
 """Elements updated at a time when ranks share the work: one collective for all of them."""
 PARTS = ("embeddings", "attention", "dense_layers", "routers", "experts", "shared_experts", "norms")  # of a model
 
@@ -87,7 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         assert closure is None, "no closure: the engine computes the gradients"
         for group in self.param_groups:
-            for some in together(group):
+            for some in in_batches(group):
                 if group["muon"]:
                     updates = self._muon(some, group)
                 else:
@@ -127,13 +127,13 @@ class MuonAdamW(torch.optim.Optimizer):
         return mean / (1 - beta1**step) / root
 
 
-def together(group: dict) -> Iterator[list[Any]]:
-    """Yield a group's parameters with gradients: one at a time, or, if ranks share the work, about `TOGETHER` elements."""
+def in_batches(group: dict) -> Iterator[list[Any]]:
+    """Yield a group's parameters with gradients: singly, or about `BATCH_ELEMENTS` elements if ranks share the work."""
     some: list[Any] = []
     for parameter in group["params"]:
         if parameter.grad is not None:
             some.append(parameter)
-            if "on_matrices" not in group or sum(p.numel() for p in some) >= TOGETHER:
+            if "on_matrices" not in group or sum(p.numel() for p in some) >= BATCH_ELEMENTS:
                 yield some
                 some = []
     if some:

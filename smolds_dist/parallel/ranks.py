@@ -95,7 +95,7 @@ def join_ranks(timeout: float = 0.0) -> RankInfo:
     return replace(rank_from_environment(), size_from=size)
 
 
-ALONE = f"start ranks with `smolds launch`, or {single_process_hint(RankInfo())}"
+ALONE_FIX = f"start ranks with `smolds launch`, or {single_process_hint(RankInfo())}"
 
 
 def rank_from_environment() -> RankInfo:
@@ -109,11 +109,13 @@ def rank_from_environment() -> RankInfo:
     try:
         rank, local_rank, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:
-        raise RankError(f"RANK is set in the environment but {error} is missing or not a number; {ALONE}.") from None
+        raise RankError(
+            f"RANK is set in the environment but {error} is missing or not a number; {ALONE_FIX}."
+        ) from None
     if not 0 <= rank < world:
-        raise RankError(f"RANK={rank} in the environment is not below WORLD_SIZE={world}; {ALONE}.")
+        raise RankError(f"RANK={rank} in the environment is not below WORLD_SIZE={world}; {ALONE_FIX}.")
     if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise RankError(f"WORLD_SIZE={world} in the environment, but MASTER_ADDR or MASTER_PORT is not set; {ALONE}.")
+        raise RankError(f"WORLD_SIZE={world} in the environment, but not MASTER_ADDR and MASTER_PORT; {ALONE_FIX}.")
     # torchrun's name, then deepspeed's
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return RankInfo(rank, local_rank, world, int(local_world) if local_world else None)

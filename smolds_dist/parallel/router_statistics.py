@@ -18,7 +18,7 @@ BINS = 20  # of equal width, for probabilities from 0 to 1
 
 
 class RouterStatistics:
-    """Accumulates statistics of every layer's router probabilities in the forward passes inside `watching()`.
+    """Accumulates statistics of every layer's router probabilities in the forward passes inside `recording()`.
 
     Scores that do not sum to 1 (sigmoid) are first divided by their sum.
     """
@@ -35,17 +35,17 @@ class RouterStatistics:
                 gate, scoring = layer.gate, layer.gate.config.scoring_func
             else:  # AutoEP does not return the scores, but a hook can read the Linear's logits
                 gate, scoring = router.gate, router.score_func
-            gate.register_forward_hook(partial(self._note, number, scoring))
+            gate.register_forward_hook(partial(self._record, number, scoring))
 
     @contextmanager
-    def watching(self, on: bool = True) -> Iterator[None]:
+    def recording(self, on: bool = True) -> Iterator[None]:
         """Wrap a training forward pass, like `Balancer.counting`."""
         self._on = on
         yield
         self._on = False
 
     @torch.no_grad()
-    def _note(self, layer: int, scoring: str, _module: Any, _inputs: Any, output: Any) -> None:
+    def _record(self, layer: int, scoring: str, _module: Any, _inputs: Any, output: Any) -> None:
         if not self._on:
             return
         logits_TE = output[2] if isinstance(output, tuple) else output

@@ -58,7 +58,7 @@ def compile_model(
             error = try_to_compile(engine, topology, config.data.seq_len, model)
         engine.barrier()
     if failed := max_over_ranks(topology, error is not None):
-        leave_uncompiled(engine.model)
+        undo_compile(engine.model)
         log.warning(
             f"compiling failed ({error or 'on another rank'}); the run continues uncompiled (--train.compile off)"
         )
@@ -139,7 +139,7 @@ def dense_parts(model: nn.Module) -> list[DeepSeekV3Block]:
     return [module for module in model.modules() if isinstance(module, DeepSeekV3Block)]
 
 
-def leave_uncompiled(model: nn.Module) -> None:
+def undo_compile(model: nn.Module) -> None:
     """Return to uncompiled code."""
     run_regions_eagerly()
     for block in dense_parts(model):

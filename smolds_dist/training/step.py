@@ -67,8 +67,8 @@ class Stepper:
             logits_LN = self.qk_clip.take()
             update = self.engine.step(lr, by_part=measured, factors=self.qk_clip.factors(logits_LN))
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
-            settling = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
-            counts_LE = self.balancer.step(update.applied, settling)
+            rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
+            counts_LE = self.balancer.step(update.applied, rate_scale)
         return StepOutput(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
 
     def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
@@ -80,7 +80,7 @@ class Stepper:
             ids, digest = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
             micro_batches = self._micro_batches(ids)
         for micro_batch in micro_batches:
-            with clock.phase("forward"), self.balancer.counting(), self.routers.watching(clock.measured):
+            with clock.phase("forward"), self.balancer.counting(), self.routers.recording(clock.measured):
                 loss = self.engine.forward(*micro_batch)
             with clock.phase("backward"):
                 self.batches.prefetch_next()

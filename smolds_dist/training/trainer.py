@@ -54,18 +54,18 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
     topology = plan_topology(config, detect_machine(), info)
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
-    ahead = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
-    with ExitStack() as held:
-        held.enter_context(naming(config.run_dir))
+    background = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
+    with ExitStack() as stack:
+        stack.enter_context(naming(config.run_dir))
         if topology.rank == 0:
-            held.enter_context(lock_run_dir(config))
-        note = (
+            stack.enter_context(lock_run_dir(config))
+        recorder = (
             record_run_state(config.run_dir, topology.world_size)
             if topology.rank == 0
             else nullcontext(lambda *_: None)
         )
-        set_outcome = held.enter_context(note)
-        on_progress, stop = held.enter_context(ahead), held.enter_context(StopRequest())
+        set_outcome = stack.enter_context(recorder)
+        on_progress, stop = stack.enter_context(background), stack.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         job = Job(
             config=config,
