@@ -123,7 +123,7 @@ def main() -> None:
         if names[number] in wanted
     )
     assert parts.tolist() == [list(row) for row in expected]
-    print("as told", flush=True)
+    print("passed", flush=True)
     os._exit(0)
 
 

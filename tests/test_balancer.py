@@ -30,7 +30,7 @@ def count_into(total, chosen):
     total += torch.bincount(chosen.flatten(), minlength=len(total))
 
 
-def test_bias_moves_once_per_step_against_the_load_of_all_micro_batches(model):
+def test_bias_is_updated_once_per_step_from_all_micro_batches(model):
     balancer = Balancer(model, rate=0.1)
     micro_batches = torch.randint(0, 50, (3, 2, 10), generator=torch.Generator().manual_seed(1))
     chosen = torch.zeros(2, 4)
@@ -52,7 +52,7 @@ def test_bias_moves_once_per_step_against_the_load_of_all_micro_batches(model):
     assert balancer.step().sum() == 0
 
 
-def test_rate_zero_only_counts(model):
+def test_zero_rate_only_counts(model):
     balancer = Balancer(model, rate=0)
     with balancer.counting():
         model(input_ids=torch.randint(0, 50, (2, 10)))
@@ -60,7 +60,7 @@ def test_rate_zero_only_counts(model):
     assert not biases(model).any()
 
 
-def test_step_that_was_skipped_moves_nothing_and_is_not_counted_later(model):
+def test_skipped_step_changes_no_bias_and_is_not_counted_later(model):
     balancer = Balancer(model, rate=0.1)
     with balancer.counting():
         model(input_ids=torch.randint(0, 50, (2, 10)))
@@ -69,7 +69,7 @@ def test_step_that_was_skipped_moves_nothing_and_is_not_counted_later(model):
     assert balancer.step().sum() == 0
 
 
-def test_biases_have_the_models_names_and_are_live(model):
+def test_biases_have_model_names_and_are_live(model):
     named = Balancer(model, rate=0.1).named_biases()
     assert named.keys() == {name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")}
     next(iter(named.values())).fill_(3)
@@ -85,7 +85,7 @@ def test_rate_can_be_scaled_in_a_step(model):
     torch.testing.assert_close(biases(model), expected - expected.mean(-1, keepdim=True))
 
 
-def test_forced_routing_is_even_and_leaves_the_weights(model):
+def test_uniform_routing_is_even_and_keeps_the_weights(model):
     ids = torch.randint(0, 50, (2, 10))
     force_uniform_routing(model)
     for block in model.model.layers:
@@ -96,7 +96,7 @@ def test_forced_routing_is_even_and_leaves_the_weights(model):
         assert block.mlp.gate.weight.grad.any()
 
 
-def test_forced_routing_is_even_under_autoep():
+def test_uniform_routing_is_even_under_autoep():
     from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 
     layer = torch.nn.Module()
@@ -128,7 +128,7 @@ def test_aux_loss_is_the_switch_loss_and_reaches_the_router(model):
     assert all(block.mlp.gate.weight.grad.any() for block in model.model.layers)
 
 
-def test_bias_evens_out_routers_that_prefer_an_expert(model):
+def test_bias_balances_a_router_that_prefers_one_expert(model):
     """Run passes without training: only the biases change."""
     model.model.embed_tokens.weight.data += 0.02
     for block in model.model.layers:
@@ -149,7 +149,7 @@ def test_bias_evens_out_routers_that_prefer_an_expert(model):
 
 
 @pytest.mark.long
-def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
+def test_bias_balances_the_debug_model_without_a_higher_loss(tmp_path):
     """Over 1,500 steps the loss is 4% lower (docs/benchmarks.md); after this few, allow 1% of noise."""
 
     def train(balance: str) -> list[dict]:

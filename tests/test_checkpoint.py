@@ -67,7 +67,7 @@ def opened(options: list[str]) -> CheckpointReader | None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["truncate", "flip", "delete", "empty"])
-def test_damage_to_any_file_is_found_named_and_the_one_before_is_used(copied, capsys, name, harm):
+def test_damaged_file_is_named_and_the_previous_checkpoint_used(copied, capsys, name, harm):
     run_dir, options = copied
     newest = run_dir / "checkpoints" / "step_00000006"
     content = (newest / name).read_bytes()
@@ -85,7 +85,7 @@ def test_damage_to_any_file_is_found_named_and_the_one_before_is_used(copied, ca
     assert checkpoint(["verify", str(run_dir)]) == 1
 
 
-def test_run_without_a_whole_checkpoint_is_refused_rather_than_begun_again(copied):
+def test_run_without_a_complete_checkpoint_is_rejected(copied):
     run_dir, options = copied
     for folder in checkpoints_in(run_dir / "checkpoints"):
         (folder / FILES[0]).write_bytes(b"")
@@ -103,7 +103,7 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
-def test_pickle_in_a_checkpoint_is_never_run(copied, tmp_path):
+def test_pickle_in_a_checkpoint_is_never_executed(copied, tmp_path):
     """Neither next to the files, nor in place of one whose manifest entry was forged to match."""
     run_dir, options = copied
     newest = run_dir / "checkpoints" / "step_00000006"
@@ -174,7 +174,7 @@ def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
     assert ran.exists()
 
 
-def test_any_range_comes_back_from_any_cut(tmp_path):
+def test_any_range_is_read_from_any_split(tmp_path):
     """Property: tensors split at random over files and read at random are what was written."""
     chance = random.Random(7)
     shapes = logical_shapes("model.layers.0.mlp.experts.gate_up_proj", (3, 10, 7)) | {"model.norm.weight": (13,)}
@@ -210,7 +210,7 @@ def manifest_of(shapes: dict, files: dict):
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
+def test_missing_or_repeated_elements_are_found(tmp_path, missing):
     pieces = {"norm:value:0": torch.ones(5), "norm:value:5": torch.ones(5)}
     if missing:
         del pieces["norm:value:5"]
@@ -227,7 +227,7 @@ def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
         open_verified(folder)
 
 
-def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():
+def test_fragments_of_all_ranks_cover_a_parameter_once():
     """ZeRO's ranges with padding at their end, and the shares of replicas."""
     shapes = logical_shapes("model.layers.1.mlp.experts.w1", (2, 5, 3), first_expert=4)
     assert list(shapes) == [f"model.layers.1.mlp.experts.{e}.gate_proj.weight" for e in (4, 5)]
@@ -247,7 +247,7 @@ def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():
         assert torch.cat([f.tensors["value"] for f in parts]).tolist() == value[15 * number : 15 * number + 15].tolist()
 
 
-def test_retention_keeps_the_last_the_milestones_and_the_best(small_run, tmp_path, capsys):
+def test_retention_keeps_the_last_the_periodic_and_the_best(small_run, tmp_path, capsys):
     options = [
         *small_run, "--run.name=kept", "--train.steps=12", "--train.eval_every=1", "--checkpoint.every=1",
         "--checkpoint.keep=2", "--checkpoint.keep_every=5", "--log.sample_every=0", "--log.tensorboard=false",
@@ -267,7 +267,7 @@ def test_retention_keeps_the_last_the_milestones_and_the_best(small_run, tmp_pat
     assert re.search(rf"^ +{best} .*\(best\)$", listed, re.MULTILINE), listed
 
 
-def test_named_step_and_another_runs_checkpoint_can_be_continued(kept_run, copied, tmp_path):
+def test_resume_from_a_step_and_from_another_run(kept_run, copied, tmp_path):
     run_dir, options = copied
     other = [*options, "--run.name=other", f"--checkpoint.resume={run_dir / 'checkpoints' / 'step_00000004'}"]
     train(load_config(other))
@@ -281,14 +281,14 @@ def test_named_step_and_another_runs_checkpoint_can_be_continued(kept_run, copie
         check_resumable(load_config([*options, "--checkpoint.resume=3"]))
 
 
-def test_other_learning_rate_is_logged(copied, capsys):
+def test_changed_learning_rate_is_logged(copied, capsys):
     train(load_config([*copied[1], "--train.steps=7", "--train.schedule=cosine"]))
-    told = r"the learning rate of step 7 is (\S+), but (\S+) with the checkpoint's settings; see --train.schedule"
-    ((now, before),) = re.findall(told, capsys.readouterr().out)
+    words = r"the learning rate of step 7 is (\S+), but (\S+) with the checkpoint's settings; see --train.schedule"
+    ((now, before),) = re.findall(words, capsys.readouterr().out)
     assert float(now) == pytest.approx(0.1 * float(before))
 
 
-def test_converted_checkpoint_continues_and_weights_alone_do_not(copied, tmp_path):
+def test_converted_checkpoint_resumes_but_weights_only_does_not(copied, tmp_path):
     run_dir, options = copied
     for name, extra in {"whole": [], "weights": ["--weights-only"]}.items():
         assert checkpoint(["convert", str(run_dir), "--step", "4", "--to", str(tmp_path / "runs" / name), *extra]) == 0
@@ -304,7 +304,7 @@ def test_converted_checkpoint_continues_and_weights_alone_do_not(copied, tmp_pat
         check_resumable(load_config([*options, "--run.name=weights"]))
 
 
-def test_last_whole_checkpoint_cannot_be_removed(copied):
+def test_last_complete_checkpoint_cannot_be_removed(copied):
     run_dir, _ = copied
     for step in (2, 4):
         (run_dir / "checkpoints" / f"step_0000000{step}" / FILES[0]).write_bytes(b"")
@@ -336,7 +336,7 @@ def test_mistake_in_the_command_line_ends_with_exit_code_2(kept_run):
     assert "verify" in finished.stderr and finished.stderr.count("\n") == 1
 
 
-def test_random_states_come_back(copied):
+def test_random_states_are_restored(copied):
     _, options = copied
     states = opened(options).stored("random.rank_00000")
     torch.manual_seed(12345)

@@ -32,7 +32,7 @@ from smolds_dist.training.clock import (
     ],
     ids=["amx", "avx512", "old laptop", "slower still"],
 )
-def test_peak_is_that_of_the_best_shape_that_does_not_take_long(rates, peak, products):
+def test_peak_is_the_best_shape_within_the_time_limit(rates, peak, products):
     asked = []
 
     def seconds(M, K, N):
@@ -43,7 +43,7 @@ def test_peak_is_that_of_the_best_shape_that_does_not_take_long(rates, peak, pro
     assert len(asked) == products
 
 
-def test_peak_of_this_machine_is_that_of_a_product_it_has_made(monkeypatch):
+def test_peak_of_this_machine_is_that_of_a_measured_matmul(monkeypatch):
     shapes, rates = [], []
     product = torch.mm
 
@@ -62,7 +62,7 @@ def test_peak_of_this_machine_is_that_of_a_product_it_has_made(monkeypatch):
     assert all(2 * M * K * N / peak < LONGEST_PRODUCT for M, K, N in set(shapes) - {shapes[0]})
 
 
-def test_models_own_products_are_tried_too():
+def test_models_own_matmuls_are_tried_too():
     asked = []
 
     def seconds(M, K, N):
@@ -77,7 +77,7 @@ def test_models_own_products_are_tried_too():
 
 
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
-def test_a_product_is_timed_in_its_own_layout(monkeypatch, transposed):
+def test_matmul_is_timed_in_its_own_memory_layout(monkeypatch, transposed):
     seen = []
     product = torch.bmm
 

@@ -55,7 +55,7 @@ def loss_and_gradients(model) -> list[torch.Tensor]:
         pytest.param(dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2, "inductor", marks=pytest.mark.long),
     ],
 )
-def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed, tolerance, backend):
+def test_gradients_equal_the_uncompiled_models(settings, dtype, recomputed, tolerance, backend):
     model = build(settings).train()
     if dtype == "bf16":
         for parameter in model.parameters():
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed
 
 
 @needs_compiler
-def test_a_run_compiles_before_its_first_step_and_never_again(small_run, monkeypatch, tmp_path):
+def test_run_compiles_only_before_its_first_step(small_run, monkeypatch, tmp_path):
     """Run 14 steps with changing numbers of rows per expert, validation losses, samples and checkpoints."""
     compiled = []
 
@@ -122,7 +122,7 @@ def test_ranks_compile_one_after_the_other(small_run, tmp_path, zero):
 
 @pytest.mark.long
 @needs_compiler
-def test_what_is_compiled_is_kept_for_later_runs(small_run, tmp_path):
+def test_compiled_code_is_cached_for_later_runs(small_run, tmp_path):
     cache = tmp_path / "cache"
     made = []
     for name in ("first", "second"):
@@ -133,7 +133,7 @@ def test_what_is_compiled_is_kept_for_later_runs(small_run, tmp_path):
     assert made[0] and made[0] == made[1]
 
 
-def test_a_compiler_that_fails_is_one_line(small_run, tmp_path):
+def test_failed_compile_is_one_line(small_run, tmp_path):
     options = [*small_run, "--train.compile=on", "--run.name=one"]
     finished = smolds(
         "train", *options, cold=True, CXX=shutil.which("false"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
@@ -146,7 +146,7 @@ def test_a_compiler_that_fails_is_one_line(small_run, tmp_path):
     assert len(rows_without_timing(tmp_path / "runs" / "one")) >= 6
 
 
-def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
+def test_auto_compiles_long_runs_if_a_compiler_is_installed(monkeypatch):
     assert should_compile(True, "cpu", 0) and not should_compile(False, "cpu", 1e9)
     monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
     assert should_compile("auto", "cpu", 3600) and not should_compile("auto", "cpu", 60)
@@ -155,7 +155,7 @@ def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
     assert not should_compile("auto", "cpu", 3600)
 
 
-def test_a_compiler_is_looked_for_where_inductor_does(monkeypatch, tmp_path):
+def test_compiler_is_looked_up_like_inductor_does(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert not compiling.has_compiler("cpu")

@@ -23,7 +23,7 @@ def levels(output: str) -> dict[str, str]:
     return {row[2]: row[1] for row in rows}
 
 
-def test_report_of_a_sound_machine_has_every_check_and_no_secret(tmp_path):
+def test_report_has_every_check_and_no_secret(tmp_path):
     secrets = {
         "HF_TOKEN": "hf_tokenof40letters",
         "HF_ENDPOINT": "http://alice:pa55word@127.0.0.1:9x",  # not a port, so a message may contain the address
@@ -52,12 +52,12 @@ def test_report_of_a_sound_machine_has_every_check_and_no_secret(tmp_path):
     assert bandwidth < 2 * memory_bandwidth(torch.device("cpu"))
 
 
-def test_hub_is_not_asked_where_the_user_is_offline_by_choice():
+def test_hub_is_not_contacted_in_offline_mode():
     (finding,) = check_hub(None)
     assert finding.level == "ok" and "offline mode is set" in finding.detail
 
 
-def test_figures_of_a_link_are_those_of_the_bytes_that_leave_a_rank():
+def test_bandwidth_counts_bytes_sent_to_other_ranks():
     found = link_figures([1e-3, 5e-5, 4e-5], [9.0, 0.5, 0.25], 8_000_000, world=4)
     assert found == {"latency": 5e-5, "bandwidth": 12e6}
 
@@ -69,7 +69,7 @@ def test_answers_of_two_ranks_may_share_a_line():
         assert probe.answer() == ({"size": 2}, "")
 
 
-def test_folder_that_cannot_be_written_fails(tmp_path):
+def test_read_only_folder_fails(tmp_path):
     (tmp_path / "file").touch()
     (finding,) = check_folder("runs", tmp_path / "file" / "runs")
     assert finding.level == "fail" and "cannot be written" in finding.detail
@@ -79,7 +79,7 @@ def test_folder_that_cannot_be_written_fails(tmp_path):
 
 
 @needs_proc
-def test_probe_that_hangs_ends_with_all_its_children():
+def test_hung_probe_is_killed_with_its_children():
     begin = time.monotonic()
     with Probe(["sh", "-c", "sleep 61.5 & echo $!; sleep 61.5"], 0.5) as probe:
         assert probe.answer() == (None, "no answer after 0.5 s")

@@ -73,7 +73,7 @@ def test_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path, parts):
     assert killed >= runs and while_saving >= runs // 4, (killed, while_saving)
 
 
-def test_the_cause_of_an_earlier_jobs_end_is_forgotten_however_short_ago_that_was(tmp_path):
+def test_cause_of_an_earlier_job_is_removed(tmp_path):
     script = """
 import sys
 from pathlib import Path
@@ -97,7 +97,7 @@ print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
     assert finished.stdout == "True\n", finished.text
 
 
-def test_rank_that_loses_one_which_found_a_mistake_has_nothing_to_tell(tmp_path):
+def test_rank_stays_silent_if_a_lost_peer_reported_a_mistake(tmp_path):
     reports = [RankReport(tmp_path, RankInfo(rank=rank), Parallel()) for rank in (0, 1)]
     reports[0].end("refused", 2)
     reports[1].fail(RuntimeError("Connection closed by peer [127.0.0.1]:4496"))
@@ -121,7 +121,7 @@ def memory_group():
     folder.rmdir()
 
 
-def test_out_of_memory_is_told_of_the_rank_that_it_befell_not_of_another_that_was_killed(memory_group, tmp_path):
+def test_out_of_memory_is_reported_only_for_the_affected_rank(memory_group, tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
@@ -150,7 +150,7 @@ bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL
     assert (tmp_path / "b" / "ranks" / "cause.txt").read_text().endswith(f"{word}\n")
 
 
-def test_second_signal_leaves_at_once(small_run, tmp_path):
+def test_second_signal_exits_immediately(small_run, tmp_path):
     options = [*small_run, "--run.name=slow", "--train.global_batch=20000", "--train.micro_batch=2"]  # minutes a step
     command = [warm.python(), "-m", "smolds_dist", "train", *options]
     process = subprocess.Popen(
@@ -189,7 +189,7 @@ def on_file_system(folder: Path, mount_options: str, script: str, timeout: float
 
 @needs_mount
 @pytest.mark.parametrize("on_error", ["continue", "stop"])
-def test_full_disk_is_told_and_older_checkpoints_stay_whole(small_run, tmp_path, on_error):
+def test_full_disk_is_reported_and_older_checkpoints_stay_complete(small_run, tmp_path, on_error):
     """Two checkpoints fit; then another file fills the disk; later it is removed."""
     small = tmp_path / "small"
     options = [
@@ -218,7 +218,7 @@ def test_full_disk_is_told_and_older_checkpoints_stay_whole(small_run, tmp_path,
     if on_error == "stop":
         assert "code 1" in text and "older ones are complete" in finished.stderr, finished.text
     else:
-        assert "code 143" in text and "training goes on" in finished.stderr, finished.text
+        assert "code 143" in text and "training continues" in finished.stderr, finished.text
 
 
 @needs_mount
@@ -231,7 +231,7 @@ def test_read_only_folder_is_one_sentence(small_run, tmp_path):
     assert finished.stderr.count("\n") == 1
 
 
-def test_folder_that_another_process_trains_in_is_refused(small_run, tmp_path):
+def test_locked_run_folder_is_rejected(small_run, tmp_path):
     (tmp_path / "runs" / "held").mkdir(parents=True)
     with FileLock(tmp_path / "runs" / "held" / "lock"):
         finished = smolds("train", *small_run, "--run.name=held")
@@ -240,7 +240,7 @@ def test_folder_that_another_process_trains_in_is_refused(small_run, tmp_path):
     assert [path.name for path in (tmp_path / "runs" / "held").iterdir()] == ["lock"]
 
 
-def test_rank_that_stops_answering_ends_the_job_and_all_stacks_are_kept(small_run, tmp_path):
+def test_hung_rank_ends_the_job_and_all_stacks_are_kept(small_run, tmp_path):
     arguments = [
         *small_run, "--run.name=stopped", "--parallel.device=cpu", "--train.steps=100000", "--train.eval_every=0",
         "--log.sample_every=0", "--checkpoint.every=0", "--parallel.timeout=4",
@@ -259,7 +259,7 @@ def test_rank_that_stops_answering_ends_the_job_and_all_stacks_are_kept(small_ru
     assert "rank 1 on host" in stacks and "no answer" in stacks
 
 
-def test_run_that_diverges_stops_with_its_last_good_checkpoint(small_run, tmp_path):
+def test_diverged_run_stops_with_its_last_good_checkpoint(small_run, tmp_path):
     options = [
         *small_run, "--run.name=diverged", "--train.lr=1e30", "--train.grad_clip=0", "--train.warmup_steps=1",
         "--train.steps=50", "--train.nonfinite_limit=4", "--checkpoint.every=1", "--log.sample_every=0",
@@ -308,7 +308,7 @@ def assert_rolled_back(run_dir: Path, options: list[str]) -> None:
             again.check(row["step"], row["loss"], True)
 
 
-def test_spike_rolls_back_and_leaves_the_samples_out(spiky, tmp_path, monkeypatch, capsys):
+def test_spike_rolls_back_and_skips_the_samples(spiky, tmp_path, monkeypatch, capsys):
     """Only one model is in memory at a time."""
     before = []
 
@@ -338,7 +338,7 @@ def guard(**settings) -> LossGuard:
     return LossGuard(config.train)
 
 
-def test_guard_tells_spikes_from_noise_and_from_a_single_bad_batch():
+def test_guard_distinguishes_spikes_from_noise_and_a_single_bad_batch():
     watch = guard(spike_threshold=8, spike_steps=3)
     step = 0
     for step in range(1, 3 * WINDOW):
@@ -369,7 +369,7 @@ def test_guard_counts_skipped_steps_in_a_row():
         watch.check(9, float("nan"), False)
 
 
-def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
+def test_checkpoint_without_a_ranks_file_times_out(small_run, tmp_path):
     """A rank's folder that rank 0 cannot access: here the other rank never writes."""
     config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
     writer = CheckpointWriter(

@@ -109,7 +109,7 @@ def test_killed_launch_leaves_no_ranks_behind(long_run, tmp_path):
         time.sleep(0.2)
 
 
-def test_failing_rank_is_told_with_its_last_line(long_run, tmp_path):
+def test_failed_rank_is_reported_with_its_last_line(long_run, tmp_path):
     """A real failure in the middle of a run: a folder has the name of the samples' file."""
     run_dir = tmp_path / "runs" / "broken"
     arguments = [*long_run, "--run.name=broken", "--log.sample_every=100"]
@@ -142,7 +142,7 @@ def test_signal_saves_the_step_on_all_ranks(long_run, tmp_path, launcher, number
     assert "smolds:" not in finished.stderr
 
 
-def test_exit_code_of_a_stop_that_nobody_asked_for_is_a_failure(tmp_path):
+def test_unrequested_stop_exit_code_is_a_failure(tmp_path):
     """srun returns the highest code of all tasks, including one it sent SIGTERM after another failed."""
     code, cause = run_ranks(["sh", "-c", "exit 143"], dict(os.environ), tmp_path, remote=True)
     assert (code, cause) == (1, "the ranks ended with exit code 143")
@@ -158,7 +158,7 @@ def test_single_process_stops_on_a_signal_too(long_run, tmp_path):
     assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1
 
 
-def test_deepspeed_by_hand_trains_the_run_of_one_process(options, tmp_path):
+def test_deepspeed_command_equals_one_process(options, tmp_path):
     train(load_config([*options, "--run.name=single"]))
     start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()]
     by_hand = [*start, "--module", "smolds_dist", "train", *options, "--run.name=by_hand", "--parallel.expert=2"]
@@ -168,7 +168,7 @@ def test_deepspeed_by_hand_trains_the_run_of_one_process(options, tmp_path):
 
 
 @needs_mpi
-def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
+def test_mpirun_equals_one_process_also_as_a_command(options, tmp_path):
     if not has_mpi4py():
         pytest.skip(MPI_REASON)
     train(load_config([*options, "--run.name=single"]))
@@ -186,7 +186,7 @@ def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
         assert losses(tmp_path / "runs" / name) == pytest.approx(losses(tmp_path / "runs" / "single"), rel=1e-3)
 
 
-def test_locks_that_a_dead_build_left_stop_no_run(options, tmp_path):
+def test_stale_build_locks_stop_no_run(options, tmp_path):
     """DeepSpeed would wait indefinitely: it builds its shared-memory op in `init_distributed`, which smolds skips."""
     extensions = tmp_path / "extensions"
     for name in ("deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"):
@@ -204,7 +204,7 @@ def test_locks_that_a_dead_build_left_stop_no_run(options, tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
-def test_hostfile_trains_the_run_of_one_process_on_two_hosts(options, tmp_path):
+def test_hostfile_run_on_two_hosts_equals_one_process(options, tmp_path):
     train(load_config([*options, "--run.name=single"]))
     with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
         hostfile = tmp_path / "hostfile"
@@ -308,7 +308,7 @@ def test_bad_hostfile_is_one_sentence(text, fix, tmp_path, small_run):
     assert fix in finished.stderr and finished.stderr.count("\n") == 1
 
 
-def test_launchers_own_lines_are_told_from_the_ranks():
+def test_launchers_own_lines_are_hidden():
     ours = ["  3%|  | 3/100 [00:01<00:10]\n", "smolds: rank 1 on host a failed: ValueError: b (traceback: c)\n", "\n"]
     table = ["=" * 60 + "\n", "train FAILED\n", "-" * 60 + "\n", "Failures:\n", "=" * 60 + "\n"]
     trace = [

@@ -10,7 +10,7 @@ import smolds_dist
 from smolds_dist import ConfigError, DeepSeekV3ForCausalLM, RunResult, launch, load_config, train
 
 
-def test_train_and_launch_tell_how_it_went(small_run, tmp_path, monkeypatch):
+def test_train_and_launch_return_the_result(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", warm.python())
     one = train(load_config([*small_run, "--run.name=one", "--checkpoint.every=0"]))
     two = launch(load_config([*small_run, "--run.name=two", "--checkpoint.every=0", "-q"]), procs=2)

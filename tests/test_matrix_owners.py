@@ -58,7 +58,7 @@ def plans(held: list[list[MatrixSlice]]) -> list[Plan]:
 
 @pytest.mark.parametrize("held", [flat_partitions(), cut_each()], ids=("zero1", "zero3"))
 @pytest.mark.parametrize("most", [200, 10**9])
-def test_every_matrix_is_computed_once_by_a_rank_that_gets_all_of_it(monkeypatch, held, most):
+def test_every_matrix_has_one_owner_with_all_slices(monkeypatch, held, most):
     monkeypatch.setattr(matrix_owners, "ROUND", most)
     made = plans(held)
     computed = [part.matrix for plan in made for part in plan.local]
@@ -78,7 +78,7 @@ def test_every_matrix_is_computed_once_by_a_rank_that_gets_all_of_it(monkeypatch
     assert sorted(computed) == sorted(SHAPES)
 
 
-def test_the_work_is_shared_out():
+def test_work_is_balanced():
     work = [
         sum(
             matrix_owners._cost(SHAPES[name]) for name in {p.matrix for parts in plan.rounds[0].received for p in parts}
@@ -88,7 +88,7 @@ def test_the_work_is_shared_out():
     assert max(work) - min(work) <= max(map(matrix_owners._cost, SHAPES.values()))
 
 
-def test_only_matrices_at_the_borders_travel_between_flat_partitions():
+def test_only_border_matrices_are_sent_between_flat_partitions():
     travelling = {
         part.matrix for plan in plans(flat_partitions()) for r in plan.rounds for parts in r.sent for part in parts
     }
@@ -141,7 +141,7 @@ for apart in (1, 2, 4):
 """
 
 
-def test_of_what_several_ranks_hold_each_computes_a_part(tmp_path):
+def test_replicas_divide_the_work(tmp_path):
     """Matrices with replicas on all ranks, on every second rank, and on one rank only."""
     (tmp_path / "script.py").write_text(HELD_BY_SEVERAL)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]

@@ -169,7 +169,7 @@ def test_every_layout_starts_from_the_same_model_bit_for_bit(runs, case):
 
 
 @parametrize_cases(CASES, LONG_CASES)
-def test_layout_gives_the_single_process_run(runs, case):
+def test_layout_equals_one_process(runs, case):
     result, expected = runs.whole(case), runs.local(case.reference)
     if "bf16" in case.names:
         assert_same_run_but_for_rounding(result, expected, tolerance_of(case))
@@ -178,7 +178,7 @@ def test_layout_gives_the_single_process_run(runs, case):
 
 
 @parametrize_cases([local("full", "disturbed"), local("deepseek", "full", "disturbed")], [])
-def test_counts_leave_out_evaluation_sampling_and_recomputation(runs, case):
+def test_counts_exclude_evaluation_sampling_and_recomputation(runs, case):
     assert_same_run(runs.local(case), runs.local(case.reference))
 
 
@@ -189,7 +189,7 @@ def test_only_all_to_all_between_ranks_takes_time(runs):
             assert all(seconds[phase] > 0 for phase in ("data", "forward", "backward", "optimizer"))
 
 
-def test_shares_of_the_gradient_and_entropies_are_sound(runs):
+def test_gradient_norms_and_entropies_are_consistent(runs):
     reference = runs.local(local())
     assert [sum(shares) for shares in reference["shares"]] == pytest.approx([1.0] * STEPS)
     assert all(0 < entropy <= math.log(8) for layers in reference["entropies"] for entropy in layers)
@@ -210,7 +210,7 @@ def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32(runs, case):
 
 
 @pytest.mark.parametrize(("source", "target"), with_long(CHANGES, LONG_CHANGES), ids=str)
-def test_checkpoint_continues_in_another_layout(runs, source, target):
+def test_checkpoint_resumes_in_another_layout(runs, source, target):
     """Run several steps after the change, because the optimizer's state has an effect from the second on."""
     result = runs.continued(target.world)[source, target]
     assert len(result["losses"]) == STEPS - SAVE_AT
@@ -218,7 +218,7 @@ def test_checkpoint_continues_in_another_layout(runs, source, target):
 
 
 @parametrize_cases(SAME, LONG_SAME)
-def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs, case):
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, case):
     result, expected = runs.continued(case.world)[case, case], runs.whole(case)
     for name in ("losses", "norms", "totals"):
         assert result[name] == expected[name][SAVE_AT:]
@@ -231,7 +231,7 @@ CONTINUED = with_long(CHANGES + [(one, one) for one in SAME], LONG_CHANGES + [(o
 
 # Of every layout, and with AdamW and Muon, in fp32 and bf16.
 @pytest.mark.parametrize(("source", "target"), CONTINUED, ids=str)
-def test_all_ranks_together_write_the_files_that_one_process_writes(runs, tmp_path, source, target):
+def test_ranks_write_the_same_export_as_one_process(runs, tmp_path, source, target):
     runs.continued(target.world)
     written = runs.continued_from(source, target)
     checkpoint = open_verified(runs.checkpoint(source))
@@ -254,7 +254,7 @@ def test_all_ranks_together_write_the_files_that_one_process_writes(runs, tmp_pa
 
 
 @pytest.mark.parametrize(("case", "poison"), with_long(POISONED, LONG_POISONED), ids=str)
-def test_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(runs, case, poison):
+def test_nonfinite_step_on_one_rank_changes_nothing_on_any(runs, case, poison):
     """The run equals that of one process without the step."""
     result = runs.poisoned_run(case, poison)
     assert result["applied"] == [step != SAVE_AT for step in range(1, STEPS + 1)]

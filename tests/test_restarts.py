@@ -60,7 +60,7 @@ def torchrun_of(run_dir: Path) -> psutil.Process:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
-def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_undisturbed_one(options, tmp_path, kills):
+def test_job_with_killed_processes_finishes_with_the_undisturbed_losses(options, tmp_path, kills):
     """Single ranks and their launcher are killed, each time a few steps later."""
     options += [f"--train.steps={10 * kills}"]
     whole = smolds("launch", "--nproc-per-node=2", "--", *options, "--run.name=whole", timeout=200)
@@ -78,10 +78,10 @@ def test_job_whose_processes_are_killed_ends_by_itself_with_the_losses_of_an_und
     finished = end(job, timeout=200)
     assert finished.returncode == 0, finished.text
     assert finished.stderr.count(f" of {kills} in 1 s.") == kills
-    told = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"]
-    assert [row["number"] for row in told] == list(range(1, kills + 1))
-    assert all(row["cause"].endswith("was killed by signal 9") for row in told)
-    assert sum(row["cause"].startswith("the launcher was killed") for row in told) == kills // 3, told
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"]
+    assert [row["number"] for row in rows] == list(range(1, kills + 1))
+    assert all(row["cause"].endswith("was killed by signal 9") for row in rows)
+    assert sum(row["cause"].startswith("the launcher was killed") for row in rows) == kills // 3, rows
     assert without_events(run_dir) == without_events(tmp_path / "runs" / "whole")
     report = smolds("report", str(run_dir))
     assert report.returncode == 0, report.text
@@ -99,7 +99,7 @@ def without_events(run_dir: Path) -> list[dict]:
     return [row for row in rows_without_timing(run_dir) if "event" not in row]
 
 
-def test_failure_that_comes_back_at_its_step_ends_the_job_with_both_tracebacks(options, tmp_path):
+def test_repeated_failure_at_a_step_ends_the_job_with_both_tracebacks(options, tmp_path):
     """A rank is killed; from then on a file has the name of a folder that every start creates."""
     run_dir = tmp_path / "runs" / "same"
     options += ["--run.name=same", "--train.steps=100000"]
@@ -145,13 +145,13 @@ def started(codes: list[int], run_dir: Path, steps: list[int] | None = None):
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 130, 143])
-def test_end_of_its_own_a_mistake_and_a_signal_restart_nothing(tmp_path, code):
+def test_success_mistake_and_signal_do_not_restart(tmp_path, code):
     start, asked = started([code], tmp_path)
     assert run_with_restarts(start, tmp_path, 5) == code
     assert asked == [0] and not (tmp_path / RESTARTS).exists()
 
 
-def test_restarts_are_as_many_as_asked_for_and_steps_between_them_count(tmp_path, monkeypatch, capsys):
+def test_restarts_are_limited_and_progress_resets_the_stuck_count(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(restarts, "MIN_PAUSE", 0.01)
     start, asked = started([1, 1, 137, 1, 1], tmp_path / "run", [3, 3, 4, 4, 9])
     assert run_with_restarts(start, tmp_path / "run", 4) == 1
@@ -168,7 +168,7 @@ def test_failures_without_a_step_between_them_are_counted_from_the_last():
     assert [starts_without_progress(failures[:n]) for n in (1, 2, 3, 4, 5)] == [1, 2, 1, 2, 3]
 
 
-def test_nodes_are_blamed_for_what_a_program_does_not_do_itself():
+def test_hosts_are_blamed_only_for_hardware_failures():
     causes = [
         "rank 1 on host n2 was killed by signal 9",
         "rank 0 on host n1 failed: ValueError: no (traceback: runs/x/ranks/rank_00000.log)",
@@ -195,7 +195,7 @@ def test_signal_ends_the_pause(number):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def test_next_start_goes_on_from_its_own_checkpoint_or_begins_where_the_first_did(tmp_path):
+def test_restart_resumes_from_its_own_checkpoint_or_the_first_ones(tmp_path):
     for asked in ("never", "auto", "40"):
         assert resume_options(tmp_path, ["--a"], asked) == ["--a", "--checkpoint.resume=auto"]
     (tmp_path / "metrics.jsonl").write_text("{}\n")

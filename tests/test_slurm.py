@@ -88,7 +88,7 @@ def options_of(small_run: list[str]) -> list[str]:
 
 
 @needs_slurm
-def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run, tmp_path, cluster):
+def test_two_nodes_equal_one_process_by_srun_and_by_launch(small_run, tmp_path, cluster):
     options = options_of(small_run)
     expected = reference(options, tmp_path)
     options += ["--parallel.expert=2"]
@@ -189,7 +189,7 @@ def is_rank(pid: int, rank: int, run_folder: str) -> bool:
 
 
 @needs_slurm
-def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, forking, repository):
+def test_array_job_reads_its_line_of_options(small_run, tmp_path, forking, repository):
     (repository / "sweep.txt").write_text("--train.seed 1\n--train.seed 2 --train.steps 3\n")
     options = [*options_of(small_run), "--train.steps=2"]
     layout = "--ntasks-per-node=1 --nodes=1 --array=1-2"
@@ -201,7 +201,7 @@ def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, forking
 
 
 @needs_slurm
-def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, forking):
+def test_array_job_tokenizes_what_the_run_needs(small_run, tmp_path, forking):
     options = [*options_of(small_run), "--run.name=prepared", f"--data.cache_dir={tmp_path}/cache"]
     start = ["slurm", "--prepare", "--nodes=2", "--time=5", "--submit", "--", *options]
     submitted = ranks.smolds(*start, cwd=tmp_path, **forking)
@@ -217,7 +217,7 @@ def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, forking):
     assert sorted((tmp_path / "cache" / "units").glob("*/*/meta.json")) == found != []
 
 
-def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
+def test_rendered_script_quotes_all_user_input(small_run, tmp_path):
     evil = f"$(touch {tmp_path}/ran); `touch {tmp_path}/ran` 'quoted'"
     (tmp_path / "text").mkdir()
     start = ["slurm", "--nodes", "4", "--gpus-per-node", "8", "--time", "1-12:00:00", "--account", "lab"]
@@ -240,7 +240,7 @@ def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
         (["--time=soon", "--"], "H:MM:SS"),
         (["--time=5", "--job-name=a\n#SBATCH --x", "--"], "not allowed in a batch script"),
         (["--time=5", "--nodes=0", "--"], "at least 1"),
-        (["--time=5"], "behind `--`"),
+        (["--time=5"], "after `--`"),
         (["--time=5", "--", "--checkpoint.resume=never"], "leave it out"),
         (["--time=5", "--gpus-per-node=8", "--", "--parallel.expert=3"], "valid values"),
     ],
@@ -255,7 +255,7 @@ def test_mistake_is_one_sentence(options, fix, tmp_path):
 @pytest.mark.long
 @needs_slurm
 @pytest.mark.parametrize("instead", ["spare", "queue", "fewer"])
-def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp_path, cluster, instead):
+def test_faulty_node_is_excluded_from_the_restart(small_run, tmp_path, cluster, instead):
     """A spare node of the allocation replaces it, the job is requeued without it, or it continues on fewer nodes."""
     steps = 60 if instead == "spare" else 400
     options = [*options_of(small_run), "--run.name=mo ved", f"--train.steps={steps}", "--checkpoint.every=5"]

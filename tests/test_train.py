@@ -146,18 +146,18 @@ def test_existing_run_is_never_overwritten(finished, options):
         (["--data.seq_len=16"], "data.seq_len 32"),
     ],
 )
-def test_resume_with_another_model_or_data_is_refused(finished, options, changed, named):
+def test_resume_with_another_model_or_data_is_rejected(finished, options, changed, named):
     config = load_config([*options, "--checkpoint.resume=auto", *changed])
     with pytest.raises(ConfigError, match=named):
         check_resumable(config)
 
 
-def test_resume_auto_of_a_new_name_starts_afresh(small_run, tmp_path):
+def test_resume_auto_of_a_new_name_starts_a_new_run(small_run, tmp_path):
     train(load_config([*small_run, "--run.name=new", "--checkpoint.resume=auto", "--train.steps=1"]))
     assert [row["step"] for row in rows_of(tmp_path / "runs" / "new")[0]] == [1]
 
 
-def test_bf16_with_muon_and_wsd_and_latent_attention_trains_and_resumes(small_run, tmp_path):
+def test_bf16_with_muon_wsd_and_latent_attention_trains_and_resumes(small_run, tmp_path):
     options = [
         *small_run, "--run.name=mixed", "--train.dtype=bf16", "--train.optimizer=muon", "--train.schedule=wsd",
         "--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1",
@@ -193,7 +193,7 @@ def test_generate_continues_a_prompt(finished):
     assert len(texts[0]) > len("def ") + 1
 
 
-def test_sample_puts_a_prompts_last_space_before_the_next_word(finished):
+def test_sample_moves_a_prompts_trailing_space_to_the_next_word(finished):
     model = AutoModelForCausalLM.from_pretrained(finished / "export")
     tokenizer = AutoTokenizer.from_pretrained(finished / "export")
     state = torch.random.get_rng_state()
@@ -210,7 +210,7 @@ def test_sample_puts_a_prompts_last_space_before_the_next_word(finished):
     assert sample(model, tokenizer, "def ", 6, seed=0, temperature=0) == tokenizer.decode(expected[0])
 
 
-def test_generate_without_a_model_is_refused(tmp_path):
+def test_generate_without_a_model_is_rejected(tmp_path):
     result = smolds("generate", str(tmp_path), "--prompt", "def ")
     assert result.returncode == 2
     assert "holds no model" in result.stderr
@@ -237,7 +237,7 @@ def test_trains_without_deepspeed(small_run):
 
 
 @pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_ranks_in_bf16_add_gradients_up_in_fp32(zero):
+def test_bf16_ranks_accumulate_gradients_in_fp32(zero):
     finished = run_ranks(2, "accumulation_worker.py", f"--parallel.zero={zero}", "--parallel.expert=2")
     (deviation,) = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("DEVIATION")]
     assert deviation < 0.02

@@ -356,7 +356,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="ranks per machine; auto = its slots or tasks, else one per GPU, else one per core up to two",
     )
-    parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="program that starts the ranks")
+    parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="launcher of the ranks (default: auto)")
     parser.add_argument("--hostfile", type=Path, help="file with a line `host slots=N` per machine")
     restarts.add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")

@@ -25,7 +25,7 @@ SCRIPT = """\
 {directives}
 
 # Before the time limit all ranks save and exit with code 75; the job is then requeued and resumes.
-trap : TERM # let `smolds launch` finish saving
+trap : TERM # `smolds launch` handles SIGTERM; wait for it
 cd {folder} || exit
 {python} -m smolds_dist launch --launcher slurm{restarts} -- {options} --checkpoint.resume auto
 code=$?
@@ -163,7 +163,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes, without spares (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs, and so ranks, per node (default: none, train on CPUs)")
     parser.add_argument("--tasks-per-node", type=int, help="ranks per node (default: one per GPU, or 1)")
-    parser.add_argument("--cpus-per-task", type=int, help="cores per rank (default: Slurm's)")
+    parser.add_argument("--cpus-per-task", type=int, help="cores per rank or task (default: Slurm's; 1 with --prepare)")
     parser.add_argument("--time", default="", help="time limit: minutes, H:MM:SS or D-HH:MM:SS")
     parser.add_argument(
         "--warn", type=int, default=120, help="seconds before the limit at which all ranks save and stop (default: 120)"
