@@ -58,11 +58,18 @@ WORDS = {
 BANNED = re.compile("|".join(rf"(?<![-\w])(?:{words})\b".replace(" ", r"\s+") for words in WORDS), re.IGNORECASE)
 STORED = {"held out"}  # keys, which no user reads
 
+
+def modules_of(package: str) -> list[str]:
+    """Return the paths of a package's modules, relative to the repository."""
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "smolds_dist" / package).glob("*.py"))]
+
+
 # What is read: pages without their code; of modules, docstrings and string literals.
 PATHS = [
     *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/run/README.md"),
     *(f"docs/{page}.md" for page in ("architecture", "benchmarks", "export-and-import", "launching", "planning")),
     *(f"docs/{page}.md" for page in ("public-models", "slurm", "support", "troubleshooting", "watching")),
+    *(path for name in ("checkpoint", "launching", "parallel", "training") for path in modules_of(name)),
 ]
 
 
