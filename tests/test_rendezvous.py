@@ -165,7 +165,7 @@ def test_wrong_mpi_size_is_rejected_immediately(small_run, tmp_path, rank):
     variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": rank}
     finished = smolds("train", *small_run, timeout=30, **variables)
     assert finished.returncode == 2, finished.text
-    assert "OMPI_COMM_WORLD_SIZE is 2, but MPI reports 1 ranks; `unset OMPI_COMM" in finished.stderr
+    assert "OMPI_COMM_WORLD_SIZE is 2, but MPI's world size is 1; `unset OMPI_COMM" in finished.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -157,7 +157,7 @@ def test_restarts_are_limited_and_progress_resets_the_stuck_count(tmp_path, monk
     assert run_with_restarts(start, tmp_path / "run", 4) == 1
     assert asked == [0, 1, 2, 3, 4]
     assert [row["step"] for row in read_rows(tmp_path / "run" / RESTARTS)] == [3, 3, 4, 4, 9]
-    assert "that was the last of 4 restarts" in capsys.readouterr().err
+    assert "the limit of 4 restarts is reached" in capsys.readouterr().err
     start, asked = started([1, 0], tmp_path / "run", [9, 12])
     assert run_with_restarts(start, tmp_path / "run", 4) == 0
     assert [row["number"] for row in read_rows(tmp_path / "run" / RESTARTS)] == [1, 2, 3, 4, 5, 6]
@@ -176,10 +176,11 @@ def test_hosts_are_blamed_only_for_hardware_failures():
         "rank 1 on host n2 failed: torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
         "the ranks ended with exit code 1",
         "rank 1 on host n2 was killed by signal 9: the machine is out of memory",
+        "rank 2 on host n4 differs from its replicas in lm_head.weight at step 9; a device or its memory is faulty",
     ]
     failures = [Failure(n, 0.0, n, 1, cause, "") for n, cause in enumerate(causes)]
-    assert [faulty_hosts(failures[n : n + 1]) for n in range(6)] == [["n2"], [], ["n3"], ["n2"], [], []]
-    assert faulty_hosts(failures) == ["n3", "n2"] and faulty_hosts([]) == []
+    assert [faulty_hosts(failures[n : n + 1]) for n in range(7)] == [["n2"], [], ["n3"], ["n2"], [], [], ["n4"]]
+    assert faulty_hosts(failures) == ["n3", "n2", "n4"] and faulty_hosts([]) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

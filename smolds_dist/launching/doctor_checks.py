@@ -310,7 +310,7 @@ def check_environment() -> Iterator[Finding]:
     note = ", so a single process uses one core" if threads == "1" and (os.cpu_count() or 1) > 1 else ""
     yield Finding("ok", "threads", f"OMP_NUM_THREADS={threads}{note}" if threads else "OMP_NUM_THREADS not set")
 
-    with contextlib.suppress(ImportError):  # no Unix
+    with contextlib.suppress(ImportError):  # not on Unix
         import resource
 
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

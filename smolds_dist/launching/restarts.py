@@ -68,7 +68,7 @@ def run_with_restarts(
             _log(f"{MAX_STUCK_STARTS} starts in a row failed after step {failures[-1].step}; no further restart.")
             break
         if len(failures) > restarts:
-            _log(f"that was the last of {restarts} restarts.")
+            _log(f"the limit of {restarts} restarts is reached.")
             break
         if hand_over(failures):
             break

@@ -114,7 +114,7 @@ def offset_in(flats: list[Tensor], view: Tensor) -> tuple[int, int]:
     for index, flat in enumerate(flats):
         if 0 <= (distance := view.data_ptr() - flat.data_ptr()) < flat.nbytes:
             return index, distance // flat.element_size()
-    raise ValueError("a view of none of the tensors")
+    raise ValueError("not a view of any of the tensors")
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:

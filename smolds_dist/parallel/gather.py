@@ -86,7 +86,7 @@ class Gatherer:
         Args:
             held: rank, number of the tensor, start and length of each slice [M, 4], in rank order.
         """
-        self._held = held[np.argsort(held[:, 1], kind="stable")]  # by tensor, and within one by rank
+        self._held = held[np.argsort(held[:, 1], kind="stable")]  # by tensor, then by rank
         self._begin = np.searchsorted(self._held[:, 1], np.arange(len(self._number) + 1))
 
     def _slices_of(self, names: list[str]) -> np.ndarray:

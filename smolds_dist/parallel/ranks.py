@@ -182,7 +182,7 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
     world = MPI.COMM_WORLD
     if world.size != info.world_size:
         raise RankError(
-            f"{size} is {info.world_size}, but MPI reports {world.size} ranks; {single_process_hint(info)}, or, if mpirun "
+            f"{size} is {info.world_size}, but MPI's world size is {world.size}; {single_process_hint(info)}, or, if mpirun "
             "started this, install an mpi4py built for its MPI."
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
