@@ -109,7 +109,7 @@ CASES = [
         "DeepSpeed ZeRO 2, expert parallel size 2",
         steps=1,
     ),
-    Case("smolds launch", f"{TINY} --train.steps=1", "share of the tokens per expert", steps=1),
+    Case("smolds launch", f"{TINY} --train.steps=1", "share of routed tokens per expert", steps=1),
     Case("torchrun", f"{TINY} --train.steps=1", "2 ranks over gloo", steps=1),
     Case("smolds checkpoint ls", "", r"\n +3 .*\n +4 .*ZeRO 3"),
     Case("smolds checkpoint verify", "", "step_00000004  ok"),
@@ -275,7 +275,7 @@ def test_scripts_run(script, cache, tmp_path):
     finished = run(["bash", "-c", script + extra], timeout=240, cwd=ROOT)
     assert finished.returncode == 0, finished.text
     if "quickstart" in script:
-        for text in ("validation loss", "share of the tokens per expert", "smolds board", "unigram entropy"):
+        for text in ("validation loss", "share of routed tokens per expert", "smolds board", "unigram entropy"):
             assert text in finished.stdout
         assert list(tmp_path.glob("quickstart-*/export/model.safetensors"))
     else:
