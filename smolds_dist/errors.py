@@ -70,7 +70,10 @@ class OptionParser(argparse.ArgumentParser):
         cut = args.index("--") if "--" in args else len(args)
         options, unknown = self.parse_known_args(args[:cut])
         if unknown:
-            raise ConfigError(f"{self.prog} does not know {unknown[0]!r}; put training options after `--`.")
+            raise ConfigError(
+                f"{self.prog} does not know {unknown[0]!r}; `{self.prog} --help` lists its options, and training options go "
+                "after `--`."
+            )
         return options, args[cut + 1 :]
 
 

@@ -225,7 +225,7 @@ def _expert_sizes(wanted: str | int, experts: int, world: int, per_node: int) ->
     if wanted not in valid:
         raise ConfigError(
             f"--parallel.expert {wanted} must divide the world size ({world}) and the number of experts ({experts}); "
-            f"valid values: {', '.join(map(str, valid))}."
+            f"valid values: {', '.join(map(str, valid))}. `smolds launch` starts several ranks."
         )
     where = "" if wanted in inside else f", across nodes of {per_node}, whose links are slower"
     return [wanted], f"{experts} experts are sharded over {wanted} ranks as set{where}"
