@@ -212,7 +212,7 @@ def stats(args: list[str]) -> int:
     """Print statistics of each source and how many epochs the run takes."""
     parser = OptionParser(
         prog="smolds data stats",
-        description="Print files, documents, tokens, lengths and duplicates of each source, and the epochs that the run takes.",
+        description="Print files, documents, tokens, lengths and duplicates of each source, and the epochs of the run.",
         example="smolds data stats -- --preset debug --data.source text:'corpus/*.txt'",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per source")
