@@ -109,7 +109,9 @@ def test_pickle_in_a_checkpoint_is_never_executed(copied, tmp_path):
     newest = run_dir / "checkpoints" / "step_00000006"
     for name in ("balancer.pt", "rank_00001.safetensors", "mp_rank_00_model_states.pt"):
         (newest / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    assert "not in the manifest: balancer.pt" in smolds("checkpoint", "verify", str(run_dir)).stdout  # as a user starts it
+    assert (
+        "not in the manifest: balancer.pt" in smolds("checkpoint", "verify", str(run_dir)).stdout
+    )  # as a user starts it
     train(load_config([*options, "--train.steps=7"]))
     assert losses(run_dir)[-1][0] == 7
 
