@@ -253,7 +253,7 @@ def _fastest_layout(memory: Memory, experts: int, layouts: dict[int, Layout], ha
         return best, f"{what}, because fewer need more memory than available"
     other = max((size for size in tokens_per_s if size != best), key=lambda size: tokens_per_s[size])
     gain = tokens_per_s[best] / tokens_per_s[other] - 1
-    slower = "without sharding" if other == 1 else f"over {other} ranks"
+    slower = "without sharding" if other == 1 else f"sharding over {other} ranks"
     return best, f"{what}, {gain:.1%} faster than {slower}, by the planner's formulas for {hardware.name}"
 
 
