@@ -114,7 +114,7 @@ def main() -> None:
 
     # Two tensors in the export's order: by rank, then by name.
     gatherer = Gatherer(engine.fragments(), names, engine.device, torch.float32)
-    gatherer.set_layout(held)
+    gatherer.index_slices(held)
     wanted = [names[3], names[1]]
     parts = gatherer._slices_of(wanted)
     expected = sorted(

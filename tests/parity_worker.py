@@ -29,7 +29,7 @@ from smolds_dist.training.step import Stepper
 VOCAB = 96
 STEPS = 8
 SAVE_AT = 4
-MOST_IN_A_FILE = 25_000  # elements of an export: more than any tensor has, fewer than any model
+MOST_IN_A_FILE = 25_000  # elements per export file: more than any tensor, fewer than any model
 BASE = [
     # With some seeds, and more of them at larger learning rates, a token's second and third expert have equal scores up to
     # rounding, and runs diverge.

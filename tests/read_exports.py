@@ -1,4 +1,4 @@
-"""What transformers makes of exports: imported by test_export.py, and run where another version of transformers is.
+"""Logits and tokens that transformers gets from exports: imported by test_export.py, also run under another version of it.
 
 Usage: read_exports.py RESULT MODEL TOKENIZER...
 """
@@ -12,7 +12,7 @@ TEXTS = ["def add(first): äöü and 😀 of the quick brown fox", "a<|endoftext
 
 
 def logits_and_tokens(model: str, tokenizers: list[str]) -> tuple[torch.Tensor, list[list[list[int]]], list[int]]:
-    """Logits of the first text by the first tokenizer; tokens of all texts by each, and the last's control tokens."""
+    """Return logits of the first text by the first tokenizer; tokens of all texts by each, and the last's control tokens."""
     loaded = [transformers.AutoTokenizer.from_pretrained(folder) for folder in tokenizers]
     tokens = [tokenizer(TEXTS).input_ids for tokenizer in loaded]
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

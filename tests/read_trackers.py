@@ -1,4 +1,4 @@
-"""What trackers hold of a run, as JSON: curve -> [[step, value], ...]. Run by test_trackers.py, where their packages are.
+"""Print the runs in a tracker as JSON: curve -> [[step, value], ...]. Run by test_trackers.py, in the trackers' environment.
 
 Usage: read_trackers.py wandb|mlflow|trackio RUN_DIR
 """
@@ -15,7 +15,7 @@ def id_at(name: str, run_dir: Path) -> str:
 
 
 def from_wandb(run_dir: Path) -> dict[str, list]:
-    """From the files that wait for `wandb sync`: blocks of 32 kB with records, as in LevelDB's log, of protocol buffers."""
+    """Read the files for `wandb sync`: blocks of 32 kB with records of protocol buffers, as in LevelDB's log."""
     from wandb.proto import wandb_internal_pb2
 
     curves: dict[str, list] = {}
@@ -28,7 +28,7 @@ def from_wandb(run_dir: Path) -> dict[str, list]:
             _, length, kind = struct.unpack("<IHB", data[place : place + 7])
             record += data[place + 7 : place + 7 + length]
             place += 7 + length
-            if kind not in (1, 4):  # neither whole nor the last part
+            if kind not in (1, 4):  # neither complete nor the last fragment
                 continue
             parsed = wandb_internal_pb2.Record.FromString(record)
             record = b""

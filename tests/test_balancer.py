@@ -30,7 +30,7 @@ def count_into(total, chosen):
     total += torch.bincount(chosen.flatten(), minlength=len(total))
 
 
-def test_bias_moves_once_per_step_against_the_load_of_all_micro_batches(model):
+def test_bias_is_updated_once_per_step_from_all_micro_batches(model):
     balancer = Balancer(model, rate=0.1)
     micro_batches = torch.randint(0, 50, (3, 2, 10), generator=torch.Generator().manual_seed(1))
     chosen = torch.zeros(2, 4)
@@ -52,7 +52,7 @@ def test_bias_moves_once_per_step_against_the_load_of_all_micro_batches(model):
     assert balancer.step().sum() == 0
 
 
-def test_rate_zero_only_counts(model):
+def test_zero_rate_only_counts(model):
     balancer = Balancer(model, rate=0)
     with balancer.counting():
         model(input_ids=torch.randint(0, 50, (2, 10)))

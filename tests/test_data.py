@@ -1,4 +1,4 @@
-"""Corpora, tokenizers, shards and the order of samples."""
+"""Corpora, tokenizers and shards."""
 
 import json
 import multiprocessing
@@ -38,14 +38,14 @@ def configure(cache, *options: str):
 
 
 def prepare_shards(config):
-    """The shards of a single source, and the tokenizer."""
+    """Return the shards of a single source, and the tokenizer."""
     data = prepare_data(config)
     (name,) = data.sources
     return load_all(data, name)
 
 
 def texts_of(data, say=lambda _: None) -> list[str]:
-    """All documents of a configuration's sources."""
+    """Return all documents of a configuration's sources."""
     return [
         document.text
         for source in data.mixed.values()
@@ -80,11 +80,11 @@ def test_standard_library_is_large_real_text():
         ("jsonl:bad.jsonl", '{"text": "a"}\nno json\n', "line 2"),
         ("jsonl:bad.jsonl", '{"body": "a"}\n', "--data.text_field"),
         ("text:bad.txt", "a single one", "split it into several"),
-        ("jsonl:bad.jsonl", '{"text": "too"}\n{"text": "short"}\n', "less than one sequence"),
+        ("jsonl:bad.jsonl", '{"text": "too"}\n{"text": "short"}\n', "fewer than one sequence"),
         ("parquet:bad.parquet", None, "to body"),
     ],
 )
-def test_bad_source_is_refused_with_the_fix(tmp_path, monkeypatch, source, content, fix):
+def test_invalid_source_raises_error_with_fix(tmp_path, monkeypatch, source, content, fix):
     monkeypatch.chdir(tmp_path)
     _, _, name = source.partition(":")
     if content is None:
@@ -96,7 +96,7 @@ def test_bad_source_is_refused_with_the_fix(tmp_path, monkeypatch, source, conte
 
 
 def write_rows(folder, kind: str, values: list) -> str:
-    """The source of one file of that kind with these values in its column `text`; None in a parquet or hf source is null."""
+    """Write these values to the column `text` of a file of this kind, with None as null; return the source."""
     folder = folder / "source"
     folder.mkdir()
     rows = [{"text": value} for value in values]
@@ -108,7 +108,7 @@ def write_rows(folder, kind: str, values: list) -> str:
 
 
 def documents_of(shards) -> list[str]:
-    """The documents of both splits, whose order is that of the corpus within each."""
+    """Return the documents of both splits, each split in the order of the corpus."""
     texts = []
     for tokens in (shards.train, shards.val):
         ends = np.flatnonzero(tokens == shards.tokenizer.eos_token_id)
@@ -120,29 +120,26 @@ LINES = [f"row {number}: a text that is long enough to be some tokens, and no lo
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
-def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys, kind):
+def test_rows_without_text_are_skipped_and_counted(tmp_path, capsys, kind):
     source = write_rows(tmp_path, kind, [None, "", *LINES, " \n\t", None])
     shards = prepare_shards(configure(tmp_path / "cache", f"--data.source={source}", "--data.val_fraction=0.2"))
     assert sorted(documents_of(shards)) == sorted(LINES)
-    assert f"{source}: 4 of 64 rows hold no text (null, empty or blank); left out.\n" in capsys.readouterr().err
+    assert f"{source}: 4 of 64 rows contain no text (null, empty or blank); skipped.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])
 @pytest.mark.parametrize("value", [7, 1.5, True, ["a", "list"], {"an": "object"}], ids=repr)
-def test_row_that_holds_no_string_is_refused(tmp_path, kind, value):
+def test_row_without_string_raises_error(tmp_path, kind, value):
     source = write_rows(tmp_path, kind, [value, None])
     column = {int: "int64", float: "double", bool: "bool", list: "list<element: string>", dict: "struct<an: string>"}
-    name = rf"{'' if kind == 'hf' else 'rows.'}\S* has in (line|row) 1 a value of type {type(value).__name__} "
+    name = rf"{'' if kind == 'hf' else 'rows.'}\S*, (line|row) 1: .* has a value of type {type(value).__name__} "
     if kind == "parquet":
         name = rf"rows.parquet has values of type {re.escape(column[type(value)])} in the column 'text'"
     with pytest.raises(ConfigError, match=name):
         prepare_shards(configure(tmp_path / "cache", f"--data.source={source}"))
 
 
-IN_FIELD = "in the field 'text', where a string should be"
-
-
-def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys):
+def test_skipped_rows_are_recorded_with_file_and_row(tmp_path, capsys):
     rows = [
         json.dumps({"text": "kept"}).encode(),
         b"no json",
@@ -158,7 +155,7 @@ def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys)
     said: list[str] = []
     assert texts_of(data, said.append) == ["kept", "kept"]
     assert said == [
-        f"{tmp_path}/{name}.jsonl has in line 2 no JSON object; left out, as others like it will be."
+        f"{tmp_path}/{name}.jsonl, line 2: not a JSON object; this and similar rows are skipped."
         for name in ("bad", "one")
     ]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
@@ -166,31 +163,33 @@ def test_left_out_rows_of_any_kind_are_named_by_file_and_place(tmp_path, capsys)
     assert [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text().splitlines()] == [
         {"file": f"{tmp_path}/{name}.jsonl", "line": line, "kind": kind, "why": why}
         for name, line, kind, why in (
-            ("bad", 2, "no JSON object", "no JSON object"),
-            ("bad", 3, "no UTF-8", "bytes that are no UTF-8 text"),
+            ("bad", 2, "no JSON object", "not a JSON object"),
+            ("bad", 3, "no UTF-8", "not UTF-8 text"),
             ("bad", 4, "no field", "no field 'text'; set --data.text_field to body"),
             (
                 "bad",
                 5,
                 "type list",
-                "a value of type list in the field 'text', where a string should be; no field holds text",
+                "the field 'text' has a value of type list instead of a string; no field contains text",
             ),
-            ("bad", 6, "no JSON object", "no JSON object"),
-            ("one", 2, "no JSON object", "no JSON object"),
+            ("bad", 6, "no JSON object", "not a JSON object"),
+            ("one", 2, "no JSON object", "not a JSON object"),
         )
     ]
     assert (
-        "6 of 68 rows were left out (3 no JSON object, 1 no UTF-8, 1 no field, 1 type list)" in capsys.readouterr().err
+        "6 of 68 rows were skipped (3 no JSON object, 1 no UTF-8, 1 no field, 1 type list)" in capsys.readouterr().err
     )
     (tmp_path / "good.jsonl").unlink()
-    for number, why in enumerate(("no JSON", "no UTF-8 text", "no field 'text'.* to body", "type list", "no JSON"), 1):
+    for number, why in enumerate(
+        ("not a JSON", "not UTF-8", "no field 'text'.* to body", "type list", "not a JSON"), 1
+    ):
         (tmp_path / "one.jsonl").write_bytes(rows[0] + b"\n\n" + rows[number])
         data = configure(tmp_path, f"--data.source=jsonl:{tmp_path}/one.jsonl").data
-        with pytest.raises(ConfigError, match=f"one.jsonl has in line 3 .*{why}.*on_bad_row skip"):
+        with pytest.raises(ConfigError, match=f"one.jsonl, line 3: .*{why}.*on_bad_row skip"):
             texts_of(data)
 
 
-def test_byte_order_marks_and_windows_line_ends_are_no_text(tmp_path):
+def test_byte_order_marks_and_windows_line_ends_are_removed(tmp_path):
     mark = b"\xef\xbb\xbf"
     (tmp_path / "a.txt").write_bytes(mark + b"of an editor")
     (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "first"}\r\n{"text": "\\ufeffsecond \\ufeff"}\r\n')
@@ -205,7 +204,7 @@ def test_text_that_spells_a_control_token_is_text(tmp_path):
     shards = prepare_shards(configure(tmp_path / "cache", f"--data.source={source}", "--data.val_fraction=0.2"))
     assert sorted(documents_of(shards)) == sorted(lines)
     assert shards.val_bytes == sum(len(line) for line in documents_of(shards)[-int((shards.val == 0).sum()) :])
-    # a prompt may hold control tokens
+    # a prompt may contain control tokens
     assert shards.tokenizer("<|endoftext|>").input_ids == [shards.tokenizer.eos_token_id]
 
 
@@ -232,7 +231,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize(("kind", "name", "content", "what"), DAMAGED)
-def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys, kind, name, content, what):
+def test_empty_or_damaged_file_raises_error_or_is_skipped(tmp_path, capsys, kind, name, content, what):
     good = [{"text": f"{GOOD} {number}"} for number in range(2)]
     if kind == "text":
         for number, row in enumerate(good):
@@ -247,13 +246,13 @@ def test_empty_or_damaged_file_is_named_and_refused_or_skipped(tmp_path, capsys,
         prepare_shards(configure(tmp_path / "cache", source))
     skipping = configure(tmp_path / "cache", source, "--data.on_bad_file=skip")
     texts = documents_of(prepare_shards(skipping))
-    assert re.search(f"{name} {what}.*; left out", capsys.readouterr().err)
+    assert re.search(f"{name} {what}.*; (the rest of it was )?skipped", capsys.readouterr().err)
     assert sorted(texts) == sorted(row["text"] for row in good)
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "documents", "meta.json"])
 @pytest.mark.parametrize("what", ["units/*", "held_out"])
-def test_damaged_tokens_are_named_and_written_again(corpus, tmp_path, capsys, what, name):
+def test_damaged_shard_is_reported_and_rewritten(corpus, tmp_path, capsys, what, name):
     config = configure(tmp_path, f"--data.source=text:{corpus}/*.txt", "--data.val_fraction=0.15")
     before = prepare_shards(config)
     (folder,) = tmp_path.glob(f"{what}/*/")
@@ -265,7 +264,7 @@ def test_damaged_tokens_are_named_and_written_again(corpus, tmp_path, capsys, wh
     assert np.array_equal(before.train, again.train) and np.array_equal(before.val, again.val)
 
 
-def test_unknown_tokenizer_is_refused(corpus, tmp_path):
+def test_unknown_tokenizer_raises_error(corpus, tmp_path):
     config = configure(tmp_path, f"--data.source=text:{corpus}/*.txt", "--data.tokenizer=no/such-tokenizer")
     with pytest.raises(ConfigError, match="or `train`"):
         prepare_shards(config)
@@ -280,17 +279,17 @@ def test_shards_hold_every_document_once(corpus, cache):
     assert sorted(parts["train"] + parts["val"]) == written
     assert 2 <= len(parts["val"]) <= 16
     assert shards.val_bytes == sum(len(text.encode()) for text in parts["val"])
-    # the entropy is that of the held-out tokens
+    # the entropy is that of the validation tokens
     _, counts = np.unique(shards.val, return_counts=True)
     frequency = counts / counts.sum()
     assert shards.val_unigram_entropy == pytest.approx(-(frequency * np.log(frequency)).sum())
-    # a second call reads; a folder of the tokenizer works as a tokenizer
+    # a second call reads the cache; the tokenizer's folder can be the setting
     assert prepare_shards(config).folders == shards.folders
     own = configure(cache, f"--data.source=text:{corpus}/*.txt", f"--data.tokenizer={shards.tokenizer.name_or_path}")
     assert np.array_equal(prepare_shards(own).tokenizer.vocab, shards.tokenizer.vocab)
 
 
-def test_single_document_is_refused_and_of_two_one_is_held_out(tmp_path):
+def test_single_document_raises_error_and_one_of_two_is_for_validation(tmp_path):
     text = " ".join(f"word{i % 97} and{i % 13}" for i in range(2_000))
     (tmp_path / "one.txt").write_text(text)
     (tmp_path / "copy.txt").write_text(text)
@@ -303,7 +302,7 @@ def test_single_document_is_refused_and_of_two_one_is_held_out(tmp_path):
     assert sorted(map(sorted, sides)) == sorted([[text, text], [text[::-1]]])
 
 
-def test_held_out_text_ends_when_there_is_enough_and_the_rest_is_left_aside(tmp_path, monkeypatch):
+def test_validation_set_has_bounded_size_and_later_documents_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "VALIDATION_BYTES", 1000)
     rows = [f"document {number} with words of its own, {number * 37}, and some more" for number in range(400)]
     for count in (200, 400):
@@ -318,7 +317,7 @@ def test_held_out_text_ends_when_there_is_enough_and_the_rest_is_left_aside(tmp_
         assert 1000 <= shards.val_bytes < 1000 + max(map(len, rows)) < sum(map(len, low))
 
 
-def test_max_tokens_stops_the_reading(corpus, cache):
+def test_max_tokens_stops_reading(corpus, cache):
     limited = configure(cache, f"--data.source=text:{corpus}/*.txt", "--data.max_tokens=5000")
     whole_of_it = configure(cache, f"--data.source=text:{corpus}/*.txt")
     counts = [prepare_data(config).sources["text"] for config in (limited, whole_of_it)]
@@ -360,7 +359,7 @@ def hang_while_writing(cache, source, started):
     prepare_shards(configure(cache, source))
 
 
-def test_killed_writer_leaves_nothing_that_is_believed(corpus, tmp_path):
+def test_killed_writer_leaves_no_valid_shard(corpus, tmp_path):
     context = multiprocessing.get_context("fork")
     started = context.Event()
     source = f"--data.source=text:{corpus}/*.txt"
@@ -375,7 +374,7 @@ def test_killed_writer_leaves_nothing_that_is_believed(corpus, tmp_path):
     assert not list((tmp_path / "units").glob("*/*.writing-*"))
 
 
-def test_edited_file_is_tokenised_again(tmp_path):
+def test_edited_file_is_tokenized_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("some words " * 3000)
     (tmp_path / "b.txt").write_text("more words " * 3000)
@@ -385,14 +384,14 @@ def test_edited_file_is_tokenised_again(tmp_path):
     assert prepare_shards(config).folders != before
 
 
-def test_evaluation_batch_fills_up_with_sequences_that_do_not_count():
+def test_evaluation_batch_is_padded_with_ignored_sequences():
     ids, labels = evaluation_batch(np.arange(100, dtype=np.uint16), 10, range(2, 6), num_sequences=4)
     assert ids[:, 0].tolist() == [20, 30, 30, 30]
     assert torch.equal(labels[:2], ids[:2])
     assert (labels[2:] == -100).all()
 
 
-def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
+def test_prefetched_batches_equal_requested_ones(corpus, cache):
     data = prepare_data(configure(cache, f"--data.source=text:{corpus}/*.txt"))
     assembled = []
 
@@ -405,11 +404,11 @@ def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
             return data.batch(indices)
 
     ahead = BatchPrefetcher(Watched(), stride=8)
-    # a rank's half of each batch, one step after the other; then, after a rollback, elsewhere
+    # a rank's half of consecutive batches, then of another batch after a rollback
     for start in (4, 12, 20, 60, 68):
         indices = range(start, start + 4)
         ids, digest = ahead.take(indices)
-        for _ in range(2):  # as before the backward pass of every micro batch
+        for _ in range(2):  # like before the backward pass of each micro batch
             ahead.prefetch_next()
         assert torch.equal(ids, data.batch(indices)) and digest == batch_digest(ids, indices)
     ahead.close()
@@ -417,7 +416,7 @@ def test_batches_ahead_are_those_that_are_asked_for(corpus, cache):
     assert {4, 12, 20, 60, 68} <= set(starts) <= {4, 12, 20, 28, 60, 68, 76} and len(starts) == len(set(starts))
 
 
-def test_error_while_a_batch_is_assembled_ahead_is_raised():
+def test_error_during_prefetch_is_raised():
     class Failing:
         def wait_for_samples(self, samples: int) -> None:
             pass
@@ -436,7 +435,7 @@ def test_error_while_a_batch_is_assembled_ahead_is_raised():
 
 
 @pytest.mark.parametrize("pattern", ["corpus[v2]/?.txt", "corpus[v2]/a[1].txt", "corpus[v2]", "corpus[v2]/**/*.txt"])
-def test_only_what_does_not_exist_is_a_pattern(tmp_path, pattern):
+def test_existing_path_is_not_a_pattern(tmp_path, pattern):
     (tmp_path / "corpus[v2]").mkdir()
     for name in ("a[1].txt", "b.txt"):
         (tmp_path / "corpus[v2]" / name).write_text("text")

@@ -1,4 +1,4 @@
-"""Documents that share a sequence stay apart: their losses and gradients are those that each has alone."""
+"""Documents that share a sequence are masked from each other: each has the loss and gradient that it has alone."""
 
 import json
 
@@ -25,7 +25,7 @@ EOS = 0
 
 
 def packed(lengths: list[list[int]], vocab: int = 64) -> torch.Tensor:
-    """Sequences [B, S] of documents of these lengths, each with an end-of-text token but the last, which is cut off."""
+    """Return sequences [B, S] of documents of these lengths, each with an end-of-text token but the last, truncated one."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for row in lengths:
@@ -59,14 +59,14 @@ def test_attention_equals_that_of_a_mask(dtype, tolerance, groups):
         assert (ours - reference).norm() <= tolerance * reference.norm() + 1e-5
 
 
-def test_blocks_meet_no_keys_before_their_documents():
+def test_blocks_skip_keys_before_their_documents():
     positions, _ = apply_document_mask(packed([[32] * 8, [32] * 8]), EOS)
     assert [(keys.start, keys.stop) for _, keys, _ in Documents(positions).blocks(torch.float32)] == [
         (0, 64), (64, 128), (128, 192), (192, 256),
     ]  # fmt: skip
 
 
-def test_positions_and_labels_begin_anew():
+def test_positions_and_labels_restart_per_document():
     ids = torch.tensor([[5, EOS, 6, 7, EOS, EOS, 8], [5, 6, 7, 8, 9, 5, EOS]])
     positions, labels = apply_document_mask(ids, EOS)
     assert positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
@@ -106,7 +106,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(attention,
 
 @pytest.mark.parametrize("attention", SETTINGS)
 def test_a_later_token_changes_no_earlier_logit(attention):
-    """Neither with a cache nor without."""
+    """With and without a cache."""
     model = build(SETTINGS[attention]).eval()
     ids = packed([[90]])
     other = ids.clone()
@@ -123,7 +123,7 @@ def test_a_later_token_changes_no_earlier_logit(attention):
 
 @pytest.fixture
 def short_documents(small_run, tmp_path):
-    """A small run on documents of a few tokens, kept apart."""
+    """Options of a small run on documents of a few tokens, masked from each other."""
     chance = np.random.RandomState(0)
     rows = (" ".join(chance.choice("one two three four five".split(), chance.randint(2, 20))) for _ in range(500))
     (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -149,7 +149,7 @@ def test_every_topology_trains_the_same(short_documents, tmp_path):
 
 
 def first_model(config, data):
-    """What a run starts from."""
+    """Return a run's initial model."""
     from smolds_dist.training.build import make_model_config
 
     model = empty_model(make_model_config(config, data))
@@ -158,7 +158,7 @@ def first_model(config, data):
 
 
 def test_first_loss_is_that_of_the_documents_alone(short_documents, tmp_path):
-    """A step's loss in metrics.jsonl is the mean over all labels of the batch, however they fall into micro batches."""
+    """A step's loss in metrics.jsonl is the mean over all labels of the batch, however they are split into micro batches."""
     options = [*short_documents, "--parallel.device=cpu", "--train.dtype=fp32", "--train.steps=1"]
     config = load_config([*options, "--run.name=one"])
     train(config)
@@ -175,7 +175,7 @@ def test_first_loss_is_that_of_the_documents_alone(short_documents, tmp_path):
 
 
 def test_packed_documents_train_as_each_alone(short_documents, tmp_path):
-    """No document is cut, none of the padding is predicted, and the first loss is the mean over all documents' labels."""
+    """No document is split, padding is not predicted, and the first loss is the mean over all documents' labels."""
     options = [*short_documents, "--data.packing=best_fit", "--data.seq_len=64", "--train.steps=2"]
     config = load_config([*options, "--parallel.device=cpu", "--train.dtype=fp32", "--run.name=packed"])
     train(config)

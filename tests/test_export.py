@@ -1,4 +1,4 @@
-"""Exports load in plain transformers and compute the same; imports continue from them."""
+"""Exports load in plain transformers and compute the same; imports continue training from them."""
 
 import base64
 import json
@@ -56,7 +56,7 @@ for absent in ("smolds_dist", "deepspeed"):
 
 @pytest.fixture(scope="module")
 def exported(kept_run, tmp_path_factory):
-    """The kept run's newest checkpoint in transformers' format, checked on the way."""
+    """Export and check the kept run's newest checkpoint in transformers' format."""
     folder = tmp_path_factory.mktemp("exported") / "model"
     export([str(kept_run[0]), "--to", str(folder)])
     return folder
@@ -64,7 +64,7 @@ def exported(kept_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latent(corpus, cache, tmp_path_factory):
-    """The run of a latent model in bf16, and the export of its step 4 in several files, checked on the way."""
+    """Train a latent model in bf16; export and check its step 4 in several files."""
     folder = tmp_path_factory.mktemp("latent")
     options = [*options_of_small_run(corpus, cache, folder), *LATENT, "--model.rms_norm_eps=1e-6", "--run.name=latent"]
     train(load_config([*options, "--train.dtype=bf16", "--train.eval_every=0", "--log.sample_every=0"]))
@@ -75,7 +75,7 @@ def latent(corpus, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers_alone(tmp_path_factory):
-    """A folder of packages that lacks ours and DeepSpeed, and all that a Python needs to use nothing else."""
+    """Return a folder of packages without smolds and DeepSpeed, and the environment in which Python uses only these."""
     folder = tmp_path_factory.mktemp("site")
     for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if not package.name.startswith(("smolds", "deepspeed", "__editable__")) and package.suffix != ".pth":
@@ -183,7 +183,7 @@ def test_latent_model_and_many_files(latent, tmp_path):
         assert torch.equal(first.read_full(name, "value").bfloat16().float(), second.read_full(name, "value"))
 
 
-def test_what_transformers_lacks_is_kept_in_our_own_format(corpus, cache, tmp_path):
+def test_models_without_counterpart_export_in_smolds_format(corpus, cache, tmp_path):
     options = options_of_small_run(corpus, cache, tmp_path)
     train(load_config([*options, "--model.scoring_func=sigmoid", "--run.name=mixed", "--train.steps=2"]))
     source, to = str(tmp_path / "runs" / "mixed"), tmp_path / "model"
@@ -195,7 +195,7 @@ def test_what_transformers_lacks_is_kept_in_our_own_format(corpus, cache, tmp_pa
     import_model([str(to), "--to", str(tmp_path / "runs" / "back"), "--data.seq_len=32"])
 
 
-def test_export_that_computes_something_else_is_found_out(kept_run, exported, tmp_path):
+def test_export_with_other_logits_is_detected(kept_run, exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].flip(0)
@@ -204,13 +204,13 @@ def test_export_that_computes_something_else_is_found_out(kept_run, exported, tm
     reader = CheckpointReader(checkpoint, read_manifest(checkpoint))
     tokenizer = export_module.tokenizer_of(checkpoint, reader.manifest)
     config = export_module.model_config(reader.manifest, tokenizer)
-    with pytest.raises(RuntimeError, match="other logits"):
+    with pytest.raises(RuntimeError, match="logits differ"):
         export_module.check(reader, config, folder, "transformers", "fp32")
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the Hub's client asks for when it uploads small files: a stand-in that keeps what it is sent. It says nothing of
-    how the Hub itself treats large files, names or tokens."""
+    """Implements what the Hub's client requests to upload small files, and stores them. Does not model how the Hub treats
+    large files, names or tokens."""
 
     committed: ClassVar[dict[str, bytes]] = {}
     tokens: ClassVar[set[str | None]] = set()
@@ -280,17 +280,17 @@ def test_push_to_a_hub_that_does_not_answer_loses_nothing(kept_run, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
-def test_mistakes_are_told(kept_run, exported, tmp_path):
+def test_mistakes_raise_errors(kept_run, exported, tmp_path):
     source, to = str(kept_run[0]), ["--to", str(tmp_path / "model")]
     with pytest.raises(ConfigError, match="exists"):
         export([source, "--to", str(exported)])
     with pytest.raises(ConfigError, match="no checkpoint of step 5; it has step_00000002"):
         export([source, *to, "--step", "5"])
-    with pytest.raises(ConfigError, match="no whole checkpoint"):
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
         export([str(tmp_path), *to])
-    with pytest.raises(ConfigError, match="is no size of a file"):
+    with pytest.raises(ConfigError, match="is not a file size"):
         export([source, *to, "--max-shard-size", "0GB"])
-    with pytest.raises(ConfigError, match="no model"):
+    with pytest.raises(ConfigError, match="it is a run, whose model"):
         import_model([source, *to])
     with pytest.raises(ConfigError, match="exists"):
         import_model([str(exported), "--to", source])
@@ -312,11 +312,11 @@ def test_mistakes_are_told(kept_run, exported, tmp_path):
 
     norm = "model.layers.0.input_layernorm.weight"
     for name, change, words in (
-        ("gemma", lambda f: set_config(f, model_type="gemma"), "'gemma' is none of ernie4_5_moe, mixtral"),
+        ("gemma", lambda f: set_config(f, model_type="gemma"), "'gemma' is not one of ernie4_5_moe, mixtral"),
         ("dense", lambda f: set_config(f, moe_layer_end_index=0), "moe_layer_end_index=0"),
         ("biased", lambda f: set_config(f, use_bias=True), "use_bias=True"),
         ("short", lambda f: drop(f, norm), f"lacks the tensor {norm}"),
-        ("wide", lambda f: drop(f, norm, torch.zeros(5)), "another model"),
+        ("wide", lambda f: drop(f, norm, torch.zeros(5)), "this config's weights"),
         ("half", lambda f: (f / "model.safetensors").write_bytes(b"1234"), "damaged"),
     ):
         with pytest.raises(ConfigError, match=words):

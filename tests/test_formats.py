@@ -1,4 +1,4 @@
-"""Every format that text comes in, plain, compressed or far away, gives the same documents; and what text becomes."""
+"""Every format of text, plain, compressed or remote, gives the same documents; how text is processed."""
 
 import bz2
 import functools
@@ -34,7 +34,7 @@ COMPRESS = {
 
 
 def file_bytes(kind: str) -> bytes:
-    """A file of that kind that holds `TEXTS`; of a text file, the first alone."""
+    """Return a file of this kind with `TEXTS`; a text file has only the first."""
     rows = [{"other": 1, "text": text} for text in TEXTS]
     if kind == "text":
         return TEXTS[0].encode()
@@ -52,7 +52,7 @@ def file_bytes(kind: str) -> bytes:
 
 @pytest.mark.parametrize("ending", COMPRESS)
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "arrow", "arrow stream"])
-def test_every_format_and_compression_gives_the_same_texts(tmp_path, kind, ending):
+def test_every_format_and_compression_gives_the_same_documents(tmp_path, kind, ending):
     name = kind.split()[0]
     (tmp_path / f"a.{name}{ending}").write_bytes(COMPRESS[ending](file_bytes(kind)))
     data = configure(tmp_path, f"--data.source={name}:{tmp_path}/a.*").data
@@ -60,18 +60,18 @@ def test_every_format_and_compression_gives_the_same_texts(tmp_path, kind, endin
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
-def test_compressed_files_behind_one_another_are_read_whole(tmp_path, ending):
-    """As parallel compressors write them, and `cat` joins them."""
+def test_concatenated_compressed_files_are_read_completely(tmp_path, ending):
+    """As written by parallel compressors, or joined with `cat`."""
     (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS[ending](file_bytes("jsonl")) * 3)
     assert texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl{ending}").data) == TEXTS * 3
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
-def test_compressed_file_that_is_cut_off_is_damaged(tmp_path, ending):
+def test_truncated_compressed_file_is_damaged(tmp_path, ending):
     content = COMPRESS[ending](file_bytes("jsonl") * 3)
     (tmp_path / f"a.jsonl{ending}").write_bytes(content[: len(content) // 2])
     source = f"--data.source=jsonl:{tmp_path}/a.jsonl{ending}"
-    with pytest.raises(ConfigError, match=rf"a.jsonl\{ending} (is damaged|has in line).*skip"):
+    with pytest.raises(ConfigError, match=rf"a.jsonl\{ending} (is damaged|, line).*skip"):
         texts_of(configure(tmp_path, source).data)
     said: list[str] = []
     texts_of(configure(tmp_path, source, "--data.on_bad_file=skip", "--data.on_bad_row=skip").data, said.append)
@@ -154,7 +154,7 @@ def test_folder_stands_for_the_files_of_its_kind(tmp_path):
     assert texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}").data) == TEXTS * 2
 
 
-# What text becomes: each file failed once.
+# How text is processed; each of these files failed once.
 
 
 def case(tmp_path, name: str, *options: str):
@@ -170,12 +170,12 @@ def test_case_null_rows(tmp_path, capsys):
     written = [row["text"] for row in rows_of_case("null_rows.jsonl")]
     whole = [text for text in written if text and text.strip()]
     assert sorted(documents_of(prepare_shards(case(tmp_path, "null_rows.jsonl")))) == sorted(whole)
-    assert f"{len(written) - len(whole)} of {len(written)} rows hold no text" in capsys.readouterr().err
+    assert f"{len(written) - len(whole)} of {len(written)} rows contain no text" in capsys.readouterr().err
 
 
 def test_case_numbers(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"numbers.jsonl has in line 1 a value of type int in the field 'text'.*no field holds"
+        ConfigError, match=r"numbers.jsonl, line 1: the field 'text' has a value of type int.*no field contains"
     ):
         prepare_shards(case(tmp_path, "numbers.jsonl"))
 
@@ -209,15 +209,15 @@ def test_case_compressed(tmp_path):
 
 
 def test_case_one_bad_row(tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"one_bad_row.jsonl has in line 61 no JSON object; .*--data.on_bad_row skip"):
+    with pytest.raises(ConfigError, match=r"one_bad_row.jsonl, line 61: not a JSON object; .*--data.on_bad_row skip"):
         prepare_shards(case(tmp_path, "one_bad_row.jsonl"))
     shards = prepare_shards(case(tmp_path, "one_bad_row.jsonl", "--data.on_bad_row=skip"))
     assert len(documents_of(shards)) == 120
-    assert "1 of 121 rows were left out (1 no JSON object)" in capsys.readouterr().err
+    assert "1 of 121 rows were skipped (1 no JSON object)" in capsys.readouterr().err
     assert json.loads((shards.folders[0] / "bad_rows.jsonl").read_text())["line"] == 61
 
 
-def test_line_separators_inside_a_string_end_no_row(tmp_path):
+def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path):
     texts = ["one\u2028two\u0085three\x0cfour", "five\r\nsix"]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in texts), newline=""
@@ -225,17 +225,17 @@ def test_line_separators_inside_a_string_end_no_row(tmp_path):
     assert texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl").data) == texts
 
 
-def test_wrong_column_of_the_last_file_is_told_before_the_work_begins(tmp_path, monkeypatch):
+def test_wrong_column_of_last_file_is_reported_early(tmp_path, monkeypatch):
     for number in range(3):
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     tokenizer = prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/0.jsonl")).tokenizer.name_or_path
     (tmp_path / "9.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
     monkeypatch.setattr("smolds_dist.data.shards.tokenize", lambda *_: pytest.fail("the work began"))
-    with pytest.raises(ConfigError, match=r"9\.jsonl has in line 1 no field 'text'"):
+    with pytest.raises(ConfigError, match=r"9\.jsonl, line 1: no field 'text'"):
         prepare_shards(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={tokenizer}"))
 
 
-def test_tokens_have_a_longest_length(tmp_path):
+def test_tokens_have_a_maximum_length(tmp_path):
     (tmp_path / "a.txt").write_text(("字" * 3000 + "\n") * 20)
     (tmp_path / "b.txt").write_text("abcdefghij" * 3000)
     tokenizer = prepare_data(configure(tmp_path, f"--data.source=text:{tmp_path}/*.txt")).tokenizer
@@ -243,12 +243,12 @@ def test_tokens_have_a_longest_length(tmp_path):
     assert 8 < len(longest) <= LONGEST_TOKEN
 
 
-# Tokens of others.
+# Pre-tokenized data.
 
 
 @pytest.fixture(scope="module")
 def tokenized(tmp_path_factory):
-    """A tokenizer's folder, and documents as it encodes them."""
+    """Return a tokenizer's folder, and documents encoded by it."""
     folder = tmp_path_factory.mktemp("tokenized")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     tokenizer = prepare_shards(configure(folder, f"--data.source=jsonl:{folder}/a.jsonl")).tokenizer
@@ -256,7 +256,7 @@ def tokenized(tmp_path_factory):
 
 
 def write_megatron(path: Path, documents: list[np.ndarray]) -> None:
-    """As Megatron-LM's IndexedDatasetBuilder lays it out, each document of two sequences."""
+    """Write the layout of Megatron-LM's IndexedDatasetBuilder, with two sequences per document."""
     halves = [part for ids in documents for part in np.array_split(ids, 2)]
     lengths = np.array([len(part) for part in halves], dtype=np.int32)
     with path.with_suffix(".idx").open("wb") as index:
@@ -285,7 +285,7 @@ WRITERS = {"a.bin": write_megatron, "a.ds": write_datatrove, "a.npy": write_npy,
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_tokens_of_others_are_taken_as_they_are(tmp_path, tokenized, name):
+def test_pretokenized_data_is_used_unchanged(tmp_path, tokenized, name):
     tokenizer, documents = tokenized
     eos = tokenizer.eos_token_id
     closed = [np.append(ids, eos) for ids in documents]
@@ -302,26 +302,26 @@ def test_tokens_of_others_are_taken_as_they_are(tmp_path, tokenized, name):
     assert shards.val_bytes == sum(len(text.encode()) for text in documents_of(shards)[-(shards.val == eos).sum() :])
 
 
-def test_tokens_that_do_not_fit_are_refused(tmp_path, tokenized):
+def test_pretokenized_data_that_does_not_fit_raises_error(tmp_path, tokenized):
     tokenizer, documents = tokenized
     given = [f"--data.source=tokens:{tmp_path}/a.npy", f"--data.tokenizer={tokenizer.name_or_path}"]
     np.save(tmp_path / "a.npy", np.concatenate([*documents, [len(tokenizer)]]).astype(np.int32))
     with pytest.raises(
-        ConfigError, match=f"a.npy has in document 1 the id {len(tokenizer)}; the tokenizer has ids from 0"
+        ConfigError, match=f"a.npy has the token id {len(tokenizer)} in document 1, but the tokenizer has ids 0 to"
     ):
         prepare_shards(configure(tmp_path, *given))
     np.save(tmp_path / "a.npy", np.ones(1000))
-    with pytest.raises(ConfigError, match="holds float64, no token ids"):
+    with pytest.raises(ConfigError, match="contains float64 values instead of token ids"):
         prepare_shards(configure(tmp_path, *given))
     with pytest.raises(ConfigError, match="a tokenizer is trained on text"):
         configure(tmp_path, given[0])
     (tmp_path / "c.bin").write_bytes(b"123")
-    with pytest.raises(ConfigError, match="no whole number of uint16 ids"):
+    with pytest.raises(ConfigError, match="not a whole number of uint16 ids"):
         prepare_shards(configure(tmp_path, given[1], f"--data.source=tokens:{tmp_path}/c.bin"))
     write_megatron(tmp_path / "d.bin", documents)
     (tmp_path / "d.bin").write_bytes(np.concatenate(documents[1:]).tobytes())
     with pytest.raises(ConfigError, match="its index"):
         prepare_shards(configure(tmp_path, given[1], f"--data.source=tokens:{tmp_path}/d.bin"))
     (tmp_path / "e.ds").write_bytes(b"1234")
-    with pytest.raises(ConfigError, match=r"no e\.ds\.index beside it"):
+    with pytest.raises(ConfigError, match=r"no e\.ds\.index next to it"):
         prepare_shards(configure(tmp_path, given[1], f"--data.source=tokens:{tmp_path}/e.ds"))

@@ -105,32 +105,32 @@ def test_a_prompt_is_a_line_and_positions_end(kept_run, tmp_path, capsys):
     config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 4}
     (tmp_path / "short" / "config.json").write_text(json.dumps(config))
     generate([str(tmp_path / "short"), "--prompt", "oak", "--max-new-tokens", "8", "--temperature", "0"])
-    assert "go beyond the 4 positions of the model" in capsys.readouterr().err
+    assert "exceed the model's 4 positions" in capsys.readouterr().err
     path.write_bytes(b"oak\xe9\n")
-    with pytest.raises(ConfigError, match=r"prompts.txt is not UTF-8 text .* give a UTF-8 text file"):
+    with pytest.raises(ConfigError, match=r"prompts.txt is not UTF-8 text .* use a UTF-8 text file"):
         generate([str(tmp_path / "short"), "--prompts", str(path)])
 
 
 @pytest.fixture
 def exported_now(kept_run):
-    """What the run's own export says to the first prompt."""
+    """Return the continuation of the first prompt by the run's own export."""
     model, tokenizer = load_model(kept_run[0] / "export")
     return continue_prompts(model, tokenizer, PROMPTS[:1], 6, seed=0, temperature=0)[0]
 
 
-def test_mistakes_are_told(kept_run, tmp_path):
+def test_mistakes_raise_errors(kept_run, tmp_path):
     run_dir = str(kept_run[0])
     for args, words in (
         ([run_dir, "--top-p", "0"], "more than 0"),
         ([run_dir, "--max-new-tokens", "0"], "at least 1"),
         ([run_dir, "--prompts", str(tmp_path / "none")], "none cannot be read"),
         ([run_dir, "--step", "5"], "no checkpoint of step 5"),
-        ([str(tmp_path)], "holds no model"),
+        ([str(tmp_path)], "contains no model"),
     ):
         with pytest.raises(ConfigError, match=words):
             generate(args)
     for args, words in (
-        ([run_dir, "--train.steps=3"], "no option of smolds eval"),
+        ([run_dir, "--train.steps=3"], "not an option of smolds eval"),
         ([run_dir, "--max-tokens", "1"], "at least 2"),
         ([str(tmp_path)], "--data.source"),
     ):
@@ -138,7 +138,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
             evaluate_model(args)
 
 
-def test_eval_of_held_out_text_is_the_trainings_own(kept_run, tmp_path, capsys):
+def test_eval_of_validation_set_equals_training(kept_run, tmp_path, capsys):
     run_dir, options = kept_run
     evaluated = [row for row in read_rows(run_dir / "metrics.jsonl") if "val_loss" in row][-1]
     evaluate_model([str(run_dir), "--max-tokens", str(5 * 32), "--json", str(tmp_path / "eval.json")])

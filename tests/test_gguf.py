@@ -1,4 +1,4 @@
-"""llama.cpp makes of a GGUF export the same tokens, the same logits and the same text as we do."""
+"""llama.cpp computes the same tokens, logits and text from a GGUF export as we do."""
 
 import json
 import math
@@ -52,11 +52,11 @@ VARIANTS: dict[str, list[str]] = {
     "latent with softmax": [*LATENT, "--model.scoring_func=softmax"],
 }  # fmt: skip
 
-# Each feature at least once.
+# Every feature at least once.
 VARIANTS_IN_SHORT = {name: VARIANTS[name] for name in ("gqa", "latent", "gqa family", "latent family", "dense")}
 
-# One thread: two would wait in loops where another test has a core.
-# Exact attention: by default llama.cpp keeps keys and values in fp16, and computes attention in it too.
+# One thread: two would busy-wait while another test uses a core.
+# Exact attention: by default llama.cpp stores keys and values, and computes attention, in fp16.
 LLAMA = """
 import json, sys, urllib.request, xllamacpp
 answers = []
@@ -76,7 +76,7 @@ print(json.dumps(answers))
 
 
 def llama(scratch: Path, *asked: tuple[Path, list[tuple[str, dict]]]) -> list[list[dict]]:
-    """What llama.cpp's server answers to each model's requests, all in one process."""
+    """Return the answers of llama.cpp's server to each model's requests, all in one process."""
     (scratch / "asked.json").write_text(json.dumps([(str(model), requests) for model, requests in asked]))
     finished = run([str(READERS), "-c", LLAMA, str(scratch / "asked.json")], timeout=120)
     assert finished.returncode == 0, finished.text
@@ -84,12 +84,12 @@ def llama(scratch: Path, *asked: tuple[Path, list[tuple[str, dict]]]) -> list[li
 
 
 def next_token(ids: list[int], size: int) -> tuple[str, dict]:
-    """A request for the log-probabilities of the token after `ids`."""
+    """Return a request for the log-probabilities of the token after `ids`."""
     return "/completion", {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": size}
 
 
 def log_probabilities(answer: dict, size: int) -> torch.Tensor | None:
-    """[V], or nothing where the best token is a part of a character, of which the server tells no probabilities."""
+    """Return [V], or None if the best token is part of a character, for which the server gives no probabilities."""
     if not answer.get("completion_probabilities"):
         return None
     found = {token["id"]: token["logprob"] for token in answer["completion_probabilities"][0]["top_logprobs"]}
@@ -98,7 +98,7 @@ def log_probabilities(answer: dict, size: int) -> torch.Tensor | None:
 
 
 def smollm_tokenizer(folder: Path) -> None:
-    """As SmolLM2's: digits one by one, and several control tokens."""
+    """Save a tokenizer like SmolLM2's: single digits, and several control tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -126,22 +126,22 @@ def parts_of(run_dir: Path) -> SimpleNamespace:
 class Exported:
     run_dir: Path
     file: Path
-    page: str  # of text, with control tokens in it
+    page: str  # text with control tokens
     ids: list[int]  # of some text
-    ends: range  # where beginnings of these end
-    answers: list[dict]  # of llama.cpp, to what `exported` asks
+    ends: range  # ends of prefixes of `ids`
+    answers: list[dict]  # llama.cpp's, to the requests of `exported`
 
 
 @pytest.fixture(scope="module")
 def exported(corpus, cache, tmp_path_factory, request):
-    """By the variant's name: a run of 40 steps with a high learning rate, so that every part of the model matters, its
-    export, and what llama.cpp, started once, makes of it."""
+    """Return by the variant's name: a run of 40 steps with a high learning rate, so that every part of the model matters,
+    its export, and llama.cpp's answers; llama.cpp starts once."""
     folder = tmp_path_factory.mktemp("gguf")
     smollm_tokenizer(folder / "tokenizer")
     found, asked = {}, []
     for name, variant in (VARIANTS if request.config.getoption("--all") else VARIANTS_IN_SHORT).items():
         options = [*options_of_small_run(corpus, cache, folder), *variant, f"--run.name=run{len(found)}"]
-        if name == "latent":  # a tokenizer from elsewhere, and fewer tokens than the model has
+        if name == "latent":  # an external tokenizer, with fewer tokens than the model
             options += [f"--data.tokenizer={folder / 'tokenizer'}", "--model.vocab_size=384"]
         options += ["--train.steps=40", "--train.lr=0.01", "--log.tensorboard=false", "--checkpoint.every=40"]
         train(load_config([*options, "--train.eval_every=0", "--log.sample_every=0"]))
@@ -192,7 +192,7 @@ def test_llama_cpp_reads_tokens_and_computes_logits_and_text_as_we_do(exported, 
 
 @needs_llama
 @pytest.mark.parametrize("name", ["latent family", pytest.param("gqa", marks=pytest.mark.long)])
-def test_eight_bits_cost_little_perplexity(exported, tmp_path, name):
+def test_q8_0_costs_little_perplexity(exported, tmp_path, name):
     run_dir = exported[name].run_dir
     ours = parts_of(run_dir)
     ids = text_encoder(ours.tokenizer).encode("\n".join(f"{50 + i} {SENTENCES[i % 4]}." for i in range(8))).ids[:120]
@@ -213,7 +213,7 @@ def test_eight_bits_cost_little_perplexity(exported, tmp_path, name):
     assert files["q8_0"].stat().st_size < exported[name].file.stat().st_size
 
 
-def test_file_says_what_is_in_it(kept_run, tmp_path):
+def test_gguf_metadata_describes_the_model(kept_run, tmp_path):
     to = tmp_path / "new" / "model.gguf"
     export([str(kept_run[0]), "--to", str(to), "--format", "gguf", "--dtype", "bf16", "--quantise", "q8_0"])
     assert {path.name for path in to.parent.iterdir()} == {"model.gguf", "Modelfile"}
@@ -240,44 +240,42 @@ def test_file_says_what_is_in_it(kept_run, tmp_path):
         assert line in text.splitlines()
 
 
-def test_modelfile_of_another_stays(kept_run, tmp_path):
+def test_existing_modelfile_is_kept(kept_run, tmp_path):
     command = [str(kept_run[0]), "--format", "gguf", "--to"]
     (tmp_path / "Modelfile").write_text("FROM llama3\n")
     export([*command, str(tmp_path / "a.gguf")])
     assert (tmp_path / "Modelfile").read_text() == "FROM llama3\n"
     assert "FROM ./a.gguf\n" in (tmp_path / "a.Modelfile").read_text()
     (tmp_path / "b.Modelfile").write_text("FROM llama3\n")
-    with pytest.raises(ConfigError, match=r"b\.Modelfile are there already"):
+    with pytest.raises(ConfigError, match=r"b\.Modelfile exist already"):
         export([*command, str(tmp_path / "b.gguf")])
     assert not list(tmp_path.glob("b.gguf*"))
 
 
-def test_damage_is_found_out(kept_run, tmp_path):
+def test_damage_is_detected(kept_run, tmp_path):
     ours, file = parts_of(kept_run[0]), tmp_path / "model.gguf"
     export([str(kept_run[0]), "--to", str(file), "--format", "gguf"])
-    parts = list(gguf_format.entries(ours.reader, {}, ours.config))
-    kinds = {part.name: gguf_format.quantization_of(part, gguf.GGMLQuantizationType.F32, None) for part in parts}
+    tensors = list(gguf_format.gguf_tensors(ours.reader, {}, ours.config))
+    kinds = {one.name: gguf_format.quantization_of(one, gguf.GGMLQuantizationType.F32, None) for one in tensors}
     words = vocabulary(ours.tokenizer, ours.config.vocab_size)
     with pytest.raises(RuntimeError, match=r"exp_probs_b\.bias, which the checkpoint does not"):
-        gguf_format.check_gguf(file, words, ours.tokenizer, parts, kinds)
+        gguf_format.check_gguf(file, words, ours.tokenizer, tensors, kinds)
     tensor = next(tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == "blk.1.ffn_up_exps.weight")
     with file.open("r+b") as content:
         content.seek(int(tensor.data_offset) + 100)
         content.write(b"\x40")
-    with pytest.raises(
-        RuntimeError, match=r"blk\.1\.ffn_up_exps\.weight is not in the file as it is in the checkpoint"
-    ):
-        gguf_format.check_gguf(file, words, ours.tokenizer, parts, kinds)
+    with pytest.raises(RuntimeError, match=r"blk\.1\.ffn_up_exps\.weight differs between the file and the checkpoint"):
+        gguf_format.check_gguf(file, words, ours.tokenizer, tensors, kinds)
 
 
-def test_mistakes_are_told(kept_run, tmp_path):
+def test_mistakes_raise_errors(kept_run, tmp_path):
     source = str(kept_run[0])
     (tmp_path / "there.gguf").touch()
     for options, words in (
         (["--to", str(tmp_path / "there.gguf"), "--format", "gguf"], "exists; choose another"),
-        (["--to", str(tmp_path / "model"), "--format", "gguf"], "give one such as model.gguf"),
+        (["--to", str(tmp_path / "model"), "--format", "gguf"], "choose a name such as model.gguf"),
         (["--to", str(tmp_path / "model"), "--quantise", "q8_0"], "needs --format gguf"),
-        (["--to", str(tmp_path / "model.gguf"), "--format", "gguf", "--push", "me/model"], "--push takes folders"),
+        (["--to", str(tmp_path / "model.gguf"), "--format", "gguf", "--push", "me/model"], "--push does not support"),
     ):
         with pytest.raises(ConfigError, match=words):
             export([source, *options])
@@ -296,7 +294,7 @@ def test_mistakes_are_told(kept_run, tmp_path):
         ("latent_norm_eps", {"attention": "latent", "n_shared_experts": 1, "latent_norm_eps": 1e-6}),
     ],
 )
-def test_what_llama_cpp_lacks_is_refused_by_name(field, values):
+def test_setting_that_llama_cpp_lacks_raises_error(field, values):
     with pytest.raises(ConfigError, match=rf"no counterpart for {field}="):
         llama_architecture(DeepSeekV3Config(**values))
 
@@ -307,7 +305,7 @@ def test_yarn_is_written_as_far_as_llama_cpp_has_it():
     config.rope_scaling = {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
     values = hyperparameters(config)
     assert values["rope.scaling.original_context_length"] == 2048
-    # As DeepSeek's own files have it: a tenth of mscale_all_dim.
+    # As in DeepSeek's own files: a tenth of mscale_all_dim.
     assert values["rope.scaling.yarn_log_multiplier"] == pytest.approx(0.1)
     assert values["rope.scaling.attn_factor"] == pytest.approx(1.0)
     for wrong in ({"beta_fast": 16}, {"factor": 0.5}, {"truncate": False}, {"attention_factor": 2.0}):
@@ -326,14 +324,14 @@ def test_yarn_is_written_as_far_as_llama_cpp_has_it():
         ("a WordLevel model", lambda t: setattr(t, "model", models.WordLevel({"a": 0}, "a"))),
     ],
 )
-def test_tokenizer_that_llama_cpp_lacks_is_refused(kept_run, words, change):
+def test_tokenizer_that_llama_cpp_lacks_raises_error(kept_run, words, change):
     backend = parts_of(kept_run[0]).tokenizer.backend_tokenizer
     change(backend)
     with pytest.raises(ConfigError, match=rf"the tokenizer has .*{words}.* no counterpart"):
         vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT), 300)
 
 
-def test_tokens_of_another_cut_are_found_out(kept_run):
+def test_differently_split_tokens_are_detected(kept_run):
     tokenizer = parts_of(kept_run[0]).tokenizer
-    with pytest.raises(RuntimeError, match="other tokens"):
+    with pytest.raises(RuntimeError, match="tokenize text differently"):
         check_vocabulary(vocabulary(tokenizer, 300)._replace(pre="smollm"), tokenizer)

@@ -34,7 +34,7 @@ QUESTIONS = [
 
 
 def write_task(folder, name):
-    """A multiple-choice task over `QUESTIONS`."""
+    """Write a multiple-choice task over `QUESTIONS`."""
     folder.mkdir()
     data = folder / "questions.jsonl"
     data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
@@ -47,7 +47,7 @@ def write_task(folder, name):
 
 
 def likeliest(model, tokenizer, question):
-    """The choice whose tokens have the largest sum of log probabilities after the question."""
+    """Return the choice whose tokens have the largest sum of log probabilities after the question."""
     prompt = tokenizer(question["question"], add_special_tokens=False).input_ids
     sums = []
     for choice in question["choices"]:
@@ -66,7 +66,7 @@ PATH = os.pathsep.join((str(EXTRAS), str(ROOT)))
 
 @pytest.fixture(scope="module")
 def commands(kept_run, corpus, cache, tmp_path_factory):
-    """What became of commands that need the harness, by name, all in one process, which imports it once."""
+    """Run the commands that need the harness in one process, which imports it once; return results by name."""
     folder, run_dir = tmp_path_factory.mktemp("harness"), str(kept_run[0])
     write_task(folder / "tasks", "quiz")
     evaluate = ["eval", run_dir, "--tasks"]
@@ -104,29 +104,29 @@ def test_a_local_task_is_scored_as_by_hand(kept_run, commands):
 @needs_harness
 def test_unknown_task_is_named(commands):
     unknown = commands[1]["unknown"]
-    assert unknown.returncode == 2 and "quiz is no task" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert unknown.returncode == 2 and "quiz is not a task" in unknown.stderr and "Traceback" not in unknown.stderr
 
 
 @needs_harness
-def test_task_that_cannot_be_had_is_named_before_the_first_step(commands):
+def test_task_that_cannot_be_loaded_is_reported_before_the_first_step(commands):
     folder, refused = commands[0], commands[1]["refused"]
     assert refused.returncode == 2 and "--eval.tasks hellaswag could not be loaded" in refused.stderr, refused.text
     assert "check the network" in refused.stderr and "Traceback" not in refused.stderr
     assert not read_rows(folder / "runs" / "refused" / "metrics.jsonl")
 
 
-def test_mistakes_are_told(kept_run):
+def test_mistakes_raise_errors(kept_run):
     run_dir = str(kept_run[0])
     for args, words in (
-        ([run_dir, "--limit", "3"], "belong to --tasks"),
-        ([run_dir, "--tasks", "quiz", "--data.seq_len=16"], "bring their own text"),
+        ([run_dir, "--limit", "3"], "need --tasks"),
+        ([run_dir, "--tasks", "quiz", "--data.seq_len=16"], "have their own text"),
     ):
         with pytest.raises(ConfigError, match=words):
             evaluate_model(args)
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="the harness is there")
-def test_without_the_harness_it_says_how_to_get_it(kept_run):
+def test_missing_harness_raises_error_with_fix(kept_run):
     with pytest.raises(ConfigError, match="smolds-dist\\[eval\\]"):
         evaluate_model([str(kept_run[0]), "--tasks", "quiz"])
 
@@ -135,8 +135,8 @@ def test_without_the_harness_it_says_how_to_get_it(kept_run):
 @pytest.mark.long  # three starts that import the harness and DeepSpeed, two minutes
 @pytest.mark.parametrize("layout", [["--parallel.expert=2"], ["--parallel.zero=3", "--parallel.expert=1"]])
 def test_scores_while_training_are_those_of_the_steps_checkpoint(small_run, tmp_path, layout):
-    """On two expert-parallel ranks and on two whose weights are cut; two ranks cannot share out five questions evenly.
-    Training goes on as if nothing had been asked."""
+    """On two expert-parallel ranks and on two with sharded weights; five questions do not divide evenly among two ranks.
+    Training continues unchanged."""
     write_task(tmp_path / "tasks", "quiz")
     write_generating_task(tmp_path / "tasks", "spell")
     path = {"PYTHONPATH": PATH}
@@ -170,7 +170,7 @@ def test_scores_while_training_are_those_of_the_steps_checkpoint(small_run, tmp_
 
 
 def write_generating_task(folder, name):
-    """Texts to go on with until a line ends."""
+    """Write a task of texts to continue until the end of the line."""
     task = {
         "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
         "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}",

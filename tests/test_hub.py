@@ -1,4 +1,4 @@
-"""A data set of the Hub: a local web server answers as the Hub does, as far as listing and reading a data set goes."""
+"""A dataset of the Hub: a local web server implements the Hub's listing and reading of a dataset."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def entry(path: str) -> dict:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Every fifth request for a part of a file is answered by 503."""
+    """Answers every fifth request for a range of a file with 503."""
 
     def log_message(self, *_):
         pass
@@ -84,7 +84,7 @@ def hub():
     server.server_close()
 
 
-def test_data_set_is_read_file_by_file_and_later_without_a_network(small_run, hub, tmp_path):
+def test_dataset_is_read_file_by_file_and_later_without_a_network(small_run, hub, tmp_path):
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HOME": f"{tmp_path}/hf",
@@ -99,7 +99,7 @@ def test_data_set_is_read_file_by_file_and_later_without_a_network(small_run, hu
     hub.shutdown()
     hub.server_close()
     offline = smolds("data", "show", str(tmp_path / "runs" / "online"), "--step", "6", cold=True, **environment)
-    assert offline.returncode == 0, offline.text  # the batch is the one that was recorded
+    assert offline.returncode == 0, offline.text  # the batch equals the recorded one
     shown = smolds("data", "stats", "--json", "--", *options, "--run.name=stats", cold=True, **environment)
     told = json.loads(shown.stdout)
     assert told["files"] == 2 and told["documents"] == len(ROWS) and told["copies"] == 0

@@ -1,4 +1,4 @@
-"""Models of the kinds that are published, from `cases/models`: in, trained by two ranks, and out into their own class."""
+"""Published kinds of models from `cases/models`: imported, trained by two ranks, and exported to their own class."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ from smolds_dist.training.trainer import train
 CASES = Path(__file__).parent / "cases" / "models"
 NAMES = sorted(path.stem for path in CASES.glob("*.json"))
 VOCABULARY = 320
-# Sizes alone; every other field stays as it was published.
+# Only sizes; all other fields stay as published.
 SMALL = {
     "hidden_size": 48, "intermediate_size": 56, "moe_intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY,
@@ -55,7 +55,7 @@ def shrunk(name: str) -> dict:
 
 
 def make_model(folder: Path, tokenizer, name: str) -> torch.nn.Module:
-    """A random model of their own class in `folder`, norms and selection biases random too."""
+    """Create a random model of its own class in `folder`, with random norms and selection biases."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shrunk(name)))
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def logits_of(model) -> torch.Tensor:
 
 
 def imported(run_dir: Path, tokenizer):
-    """Our model of a run's newest checkpoint."""
+    """Return our model of a run's newest checkpoint."""
     folder = max((run_dir / "checkpoints").glob("step_*"))
     reader = CheckpointReader(folder, read_manifest(folder))
     return build_model(reader, model_config(reader.manifest, tokenizer)).eval()
@@ -95,7 +95,7 @@ def imported(run_dir: Path, tokenizer):
 
 @dataclass
 class Published:
-    """A kind's model in `folder`/theirs, its import in `folder`/run, that one's export in `folder`/same."""
+    """A kind's model in `folder`/theirs, its import in `folder`/run, and the import's export in `folder`/same."""
 
     folder: Path
     model: torch.nn.Module
@@ -104,7 +104,7 @@ class Published:
 
 @pytest.fixture(scope="module")
 def published(corpus, cache, tmp_path_factory, tokenizer):
-    """Makes a kind's `Published` by its name, once for all tests. To be copied, not changed."""
+    """Return a function that creates a kind's `Published` once for all tests. Copy it, do not change it."""
 
     @functools.cache
     def make(name: str) -> Published:
@@ -120,14 +120,14 @@ def published(corpus, cache, tmp_path_factory, tokenizer):
 
 
 def run_settings(corpus: Path, cache: Path, folder: Path) -> list[str]:
-    """What `smolds import` takes of a small run's options; nothing is evaluated, sampled or saved before the end."""
+    """Return a small run's options for `smolds import`; nothing is evaluated, sampled or saved before the end."""
     options = options_of_small_run(corpus, cache, folder)[2:]
     seldom = ["--train.eval_every=0", "--log.sample_every=0", "--log.tensorboard=false"]
     return [one for one in options if not one.startswith(("--model", "--run", "--checkpoint"))] + seldom
 
 
 def train_imported(run: Path, ranks: int, tmp_path: Path) -> Path:
-    """Trains a copy of an imported run, in this process or launched; returns its folder."""
+    """Train a copy of an imported run, in this process or launched; return its folder."""
     run_dir = shutil.copytree(run, tmp_path / "runs" / "run", symlinks=True)
     dense = load_config(["--config", str(run_dir / "config.yaml")]).model.num_experts == 1
     options = [
@@ -142,7 +142,7 @@ def train_imported(run: Path, ranks: int, tmp_path: Path) -> Path:
     return run_dir
 
 
-# All others' features are on several ranks in test_parity.py.
+# test_parity.py tests the other kinds' features on several ranks.
 LAUNCHED = ("deepseek_v3", "smollm2_135m")
 
 
@@ -151,7 +151,7 @@ LAUNCHED = ("deepseek_v3", "smollm2_135m")
     [(name, 2 if name in LAUNCHED else 1) for name in NAMES]
     + [pytest.param(name, 2, marks=pytest.mark.long) for name in NAMES if name not in LAUNCHED],
 )
-def test_published_kind_comes_in_trains_and_goes_out(published, tmp_path, tokenizer, name, ranks):
+def test_published_kind_is_imported_trained_and_exported(published, tmp_path, tokenizer, name, ranks):
     theirs = published(name)
     run_dir = theirs.folder / "run"
     torch.testing.assert_close(logits_of(imported(run_dir, tokenizer)), theirs.logits, atol=1e-4, rtol=0)
@@ -199,8 +199,8 @@ mx.save_safetensors(sys.argv[2], read)
 
 
 @pytest.mark.parametrize("reader", OTHERS)
-def test_every_kind_that_went_out_is_read_by_others(published, tmp_path, reader):
-    """mlx-lm leaves out ERNIE's selection biases (test_readers.py)."""
+def test_every_exported_kind_is_read_by_other_programs(published, tmp_path, reader):
+    """mlx-lm ignores ERNIE's selection biases (test_readers.py)."""
     python, script = OTHERS[reader]
     if not python.exists():
         pytest.skip(f"no {python.parent.parent.name} environment; ./launch/test.sh makes it")
@@ -237,7 +237,7 @@ def test_every_kind_that_went_out_is_read_by_others(published, tmp_path, reader)
         ("deepseek_v3", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
     ],
 )
-def test_what_has_no_counterpart_is_refused_by_its_name(tmp_path, tokenizer, name, field, value, told):
+def test_setting_without_counterpart_raises_error(tmp_path, tokenizer, name, field, value, told):
     (tmp_path / "config.json").write_text(json.dumps(shrunk(name) | {field: value}))
     save_tokenizer(tokenizer, tmp_path)
     with pytest.raises(ConfigError, match=told):
@@ -245,20 +245,20 @@ def test_what_has_no_counterpart_is_refused_by_its_name(tmp_path, tokenizer, nam
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_may_be_stacked_and_further_predictions_are_left_out(tmp_path, tokenizer, capsys):
-    """transformers 5 keeps experts stacked in memory, and some save them so; DeepSeek-V3 has a layer after its last."""
+def test_stacked_weights_load_and_prediction_layers_are_skipped(tmp_path, tokenizer, capsys):
+    """transformers 5 stacks experts in memory, and some save them so; DeepSeek-V3 has a layer after its last one."""
     theirs = make_model(tmp_path / "theirs", tokenizer, "deepseek_v3")
     tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items() if "mtp" not in name}
     assert any(name.endswith("experts.gate_up_proj") for name in tensors)
     tensors["model.layers.5.eh_proj.weight"] = torch.ones(48, 96)
     save_file(tensors, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
     import_model([str(tmp_path / "theirs"), "--to", str(tmp_path / "run")])
-    assert "1 tensors of layers that predict further tokens" in capsys.readouterr().out
+    assert "1 tensors of multi-token prediction layers" in capsys.readouterr().out
     torch.testing.assert_close(logits_of(imported(tmp_path / "run", tokenizer)), logits_of(theirs), atol=1e-4, rtol=0)
 
 
-def test_an_index_says_which_files_count(tmp_path, tokenizer):
-    """Some folders hold the same weights a second time, under other names."""
+def test_index_selects_the_files(tmp_path, tokenizer):
+    """Some folders hold the same weights twice under different names."""
     theirs = make_model(tmp_path / "theirs", tokenizer, "smollm2_135m")
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     (tmp_path / "theirs" / "model.safetensors").unlink(missing_ok=True)
@@ -273,8 +273,8 @@ def test_an_index_says_which_files_count(tmp_path, tokenizer):
     assert not (tmp_path / "again").exists()
 
 
-def test_a_chat_models_ends_and_template_go_in_and_out(tmp_path, tokenizer):
-    """Published chat models end a text at several tokens; some folders hold a second copy under another name."""
+def test_chat_models_end_tokens_and_template_are_kept(tmp_path, tokenizer):
+    """Published chat models have several end-of-text tokens; some folders hold a second copy under another name."""
     theirs = make_model(tmp_path / "theirs", tokenizer, "smollm2_135m")
     words = copy.deepcopy(tokenizer)
     words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -300,7 +300,7 @@ def test_a_chat_models_ends_and_template_go_in_and_out(tmp_path, tokenizer):
         assert continue_prompts(model, found, ["def add"], 4, seed=0) == ["def add"], source
 
 
-def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenizer):
+def test_missing_or_wrong_content_of_a_folder_raises_error(tmp_path, kept_run, tokenizer):
     make_model(tmp_path / "theirs", tokenizer, "smollm2_135m")
     weights = load_file(tmp_path / "theirs" / "model.safetensors")
     up = "model.layers.1.mlp.up_proj.weight"
@@ -324,10 +324,10 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
         ),
         "bias": (saved(weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}), "which has no counterpart"),
         "nan": (saved(weights | {up: weights[up] * torch.nan}), f"{up} that are not finite"),
-        "twice": (twice, f"holds {up} twice"),
+        "twice": (twice, f"has {up} twice"),
         "head": (
             saved(weights | {"lm_head.weight": weights["model.norm.weight"].expand(VOCABULARY, -1).clone()}),
-            'lm_head.weight other than its embedding, .* "tie_word_embeddings": false',
+            'lm_head.weight that differs from its embedding, .* "tie_word_embeddings": false',
         ),
         "index": (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {'),
@@ -337,8 +337,8 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
             "index.json is invalid",
         ),
-        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer"),
-        "vocabulary": (vocabulary, "tokenizer of 300 tokens and a model of 280"),
+        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
+        "vocabulary": (vocabulary, "tokenizer of 300 tokens but a model with a vocabulary of 280"),
     }
     for name, (change, told) in changes.items():
         folder = shutil.copytree(tmp_path / "theirs", tmp_path / name)
@@ -350,11 +350,11 @@ def test_what_a_folder_lacks_or_has_wrongly_is_told(tmp_path, kept_run, tokenize
         import_model([str(kept_run[0]), "--to", str(tmp_path / "run")])
     fields = json.loads((tmp_path / "theirs" / "config.json").read_text()) | {"max_position_embeddings": 256}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match=r"takes 256 tokens at most, .* give --data\.seq_len 256 or less"):
+    with pytest.raises(ConfigError, match=r"supports at most 256 tokens, .*; set it to 256 or less"):
         import_model([str(tmp_path / "theirs"), "--to", str(tmp_path / "run")])
 
 
-def test_nothing_of_others_is_touched(tmp_path, tokenizer):
+def test_existing_folders_are_unchanged(tmp_path, tokenizer):
     make_model(tmp_path / "theirs", tokenizer, "smollm2_135m")
     (tmp_path / "run.part").mkdir()
     (tmp_path / "run.part" / "notes.txt").write_text("mine")
@@ -369,11 +369,11 @@ def test_nothing_of_others_is_touched(tmp_path, tokenizer):
                 export([str(tmp_path / "run"), *options])
 
 
-def test_model_whose_training_has_gone_wrong(tmp_path, corpus, cache):
-    """It is sampled without an error, and not exported as if it were one."""
+def test_diverged_model(tmp_path, corpus, cache):
+    """It is sampled without an error, but exporting it raises one."""
     options = [*options_of_small_run(corpus, cache, tmp_path), "--run.name=wrong", "--train.nonfinite_limit=100"]
     config = load_config([*options, "--train.grad_clip=0", "--checkpoint.keep_best=false"])
-    config.train.lr = 1e38  # more than the gate lets in: a shorter way than a training that really diverges
+    config.train.lr = 1e38  # above the allowed range: faster than a real divergence
     train(config)
     losses = [row["loss"] for row in read_rows(config.run_dir / "metrics.jsonl") if "loss" in row]
     assert len(losses) == 6 and not math.isfinite(losses[-1] or math.nan)
@@ -400,7 +400,7 @@ def test_upcycled_model_computes_what_the_dense_one_did(
     model = imported(tmp_path / "run", tokenizer)
     assert (model.config.num_experts, model.config.intermediate_size) == (experts, 56 // granularity)
     torch.testing.assert_close(logits_of(model), logits, atol=1e-5, rtol=0)
-    # Whatever the router says, as long as it says the same of all experts of a copy.
+    # Any router that scores all experts of a copy equally.
     with torch.no_grad():
         for block in model.model.layers:
             gate = block.mlp.gate
@@ -409,7 +409,7 @@ def test_upcycled_model_computes_what_the_dense_one_did(
     torch.testing.assert_close(logits_of(model), logits, atol=1e-5, rtol=0)
 
 
-def test_noise_and_redrawn_columns_part_the_experts(smollm2, tmp_path, tokenizer):
+def test_noise_and_reinitialized_columns_separate_the_experts(smollm2, tmp_path, tokenizer):
     folder, logits = smollm2
     plain = load_file(next(folder.glob("*.safetensors")))
     for name, options in {"noise": ["--upcycle-noise=0.1"], "drop": ["--upcycle-drop=0.5"]}.items():
@@ -423,7 +423,7 @@ def test_noise_and_redrawn_columns_part_the_experts(smollm2, tmp_path, tokenizer
             difference = experts.down_proj - down
             assert difference.std().item() == pytest.approx(0.1 * down.std().item(), rel=0.1)
             continue
-        # The same columns of all three matrices are new, others of each expert.
+        # The same columns of all three matrices are new; each expert has other ones.
         gate, up = experts.gate_up_proj.chunk(2, dim=1)
         new = (experts.down_proj != down).any(1)
         assert 0.3 < new.float().mean() < 0.7 and not torch.equal(new[0], new[1])
@@ -445,10 +445,10 @@ def test_upcycled_model_trains_balanced(corpus, cache, smollm2, tmp_path, ranks)
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--model.num_experts=8"], "--model.num_experts is what the model"),
-        (["--upcycle", "--model.hidden_size=8"], "--model.hidden_size is what the model"),
+        (["--model.num_experts=8"], "--model.num_experts is determined by the model"),
+        (["--upcycle", "--model.hidden_size=8"], "--model.hidden_size is determined by the model"),
         (["--upcycle", "--upcycle-granularity=5"], "--upcycle-granularity 5"),
-        (["--upcycle", "--upcycle-granularity=4"], "--model.num_experts_per_tok 2 is no multiple"),
+        (["--upcycle", "--upcycle-granularity=4"], "--model.num_experts_per_tok 2 is not a multiple"),
         (["--upcycle", "--upcycle-drop=1.5"], "--upcycle-drop 1.5"),
         (["--upcycle", "--model.num_experts=1"], "is not between 1 and --model.num_experts 1"),
         (["--upcycle-granularity=2"], "--upcycle-granularity needs --upcycle"),
@@ -456,7 +456,7 @@ def test_upcycled_model_trains_balanced(corpus, cache, smollm2, tmp_path, ranks)
         (["--model.hidden_sizee=8"], "did you mean --model.hidden_size"),
     ],
 )
-def test_what_cannot_be_upcycled_is_told(smollm2, tmp_path, options, told):
+def test_invalid_upcycling_raises_error(smollm2, tmp_path, options, told):
     with pytest.raises(ConfigError, match=told):
         import_model([str(smollm2[0]), "--to", str(tmp_path / "run"), *options])
     assert not (tmp_path / "run").exists()
@@ -464,7 +464,7 @@ def test_what_cannot_be_upcycled_is_told(smollm2, tmp_path, options, told):
 
 def test_a_mixture_is_not_upcycled_again(tmp_path, tokenizer):
     make_model(tmp_path / "theirs", tokenizer, "mixtral_8x7b")
-    with pytest.raises(ConfigError, match="has 8 already"):
+    with pytest.raises(ConfigError, match="has 8 experts"):
         import_model([str(tmp_path / "theirs"), "--upcycle", "--to", str(tmp_path / "run")])
 
 
@@ -477,7 +477,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def test_an_import_of_any_kind_holds_less_than_a_file_and_one_gigabyte(published, tmp_path):
+def test_memory_of_any_import_is_bounded(published, tmp_path):
     arguments = [[str(published(name).folder / "theirs"), "--to", str(tmp_path / name)] for name in NAMES]
     arguments.append([arguments[NAMES.index("smollm2_135m")][0], "--upcycle", "--to", str(tmp_path / "upcycled")])
     finished = run([sys.executable, "-c", PEAK, json.dumps(arguments)], timeout=120, cold=True)
@@ -485,7 +485,7 @@ def test_an_import_of_any_kind_holds_less_than_a_file_and_one_gigabyte(published
     assert int(finished.stdout.splitlines()[-1]) < 1e9
 
 
-def test_an_import_of_a_large_file_holds_no_more(tmp_path, tokenizer):
+def test_memory_of_a_large_import_is_bounded(tmp_path, tokenizer):
     fields = shrunk("mixtral_8x7b") | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     folder = tmp_path / "theirs"
     folder.mkdir()
@@ -507,6 +507,6 @@ def test_an_import_of_a_large_file_holds_no_more(tmp_path, tokenizer):
     assert finished.returncode == 0, finished.text
     written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
     size, peak = file.stat().st_size, int(finished.stdout.splitlines()[-1])
-    assert size > 400e6 and written > 1.9 * size  # fp32: all of it would be more than what is allowed
-    # It was 1.20 to 1.24 GB in most starts, and 1.48 in one.
+    assert size > 400e6 and written > 1.9 * size  # fp32: all of it would exceed the limit
+    # Measured: 1.20 to 1.24 GB in most starts, 1.48 GB in one.
     assert peak < size + 1.15e9

@@ -1,4 +1,4 @@
-"""Several sources in one run: the same tokens in every topology and after a resume, held-out text apart, texts counted."""
+"""Several sources in one run: the same tokens in every topology and after a resume, validation sets, unique documents."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def sentences(chance: np.random.RandomState, words: list[str], count: int) -> li
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """A folder with two corpora, of which the second is small, and the YAML of a run over both with a stage at 80 %."""
+    """Create a folder with two corpora, the second small, and the YAML of a run over both with a stage at 80 %."""
     folder = tmp_path_factory.mktemp("mixed")
     chance = np.random.RandomState(0)
     (folder / "web").mkdir()
@@ -76,7 +76,7 @@ def options_of(mixed, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole_run(mixed):
-    """The run, in one process, from beginning to end."""
+    """Run it in one process without interruption."""
     train(load_config(options_of(mixed, "--run.name=whole")))
     return mixed / "runs" / "whole"
 
@@ -136,10 +136,10 @@ def test_validation_is_by_source_and_its_mean_by_share(mixed, whole_run):
         assert row["val_loss/web"] != row["val_loss/code"]
     log = training_log(whole_run)
     assert f"| {rows[-1]['val_loss/code']:.4f} | {rows[-1]['val_bits_per_byte/code']:.3f} |" in log
-    assert "The mixture: 70% web + 30% code until step 40, then 70% code + 30% web until step 50." in log
+    assert "Mixture: 70% web + 30% code until step 40, then 70% code + 30% web until step 50." in log
 
 
-def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed, whole_run, tmp_path):
+def test_changed_sources_raise_error_but_later_stages_may_add_sources(mixed, whole_run, tmp_path):
     checkpoint = whole_run / "checkpoints" / "step_00000020"
     given = [*options_of(mixed), f"--run.dir={tmp_path}", "--run.name=other", f"--checkpoint.resume={checkpoint}"]
 
@@ -148,7 +148,7 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
             train(load_config([*given, *options]))
         return str(error.value)
 
-    assert "was trained on 70% web + 30% code until step 20; this run would have begun with 60%" in refused(
+    assert "was trained on 70% web + 30% code until step 20, but this run's settings are 60%" in refused(
         "--data.sources.web.weight=0.6", "--data.sources.code.weight=0.4"
     )
     assert "was trained with text_field doc.content of the source 'code'" in refused(
@@ -159,9 +159,9 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
     )
     manifest = read_manifest(checkpoint)
     earlier = CheckpointReader(checkpoint, replace(manifest, data=manifest.data | {"order": 2}))
-    with pytest.raises(ConfigError, match="version 2 of the sample order, this is version 3;"):
+    with pytest.raises(ConfigError, match="version 2 of the sample order, but this run has version 3;"):
         check_contents(earlier, prepare_data(load_config(options_of(mixed))))
-    # the same up to step 20, from there on a third source alone
+    # the same up to step 20, then only a third source
     settings = yaml.safe_load((mixed / "run.yaml").read_text())
     new = mixed / "new.jsonl"
     new.write_text("".join(json.dumps({"text": f"row {n} of new text " * 9}) + "\n" for n in range(60)))
@@ -173,7 +173,7 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
     rows = steps_of(tmp_path / "other")
     assert sorted(rows) == list(range(21, STEPS + 1))
     assert rows[50]["epochs"]["web"] == rows[21]["epochs"]["web"] and rows[50]["epochs"]["new"] > 1
-    # text that has been trained on must still be there
+    # text already trained on must still exist
     code = (mixed / "code.jsonl").read_text()
     try:
         (mixed / "code.jsonl").write_text(code + json.dumps({"doc": {"content": "x " * 99}}) + "\n")
@@ -182,7 +182,7 @@ def test_changed_sources_are_refused_and_a_later_stage_may_bring_new_ones(mixed,
         (mixed / "code.jsonl").write_text(code)
 
 
-def test_run_that_needs_more_epochs_than_allowed_is_refused(mixed):
+def test_run_that_exceeds_max_epochs_raises_error(mixed):
     with pytest.raises(
         ConfigError, match=r"takes 4,\d{3} tokens of the source 'code', which has .* more than its max_epochs 2;"
     ):
@@ -190,8 +190,8 @@ def test_run_that_needs_more_epochs_than_allowed_is_refused(mixed):
     prepare_data(load_config(options_of(mixed, "--data.sources.code.max_epochs=9")))
 
 
-def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
-    """Whole documents on both sides; also of a source so small that `val_fraction` holds out none of it, and of copies."""
+def test_no_source_trains_on_validation_documents(tmp_path):
+    """Complete documents in both splits; also for copies, and for a source so small that `val_fraction` selects nothing."""
     rows = [f"document {number} with words of its own, {number * 37}, and some more" for number in range(300)]
     write = lambda name, texts: (tmp_path / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))  # noqa: E731
     few = [text for text in rows if not is_validation(digest(text.encode()), 0.01)][:20]
@@ -218,12 +218,12 @@ def test_held_out_texts_are_trained_on_from_no_source(tmp_path):
         assert 4 <= len(chosen) <= 6 and set(chosen) == set(lowest[: len(chosen) // 2])  # a tenth, each twice
 
 
-# Unique content.
+# Unique documents.
 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
-    """A corpus in which a tenth of the documents are copies of others, shuffled, and a run of one and a half epochs."""
+    """Train one and a half epochs on a shuffled corpus in which a tenth of the documents are copies of others."""
     folder = tmp_path_factory.mktemp("copies")
     chance = np.random.RandomState(1)
     rows = sentences(chance, "alpha beta gamma delta epsilon zeta eta theta iota kappa".split(), 900)
@@ -243,7 +243,7 @@ def copies(tmp_path_factory):
     return folder, options
 
 
-def test_unique_texts_are_counted_as_by_hand(copies):
+def test_unique_documents_are_counted_correctly(copies):
     folder, options = copies
     config = load_config(options)
     found = prepare_data(config)
@@ -267,14 +267,14 @@ def test_unique_texts_are_counted_as_by_hand(copies):
             seen += len(here)
             unique |= set(here)
         assert (row["seen_texts"], row["unique_texts"]) == (seen, len(unique))
-    # The curve bends: within the first epoch about a tenth is seen before, in the second one all.
+    # About a tenth of the first epoch's documents are repeated, and all of the second's.
     one = found.orders["jsonl"].num_samples // 8
     assert 0.86 < rows[one]["unique_texts"] / rows[one]["seen_texts"] < 0.97
     assert rows[max(rows)]["unique_texts"] - rows[one]["unique_texts"] < 8
     assert rows[max(rows)]["seen_texts"] > 1.4 * rows[one]["seen_texts"]
 
 
-def test_curve_of_unique_content_is_drawn(copies, tmp_path, monkeypatch):
+def test_curve_of_unique_documents_is_plotted(copies, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     lines = {}
@@ -284,12 +284,12 @@ def test_curve_of_unique_content_is_drawn(copies, tmp_path, monkeypatch):
     )
     figure_of([copies[0] / "runs" / "copies"]).savefig(tmp_path / "picture.png")
     rows = steps_of(copies[0] / "runs" / "copies")
-    assert list(lines["copies, distinct"][1]) == [row["unique_texts"] for row in rows.values()]
+    assert list(lines["copies, unique"][1]) == [row["unique_texts"] for row in rows.values()]
     assert list(lines["copies, seen"][1]) == [row["seen_texts"] for row in rows.values()]
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_counting_goes_on_from_a_checkpoint_and_without_one(copies, tmp_path):
+def test_counting_continues_with_and_without_a_checkpoint(copies, tmp_path):
     folder, options = copies
     expected = steps_of(folder / "runs" / "copies")
     checkpoint = folder / "runs" / "copies" / "checkpoints"
@@ -305,7 +305,7 @@ def test_counting_goes_on_from_a_checkpoint_and_without_one(copies, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["exact", "sketch"])
-def test_state_of_the_counter_comes_back(copies, monkeypatch, kind):
+def test_state_of_the_counter_is_restored(copies, monkeypatch, kind):
     found = prepare_data(load_config(copies[1]))
     if kind == "sketch":
         monkeypatch.setattr("smolds_dist.data.batch.LARGEST_EXACT", 100)
@@ -321,8 +321,8 @@ def test_state_of_the_counter_comes_back(copies, monkeypatch, kind):
     assert one.seen == exact.seen and one.unique == pytest.approx(exact.unique, rel=0.03)
 
 
-def test_sketches_of_parts_give_the_whole():
-    """What rests on it: the estimate depends on the set of texts alone, not on their order or repetition."""
+def test_merged_sketches_equal_the_full_one():
+    """The basis of the count: the estimate depends only on the set of documents, not on order or repetition."""
     texts = np.random.RandomState(0).randint(0, 2**62, 50_000).tolist()
     estimate = sketch_of(texts).get_estimate()
     assert estimate == pytest.approx(50_000, rel=0.03)
@@ -335,10 +335,10 @@ def test_first_from_is_searchsorted():
         assert search_sorted(values, wanted).tolist() == np.searchsorted(values, wanted).tolist()
 
 
-# Asking the data.
+# smolds data.
 
 
-def test_texts_of_a_step_are_those_that_were_trained_on(mixed, whole_run, capsys):
+def test_data_show_prints_the_documents_trained_on(mixed, whole_run, capsys):
     lines = {}
     for name in ("web/0.jsonl", "web/1.jsonl", "web/2.jsonl", "code.jsonl"):
         rows = [json.loads(line) for line in (mixed / name).read_text().splitlines()]
@@ -359,13 +359,13 @@ def test_texts_of_a_step_are_those_that_were_trained_on(mixed, whole_run, capsys
                 assert str(found.tokenizer.decode(ids)).startswith(part["text"])
                 assert f"{part['file']}, line {part['document']:,}" in shown
     assert data_command(["show", str(whole_run), "--step", "1", "--rank", "0", "--json"]) == 0
-    for args, fix in ((["--step", "999"], "steps up to 50"), (["--step", "1", "--rank", "7"], "ranks 0 to 0")):
+    for args, fix in ((["--step", "999"], "steps up to 50"), (["--step", "1", "--rank", "7"], "from 0 to 0")):
         with pytest.raises(ConfigError, match=fix):
             data_command(["show", str(whole_run), *args])
 
 
 def test_ranks_share_a_step_among_them(mixed, whole_run):
-    """The two halves of a step of two ranks are the step; what has changed since is told."""
+    """The two halves of a step of two ranks form the step; later changes of files are reported."""
     shown = smolds("data", "show", str(whole_run), "--step", "5", "--json")
     assert shown.returncode == 0, shown.text
     rows = read_rows(whole_run / "metrics.jsonl")
@@ -391,7 +391,7 @@ def test_order_is_printed_as_positions(mixed, capsys):
     assert [line["index"] for line in lines] == list(range(10, 30))
     assert {line["source"] for line in lines} == {"web", "code"}
     assert all(set(line) == {"index", "source", "file", "document", "start"} for line in lines)
-    with pytest.raises(ConfigError, match="no range"):
+    with pytest.raises(ConfigError, match="not a range"):
         data_command(["order", "--samples", "9:3", "--", *options_of(mixed)])
 
 
@@ -407,13 +407,13 @@ def test_stats_count_what_is_there(copies, capsys):
     assert sum(told["lengths"].values()) == 1000
     assert data_command(["stats", "--", *options]) == 0
     shown = capsys.readouterr().out
-    assert "100 documents (10.0%) are copies of another" in shown and "█" in shown
+    assert "100 documents (10.0%) are copies of others" in shown and "█" in shown
     assert re.search(r"jsonl: [\d,]+ tokens, 1\.\d+ epochs of", shown)
     with pytest.raises(ConfigError, match="use prepare, show, stats or order"):
         data_command(["tell"])
 
 
-def test_plan_tells_what_the_run_takes_of_each_source(mixed):
+def test_plan_shows_tokens_of_each_source(mixed):
     planned = smolds("plan", "--hardware", "h100", "--nodes", "1", "--", *options_of(mixed, "--train.micro_batch=null"))
     assert planned.returncode == 0, planned.text
     assert "text: 70% web + 30% code until step 40, then 70% code + 30% web until step 50" in planned.stdout

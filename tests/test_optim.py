@@ -39,7 +39,7 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (3, 2, 16, 16)])
-def test_orthogonalise_nears_the_polar_factor(shape):
+def test_orthogonalize_approximates_the_polar_factor(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     ours = orthogonalize(matrices)
@@ -116,7 +116,7 @@ def test_cosine_schedule():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_wsd_schedule_is_flat_then_falls_in_a_line():
+def test_wsd_schedule_is_flat_then_linear():
     train = Train(steps=100, warmup_steps=10, lr=1.0, min_lr_fraction=0.0, schedule="wsd", decay_fraction=0.2)
     rates = [learning_rate(step, train) for step in range(1, 101)]
     assert rates[9:80] == pytest.approx([1.0] * 71)

@@ -144,4 +144,4 @@ def test_output_paths_are_checked_before_the_work(kept_run, tmp_path, capsys):
         assert exit_code(*words) == 2
         assert f"{option} {10**20} is out of range; it must be at most" in capsys.readouterr().err
     assert exit_code("slurm", "--time=1:99:99", "--", "--preset=debug") == 2
-    assert "is no time limit" in capsys.readouterr().err
+    assert "is not a time limit" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from smolds_dist.settings import Source
 
 
 def order_of(starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int) -> SampleOrder:
-    """Units of one piece each, numbered within the source."""
+    """Return an order of shards with one span each, numbered within the source."""
     bounds = [*starts, tokens]
 
     def spans_in(following: np.ndarray, _wait: bool) -> list[TokenSpan]:
@@ -33,7 +33,7 @@ def keys_of(number: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
-def test_permutation_hits_every_place_once(size):
+def test_permutation_hits_every_index_once(size):
     places = np.arange(size)
     sizes = np.full(size, size)
     one, other = permute_index(places, sizes, keys_of(1)), permute_index(places, sizes, keys_of(2))
@@ -41,8 +41,8 @@ def test_permutation_hits_every_place_once(size):
     assert size < 16 or (one != other).any()
 
 
-def test_permutation_is_an_even_one():
-    """Each of eight things comes to each of eight places equally often, and every pair stays in order half the time."""
+def test_permutation_is_uniform():
+    """Each of eight items gets each of eight places equally often, and every pair keeps its order half the time."""
     rounds = 2000
     places = np.stack([permute_index(np.arange(8), np.full(8, 8), keys_of(key)) for key in range(rounds)])
     counts = np.stack([np.bincount(places[:, thing], minlength=8) for thing in range(8)])
@@ -51,7 +51,7 @@ def test_permutation_is_an_even_one():
 
 
 def test_order_stays_what_it_was():
-    """Recorded when the order was made: a run goes on in it, on any machine, with any version of any library."""
+    """Recorded with version 3 of the order: runs resume in it on any machine, with any version of any library."""
     order = order_of([0, 75, 100], 330, seq_len=10, seed=7, window_tokens=100)
     epochs, places = order.locate(np.arange(40))
     assert epochs.tolist() == [0] * 33 + [1] * 7
@@ -75,17 +75,17 @@ RECORDED_LARGE = [9037558459000, 8193538121000, 5797450439000, 998896847000, 298
 RECORDED_SHARDS = [[(0, 0, 1), (3, 0, 1)], [(4, 1, 3)], [(4, 2, 3)], [(5, 0, 1)], [(1, 0, 1), (2, 0, 1)], [(4, 0, 3)]]
 
 
-def test_small_files_travel_together_but_not_with_their_neighbours():
+def test_small_files_share_a_shard_but_not_with_their_neighbors():
     sizes = [2**14] * 1000 + [2**21, 5]
     shards = group_into_shards(sizes)
     assert group_into_shards(sizes) == shards and set(shards) == set(range(max(shards) + 1))
     totals = np.bincount(shards, weights=sizes)
     assert (np.delete(totals, shards[1000]) <= SHARD_BYTES).all() and len(totals) < 70
-    assert shards.count(shards[1000]) == 1  # the large one
+    assert shards.count(shards[1000]) == 1  # the large file
     members = [np.flatnonzero(np.array(shards) == shard) for shard in range(max(shards))]
     assert all(np.ptp(files) > 300 for files in members if len(files) > 20)
 
-    # what is in a unit stays together, in every epoch
+    # the content of a shard stays together in every epoch
     def spans_in(following, _):
         return [TokenSpan(0, 10 * n, 10) for n in np.flatnonzero(np.array(shards) == following[0]).tolist()]
 
@@ -96,7 +96,7 @@ def test_small_files_travel_together_but_not_with_their_neighbours():
 
 
 def sorted_by_stream(order: SampleOrder, epoch: int) -> list[int]:
-    """Where the samples of an epoch are stored, in the order of its stream of tokens."""
+    """Return the indices of an epoch's samples in its token stream, in stream order."""
     positions = np.arange(order.num_samples) + epoch * order.num_samples
     _, starts = order.locate(positions)
     return [order.spans(positions[at : at + 1])[0][0].start for at in np.argsort(starts)]
@@ -116,7 +116,7 @@ def test_every_epoch_has_each_token_once_in_a_new_order():
     assert other.spans(np.arange(300)) != order.spans(np.arange(300))
 
 
-def test_sample_reads_on_in_the_next_unit():
+def test_sample_continues_in_the_next_shard():
     order = order_of([0, 5, 11], 30, seq_len=10, seed=0, window_tokens=100)
     shards = {0: range(0, 5), 5: range(5, 11), 11: range(11, 30)}
     for sample in order.spans(np.arange(3)):
@@ -125,7 +125,7 @@ def test_sample_reads_on_in_the_next_unit():
             assert before.start + before.length == end_of.stop and after.start in shards
 
 
-def test_windows_double_in_the_first_epoch_and_are_whole_later():
+def test_windows_double_in_the_first_epoch_and_are_full_later():
     tokens, window = 40 * FIRST_WINDOW, 8 * FIRST_WINDOW
     shards = list(range(0, tokens, FIRST_WINDOW // 4))
     order = order_of(shards, tokens, seq_len=1024, seed=0, window_tokens=window)
@@ -136,11 +136,11 @@ def test_windows_double_in_the_first_epoch_and_are_whole_later():
             inside = places[begin * samples : end * samples]
             assert inside.min() == begin * samples and inside.max() == end * samples - 1
             assert len(set(inside.tolist())) == len(inside)
-    # within one window, places are shuffled
+    # samples are shuffled within a window
     assert abs(np.corrcoef(np.arange(samples), order.locate(np.arange(samples))[1])[0, 1]) < 0.1
 
 
-def test_ten_billion_samples_take_no_more_memory_than_few():
+def test_memory_does_not_depend_on_number_of_samples():
     samples, seq_len = 10**10, 1024
     files = list(range(0, samples * seq_len, 2**30))
     chance = np.random.RandomState(0)
@@ -183,7 +183,7 @@ def test_every_prefix_has_the_shares_to_within_one_sequence(seed):
             assert abs(due[place] - counts[place]) < 1
         if index % 50 == 0:
             assert mixture.totals(index + 1).tolist() == counts
-    # looked up one by one and in any order it is the same
+    # single lookups in any order give the same result
     some = np.random.RandomState(0).permutation(length)[:100]
     assert (mixture.locate(some)[0] == source[some]).all() and (mixture.locate(some)[1] == number[some]).all()
 
@@ -195,7 +195,7 @@ def test_shares_are_exact_as_written_or_to_a_hundred_thousandth():
     assert sum(fine.values()) == 1 and abs(fine["a"] - Fraction(1234567, 10**7)) <= Fraction(1, 10**5)
 
 
-def test_far_samples_are_found_without_counting():
+def test_far_samples_are_located_in_constant_time():
     mixture = Mixture(["a", "b"], [(10**10, {"a": 0.7, "b": 0.3}), (2 * 10**10, {"a": 1, "b": 3})])
     assert mixture.totals(10**10).tolist() == [7 * 10**9, 3 * 10**9]
     assert mixture.totals(2 * 10**10).tolist() == [7 * 10**9 + 25 * 10**8, 3 * 10**9 + 75 * 10**8]
@@ -204,7 +204,7 @@ def test_far_samples_are_found_without_counting():
     assert [int(total[s]) for total, s in zip(totals, source, strict=True)] == (number + 1).tolist()
 
 
-def test_schedule_joins_stages_that_are_alike():
+def test_schedule_joins_equal_stages():
     mixture = Mixture(["a", "b"], [(80, {"a": 1, "b": 1}), (100, {"a": 2, "b": 2}), (200, {"b": 1})])
     assert mixture.schedule() == [(100, {"a": 0.5, "b": 0.5}), (200, {"b": 1.0})]
     assert truncate_schedule(mixture.schedule(), 90) == [(90, {"a": 0.5, "b": 0.5})]
@@ -222,7 +222,7 @@ def table_of(lengths: list[int]) -> np.ndarray:
 
 
 def packed_order(shards: list[list[int]], seq_len: int, window: int = 2**20) -> SampleOrder:
-    """Of documents of these lengths, by unit."""
+    """Return an order of documents of these lengths, by shard."""
     spans = lambda following, _: [TokenSpan(int(following[0]), 0, sum(shards[int(following[0])]))]  # noqa: E731
     pack = partial(best_fit, table=lambda shard: table_of(shards[shard]), seq_len=seq_len)
     return SampleOrder(len(shards), spans, seq_len, 0, window, pack)
@@ -237,7 +237,7 @@ def test_best_fit_takes_the_fullest_sample_that_has_room():
 
 
 @pytest.mark.parametrize("window", [300, 2**20])
-def test_packed_samples_hold_every_token_once_and_cut_only_what_is_too_long(window):
+def test_packed_samples_hold_every_token_once_and_split_only_long_documents(window):
     chance = np.random.RandomState(0)
     shards = [chance.randint(1, 90, chance.randint(5, 60)).tolist() for _ in range(12)]
     order = packed_order(shards, 64, window)

@@ -1,4 +1,4 @@
-"""Text, tokenizers and token files as strangers make them: read, or skipped and counted, or refused with a sentence."""
+"""Unusual text, tokenizers and token files are read, skipped and counted, or rejected with an error."""
 
 import errno
 import gzip
@@ -44,7 +44,7 @@ def write_jsonl(path, rows=ROWS) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tokenizer that was trained on `ROWS`."""
+    """Train a tokenizer on `ROWS`."""
     folder = tmp_path_factory.mktemp("trained")
     return prepare_shards(configure(folder, write_jsonl(folder / "a.jsonl"))).tokenizer
 
@@ -64,7 +64,7 @@ def test_another_end_of_text_is_another_tokenizer(tmp_path, trained):
         assert shards.train[-1] == tokenizer.eos_token_id
 
 
-def test_tokenizer_with_gaps_in_its_ids_is_refused(tmp_path, trained):
+def test_tokenizer_with_gaps_in_its_ids_raises_error(tmp_path, trained):
     trained.save_pretrained(tmp_path)
     described = json.loads((tmp_path / "tokenizer.json").read_text())
     vocabulary = described["model"]["vocab"]
@@ -126,7 +126,7 @@ def test_file_that_cannot_be_reached_is_not_skipped(tmp_path, monkeypatch, failu
         raise failure
 
     monkeypatch.setattr(rows, "open_file", fail)
-    with pytest.raises(ConfigError, match=r"a.jsonl cannot be read \(.+\); fix its access and start again"):
+    with pytest.raises(ConfigError, match=r"a.jsonl cannot be read \(.+\); fix its access and restart"):
         texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/a.jsonl", *SKIP).data)
 
 
@@ -134,7 +134,7 @@ def test_damaged_content_is_skipped(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}'))
     (tmp_path / "c.jsonl.zst").write_bytes(b"no zstd")
-    # A frame's header with a window of 2 GB, as `zstd --long=31` writes it.
+    # The frame header of `zstd --long=31`, with a window of 2 GB.
     (tmp_path / "d.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + bytes(100))
     told: list[str] = []
     assert texts_of(configure(tmp_path, f"--data.source=jsonl:{tmp_path}/*.jsonl.*", *SKIP).data, told.append) == [
@@ -145,7 +145,7 @@ def test_damaged_content_is_skipped(tmp_path):
 
 
 def columns():
-    """Every type of column that holds text, with a value that is no UTF-8."""
+    """Return every type of text column, each with a value that is not UTF-8."""
     values = [b"good", b"R\xc9UNION", None, b"too"]
     for plain, binary in ((pyarrow.string(), pyarrow.binary()), (pyarrow.large_string(), pyarrow.large_binary())):
         yield pyarrow.array(values, binary).view(plain)
@@ -157,7 +157,7 @@ def columns():
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 @pytest.mark.parametrize("column", list(columns()), ids=lambda column: str(column.type).partition("<")[0])
 @pytest.mark.parametrize("nested", [False, True])
-def test_bytes_that_are_no_utf8_are_named_or_skipped(tmp_path, kind, column, nested):
+def test_invalid_utf8_raises_error_or_is_skipped(tmp_path, kind, column, nested):
     if nested:
         column = pyarrow.StructArray.from_arrays([column], ["body"])
     table = pyarrow.table({"text": column})
@@ -167,11 +167,13 @@ def test_bytes_that_are_no_utf8_are_named_or_skipped(tmp_path, kind, column, nes
         with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as out:
             out.write_table(table)
     options = [f"--data.source={kind}:{tmp_path}/a.{kind}", f"--data.text_field={'text.body' if nested else 'text'}"]
-    if kind == "parquet" and "dictionary" in f"{table.schema}":  # pyarrow itself decodes these, and gives no row
+    if (
+        kind == "parquet" and "dictionary" in f"{table.schema}"
+    ):  # pyarrow itself decodes these, without the row's number
         with pytest.raises(ConfigError, match=r"a.parquet is damaged \(Invalid UTF8 payload\)"):
             texts_of(configure(tmp_path, *options).data)
         return
-    with pytest.raises(ConfigError, match=r"has in row 2 bytes that are no UTF-8"):
+    with pytest.raises(ConfigError, match=r"row 2: not UTF-8"):
         texts_of(configure(tmp_path, *options).data)
     assert texts_of(configure(tmp_path, *options, *SKIP).data) == ["good", "too"]
 
@@ -220,7 +222,7 @@ LINE = st.binary(max_size=40) | ANYTHING.map(lambda value: json.dumps(value).enc
     ]
 )
 @example(lines=[b'{"\\ud800": "x"}', b'{"\\u001b[31m": "x"}'])
-def test_any_line_is_text_or_named(tmp_path_factory, lines):
+def test_any_line_is_text_or_reported(tmp_path_factory, lines):
     folder = tmp_path_factory.getbasetemp()
     for row in jsonl_of(folder, b"\n".join(lines)):
         assert row is None or isinstance(row, (str, rows.BadRow))
@@ -229,7 +231,7 @@ def test_any_line_is_text_or_named(tmp_path_factory, lines):
         assert not isinstance(row, rows.BadRow) or words.isprintable()
 
 
-def test_long_integers_are_passed_over(tmp_path):
+def test_long_integers_are_skipped(tmp_path):
     digits = b"9" * 5000
     found = jsonl_of(tmp_path, b'{"text": "a", "n": ' + digits + b'}\n{"text": ' + digits + b"}")
     assert found[0] == "a" and found[1].kind == "type int"
@@ -237,7 +239,7 @@ def test_long_integers_are_passed_over(tmp_path):
 
 @cases()
 @given(change=st.tuples(st.integers(0), st.binary(min_size=1, max_size=4)), kind=st.sampled_from(["parquet", "arrow"]))
-def test_damaged_columns_are_text_or_named(tmp_path_factory, change, kind):
+def test_damaged_columns_are_text_or_reported(tmp_path_factory, change, kind):
     folder = tmp_path_factory.getbasetemp()
     whole, path = folder / f"whole.{kind}", folder / f"fuzzed.{kind}"
     if not whole.exists():
@@ -265,7 +267,7 @@ def test_damaged_columns_are_text_or_named(tmp_path_factory, change, kind):
     change=st.tuples(st.integers(0), st.binary(min_size=1, max_size=8)),
     name=st.sampled_from(["a.bin", "a.idx", "a.ds", "a.ds.index", "a.npy"]),
 )
-def test_damaged_token_files_give_every_token_once_or_are_named(tmp_path_factory, change, name):
+def test_damaged_token_files_give_every_token_once_or_raise_error(tmp_path_factory, change, name):
     folder = tmp_path_factory.getbasetemp() / "token files"
     if not folder.exists():
         folder.mkdir()
@@ -295,7 +297,7 @@ def test_damaged_token_files_give_every_token_once_or_are_named(tmp_path_factory
         damaged.write_bytes(whole)
 
 
-def test_changed_byte_of_tokens_is_noticed_and_they_are_made_again(tmp_path, trained, capsys):
+def test_changed_byte_of_a_shard_is_detected_and_it_is_rewritten(tmp_path, trained, capsys):
     options = [write_jsonl(tmp_path / "a.jsonl"), f"--data.tokenizer={trained.name_or_path}", "--data.val_fraction=0.2"]
     config = configure(tmp_path / "cache", *options)
     prepare_shards(config)
@@ -305,7 +307,9 @@ def test_changed_byte_of_tokens_is_noticed_and_they_are_made_again(tmp_path, tra
             content = (folder / name).read_bytes()
             (folder / name).write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
             prepare_shards(config)
-            assert f"{folder} is damaged: {name} does not hold what was written" in capsys.readouterr().err
+            assert (
+                f"{folder} is damaged: {name} has another checksum than when it was written" in capsys.readouterr().err
+            )
             assert (folder / name).read_bytes() == content
 
 
@@ -321,7 +325,7 @@ def test_tokenizer_learns_from_all_files_in_turn(tmp_path, kind):
     assert sorted(texts) == ["a" * 20, "b" * 20, "c" * 20]
 
 
-def test_run_goes_on_if_its_text_has_moved(small_run, corpus, tmp_path):
+def test_run_continues_if_its_text_has_moved(small_run, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "before")
     options = [
         *small_run,
@@ -344,7 +348,7 @@ def test_run_goes_on_if_its_text_has_moved(small_run, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_documents_and_units_end_with_the_end_of_text_and_no_held_out_copy_is_trained_on(tmp_path, trained, packing):
+def test_documents_end_with_end_of_text_and_no_validation_copy_is_trained_on(tmp_path, trained, packing):
     for number in range(4):
         write_jsonl(tmp_path / f"{number}.jsonl", ROWS[number * 15 : number * 15 + 15] + ROWS[:15])
     given_options = [f"--data.source=jsonl:{tmp_path}/*.jsonl", f"--data.tokenizer={trained.name_or_path}"]
@@ -366,7 +370,7 @@ def test_documents_and_units_end_with_the_end_of_text_and_no_held_out_copy_is_tr
     assert trained_on and not trained_on & set(source.validation.documents["text"].tolist())
 
 
-def test_beginning_of_text_that_is_not_added_is_told_once(tmp_path, trained, capsys):
+def test_missing_beginning_of_text_is_reported_once(tmp_path, trained, capsys):
     adding = load_tokenizer(trained.name_or_path)
     begin = (adding.bos_token, adding.bos_token_id)
     adding.backend_tokenizer.post_processor = TemplateProcessing(f"{begin[0]} $A", special_tokens=[begin])
@@ -374,4 +378,7 @@ def test_beginning_of_text_that_is_not_added_is_told_once(tmp_path, trained, cap
     config = configure(tmp_path, write_jsonl(tmp_path / "a.jsonl"), f"--data.tokenizer={tmp_path / 'adding'}")
     for told in (1, 0):
         assert prepare_shards(config).train[0] != begin[1]
-        assert capsys.readouterr().err.count(f"begins a text with {begin[0]}; documents are trained on without") == told
+        assert (
+            capsys.readouterr().err.count(f"adds {begin[0]} at the beginning of text; training documents do not")
+            == told
+        )

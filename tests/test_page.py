@@ -1,4 +1,4 @@
-"""`smolds report --html`: the page holds what the run has written, and a browser shows it without a network."""
+"""`smolds report --html`: the page has the run's content, and a browser shows it without a network."""
 
 import json
 import re
@@ -17,7 +17,7 @@ HOSTILE = "<script>document.title = 'taken'</script><b>bold</b>"
 
 @pytest.fixture
 def copied(kept_run, tmp_path):
-    """A run's folder that may be changed."""
+    """Return a run's folder that may be changed."""
     shutil.copytree(kept_run[0], tmp_path / "one", symlinks=True)
     return tmp_path / "one"
 
@@ -79,7 +79,7 @@ def test_browser_draws_the_curves_and_moves_the_slider(copied):
         widths = page.locator(".curves .js-plotly-plot .main-svg:first-child").evaluate_all(
             "all => all.map(one => one.getBoundingClientRect().width)"
         )
-        assert max(widths) < 640  # two beside each other
+        assert max(widths) < 640  # two side by side
         loads = page.locator(".js-plotly-plot").last
         expect(loads.locator(".slider-label").first).to_have_text(f"step {steps[-1]}")
         before = loads.evaluate("one => JSON.stringify(one.data[0].z)")
@@ -89,7 +89,7 @@ def test_browser_draws_the_curves_and_moves_the_slider(copied):
         expect(loads.locator(".slider-label").first).to_have_text(f"step {steps[0]}")
         drawn = "JSON.stringify([...document.querySelectorAll('.js-plotly-plot')].pop().data[0].z)"
         page.wait_for_function(f"before => {drawn} != before", arg=before)
-        assert page.title() == "one"  # nothing that a text could bring into the page runs
+        assert page.title() == "one"  # scripts in text do not run
         SCREENSHOTS.mkdir(exist_ok=True)
         page.screenshot(path=SCREENSHOTS / "page.png")
         browser.close()

@@ -1,4 +1,4 @@
-"""Tokens that are made while a run trains, or long before by many processes: the run is the same."""
+"""Tokenization during training, or in advance by many processes, gives the same run."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.observe.rows import read_rows
 
 STEPS, BATCH = 60, 12
-# So long that few tokens, most of them a word each, make a unit's MiB.
+# So long that few tokens, mostly one per word, fill a shard's MiB.
 WORDS = [
     f"{one}{two}"
     for one in "qualificationconsiderationrepresentation congratulationsubstantiationinvestigation".split()
@@ -35,7 +35,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Six files that are a unit each, of about 30,000 tokens."""
+    """Create six files of one shard each, with about 30,000 tokens."""
     folder = tmp_path_factory.mktemp("corpus")
     chance = np.random.RandomState(0)
     for number in range(6):
@@ -65,11 +65,11 @@ def shards_in(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def prepared(corpus, tmp_path_factory) -> tuple[Path, dict[int, dict]]:
-    """A run whose corpus was prepared by `smolds data prepare`: its folder, and its rows by step."""
+    """Train on a corpus prepared by `smolds data prepare`; return the folder, and the run's rows by step."""
     folder = tmp_path_factory.mktemp("prepared")
     made = smolds("data", "prepare", "--workers", "2", "--", *options_of(corpus, folder), "--train.steps=500")
     assert made.returncode == 0, made.text
-    assert "jsonl: 6 of 6 parts are tokenised" in made.stdout
+    assert "jsonl: 6 of 6 shards tokenized" in made.stdout
     before = shards_in(folder)
     assert len(before) == 6
     trained = smolds("train", *options_of(corpus, folder))
@@ -83,9 +83,9 @@ def rows_by_step(folder: Path) -> dict[int, dict]:
 
 
 def assert_same(rows: dict[int, dict], expected: dict[int, dict], other_topologies: bool = False) -> None:
-    """Every step's batch and texts; and losses to 1e-6 where nothing else differs.
+    """Compare every step's batch and documents; and losses to 1e-6 if nothing else differs.
 
-    Between topologies rounding may send a single token to another expert: then some steps' losses are off by more.
+    Between topologies, rounding may route a token to another expert; then some steps' losses differ by more.
     """
     assert sorted(rows) == sorted(expected) == list(range(1, STEPS + 1))
     off = {}
@@ -99,10 +99,10 @@ def assert_same(rows: dict[int, dict], expected: dict[int, dict], other_topologi
 
 @pytest.mark.parametrize("workers", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_losses_are_those_of_a_prepared_corpus(corpus, prepared, tmp_path, workers):
-    """With worker processes ahead, and without, where the training makes the tokens itself when it needs them."""
+    """With background workers, and without them, when the training process tokenizes what it needs."""
     trained = smolds("train", *options_of(corpus, tmp_path), f"--data.workers={workers}")
     assert trained.returncode == 0, trained.text
-    assert "1 of 6 parts are tokenised so far" in trained.stdout
+    assert "1 of 6 shards tokenized so far" in trained.stdout
     assert_same(rows_by_step(tmp_path), prepared[1])
     val = [
         [row["val_loss"] for row in read_rows(folder / "runs" / "one" / "metrics.jsonl") if "val_loss" in row]
@@ -117,8 +117,8 @@ def test_losses_are_those_of_a_prepared_corpus(corpus, prepared, tmp_path, worke
 
 
 @pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, prepared, tmp_path, cold):
-    """kill -9 of the whole job, each time resumed in another topology; `cold`: of all but its workers, which end then."""
+def test_run_killed_in_two_windows_resumes_identically(corpus, prepared, tmp_path, cold):
+    """SIGKILL to the whole job, twice, each time resumed in another topology; `cold`: not to its workers, which exit."""
     options = [*options_of(corpus, tmp_path), "--checkpoint.resume=auto"]
     starts = [
         (["launch", "--nproc-per-node=2", "--"], 8),
@@ -135,7 +135,7 @@ def test_killed_in_the_first_and_the_third_window_it_goes_on_the_same(corpus, pr
         ranks = [json.loads(path.read_text())["pid"] for path in (tmp_path / "runs/one/ranks").glob("rank_*.json")]
         if cold:
             kill_all_but_workers(process)
-        process.kill()  # and what forked it kills the rest (see warm.py)
+        process.kill()  # the process that forked it kills the rest (see warm.py)
         wait_until_gone(ranks)
     assert_same(rows_by_step(tmp_path), prepared[1], other_topologies=True)
 
@@ -157,7 +157,7 @@ def wait_for(there, process: subprocess.Popen, folder: Path, seconds: float = 12
 
 
 def kill_all_but_workers(process: subprocess.Popen) -> None:
-    """With SIGKILL; workers end by themselves."""
+    """Send SIGKILL; workers exit by themselves."""
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     workers = [pid for pid in family if "smolds_dist.data.workers" in command_of(pid)]
     for pid in family:
@@ -176,14 +176,14 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 def command_of(pid: int) -> str:
-    """Empty where the process has ended."""
+    """Return the command of a process, empty if it has ended."""
     with contextlib.suppress(psutil.Error):
         return " ".join(psutil.Process(pid).cmdline())
     return ""
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What was prepared, without locks."""
+    """Return the prepared files without locks."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -193,14 +193,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.long)])
 def test_three_processes_of_which_two_are_killed_prepare_the_same_files(corpus, prepared, tmp_path, times):
-    """At random moments. The third one ends the work alone."""
+    """Killed at random times; the third finishes alone."""
     chance = random.Random(times)
     tokenizer = prepared[0] / "runs" / "one" / "tokenizer"
     options = ["--workers=1", "--", *options_of(corpus, tmp_path), "--train.steps=500", f"--data.tokenizer={tokenizer}"]
     alone = smolds("data", "prepare", *options)
     assert alone.returncode == 0, alone.text
     expected = files_of(tmp_path / "cache")
-    assert sum(name.endswith("tokens.bin") for name in expected) == 7  # of six units, and of held-out text
+    assert sum(name.endswith("tokens.bin") for name in expected) == 7  # of six shards and the validation set
     for number in range(times):
         here = tmp_path / str(number)
         here.mkdir()
@@ -213,8 +213,8 @@ def test_three_processes_of_which_two_are_killed_prepare_the_same_files(corpus, 
         assert files_of(here / "cache") == expected
 
 
-def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(corpus, tmp_path):
-    """The step before is saved, and the run goes on once the row is left out."""
+def test_invalid_text_stops_the_run_after_the_previous_step_is_saved(corpus, tmp_path):
+    """The previous step is saved, and the run continues once the row is skipped."""
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_text((corpus / f"{number}.jsonl").read_text())
     options = [*options_of(tmp_path, tmp_path), "--checkpoint.every=0", "--checkpoint.resume=auto"]
@@ -228,7 +228,7 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     should_stop = smolds("launch", "--nproc-per-node=2", "--", *options)
     assert should_stop.returncode == 2, should_stop.text
-    assert f"{path} has in line 1,001 no JSON object" in should_stop.stderr
+    assert f"{path}, line 1,001: not a JSON object" in should_stop.stderr
     saved = max(rows_by_step(tmp_path))
     assert 1 < saved < STEPS and f"step {saved} is saved" in should_stop.stdout
     ended = smolds("train", *options, "--data.on_bad_row=skip")
@@ -237,8 +237,8 @@ def test_text_that_turns_out_bad_is_told_when_it_is_reached_and_nothing_is_lost(
     assert f"continuing from {tmp_path}/runs/one/checkpoints/step_{saved:08}" in ended.stdout
 
 
-def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tmp_path):
-    """In 150 steps the run goes through the corpus once and a bit; the budget has room for less than half of it."""
+def test_budget_deletes_consumed_shards_and_tokenizes_them_again(corpus, prepared, tmp_path):
+    """In 150 steps the run takes just over one epoch; the budget has room for less than half of the corpus."""
     options = [
         *options_of(corpus, tmp_path),
         "--train.steps=150",
@@ -263,8 +263,8 @@ def test_budget_removes_what_lies_behind_and_makes_it_again(corpus, prepared, tm
         assert row["batch"] == f"{batch_digest(kept.batch(batch), batch):08x}"
 
 
-def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corpus, prepared, tmp_path):
-    """Two ranks, of which each waits for a part that another process holds the lock of; the training makes all parts."""
+def test_signal_stops_a_run_that_waits_for_text_and_saves_the_previous_step(corpus, prepared, tmp_path):
+    """Each of two ranks waits for a shard that another process has locked; the training process tokenizes all shards."""
     options = [*options_of(corpus, tmp_path), "--checkpoint.every=0", "--data.workers=0"]
     found = prepare_data(load_config([*options, "-q"]))
     second = int(found.orders["jsonl"].wanted_shards()[0])
@@ -283,8 +283,8 @@ def test_signal_ends_a_run_that_waits_for_text_and_the_step_before_is_saved(corp
     assert_same(rows_by_step(tmp_path), prepared[1], other_topologies=True)
 
 
-def test_training_goes_on_with_the_windows_there_are_while_the_server_is_away(corpus, prepared, tmp_path):
-    """And comes to the same batches as over local files."""
+def test_training_continues_with_available_windows_while_the_server_is_down(corpus, prepared, tmp_path):
+    """And gets the same batches as from local files."""
     files = {f"/{path.name}": path.read_bytes() for path in sorted(corpus.iterdir())}
     index = "".join(f'<a href="{name}">{name}</a>' for name in files)
     server = Server(files | {"/": f"<html>{index}</html>".encode()})
@@ -295,11 +295,11 @@ def test_training_goes_on_with_the_windows_there_are_while_the_server_is_away(co
     wait_for(lambda: rows_by_step(tmp_path), process, tmp_path)
     server.behave = lambda number, content: (503, b"")
     before = max(rows_by_step(tmp_path))
-    wait_for(lambda: "trying again in 4 s" in (tmp_path / "out").read_text(), process, tmp_path)
+    wait_for(lambda: "retrying in 4 s" in (tmp_path / "out").read_text(), process, tmp_path)
     assert max(rows_by_step(tmp_path)) > before
     server.behave = lambda number, content: (200, content)
     assert process.wait(120) == 0, (tmp_path / "out").read_text()
-    assert "did not come whole (HTTP 503)" in (tmp_path / "out").read_text()
+    assert "did not arrive completely (HTTP 503)" in (tmp_path / "out").read_text()
     server.stop()
     batches = [[row["batch"] for row in rows.values()] for rows in (rows_by_step(tmp_path), prepared[1])]
     assert len(batches[0]) == STEPS and batches[0] == batches[1]

@@ -15,7 +15,7 @@ from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, plan_topology
-from smolds_dist.training.compiling import leave_uncompiled, try_to_compile
+from smolds_dist.training.compiling import try_to_compile, undo_compile
 from smolds_dist.training.qk_clip import QkClip
 from smolds_dist.training.trainer import train
 
@@ -97,4 +97,4 @@ def test_compiled_attention_records_its_logits():
         assert all(block.compiled_attend is not None for block in model.model.layers)
         torch.testing.assert_close(clip.take(), expected)
     finally:
-        leave_uncompiled(model)
+        undo_compile(model)

@@ -1,4 +1,4 @@
-"""mlx-lm reads an export and computes what transformers computes, but for what is said here that it leaves out."""
+"""mlx-lm reads exports and computes what transformers computes, with the exceptions stated here."""
 
 import json
 import shutil
@@ -18,8 +18,8 @@ from smolds_dist.training.trainer import train
 
 pytestmark = pytest.mark.skipif(not READERS.exists(), reason="no .venv/readers; ./launch/test.sh makes it")
 
-# Of logits of up to 1, which both compute in fp32; they differ by at most 6e-7 here. Without its selection biases, or with
-# the rotary halves in the other order, a model of so few steps is already 1e-2 away.
+# For logits of up to 1, computed by both in fp32; they differ by at most 6e-7 here. Without the selection biases, or with
+# the rotary halves swapped, a model of so few steps already differs by 1e-2.
 BOUND = 1e-5
 LATENT = (
     "--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1",
@@ -32,7 +32,7 @@ TEXTS = [
     "😀 and 👩\u200d👩\u200d👧",
     "a<|endoftext|>b",
 ]
-# Logits of two sequences at once, and of the first as generation computes them: a beginning, then token after token.
+# Logits of a batch of two sequences, and of the first as in generation: a prefix, then token by token.
 MLX = """
 import json, sys
 from pathlib import Path
@@ -58,7 +58,7 @@ for number, model in enumerate(sys.argv[2:]):
 
 @pytest.fixture(scope="module")
 def models(kept_run, corpus, cache, tmp_path_factory):
-    """Folders of exports by name, some with their selection biases set to 0."""
+    """Return folders of exports by name, some with their selection biases set to 0."""
     folder = tmp_path_factory.mktemp("readers")
     options = [*options_of_small_run(corpus, cache, folder), *LATENT, "--train.eval_every=0", "--log.sample_every=0"]
     train(load_config([*options, "--run.name=latent"]))
@@ -79,7 +79,7 @@ def models(kept_run, corpus, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read_by_mlx(models, tmp_path_factory):
-    """The logits of each model, by its name; its tokens of `TEXTS` are checked on the way."""
+    """Return each model's logits by its name; also checks its tokens of `TEXTS`."""
     scratch = tmp_path_factory.mktemp("scratch")
     save_file({"ids": some_ids(models["gqa"])}, scratch / "ids.safetensors")
     (scratch / "texts.json").write_text(json.dumps(TEXTS))
@@ -98,7 +98,7 @@ def read_with_transformers(model: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def some_ids(model: Path) -> torch.Tensor:
-    """Two sequences of 48 tokens."""
+    """Return two sequences of 48 tokens."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     return torch.randint(0, vocabulary, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -113,8 +113,8 @@ def test_mlx_computes_a_grouped_query_model_without_its_selection_biases(models,
     ids = some_ids(models["gqa"])
     expected = read_with_transformers(models["gqa_unbiased"], ids)
     assert_same(read_by_mlx["gqa_unbiased"], expected)
-    # mlx-lm drops the selection biases of ERNIE's models. Where this fails because it has come to use them, say so in the
-    # documentation of `smolds export` and expect `read_with_transformers(models["gqa"], ids)`.
+    # mlx-lm drops the selection biases of ERNIE's models. If this fails because it now uses them, document it for
+    # `smolds export` and expect `read_with_transformers(models["gqa"], ids)`.
     assert_same(read_by_mlx["gqa"], expected)
     assert (read_with_transformers(models["gqa"], ids) - expected).abs().max() > 100 * BOUND
 

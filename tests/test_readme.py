@@ -122,7 +122,7 @@ CASES = [
     Case("smolds runs diff", "", r"run\.name +first +pair|loss +\d"),
     Case("smolds runs", "", r"first +finished +3 of 3 "),
     Case("smolds data stats", TINY, "the run takes"),
-    Case("smolds data prepare", TINY, r"text: (\d+) of \1 parts are tokenised"),
+    Case("smolds data prepare", TINY, r"text: (\d+) of \1 shards tokenized"),
     Case("smolds data order", TINY, r'"index": 7, "source": "text", "file": '),
     Case("smolds data show", "", r"== batch (\w{8}), recorded as \1\n"),
     Case("smolds slurm --prepare", "", "#SBATCH --array="),
@@ -136,11 +136,13 @@ CASES = [
     ),
     Case("smolds generate", " --max-new-tokens=4", "def ."),
     Case("smolds export .*gguf", "", " is in gguf/", ("gguf/*.gguf",)),
-    Case("smolds export", "", "and computes the same there", ("exported/model.safetensors", "exported/tokenizer.json")),
+    Case(
+        "smolds export", "", "which computes the same logits", ("exported/model.safetensors", "exported/tokenizer.json")
+    ),
     Case(
         "smolds import",
         " --data.cache_dir=CACHE",
-        "is the run runs/",
+        "to runs/",
         ("runs/*/checkpoints/*/manifest.json", "runs/*/config.yaml"),
     ),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),

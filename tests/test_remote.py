@@ -1,4 +1,4 @@
-"""Sources behind a web server that is slow, fails, sends parts of what it should, or vanishes for a while."""
+"""Sources on a web server that is slow, fails, truncates responses, or is unavailable for a while."""
 
 import json
 import re
@@ -22,8 +22,8 @@ class Server(ThreadingHTTPServer):
     """Serves files from memory.
 
     Args:
-        behave: what becomes of an answer: given the number of the GET request, from 1, and the bytes of the answer; returns
-            an HTTP status and the bytes that are really sent, after which the connection is closed.
+        behave: given the number of a GET request, from 1, and the bytes of its response, returns the HTTP status and the
+            bytes to send, after which the connection is closed.
     """
 
     daemon_threads = True
@@ -81,7 +81,7 @@ def file_bytes(kind: str) -> bytes:
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK", 2**14)  # several requests for a file
+    monkeypatch.setattr(remote, "BLOCK", 2**14)  # several requests per file
     servers = []
 
     def start(*args, **kwargs) -> Server:
@@ -109,10 +109,10 @@ def truncating(number, content):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize(
     ("behave", "said"),
-    [(slow, None), (failing, "HTTP 503"), (truncating, "trying again in 1 s")],
+    [(slow, None), (failing, "HTTP 503"), (truncating, "retrying in 1 s")],
     ids=["slow", "failing", "truncating"],
 )
-def test_every_row_comes_once_from_a_bad_server(tmp_path, serve, capsys, kind, behave, said):
+def test_every_row_is_read_once_from_a_bad_server(tmp_path, serve, capsys, kind, behave, said):
     server = serve({f"/a.{kind}": file_bytes(kind)}, behave)
     data = configure(tmp_path, f"--data.source={kind}:{server.address}/a.{kind}").data
     assert texts_of(data) == ROWS
@@ -121,18 +121,20 @@ def test_every_row_comes_once_from_a_bad_server(tmp_path, serve, capsys, kind, b
     if said is None:
         assert not err
     else:
-        assert all(re.match(r"http://127.0.0.1:\d+/a.\w+ did not come whole \(", line) for line in err.splitlines())
+        assert all(
+            re.match(r"http://127.0.0.1:\d+/a.\w+ did not arrive completely \(", line) for line in err.splitlines()
+        )
         assert said in err
 
 
-def test_server_without_ranges_sends_whole_files(tmp_path, serve, capsys):
+def test_server_without_ranges_sends_complete_files(tmp_path, serve, capsys):
     server = serve({"/a.jsonl": file_bytes("jsonl")}, truncating, ranges=False)
     data = configure(tmp_path, f"--data.source=jsonl:{server.address}/a.jsonl").data
     assert texts_of(data) == ROWS
-    assert "did not come whole" in capsys.readouterr().err
+    assert "did not arrive completely" in capsys.readouterr().err
 
 
-def test_parts_of_a_remote_file_are_the_file(tmp_path, serve, monkeypatch):
+def test_chunks_of_a_remote_file_cover_the_file(tmp_path, serve, monkeypatch):
     monkeypatch.setattr(shards, "CHUNK_BYTES", 2_000)
     monkeypatch.setattr(shards, "SHARD_BYTES", 2_000)
     for kind in ("jsonl", "parquet"):
@@ -145,16 +147,16 @@ def test_parts_of_a_remote_file_are_the_file(tmp_path, serve, monkeypatch):
         assert sorted(documents_of(found)) == sorted(ROWS)
 
 
-def test_what_is_not_there_is_no_reason_to_wait(tmp_path, serve, capsys):
+def test_missing_file_is_not_retried(tmp_path, serve, capsys):
     server = serve({"/a.jsonl": file_bytes("jsonl")}, lambda number, content: (403, b""))
     with pytest.raises(ConfigError, match="matches no file"):
         texts_of(configure(tmp_path, f"--data.source=jsonl:{server.address}/b.jsonl").data)
     with pytest.raises(ConfigError, match=r"cannot be read|is damaged"):
         texts_of(configure(tmp_path, f"--data.source=jsonl:{server.address}/a.jsonl").data)
-    assert "trying again" not in capsys.readouterr().err
+    assert "retrying" not in capsys.readouterr().err
 
 
-def test_server_that_vanishes_is_waited_for(tmp_path, serve, capsys):
+def test_unavailable_server_is_retried(tmp_path, serve, capsys):
     files = {"/a.jsonl": file_bytes("jsonl")}
     server = serve(files)
     data = configure(tmp_path, f"--data.source=jsonl:{server.address}/a.jsonl").data
@@ -164,4 +166,4 @@ def test_server_that_vanishes_is_waited_for(tmp_path, serve, capsys):
     back = threading.Timer(4, lambda: serve(files, port=server.server_port))
     back.start()
     assert texts_of(data) == ROWS
-    assert "trying again in 2 s" in capsys.readouterr().err
+    assert "retrying in 2 s" in capsys.readouterr().err

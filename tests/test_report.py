@@ -1,4 +1,4 @@
-"""`smolds report`: what it says is what the run has written."""
+"""`smolds report` shows the content of the run's files."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from smolds_dist.observe.rows import read_rows
 
 @pytest.fixture
 def copied(kept_run, tmp_path):
-    """A run's folder that may be changed."""
+    """Return a run's folder that may be changed."""
     shutil.copytree(kept_run[0], tmp_path / "one", symlinks=True)
     return tmp_path / "one"
 
@@ -60,14 +60,14 @@ def test_report_of_a_run_holds_its_numbers(copied, capsys):
 
     picture = matplotlib.image.imread(copied / "training_metrics.png")
     assert picture.shape[0] > 700 and picture.shape[1] > 1100
-    assert (picture[..., 3] == 1).all()  # opaque: the same on light and dark pages
+    assert (picture[..., 3] == 1).all()  # opaque, for light and dark pages
 
 
 def points_of(line) -> list[tuple]:
     return [*zip(*(column.tolist() for column in map(np.asarray, line.get_data())), strict=True)]
 
 
-def test_picture_of_a_run_shows_its_rows(copied):
+def test_plot_of_a_run_shows_its_rows(copied):
     rows = read_rows(copied / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     loss, balance, texts, load, *_ = figure_of([copied]).axes
@@ -84,7 +84,7 @@ def test_picture_of_a_run_shows_its_rows(copied):
     assert picture.get_array().tolist() == [pytest.approx(layer) for layer in shares.tolist()]
 
 
-def test_events_are_told_and_values_that_are_not_finite_are_drawn_around(copied):
+def test_events_are_listed_and_values_that_are_not_finite_are_skipped(copied):
     with (copied / "metrics.jsonl").open("a") as file:
         skipped = {
             "step": 7,
@@ -100,7 +100,7 @@ def test_events_are_told_and_values_that_are_not_finite_are_drawn_around(copied)
             file.write(json.dumps(row) + "\n")
     report([str(copied)])
     log = (copied / "log_training.md").read_text()
-    assert "step 6: back here from a loss spike in steps 7 to 8, 16 samples left out" in log
+    assert "step 6: rolled back here from a loss spike in steps 7 to 8, 16 samples skipped" in log
     assert "step 7: loss or gradient not finite, update skipped" in log
     assert "| 7 | 1,792 | not finite |" in log
 
@@ -118,22 +118,22 @@ def test_a_prompt_stays_in_its_line():
 
 def test_log_needs_no_checkpoint(copied):
     shutil.rmtree(copied / "checkpoints")
-    assert "known from the first checkpoint on" in training_log(copied)
+    assert "available after the first checkpoint" in training_log(copied)
 
 
-def test_several_runs_share_a_picture(kept_run, copied, tmp_path):
+def test_several_runs_share_a_plot(kept_run, copied, tmp_path):
     report([str(kept_run[0]), str(copied), "--to", str(tmp_path / "both")])
     assert [path.name for path in (tmp_path / "both").iterdir()] == ["training_metrics.png"]
     other = copied.rename(tmp_path / "two")
     loss, _, _, speed = figure_of([kept_run[0], other]).axes
     assert [line.get_label() for line in speed.get_lines()] == ["one", "two"]
-    assert [line.get_label() for line in loss.get_lines()[2::3]] == ["one, held out", "two, held out"]
+    assert [line.get_label() for line in loss.get_lines()[2::3]] == ["one, validation", "two, validation"]
     rows = [row for row in read_rows(other / "metrics.jsonl") if "loss" in row]
     for line in speed.get_lines():
         assert points_of(line) == [(row["step"], row["tokens_per_s"]) for row in rows]
 
 
-@pytest.mark.parametrize(("args", "fix"), [(["nowhere"], "holds no training steps"), (["RUN", "RUN"], "--to")])
+@pytest.mark.parametrize(("args", "fix"), [(["nowhere"], "has no training steps"), (["RUN", "RUN"], "--to")])
 def test_mistake_is_one_sentence(kept_run, args, fix):
     with pytest.raises(ConfigError, match=fix):
         report([str(kept_run[0]) if arg == "RUN" else arg for arg in args])

@@ -21,7 +21,7 @@ DAMAGE = [
 
 @pytest.mark.parametrize("place", range(len(ROWS)))
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_line_costs_that_line_alone(tmp_path, capsys, place, damage):
+def test_only_a_damaged_line_is_lost(tmp_path, capsys, place, damage):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps(row).encode() for row in ROWS]
     lines[place] = damage(lines[place])
@@ -32,7 +32,7 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, capsys, place, damage):
     assert read_rows(path) == rest and not capsys.readouterr().err
 
 
-def test_an_unfinished_last_line_is_dropped_without_a_word(tmp_path, capsys):
+def test_an_unfinished_last_line_is_dropped_silently(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"step": 6, "lo')
     assert read_rows(path) == ROWS

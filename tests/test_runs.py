@@ -1,4 +1,4 @@
-"""`smolds runs`: what it says of runs that finished, run, stopped, failed, wait or fell silent."""
+"""`smolds runs`: states of finished, running, stopped, failed, waiting and silent runs."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def lines_of(folder) -> dict[str, str]:
 def test_states_of_real_runs(long_run, tmp_path):
     folder = tmp_path / "runs"
     job = start_launch("torchrun", [*long_run, "--run.name=pair"], folder / "pair")
-    while len(losses(folder / "pair")) < 3:  # before there is a second step, nobody knows what is left
+    while len(losses(folder / "pair")) < 3:  # the remaining time is unknown before the second step
         assert job.poll() is None
         time.sleep(0.1)
     line = lines_of(folder)["pair"]
@@ -83,7 +83,7 @@ def write_run(folder, seconds_ago: float, now: float, **state):
     return read_run(folder, now)
 
 
-def test_run_on_another_host_is_believed_until_it_falls_silent(tmp_path):
+def test_run_on_another_host_counts_as_running_until_silent(tmp_path):
     now = time.time()
     run = write_run(tmp_path / "fresh", 5, now)
     assert run.state == "running on n7, 8 ranks" and (run.step, run.steps, run.left) == (39, 500, 461.0)
@@ -116,7 +116,7 @@ def test_only_the_end_of_long_metrics_is_read(tmp_path):
     assert last_rows(tmp_path / "none.jsonl") == []
 
 
-def test_difference_names_settings_and_last_values(kept_run, tmp_path):
+def test_diff_lists_settings_and_last_values(kept_run, tmp_path):
     write_run(tmp_path / "a", 5, time.time())
     write_run(tmp_path / "b", 5, time.time())
     (tmp_path / "b" / "config.yaml").write_text("train: {steps: 500, lr: 0.2}\nmodel: {layers: 3}\nrun: {name: y}\n")
@@ -128,7 +128,7 @@ def test_difference_names_settings_and_last_values(kept_run, tmp_path):
     assert shown.returncode == 0 and "val_loss" in shown.stdout, shown.text
 
 
-def test_watch_draws_again_until_ctrl_c(kept_run):
+def test_watch_repeats_until_ctrl_c(kept_run):
     command = [warm.python(), "-m", "smolds_dist", "runs", str(kept_run[0].parent), "--watch", "--every=0.1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=warm.environment())
     assert process.stdout is not None
@@ -142,7 +142,7 @@ def test_watch_draws_again_until_ctrl_c(kept_run):
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [(["nowhere"], "is no folder"), (["diff", "nowhere", "."], "holds no run"), ([".", "--every=0"], "more than 0")],
+    [(["nowhere"], "is not a folder"), (["diff", "nowhere", "."], "is not a run"), ([".", "--every=0"], "more than 0")],
 )
 def test_mistake_is_one_sentence(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -151,6 +151,6 @@ def test_mistake_is_one_sentence(args, words, tmp_path, monkeypatch):
     assert run([sys.executable, "-m", "smolds_dist", "runs", *args], 60, cwd=tmp_path).returncode == 2
 
 
-def test_folder_without_runs_says_so(tmp_path, capsys):
+def test_folder_without_runs_is_reported(tmp_path, capsys):
     runs([str(tmp_path)])
-    assert capsys.readouterr().out == "no runs here\n"
+    assert capsys.readouterr().out == "no runs in this folder\n"

@@ -1,4 +1,4 @@
-"""TensorBoard shows what a two-rank run has written: read back with its own reader, and looked at in a browser."""
+"""TensorBoard shows the rows of a two-rank run: read with its own reader, and viewed in a browser."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ SCREENSHOTS = ROOT / "screenshots"  # not in git
 
 @pytest.fixture(scope="module")
 def two_ranks(corpus, cache, tmp_path_factory):
-    """The folder of a finished run of two ranks with sharded experts. To be copied, not changed."""
+    """Return the folder of a finished run of two ranks with sharded experts. Copy it, do not change it."""
     folder = tmp_path_factory.mktemp("board")
     options = [*options_of_small_run(corpus, cache, folder), "--run.name=two", "--parallel.device=cpu"]
     finished = smolds(
@@ -46,7 +46,7 @@ def two_ranks(corpus, cache, tmp_path_factory):
 
 
 def test_layers_have_their_numbers_in_the_model(corpus, cache, tmp_path):
-    """Where the first are dense, what is said of experts begins after them."""
+    """If the first layers are dense, the experts' curves begin after them."""
     options = [*options_of_small_run(corpus, cache, tmp_path), "--run.name=dense", "--train.steps=2"]
     dense = ["--model.num_hidden_layers=4", "--model.first_k_dense_replace=2", "--model.dense_intermediate_size=40"]
     train(load_config([*options, *dense]))
@@ -65,7 +65,7 @@ def test_layers_have_their_numbers_in_the_model(corpus, cache, tmp_path):
 
 
 def board_of(run_dir: Path) -> dict:
-    """All that TensorBoard's own reader finds: points of every curve, pictures, histograms, texts."""
+    """Return what TensorBoard's own reader finds: points of every curve, images, histograms, texts."""
     size = {"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance=size).Reload()
     tags = board.Tags()
@@ -129,9 +129,9 @@ def test_event_file_holds_the_rows_and_can_be_rebuilt_from_them(two_ranks, tmp_p
     assert board_of(copy) == shown
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # as a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # like a full disk
     try:
-        with pytest.raises(ConfigError, match="make room and repeat the command"):
+        with pytest.raises(ConfigError, match="free space and rerun the command"):
             rebuild(copy)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -147,7 +147,7 @@ def test_traces_of_the_ranks_hold_their_steps(two_ranks):
     for rank in range(2):
         path = two_ranks / "profile" / f"steps_4-5.rank_{rank}.pt.trace.json.gz"
         names = [event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
-        # four sequences a rank, two at a time, in two steps
+        # four sequences per rank in micro batches of two, over two steps
         assert [names.count(phase) for phase in ("forward", "backward", "optimizer")] == [4, 4, 2]
         assert any("all_to_all" in str(name) or "alltoall" in str(name) for name in names)
 
@@ -173,7 +173,7 @@ def test_browser_shows_experts_first_then_learning_heatmap_and_samples(two_ranks
             page.set_default_timeout(30_000)
             expect.set_options(timeout=30_000)
 
-            page.goto(address[0])  # opens with the experts: no tab is chosen here
+            page.goto(address[0])  # opens on the experts' tab
             headings = page.locator("tf-category-paginated-view .heading, tf-category-paginated-view button.heading")
             expect(headings).to_contain_text(["Experts", "Learning", "Speed"])
             assert_curves(page, "load, layer 0", [f"load_layer_00/expert_{e:02}" for e in range(8)])
@@ -206,7 +206,7 @@ def test_browser_shows_experts_first_then_learning_heatmap_and_samples(two_ranks
 
 
 def assert_curves(page, chart: str, tags: list[str]) -> None:
-    """A chart of the custom scalars has a line with points for each of the tags, and no other."""
+    """Check that a chart of the custom scalars has a line with points for each of these tags, and no other."""
     from playwright.sync_api import expect
 
     card = page.locator("tf-custom-scalar-multi-line-chart-card")
@@ -216,7 +216,7 @@ def assert_curves(page, chart: str, tags: list[str]) -> None:
     entries = " ".join(card.locator(".match-list-entry").all_text_contents())
     assert all(tag in entries for tag in tags), entries
     lines = card.locator("path.line")
-    expect(lines).to_have_count(2 * len(tags))  # as it is, and smoothed
+    expect(lines).to_have_count(2 * len(tags))  # raw and smoothed
     drawn = [path for path in lines.evaluate_all("paths => paths.map(path => path.getAttribute('d') || '')") if path]
     assert len(drawn) >= len(tags) and len(set(drawn)) > len(tags) / 2, drawn
 
@@ -256,9 +256,9 @@ def test_curves_keep_their_first_and_thin_their_later_steps():
 @pytest.mark.parametrize(
     ("args", "fix"),
     [
-        (["nowhere"], "holds no TensorBoard files"),
+        (["nowhere"], "contains no TensorBoard files"),
         (["RUN", "--port", "TAKEN"], "choose another --port"),
-        (["RUN", "RUN/.."], "not all are runs"),
+        (["RUN", "RUN/.."], "each must be a run"),
         (["--port", "many"], "invalid int"),
     ],
 )
@@ -275,7 +275,7 @@ def test_board_is_bound_where_asked(two_ranks, capsys):
     assert "anyone who can reach this machine can see the runs" in capsys.readouterr().err
 
 
-def test_two_runs_of_one_name_are_told_apart(two_ranks, tmp_path):
+def test_two_runs_of_one_name_are_distinguished(two_ranks, tmp_path):
     runs = [tmp_path / "x" / "same", tmp_path / "y" / "same", two_ranks]
     names = [one.split(":")[0] for one in named(runs)]
     assert len(set(names)) == 3 and names[2] == "two"

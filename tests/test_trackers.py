@@ -1,4 +1,4 @@
-"""Trackers by their real clients, without their servers: what they hold is what metrics.jsonl says."""
+"""Trackers with their real clients, without servers: they hold the content of metrics.jsonl."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def environment(tmp_path):
 
 
 def held(name: str, run_dir: Path, environment: dict[str, str]) -> dict[str, dict[int, float]]:
-    """Curves of a tracker, of which no step stands twice."""
+    """Return the curves of a tracker; each step occurs once."""
     command = [str(ROOT / ".venv" / "trackers" / "bin" / "python"), str(ROOT / "tests" / "read_trackers.py")]
     shown = subprocess.run(
         [*command, name, str(run_dir)], capture_output=True, text=True, timeout=120, env=os.environ | environment
@@ -49,35 +49,37 @@ def assert_holds_all(name: str, run_dir: Path, environment: dict[str, str]) -> N
 
 @pytest.mark.long
 @needs_trackers
-def test_trackers_hold_what_the_metrics_say_also_after_a_run_went_on(small_run, tmp_path, environment):
+def test_trackers_match_the_metrics_after_a_resume(small_run, tmp_path, environment):
     run_dir = tmp_path / "runs" / "tracked"
     options = [*small_run, "--run.name=tracked", "--train.schedule=wsd", "--train.decay_fraction=0"]
     first = smolds("train", *options, "--log.to=wandb,mlflow", cold=True, **environment)
-    assert first.returncode == 0 and "has failed" not in first.stderr, first.text
+    assert first.returncode == 0 and "failed (" not in first.stderr, first.text
     for name in ("wandb", "mlflow"):
         assert_holds_all(name, run_dir, environment)
     ids = json.loads((run_dir / "trackers.json").read_text())
     more = [*options, "--train.steps=9", "--checkpoint.resume=4", f"--log.to={','.join(NAMES)}"]
     smolds("checkpoint", "rm", str(run_dir), "--after", "4")
     second = smolds("train", *more, cold=True, **environment)
-    assert second.returncode == 0 and "has failed" not in second.stderr, second.text
-    for name in NAMES:  # the last one came later, and has the steps before too
+    assert second.returncode == 0 and "failed (" not in second.stderr, second.text
+    for name in NAMES:  # the last one was added later, and has all previous steps too
         assert_holds_all(name, run_dir, environment)
     later = json.loads((run_dir / "trackers.json").read_text())
-    assert all(later[name]["id"] != ids[name]["id"] for name in ids)  # more steps are another run, which repeats two
+    assert all(
+        later[name]["id"] != ids[name]["id"] for name in ids
+    )  # with more steps it is another run, which repeats two
 
 
 @needs_trackers
-def test_tracker_that_fails_stops_nothing_and_is_filled_later(small_run, tmp_path, environment):
+def test_failing_tracker_does_not_stop_training_and_gets_rows_later(small_run, tmp_path, environment):
     run_dir = tmp_path / "runs" / "unreached"
     nobody = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     options = [*small_run, "--run.name=unreached", "--log.to=mlflow"]
     finished = smolds("train", *options, cold=True, **environment, **nobody)
     assert finished.returncode == 0, finished.text
-    assert finished.stderr.count("smolds: mlflow has failed (") == 1
-    assert f"`smolds report --send mlflow {run_dir}` fills it up" in finished.stderr
+    assert finished.stderr.count("smolds: mlflow failed (") == 1
+    assert f"`smolds report --send mlflow {run_dir}` sends the missing rows" in finished.stderr
     sent = smolds("report", "--send", "mlflow", str(run_dir), cold=True, **environment)
-    assert sent.returncode == 0 and "has failed" not in sent.stderr, sent.text
+    assert sent.returncode == 0 and "failed (" not in sent.stderr, sent.text
     assert_holds_all("mlflow", run_dir, environment)
 
 
@@ -109,7 +111,7 @@ feed([1, 2, 3, 24], 0, lr=2.0)
 
 
 @needs_trackers
-def test_tracker_has_how_a_run_ended_and_what_its_metrics_say(tmp_path, environment):
+def test_tracker_has_the_end_of_a_run_and_its_metrics(tmp_path, environment):
     """After `checkpoint rm` and a resume with other settings, or a rollback, the same steps have other values."""
     (tmp_path / "run").mkdir()
     finished = run([sys.executable, "-c", FEED, str(tmp_path / "run")], 120, cold=True, **environment)

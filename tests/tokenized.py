@@ -1,4 +1,4 @@
-"""All that a prepared source holds, as a test likes to look at it: units in the order of their files."""
+"""The content of a prepared source for tests: shards in the order of their files."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from smolds_dist.data.batch import TrainingData
 
 
 def load_all(found: TrainingData, name: str) -> SimpleNamespace:
-    """Tokens and documents of both splits; `train_documents` has the number of the file among the source's."""
+    """Return tokens and documents of both splits; `train_documents` has each file's index among the source's files."""
     source, order = found.sources[name], found.orders[name]
     order.extend(None)
     parts = []

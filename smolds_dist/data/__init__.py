@@ -1,1 +1,1 @@
-"""Source -> rows -> text -> tokens -> units -> order -> batch, a module each. Knows nothing of ranks or models."""
+"""Source -> rows -> text -> tokens -> shards -> order -> batch, one module each; independent of ranks and models."""

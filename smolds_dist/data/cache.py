@@ -1,6 +1,6 @@
-"""Folders that are written once, by one of many processes and machines that want them.
+"""Folders that are written once, by one of any number of processes and machines.
 
-A folder of that name is complete by construction: the writer fills a temporary folder, under a lock, and renames it when the
+A folder with its final name is always complete: the writer fills a temporary folder under a lock and renames it when the
 last byte is on disk.
 """
 
@@ -20,30 +20,30 @@ from smolds_dist.files import file_message, path_in_errors
 
 
 def cache_folder(name: str) -> Path:
-    """`data.cache_dir`, made if it is not there.
+    """Return `data.cache_dir`, created if missing.
 
     Raises:
-        ConfigError: where it cannot be.
+        ConfigError: if it cannot be created.
     """
     folder = Path(name).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--data.cache_dir {name!r} cannot be made ({error.strerror}); choose another.") from None
+        raise ConfigError(f"--data.cache_dir {name!r} cannot be created ({error.strerror}); choose another.") from None
     return folder
 
 
 def key_of(*parts) -> str:
-    """A folder's name from what its content depends on."""
+    """Return a folder's name: a digest of everything its content depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-# What is wrong with a folder, if anything.
+# From a folder to its damage, or None.
 FindDamage = Callable[[Path], str | None]
 
 
 def json_damage(name: str) -> FindDamage:
-    """Of a folder that has a JSON file of that name."""
+    """Return a check of folders with a JSON file of this name."""
 
     def find(folder: Path) -> str | None:
         try:
@@ -56,7 +56,7 @@ def json_damage(name: str) -> FindDamage:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Return the CRC-32 of files of a folder, by name."""
+    """Return the CRC-32 of these files of a folder by name."""
     found = dict.fromkeys(names, 0)
     for name in found:
         with (folder / name).open("rb") as content:
@@ -66,11 +66,11 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def file_damage(folder: Path, sizes_of: Callable[[dict], dict[str, int]], content: bool = True) -> str | None:
-    """Return what is wrong with the files of a folder, if anything.
+    """Return a description of damage to the files of a folder, or None.
 
     Args:
-        sizes_of: bytes of the other files, by what `meta.json` says.
-        content: compare checksums also (`sums` of `meta.json`), for which all is read.
+        sizes_of: bytes of the other files, from the content of `meta.json`.
+        content: also compare checksums (`sums` in `meta.json`), which reads all files.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -81,28 +81,28 @@ def file_damage(folder: Path, sizes_of: Callable[[dict], dict[str, int]], conten
                 return f"{name} has {size:,} bytes instead of {expected:,}"
         sums = checksums(folder, sizes) if content else {}
         if changed := [name for name, found in sums.items() if found != meta["sums"][name]]:
-            return f"{changed[0]} does not hold what was written"
+            return f"{changed[0]} has another checksum than when it was written"
     except (OSError, ValueError, TypeError, KeyError):
         return "a file is missing or cannot be read"
     return None
 
 
 def build_once(folder: Path, write: Callable[[Path], None], find_damage: FindDamage) -> Path:
-    """`folder`, filled by `write` if it is not there yet or damaged; the others wait for the one that writes."""
+    """Return `folder`; `write` fills it if it is missing or damaged, while other processes wait."""
     try_build(folder, write, find_damage, timeout=-1)
     return folder
 
 
 def try_build(folder: Path, write: Callable[[Path], None], find_damage: FindDamage, timeout: float = 0) -> bool:
-    """Whether `folder` is there now: filled by `write` if it was not there or damaged, and nobody else is writing it.
+    """Fill `folder` with `write` if it is missing or damaged, unless another process is writing it; return True if complete.
 
-    The lock is the operating system's: it ends with the process that holds it.
+    The lock belongs to the operating system and ends with the process that holds it.
 
     Args:
-        patience: seconds to wait for another writer; -1: to its end.
+        timeout: seconds to wait for another writer; -1 = until it finishes.
 
     Raises:
-        ConfigError: for a file that cannot be read or written; nothing half-written is left.
+        ConfigError: for a file that cannot be read or written; no partial files are left.
     """
     if folder.is_dir() and not find_damage(folder):
         return True
@@ -125,7 +125,7 @@ def _try_build(folder: Path, write: Callable[[Path], None], find_damage: FindDam
         for leftover in folder.parent.glob(f"{folder.name}.writing-*"):  # of writers that were killed
             shutil.rmtree(leftover, ignore_errors=True)
         if folder.is_dir() and (damage := find_damage(folder)):
-            print(f"{folder} is damaged: {damage}; it is written again", file=sys.stderr, flush=True)
+            print(f"{folder} is damaged: {damage}; writing it again", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
         if not folder.is_dir():
             prefix = f"{folder.name}.writing-"
@@ -134,7 +134,7 @@ def _try_build(folder: Path, write: Callable[[Path], None], find_damage: FindDam
                 with path_in_errors(folder, unfinished):
                     write(unfinished)
                 unfinished.chmod(0o755)
-                unfinished.rename(folder)  # and nothing is left to remove
-        # Whoever waits for this very lock finds the folder; nobody else will look for one.
+                unfinished.rename(folder)  # leaves nothing to remove
+        # Processes that wait for this lock find the folder; others do not need a lock.
         Path(lock.lock_file).unlink(missing_ok=True)
     return True

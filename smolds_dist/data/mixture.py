@@ -1,9 +1,9 @@
-"""Mixture: which source each sample of the run comes from, so that every prefix of the run has the stated shares.
+"""Mixture: which source each sample of the run comes from; every prefix of the run has the configured proportions.
 
-A source with share w is due at a steady pace: after t samples, w x t of them should be its own. Each sample goes to the
-source that would first fall a whole sample behind, among those that are not a whole sample ahead: earliest deadline first,
-as in proportionate fairness (S. Baruah et al., Algorithmica 15, 1996). The pattern repeats, so that any sample's source can
-be looked up.
+A source with proportion w is due at a constant rate: after t samples, w x t of them should come from it. Each sample goes
+to the source that would first lag by a full sample, among those that are not a full sample ahead: earliest deadline
+first, as in proportionate fairness (S. Baruah et al., Algorithmica 15, 1996). The pattern repeats, so that any sample's
+source can be looked up.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ import numpy as np
 
 from smolds_dist.settings import Data, RunConfig, Stage
 
-FINEST = 100_000  # weights are kept to one part in so many, exactly where they have up to five digits
+FINEST = 100_000  # denominator that weights are rounded to; weights of up to five digits stay exact
 
 
-# Where each stage ends, in samples of the run, and the shares of the sources in it.
+# The end of each stage, in samples of the run, and the proportion of each source in it.
 Schedule = list[tuple[int, dict[str, float]]]
 
 
@@ -29,13 +29,13 @@ class StageOrder:
     end: int
     shares: dict[str, Fraction]
     taken: np.ndarray  # [S] samples of each source before the stage
-    source: np.ndarray  # of the stage's first samples; from `repeats_from` on they repeat
-    count: np.ndarray  # how many of the same source are before each of them, in the stage
+    source: np.ndarray  # of the stage's first samples; repeats from `repeats_from` on
+    count: np.ndarray  # earlier samples of the same source in the stage, for each of them
     repeats_from: int
-    period: np.ndarray  # [S] samples of each source in what repeats
+    period: np.ndarray  # [S] samples of each source per repetition
 
     def locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source and number among its samples, of samples counted from the stage's first."""
+        """Return source and index in that source of samples counted from the stage's first."""
         length = len(self.source) - self.repeats_from
         turn = np.maximum(position - self.repeats_from, 0) // length
         row = position - turn * length
@@ -47,7 +47,7 @@ class Mixture:
     """Sources by global sample index.
 
     Args:
-        stages: last sample (exclusive) and weights by source of each stage; the last stage goes on for ever.
+        stages: last sample (exclusive) and weights by source of each stage; the last stage continues indefinitely.
     """
 
     def __init__(self, names: list[str], stages: list[tuple[int, dict[str, float]]]):
@@ -64,7 +64,7 @@ class Mixture:
             first, taken = end, self.totals(end)
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For global sample indices [n]: each one's source, and how many samples of that source come before it."""
+        """Return for global sample indices [n] each one's source, and how many samples of that source precede it."""
         source, number = np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
         for at, stage in enumerate(self.stages):
             end = stage.end if at + 1 < len(self.stages) else np.iinfo(np.int64).max
@@ -74,7 +74,7 @@ class Mixture:
         return source, number
 
     def totals(self, samples: int) -> np.ndarray:
-        """How many of the first `samples` samples each source has [S]."""
+        """Return how many of the first `samples` samples come from each source [S]."""
         stage = next((s for s in self.stages if samples <= s.end), self.stages[-1])
         position = samples - stage.first
         length = len(stage.source) - stage.repeats_from
@@ -83,7 +83,7 @@ class Mixture:
         return stage.taken + rest + turn * stage.period
 
     def schedule(self) -> Schedule:
-        """Neighbouring stages that are alike count as one."""
+        """Return the schedule; equal neighboring stages count as one."""
         ends: Schedule = []
         for stage in self.stages:
             shares = {name: float(share) for name, share in stage.shares.items() if share}
@@ -94,12 +94,12 @@ class Mixture:
 
 
 def mixture_of(config: RunConfig) -> Mixture:
-    """The mixture that a run's settings ask for."""
+    """Return the mixture of a run's settings."""
     return Mixture(list(config.data.mixed), stage_weights(config.data, config.train.steps, config.train.global_batch))
 
 
 def stage_weights(data: Data, steps: int, global_batch: int) -> list[tuple[int, dict[str, float]]]:
-    """For each stage the sample at which it ends, which is the end of a step, and its weights."""
+    """Return for each stage its last sample (exclusive), which is the end of a step, and its weights."""
     own = {name: one.weight for name, one in data.mixed.items()}
     return [
         (round(Fraction(str(stage.until)) * steps) * global_batch, own if stage.weights is None else stage.weights)
@@ -108,7 +108,7 @@ def stage_weights(data: Data, steps: int, global_batch: int) -> list[tuple[int, 
 
 
 def truncate_schedule(schedule: Schedule, samples: int) -> Schedule:
-    """The same of the run's first `samples` samples alone."""
+    """Return the schedule of the run's first `samples` samples."""
     begins = [0, *(end for end, _ in schedule)]
     return [
         (min(end, samples), shares) for begin, (end, shares) in zip(begins, schedule, strict=False) if begin < samples
@@ -116,22 +116,22 @@ def truncate_schedule(schedule: Schedule, samples: int) -> Schedule:
 
 
 def names_in(schedule: Schedule) -> list[str]:
-    """The sources that have a share in it."""
+    """Return the sources that have a proportion in a schedule."""
     return sorted({name for _, shares in schedule for name in shares})
 
 
 def format_schedule(schedule: Schedule, global_batch: int) -> str:
-    """`Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
+    """Format `Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
 
-    def parts(shares: dict[str, float]) -> str:
-        largest_first = sorted(shares.items(), key=lambda part: -part[1])
+    def proportions(shares: dict[str, float]) -> str:
+        largest_first = sorted(shares.items(), key=lambda item: -item[1])
         return " + ".join(f"{100 * share:.4g}% {name}" for name, share in largest_first)
 
-    return ", then ".join(f"{parts(shares)} until step {end // global_batch}" for end, shares in schedule)
+    return ", then ".join(f"{proportions(shares)} until step {end // global_batch}" for end, shares in schedule)
 
 
 def exact_shares(weights: dict[str, float]) -> dict[str, Fraction]:
-    """Weights as fractions that sum to 1: as they are written, or kept to one part in `FINEST`."""
+    """Return weights as fractions that sum to 1, exact or rounded to multiples of 1 / `FINEST`."""
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     total = sum(exact.values())
     shares = {name: weight / total for name, weight in exact.items()}
@@ -145,10 +145,10 @@ def exact_shares(weights: dict[str, float]) -> dict[str, Fraction]:
 
 
 def _pattern(shares: list[Fraction], behind: list[Fraction]) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-    """Which source each sample comes from, for as long as it takes until that repeats.
+    """Return which source each sample comes from, until the pattern repeats.
 
     Args:
-        behind: what each source is short of at the beginning, in samples.
+        behind: by how many samples each source lags at the beginning.
     """
     period = lcm(*(share.denominator for share in shares))
     scale = lcm(period, *(lag.denominator for lag in behind))
@@ -159,7 +159,7 @@ def _pattern(shares: list[Fraction], behind: list[Fraction]) -> tuple[np.ndarray
     at_turn = [tuple(taken)]
     while True:
         for _ in range(period):
-            # What each is behind after this sample, without it, in 1/scale: above 0 it may be next.
+            # Lag of each source after this sample if it is not taken, in 1/scale; if above 0, it may be next.
             short = [lag + rate * (len(order) + 1) - n * scale for lag, rate, n in zip(lags, rates, taken, strict=True)]
             due = [source for source, rate in enumerate(rates) if rate and short[source] > 0]
             if due:  # the deadline, rounded up

@@ -1,12 +1,10 @@
-"""Order: which tokens of one source its n-th sample has. A pure function of the source's units, the sequence length and the
-seed.
+"""Order: which tokens the n-th sample of a source has; a pure function of the source's shards, sequence length and seed.
 
-A unit is what is tokenised at once: a part of a large file, a file, or several small ones. Every epoch runs through the
-units in a new order. What they hold, one after the other, is cut into samples of `seq_len` tokens, or its
-documents are packed into samples; these are shuffled within windows of consecutive units. The windows of the first epoch
-begin small and double, so that a corpus that is still being tokenised can be trained on; later ones have their full size,
-which holds a smaller corpus whole. Samples are not listed anywhere: a keyed permutation says where each one is, so that
-memory does not depend on their number.
+A shard is the unit of tokenization: a chunk of a large file, a file, or several small files. Every epoch takes the shards
+in a new order. Their concatenated tokens are split into samples of `seq_len` tokens, or their documents are packed into
+samples. Samples are shuffled within windows of consecutive shards. The windows of the first epoch start small and double,
+so that training can start while the corpus is being tokenized; later epochs use the full size, which can hold a small
+corpus completely. Samples are never listed: a keyed permutation locates each one, so memory does not depend on their number.
 """
 
 import hashlib
@@ -19,41 +17,41 @@ from typing import NamedTuple
 
 import numpy as np
 
-VERSION = 3  # of the order; a checkpoint of another one is refused
+VERSION = 3  # of the order; checkpoints of other versions are rejected
 FIRST_WINDOW = 2**22  # tokens
 ROUNDS = 6
-PACKED_WINDOWS = 4  # whose samples are kept
+PACKED_WINDOWS = 4  # windows whose samples are cached
 
 
 class TokenSpan(NamedTuple):
-    """A range of a unit's training tokens."""
+    """A range of a shard's training tokens."""
 
     shard: int
     start: int
     length: int
 
 
-# From units in the order in which they are wanted to the pieces of the first. Where its tokens are not there yet, it waits
-# for them, or returns None if it is not to.
+# From shards in the order of need to the spans of the first one. If its tokens are missing: wait for them if the second
+# argument is True, else return None.
 SpansIn = Callable[[np.ndarray, bool], list[TokenSpan] | None]
-# From a window's pieces to its samples, each of them pieces again.
+# From a window's spans to its samples, each a list of spans.
 Pack = Callable[[list[TokenSpan]], list[list[TokenSpan]]]
 
 
 @dataclass(eq=False)
 class Epoch:
-    """One way through a source, as far as it is known. Letters: U units."""
+    """One pass through a source, as far as it is known. Letters: U shards."""
 
     shards: np.ndarray  # [U] in this epoch's order
     size: int  # of the next window, in tokens
-    taken: int = 0  # units that `spans` and `pending` come from
+    taken: int = 0  # shards that `spans` and `pending` come from
     spans: list[TokenSpan] = field(default_factory=list)  # of the windows, in this epoch's order
-    bounds: list[int] = field(default_factory=lambda: [0])  # where each piece begins in the epoch's tokens, and the end
+    bounds: list[int] = field(default_factory=lambda: [0])  # start of each span in the epoch's tokens, and the end
     windows: list[int] = field(default_factory=lambda: [0])  # the first sample of each window, and the end
-    spans_until: list[int] = field(default_factory=lambda: [0])  # pieces up to each window's beginning, and the end
-    shards_until: list[int] = field(default_factory=list)  # units up to each window's end
+    spans_until: list[int] = field(default_factory=lambda: [0])  # spans before each window, and their total
+    shards_until: list[int] = field(default_factory=list)  # shards up to each window's end
     keys: list[np.ndarray] = field(default_factory=list)  # [ROUNDS] of the permutation in each window
-    pending: list[TokenSpan] = field(default_factory=list)  # of the window to come
+    pending: list[TokenSpan] = field(default_factory=list)  # spans of the next window
     complete: bool = False
     _arrays: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -65,12 +63,12 @@ class Epoch:
 
 
 class SampleOrder:
-    """The order of a source. Several threads may ask it.
+    """The sample order of a source; thread-safe.
 
     Args:
-        units: how many there are.
+        shards: number of shards.
         window_tokens: size of a full window.
-        pack: makes samples of a window's documents; without, its stream of tokens is cut.
+        pack: packs a window's documents into samples; if unset, its token stream is split.
     """
 
     def __init__(
@@ -85,18 +83,18 @@ class SampleOrder:
         self._shards, self._spans_in, self._pack = shards, spans_in, pack
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._first = self._new_epoch(0)
-        self._later: tuple[int, Epoch] | None = None  # the one that was last asked for
-        self._ends: list[int] = []  # samples up to each epoch's end, of those gone through, where documents are packed
+        self._later: tuple[int, Epoch] | None = None  # the one used last
+        self._ends: list[int] = []  # samples up to the end of each finished epoch, if documents are packed
         self._packed = lru_cache(PACKED_WINDOWS)(self._pack_window)
         self._lock = threading.RLock()
 
     def _new_epoch(self, number: int) -> Epoch:
         key = self._round_keys(number, "units")[None]
-        indices = permute_index(np.arange(self._shards), np.full(self._shards, self._shards), key)
-        return Epoch(np.argsort(indices), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
+        positions = permute_index(np.arange(self._shards), np.full(self._shards, self._shards), key)
+        return Epoch(np.argsort(positions), min(FIRST_WINDOW, self._window) if number == 0 else self._window)
 
     def _epoch(self, number: int, sample: int | None = None) -> Epoch:
-        """One of them, known up to that sample of it, or whole."""
+        """Return an epoch, known up to that sample of it, or completely."""
         if number == 0:
             self.extend(sample)
             return self._first
@@ -109,30 +107,30 @@ class SampleOrder:
 
     @property
     def complete(self) -> bool:
-        """Whether it is known how many samples an epoch has."""
+        """True if the number of samples per epoch is known."""
         return self._first.complete
 
     @property
     def num_tokens(self) -> int:
-        """Of the first epoch, so far as windows are known."""
+        """Tokens of the first epoch in the known windows."""
         return self._first.bounds[-1]
 
     @property
     def num_known(self) -> int:
-        """Samples of the first epoch, so far as units are known."""
+        """Samples of the first epoch in the known shards."""
         return (self.num_tokens + sum(span.length for span in self._first.pending)) // self._seq_len
 
     @property
     def num_samples(self) -> int:
-        """Of an epoch; waits for the last unit."""
+        """Samples per epoch; waits for the last shard."""
         self.extend(None)
         return self._first.windows[-1]
 
     def extend(self, sample: int | None, wait: bool = True) -> bool:
-        """Gets to know the first epoch up to the window with that sample, or, with None, all of it.
+        """Determine the first epoch up to the window of that sample, or completely if None.
 
         Returns:
-            False where it is not to wait, and would have to.
+            False if shards are missing and `wait` is False.
         """
         epoch = self._first
         while True:
@@ -145,14 +143,14 @@ class SampleOrder:
                 missing = self.wanted_shards()
             if not wait:
                 return False
-            self._spans_in(missing, True)  # without the lock: others may ask for what is known
+            self._spans_in(missing, True)  # without the lock: other threads may read known windows
 
     def wanted_shards(self) -> np.ndarray:
-        """Units of the first epoch that are not known yet, in their order."""
+        """Return the shards of the first epoch that are not known yet, in their order."""
         return self._first.shards[self._first.taken :]
 
     def shards_until(self, sample: int) -> np.ndarray:
-        """The first epoch's units up to the end of the window with that sample; in later epochs, all."""
+        """Return the first epoch's shards up to the end of the window of that sample; for later epochs, all shards."""
         self.extend(sample)
         ends = self._first.windows
         window = int(np.searchsorted(ends, sample, "right")) - 1
@@ -160,21 +158,21 @@ class SampleOrder:
         return self._first.shards[:last]
 
     def window_of(self, sample: int) -> tuple[int, int]:
-        """The epoch that a sample of the source is in, and the window there."""
+        """Return the epoch of a sample of the source, and its window in that epoch."""
         (number,), (index,) = (found.tolist() for found in self.locate(np.array([sample])))
         with self._lock:
             return number, bisect_right(self._epoch(number, index).windows, index) - 1
 
     def consumed_shards(self, sample: int) -> np.ndarray:
-        """Units of the windows of its epoch that lie before the one of that sample."""
+        """Return the shards of the windows before that sample's, in its epoch."""
         number, window = self.window_of(sample)
         with self._lock:
             epoch = self._epoch(number, 0)
-            # The last of them may hold the beginning of a sample that ends in the next window.
+            # The last shard may hold the beginning of a sample that ends in the next window.
             return epoch.shards[: max(0, epoch.shards_until[window - 1] - 1) if window else 0]
 
     def upcoming_shards(self, sample: int) -> np.ndarray:
-        """Units of the window of that sample and of the next one, as far as they are known."""
+        """Return the known shards of that sample's window and of the next."""
         number, window = self.window_of(sample)
         with self._lock:
             epoch = self._epoch(number, 0)
@@ -182,7 +180,7 @@ class SampleOrder:
             return epoch.shards[begin : epoch.shards_until[min(window + 1, len(epoch.shards_until) - 1)]]
 
     def _add_window(self, epoch: Epoch, number: int) -> bool:
-        """Whether all of the next window is known."""
+        """Add the next window; return False if one of its shards is missing."""
         size = sum(span.length for span in epoch.pending)
         while size < epoch.size and epoch.taken < len(epoch.shards):
             spans = self._spans_in(epoch.shards[epoch.taken :], False)
@@ -207,14 +205,13 @@ class SampleOrder:
         return True
 
     def spans(self, positions: np.ndarray) -> list[list[TokenSpan]]:
-        """Where the tokens of the source's samples number `positions` [n] are, `seq_len` in all, or fewer where documents
-        are packed."""
+        """Return the token spans of these samples of the source [n]: `seq_len` tokens each, or fewer if packed."""
         epochs, indices = self.locate(positions)
         with self._lock:
             return list(map(self._split_sample, epochs.tolist(), indices.tolist()))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For the source's samples number `positions` [n]: the epoch, and which one it is there before shuffling."""
+        """Return for these samples of the source [n] the epoch, and the index in it before shuffling."""
         if not len(positions):
             return positions, positions
         self.extend(int(positions.max()))
@@ -236,7 +233,7 @@ class SampleOrder:
         return epochs, indices
 
     def _packed_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs, and the places in them, where epochs differ in the number of their samples."""
+        """Return epochs and the indices in them, if epochs differ in their number of samples."""
         last = int(positions.max())
         while self._ends or self.complete:
             number = len(self._ends)
@@ -264,8 +261,8 @@ class SampleOrder:
         while start < end:
             last = min(end, epoch.bounds[at + 1])
             if last > start:
-                whole = epoch.spans[at]
-                spans.append(TokenSpan(whole.shard, whole.start + start - epoch.bounds[at], last - start))
+                span = epoch.spans[at]
+                spans.append(TokenSpan(span.shard, span.start + start - epoch.bounds[at], last - start))
             start, at = last, at + 1
         return spans
 
@@ -274,11 +271,11 @@ class SampleOrder:
 
 
 def permute_index(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
-    """Where a permutation of `size` things puts `index`: N independent ones, chosen by their keys.
+    """Return where a permutation of `size` items puts `index`, for N independent permutations chosen by their keys.
 
-    A Feistel network on the smallest square of a power of two that holds `size`, walked until it leads to a place below it
-    (J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 5). Built of 64-bit integer arithmetic
-    alone, so that no library's version changes it.
+    A Feistel network on the smallest square of a power of two that holds `size`, applied until the result is below `size`
+    (J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 5). Uses 64-bit integer arithmetic
+    only, so that no library version changes it.
 
     Args:
         index_N: 0 <= index < size.
@@ -303,37 +300,37 @@ def permute_index(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64, modulo 2^64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014, figure 17)."""
+    """Apply the finalizer of SplitMix64, modulo 2^64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014, figure 17)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def round_keys(text: str) -> np.ndarray:
-    """Round keys [ROUNDS] of uint64."""
+    """Return round keys [ROUNDS] of uint64."""
     digest = hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 
 def best_fit(spans: list[TokenSpan], table: Callable[[int], np.ndarray], seq_len: int) -> list[list[TokenSpan]]:
-    """The samples of a window: for each the pieces in it, `seq_len` tokens at most. No document is cut that fits into one.
+    """Pack a window into samples of at most `seq_len` tokens; no document that fits into one sample is split.
 
     Best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830, section 3): documents longer
-    than a sample are cut into pieces of its length; what is left and all others go, the longest first, into the fullest
-    sample that has room for them. What stays empty is filled up with end-of-text tokens, of which none is predicted.
+    than a sample are split into spans of its length; the rest of them and all others are placed, longest first, into the
+    fullest sample with room. Remaining room is padded with end-of-text tokens, which are never predicted.
 
     Args:
-        pieces: of the window; each begins with a document.
-        table: of a unit, with a row for each document.
+        spans: of the window; each starts with a document.
+        table: returns a shard's document table, one row per document.
     """
     items = [item for span in spans for item in _packing_items(span, table(span.shard)["start"], seq_len)]
     samples: list[list[TokenSpan]] = []
-    roomy: list[list[int]] = [[] for _ in range(seq_len + 1)]  # samples by the room that they have
-    rooms = 0  # bit n: some sample has room for n tokens
+    roomy: list[list[int]] = [[] for _ in range(seq_len + 1)]  # samples by their free tokens
+    rooms = 0  # bit n: some sample has n free tokens
     for item in sorted(items, key=lambda item: -item.length):
         fitting = rooms >> item.length
         if fitting:
-            room = item.length + (fitting & -fitting).bit_length() - 1  # the least that is enough
+            room = item.length + (fitting & -fitting).bit_length() - 1  # the smallest sufficient room
             sample = roomy[room].pop()
             if not roomy[room]:
                 rooms ^= 1 << room
@@ -349,7 +346,7 @@ def best_fit(spans: list[TokenSpan], table: Callable[[int], np.ndarray], seq_len
 
 
 def _packing_items(span: TokenSpan, starts: np.ndarray, seq_len: int) -> list[TokenSpan]:
-    """Documents in a piece, longer ones in parts of a sample's length and a rest."""
+    """Return the documents of a span; longer ones as spans of a sample's length and a remainder."""
     first, end = np.searchsorted(starts, np.array([span.start, span.start + span.length], dtype=np.uint64))
     begins = starts[first:end].astype(np.int64)
     ends = np.append(begins[1:], span.start + span.length)

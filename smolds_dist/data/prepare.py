@@ -1,4 +1,4 @@
-"""From a run's settings to its `TrainingData`: tokenizer, tokens of every source, and their order."""
+"""From a run's settings to its `TrainingData`: tokenizer, tokens and order of every source."""
 
 import sys
 from collections import deque
@@ -19,8 +19,8 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter, print_line
 from smolds_dist.settings import Data, RunConfig, Source
 
-INTERLEAVE = 16  # parts that a tokenizer learns from at once
-TOKENIZER_FORMAT = 4  # raise it when training on the same text comes to another tokenizer
+INTERLEAVE = 16  # chunks that a tokenizer is trained on in turn
+TOKENIZER_FORMAT = 4  # raise it when training on the same text gives another tokenizer
 
 
 def prepare_data(
@@ -29,24 +29,23 @@ def prepare_data(
     limits: dict[str, int | None] | None = None,
     samples: int = 0,
 ) -> TrainingData:
-    """Finds the run's data, and tokenises what of it is not tokenised yet and is wanted at once: held-out text and the first
-    window, or all up to a later one. Safe to call from many processes and nodes at the same time; they share the work.
+    """Find the run's data and tokenize what the first step needs: the validation set and the first window, or everything up
+    to a later window. Safe to call from many processes and nodes simultaneously; they divide the work.
 
     Args:
-        tokenizer: folder of the tokenizer that the run began with; what the settings say where not given.
-        limits: tokens after which the reading of a source stopped when the run began, by name.
-        samples: of the run, that have been trained on.
+        tokenizer: folder of the tokenizer that the run started with; default: from the settings.
+        limits: by source, tokens after which its reading stopped when the run started.
+        samples: consumed samples of the run.
 
     Raises:
-        ConfigError: where a source is missing, or too small for one sequence in either split, or for the run
-            (`max_epochs`).
+        ConfigError: if a source is missing, or too small for one sequence in either split, or for the run (`max_epochs`).
     """
     reporter = Reporter(shown=config.log.level != "quiet")
     try:
         data = find_data(config, tokenizer, limits, reporter)
         for name, taken in data.taken(samples).items():
-            # all where epochs are limited
-            data.orders[name].extend(None if config.data.mixed[name].max_epochs else taken)
+            limited = config.data.mixed[name].max_epochs
+            data.orders[name].extend(None if limited else taken)  # completely if epochs are limited
         for name in reporter.names:
             for line in data.sources[name].describe_skipped():
                 print_line(line, sys.stderr)
@@ -63,7 +62,7 @@ def find_data(
     limits: dict[str, int | None] | None = None,
     reporter: Reporter | None = None,
 ) -> TrainingData:
-    """As `prepare_data`, but waits for no training text."""
+    """Find the run's data like `prepare_data`, without waiting for training tokens."""
     reporter = reporter or Reporter()
     cache = cache_folder(config.data.cache_dir)
     read_as, files = dict[str, Source](), dict[str, list[File]]()
@@ -84,7 +83,7 @@ def find_data(
 
 
 def epoch_summary(config: RunConfig, data: TrainingData) -> list[str]:
-    """What the run will take of each source, a sentence for each."""
+    """Return one line per source with the tokens and epochs that the run takes of it."""
     samples = config.train.steps * config.train.global_batch
     totals, epochs = data.taken(samples), data.epochs(samples)
     lines = []
@@ -93,17 +92,17 @@ def epoch_summary(config: RunConfig, data: TrainingData) -> list[str]:
         if name in epochs:
             lines.append(f"{tokens}, {epochs[name]:.3g} epochs of {data.orders[name].num_tokens:,}")
         else:
-            lines.append(f"{tokens}; {source.num_found:,} of {len(source.shards):,} parts are tokenised so far")
+            lines.append(f"{tokens}; {source.num_found:,} of {len(source.shards):,} shards tokenized so far")
     return lines
 
 
 def _check_sizes(config: RunConfig, data: TrainingData) -> None:
     for name, source in data.sources.items():
         order = data.orders[name]
-        for split, tokens in (("training", order.num_tokens), ("held-out", len(source.validation.tokens))):
+        for split, tokens in (("training", order.num_tokens), ("validation", len(source.validation.tokens))):
             if tokens < config.data.seq_len:
                 raise ConfigError(
-                    f"the {split} split of {config.data.mixed[name].source!r} has {tokens} tokens, less than one sequence "
+                    f"the {split} split of {config.data.mixed[name].source!r} has {tokens} tokens, fewer than one sequence "
                     f"of --data.seq_len {config.data.seq_len}; use more text or shorter sequences."
                 )
 
@@ -115,24 +114,23 @@ def _check_epochs(config: RunConfig, data: TrainingData) -> None:
             has = data.orders[name].num_samples * data.seq_len
             raise ConfigError(
                 f"the run takes {epochs * has:,.0f} tokens of the source {name!r}, which has {has:,}: {epochs:.2f} epochs, "
-                f"more than its max_epochs {most:g}; give it more text, a lower weight, or train fewer steps."
+                f"more than its max_epochs {most:g}; add text, lower its weight, or train fewer steps."
             )
 
 
 def _tokenizer_folder(
     config: RunConfig, cache: Path, sources: dict[str, Source], files: dict[str, list[File]]
 ) -> Path | None:
-    """Of the tokenizer that is trained on the sources, one after the other; None where the run names one."""
+    """Return the folder of the tokenizer trained on the sources, or None if the settings name a tokenizer."""
     data, progress = config.data, config.log.level != "quiet"
     if data.tokenizer != "train":
         return None
 
     def train(folder: Path) -> None:
         if progress:
-            what = ", ".join(one.source for one in data.mixed.values())
-            print_line(
-                f"Training a byte-level BPE tokenizer of {data.tokenizer_vocab_size} tokens on {what}", sys.stdout
-            )
+            names = ", ".join(one.source for one in data.mixed.values())
+            size = data.tokenizer_vocab_size
+            print_line(f"Training a byte-level BPE tokenizer of {size} tokens on {names}", sys.stdout)
         texts = {
             name: _interleaved_texts(one, files[name], data, TRAINING_CHARACTERS // len(sources))
             for name, one in sources.items()
@@ -145,23 +143,25 @@ def _tokenizer_folder(
 
 
 def _interleaved_texts(source: Source, files: list[File], data: Data, characters: int) -> Iterator[str]:
-    """Yield texts from parts spread over all files, `INTERLEAVE` of them in turn, each cut to its share of characters."""
-    coming = (documents(source, files, data, chunks=[chunk]) for shard in group_files(source, files) for chunk in shard)
-    reading = deque(islice(coming, INTERLEAVE))
-    most = characters // max(1, len(reading))
-    while reading:
-        one = reading.popleft()
+    """Yield documents from `INTERLEAVE` chunks of different files in turn, truncated to an equal number of characters."""
+    readers = (
+        documents(source, files, data, chunks=[chunk]) for shard in group_files(source, files) for chunk in shard
+    )
+    active = deque(islice(readers, INTERLEAVE))
+    most = characters // max(1, len(active))
+    while active:
+        one = active.popleft()
         if document := next(one, None):
             yield str(document.text)[:most]
-            reading.append(one)
+            active.append(one)
         else:
-            reading.extend(islice(coming, 1))
+            active.extend(islice(readers, 1))
 
 
 def _open_sources(
     corpora: list[Corpus], cache: Path, limits: dict[str, int | None], reporter: Reporter
 ) -> dict[str, ShardedSource]:
-    """Each source. What one holds out, none is trained on."""
+    """Open all sources; a document in any validation set is excluded from training in every source."""
     with reporter.active():
         validation = [load_validation_set(corpus, cache, limits[corpus.name]) for corpus in corpora]
     excluded = sorted({text for one in validation for text in one.beyond})
@@ -172,7 +172,7 @@ def _open_sources(
 
 
 def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture) -> int | None:
-    """Tokens after which reading stops: a stream can be endless, so there it is what the run will see."""
+    """Return the tokens after which reading stops: for a stream, which may be endless, what the run consumes."""
     if config.data.max_tokens or not source.source.startswith("hf:"):
         return config.data.max_tokens
     samples = mixture.totals(config.train.steps * config.train.global_batch)[mixture.names.index(name)]

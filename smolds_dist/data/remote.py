@@ -1,7 +1,7 @@
-"""Remote files, on any file system that fsspec knows: read block by block, and again where an answer does not come whole.
+"""Remote files on any fsspec file system, read block by block with retries after truncated responses.
 
-A server that does not answer is waited for, however long: each file was there when it was listed. What cannot change by
-itself (a file that is gone, a refusal) is an error at once.
+A server that does not answer is retried indefinitely, because each file existed when it was listed. Permanent failures (a
+missing file, denied access) raise an error immediately.
 """
 
 import errno
@@ -16,24 +16,24 @@ from fsspec.spec import AbstractBufferedFile
 from smolds_dist.errors import first_line
 from smolds_dist.progress import current_reporter
 
-BLOCK = 2**22  # bytes of one request, where the reader does not want more
-LONGEST_PAUSE = 60.0  # seconds between two tries
+BLOCK = 2**22  # bytes per request, unless the reader asks for more
+LONGEST_PAUSE = 60.0  # seconds between tries
 TIMEOUT = 60.0  # seconds without a byte
-FINAL = (400, 401, 403, 404, 405, 410, 451)  # HTTP's answers that another try does not change
+FINAL = (400, 401, 403, 404, 405, 410, 451)  # HTTP statuses that a retry does not change
 
 T = TypeVar("T")
 
 
 class TruncatedError(Exception):
-    """An answer that is shorter than it should be."""
+    """A response that is shorter than it should be."""
 
 
 class NoRangesError(Exception):
-    """A server that sends whole files only."""
+    """A server that sends only complete files."""
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The file system of an address, and what the file is called there."""
+    """Return the file system of an address, and the file's name there."""
     if not path.startswith(("http://", "https://")):
         return fsspec.core.url_to_fs(path)
     import aiohttp
@@ -43,55 +43,55 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 def with_retries(message: str, action: Callable[[], T], tries: int | None = None) -> T:
-    """What `action` returns, once it does; it is tried again after pauses that double.
+    """Return the result of `action`, retrying with pauses that double.
 
     Args:
-        what: begins the sentence that tells of a pause.
-        tries: at most; None: until it works.
+        message: problem that the log line about a pause begins with.
+        tries: maximum; None = until it works.
 
     Raises:
-        Exception: that of the last try, or one that another try does not change.
+        Exception: of the last try, or one that a retry does not change.
     """
     pause, tried = 1.0, 0
     while True:
         try:
             return action()
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own errors
             tried += 1
             if tried == tries or _is_permanent(error):
                 raise
             why = reason(error)
-        print(f"{message} ({why}); trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+        print(f"{message} ({why}); retrying in {pause:.0f} s", file=sys.stderr, flush=True)
         current_reporter().sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _is_permanent(error: Exception) -> bool:
-    """Whether another try would end alike."""
+    """Return True if a retry would fail in the same way."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
-        return (_status(cause) or 404) in FINAL  # fsspec takes any answer of a web server for this
+        return (_status(cause) or 404) in FINAL  # fsspec raises it for any HTTP error
     kinds = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
     return isinstance(error, (*kinds, NoRangesError)) or _status(error) in FINAL
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The number of a web server's answer, as aiohttp or the Hub's library has it."""
+    """Return the HTTP status of an error of aiohttp or the Hub's library."""
     return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def reason(error: Exception) -> str:
-    """In words; a web server's answer by its number."""
+    """Return the reason for an error: the HTTP status, or the first line of its message."""
     status = _status(error) or _status(error.__cause__)
     return f"HTTP {status}" if status else first_line(error)
 
 
 def _read(message: str, action: Callable[[], T]) -> T:
-    """As `with_retries`, until it works.
+    """Return `with_retries` without a limit of tries.
 
     Raises:
-        OSError: where it never will.
-        NoRangesError: by `action`.
+        OSError: if it fails permanently.
+        NoRangesError: from `action`.
     """
     try:
         return with_retries(message, action)
@@ -102,10 +102,10 @@ def _read(message: str, action: Callable[[], T]) -> T:
 
 
 def open_remote(path: str) -> Any:
-    """The bytes of a remote file, in which one can go back and forth.
+    """Open a remote file as seekable bytes.
 
     Raises:
-        OSError: where it is not there.
+        OSError: if it does not exist.
     """
     system, name = file_system(path)
     size = _read(f"{path} does not answer", lambda: system.info(name).get("size"))
@@ -115,26 +115,26 @@ def open_remote(path: str) -> Any:
         except NoRangesError:
             pass
 
-    def whole() -> bytes:
+    def download() -> bytes:
         content = system.cat_file(name)
         if size and len(content) < size:
             raise TruncatedError(f"sent {len(content):,} of {size:,} bytes")
         return content
 
-    return io.BytesIO(_read(f"{path} did not come whole", whole))
+    return io.BytesIO(_read(f"{path} did not arrive completely", download))
 
 
 class RemoteFile(AbstractBufferedFile):
-    """A file of known size, read by ranges of bytes; its first block is kept.
+    """A file of known size, read by byte ranges; its first block is cached.
 
     Raises:
-        NoRangesError: where the server has none.
+        NoRangesError: if the server does not support ranges.
     """
 
     def __init__(self, address: str, system: Any, name: str, size: int):
         super().__init__(system, name, block_size=BLOCK, cache_type="first", size=size)
         self._address = address
-        self.read(1)  # to see whether the server takes ranges
+        self.read(1)  # to test whether the server supports ranges
         self.seek(0)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
@@ -148,4 +148,4 @@ class RemoteFile(AbstractBufferedFile):
                 raise TruncatedError(f"sent {len(content):,} of {length:,} bytes")
             return content
 
-        return _read(f"{self._address} did not come whole", once) if length > 0 else b""
+        return _read(f"{self._address} did not arrive completely", once) if length > 0 else b""

@@ -1,4 +1,4 @@
-"""Rows: what a file of each kind holds, one after the other, with the row's number; nothing is judged or changed here."""
+"""Rows: the unchanged content of a file of each kind, row by row with the row's number."""
 
 import codecs
 import gzip
@@ -16,71 +16,71 @@ from smolds_dist.data.token_files import read_tokens
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Source
 
-# What a row is called where one is named.
+# What messages call a row.
 ROW_NAMES = {"jsonl": "line", "parquet": "row", "arrow": "row", "hf": "row", "tokens": "document"}
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """Stands where a row's text should be."""
+    """Takes the place of an invalid row's text."""
 
     kind: str  # for counting
-    why: str  # the end of a sentence that begins with the row's place
+    why: str  # follows the row's location in messages
 
 
-NO_UTF8 = "no UTF-8", "bytes that are no UTF-8 text"
+NO_UTF8 = "no UTF-8", "not UTF-8 text"
 
 
-# A row's number in its file, from 1, and its text: a string, None, whatever else stands there, or an array of token ids.
+# A row's number, from 1, and its value: a string, None, another type, or an array of token ids.
 Rows = Iterator[tuple[int, Any]]
 
-WHOLE_FILE = (0, 1)  # the first of one part
+WHOLE_FILE = (0, 1)  # the first of one chunk
 
-# Integers stand for themselves by their number of digits: Python converts 4,300 at most, and none of them is text.
+# Integers become their number of digits: Python converts at most 4,300 digits, and no integer is text.
 decode_json = json.JSONDecoder(parse_int=len).decode
 
 
-def rows_of(file: File, source: Source, part: tuple[int, int] = WHOLE_FILE) -> Rows:
-    """The rows of a file, or of a part of it, numbered there.
+def rows_of(file: File, source: Source, chunk: tuple[int, int] = WHOLE_FILE) -> Rows:
+    """Yield the rows of a file or of a chunk of it; numbers start at 1 in the chunk.
 
     Args:
-        part: its number, and how many there are.
+        chunk: its number, and the number of chunks.
 
     Raises:
-        BadFileError: where it is damaged, once the rows before the damage are given.
-        ConfigError: where the text's column is not there, an `hf` source cannot be read, or reading fails for another
-            reason than the content, such as a permission or a server's answer.
+        BadFileError: if the file is damaged, after the rows before the damage.
+        ConfigError: if the text column is missing, an `hf` source cannot be read, or reading fails for another reason
+            than the content, such as a permission or a server's response.
     """
     kind = source.source.partition(":")[0]
     if kind == "hf":
         yield from _hub_rows(source)
         return
     try:
-        yield from READERS[kind](file, source, part)
+        yield from READERS[kind](file, source, chunk)
     except _damage_errors() as error:
-        # Readers and decompressors raise a plain OSError without a number for content.
+        # For damaged content, readers and decompressors raise a plain OSError without errno.
         if isinstance(error, OSError) and (error.errno or type(error) not in (OSError, gzip.BadGzipFile)):
             raise ConfigError(
-                f"{file.path} cannot be read ({error.strerror or reason(error)}); fix its access and start again, or take "
-                "it out of the source."
+                f"{file.path} cannot be read ({error.strerror or reason(error)}); fix its access and restart, or remove "
+                "it from the source."
             ) from None
         if "too much memory" in str(error):
             raise BadFileError("has a zstd window over 128 MB; recompress it without --long or --ultra") from None
         raise BadFileError(f"is damaged ({first_line(error)})") from None
 
 
-def rows_before(file: File, source: Source, part: tuple[int, int]) -> int:
-    """How many rows of the file come before those of a part; reads the file up to there."""
-    if part[0] == 0:
+def rows_before(file: File, source: Source, chunk: tuple[int, int]) -> int:
+    """Return how many rows of the file come before a chunk; reads the file up to there."""
+    if chunk[0] == 0:
         return 0
     with open_file(file.path) as content:
         if source.source.startswith("parquet:"):
             import pyarrow.parquet as parquet
 
             described = parquet.ParquetFile(content).metadata
-            before = range(_row_groups(described.num_row_groups, part).start)
+            before = range(_row_groups(described.num_row_groups, chunk).start)
             return sum(described.row_group(at).num_rows for at in before)
-        left, lines = _first_byte(content, file.size, part), 0
+        left, lines = _first_byte(content, file.size, chunk), 0
         content.seek(0)
         while block := content.read(min(left, 2**22)):
             lines += block.count(b"\n")
@@ -89,14 +89,14 @@ def rows_before(file: File, source: Source, part: tuple[int, int]) -> int:
 
 
 def _damage_errors() -> tuple[type[Exception], ...]:
-    """What readers and decompressors raise."""
+    """Return the errors that readers and decompressors raise."""
     import pyarrow
 
     return OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException
 
 
 def _read_source(file: File, _source: Source, _chunk: tuple[int, int]) -> Rows:
-    # Python's own tests hold files that are empty or in no encoding, on purpose.
+    # Some files of Python's own tests are deliberately empty or have invalid encodings.
     with open(file.path, encoding="utf-8", errors="replace") as content:
         yield 1, content.read()
 
@@ -112,13 +112,13 @@ def _read_text(file: File, _source: Source, _chunk: tuple[int, int]) -> Rows:
         yield 1, text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_jsonl(file: File, source: Source, part: tuple[int, int]) -> Rows:
+def _read_jsonl(file: File, source: Source, chunk: tuple[int, int]) -> Rows:
     with open_file(file.path) as lines:
         at, end = 0, math.inf
-        if part != WHOLE_FILE:
-            at, end = _first_byte(lines, file.size, part), _first_byte(lines, file.size, (part[0] + 1, part[1]))
+        if chunk != WHOLE_FILE:
+            at, end = _first_byte(lines, file.size, chunk), _first_byte(lines, file.size, (chunk[0] + 1, chunk[1]))
             lines.seek(at)
-        # Only b"\n" ends a line here: U+2028 and U+0085 may stand in a JSON string as they are.
+        # Only b"\n" ends a line here: U+2028 and U+0085 may be unescaped in a JSON string.
         for number, line in enumerate(lines, 1):
             if at >= end:
                 break
@@ -130,9 +130,9 @@ def _read_jsonl(file: File, source: Source, part: tuple[int, int]) -> Rows:
                 yield number, _field_of(line, str(source.text_field))
 
 
-def _first_byte(lines: BinaryIO, size: int, part: tuple[int, int]) -> int:
-    """Where the first line begins that begins in a part of a file's bytes."""
-    at = size * part[0] // part[1]
+def _first_byte(lines: BinaryIO, size: int, chunk: tuple[int, int]) -> int:
+    """Return the offset of the first line that begins in a chunk of a file's bytes."""
+    at = size * chunk[0] // chunk[1]
     if 0 < at < size:
         lines.seek(at - 1)
         at += len(lines.readline()) - 1
@@ -147,42 +147,42 @@ def _field_of(line: bytes, field: str) -> Any:
     except (json.JSONDecodeError, RecursionError):
         row = None
     if not isinstance(row, dict):
-        return BadRow("no JSON object", "no JSON object")
+        return BadRow("no JSON object", "not a JSON object")
     found, value = _look_up(row, field)
     if not found:
         return BadRow("no field", f"no field {field!r}; {_advice(_text_fields(row))}")
     if isinstance(value, str):
-        # JSON can spell half a surrogate pair, which no tokenizer takes.
+        # JSON can contain half a surrogate pair, which tokenizers do not accept.
         value = value.encode(errors="replace").decode()
     return _text_or_bad(value, field, row)
 
 
 def _text_or_bad(value: Any, field: str, row: dict) -> Any:
-    """A string or None as it is, and what to say of anything else."""
+    """Return a string or None unchanged, anything else as a `BadRow`."""
     if value is None or isinstance(value, str):
         return value
     kind = type(value).__name__
-    where = f"a value of type {kind} in the field {field!r}, where a string should be"
-    return BadRow(f"type {kind}", f"{where}; {_advice(_text_fields(row))}")
+    problem = f"the field {field!r} has a value of type {kind} instead of a string"
+    return BadRow(f"type {kind}", f"{problem}; {_advice(_text_fields(row))}")
 
 
 def _advice(fields: list[str]) -> str:
     several = "one of " if len(fields) > 1 else ""
     names = ", ".join(name if name.isprintable() else ascii(name) for name in fields[:20])
-    return f"set --data.text_field to {several}{names}" if fields else "no field holds text"
+    return f"set --data.text_field to {several}{names}" if fields else "no field contains text"
 
 
 def _look_up(row: dict, field: str) -> tuple[bool, Any]:
-    """Whether the row has a field, and its value; `a.b` is the field of that name, or else the field b of the field a."""
+    """Return whether the row has a field, and its value; `a.b` is the field of that name, else the field b of field a."""
     if field in row:
         return True, row[field]
     value: Any = row
-    for part in field.split("."):
+    for name in field.split("."):
         if value is None:
             return True, None
-        if not isinstance(value, dict) or part not in value:
+        if not isinstance(value, dict) or name not in value:
             return False, None
-        value = value[part]
+        value = value[name]
     return True, value
 
 
@@ -195,20 +195,20 @@ def _text_fields(row: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def _read_parquet(file: File, source: Source, part: tuple[int, int]) -> Rows:
+def _read_parquet(file: File, source: Source, chunk: tuple[int, int]) -> Rows:
     import pyarrow.parquet as parquet
 
     with open_file(file.path, seekable=True) as content:
         opened = parquet.ParquetFile(content)
         column = _column(file.path, opened.schema_arrow, str(source.text_field))
-        groups = _row_groups(opened.num_row_groups, part)
+        groups = _row_groups(opened.num_row_groups, chunk)
         batches = opened.iter_batches(row_groups=groups, columns=[".".join(column)], batch_size=4096)
         yield from _column_rows(batches, column)
 
 
-def _row_groups(count: int, part: tuple[int, int]) -> range:
-    """Those of a part of a file; a part can have none."""
-    return range(count * part[0] // part[1], count * (part[0] + 1) // part[1])
+def _row_groups(count: int, chunk: tuple[int, int]) -> range:
+    """Return the row groups of a chunk of a file; may be empty."""
+    return range(count * chunk[0] // chunk[1], count * (chunk[0] + 1) // chunk[1])
 
 
 def _read_arrow(file: File, source: Source, _chunk: tuple[int, int]) -> Rows:
@@ -218,17 +218,17 @@ def _read_arrow(file: File, source: Source, _chunk: tuple[int, int]) -> Rows:
         try:
             opened = pyarrow.ipc.open_file(content)
             batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-        except pyarrow.ArrowInvalid:  # then it is a stream, as the `datasets` library writes it
+        except pyarrow.ArrowInvalid:  # a stream, as written by the `datasets` library
             content.seek(0)
             opened = batches = pyarrow.ipc.open_stream(content)
         yield from _column_rows(batches, _column(file.path, opened.schema, str(source.text_field)))
 
 
 def _column(path: str, schema: Any, field: str) -> list[str]:
-    """The way to a column of text: its name, or those of the structs around it.
+    """Return the path to a text column: its name, or those of the structs around it and its own.
 
     Raises:
-        ConfigError: where there is none, or it holds something else than text.
+        ConfigError: if it is missing, or contains something other than text.
     """
     import pyarrow.types as types
 
@@ -241,8 +241,7 @@ def _column(path: str, schema: Any, field: str) -> list[str]:
         kind = kind.field(name).type
     if not (_is_text(kind) or types.is_null(kind)):
         raise ConfigError(
-            f"{path} has values of type {kind} in the column {field!r}, where text should be; "
-            f"{_advice(_text_columns(schema))}."
+            f"{path} has values of type {kind} in the column {field!r} instead of text; {_advice(_text_columns(schema))}."
         )
     return way
 
@@ -273,19 +272,19 @@ def _column_rows(batches: Any, way: list[str]) -> Rows:
     for batch in batches:
         column = batch.column(way[0])
         for name in way[1:]:
-            column = pyarrow.compute.struct_field(column, name)  # null where the struct is
+            column = pyarrow.compute.struct_field(column, name)  # null if the struct is
         for text in _texts_in(column):
             number += 1
             yield number, text
 
 
 def _texts_in(column: Any) -> Iterator[Any]:
-    """Strings of a column, None, and a `BadRow` for what is no UTF-8; raises an ArrowException if it is damaged."""
+    """Yield strings, None, or a `BadRow` for invalid UTF-8; raise an ArrowException if the column is damaged."""
     import pyarrow
     import pyarrow.types as types
 
     try:
-        column.validate(full=True)  # offsets of a damaged file point anywhere
+        column.validate(full=True)  # a damaged file has arbitrary offsets
         yield from column.to_pylist()
         return
     except pyarrow.ArrowInvalid:
@@ -313,7 +312,7 @@ def _hub_rows(source: Source) -> Rows:
             yield number, _text_or_bad(value, field, row)
     except ConfigError:
         raise
-    except Exception as error:  # of the network, the name, the files: datasets has no common type for them
+    except Exception as error:  # datasets has no common type for errors of network, name and files
         raise hub_error(source, error) from None
 
 

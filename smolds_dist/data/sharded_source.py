@@ -1,5 +1,5 @@
-"""A source whose units are tokenised when they are wanted: by worker processes that run ahead, by `smolds data prepare` long
-before, or else by the process that needs them."""
+"""A source whose shards are tokenized when needed: by background workers, in advance by `smolds data prepare`, or by the
+process that needs them."""
 
 import contextlib
 import hashlib
@@ -22,18 +22,18 @@ from smolds_dist.data.validation import ValidationSet
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter, SourceProgress
 
-LOOKAHEAD = 16  # units that a process looks for work in, from the one that is wanted next
+LOOKAHEAD = 16  # shards, from the next one needed, among which a process looks for work
 OPEN_SHARDS = 1024
 
 
 class ShardedSource:
-    """The units of a source; `open` it before use.
+    """The shards of a source; call `open` before use.
 
     Args:
-        skip: digests of documents that some source of the run holds out though `val_fraction` would not; these are not
-            trained on.
-        reporter: hears of it while units are made or waited for.
-        limit: tokens after which no more units are taken, with the documents of the last one up to there.
+        skip: digests of documents that are in some source's validation set although `val_fraction` would not put
+            them there; they are not trained on.
+        reporter: receives progress while shards are tokenized or waited for.
+        limit: tokens after which no further shards are used; the last shard is truncated after a document.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class ShardedSource:
         self.name, self.files, self.shards = corpus.name, corpus.files, corpus.shards
         self.validation = val
         self._corpus, self._reporter, self._limit = corpus, reporter, limit
-        self._limits = {0: limit} if corpus.endless else {}  # of single units
+        self._limits = {0: limit} if corpus.endless else {}  # of single shards
         self._cache = cache
         self.folders = [self._folder_of(shard) for shard in range(len(self.shards))]
         self._excluded = np.array(skip, dtype=np.uint64)
         self._found: dict[int, ShardMeta] = {}
-        self._checked = set[int]()  # units that hold what was written
-        self._spans: dict[int, list[TokenSpan]] = {}  # of units that were found
-        self.tokens_found = 0  # of these, for training and aside
+        self._checked = set[int]()  # shards whose checksums were compared
+        self._spans: dict[int, list[TokenSpan]] = {}  # of known shards
+        self.tokens_found = 0  # of known shards, for training and validation
         self.tokens = lru_cache(OPEN_SHARDS)(self._tokens)
         self.table = lru_cache(OPEN_SHARDS)(self._table)
         self._rows_before = lru_cache(OPEN_SHARDS)(
@@ -61,10 +61,10 @@ class ShardedSource:
         return self._cache / "units" / key[:2] / key
 
     def open(self) -> "ShardedSource":
-        """The source itself, once it is known which units the limit leaves; for that, these are tokenized.
+        """Return the source itself; with a limit, first tokenize the shards up to it.
 
         Raises:
-            ConfigError: where the text of a file cannot be read and is not to be skipped.
+            ConfigError: if a file cannot be read and bad files are not skipped.
         """
         if self._limit is None or self._corpus.endless:
             return self
@@ -77,11 +77,11 @@ class ShardedSource:
         return self
 
     def tokens_before(self, shard: int) -> int:
-        """Of the units before this one, which are all known."""
+        """Return the tokens of all shards before this one, which must be known."""
         return sum(self._found[before].all_tokens for before in range(shard))
 
     def _truncate_at(self, shard: int, limit: int) -> None:
-        """Takes no further unit, and of this one the documents until there are so many tokens."""
+        """Use no further shards, and of this one the documents up to `limit` tokens."""
         self.shards, self.folders, self._limits = self.shards[: shard + 1], self.folders[: shard + 1], {shard: limit}
         self._found = {before: self._found[before] for before in range(shard)}
         self.tokens_found = self.tokens_before(shard)
@@ -89,7 +89,7 @@ class ShardedSource:
         self._wait_until_ready(np.array([shard]))
 
     def has_meta(self, shard: int) -> bool:
-        """Whether it is known what a unit holds: its tokens are there, or have been."""
+        """Return True if a shard's metadata is known, because its tokens are or were in the cache."""
         if shard not in self._found:
             for folder in (self.folders[shard], self._meta_folder(shard)):
                 if folder.is_dir() and not shard_damage(folder, content=False):
@@ -99,15 +99,15 @@ class ShardedSource:
         return shard in self._found
 
     def has_tokens(self, shard: int) -> bool:
-        """Whether a unit's tokens are there."""
+        """Return True if a shard's tokens are in the cache."""
         return self.has_meta(shard) and (self.folders[shard] / "tokens.bin").exists()
 
     def _meta_folder(self, shard: int) -> Path:
-        """Where the rest of a unit stays whose tokens were removed."""
+        """Return where the metadata of a shard stays after its tokens were deleted."""
         return self.folders[shard].with_suffix(".known")
 
     def remove(self, shard: int) -> int:
-        """Removes a unit's tokens; what it holds stays known. Returns how many bytes that were."""
+        """Delete a shard's tokens, keep its metadata, and return the number of bytes freed."""
         if not self.has_tokens(shard):
             return 0
         folder, known, meta = self.folders[shard], self._meta_folder(shard), self._found[shard]
@@ -127,15 +127,15 @@ class ShardedSource:
         return meta.token_bytes
 
     def cached_bytes(self) -> int:
-        """Bytes of the tokens of all units that have some."""
-        there = (meta for shard, meta in self._found.items() if (self.folders[shard] / "tokens.bin").exists())
-        return sum(meta.token_bytes for meta in there)
+        """Return the bytes of all cached tokens."""
+        cached = (meta for shard, meta in self._found.items() if (self.folders[shard] / "tokens.bin").exists())
+        return sum(meta.token_bytes for meta in cached)
 
     def tokenize_shard(self, shard: int) -> bool:
-        """Whether a unit's tokens are there now: made here, if nobody else is making them.
+        """Tokenize a shard unless another process is doing so; return True if its tokens are now in the cache.
 
         Raises:
-            ConfigError: for a file or row that cannot be read and is not to be skipped.
+            ConfigError: if a file or row cannot be read and is not skipped.
         """
         write = partial(
             write_shard,
@@ -148,12 +148,12 @@ class ShardedSource:
             return try_build(self.folders[shard], write, shard_damage) and self.has_meta(shard)
 
     def _report(self, tokens: int) -> None:
-        """Of the unit that this process is making there are so many."""
+        """Report `tokens` tokens so far of the shard being tokenized here."""
         found, shards = self.tokens_found + tokens, (len(self._found), len(self.shards))
         self._reporter.update(SourceProgress(self.name, self._corpus.label, found, *shards))
 
     def spans_in(self, following: np.ndarray, wait: bool) -> list[TokenSpan] | None:
-        """As `order.SpansIn`."""
+        """See `order.SpansIn`."""
         shard = int(following[0])
         if not self.has_meta(shard):
             if not wait:
@@ -162,7 +162,7 @@ class ShardedSource:
         return self._training_spans(shard)
 
     def _training_spans(self, shard: int) -> list[TokenSpan]:
-        """A found unit's tokens but for documents that are held out; each piece is of whole documents."""
+        """Return a known shard's tokens without validation documents; each span holds whole documents."""
         if shard not in self._spans:
             bounds, kept = np.array([0, self._found[shard].tokens]), np.array([self._found[shard].tokens > 0])
             if len(self._excluded):
@@ -173,64 +173,64 @@ class ShardedSource:
             self._spans[shard] = [TokenSpan(shard, start, end - start) for start, end in ends.tolist()]
         return self._spans[shard]
 
-    def _wait_until_ready(self, following: np.ndarray, there: Callable[[int], bool] | None = None) -> None:
-        """Until the first of these units is there. Meanwhile this process makes whichever nobody else is making.
+    def _wait_until_ready(self, following: np.ndarray, is_ready: Callable[[int], bool] | None = None) -> None:
+        """Wait for the first of these shards and tokenize any that no other process is tokenizing.
 
         Args:
-            there: `find`, if not given.
+            is_ready: default: `has_meta`.
         """
         shard = int(following[0])
         lookahead = 1 if self._corpus.data.disk_budget_gb else LOOKAHEAD
-        while not (there or self.has_meta)(shard):
+        while not (is_ready or self.has_meta)(shard):
             if not self.tokenize_shard(shard) and not self._tokenize_any(following[1:lookahead].tolist()):
                 time.sleep(0.05)
             self._report(0)
 
     def _tokenize_any(self, shards: list[int]) -> bool:
-        """Whether one was made. What is wrong with it will be told when it is wanted."""
+        """Tokenize one free shard; return True on success. Errors are raised later, when the shard is needed."""
         with contextlib.suppress(ConfigError):
             return any(not self.has_meta(shard) and self.tokenize_shard(shard) for shard in shards)
         return False
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of all text of the units that were found; 0 of a `tokens` source."""
+        """UTF-8 bytes of all text of the known shards; 0 for a `tokens` source."""
         return sum(meta.text_bytes for meta in self._found.values())
 
     def count_cached(self) -> int:
-        """How many units are there now."""
+        """Return how many shards are in the cache now."""
         return sum(self.has_meta(shard) for shard in range(len(self.shards)))
 
     @property
     def files_found(self) -> int:
-        """Files all of whose parts are there, so far as this process knows."""
+        """Files whose chunks are all in the cache, as far as this process knows."""
         missing = {one.file for shard, chunks in enumerate(self.shards) if shard not in self._found for one in chunks}
         return len(self.files) - len(missing)
 
     @property
     def num_found(self) -> int:
-        """Units of which this process knows that they are there."""
+        """Shards that this process knows to be tokenized."""
         return len(self._found)
 
     def describe_skipped(self) -> list[str]:
-        """What the units that were found left out, in words."""
+        """Return messages about rows and files skipped in the known shards."""
         metas = self._found.values()
         stats = ReadStats(read=sum(m.rows for m in metas), without_text=sum(m.rows_without_text for m in metas))
         stats.bad = sum((Counter(meta.bad_rows) for meta in metas), Counter())
         return stats.describe(self._corpus.label)
 
     def location(self, shard: int, row: np.void) -> tuple[str, int]:
-        """The file of a row of a unit's table, and the number of the row there."""
+        """Return the file of a row of a shard's document table, and the row's number in that file."""
         chunk = self.shards[shard][int(row["file"])]
         return self.files[chunk.file].path, int(row["number"]) + self._rows_before(chunk)
 
     def order(self, seq_len: int, seed: int, window_tokens: int, packing: str) -> SampleOrder:
-        """Of its samples."""
+        """Return the order of the source's samples."""
         pack = partial(best_fit, table=self.table, seq_len=seq_len) if packing == "best_fit" else None
         return SampleOrder(len(self.shards), self.spans_in, seq_len, seed, window_tokens, pack)
 
     def _tokens(self, shard: int) -> np.ndarray:
-        """[tokens] of a unit for training, documents one after the other, each closed by the end-of-text token."""
+        """Return a shard's training tokens [tokens]: concatenated documents, each ending with the end-of-text token."""
         if not self.has_tokens(shard):
             self._wait_until_ready(np.array([shard]), self.has_tokens)
         self._check(shard)
@@ -238,7 +238,7 @@ class ShardedSource:
         return _memmap(self.folders[shard] / "tokens.bin", np.dtype(meta.dtype), meta.tokens)
 
     def _check(self, shard: int) -> None:
-        """Tokenize a unit again whose files have changed since; each process checks it once."""
+        """Tokenize a shard again if its cached files are damaged; each process checks it once."""
         while shard not in self._checked:
             known = self._meta_folder(shard)
             if not self.folders[shard].is_dir() and not shard_damage(known):
@@ -250,13 +250,13 @@ class ShardedSource:
                 time.sleep(0.05)
 
     def _table(self, shard: int) -> np.ndarray:
-        """[texts] of `DOCUMENT`, in the order of their tokens."""
+        """Return a shard's document table [documents] of `DOCUMENT`, in token order."""
         self._check(shard)
         folder = self.folders[shard] if self.folders[shard].is_dir() else self._meta_folder(shard)
         return _memmap(folder / "documents", DOCUMENT, self._found[shard].texts)
 
     def content(self, shards: np.ndarray) -> str:
-        """Digest of the training texts of these units."""
+        """Return a digest of the training documents of these shards."""
         found = hashlib.sha256()
         for shard in shards.tolist():
             spans = [span[1:] for span in self._training_spans(shard)]

@@ -1,10 +1,10 @@
-"""Units: what of a source is tokenized at once. Each has a folder of its own, which is written whole or not at all, by one
-of any number of processes and machines.
+"""Shards: the units of tokenization of a source. Each has its own folder, written completely or not at all by one of any
+number of processes and machines.
 
-A unit is the smallest piece of work: it is read by one process, and the order of samples is made of units. Large files are
-cut into several, small ones travel together.
+A shard is the smallest unit of work: one process reads it, and the sample order is made of shards. Large files are split
+into several shards; small files share one.
 
-Layout: `<cache>/shards/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad_rows.jsonl` where rows were skipped.
+Layout: `<cache>/units/<xx>/<key>/{tokens.bin, documents, meta.json}`, and `bad_rows.jsonl` if rows were skipped.
 """
 
 import hashlib
@@ -35,21 +35,21 @@ from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import Data, Source
 
-FORMAT = 6  # part of every key: raise it when the layout or the meaning of a file changes
-SHARD_BYTES = 2**20  # small files travel together up to this size
-CHUNK_BYTES = 2**24  # larger files are cut, where their format can be
+FORMAT = 6  # in every key; raise it when the layout or the meaning of a file changes
+SHARD_BYTES = 2**20  # small files share a shard up to this size
+CHUNK_BYTES = 2**24  # larger files are split if their format allows it
 SPLITTABLE = ("jsonl", "parquet")
-# A row of a table of documents: where its tokens start, its part of the unit and number there, digests of its text and its
-# beginning.
+# A row of a document table: start of its tokens, its chunk of the shard and number there, digests of its text and of its
+# first tokens.
 DOCUMENT = np.dtype([("start", "<u8"), ("file", "<u4"), ("number", "<u4"), ("text", "<u8"), ("beginning", "<u8")])
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of one of a run's sources, and how it becomes tokens."""
+    """The text of one of a run's sources, and the settings of its tokenization."""
 
-    name: str  # among the run's sources
-    label: str  # the source as the settings have it
+    name: str  # of the source in the run
+    label: str  # the source as in the settings
     source: Source  # as it is read
     files: list[File]
     data: Data
@@ -61,12 +61,12 @@ class Corpus:
 
     @property
     def endless(self) -> bool:
-        """Whether it is one unit that may have no end."""
+        """True if it is one shard that may have no end."""
         return self.source.source.startswith("hf:")
 
     @property
     def dtype(self) -> np.dtype:
-        """Of its tokens where they are stored."""
+        """Of stored tokens."""
         return np.dtype(np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32)
 
     @cached_property
@@ -77,35 +77,35 @@ class Corpus:
         ]  # fmt: skip
 
     def key(self, shard: int, limit: int | None = None) -> str:
-        """Of the folder of a unit, or of its first `limit` tokens."""
+        """Return the folder name of a shard, or of its first `limit` tokens."""
         described = []
         for chunk in self.shards[shard]:
             file = self.files[chunk.file]
-            # Several machines with the same Python share these.
+            # Machines with the same Python share these.
             path = Path(file.path).name if self.source.source == "stdlib" else file.path
             described.append((path, file.size, file.version, chunk.number, chunk.of))
         return key_of(self._made_with, limit, described)
 
     def documents(self, chunks: list[FileChunk] | None = None, stats: ReadStats | None = None) -> Iterator[Document]:
-        """Those of all files, or of these parts, one by one.
+        """Yield the documents of all files, or of these chunks, one by one.
 
         Raises:
-            ConfigError: as `text.documents`, and where ids of a `tokens` source do not fit the tokenizer.
+            ConfigError: see `text.documents`; also if ids of a `tokens` source do not fit the tokenizer.
         """
         chunks = chunks or [FileChunk(number, 0, 1) for number in range(len(self.files))]
         try:
             yield from single_documents(documents(self.source, self.files, self.data, stats, chunks), self.tokenizer)
         except WrongIdError as error:
             path = self.files[chunks[error.chunk].file].path
-            raise ConfigError(f"{path} {error}; give the tokenizer that made them.") from None
+            raise ConfigError(f"{path} {error}; use the tokenizer that produced it.") from None
 
     def tokenize(self, found: Iterable[Document]) -> Iterator[list[Tokenized]]:
-        """Such documents as tokens, some hundred at once."""
+        """Tokenize these documents in batches."""
         return tokenize(found, self.tokenizer, self.data.allow_control_tokens)
 
 
 def group_files(source: Source, files: list[File]) -> list[list[FileChunk]]:
-    """The units of a source, in an order that has nothing to do with the files' names."""
+    """Return the shards of a source, in an order independent of the files' names."""
     chunks, sizes = [], []
     for at, file in enumerate(files):
         cut = source.source.partition(":")[0] in SPLITTABLE and not file.path.endswith(COMPRESSED)
@@ -119,10 +119,10 @@ def group_files(source: Source, files: list[File]) -> list[list[FileChunk]]:
 
 
 def group_into_shards(sizes: list[int]) -> list[int]:
-    """The unit of each part of a source, whose sizes in bytes are given in the order of the names.
+    """Return the shard of each chunk of a source, from the chunks' sizes in bytes in the order of their names.
 
-    Small ones travel together, up to `SHARD_BYTES`, but not with their neighbours: those are often alike, and the first
-    window should be like the whole. So they are taken in a fixed order that has nothing to do with their names.
+    Small chunks share a shard, up to `SHARD_BYTES`, but not with their neighbors: neighbors are often alike, and the first
+    window should resemble the whole corpus. So chunks are grouped in a fixed order that is independent of their names.
     """
     key = round_keys("2 0 0 files")[None]
     order = np.argsort(permute_index(np.arange(len(sizes)), np.full(len(sizes), len(sizes)), key))
@@ -137,17 +137,17 @@ def group_into_shards(sizes: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class ShardMeta:
-    """What a unit's folder says of itself."""
+    """The content of a shard's `meta.json`."""
 
     dtype: str
     tokens: int  # for training
     texts: int  # documents for training
-    aside_tokens: int  # of documents that are not trained on, as their digests say
-    text_bytes: int  # UTF-8 bytes of all text; 0 of a `tokens` source
-    content: str  # digest of the training texts in their order
+    aside_tokens: int  # of documents below `val_fraction`, which are not trained on
+    text_bytes: int  # UTF-8 bytes of all text; 0 for a `tokens` source
+    content: str  # digest of the training documents in order
     rows: int
     rows_without_text: int
-    bad_rows: dict[str, int]  # that were left out, by kind
+    bad_rows: dict[str, int]  # skipped, by kind
     sums: dict[str, int]  # checksums of the other files
 
     @property
@@ -156,7 +156,7 @@ class ShardMeta:
 
     @property
     def all_tokens(self) -> int:
-        """Those of documents aside too."""
+        """Tokens for training and of validation documents."""
         return self.tokens + self.aside_tokens
 
 
@@ -165,7 +165,7 @@ def read_meta(folder: Path) -> ShardMeta:
 
 
 def shard_damage(folder: Path, content: bool = True) -> str | None:
-    """Return what is wrong with a unit's folder, if anything; by the sizes alone, or by the content."""
+    """Return a description of damage to a shard's folder, or None; compares sizes, and checksums if `content`."""
 
     def sizes_of(described: dict) -> dict[str, int]:
         meta = ShardMeta(**described)
@@ -176,7 +176,7 @@ def shard_damage(folder: Path, content: bool = True) -> str | None:
 
 
 class DocumentWriter:
-    """Writes documents one after the other: their tokens to one file, the table to another."""
+    """Writes concatenated documents: their tokens to one file, the document table to another."""
 
     def __init__(self, tokens: Path, table: Path, dtype: np.dtype):
         self.tokens = self.texts = 0
@@ -204,14 +204,14 @@ def write_shard(
     limit: int | None = None,
     report: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Tokenizes a unit into `folder`.
+    """Tokenize a shard into `folder`.
 
     Args:
-        limit: stop with the document that reaches so many tokens.
-        report: called now and then with the number of tokens so far.
+        limit: stop after the document that reaches this many tokens.
+        report: called regularly with the number of tokens so far.
 
     Raises:
-        ConfigError: for a file or row that cannot be read and is not to be skipped.
+        ConfigError: for a file or row that cannot be read and is not skipped.
     """
     stats = ReadStats(log=lambda text: print(text, file=sys.stderr, flush=True), bad_rows=folder / "bad_rows.jsonl")
     content = hashlib.sha256()
@@ -247,6 +247,6 @@ def write_shard(
 
 
 def _truncate_batch(batch: list[Tokenized], limit: int) -> list[Tokenized]:
-    """The documents until there are `limit` tokens."""
+    """Return the documents up to the one that reaches `limit` tokens."""
     ends = np.cumsum([len(document.ids) // 4 for document in batch])
     return batch[: int(np.searchsorted(ends, limit)) + 1]

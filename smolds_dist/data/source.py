@@ -1,8 +1,7 @@
-"""Source: the files that one names, here, on the Hugging Face Hub or any file system that fsspec knows, plain or compressed.
+"""Source: the files it names, local, on the Hugging Face Hub or on any fsspec file system, plain or compressed.
 
-Files of Hub data sets are `hf://` addresses where they are parquet or JSON lines, and are read as those of any other remote
-source: in parts, in parallel, block by block, and again where an answer does not come whole. What else there is on the Hub
-is streamed by `datasets`, as one unit.
+Parquet and JSON-lines files of Hub datasets are `hf://` addresses and are read like other remote files: in chunks, in
+parallel, block by block, with retries after truncated responses. Other Hub datasets are streamed by `datasets` as one shard.
 """
 
 import bz2
@@ -25,10 +24,10 @@ from smolds_dist.data.remote import file_system, open_remote, with_retries
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.settings import Data, Source
 
-TRIES = 4  # at listing a remote source
+TRIES = 4  # to list a remote source
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 LINES = (".jsonl", ".ndjson", ".json")  # on the Hub
-# What a folder of that kind is searched for; any file of a text source.
+# Endings searched for in a folder, by kind; a text source takes any file.
 ENDINGS = {
     "jsonl": (".jsonl", ".json", ".ndjson"),
     "parquet": (".parquet",),
@@ -38,37 +37,37 @@ ENDINGS = {
 
 
 class BadFileError(Exception):
-    """What is wrong with a file, as the end of a sentence that begins with its path."""
+    """The problem with a file, as the end of a sentence that begins with its path."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a source, as it is now."""
+    """A file of a source in its current version."""
 
     path: str
     size: int  # bytes
-    version: str  # changes when the content does, as far as the file system tells
+    version: str  # changes with the content, as far as the file system reports it
 
 
 class FileChunk(NamedTuple):
-    """One of `of` parts of a file."""
+    """One of `of` chunks of a file."""
 
-    file: int  # among the source's
+    file: int  # index among the source's files
     number: int
     of: int
 
 
 def files_of(source: Source) -> list[File]:
-    """The files of a source in the order of their names; an `hf` source counts as one.
+    """Return the files of a source sorted by name; an `hf` source counts as one.
 
     Raises:
-        ConfigError: where there is none, or the file system does not answer.
+        ConfigError: if there are none, or the file system does not answer.
     """
     kind, _, pattern = source.source.partition(":")
     if kind == "hf":
         return [File(source.source, 0, "")]
     if kind == "stdlib":
-        # Several machines with the same Python share these shards: installation times don't count.
+        # Machines with the same Python share these shards: modification times are ignored.
         return [File(path, os.path.getsize(path), sys.version) for path in _stdlib_files()]
     found = _remote_files(source, kind, pattern) if "://" in pattern else _local_files(kind, pattern)
     if kind == "arrow":
@@ -77,25 +76,25 @@ def files_of(source: Source) -> list[File]:
         found = [_with_index(file) for file in found if not file.path.endswith((".idx", ".index", ".metadata"))]
     if not found:
         raise ConfigError(
-            f"--data.source {source.source!r} matches no file; check the pattern and the folder it is read from."
+            f"--data.source {source.source!r} matches no file; check the pattern and the working directory."
         )
     return found
 
 
 def _is_leftover(path: str) -> bool:
-    """Return True if `datasets` left the file beside a saved data set, for a `map` or `filter` of it."""
+    """Return True if `datasets` left the file next to a saved dataset as the cache of a `map` or `filter`."""
     folder, name = os.path.split(path)
     return name.startswith("cache-") and os.path.exists(os.path.join(folder, "state.json"))
 
 
 def index_of(path: str) -> str | None:
-    """Return the path at which a file of tokens may have an index of its documents."""
+    """Return the path of the index that a pre-tokenized file may have."""
     stem, ending = os.path.splitext(path)
     return {".bin": f"{stem}.idx", ".ds": f"{path}.index"}.get(ending)
 
 
 def _with_index(file: File) -> File:
-    """Return the file; its version changes with that of its index, too."""
+    """Return the file with a version that also covers its index."""
     if index := index_of(file.path):
         with contextlib.suppress(FileNotFoundError):
             described = _stat_file(index)
@@ -114,7 +113,7 @@ def _local_files(kind: str, pattern: str) -> list[File]:
 
 
 def _literal_path(pattern: str) -> str:
-    """The pattern, in which the leading folders that exist stand for themselves, such as `corpus[v2]/*.txt`."""
+    """Return the pattern with its existing leading folders taken literally, such as `corpus[v2]/*.txt`."""
     head, rest = pattern, list[str]()
     while head and not os.path.exists(head):
         head, tail = os.path.split(head)
@@ -135,10 +134,10 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
     def listed() -> tuple[Any, list[tuple[str, dict]]]:
         system, path = file_system(pattern)
         web = pattern.startswith("http")
-        signs = "*[" if web else "*?["  # an address may ask a question
+        signs = "*[" if web else "*?["  # a web address may have a query
         if any(sign in path for sign in signs):
             paths = system.glob(path)
-        elif web and not path.endswith("/"):  # to ask whether it is a folder would fetch all of it
+        elif web and not path.endswith("/"):  # `isdir` would download it
             paths = [path]
         elif system.isdir(path) and not system.isfile(path):
             paths = [found for found in system.find(path) if _is_kind(found, kind)]
@@ -150,7 +149,7 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
         system, described = with_retries(f"{pattern} could not be listed", listed, TRIES)
     except FileNotFoundError:
         return []
-    except Exception as error:  # each file system has errors of its own, and some have to be installed first
+    except Exception as error:  # each file system has its own errors; some are not installed
         raise ConfigError(
             f"--data.source {source.source!r} could not be listed ({first_line(error)}); check the address, the network and "
             "the credentials."
@@ -163,7 +162,7 @@ def _remote_files(source: Source, kind: str, pattern: str) -> list[File]:
 
 
 def version_of(info: dict[str, Any]) -> str:
-    """What a file system says of a file's content, by the names that file systems have for it."""
+    """Return the version of a file's content under any name that file systems use for it."""
     names = (
         "ETag", "etag", "blob_id", "sha256", "md5Hash", "LastModified", "Last-Modified", "last_modified", "mtime", "created"
     )  # fmt: skip
@@ -171,7 +170,7 @@ def version_of(info: dict[str, Any]) -> str:
 
 
 def settings_of(source: Source, data: Data) -> dict[str, Any]:
-    """What the documents in a file of the source depend on, beside the file."""
+    """Return the settings that the documents in a file of the source depend on."""
     kind = source.source.partition(":")[0]
     if kind == "stdlib":
         return {"kind": kind}
@@ -187,7 +186,7 @@ def settings_of(source: Source, data: Data) -> dict[str, Any]:
 
 
 def fingerprint(source: Source, files: list[File], data: Data) -> dict:
-    """What the documents of a source depend on, without reading them: it changes when a file is added, removed or edited."""
+    """Return what the documents of a source depend on; it changes when a file is added, removed or edited."""
     described: dict[str, Any] = {"source": source.source}
     if source.source == "stdlib":
         return described | {"python": sys.version, "sizes": [file.size for file in files]}
@@ -203,18 +202,18 @@ def _stdlib_files() -> list[str]:
 
 
 def hub_error(source: Source, error: Exception) -> ConfigError:
-    """What to say of a Hub data set that cannot be had."""
+    """Return the error for a Hub dataset that cannot be read."""
     return ConfigError(
         f"--data.source {source.source!r} could not be read ({first_line(error)}); "
-        "check the name, the network, and HF_TOKEN for a gated data set."
+        "check the name, the network, and HF_TOKEN for a gated dataset."
     )
 
 
 def open_file(path: str, seekable: bool = False) -> BinaryIO:
-    """The decompressed content of a file.
+    """Open a file, decompressed.
 
     Args:
-        seekable: one can go back and forth in it; costs the memory of a compressed file's content.
+        seekable: allow seeking; a compressed file is then held in memory.
     """
     file: Any = open_remote(path) if "://" in path else open(path, "rb")  # noqa: SIM115 - the caller closes it
     ending = os.path.splitext(path)[1]
@@ -231,21 +230,21 @@ def _decompressed(file: Any, ending: str) -> Any:
     if ending == ".zst":
         import pyarrow
 
-        # Not `zstandard`, nor fsspec, which uses it: its reader takes a file that is cut off, or the first of several
-        # frames, for the whole.
+        # Not `zstandard` (nor fsspec, which uses it): its reader accepts a truncated file, or the first of several
+        # frames, as the complete file.
         return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
     opened: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return opened[ending](file, "rb")
 
 
 def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
-    """The source as it is read, and its files.
+    """Return the source as it is read, and its files.
 
-    The list of a Hub data set's files, with its revision, is kept in the cache: later runs have the same data, and can do
-    without a network once all is tokenised. Delete `<cache>/listings` to see a newer revision.
+    The file list and revision of a Hub dataset are kept in the cache: later runs have the same data, and need no network
+    once everything is tokenized. Delete `<cache>/listings` to get a newer revision.
 
     Raises:
-        ConfigError: where there is no file, or the Hub does not answer.
+        ConfigError: if no file matches, or the Hub does not answer.
     """
     if not source.source.startswith("hf:"):
         return source, files_of(source)
@@ -253,7 +252,7 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
     if saved := next(
         (folder for folder in (here, here / str(source.split)) if (folder / "state.json").is_file()), None
     ):
-        source = replace(source, source=f"arrow:{saved}")  # as `save_to_disk` leaves it
+        source = replace(source, source=f"arrow:{saved}")  # written by `save_to_disk`
         return source, files_of(source)
     if here.exists():
         kind, files = _list(source)
@@ -272,7 +271,7 @@ def resolve(source: Source, cache: Path) -> tuple[Source, list[File]]:
 
 
 def _list(source: Source) -> tuple[str | None, list[File]]:
-    """How the files of a split are read, and which they are; None and none where `datasets` has to do it."""
+    """Return the kind and the files of a split; None and no files if `datasets` has to read it."""
     import datasets
 
     name, _, config_name = source.source.removeprefix("hf:").partition(":")
@@ -282,7 +281,7 @@ def _list(source: Source) -> tuple[str | None, list[File]]:
             lambda: datasets.load_dataset_builder(name, config_name or None),
             TRIES,
         )
-    except Exception as error:  # of the network, the name, the files: datasets has no common type for them
+    except Exception as error:  # datasets has no common type for errors of network, name and files
         raise hub_error(source, error) from None
     by_split: Any = builder.config.data_files or {}
     if by_split and str(source.split) not in by_split:
@@ -307,7 +306,7 @@ def _kind_of(paths: list[str]) -> str | None:
 
 
 def _holds_lines(path: str) -> bool:
-    """Whether a JSON file has an object in each line."""
+    """Return True if the first line of a JSON file is an object."""
     with open_file(path) as content:
         try:
             return isinstance(json.loads(content.readline()), dict)

@@ -1,5 +1,5 @@
-"""Text: which rows are documents, what becomes of the others, and documents as token ids with the digests by which equal
-texts are known.
+"""Text: which rows are documents, which rows are skipped, and documents as token ids with digests that identify equal
+documents.
 """
 
 import hashlib
@@ -25,24 +25,24 @@ from smolds_dist.settings import Data, Source
 
 BYTE_ORDER_MARK = "\ufeff"
 DOCUMENTS_AT_ONCE = 512
-PREFIX_TOKENS = 50  # tokens by which the original run tells texts apart
+PREFIX_TOKENS = 50  # tokens that identify a document in the original run
 
 
 class Document(NamedTuple):
-    """A text and where it stands."""
+    """A document and its location."""
 
-    chunk: int  # among those that are read, from 0
-    number: int  # of its line or row there, from 1
-    text: str | np.ndarray | Flat  # or token ids, of a `tokens` source
+    chunk: int  # index among the chunks read, from 0
+    number: int  # of its line or row in the chunk, from 1
+    text: str | np.ndarray | Flat  # or token ids, from a `tokens` source
 
 
 @dataclass
 class ReadStats:
-    """What has been read of a source, and what was left out.
+    """What was read from a source, and what was skipped.
 
     Args:
-        say: told of files that are left out, and of the first bad row of a file.
-        bad_rows: file for the others: a JSON line for each, with file, row and why; made with the first.
+        log: called for each skipped file and for the first bad row of a file.
+        bad_rows: file with a JSON line per bad row (file, row and reason); created with the first.
     """
 
     log: Callable[[str], None] = lambda _: None
@@ -52,19 +52,19 @@ class ReadStats:
     bad: Counter[str] = field(default_factory=Counter)  # by kind
 
     def describe(self, name: str) -> list[str]:
-        """What was left out of the source of this name, in words."""
+        """Return messages about what was skipped in the source of this name."""
         messages = []
         if self.without_text:
             messages.append(
-                f"{name}: {self.without_text:,} of {self.read:,} rows hold no text (null, empty or blank); left out."
+                f"{name}: {self.without_text:,} of {self.read:,} rows contain no text (null, empty or blank); skipped."
             )
         if self.bad:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.bad.most_common())
-            messages.append(f"{name}: {self.bad.total():,} of {self.read:,} rows were left out ({kinds}).")
+            messages.append(f"{name}: {self.bad.total():,} of {self.read:,} rows were skipped ({kinds}).")
         return messages
 
     def add_bad_row(self, file: str, row_name: str, number: int, bad: BadRow) -> None:
-        """Counts a bad row and writes it down."""
+        """Count a bad row and record it in the file."""
         self.bad[bad.kind] += 1
         if self.bad_rows is not None:
             with self.bad_rows.open("a", encoding="utf-8") as out:
@@ -74,15 +74,15 @@ class ReadStats:
 def documents(
     source: Source, files: list[File], data: Data, stats: ReadStats | None = None, chunks: list[FileChunk] | None = None
 ) -> Iterator[Document]:
-    """The documents of a source, file by file, their texts as they are but for a byte order mark.
+    """Yield the documents of a source, file by file, unchanged except for a removed byte order mark.
 
-    Rows that are null, empty or blank are no documents.
+    Rows that are null, empty or blank are not documents.
 
     Args:
-        parts: only these, in this order.
+        chunks: only these, in this order.
 
     Raises:
-        ConfigError: where a file is empty or damaged, or a row holds no string, and is not to be skipped
+        ConfigError: if a file is empty or damaged, or a row holds no string, and is not skipped
             (`data.on_bad_file`, `data.on_bad_row`).
     """
     stats = stats or ReadStats()
@@ -105,30 +105,28 @@ def documents(
                     number += before
                     if data.on_bad_row == "refuse":
                         raise ConfigError(
-                            f"{file.path} has in {row_name} {number:,} {text.why}; mend it, or leave such rows out with "
+                            f"{file.path}, {row_name} {number:,}: {text.why}; fix it, or skip such rows with "
                             "--data.on_bad_row skip."
                         )
                     stats.add_bad_row(file.path, row_name, number, text)
                     bad_here += 1
                     if bad_here == 1:
-                        stats.log(
-                            f"{file.path} has in {row_name} {number:,} {text.why}; left out, as others like it will be."
-                        )
+                        stats.log(f"{file.path}, {row_name} {number:,}: {text.why}; this and similar rows are skipped.")
                 else:
                     yield Document(at, number, text)
             if stats.read == read and chunk.of == 1:
                 raise BadFileError("is empty")
         except BadFileError as error:
             if data.on_bad_file == "refuse":
-                raise ConfigError(f"{file.path} {error}; mend or remove it, or use --data.on_bad_file skip.") from None
-            stats.log(f"{file.path} {error}; {'left out' if stats.read == read else 'its rest was left out'}.")
+                raise ConfigError(f"{file.path} {error}; fix or remove it, or use --data.on_bad_file skip.") from None
+            stats.log(f"{file.path} {error}; {'skipped' if stats.read == read else 'the rest of it was skipped'}.")
 
 
 def check_first_rows(source: Source, files: list[File], data: Data, most: int = 1000) -> None:
-    """Reads the first row of each file, so that a wrong column or format shows before the work begins.
+    """Read the first row of each file, so that a wrong column or format is reported early.
 
     Raises:
-        ConfigError: as `documents` does.
+        ConfigError: see `documents`.
     """
     if source.source.startswith("hf:"):
         return
@@ -138,26 +136,26 @@ def check_first_rows(source: Source, files: list[File], data: Data, most: int = 
 
 
 class Tokenized(NamedTuple):
-    """A document's tokens and where it stands."""
+    """A tokenized document and its location."""
 
-    chunk: int  # as of its `Document`
+    chunk: int  # see `Document`
     number: int
     ids: bytes  # little-endian uint32, the end-of-text token included
-    text: int  # 64-bit digest of the whole text
-    beginning: int  # of its first `PREFIX_TOKENS` tokens
-    length: int  # UTF-8 bytes of the text; of a `tokens` source 0, to be found by decoding
+    text: int  # 64-bit digest of the full text
+    beginning: int  # digest of its first `PREFIX_TOKENS` tokens
+    length: int  # UTF-8 bytes of the text; 0 from a `tokens` source, known only after decoding
 
 
 def tokenize(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False
 ) -> Iterator[list[Tokenized]]:
-    """Documents in their order, as `single_documents` has them, some hundred at once.
+    """Tokenize documents from `single_documents` in order, in batches of up to `DOCUMENTS_AT_ONCE`.
 
-    Encoding goes on in a thread, for the tokenizer leaves the interpreter free: meanwhile the next documents are read, and
-    the caller works on those that are done.
+    A thread encodes, because the tokenizer releases Python's lock: the next documents are read and the caller works on the
+    previous batch in the background.
 
     Args:
-        allow_control_tokens: text that spells a control token becomes it.
+        allow_control_tokens: encode the spelling of a control token as that token.
     """
     encoder = text_encoder(tokenizer, allow_control_tokens)
     end = array("I", [int(tokenizer.eos_token_id)]).tobytes()
@@ -194,10 +192,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def single_documents(found: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    """The same, those of a flat file one by one; token ids without the end-of-text token, and none without tokens.
+    """Yield the same documents, but split flat files; token ids come without end-of-text token, and empty ones are dropped.
 
     Raises:
-        WrongIdError: where ids of a `tokens` source do not fit the tokenizer.
+        WrongIdError: if ids of a `tokens` source do not fit the tokenizer.
     """
     eos, vocabulary = int(tokenizer.eos_token_id), len(tokenizer)
     for document in found:
@@ -215,23 +213,23 @@ def single_documents(found: Iterable[Document], tokenizer: PreTrainedTokenizerBa
 
 
 def document_bytes(document: Document) -> bytes:
-    """What a document's digest is made of: its text, or the ids of a `tokens` source as they are stored here."""
+    """Return the bytes that a document's digest is computed from: its text, or its ids as they are stored here."""
     text = document.text
     return text.encode(errors="replace") if isinstance(text, str) else np.asarray(text).astype("<u4").tobytes()
 
 
 class WrongIdError(Exception):
-    """An id that the tokenizer does not have."""
+    """A token id that the tokenizer does not have."""
 
     def __init__(self, chunk: int, document: int, token: int, vocabulary: int):
         super().__init__(
-            f"has in document {document:,} the id {token}; the tokenizer has ids from 0 to {vocabulary - 1}"
+            f"has the token id {token} in document {document:,}, but the tokenizer has ids 0 to {vocabulary - 1}"
         )
         self.chunk = chunk
 
 
 def _split_flat(tokens: np.ndarray, eos: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The documents of a flat file, each with its end-of-text token; without holding all of it in memory."""
+    """Yield the documents of a flat file, each with its end-of-text token, without loading the whole file."""
     start = number = 0
     for block in range(0, len(tokens), BLOCK):
         for at in np.flatnonzero(tokens[block : block + BLOCK] == eos).tolist():
@@ -243,18 +241,19 @@ def _split_flat(tokens: np.ndarray, eos: int) -> Iterator[tuple[int, np.ndarray]
 
 
 def digest(content: bytes) -> int:
-    """64 bits that tell texts apart."""
+    """Return 64 bits that identify a document."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def decoded_bytes(document: Tokenized, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the text of a document that came as tokens."""
+    """Return the UTF-8 bytes of the text of a document that was read as tokens."""
     ids = np.frombuffer(document.ids, "<u4")[:-1]
     return len(str(tokenizer.decode(ids.tolist())).encode(errors="replace"))
 
 
 def is_validation(text: int, fraction: float) -> bool:
-    """By a text's digest alone: a document stays on its side when the corpus grows, in every source, and copies stay
-    together.
+    """Return True if a document belongs to the validation set; decided by its digest alone.
+
+    So its split does not change when the corpus grows, is the same in every source, and copies stay together.
     """
     return text < fraction * 2**64

@@ -1,6 +1,6 @@
-"""Files of tokens that others have made: Megatron's .bin with its .idx (`core/datasets/indexed_dataset.py`), datatrove's
-.ds with its .ds.index (`pipeline/tokens/tokenizer.py`), and flat arrays of ids (.npy, or .bin of a stated dtype). Flat .npy
-files without NumPy's header, as OLMo-core has them, are read with the stated dtype.
+"""Pre-tokenized files: Megatron's .bin with .idx (`core/datasets/indexed_dataset.py`), datatrove's .ds with .ds.index
+(`pipeline/tokens/tokenizer.py`), and flat arrays of ids (.npy, or .bin with a given dtype). Flat .npy files without NumPy's
+header, as in OLMo-core, are read with the given dtype.
 """
 
 import os
@@ -24,13 +24,13 @@ NOT_NUMPY = (ValueError, TypeError, OverflowError, SyntaxError, TokenError)  # w
 
 
 class Flat(NamedTuple):
-    """A whole file's ids, whose documents end with the tokenizer's end-of-text token."""
+    """All ids of a file whose documents end with the tokenizer's end-of-text token."""
 
     tokens: np.ndarray  # [tokens]
 
 
 def read_tokens(file: File, source: Source, _chunk: tuple[int, int]) -> Iterator[tuple[int, Any]]:
-    """Return the documents of a file with an index, numbered from 1, or the whole of a flat one."""
+    """Yield the documents of a file with an index, numbered from 1, or a flat file as one `Flat`."""
     stem, ending = os.path.splitext(file.path)
     if ending == ".bin" and _file_exists(f"{stem}.idx"):
         yield from _megatron(file.path, f"{stem}.idx")
@@ -45,33 +45,33 @@ def _megatron(path: str, index_path: str) -> Iterator[tuple[int, np.ndarray]]:
         index = file.read()
     header = struct.calcsize("<9sQBQQ")
     if not index.startswith(MEGATRON) or len(index) < header:
-        raise BadFileError("has an index that is none of Megatron's")
+        raise BadFileError("has an index that is not in Megatron's format")
     _, version, code, sequences, ends = struct.unpack_from("<9sQBQQ", index)
     if version != 1 or code not in MEGATRON_DTYPES or len(index) < header + 12 * sequences + 8 * ends:
-        raise BadFileError("has an index of another version of Megatron's, or a part of one")
+        raise BadFileError("has a truncated index, or one of an unsupported version of Megatron")
     lengths = np.frombuffer(index, np.int32, sequences, header)
     bounds = np.frombuffer(index, np.int64, ends, header + 12 * sequences)  # in sequences
     tokens = _array(path, MEGATRON_DTYPES[code])
     starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    if not ends or bounds[-1] != sequences:  # some writers leave the documents out: then each sequence is one
+    if not ends or bounds[-1] != sequences:  # some writers omit documents: each sequence is one
         bounds = np.arange(sequences + 1)
     if starts[-1] != len(tokens):
-        raise BadFileError(f"has {len(tokens):,} tokens, its index {starts[-1]:,}")
+        raise BadFileError(f"has {len(tokens):,} tokens, but its index lists {starts[-1]:,}")
     if bounds[0] or (np.diff(bounds) < 0).any() or (lengths < 0).any():
-        raise BadFileError("has a damaged index: its documents do not follow each other")
+        raise BadFileError("has a damaged index: its document offsets are not increasing")
     yield from enumerate((tokens[start:end] for start, end in pairwise(starts[bounds].tolist())), 1)
 
 
 def _datatrove(path: str) -> Iterator[tuple[int, np.ndarray]]:
     if not _file_exists(f"{path}.index"):
-        raise BadFileError(f"has no {os.path.basename(path)}.index beside it")
+        raise BadFileError(f"has no {os.path.basename(path)}.index next to it")
     ends = _array(f"{path}.index", "uint64").astype(np.int64)
     content = _array(path, "uint8")
     size = len(content) // int(ends[-1]) if len(ends) and ends[-1] else 2
     if size not in (2, 4) or not len(ends) or len(content) != size * ends[-1]:
-        raise BadFileError(f"has {len(content):,} bytes, which are not 2 or 4 for each token of its index")
+        raise BadFileError(f"has {len(content):,} bytes, which is not 2 or 4 per token of its index")
     if ends[0] < 0 or (np.diff(ends) < 0).any():
-        raise BadFileError("has a damaged index: its documents do not follow each other")
+        raise BadFileError("has a damaged index: its document offsets are not increasing")
     tokens = content.view(np.uint16 if size == 2 else np.uint32)
     for number, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True), 1):
         yield number, tokens[start:end]
@@ -88,15 +88,15 @@ def _flat(path: str, dtype: str) -> np.ndarray:
         else:
             with open_file(path) as file:
                 tokens = np.lib.format.read_array(file, allow_pickle=False)
-    except NOT_NUMPY as error:  # cut short, damaged, or objects, which would have to be unpickled
+    except NOT_NUMPY as error:  # truncated, damaged, or pickled objects
         raise BadFileError(f"cannot be read ({first_line(error)})") from None
     if tokens.dtype.kind not in "ui":
-        raise BadFileError(f"holds {tokens.dtype}, no token ids")
+        raise BadFileError(f"contains {tokens.dtype} values instead of token ids")
     return tokens.reshape(-1)
 
 
 def _array(path: str, dtype: str) -> np.ndarray:
-    """A file's content; mapped, so that one larger than memory can be read."""
+    """Return a file's content, memory-mapped if possible, so that files larger than memory can be read."""
     if _is_raw(path):
         size = os.path.getsize(path)
         content = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
@@ -104,7 +104,9 @@ def _array(path: str, dtype: str) -> np.ndarray:
         with open_file(path) as file:
             content = np.frombuffer(file.read(), np.uint8)
     if len(content) % np.dtype(dtype).itemsize:
-        raise BadFileError(f"has {len(content):,} bytes, no whole number of {dtype} ids; see data.token_dtype")
+        raise BadFileError(
+            f"has {len(content):,} bytes, which is not a whole number of {dtype} ids; check data.token_dtype"
+        )
     return content.view(dtype)
 
 

@@ -18,10 +18,10 @@ LONGEST_TOKEN = 64  # bytes: a corpus without spaces would make whole lines toke
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A fast tokenizer from a folder or from the Hub.
+    """Load a fast tokenizer from a folder or from the Hub.
 
     Raises:
-        ConfigError: where there is none, or it has no end-of-text token to part the documents.
+        ConfigError: if it is missing, not fast, or has no end-of-text token to separate documents.
     """
     check_tokenizer_files(Path(name), "choose another tokenizer")
     try:
@@ -29,7 +29,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise ConfigError(
             f"--data.tokenizer {name!r} could not be loaded ({first_line(error)}); "
-            "give a folder, a name on the Hub, or `train` for one trained on the corpus."
+            "use a folder, a name on the Hub, or `train` to train one on the corpus."
         ) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"--data.tokenizer {name!r} has no fast version; choose one with a tokenizer.json.")
@@ -52,9 +52,10 @@ def without_beginning(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False) -> Tokenizer:
-    """Encodes documents whole and as text: a control token that a text spells is characters like any others, unless allowed.
+    """Return an encoder of whole documents as plain text: the spelling of a control token is not encoded as that token,
+    unless allowed.
 
-    A copy, because a prompt may well hold control tokens.
+    The encoder is a copy, because prompts may contain control tokens.
     """
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.encode_special_tokens = not allow_control_tokens
@@ -64,10 +65,10 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves to `folder` in Hugging Face format, in the spelling that transformers 4 and converters read as well as 5.
+    """Save to `folder` in Hugging Face format, in a form that transformers 4, transformers 5 and converters read.
 
-    transformers 5 writes its own name for the class, `TokenizersBackend`, which others don't know, and lists further
-    control tokens under a key that stands for something else in transformers 4.
+    transformers 5 writes a class name that others do not know, `TokenizersBackend`, and lists further control tokens
+    under a key with another meaning in transformers 4.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -82,16 +83,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of all settings that change tokens, including the end of text where it is not the usual one."""
+    """Return the SHA-256 of all settings that change tokens, including an end-of-text token other than the default."""
     end = "" if tokenizer.eos_token == END_OF_TEXT else str(tokenizer.eos_token)
     return hashlib.sha256((tokenizer.backend_tokenizer.to_str() + end).encode()).hexdigest()
 
 
 def train_tokenizer(sources: Mapping[str, Iterable[str]], vocab_size: int, folder: Path) -> None:
-    """Trains a byte-level BPE and saves it to `folder` in Hugging Face format.
+    """Train a byte-level BPE and save it to `folder` in Hugging Face format.
 
     Args:
-        sources: texts by name; the first 32 million characters are used, as many of each source.
+        sources: documents by name; the first 32 million characters are used, the same number from each source.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -114,7 +115,7 @@ def _first_characters(name: str, documents: Iterable[str], limit: int) -> Iterat
     documents = iter(documents)
     first = next(documents, None)
     if first is None:
-        raise ConfigError(f"the source {name!r} holds no text; check its files and --data.text_field.")
+        raise ConfigError(f"the source {name!r} contains no text; check its files and --data.text_field.")
     for text in chain([first], documents):
         yield text[:limit]
         limit -= len(text)

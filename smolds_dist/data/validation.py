@@ -1,11 +1,12 @@
-"""Held-out text of a source: whole documents that are never trained on, in any source.
+"""Validation set of a source: complete documents that no source of the run trains on.
 
-A document is held out by its own digest: below `data.val_fraction` always, so that it stays on its side when the corpus
-grows, in every source, and copies stay together. The text is taken from the first units, until there is enough; documents of
-later units with such digests are left aside. So it does not grow with the corpus, and is there before the first step.
+A document's digest decides: below `data.val_fraction` it is a validation document, so its split does not change when the
+corpus grows, is the same in every source, and copies stay together. The set is filled from the first shards until it is
+large enough; such documents in later shards are skipped. So it does not grow with the corpus, and is ready before the first
+step.
 
-Where that is too little, as of a small corpus, documents with the next higher digests are held out too. They are named
-(`ValidationSet.beyond`), and left out of all sources.
+If that is too little, as in a small corpus, documents with the next higher digests are added. Their digests are stored
+(`ValidationSet.beyond`), and all sources exclude them.
 """
 
 import heapq
@@ -22,32 +23,32 @@ from smolds_dist.data.text import Document, check_first_rows, decoded_bytes, dig
 from smolds_dist.data.tokenizer import without_beginning
 from smolds_dist.errors import ConfigError
 
-FORMAT = 1  # part of the key: raise it when the layout, the meaning of a file or the choice of documents changes
-# Bytes of text; of a `tokens` source four for each token.
-VALIDATION_BYTES = 2**20  # held out
-MAX_BYTES_READ = 2**28  # read for it
-MIN_VALIDATION_BYTES = 2**16  # held out, or a tenth of what was read, whichever is less
+FORMAT = 1  # in the key; raise it when the layout, the meaning of a file or the choice of documents changes
+# Bytes of text; for a `tokens` source, four per token.
+VALIDATION_BYTES = 2**20  # target size
+MAX_BYTES_READ = 2**28  # limit of reading for it
+MIN_VALIDATION_BYTES = 2**16  # minimum size, or a tenth of the bytes read if less
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The held-out text of a source."""
+    """The validation documents of a source."""
 
-    tokens: np.ndarray  # documents one after the other, each closed by the end-of-text token
-    documents: np.ndarray  # [texts] of `DOCUMENT`
+    tokens: np.ndarray  # concatenated documents, each ending with the end-of-text token
+    documents: np.ndarray  # [documents] of `DOCUMENT`
     bytes: int  # UTF-8 bytes of the text
     unigram_entropy: float  # nats per token: the loss of the best model that ignores context
-    beyond: list[int]  # digests of those documents that `val_fraction` alone would not hold out
+    beyond: list[int]  # digests of its documents that are above `val_fraction`
 
 
 def load_validation_set(corpus: Corpus, cache: Path, limit: int | None) -> ValidationSet:
-    """The text, from the cache or written there.
+    """Return the validation set, from the cache or written there.
 
     Args:
-        limit: tokens that the run takes of the source; then not much more is read.
+        limit: tokens that the run takes of the source; bounds how much is read.
 
     Raises:
-        ConfigError: where a file cannot be read and is not to be skipped, or all is one document.
+        ConfigError: if a file cannot be read and is not skipped, or the source is a single document.
     """
     most = min(MAX_BYTES_READ, 4 * limit) if limit else MAX_BYTES_READ
     keys = [corpus.key(shard) for shard in range(len(corpus.shards))]
@@ -67,15 +68,15 @@ def _sizes_of(meta: dict) -> dict[str, int]:
 
 
 def write_validation_set(folder: Path, corpus: Corpus, most: int) -> None:
-    """Chooses the held-out text, by the text alone, and writes it to `folder`.
+    """Choose the validation documents by their text alone, and write them to `folder`.
 
     Args:
-        most: bytes of text that are read for it.
+        most: bytes of text to read at most.
     """
     check_first_rows(corpus.source, corpus.files, corpus.data)
     if added := without_beginning(corpus.tokenizer):
         print(
-            f"the tokenizer begins a text with {added}; documents are trained on without it",
+            f"the tokenizer adds {added} at the beginning of text; training documents do not have it",
             file=sys.stderr,
             flush=True,
         )
@@ -88,7 +89,7 @@ def write_validation_set(folder: Path, corpus: Corpus, most: int) -> None:
     chosen, beyond = selector.select()
     if selector.read and not chosen:
         raise ConfigError(
-            f"{corpus.label!r} is a single document, which cannot be both trained on and held out; split it into several "
+            f"{corpus.label!r} is a single document, so none is left for the validation set; split it into several "
             "files or rows."
         )
     out, num_bytes = DocumentWriter(folder / "tokens.bin", folder / "documents", corpus.dtype), 0
@@ -105,24 +106,24 @@ def write_validation_set(folder: Path, corpus: Corpus, most: int) -> None:
 
 
 class ValidationSelector:
-    """Which documents are held out, of those that are shown to it.
+    """Chooses validation documents among those that are added.
 
     Args:
-        fraction: all below this share of the digests.
+        fraction: documents whose digests are below this fraction of their range are chosen.
     """
 
     def __init__(self, fraction: float):
         self.read = self.size = 0  # bytes: all, and those below the fraction
         self._fraction = fraction
         self._below: list[Document] = []
-        # The next higher digests, `MIN_VALIDATION_BYTES` bytes and no document more: copies together, with their bytes.
+        # The next higher digests up to `MIN_VALIDATION_BYTES` bytes: bytes and documents, copies together.
         self._next: dict[int, tuple[int, list[Document]]] = {}
         self._next_size = 0
         self._highest: list[int] = []  # a heap of the same digests, negative
-        self._has_training_document = False  # a document that is in neither
+        self._has_training_document = False  # there are documents in neither
 
     def add(self, document: Document) -> None:
-        """Another document."""
+        """Consider another document."""
         content = document_bytes(document)
         text, size = digest(content), len(content)
         self.read += size
@@ -141,12 +142,12 @@ class ValidationSelector:
 
     @property
     def can_choose(self) -> bool:
-        """Whether there is something to choose from."""
+        """True if there are documents for both splits."""
         return self._has_training_document or bool(self._below) + len(self._next) > 1
 
     def select(self) -> tuple[list[Document], list[int]]:
-        """The documents, and the digests of those above the fraction. At least one document is left to train on, if one is
-        above it."""
+        """Return the documents, and the digests of those above the fraction. If any document is above it, at least one is
+        left for training."""
         chosen, beyond, size = list(self._below), list[int](), self.size
         for text in sorted(self._next):
             last = not self._has_training_document and len(beyond) == len(self._next) - 1

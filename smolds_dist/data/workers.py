@@ -1,7 +1,7 @@
-"""Worker processes: they tokenise the units that a run will want next, while it trains or long before.
+"""Worker processes that tokenize the next shards of a run, during training or in advance.
 
-Any number of them, on any number of machines that see the cache, share the work: whoever gets a unit's lock makes it. A
-worker ends with the process that started it, however that ends.
+Any number of workers on any number of machines that can access the cache divide the work: whoever gets a shard's lock
+tokenizes it. A worker exits when the process that started it ends for any reason.
 """
 
 import json
@@ -27,27 +27,27 @@ from smolds_dist.files import file_message, replace_text
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import RunConfig
 
-IDLE_SECONDS = 0.2  # seconds between two looks, where others are making all that is wanted
+IDLE_SECONDS = 0.2  # between two searches, while other processes tokenize all needed shards
 
 
 @dataclass(frozen=True)
 class WorkerArgs:
-    """What a worker is told."""
+    """Arguments of a worker process."""
 
     config: str  # path of the run's settings
-    parent: int  # process without which it ends
-    tokenizer: str  # a folder, or a name on the Hub
+    parent: int  # process id; the worker exits when it ends
+    tokenizer: str  # folder or Hub name
     limits: dict[str, int | None]
-    background: bool  # of a training, whose cores it must leave alone
-    position: str  # path of a file that says how many samples of the run have been trained on
+    background: bool  # during training, at low priority
+    position: str  # path of a file with the number of consumed samples
 
 
 class Workers:
-    """Some worker processes; they end with the `with` block.
+    """Worker processes, which end with the `with` block.
 
     Args:
-        count: how many.
-        ahead: at low priority, passing over what is wrong with the text: the training will tell it when it gets there.
+        count: number of processes.
+        background: run at low priority and ignore invalid text, which the training process reports when it needs it.
     """
 
     def __init__(self, config: RunConfig, data: TrainingData, count: int, background: bool):
@@ -70,35 +70,34 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            process.kill()  # a unit is written whole or not at all
+            process.kill()  # shards are written completely or not at all
         for process in self.processes:
             process.communicate()
         self._folder.cleanup()
 
     def set_position(self, samples: int) -> None:
-        """So many samples of the run have been trained on."""
+        """Record how many samples of the run were consumed."""
         replace_text(self._position, str(samples))
 
     def are_running(self) -> bool:
-        """Whether one of them still works.
+        """Return True if at least one worker is running.
 
         Raises:
-            ConfigError: for what is wrong with the text.
+            ConfigError: if a worker failed, such as on invalid text.
         """
         for process in self.processes:
             if process.poll():
                 message = (process.stdout.read() if process.stdout else "").strip()
-                raise ConfigError(message or f"a worker process ended with exit code {process.returncode}; see above.")
+                raise ConfigError(message or f"a worker exited with code {process.returncode}; see its output above.")
         return any(process.poll() is None for process in self.processes)
 
 
 class DiskBudget:
-    """Tokens that lie behind a run give way to those that it wants next (`data.disk_budget_gb`): of one machine's cache, for
-    one process of it. What a unit held stays known, so that the order does not need its tokens; they are made again where a
-    later epoch wants them.
+    """Deletes consumed tokens from one machine's cache to make room for those needed next (`data.disk_budget_gb`); used by
+    one process per machine. Metadata is kept, so the sample order needs no tokens; a later epoch tokenizes them again.
 
     Args:
-        budget: bytes of tokens that may be there.
+        budget: bytes of tokens that may be cached.
     """
 
     def __init__(self, data: TrainingData, budget: float):
@@ -106,10 +105,10 @@ class DiskBudget:
         self._windows: list[tuple[int, int]] = []
 
     def enforce(self, samples: int) -> bool:
-        """The run has come so far: removes what lies behind, the oldest first, where there is too much.
+        """Delete the oldest consumed shards if the cache exceeds the budget.
 
         Returns:
-            Whether it has come to another window.
+            True if the run has entered another window.
         """
         at = [order.window_of(taken) for _, order, taken in sharded_orders(self._data, samples)]
         if at == self._windows:
@@ -123,23 +122,23 @@ class DiskBudget:
 
 
 def sharded_orders(data: TrainingData, samples: int) -> list[tuple[ShardedSource, SampleOrder, int]]:
-    """Sources that are made of several units, with their orders, and the last of their samples among the run's first."""
+    """Return sources of several shards, their orders, and each one's last sample among the run's first `samples`."""
     taken = data.taken(samples)
     several = {name: source for name, source in data.sources.items() if len(source.shards) > 1}
     return [(source, data.orders[name], max(0, taken[name] - 1)) for name, source in several.items()]
 
 
 def cached_bytes(data: TrainingData) -> int:
-    """Bytes of all tokens that are there."""
+    """Return the bytes of all cached tokens."""
     return sum(source.cached_bytes() for source in data.sources.values())
 
 
 @contextmanager
 def background_tokenization(config: RunConfig, data: TrainingData, ranks: int) -> Iterator[Callable[[int], None]]:
-    """The workers that a machine with so many ranks of a training should have, while the block lasts.
+    """Run the background workers of a machine with `ranks` ranks while the block lasts.
 
     Yields:
-        What is to be told after each step how many samples of the run have been trained on.
+        A function to call after each step with the number of consumed samples.
     """
     gigabytes = config.data.disk_budget_gb
     if gigabytes is None and data.has_samples(config.train.steps * config.train.global_batch):
@@ -157,8 +156,7 @@ def background_tokenization(config: RunConfig, data: TrainingData, ranks: int) -
 
 
 def wanted_shards(data: TrainingData, samples: int) -> list[tuple[ShardedSource, int]] | None:
-    """Units that the run's first `samples` samples want and that are not there yet, the most urgent first; None where that
-    cannot be said any more, as all is known."""
+    """Return the missing shards of the run's first `samples` samples, most urgent first; None if none is missing."""
     needed = data.taken(samples)
     missing: list[tuple[int, ShardedSource, list[int]]] = []
     for name, source in data.sources.items():
@@ -171,12 +169,12 @@ def wanted_shards(data: TrainingData, samples: int) -> list[tuple[ShardedSource,
 
 
 def first_missing_sample(data: TrainingData, name: str, known: int, samples: int) -> int:
-    """The first sample of the run for which the source's first `known` samples are not enough; `samples`, if none is."""
+    """Return the first sample of the run that needs more than the source's first `known` samples; `samples` if none."""
     return bisect_right(range(samples), known, key=lambda sample: data.taken(sample + 1)[name])
 
 
 def run_worker(args: WorkerArgs) -> None:
-    """Makes units until there are all that the run wants."""
+    """Tokenize shards until the run has all that it needs."""
     if args.background:
         os.nice(19)
     use_all_cores()
@@ -203,7 +201,7 @@ def run_worker(args: WorkerArgs) -> None:
 def within_budget(
     data: TrainingData, budget: float, position: Path, wanted: list[tuple[ShardedSource, int]]
 ) -> list[tuple[ShardedSource, int]]:
-    """Of the wanted units those for which there is room, after those that the run comes to next and that were removed."""
+    """Return the shards for which the budget has room: first deleted ones that the run needs next, then `wanted`."""
     for source in data.sources.values():
         source.count_cached()
     if cached_bytes(data) >= budget:
@@ -218,7 +216,7 @@ def within_budget(
 
 
 def try_tokenize(source: ShardedSource, shard: int, failed: set[tuple[str, int]], background: bool) -> bool:
-    """Whether the unit was made here. One that cannot be made is refused, or, ahead of a training, remembered."""
+    """Tokenize a free shard; return True on success. Invalid text raises an error, or in the background is remembered."""
     if (source.name, shard) in failed:
         return False
     try:
@@ -231,7 +229,7 @@ def try_tokenize(source: ShardedSource, shard: int, failed: set[tuple[str, int]]
 
 
 def exit_if_orphaned(parent: int) -> None:
-    """Ends this process where the one that started it is gone."""
+    """Exit if the process that started this one has ended."""
     if os.getppid() != parent:
         os._exit(1)
 

@@ -1,1 +1,1 @@
-"""What a model says and how well: generation, evaluation, samples."""
+"""Generation, evaluation and samples."""

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a loaded model, by its Python interface."""
+"""lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a loaded model, through its Python API."""
 
 import fnmatch
 import logging
@@ -12,19 +12,19 @@ from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Eval
 
-KEPT = ("results", "groups", "versions", "n-shot", "n-samples")  # of what the harness answers
+KEPT = ("results", "groups", "versions", "n-shot", "n-samples")  # keys of the harness's results
 
 
 def load_tasks(names: list[str], folder: Path | None, option: str = "--") -> list[Any]:
-    """Tasks with their questions, of the harness's own and those whose YAML files lie in `folder`.
+    """Load tasks of the harness and of YAML files in `folder`, with their questions.
 
     Args:
-        names: of tasks or patterns such as "arc_*"; each may hold several with commas between.
-        option: what the options' names begin with, where mistakes are told.
+        names: of tasks, or patterns such as "arc_*"; each may be a comma-separated list.
+        option: prefix of the options' names in error messages.
 
     Raises:
-        ConfigError: where the harness is not installed, the folder is none, a name is no task's, or a task's data cannot be
-            had.
+        ConfigError: if the harness is not installed, the folder is missing, a name is not a task's, or a task's data
+            cannot be loaded.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -34,19 +34,19 @@ def load_tasks(names: list[str], folder: Path | None, option: str = "--") -> lis
         ) from None
     own = f"{option}include-path" if option == "--" else f"{option}include_path"
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"{own} {folder} is not a folder; give one with the YAML files of tasks.")
+        raise ConfigError(f"{own} {folder} is not a folder; use one with YAML files of tasks.")
     manager = TaskManager(include_path=folder)
-    words = [word.strip() for name in names for word in name.split(",") if word.strip()]
-    names = [*dict.fromkeys(name for word in words for name in fnmatch.filter(manager.all_tasks, word) or [word])]
+    patterns = [one.strip() for name in names for one in name.split(",") if one.strip()]
+    names = [*dict.fromkeys(name for one in patterns for name in fnmatch.filter(manager.all_tasks, one) or [one])]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ConfigError(
-            f"{', '.join(unknown)} is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them, "
+            f"{', '.join(unknown)} is not a task of lm-evaluation-harness; `lm-eval ls tasks` lists them, "
             f"{own} adds your own."
         )
     try:
         loaded = manager.load(names)
-    except Exception as error:  # the data sets library's, the network's, a task file's
+    except Exception as error:  # of the datasets library, the network or a task file
         raise ConfigError(
             f"{option}tasks {' '.join(names)} could not be loaded ({first_line(error)}); check the network, and HF_TOKEN "
             "for gated data."
@@ -59,7 +59,7 @@ def load_tasks(names: list[str], folder: Path | None, option: str = "--") -> lis
 def evaluate_tasks(
     model: Any, tokenizer: Any, tasks: list[Any], few_shot: int | None, limit: int | None, batch: int
 ) -> tuple[dict[str, Any], str]:
-    """Results of each task, with the harness's and the tasks' versions, and the harness's own table of them."""
+    """Return each task's results with the versions of harness and tasks, and the harness's table of them."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 
@@ -72,10 +72,10 @@ def evaluate_tasks(
 def evaluate_live(
     engine: Engine, topology: Topology, tokenizer: Any, tasks: list[Any], settings: Eval
 ) -> dict[str, float]:
-    """Scores of the model that is being trained, by task and measure (quiz/acc). Collective.
+    """Return the current model's scores by task and metric (quiz/acc). Collective.
 
-    Ranks share the questions, and all make the same number of forward passes: expert-parallel ranks need each other in every
-    one. Scores are on rank 0 alone.
+    Ranks divide the questions, and all run the same number of forward passes, because expert-parallel ranks need each other
+    in every pass. Only rank 0 gets the scores.
     """
     import torch
     import torch.distributed as dist
@@ -85,27 +85,27 @@ def evaluate_live(
         def all_gather(self, tensor: Any) -> Any:
             if topology.world_size == 1:
                 return tensor
-            parts = [torch.empty_like(tensor) for _ in range(topology.world_size)]
-            dist.all_gather(parts, tensor)
-            return torch.cat([part.reshape(-1) for part in parts])
+            gathered = [torch.empty_like(tensor) for _ in range(topology.world_size)]
+            dist.all_gather(gathered, tensor)
+            return torch.cat([one.reshape(-1) for one in gathered])
 
         def barrier(self) -> None:
             engine.barrier()
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
-            # Ranks whose texts have ended go on until all have.
+            # Ranks whose sequences have ended continue until all have.
             together = {"synced_gpus": True} if topology.world_size > 1 else {}
             return super()._model_generate(context, max_length, stop, **together, **options)
 
     model = engine.model
-    # Its cache of logits would skip forward passes, on each rank others.
+    # Its cache of logits would skip different forward passes on each rank.
     adapter = LiveModel(
         pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=settings.batch_size, logits_cache=False
     )
     adapter._rank, adapter._world_size = topology.rank, topology.world_size
     model.eval()
     with eager_regions():
-        answer = _ask(adapter, tasks, settings.num_fewshot, settings.limit, bootstrap_iters=0)  # errors are not kept
+        answer = _ask(adapter, tasks, settings.num_fewshot, settings.limit, bootstrap_iters=0)  # no standard errors
     model.train()
     return {
         f"{task}/{name.removesuffix(',none')}": value
@@ -116,9 +116,9 @@ def evaluate_live(
 
 
 def _ask(adapter: Any, tasks: list[Any], few_shot: int | None, limit: int | None, **more: Any) -> Any:
-    """The harness's answer, on rank 0; random numbers of others, the training's above all, stay as they are."""
+    """Return the harness's results, on rank 0; leaves the random state of training and others unchanged."""
     from lm_eval import simple_evaluate
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is loaded already
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would warn that the model is already loaded
     more |= {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None, "log_samples": False}
     return simple_evaluate(adapter, tasks=tasks, num_fewshot=few_shot, limit=limit, **more)

@@ -1,4 +1,4 @@
-"""Loss on held-out text.
+"""Validation loss.
 
 Shape letters: L layers, E experts.
 """
@@ -17,15 +17,15 @@ from smolds_dist.settings import RunConfig
 
 
 def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: TrainingData) -> dict[str, float]:
-    """Mean loss over the first `train.eval_sequences` held-out sequences of each source. Collective.
+    """Return the mean loss over the first `train.eval_sequences` validation sequences of each source. Collective.
 
     It is the same in every topology.
 
     Returns:
         `val_loss` in nats per token; `val_bits_per_byte` of the text, which is comparable between tokenizers; and
-        `val_max_vio`, the mean over layers of MaxVio, counted over all sequences together (arXiv 2408.15664, section 4.1:
-        the global MaxVio). Of several sources each one's own too (`val_loss/web`); then the first two are their means,
-        weighted by the sources' shares of the run.
+        `val_max_vio`, the mean over layers of the global MaxVio, counted over all sequences (arXiv 2408.15664, section 4.1).
+        With several sources also each one's own (`val_loss/web`); the first two are then means weighted by the sources'
+        proportions of the run.
     """
     result = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
     counts_LE = torch.zeros(())
@@ -47,10 +47,10 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
 def evaluate_source(
     config: RunConfig, topology: Topology, engine: Engine, text: ValidationSet, end_of_text: int | None
 ) -> tuple[float, torch.Tensor]:
-    """Mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective.
+    """Return the mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective.
 
     Args:
-        end_of_text: the token after which another document begins, where they are kept apart.
+        end_of_text: token after which another document begins, if documents are masked from each other.
     """
     seq_len = config.data.seq_len
     num_sequences = min(config.train.eval_sequences, len(text.tokens) // seq_len)
@@ -64,14 +64,14 @@ def evaluate_source(
         ids, labels = evaluation_batch(text.tokens, seq_len, range(first, first + topology.micro_batch), num_sequences)
         positions = None
         if end_of_text is not None:
-            positions, apart = apply_document_mask(ids, end_of_text)
-            labels = labels.masked_fill(apart < 0, -100)
+            positions, separated = apply_document_mask(ids, end_of_text)
+            labels = labels.masked_fill(separated < 0, -100)
         for layer in layers:
             layer.tokens_per_expert.zero_()
         loss = engine.model(**model_inputs(engine.device, ids, labels, positions, None)).loss
         num_labels = (labels[:, 1:] >= 0).sum()
         total += torch.stack((loss.cpu() * num_labels, num_labels))
-        if start + at_once <= num_sequences or not counts_LE.any():  # the last batch may be filled up
+        if start + at_once <= num_sequences or not counts_LE.any():  # the last batch may be padded
             counts_LE += torch.stack([layer.tokens_per_expert.float().cpu() for layer in layers])
     engine.model.train()
     loss_sum, num_labels = engine.sum_over_ranks(total).tolist()

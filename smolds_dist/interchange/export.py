@@ -1,7 +1,7 @@
-"""`smolds export RUN --to DIR`: a checkpoint of any layout as a folder that plain transformers loads, or as GGUF.
+"""`smolds export RUN --to DIR`: export a checkpoint of any layout as a folder that plain transformers loads, or as GGUF.
 
-Tensors are read from the checkpoint and written one after the other, so it takes memory for one file of the result, whatever
-the model's size, until the result is checked: then a process without smolds loads it, and its logits must be ours.
+Tensors are read from the checkpoint and written one by one, so memory is bounded by one output file, whatever the model's
+size. Then the export is checked: a process without smolds loads it, and its logits must equal ours.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from smolds_dist.errors import ConfigError, OptionParser, first_line
 from smolds_dist.files import path_in_errors, replace_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-TOLERANCE = 1e-3  # of the largest logit, between transformers' logits and ours, both computed in fp32
+TOLERANCE = 1e-3  # difference between transformers' logits and ours in fp32, relative to the largest
 CHECK = """
 import sys, torch, transformers
 from safetensors.torch import load_file, save_file
@@ -44,7 +44,7 @@ save_file({"logits": logits}, sys.argv[2])
 
 
 def export(args: list[str]) -> None:
-    """Writes the folder, checks it, and with --push uploads it."""
+    """Write the folder, check it, and with --push upload it."""
     options = _parse(args)
 
     from smolds_dist.interchange.model_card import write_card
@@ -52,20 +52,18 @@ def export(args: list[str]) -> None:
     folder = find_checkpoint(options.source, options.step)
     check_free(options.to)
     if options.format == "gguf" and (options.to.suffix != ".gguf" or options.to.exists()):
-        raise ConfigError(
-            f"--to {options.to} is no new file that --format gguf could write; give one such as model.gguf."
-        )
+        raise ConfigError(f"--to {options.to} is not a new file for --format gguf; choose a name such as model.gguf.")
     reader, config, tokenizer = open_model(folder)
     dtype = reader.manifest.topology["dtype"] if options.dtype == "auto" else options.dtype
     if options.format == "gguf":
         _export_gguf(folder, reader, config, tokenizer, dtype, options)
         return
-    with new_folder(options.to) as part:
-        write(reader, config, tokenizer, part, options.format, dtype, options.max_shard_bytes)
-        write_card(part, folder, reader.manifest, config, options.format)
+    with new_folder(options.to) as unfinished:
+        write(reader, config, tokenizer, unfinished, options.format, dtype, options.max_shard_bytes)
+        write_card(unfinished, folder, reader.manifest, config, options.format)
         if options.check:
-            check(reader, config, part, options.format, dtype)
-    print(f"{folder} is in {options.to}{', and computes the same there' if options.check else ''}")
+            check(reader, config, unfinished, options.format, dtype)
+    print(f"exported {folder} to {options.to}{', which computes the same logits' if options.check else ''}")
     if options.push:
         push(options.to, options.push)
 
@@ -77,63 +75,69 @@ def _export_gguf(
 
     to = options.to
     description, text = modelfile(to, bool(tokenizer.chat_template))
-    with new_file(to) as part:
+    with new_file(to) as unfinished:
         name, biases = folder.resolve().parent.parent.name, dict(_selection_biases(reader))
-        write_gguf(part, name, reader, biases, config, tokenizer, dtype, options.quantise, options.check)
+        write_gguf(unfinished, name, reader, biases, config, tokenizer, dtype, options.quantise, options.check)
         replace_text(description, text)
-    read_back = ", which has been read back" if options.check else ""
-    print(f"{folder} is in {to}{read_back}; {description} describes it to Ollama")
+    checked = ", and compared the file with it" if options.check else ""
+    print(f"exported {folder} to {to}{checked}; {description} describes it to Ollama")
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="smolds export",
-        description="Writes a checkpoint, of any layout, as a model that plain transformers loads, or llama.cpp.",
+        description="Export a checkpoint of any layout as a model for plain transformers or llama.cpp.",
         example="smolds export runs/first --to exported --dtype bf16",
     )
-    parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder (runs/NAME), or a checkpoint's")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write; with --format gguf a file, NAME.gguf")
-    parser.add_argument("--step", type=int, help="which checkpoint of the run; the newest where not given")
+    parser.add_argument("source", type=Path, metavar="RUN", help="folder of a run (runs/NAME) or a checkpoint")
+    parser.add_argument(
+        "--to", type=Path, required=True, help="output folder; with --format gguf, output file NAME.gguf"
+    )
+    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
     parser.add_argument(
         "--format",
         choices=("transformers", "smolds", "gguf"),
         default="transformers",
-        help="whose classes are to load it; gguf is for llama.cpp, Ollama and LM Studio",
+        help="program that loads it; gguf = llama.cpp, Ollama and LM Studio",
     )
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: what the run computed in")
-    parser.add_argument("--quantise", choices=("q8_0",), help="with --format gguf: 8 bits for a matrix's number")
-    size = "largest file, such as 500MB; also the memory this takes"
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the weights; auto = the run's"
+    )
+    parser.add_argument("--quantise", choices=("q8_0",), help="8-bit quantization of matrices; needs --format gguf")
+    size = "maximum file size, such as 500MB; bounds memory too"
     parser.add_argument("--max-shard-size", default="1GB", metavar="SIZE", help=size)
-    parser.add_argument("--no-check", dest="check", action="store_false", help="do not load the result and compare")
-    push = "upload it to this repository of the Hub; HF_TOKEN says who you are"
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not load the export and compare its logits"
+    )
+    push = "Hub repository to upload to; HF_TOKEN authenticates"
     parser.add_argument("--push", metavar="NAME", help=push)
     options = parser.parse_args(args)
     if options.quantise and options.format != "gguf":
         parser.error(f"--quantise {options.quantise} needs --format gguf")
     if options.push and options.format == "gguf":
-        parser.error("--push takes folders, which --format gguf writes none of; use `hf upload NAME FILE`")
+        parser.error("--push does not support --format gguf; use `hf upload NAME FILE`")
     options.max_shard_bytes = size_in_bytes(options.max_shard_size)
     return options
 
 
 def size_in_bytes(size: str) -> int:
-    """Of a size as transformers' `max_shard_size` has it, such as 5GB or 500MB.
+    """Return the bytes of a size in the form of transformers' `max_shard_size`, such as 5GB or 500MB.
 
     Raises:
-        ConfigError: where it is none, or 0.
+        ConfigError: if it is not a size, or 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?([KMGT])B", size.upper())
     found = int(float(match[1]) * 1000 ** (" KMGT".index(match[2]))) if match else 0
     if not found:
-        raise ConfigError(f"--max-shard-size {size!r} is no size of a file; give one such as 5GB or 500MB.")
+        raise ConfigError(f"--max-shard-size {size!r} is not a file size; use one such as 5GB or 500MB.")
     return found
 
 
 def find_checkpoint(source: Path, step: int | None) -> Path:
-    """The checkpoint that `source` names: itself, or one of a run's, by default the newest that is not damaged.
+    """Return the checkpoint that `source` names: itself, or one of a run, by default the newest undamaged one.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if there is none.
     """
     if (source / "manifest.json").is_file():
         return source.resolve()
@@ -146,15 +150,15 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
         return asked
     complete = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
     if complete is None:
-        raise ConfigError(f"{source} holds no whole checkpoint; name a run's folder, such as runs/NAME.")
+        raise ConfigError(f"{source} contains no complete checkpoint; use a run's folder, such as runs/NAME.")
     return complete
 
 
 def open_model(folder: Path) -> tuple[CheckpointReader, Any, Any]:
-    """A checkpoint's verified contents, and its model's configuration and tokenizer.
+    """Return a checkpoint's verified contents, and its model's configuration and tokenizer.
 
     Raises:
-        ConfigError: where the checkpoint is damaged, or lacks its tokenizer.
+        ConfigError: if the checkpoint is damaged, or its tokenizer is missing.
     """
     reader = open_verified(folder)
     tokenizer = tokenizer_of(folder, reader.manifest)
@@ -162,24 +166,24 @@ def open_model(folder: Path) -> tuple[CheckpointReader, Any, Any]:
 
 
 def tokenizer_of(folder: Path, manifest: Manifest) -> Any:
-    """The tokenizer that a checkpoint's run was trained with.
+    """Return the tokenizer that a checkpoint's run was trained with.
 
     Raises:
-        ConfigError: where it is not in the run's folder, nor where the run had it from.
+        ConfigError: if it is neither in the run's folder nor where the run loaded it from.
     """
     from smolds_dist.data.tokenizer import load_tokenizer, tokenizer_digest
 
     run, name = folder.parent.parent, manifest.config["data"]["tokenizer"]
-    places = [str(place) for place in (run / "tokenizer", run / "export") if (place / "tokenizer.json").is_file()]
-    for place in places + ([name] if name != "train" else []):
-        tokenizer = load_tokenizer(place)
+    paths = [str(path) for path in (run / "tokenizer", run / "export") if (path / "tokenizer.json").is_file()]
+    for path in paths + ([name] if name != "train" else []):
+        tokenizer = load_tokenizer(path)
         if tokenizer_digest(tokenizer) == manifest.data["tokenizer"]:
             return tokenizer
-    raise ConfigError(f"{run} lacks the tokenizer of its training; put it into {run / 'tokenizer'}.")
+    raise ConfigError(f"{run} does not contain the tokenizer it was trained with; copy it to {run / 'tokenizer'}.")
 
 
 def model_config(manifest: Manifest, tokenizer: Any) -> Any:
-    """Our configuration of a checkpoint's model."""
+    """Return smolds' configuration of a checkpoint's model."""
     from smolds_dist.model import DeepSeekV3Config
     from smolds_dist.settings import Model
 
@@ -188,7 +192,7 @@ def model_config(manifest: Manifest, tokenizer: Any) -> Any:
     layers = {name.split(".")[2] for name in manifest.tensors if name.startswith("model.layers.")}
     if hidden != architecture["hidden_size"] or len(layers) != architecture["num_hidden_layers"]:
         raise ConfigError(
-            f"the checkpoint of step {manifest.step} has tensors of {len(layers)} layers and width {hidden}, its config "
+            f"the checkpoint of step {manifest.step} has {len(layers)} layers and width {hidden}, but its config says "
             f"{architecture['num_hidden_layers']} and {architecture['hidden_size']}; restore it from a copy."
         )
     architecture["vocab_size"] = vocab
@@ -198,10 +202,10 @@ def model_config(manifest: Manifest, tokenizer: Any) -> Any:
 def write(
     reader: CheckpointReader, config: Any, tokenizer: Any, folder: Path, kind: str, dtype: str, file_bytes: int
 ) -> None:
-    """Configuration, tokenizer and weights in files of at most `file_bytes`.
+    """Write configuration, tokenizer, and weights in files of at most `file_bytes`.
 
     Raises:
-        ConfigError: where transformers has no class that computes the same.
+        ConfigError: if transformers has no class that computes the same.
     """
     from transformers import GenerationConfig
 
@@ -214,7 +218,7 @@ def write(
         try:
             written = transformers_config(config, biased)
         except ValueError as error:
-            raise ConfigError(f"{str(error).rstrip('.')}; --format smolds keeps it as it is.") from None
+            raise ConfigError(f"{str(error).rstrip('.')}; use --format smolds.") from None
         tensors = _for_transformers(reader, config, written.model_type)
     else:
         tensors = _for_smolds(reader, config)
@@ -235,12 +239,12 @@ def _for_transformers(reader: CheckpointReader, config: Any, model_type: str) ->
         if renamed := to_transformers(name, tensor, config, model_type):
             yield renamed
     if config.tie_word_embeddings and model_type in ("deepseek_v3", "mixtral"):
-        # Models of these classes have an output weight of their own, so that mlx-lm and vLLM look for no other.
+        # Stored twice, because mlx-lm and vLLM expect an output weight of these classes.
         yield "lm_head.weight", reader.read_full("model.embed_tokens.weight", "value")
 
 
 def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:
-    """Experts stacked, as our own model has them."""
+    """Yield tensors with stacked experts, as in smolds' own model."""
     import torch
 
     from smolds_dist.model import DeepSeekV3ForCausalLM
@@ -257,7 +261,7 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
 
 
 def build_model(reader: CheckpointReader, config: Any) -> Any:
-    """Our model, in fp32 on the CPU, with a checkpoint's weights and selection biases."""
+    """Return smolds' model, in fp32 on the CPU, with a checkpoint's weights and selection biases."""
     import torch
 
     from smolds_dist.model import DeepSeekV3ForCausalLM, empty_model
@@ -266,7 +270,7 @@ def build_model(reader: CheckpointReader, config: Any) -> Any:
     with torch.device("meta"):
         shapes = tensor_shapes(DeepSeekV3ForCausalLM(config))
     if shapes != {name: tuple(shape) for name, shape in reader.manifest.tensors.items()}:
-        raise ConfigError(f"{reader.folder} has tensors of another model than its config says; restore it from a copy.")
+        raise ConfigError(f"{reader.folder} has tensors that do not match its config; restore it from a copy.")
     model = empty_model(config)
     fill_parameters(model, reader.fill)
     for name, bias in _selection_biases(reader):
@@ -275,14 +279,14 @@ def build_model(reader: CheckpointReader, config: Any) -> Any:
 
 
 def _selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
-    """Name and tensor [E] of each."""
+    """Yield name and tensor [E] of each selection bias."""
     for key, tensor in reader.extra_tensors().items():
         if ".e_score_correction_bias:" in key:
             yield key.split(":")[0], tensor
 
 
 def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, file_bytes: int) -> None:
-    """safetensors files as transformers names them, with an index where there are several."""
+    """Write safetensors files named as in transformers, with an index if there are several."""
     import torch
     from safetensors.torch import save_file
 
@@ -305,11 +309,11 @@ def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, f
 
 
 def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype: str) -> None:
-    """Has another process load the result and compares its logits with ours, of weights rounded alike.
+    """Load the export in another process and compare its logits with ours, both from weights of the same rounding.
 
     Raises:
-        ConfigError: where they are not finite.
-        RuntimeError: where they differ, which no input should bring about.
+        ConfigError: if our logits are not finite.
+        RuntimeError: if they differ, which no input should cause.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -320,12 +324,12 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
         ours = model(input_ids=ids, use_cache=False).logits
-    del model  # there is one model in memory at a time
+    del model  # one model in memory at a time
     if not ours.isfinite().all():
         raise ConfigError(
-            "the checkpoint's logits are not finite, so its training has gone wrong; choose an earlier one with --step."
+            "the checkpoint's logits are not finite, so the training has diverged; choose an earlier one with --step."
         )
-    isolated = ["-I"] if kind == "transformers" else []  # so that nothing of this project is found by chance
+    isolated = ["-I"] if kind == "transformers" else []  # does not import anything of smolds
     with tempfile.TemporaryDirectory() as scratch, path_in_errors(path := Path(scratch) / "tensors", path):
         save_file({"ids": ids}, path)
         finished = subprocess.run(
@@ -337,14 +341,14 @@ def check(reader: CheckpointReader, config: Any, folder: Path, kind: str, dtype:
         theirs = load_file(path)["logits"]
     difference = (ours - theirs).abs().max().item()
     if not difference <= TOLERANCE * ours.abs().max().item():
-        raise RuntimeError(f"the export computes other logits than the checkpoint: they differ by {difference:.2g}")
+        raise RuntimeError(f"the export's logits differ from the checkpoint's by {difference:.2g}")
 
 
 def push(folder: Path, name: str) -> None:
-    """Uploads an export to a repository of the Hub, which is made if need be.
+    """Upload an export to a repository of the Hub, created if missing.
 
     Raises:
-        ConfigError: where that fails; the folder stays.
+        ConfigError: if the upload fails; the folder stays.
     """
     from huggingface_hub import HfApi
 
@@ -352,9 +356,9 @@ def push(folder: Path, name: str) -> None:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name)
-    except Exception as error:  # of the network, the token, the name: the Hub's client has no common type for them
+    except Exception as error:  # the Hub's client has no common type for errors of network, token and name
         raise ConfigError(
-            f"{folder} could not be pushed to {name!r} ({first_line(error)}); it is complete here: check HF_TOKEN and the "
-            f"network, and push it with `hf upload {name} {folder}`."
+            f"{folder} could not be pushed to {name!r} ({first_line(error)}); the local folder is complete: check HF_TOKEN "
+            f"and the network, and push it with `hf upload {name} {folder}`."
         ) from None
     print(f"pushed to {api.endpoint}/{name}")

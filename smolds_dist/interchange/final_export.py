@@ -1,7 +1,7 @@
-"""The model of a job as a folder in Hugging Face format, written by all ranks: nothing is whole anywhere.
+"""Export of the model in Hugging Face format at the end of training, written by all ranks: no rank holds the full model.
 
-Every file has one rank that writes it, tensor by tensor as the others send their parts. What is written does not depend on
-the ranks: one process writes the same files.
+Each file is written by one rank, tensor by tensor, while the other ranks send their slices. The files do not depend on the
+number of ranks.
 """
 
 import json
@@ -27,7 +27,7 @@ from smolds_dist.parallel.gather import Gatherer
 from smolds_dist.parallel.topology import Topology
 
 FILE_BYTES = 2_000_000_000
-ROUND_BYTES = 2**26  # of one file's tensors, that travel at a time
+ROUND_BYTES = 2**26  # of one file's tensors, sent per round
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -39,7 +39,7 @@ def export_model(
     model_config: DeepSeekV3Config,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Writes weights, in the dtype that the run computes in, configuration and tokenizer. Collective."""
+    """Write weights, in the run's dtype, configuration and tokenizer. Collective."""
     with torch.device("meta"):
         skeleton = DeepSeekV3ForCausalLM(model_config)
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
@@ -61,17 +61,17 @@ def write_weights(
     topology: Topology,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Writes safetensors files as transformers names them, and where there are several their index. Collective.
+    """Write safetensors files named as in transformers, and an index if there are several. Collective.
 
     Args:
-        skeleton: the model without storage, in the dtype that is wanted.
-        file_bytes: a file has as many tensors as fit into this; a larger one alone.
+        skeleton: model without storage, in the dtype to write.
+        file_bytes: maximum size of a file, except for a single larger tensor.
     """
     biases = balancer.named_biases()
-    parameters = dict(skeleton.named_parameters())  # a tied weight once
+    parameters = dict(skeleton.named_parameters())  # tied weights once
     stored = {name: bias.to("meta") for name, bias in biases.items()} | parameters
     tensors = {name: stored[name] for name in skeleton.state_dict() if name in stored}
-    # Each sorted as safetensors does it, so that its own files are the same.
+    # Sorted like safetensors' own files, so that they are identical.
     files = [
         dict(sorted(some.items(), key=lambda item: (-item[1].itemsize, item[0])))
         for some in batch_by_bytes(tensors.items(), file_bytes)
@@ -102,24 +102,24 @@ def write_weights(
 
 
 def file_names(count: int) -> list[str]:
-    """Of a model's files, as transformers names them."""
+    """Return the names of a model's files, as in transformers."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 def write_index(folder: Path, sizes: list[dict[str, int]]) -> None:
-    """Of several files, which has which tensors; `sizes` are the bytes of each file's tensors by name."""
+    """Write the index of several files; `sizes` holds each file's tensors and their bytes."""
     if len(sizes) > 1:
         total = sum(sum(some.values()) for some in sizes)
-        places = {name: file for some, file in zip(sizes, file_names(len(sizes)), strict=True) for name in some}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        files = {name: file for some, file in zip(sizes, file_names(len(sizes)), strict=True) for name in some}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager
 def new_safetensors(path: Path, tensors: dict[str, Tensor]) -> Iterator[BufferedWriter]:
-    """A safetensors file whose values are to be written, in this order; it has its name once it is whole.
+    """Open a safetensors file to write these tensors' values in order; it gets its name once complete.
 
     https://github.com/huggingface/safetensors#format
     """
@@ -131,19 +131,19 @@ def new_safetensors(path: Path, tensors: dict[str, Tensor]) -> Iterator[Buffered
         begin += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replaced(path) as part, part.open("wb") as file:
+    with replaced(path) as unfinished, unfinished.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         yield file
 
 
 def in_rounds(files: list[dict[str, Tensor]], world: int) -> Iterator[list[list[str]]]:
-    """For each rank the logical tensors of its file in order, so many of every file at a time as `ROUND_BYTES` hold."""
+    """Yield rounds: for each rank the next logical tensors of its file, up to `ROUND_BYTES`."""
 
-    def parts(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def slices(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors.items():
-            for part, shape in logical_shapes(name, tensor.shape).items():
-                yield part, tensor.new_empty(shape)
+            for slice_name, shape in logical_shapes(name, tensor.shape).items():
+                yield slice_name, tensor.new_empty(shape)
 
-    batches = (batch_by_bytes(parts(tensors), ROUND_BYTES) for tensors in files)
+    batches = (batch_by_bytes(slices(tensors), ROUND_BYTES) for tensors in files)
     for wanted in zip_longest(*batches, fillvalue={}):
         yield [list(names) for names in wanted] + [[]] * (world - len(files))  # fewer files than ranks

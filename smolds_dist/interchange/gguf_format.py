@@ -1,7 +1,7 @@
-"""A checkpoint as one GGUF file, which llama.cpp runs, and all that stands on it, such as Ollama and LM Studio.
+"""A checkpoint as one GGUF file for llama.cpp and programs based on it, such as Ollama and LM Studio.
 
-Grouped-query attention with softmax scores is llama.cpp's architecture `ernie4_5-moe`, latent attention with a shared expert
-its `deepseek2`. Tensors are written one after the other, the experts of a layer stacked, so it takes memory for one of them.
+Grouped-query attention with softmax scores becomes llama.cpp's architecture `ernie4_5-moe`; latent attention with a shared
+expert becomes `deepseek2`. Tensors are written one by one, the experts of a layer stacked, so one tensor bounds memory.
 
 Shape letters: V vocabulary, H hidden, E experts, I expert width, N query heads, D head dimension,
 R latent rank.
@@ -31,7 +31,7 @@ from smolds_dist.model import DeepSeekV3Config
 
 KINDS = {"fp32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 _TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
-# Modules of a layer and of the whole model, as the file calls them.
+# Names in the file of the modules of a layer and of the full model.
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -64,26 +64,28 @@ FROM ./{file}
 PARAMETER top_k 50
 """
 NO_CHAT = """\
-# The model goes on from a text; it follows no instructions and holds no conversation.
+# The model continues text; it does not follow instructions or hold conversations.
 TEMPLATE "{{ .Prompt }}"
 """
 
 
 class GGUFTensor(NamedTuple):
-    """A tensor of the file; its rows are the last dimension, as in ours."""
+    """A tensor of the file; its rows are the last dimension, as in smolds."""
 
     name: str
     shape: tuple[int, ...]
     load: Callable[[], Tensor]  # in fp32
 
 
-def entries(reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config) -> Iterator[GGUFTensor]:
-    """Every tensor of the file, none of them read yet."""
+def gguf_tensors(
+    reader: CheckpointReader, biases: Mapping[str, Tensor], config: DeepSeekV3Config
+) -> Iterator[GGUFTensor]:
+    """Yield every tensor of the file; none is read yet."""
     N, D, R, E = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, config.num_experts
-    # llama.cpp turns the same pairs as the classes that it has its architectures from.
+    # llama.cpp rotates the same pairs as the transformers classes of these architectures.
     kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
 
-    def permuted(name: str) -> Tensor:
+    def rotated(name: str) -> Tensor:
         return interleave_rotary(name, reader.read_full(name, "value"), config, kind)
 
     def stacked(name: str) -> Tensor:
@@ -91,7 +93,7 @@ def entries(reader: CheckpointReader, biases: Mapping[str, Tensor], config: Deep
         return torch.stack([reader.read_full(one, "value") for one in names])
 
     def latent(name: str, keys: bool) -> Tensor:
-        """What makes keys, of which D are not turned, or values of a latent vector [R]."""
+        """Return the projection of a latent vector [R] to keys, of which D are not rotated, or to values."""
         heads = reader.read_full(name, "value").view(N, -1, R)
         return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
@@ -106,24 +108,24 @@ def entries(reader: CheckpointReader, biases: Mapping[str, Tensor], config: Deep
             yield GGUFTensor(f"{block}attn_k_b.weight", (N, R, D), partial(latent, name, keys=True))
             yield GGUFTensor(f"{block}attn_v_b.weight", (N, shape[0] // N - D, R), partial(latent, name, keys=False))
         else:
-            yield GGUFTensor(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(permuted, name))
+            yield GGUFTensor(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(rotated, name))
     for name, bias in biases.items():
         yield GGUFTensor(f"{_block_and_module(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
 
 
 def _block_and_module(name: str) -> tuple[str, str]:
-    """Of a logical tensor's name: the file's prefix for its layer, and the module within the layer."""
+    """Return the file's prefix for a logical tensor's layer, and the module within the layer."""
     match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*?)\.(?:weight|e_score_correction_bias)", name)
     assert match
     return (f"blk.{match[1]}." if match[1] else ""), match[2]
 
 
-def quantization_of(part: GGUFTensor, plain: Kind, quantize: Kind | None) -> Kind:
-    """What a tensor's numbers are. Norms, biases and routers stay fp32, whatever is asked for; matrices whose rows are no
-    multiple of a block of 32 are not quantised, and stay what they would be without."""
-    if len(part.shape) == 1 or ".ffn_gate_inp." in part.name:
+def quantization_of(tensor: GGUFTensor, plain: Kind, quantize: Kind | None) -> Kind:
+    """Return a tensor's type. Norms, biases and routers always stay fp32; matrices whose rows are not a multiple of a block
+    of 32 are not quantized."""
+    if len(tensor.shape) == 1 or ".ffn_gate_inp." in tensor.name:
         return Kind.F32
-    if quantize and part.shape[-1] % gguf.GGML_QUANT_SIZES[quantize][0] == 0:
+    if quantize and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[quantize][0] == 0:
         return quantize
     return plain
 
@@ -139,22 +141,22 @@ def write_gguf(
     quantize: str | None,
     check: bool,
 ) -> None:
-    """Writes the file, and reads it back where `check` says so.
+    """Write the file, and with `check` read it back and compare.
 
     Args:
-        name: what the model is to be called.
+        name: the model's name in the file.
         biases: selection biases [E] by name.
         dtype: fp32 or bf16.
-        quantise: q8_0, or nothing.
+        quantize: q8_0 or None.
 
     Raises:
-        ConfigError: where llama.cpp has no architecture, or no tokenizer, that does the same; nothing is written then.
+        ConfigError: if llama.cpp has no equivalent architecture or tokenizer; then nothing is written.
     """
     architecture, values = llama_architecture(config), hyperparameters(config)
-    words = vocabulary(tokenizer, config.vocab_size)
+    vocab = vocabulary(tokenizer, config.vocab_size)
     plain, quantized = KINDS[dtype], KINDS[quantize] if quantize else None
-    every = list(entries(reader, biases, config))
-    kinds = {part.name: quantization_of(part, plain, quantized) for part in every}
+    every = list(gguf_tensors(reader, biases, config))
+    kinds = {tensor.name: quantization_of(tensor, plain, quantized) for tensor in every}
 
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -164,68 +166,68 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in values.items():
             writer.add_key_value(f"{architecture}.{key}", value, _TYPES[type(value)])
-        write_vocabulary(words, tokenizer, config.eos_token_id, writer)
-        for part in every:
-            block, size = gguf.GGML_QUANT_SIZES[kinds[part.name]]
-            nbytes = math.prod(part.shape) // block * size
-            writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), nbytes, kinds[part.name])
+        write_vocabulary(vocab, tokenizer, config.eos_token_id, writer)
+        for tensor in every:
+            block, size = gguf.GGML_QUANT_SIZES[kinds[tensor.name]]
+            nbytes = math.prod(tensor.shape) // block * size
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, kinds[tensor.name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for part in every:
-            writer.write_tensor_data(gguf.quantize(part.load().contiguous().numpy(), kinds[part.name]))
+        for tensor in every:
+            writer.write_tensor_data(gguf.quantize(tensor.load().contiguous().numpy(), kinds[tensor.name]))
     finally:
         writer.close()
     if check:
-        check_gguf(path, words, tokenizer, every, kinds)
+        check_gguf(path, vocab, tokenizer, every, kinds)
 
 
 def check_gguf(
     path: Path,
-    words: Vocabulary,
+    vocab: Vocabulary,
     tokenizer: PreTrainedTokenizerBase,
     expected: Iterable[GGUFTensor],
     kinds: Mapping[str, Kind],
 ) -> None:
-    """Reads a file back: its tokens must be the tokenizer's, its numbers the checkpoint's, but for rounding.
+    """Read a file back: its tokens must equal the tokenizer's, its values the checkpoint's up to rounding.
 
     Raises:
-        RuntimeError: where they are not, which no input should bring about.
+        RuntimeError: if they differ, which no input should cause.
     """
     file = gguf.GGUFReader(path)
     tokens, merges = (file.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    check_vocabulary(words._replace(tokens=tokens, merges=merges), tokenizer)
+    check_vocabulary(vocab._replace(tokens=tokens, merges=merges), tokenizer)
     found = {tensor.name: tensor for tensor in file.tensors}
-    for part in expected:
-        tensor, values, kind = found.pop(part.name), part.load(), kinds[part.name]
-        theirs = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view(part.shape)
+    for one in expected:
+        tensor, values, kind = found.pop(one.name), one.load(), kinds[one.name]
+        theirs = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view(one.shape)
         if kind == Kind.BF16:
             values = values.bfloat16().float()
         difference, slack = (theirs - values).abs(), torch.zeros(())
         if kind == Kind.Q8_0:
             difference = difference.reshape(-1, 32)
-            # Half a step, which is 1/127 of a block's largest number, and what rounding the step to fp16 adds.
+            # Half a step (1/127 of a block's largest value), plus the rounding of the step to fp16.
             slack = values.reshape(-1, 32).abs().amax(-1, keepdim=True) * 0.005 + 1e-5
         if tensor.tensor_type != kind or not bool((difference <= slack).all()):
-            raise RuntimeError(f"{part.name} is not in the file as it is in the checkpoint")
+            raise RuntimeError(f"{one.name} differs between the file and the checkpoint")
     if found:
-        raise RuntimeError(f"the file holds {sorted(found)[0]}, which the checkpoint does not")
+        raise RuntimeError(f"the file has {sorted(found)[0]}, which the checkpoint does not have")
 
 
 def modelfile(path: Path, chat: bool) -> tuple[Path, str]:
-    """Ollama's description of a model: where it goes beside the model's file, and its text. What is there already, and says
-    something else, stays as it is.
+    """Return the path, next to the model's file, and the text of Ollama's Modelfile. An existing file with other content is
+    kept.
 
     Args:
-        chat: whether the model's file holds a chat template.
+        chat: True if the model's file has a chat template.
 
     Raises:
-        ConfigError: where both names that it could have are taken.
+        ConfigError: if both possible names are taken.
     """
     paths = [path.with_name("Modelfile"), path.with_suffix(".Modelfile")]
-    for place in paths:
+    for candidate in paths:
         template = "" if chat else NO_CHAT
-        text = MODELFILE.format(name=path.stem, file=path.name, modelfile=place.name, template=template)
-        if not place.exists() or place.read_text(encoding="utf-8") == text:
-            return place, text
-    raise ConfigError(f"{paths[0]} and {paths[1]} are there already; move one away, or choose another --to.")
+        text = MODELFILE.format(name=path.stem, file=path.name, modelfile=candidate.name, template=template)
+        if not candidate.exists() or candidate.read_text(encoding="utf-8") == text:
+            return candidate, text
+    raise ConfigError(f"{paths[0]} and {paths[1]} exist already; move one of them, or choose another --to.")

@@ -1,4 +1,4 @@
-"""Our configuration as llama.cpp has it: the architecture that computes the same, and its settings."""
+"""smolds' configuration for llama.cpp: the equivalent architecture and its settings."""
 
 import math
 from typing import Any
@@ -10,10 +10,10 @@ from smolds_dist.model import DeepSeekV3Config
 
 
 def llama_architecture(config: DeepSeekV3Config) -> str:
-    """The architecture of llama.cpp that computes the same function.
+    """Return the architecture of llama.cpp that computes the same function.
 
     Raises:
-        ConfigError: where there is none, naming the setting that stands in the way.
+        ConfigError: if there is none; names the setting without counterpart.
     """
     latent = config.attention == "latent"
     name = "deepseek2" if latent else "ernie4_5-moe"
@@ -25,23 +25,22 @@ def llama_architecture(config: DeepSeekV3Config) -> str:
         "routed_scaling_factor": not latent and config.routed_scaling_factor != 1,
         "n_shared_experts": latent and not config.n_shared_experts,
         "latent_norm_eps": latent and latent_eps is not None and latent_eps != config.rms_norm_eps,
-        # A number of layers by which it takes a model for DeepSeek-V2 Lite, which has no such rank.
+        # By these numbers of layers llama.cpp detects DeepSeek-V2 Lite, which has no such rank.
         "q_lora_rank": latent and config.q_lora_rank is not None and config.num_hidden_layers in (26, 27),
     }
     for field, lacking in no_counterpart.items():
         if lacking:
             raise ConfigError(
-                f"llama.cpp's {name} has no counterpart for {field}={getattr(config, field)!r}; "
-                "--format smolds keeps it as it is."
+                f"llama.cpp's {name} has no counterpart for {field}={getattr(config, field)!r}; use --format smolds."
             )
     return name
 
 
 def hyperparameters(config: DeepSeekV3Config) -> dict[str, Any]:
-    """llama.cpp's settings by name, without the architecture's prefix.
+    """Return llama.cpp's settings by name, without the architecture's prefix.
 
     Raises:
-        ConfigError: for rotary scaling that llama.cpp does not have.
+        ConfigError: for rotary scaling that llama.cpp does not support.
     """
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -62,7 +61,7 @@ def hyperparameters(config: DeepSeekV3Config) -> dict[str, Any]:
     if config.n_group and config.topk_group:
         values |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     if config.attention == "latent":
-        # It computes in the latent space, where all heads share one key, the latent vector and the rotary key [R + P].
+        # llama.cpp computes in latent space, where all heads share one key: latent vector and rotary key [R + P].
         values |= {
             "attention.head_count_kv": 1,
             "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
@@ -94,15 +93,15 @@ def _rope_scaling(config: DeepSeekV3Config) -> dict[str, Any]:
     del scaling["rope_type"]
     factor, length = float(scaling.pop("factor")), scaling.pop("original_max_position_embeddings")
     mscale, all_dim = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
-    # Of these architectures' files llama.cpp does not read where the ramp begins and ends.
+    # For these architectures llama.cpp does not read the limits of the ramp.
     ramp = scaling.pop("beta_fast", 32), scaling.pop("beta_slow", 1)
     if factor <= 1 or ramp != (32, 1) or not truncated or scaling:
         raise ConfigError(
             f"llama.cpp has no counterpart for rope_scaling={config.rope_scaling}, only for yarn with a "
-            "factor above 1, beta_fast=32 and beta_slow=1; --format smolds keeps it as it is."
+            "factor above 1, beta_fast=32 and beta_slow=1; use --format smolds."
         )
-    # As in transformers, what is turned is scaled, and in latent attention the scores are too. llama.cpp scales the first by
-    # attn_factor, times 1 + log where there is no multiplier; latent scores by (the first x (1 + multiplier x log))^2.
+    # As in transformers, rotated values are scaled, and in latent attention also the scores. llama.cpp scales the former by
+    # attn_factor, times 1 + log without a multiplier; latent scores by (the former x (1 + multiplier x log))^2.
     log = 0.1 * math.log(factor)
     turned = (1 + mscale * log) / (1 + all_dim * log) if mscale and all_dim else 1 + log
     multiplier = 0.0
@@ -115,5 +114,5 @@ def _rope_scaling(config: DeepSeekV3Config) -> dict[str, Any]:
         "rope.scaling.attn_factor": turned if multiplier else turned / (1 + log),
     }
     if multiplier:
-        values["rope.scaling.yarn_log_multiplier"] = 0.1 * multiplier  # llama.cpp divides it by 0.1 again
+        values["rope.scaling.yarn_log_multiplier"] = 0.1 * multiplier  # llama.cpp divides it by 0.1
     return values

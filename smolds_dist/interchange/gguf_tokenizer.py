@@ -1,7 +1,7 @@
-"""A byte-level BPE as llama.cpp reads it from a GGUF file, where it is one that llama.cpp has.
+"""A byte-level BPE tokenizer for a GGUF file, if llama.cpp supports it.
 
-llama.cpp knows a tokenizer by its tokens, its merges and the name of how it cuts text before merging (`PRE_TOKENIZERS`);
-what else a tokenizer.json can say must be what llama.cpp does anyway.
+llama.cpp describes a tokenizer by its tokens, its merges, and a name for how it splits text before merging
+(`PRE_TOKENIZERS`); all other content of a tokenizer.json must match llama.cpp's fixed behavior.
 """
 
 import json
@@ -16,10 +16,10 @@ from smolds_dist.data.tokenizer import text_encoder
 from smolds_dist.errors import ConfigError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# By llama.cpp's name, the expressions that cut a text one after the other: those of our own tokenizers, and of SmolLM2's.
+# By llama.cpp's name, the expressions that split text one after the other: of smolds' tokenizers, and of SmolLM2's.
 PRE_TOKENIZERS = {"gpt-2": (_GPT2,), "smollm": (r"\p{N}", _GPT2)}
 
-# Whatever might be cut in another way: spaces of all kinds, code, digits, umlauts, other scripts, emoji.
+# Text that might be split differently: spaces of all kinds, code, digits, umlauts, other scripts, emoji.
 SAMPLE = (
     "The fox's 1234567 jumps, they'll  say   it's 3.14159e-10!\n\n\tdef add(first, second):\n\t    return first+second\n"
     "Ärger über Größe: straße, ÉTÉ, naïve café, \u00bd \u2167 x\u00b2 \u0661\u0662\u0663\r\n\u00a0\u2003wide\u3000space "
@@ -29,19 +29,19 @@ SAMPLE = (
 
 
 class Vocabulary(NamedTuple):
-    pre: str  # llama.cpp's name for how a text is cut
+    pre: str  # llama.cpp's name for how text is split
     tokens: list[str]
     kinds: list[int]  # `gguf.TokenType` of each
-    merges: list[str]  # "LEFT RIGHT", the first to be merged first
-    bos: bool  # whether the tokenizer begins a text with its bos token
-    eos: bool  # whether it ends one with its eos token
+    merges: list[str]  # "LEFT RIGHT", in the order of merging
+    bos: bool  # True if the tokenizer adds its bos token
+    eos: bool  # True if it adds its eos token
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """What llama.cpp has to know; tokens that the model has beyond the tokenizer's are `[PADn]` and unused.
+    """Return the vocabulary for llama.cpp; tokens that the model has beyond the tokenizer's are `[PADn]` and unused.
 
     Raises:
-        ConfigError: where llama.cpp would make other tokens of a text.
+        ConfigError: if llama.cpp would tokenize text differently.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model = spec["model"]
@@ -52,16 +52,16 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         (pre is None, f"the pre-tokenizer {json.dumps(spec['pre_tokenizer'])}"),
         (spec["normalizer"], f"the normalizer {json.dumps(spec['normalizer'])}"),
         (model.get("ignore_merges") or model.get("dropout") or model.get("byte_fallback"), "unusual merging"),
-        (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"), "marks of where words end"),
+        (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"), "prefixes or suffixes of words"),
         (model["type"] == "BPE" and not alphabet <= model["vocab"].keys(), "bytes without a token"),
         (
             any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in spec["added_tokens"]),
-            "control tokens that take spaces along",
+            "control tokens that strip spaces or match only whole words",
         ),
     ):
         if wrong:
             raise ConfigError(
-                f"the tokenizer has {what}, which llama.cpp has no counterpart for; --format transformers keeps it as it is."
+                f"the tokenizer has {what}, which llama.cpp has no counterpart for; use --format transformers."
             )
     assert pre is not None
     texts = {number: text for text, number in model["vocab"].items()}
@@ -71,7 +71,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         kinds[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     if max(texts) >= size:
         raise ConfigError(
-            f"the tokenizer has {max(texts) + 1} tokens, more than the model's {size}; it is another run's."
+            f"the tokenizer has {max(texts) + 1} tokens, more than the model's {size}; use the run's tokenizer."
         )
     return Vocabulary(
         pre,
@@ -83,7 +83,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
 
 
 def _pre_tokenizer(spec: dict[str, Any] | None) -> str | None:
-    """llama.cpp's name of it."""
+    """Return llama.cpp's name of a pre-tokenizer, or None."""
     spec = spec or {}
     *before, last = spec["pretokenizers"] if spec.get("type") == "Sequence" else [spec]
     byte_level = last.get("type") == "ByteLevel" and last.get("use_regex", True) and not last["add_prefix_space"]
@@ -93,31 +93,31 @@ def _pre_tokenizer(spec: dict[str, Any] | None) -> str | None:
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether the tokenizer adds its bos token before a text, and its eos token behind."""
+    """Return whether the tokenizer adds its bos token before a text, and its eos token after it."""
     text = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
+    added = tokenizer("a").input_ids
     for bos, eos in product((False, True), repeat=2):
-        if whole == [tokenizer.bos_token_id] * bos + text + [tokenizer.eos_token_id] * eos:
+        if added == [tokenizer.bos_token_id] * bos + text + [tokenizer.eos_token_id] * eos:
             return bos, eos
     raise ConfigError(
-        f"the tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of the text 'a', and llama.cpp can add no more than "
-        "a bos and an eos token; --format transformers keeps it as it is."
+        f"the tokenizer encodes the text 'a' as {tokenizer.convert_ids_to_tokens(added)}, but llama.cpp can only add a bos "
+        "and an eos token; use --format transformers."
     )
 
 
 def write_vocabulary(
-    words: Vocabulary, tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None, writer: GGUFWriter
+    vocab: Vocabulary, tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None, writer: GGUFWriter
 ) -> None:
-    """Writes the tokenizer, the tokens that end a text, and the chat template."""
+    """Write the tokenizer, the end-of-text tokens, and the chat template."""
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.kinds)
-    writer.add_token_merges(words.merges)
-    # Where there is none, llama.cpp takes token 11 of GPT-2 for it.
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.kinds)
+    writer.add_token_merges(vocab.merges)
+    # Without one, llama.cpp uses token 11 of GPT-2.
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     writer.add_bos_token_id(bos)
-    # llama.cpp has a name for each of three tokens that end a text; it finds the usual further ones by their text.
+    # llama.cpp has keys for three end-of-text tokens, and finds other common ones by their spelling.
     adders = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
     for add, token in zip(adders, ends if isinstance(ends, list) else [tokenizer.eos_token_id], strict=False):
         add(token)
@@ -127,30 +127,30 @@ def write_vocabulary(
         writer.add_chat_template(template)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(words.bos)
-    writer.add_add_eos_token(words.eos)
+    writer.add_add_bos_token(vocab.bos)
+    writer.add_add_eos_token(vocab.eos)
 
 
-def check_vocabulary(words: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes tokens of a page of text as llama.cpp would, with what stands in the file, and compares them with ours.
+def check_vocabulary(vocab: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenize a sample text as llama.cpp would with the content of the file, and compare with our tokenizer.
 
     Raises:
-        RuntimeError: where they differ, which no tokenizer that `vocabulary` lets pass should bring about.
+        RuntimeError: if they differ, which no tokenizer accepted by `vocabulary` should cause.
     """
-    numbered = enumerate(words.tokens)
-    normal = {text: number for number, text in numbered if words.kinds[number] != TokenType.UNUSED}
-    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in words.merges)]
+    numbered = enumerate(vocab.tokens)
+    normal = {text: number for number, text in numbered if vocab.kinds[number] != TokenType.UNUSED}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocab.merges)]
     theirs = Tokenizer(models.BPE(normal, merges))
-    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE_TOKENIZERS[words.pre]]
-    theirs.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]  # its stub knows no setter
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE_TOKENIZERS[vocab.pre]]
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]  # its stub has no setter
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    control = [text for text, number in normal.items() if words.kinds[number] == TokenType.CONTROL]
+    control = [text for text, number in normal.items() if vocab.kinds[number] == TokenType.CONTROL]
     theirs.add_special_tokens(control)
-    theirs.add_tokens([text for text, number in normal.items() if words.kinds[number] == TokenType.USER_DEFINED])
+    theirs.add_tokens([text for text, number in normal.items() if vocab.kinds[number] == TokenType.USER_DEFINED])
     for allowed in (False, True):
         theirs.encode_special_tokens = not allowed
         page = SAMPLE + "".join(f"a{text} b" for text in control)
         ours = text_encoder(tokenizer, allow_control_tokens=allowed).encode(page, add_special_tokens=False)
         if ours.ids != theirs.encode(page, add_special_tokens=False).ids:
-            raise RuntimeError("llama.cpp would make other tokens of a text than the tokenizer does")
+            raise RuntimeError("llama.cpp would tokenize text differently from the tokenizer")

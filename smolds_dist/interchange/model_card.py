@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained on what, how it went, how to load it."""
+"""The model card of an export: model, training data, results, and how to load it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,21 @@ from smolds_dist.observe.report import figure_of
 from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.observe.summary import facts
 
-PICTURE = "training_metrics.png"
+PLOT = "training_metrics.png"
 
 
 def write_card(folder: Path, checkpoint: Path, manifest: Manifest, config: Any, kind: str) -> None:
-    """README.md, and the picture of the run where the checkpoint is in its run's folder."""
+    """Write README.md, and the plot of the run if the checkpoint is in its run's folder."""
     run = checkpoint.parent.parent
     rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= manifest.step]
     steps = [row for row in rows if "loss" in row]
     if steps:
-        figure_of([run]).savefig(folder / PICTURE)
+        figure_of([run]).savefig(folder / PLOT)
     (folder / "README.md").write_text(card(run.resolve().name, rows, manifest, config, kind), encoding="utf-8")
 
 
-def texts(manifest: Manifest) -> list[tuple[str, str]]:
-    """Where the text came from, a row for each source."""
+def sources_table(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return a table row for each source of text, and the mixture."""
     train, data = manifest.config["train"], manifest.config["data"]
     if not data.get("sources"):
         return [("text", f"`{data['source']}`")]
@@ -37,20 +37,20 @@ def texts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str) -> str:
-    """The card as Markdown, with the metadata that the Hub reads at its top."""
+    """Return the card as Markdown, with the Hub's metadata at the top."""
     train, data = manifest.config["train"], manifest.config["data"]
     tokens = manifest.step * train["global_batch"] * data["seq_len"]
     experts = f"{config.num_experts} in each of {config.num_hidden_layers} layers"
     table: list[tuple[str, str]] = [
         ("parameters", f"{parameters_of(manifest):,}"),
-        ("experts", f"{experts}, {config.num_experts_per_tok} for a token"),
+        ("experts", f"{experts}, {config.num_experts_per_tok} per token"),
         ("attention", "multi-head latent" if config.attention == "latent" else "grouped-query"),
-        *texts(manifest),
+        *sources_table(manifest),
         ("steps", f"{manifest.step:,}"),
         ("tokens", f"{tokens:,}"),
         ("sequence length", f"{data['seq_len']:,}"),
         ("optimizer", f"{train['optimizer']}, learning rate {train['lr']:g}, {train['schedule']}"),
-        ("trained on", manifest.layout),
+        ("layout", manifest.layout),
     ]  # fmt: skip
     evaluation = next((row for row in reversed(rows) if "val_loss" in row), None)
     if evaluation:
@@ -58,12 +58,12 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         table.append(("validation loss", f"{line} (step {evaluation['step']:,})"))
     table += facts(rows).items()
     import_line = "import smolds_dist.model  # registers the architecture\n" if kind == "smolds" else ""
-    parts = [
+    sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n- smolds\n---",
         f"# {name}",
-        "A mixture-of-experts language model, pre-trained with smolds. It has seen nothing but its training text: it "
-        "continues text, and follows no instructions.",
-        "## How to load it",
+        "A mixture-of-experts language model, pre-trained with smolds on its training text only: it continues text and "
+        "does not follow instructions.",
+        "## Loading",
         f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{import_line}\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_OR_NAME")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")\n'
@@ -73,10 +73,10 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         markdown.table(("", ""), table),
     ]
     if any("load" in row for row in rows):
-        parts += [
-            f"![Loss, balance and distinct texts]({PICTURE})",
+        sections += [
+            f"![Loss, balance and unique documents]({PLOT})",
             "## Expert balance",
-            "Share of the routed tokens per expert, last 20 steps:",
+            "Share of the routed tokens per expert over the last 20 steps:",
             f"```\n{load_table(rows)}\n```",
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"

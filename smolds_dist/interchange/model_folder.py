@@ -1,4 +1,4 @@
-"""The gate for a folder in Hugging Face format, before transformers sees it: settings in range, files of its own alone."""
+"""Checks of a folder in Hugging Face format before transformers reads it: settings in range, only files of the folder."""
 
 import re
 from dataclasses import dataclass, make_dataclass
@@ -10,7 +10,7 @@ from msgspec import Meta
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import check_tokenizer_files, printable, read_json
 
-FIX = "get it anew"
+FIX = "download it again"
 INDEX = "model.safetensors.index.json"
 Size = Annotated[int, Meta(ge=1, le=2**24)]
 OrNone = Annotated[int, Meta(ge=0, le=2**24)] | None
@@ -20,7 +20,7 @@ Ids = Annotated[int, Meta(ge=-1, le=2**24)] | list[Annotated[int, Meta(ge=0, le=
 
 @dataclass
 class ModelFile:
-    """What a model's config.json says of its size, under the names of smolds and of transformers' classes."""
+    """Sizes in a model's config.json, under the names of smolds and of transformers' classes."""
 
     model_type: str
     vocab_size: Size = 1
@@ -40,7 +40,7 @@ class ModelFile:
         )
 
 
-# What else is checked there, by its type
+# Other checked fields by type
 _CHECKED: tuple[tuple[Any, str], ...] = (
     (Size, "num_attention_heads"),
     (Annotated[int, Meta(ge=1, le=2**40)], "max_position_embeddings"),
@@ -59,16 +59,16 @@ _CheckedFile = make_dataclass("_CheckedFile", _FIELDS, bases=(ModelFile,))
 
 @dataclass
 class Index:
-    """A safetensors index: each tensor's file."""
+    """A safetensors index: the file of each tensor."""
 
     weight_map: dict[str, str]
 
 
 def check_settings(folder: Path) -> ModelFile:
-    """Check the types and ranges of the folder's settings, whatever its weights are.
+    """Check the types and ranges of the folder's settings, without reading its weights.
 
     Raises:
-        ConfigError: naming the file, the field and the fix.
+        ConfigError: names the file, the field and the fix.
     """
     check_tokenizer_files(folder, FIX)
     if (folder / "generation_config.json").exists():
@@ -77,7 +77,7 @@ def check_settings(folder: Path) -> ModelFile:
 
 
 def check_sizes(folder: Path, sizes: ModelFile) -> None:
-    """Raise a `ConfigError` if the settings describe more than the weights' files hold: it would be made in memory."""
+    """Raise a `ConfigError` if the settings describe a larger model than the weight files hold, before it is allocated."""
     layers, numbers = _stored(folder)
     width, hidden = sizes.moe_intermediate_size or sizes.intermediate_size or 1, sizes.hidden_size
     checks = {
@@ -86,17 +86,17 @@ def check_sizes(folder: Path, sizes: ModelFile) -> None:
         f"{sizes.experts:,} experts of width {width:,}": sizes.experts * width * hidden > numbers,
     }
     if more := next((what for what, is_more in checks.items() if is_more), None):
-        held = f"{layers:,} layers, {numbers:,} numbers at most"
+        held = f"{layers:,} layers, at most {numbers:,} parameters"
         raise ConfigError(
-            f"{folder / 'config.json'} says {more}, more than the weights beside it hold ({held}); {FIX}."
+            f"{folder / 'config.json'} specifies {more}, more than its weight files contain ({held}); {FIX}."
         )
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: those of its index, else model.safetensors, else all.
+    """Return the folder's safetensors files: those of its index, else model.safetensors, else all.
 
     Raises:
-        ConfigError: where there are none, one is missing, or the index names a path outside the folder.
+        ConfigError: if there are none, one is missing, or the index names a path outside the folder.
     """
     index, alone = folder / INDEX, folder / "model.safetensors"
     paths = [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
@@ -104,26 +104,26 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index, FIX, Index).weight_map.values()))
         if outside := [name for name in names if not re.fullmatch(r"\w[\w.+=-]*\.safetensors", name)]:
             raise ConfigError(
-                printable(f"{index} names {outside[0][:100]!r}, not a safetensors file of its folder; {FIX}.")
+                printable(f"{index} names {outside[0][:100]!r}, which is not a safetensors file of its folder; {FIX}.")
             )
         paths = [folder / name for name in names]
     if not paths:
-        raise ConfigError(f"{folder} holds no safetensors files; convert the model's weights to them.")
+        raise ConfigError(f"{folder} contains no safetensors files; convert the model's weights to safetensors.")
     for path in paths:
         if not path.is_file():
-            raise ConfigError(f"{folder} lacks {path.name}, which {INDEX} lists; get it, too.")
+            raise ConfigError(f"{folder} lacks {path.name}, which {INDEX} lists; download it.")
     return paths
 
 
 def _stored(folder: Path) -> tuple[int, int]:
-    """How many layers the weights have, and how many numbers at most, of four bits each; reads headers alone."""
+    """Return the number of layers of the weights, and of parameters at most (4 bits each); reads only headers."""
     from safetensors import SafetensorError, safe_open
 
     layers, paths = 0, weight_files(folder)
     for path in paths:
         try:
             with safe_open(path, framework="np") as file:
-                found = [re.search(r"\.(\d{1,6})\.", key) for key in file.keys()]  # noqa: SIM118  it is no mapping
+                found = [re.search(r"\.(\d{1,6})\.", key) for key in file.keys()]  # noqa: SIM118  not a mapping
         except (SafetensorError, OSError) as error:
             raise ConfigError(printable(f"{path} is damaged ({error}); {FIX}.")) from None
         layers = max(layers, *(int(layer[1]) + 1 for layer in found if layer), 0)

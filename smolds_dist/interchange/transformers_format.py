@@ -1,9 +1,9 @@
-"""The same model in transformers' own classes: which class and configuration, and the weights renamed; there and back.
+"""Conversion to and from transformers' own classes: class, configuration and renamed weights.
 
-| class | what it is of ours |
+| class | features of smolds |
 |---|---|
-| `Ernie4_5_MoeForCausalLM` | grouped-query attention, renormalised softmax scores; biases, shared experts, dense layers |
-| `MixtralForCausalLM` | the same without these three |
+| `Ernie4_5_MoeForCausalLM` | grouped-query attention, renormalized softmax scores; biases, shared experts, dense layers |
+| `MixtralForCausalLM` | the same without biases, shared experts and dense layers |
 | `Qwen3MoeForCausalLM`, `OlmoeForCausalLM` | `qk_norm` "head" and "all", softmax scores; no selection biases |
 | `LlamaForCausalLM` | grouped-query attention and a single expert |
 | `DeepseekV3ForCausalLM` | latent attention, sigmoid scores, a shared expert |
@@ -31,8 +31,8 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
-UNBIASED = ("mixtral", "qwen3_moe", "olmoe")  # which know no selection biases
-LATENT_NORM_EPS = 1e-6  # which DeepSeek-V3's class does not let one choose
+UNBIASED = ("mixtral", "qwen3_moe", "olmoe")  # without selection biases
+LATENT_NORM_EPS = 1e-6  # fixed in DeepSeek-V3's class
 _SHARED_FIELDS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads hidden_act max_position_embeddings initializer_range "
     "rms_norm_eps tie_word_embeddings pad_token_id bos_token_id eos_token_id"
@@ -47,8 +47,12 @@ def _same(names: str) -> dict[str, str]:
 
 
 _GQA = _same("num_key_value_heads head_dim num_experts_per_tok")
-_DENSE_FIRST = ("ernie4_5_moe", "qwen3_moe", "deepseek_v3")  # whose first layers may be; they have `intermediate_size`
-# Of each kind of model, its names of our fields.
+_DENSE_FIRST = (
+    "ernie4_5_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+)  # first layers may be dense, of `intermediate_size`
+# For each model type, its names of our fields.
 _FIELDS: dict[str, dict[str, str]] = {
     "ernie4_5_moe": _GQA
     | {
@@ -70,7 +74,7 @@ _FIELDS: dict[str, dict[str, str]] = {
 }
 _SOFTMAX = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": None, "attention": "gqa"}
 _EXPERTS_ALONE = {"n_shared_experts": 0, "first_k_dense_replace": 0}
-# What each kind takes for granted.
+# Fixed values of our fields for each model type.
 _FIXED: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": _SOFTMAX | {"norm_topk_prob": True, "qk_norm": None},
     "mixtral": _SOFTMAX | {"norm_topk_prob": True, "qk_norm": None} | _EXPERTS_ALONE,
@@ -79,7 +83,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "llama": _SOFTMAX | {"num_experts": 1, "num_experts_per_tok": 1, "qk_norm": None} | _EXPERTS_ALONE,
     "deepseek_v3": {"attention": "latent", "scoring_func": "sigmoid"},
 }
-# Of their configurations what changes nothing in what a model computes, or is compared in another way.
+# Fields of their configurations that do not change what a model computes, or are compared elsewhere.
 _NO_MATTER = (
     "dtype torch_dtype architectures transformers_version use_cache _name_or_path pretraining_tp output_router_logits "
     "router_aux_loss_coef rope_parameters rope_scaling rope_theta rope_interleave num_mtp_layers num_nextn_predict_layers "
@@ -88,10 +92,10 @@ _NO_MATTER = (
 
 
 def model_type(config: DeepSeekV3Config, biased: bool = True) -> str:
-    """transformers' name of the kind of model that computes the same function, if any does.
+    """Return transformers' model type that computes the same function, if there is one.
 
     Args:
-        biased: whether any selection bias is not 0.
+        biased: True if any selection bias is not 0.
     """
     if config.attention == "latent":
         return "deepseek_v3"
@@ -103,14 +107,14 @@ def model_type(config: DeepSeekV3Config, biased: bool = True) -> str:
 
 
 def transformers_config(config: DeepSeekV3Config, biased: bool = True, kind: str | None = None) -> PreTrainedConfig:
-    """The configuration of the transformers model that computes the same function.
+    """Return the configuration of the transformers model that computes the same function.
 
     Args:
-        biased: whether any selection bias is not 0.
-        kind: a model type of theirs, where it is not to be `model_type`'s.
+        biased: True if any selection bias is not 0.
+        kind: their model type; default: `model_type`.
 
     Raises:
-        ValueError: where there is none, naming the setting that stands in the way.
+        ValueError: if there is none; names the setting without counterpart.
     """
     kind = kind or model_type(config, biased)
     common = {name: getattr(config, name) for name in _SHARED_FIELDS}
@@ -118,17 +122,15 @@ def transformers_config(config: DeepSeekV3Config, biased: bool = True, kind: str
     common["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     theirs = _counterpart(config, kind, common)
     if biased and kind in UNBIASED:
-        raise ValueError(
-            f"{CLASSES[kind]} has no selection biases; train with balance none or aux_loss to keep them 0."
-        )
-    # transformers 4, mlx-lm and others look for these here alone, and else take a default of their own.
+        raise ValueError(f"{CLASSES[kind]} has no selection biases; train with --train.balance none or aux_loss.")
+    # transformers 4, mlx-lm and others read it only here, and otherwise use their own default.
     theirs.rope_theta = config.rope_theta
     return theirs
 
 
 def save_config(written: PreTrainedConfig, folder: Path) -> None:
-    """As `save_pretrained`; of transformers' own classes also under the names that other readers know and transformers 5
-    has given up: YaRN's settings, and the number of Qwen3's experts."""
+    """Save like `save_pretrained`; for transformers' own classes also under names that other readers expect but
+    transformers 5 has dropped: YaRN's settings, and the number of Qwen3's experts."""
     written.save_pretrained(folder)
     if written.model_type not in CLASSES:
         return
@@ -160,7 +162,7 @@ def _counterpart(config: DeepSeekV3Config, kind: str, common: dict[str, Any]) ->
         theirs["mlp_only_layers"] = list(range(config.first_k_dense_replace))
     if kind == "olmoe" and config.head_dim * config.num_attention_heads != config.hidden_size:
         raise ValueError(
-            f"{CLASSES['olmoe']} has no head_dim of its own; it must be hidden_size / num_attention_heads."
+            f"{CLASSES['olmoe']} has no head_dim field; head_dim must be hidden_size / num_attention_heads."
         )
     if kind == "deepseek_v3":
         if not config.n_shared_experts:
@@ -169,18 +171,18 @@ def _counterpart(config: DeepSeekV3Config, kind: str, common: dict[str, Any]) ->
             )
         if (config.rms_norm_eps if config.latent_norm_eps is None else config.latent_norm_eps) != LATENT_NORM_EPS:
             raise ValueError(
-                "transformers' DeepSeek-V3 fixes the latent norms' epsilon; only latent_norm_eps=1e-6 matches."
+                "transformers' DeepSeek-V3 fixes the epsilon of the latent norms; only latent_norm_eps=1e-6 matches."
             )
         theirs |= {"num_key_value_heads": config.num_attention_heads, "rope_interleave": True, "num_mtp_layers": 0}
         theirs |= {"n_group": config.n_group or 1, "topk_group": config.topk_group or 1}
-        # transformers takes these for granted; others read them.
+        # transformers assumes these; other readers expect them.
         theirs |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
     return CONFIG_MAPPING[kind](**theirs)
 
 
 def to_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> tuple[str, Tensor] | None:
-    """A logical tensor or selection bias of ours (`parallel.fragments`) under the name and in the row order of transformers'
-    files, in which too every matrix of every expert stands on its own. None: there is no such tensor there."""
+    """Return a logical tensor or selection bias of ours (`parallel.fragments`) with its name and row order in transformers'
+    files, which also store every matrix of every expert separately. None if there is no such tensor."""
     tensor = interleave_rotary(name, tensor, config, kind)
     if name.endswith(".gate.e_score_correction_bias"):
         if kind == "ernie4_5_moe":
@@ -199,12 +201,12 @@ _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, theirs: Any) -> tuple[str, Tensor] | None:
-    """The way back of `to_transformers`, from a model with the configuration `theirs`; stacked experts stay stacked. None: a
-    tensor that changes nothing in what the model computes."""
+    """Invert `to_transformers` for a model with the configuration `theirs`; stacked experts stay stacked. None for a tensor
+    that does not change what the model computes."""
     kind = theirs.model_type
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if name.endswith("rotary_emb.inv_freq") or (layer and int(layer[1]) >= config.num_hidden_layers):
-        return None  # computed anew; layers after the last predict further tokens (DeepSeek-V3, section 2.2)
+        return None  # recomputed; layers after the last are for multi-token prediction (DeepSeek-V3, section 2.2)
     pairs = kind == "ernie4_5_moe" or getattr(theirs, "rope_interleave", False)
     if pairs and (rotary := _rotary_rows(name, config, kind)):
         return name, _reordered(tensor, *rotary, (rotary[1] // 2, 2))
@@ -220,9 +222,9 @@ def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, their
 
 
 def _rotary_rows(name: str, config: DeepSeekV3Config, kind: str) -> tuple[int, int] | None:
-    """Rows of a head and how many of them, its last, are turned, where their order is not that of ours.
+    """Return the rows of a head and how many (its last) are rotary, if their order differs from ours.
 
-    We turn the pairs (i, i + P/2), ERNIE and DeepSeek-V3 the pairs (2 i, 2 i + 1); the others do as we do.
+    Ours rotates the pairs (i, i + P/2), ERNIE and DeepSeek-V3 the pairs (2 i, 2 i + 1), all others the same as ours.
     """
     weight = name.rpartition(".self_attn.")[2]
     if kind == "ernie4_5_moe" and weight in ("q_proj.weight", "k_proj.weight"):
@@ -235,7 +237,7 @@ def _rotary_rows(name: str, config: DeepSeekV3Config, kind: str) -> tuple[int, i
 
 
 def interleave_rotary(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> Tensor:
-    """A logical tensor of ours in the row order of a kind of model that turns the pairs (2 i, 2 i + 1)."""
+    """Return a logical tensor of ours in the row order of a model type that rotates the pairs (2 i, 2 i + 1)."""
     if rotary := _rotary_rows(name, config, kind):
         return _reordered(tensor, *rotary, (2, rotary[1] // 2))
     return tensor
@@ -243,38 +245,36 @@ def interleave_rotary(name: str, tensor: Tensor, config: DeepSeekV3Config, kind:
 
 def _reordered(tensor: Tensor, head: int, rotary: int, order: tuple[int, int]) -> Tensor:
     rows_nDC = tensor.view(-1, head, tensor.shape[-1])
-    still, turned = rows_nDC.split([head - rotary, rotary], dim=1)
-    turned = turned.reshape(len(turned), *order, -1).transpose(1, 2).reshape(turned.shape)
-    return torch.cat((still, turned), dim=1).reshape(tensor.shape)
+    plain, rotary_rows = rows_nDC.split([head - rotary, rotary], dim=1)
+    rotary_rows = rotary_rows.reshape(len(rotary_rows), *order, -1).transpose(1, 2).reshape(rotary_rows.shape)
+    return torch.cat((plain, rotary_rows), dim=1).reshape(tensor.shape)
 
 
 def our_config(theirs: Any) -> DeepSeekV3Config:
-    """Our configuration of the same function as one of `CLASSES`' models.
+    """Return our configuration of the same function as a model of `CLASSES`.
 
     Raises:
-        ValueError: where there is none, naming the setting that stands in the way.
+        ValueError: if there is none; names the setting without counterpart.
     """
     kind = theirs.model_type
     if kind not in CLASSES:
-        raise ValueError(f"model_type {kind!r} is none of {', '.join(CLASSES)}.")
+        raise ValueError(f"model_type {kind!r} is not one of {', '.join(CLASSES)}.")
     if getattr(theirs, "quantization_config", None):
-        raise ValueError(
-            "quantization_config is there, but only plain weights can be read; convert them to bf16 first."
-        )
+        raise ValueError("quantized weights (quantization_config) cannot be read; convert them to bf16 first.")
     fields = {name: getattr(theirs, name) for name in _SHARED_FIELDS} | _rope(theirs) | _parts(theirs)
     try:
         ours = DeepSeekV3Config(**fields)
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from None
-    # What our configuration cannot say must be as our way back would say it.
+    # Fields without counterpart must have the values that converting back would give.
     expected = transformers_config(ours, biased=False, kind=kind).to_dict()
     for name, value in theirs.to_dict().items():
         if name == "intermediate_size" and kind in _DENSE_FIRST:
-            continue  # of dense layers, which there may be none of
+            continue  # of dense layers, if any
         if name == "head_dim" and value is None:
             continue  # hidden_size / num_attention_heads
         if name in expected and name not in _NO_MATTER and expected[name] != value:
-            raise ValueError(f"{name}={value!r} has no counterpart; only {expected[name]!r} has.")
+            raise ValueError(f"{name}={value!r} is not supported; only {expected[name]!r} is.")
     return ours
 
 
@@ -283,20 +283,20 @@ def _rope(theirs: Any) -> dict[str, Any]:
     kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta"))
     rope.pop("type", None)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={theirs.rope_parameters['partial_rotary_factor']} has no counterpart.")
+        raise ValueError(f"partial_rotary_factor={theirs.rope_parameters['partial_rotary_factor']} is not supported.")
     if kind == "default":
         return {"rope_theta": theta}
     unknown = [name for name in rope if name not in _YARN_FIELDS]
     if kind != "yarn" or unknown:
         message = f"its setting {unknown[0]!r}" if kind == "yarn" else f"rope_type {kind!r}"
-        raise ValueError(f"{message} has no counterpart; only plain rotary embedding and YaRN have.")
+        raise ValueError(f"{message} is not supported; only plain rotary embedding and YaRN are.")
     if rope.get("factor") is None:
         rope["factor"] = theirs.max_position_embeddings / rope["original_max_position_embeddings"]
     return {"rope_theta": theta, "rope_scaling": {"rope_type": "yarn", **rope}}
 
 
 def _parts(theirs: Any) -> dict[str, Any]:
-    """Attention, mixture of experts and dense layers."""
+    """Return the fields of attention, mixture of experts and dense layers."""
     kind = theirs.model_type
     ours = {name: getattr(theirs, called, None) for name, called in _FIELDS[kind].items()} | _FIXED[kind]
     if kind == "deepseek_v3":

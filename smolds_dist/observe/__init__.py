@@ -1,1 +1,1 @@
-"""What a run shows of itself: rows, curves, pictures, lines."""
+"""Rows of metrics, curves, plots and reports of runs."""

@@ -1,21 +1,21 @@
-"""The rows of a metrics.jsonl as named curves, for TensorBoard and other trackers."""
+"""The rows of a metrics.jsonl as named curves for TensorBoard and other trackers."""
 
 import math
 
 from smolds_dist.observe.rows import is_kept
 
-# What `smolds runs diff` lists and `smolds report --html` draws, by its name in a row of metrics.jsonl
+# Labels of metrics in `smolds runs diff` and `smolds report --html`, by their names in metrics.jsonl
 CURVES = {
     "loss": "Loss, nats per token",
-    "val_loss": "Loss on held-out text, nats per token",
-    "val_bits_per_byte": "Bits per byte on held-out text",
+    "val_loss": "Validation loss, nats per token",
+    "val_bits_per_byte": "Validation bits per byte",
     "max_vio": "Expert imbalance (MaxVio of a batch)",
     "max_vio_window": "Expert imbalance (MaxVio of 100 steps)",
     "grad_norm": "Gradient norm",
     "lr": "Learning rate",
     "tokens_per_s": "Tokens per second",
-    "mfu": "Share of the peak FLOP/s",
-    "unique_texts": "Distinct texts trained on",
+    "mfu": "MFU",
+    "unique_texts": "Unique documents trained on",
     "memory_gb": "Memory of the largest rank, GB",
 }
 TRAIN = ("loss", "lr", "grad_norm")
@@ -23,15 +23,15 @@ SPEED = ("tokens_per_s", "mfu", "memory_gb")
 
 
 def first_mixture(config: dict) -> int:
-    """The number of the first layer that has experts: what rows say of layers begins there."""
+    """Return the index of the first layer with experts, which is the first layer in per-layer lists of rows."""
     return config["model"].get("first_k_dense_replace", 0)
 
 
 def curves_of(row: dict, config: dict) -> dict[str, float]:
-    """The points that a row adds to the curves of a run with these settings, by their names; none for an event.
+    """Return the points by curve name that a row adds, for a run with these settings; none for an event.
 
-    Of long runs not every row counts, so that trackers stay small: of the experts' curves steps with three digits before
-    zeros, of the others with four and the last one.
+    Long runs are thinned to keep trackers small: experts' curves have steps of three significant digits, the others of four,
+    and the last step.
     """
     if "event" in row:
         return {}
@@ -56,7 +56,7 @@ def _of_training(row: dict, config: dict) -> dict[str, float | None]:
         points |= {f"speed/{name}": row.get(name) for name in SPEED}
         if row["loss"] is not None:
             points["train/perplexity"] = _perplexity(row["loss"])
-        points |= {f"grad_norm/{part}": norm for part, norm in row.get("grad_norms", {}).items()}
+        points |= {f"grad_norm/{group}": norm for group, norm in row.get("grad_norms", {}).items()}
         points |= {f"attention/{name}": row.get(name) for name in ("max_logit", "clipped_heads")}
         points |= {f"seconds/{phase}": seconds for phase, seconds in row.get("seconds", {}).items()}
         points |= {f"data/{name}": row.get(name) for name in ("seen_texts", "unique_texts")}

@@ -1,4 +1,4 @@
-"""`smolds data prepare|show|stats|order`: what a run is trained on, asked of its data."""
+"""`smolds data prepare|show|stats|order`: prepare and inspect the training data of a run."""
 
 import argparse
 import json
@@ -23,38 +23,38 @@ from smolds_dist.observe.rows import read_rows
 from smolds_dist.progress import ProgressBar, Reporter
 from smolds_dist.settings import RunConfig
 
-BAR = 40  # characters of the longest
-MAX_SAMPLES = 50_000  # that are looked at to see what packing comes to
-POLL_SECONDS = 0.5  # seconds between two looks at what workers have made
+BAR = 40  # characters of the longest bar
+MAX_SAMPLES = 50_000  # inspected for the statistics of packing
+POLL_SECONDS = 0.5  # seconds between checks of the workers' progress
 
 
 def data(args: list[str]) -> int:
-    """Runs one of the subcommands; returns the exit code, and raises a `ConfigError` for an unknown one."""
+    """Run a subcommand and return its exit code; raise a `ConfigError` for an unknown one."""
     commands = {"prepare": prepare, "show": show, "stats": stats, "order": order}
     if args and args[0] in commands:
         return commands[args[0]](args[1:])
     if args and args[0] in ("-h", "--help"):
         print(
             "usage: smolds data {prepare,show,stats,order} [options]\n\n"
-            "  prepare  tokenises what a run will want, in any number of processes\n"
-            "  show     the texts of a step that a run has trained on, each with its file and row\n"
-            "  stats    files, documents, tokens, lengths, copies, and the epochs that a run would take\n"
-            "  order    where a run's samples begin, as JSON lines\n\n"
+            "  prepare  tokenize a run's data in advance, in any number of processes\n"
+            "  show     print the documents of a training step, each with its file and row\n"
+            "  stats    print files, documents, tokens, lengths, copies and epochs of each source\n"
+            "  order    print where a run's samples begin, as JSON lines\n\n"
             "example: smolds data show runs/first --step 100"
         )
         return 0
-    raise ConfigError(f"smolds data {' '.join(args[:1])!r} is no command; use prepare, show, stats or order.")
+    raise ConfigError(f"smolds data {' '.join(args[:1])!r} is not a command; use prepare, show, stats or order.")
 
 
 def prepare(args: list[str]) -> int:
-    """Tokenises what a run will want, long before it begins."""
+    """Tokenize a run's data in advance."""
     parser = OptionParser(
         prog="smolds data prepare",
-        description="Tokenises what a run will want. Any number of processes on any number of machines share the work, and "
-        "go on where others were stopped.",
+        description="Tokenize a run's data in advance. Any number of processes on any number of machines divide the work "
+        "and continue where others stopped.",
         example="smolds data prepare --workers 8 -- --preset smollm2-deepseek-255m",
     )
-    parser.add_argument("--workers", type=int, help="processes that tokenise; by default one for each core, up to 16")
+    parser.add_argument("--workers", type=int, help="worker processes; default: one per core, up to 16")
     options, settings = parser.parse_before_training(args)
     config = load_config(settings, prog="smolds data prepare --")
     reporter = Reporter(shown=config.log.level != "quiet")
@@ -66,52 +66,52 @@ def prepare(args: list[str]) -> int:
             watch(config, data, samples, workers)
     for name, source in data.sources.items():
         source.count_cached()
-        found = f"{source.num_found:,} of {len(source.shards):,} parts are tokenised, {source.tokens_found:,} tokens"
-        print(f"{name}: {found}", *source.describe_skipped(), sep="\n  ")
+        tokenized = f"{source.num_found:,} of {len(source.shards):,} shards tokenized, {source.tokens_found:,} tokens"
+        print(f"{name}: {tokenized}", *source.describe_skipped(), sep="\n  ")
     return 0
 
 
 def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers) -> None:
-    """Shows how far the workers are until there is all that the run wants."""
+    """Show the workers' progress until the run's data is complete."""
     sources = data.sources.values()
     files = sum(len(source.files) for source in sources)
     for source in sources:
         source.count_cached()
     began, before = time.monotonic(), sum(source.tokens_found for source in sources)
-    with closing(ProgressBar("Tokenising: token", done=before, shown=config.log.level != "quiet")) as bar:
+    with closing(ProgressBar("Tokenizing: token", done=before, shown=config.log.level != "quiet")) as bar:
         while workers.are_running() and not data.has_samples(samples):
             time.sleep(POLL_SECONDS)
             for source in sources:
                 source.count_cached()
-            there, ready = sum(source.tokens_found for source in sources), sum(source.files_found for source in sources)
-            rate = (there - before) / (time.monotonic() - began)
+            found, ready = sum(source.tokens_found for source in sources), sum(source.files_found for source in sources)
+            rate = (found - before) / (time.monotonic() - began)
             bar.total = wanted_tokens(data, samples)
-            bar.show(there, f"{ready:,} of {files:,} files, {rate:,.0f} tokens/s")
+            bar.show(found, f"{ready:,} of {files:,} files, {rate:,.0f} tokens/s")
 
 
 def wanted_tokens(data: TrainingData, samples: int) -> int | None:
-    """About how many tokens the run wants to have; None before there are any of each source."""
+    """Return about how many tokens the run needs; None until there are some of each source."""
     total = 0.0
     for name, needed in data.taken(samples).items():
         source = data.sources[name]
         if not source.num_found:
             return None
-        all_of_it = source.tokens_found / source.num_found * len(source.shards)
-        total += max(source.tokens_found, min(all_of_it, needed * data.seq_len))
+        all_tokens = source.tokens_found / source.num_found * len(source.shards)
+        total += max(source.tokens_found, min(all_tokens, needed * data.seq_len))
     return round(total)
 
 
 def show(args: list[str]) -> int:
-    """Prints the texts of a step that a run has trained on; 1 where they are not those that it saw."""
+    """Print the documents of a training step; return 1 if they differ from those that the run was trained on."""
     parser = OptionParser(
         prog="smolds data show",
-        description="The texts of a step, each with its source, file and place there.",
+        description="Print the documents of a training step, each with its source, file and row.",
         example="smolds data show runs/first --step 100",
     )
-    parser.add_argument("run", type=Path, help="a run's folder (runs/NAME)")
-    parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--rank", type=int, help="only what this rank had")
-    parser.add_argument("--json", action="store_true", help="a JSON line for each sample")
+    parser.add_argument("run", type=Path, help="folder of a run (runs/NAME)")
+    parser.add_argument("--step", type=int, required=True, help="training step")
+    parser.add_argument("--rank", type=int, help="print only this rank's samples")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per sample")
     options = parser.parse_args(args)
     rows = read_rows(options.run / "metrics.jsonl")
     row = next((row for row in rows if row["step"] == options.step and "loss" in row), None)
@@ -131,51 +131,50 @@ def show(args: list[str]) -> int:
     if options.rank is not None:
         ranks = start.get("world_size", 1)
         if not 0 <= options.rank < ranks:
-            raise ConfigError(
-                f"--rank {options.rank} was none of the run's; it had ranks 0 to {ranks - 1} in this step."
-            )
+            raise ConfigError(f"--rank {options.rank} is not a rank of this step; choose from 0 to {ranks - 1}.")
         indices = indices[options.rank * batch // ranks : (options.rank + 1) * batch // ranks]
     for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
-        parts = list(documents_of(found, sample))
+        documents = list(documents_of(found, sample))
         if options.json:
-            print(json.dumps({"index": index, "source": sample.source.name, "parts": parts}))
+            print(json.dumps({"index": index, "source": sample.source.name, "parts": documents}))
             continue
-        for part in parts:
-            print(f"== sample {index}, {sample.source.name}: {format_origin(config, sample, part)}\n{part['text']}")
+        for document in documents:
+            print(
+                f"== sample {index}, {sample.source.name}: {format_origin(config, sample, document)}\n{document['text']}"
+            )
     if not options.json:
         print(f"== batch {digest}, recorded as {row['batch']}")
     if row["batch"] == digest:
         return 0
-    print("the texts are not those that the run has seen: the files of its sources have changed since then")
+    print("the run was trained on other documents: the files of its sources have changed")
     return 1
 
 
-def format_origin(config: RunConfig, sample: Sample, part: dict[str, Any]) -> str:
-    """A part's file, row and first token there."""
+def format_origin(config: RunConfig, sample: Sample, document: dict[str, Any]) -> str:
+    """Format a document's file, row and first token in the sample."""
     kind = config.data.mixed[sample.source.name].source.partition(":")[0]
-    row = f", {ROW_NAMES[kind]} {part['document']:,}" if kind in ROW_NAMES else ""
-    return f"{part['file']}{row}" + (f", from token {part['start']:,}" if part["start"] else "")
+    row = f", {ROW_NAMES[kind]} {document['document']:,}" if kind in ROW_NAMES else ""
+    return f"{document['file']}{row}" + (f", from token {document['start']:,}" if document["start"] else "")
 
 
 def documents_of(found: TrainingData, sample: Sample) -> Iterator[dict[str, Any]]:
-    """The documents in a sample, each with its file, number, the first of its tokens that is in the sample, and the text."""
+    """Yield the documents in a sample: file, number, first token in the sample, and text."""
     source = sample.source
     for shard, start, length in sample.spans:
         table, tokens = np.asarray(source.table(shard)), source.tokens(shard)
-        # those that begin behind the first token
-        inside = table[slice(*documents_in(table, start + 1, length - 1))]["start"].tolist()
+        inside = table[slice(*documents_in(table, start + 1, length - 1))]["start"].tolist()  # after the first token
         for at, end in pairwise([start, *inside, start + length]):
             text = str(found.tokenizer.decode(tokens[at:end].tolist(), skip_special_tokens=True))
             yield origin_of(source, shard, at) | {"text": text}
 
 
 def documents_in(table: np.ndarray, start: int, length: int) -> list[int]:
-    """The rows of the first document that begins at this training token or later, and of the first behind so many more."""
+    """Return the rows of the first document at or after this training token, and of the first one `length` tokens later."""
     return search_sorted(table["start"], np.array([start, start + length], dtype=np.uint64)).tolist()
 
 
 def origin_of(source: ShardedSource, shard: int, token: int) -> dict[str, Any]:
-    """Where a training token comes from: its file, the document's number there, and the token's in it."""
+    """Return a training token's file, its document's number there, and its index in the document."""
     table = np.asarray(source.table(shard))
     row = table[documents_in(table, token + 1, 0)[0] - 1]
     file, number = source.location(shard, row)
@@ -183,23 +182,23 @@ def origin_of(source: ShardedSource, shard: int, token: int) -> dict[str, Any]:
 
 
 def options_and_config(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, RunConfig]:
-    """A subcommand's own options, which may stand behind `--` too, and the training's configuration."""
+    """Return a subcommand's own options, which may also follow `--`, and the configuration of training."""
     options, settings = parser.parse_known_args([arg for arg in args if arg != "--"])
     return options, load_config([*settings, "-q"], prog=parser.prog)
 
 
 def order(args: list[str]) -> int:
-    """Prints where samples begin, as JSON lines."""
+    """Print where samples begin, as JSON lines."""
     parser = OptionParser(
         prog="smolds data order",
-        description="Where the run's samples begin, a JSON line for each: index, source, file, document, start.",
+        description="Print where the run's samples begin, one JSON line each: index, source, file, document, start.",
         example="smolds data order --samples 0:100 -- --preset debug",
     )
-    parser.add_argument("--samples", default="0:100", metavar="FIRST:END", help="of the run, the end not included")
+    parser.add_argument("--samples", default="0:100", metavar="FIRST:END", help="range of samples, end exclusive")
     options, config = options_and_config(parser, args)
     first, _, end = options.samples.partition(":")
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
-        raise ConfigError(f"--samples {options.samples!r} is no range; write it as FIRST:END, such as 0:100.")
+        raise ConfigError(f"--samples {options.samples!r} is not a range; use FIRST:END, such as 0:100.")
     found = prepare_data(config)
     for begin in range(int(first), int(end), 1024):
         indices = range(begin, min(int(end), begin + 1024))
@@ -210,13 +209,13 @@ def order(args: list[str]) -> int:
 
 
 def stats(args: list[str]) -> int:
-    """Prints what each source holds and how often the run goes through it."""
+    """Print statistics of each source and how many epochs the run takes."""
     parser = OptionParser(
         prog="smolds data stats",
-        description="Files, documents, tokens, lengths and copies of each source, and the epochs that the run would take.",
+        description="Print files, documents, tokens, lengths and copies of each source, and the epochs that the run takes.",
         example="smolds data stats -- --preset debug --data.source text:'corpus/*.txt'",
     )
-    parser.add_argument("--json", action="store_true", help="a JSON object for each source")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per source")
     options, config = options_and_config(parser, args)
     found = prepare_data(config)
     for order in found.orders.values():
@@ -236,10 +235,10 @@ def stats(args: list[str]) -> int:
 
 
 def source_stats(source: ShardedSource, train_tokens: int) -> dict[str, Any]:
-    """What a source's tokens say of its text, both splits together.
+    """Return statistics of a source's documents, both splits together.
 
     Args:
-        train_tokens: of the training split.
+        train_tokens: tokens of the training split.
     """
     tables = [(source.validation.documents, len(source.validation.tokens))]
     for shard in range(len(source.shards)):
@@ -270,34 +269,34 @@ def source_stats(source: ShardedSource, train_tokens: int) -> dict[str, Any]:
 
 
 def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
-    """Shares of the documents that are cut, and of padding, in a source's samples, or the first of them."""
+    """Return the shares of split documents and of padding in a source's samples, from at most `MAX_SAMPLES`."""
     source, order = found.sources[name], found.orders[name]
     samples = order.spans(np.arange(min(order.num_samples, MAX_SAMPLES)))
-    begun = uncut = tokens = 0
+    begun = unsplit = tokens = 0
     for shard, start, length in (span for sample in samples for span in sample):
         table = source.table(shard)
         first, end = documents_in(table, start, length)
         ends_here = end == len(table) or int(table["start"][end]) == start + length
         begun += end - first
-        uncut += end - first if ends_here else max(0, end - first - 1)
+        unsplit += end - first if ends_here else max(0, end - first - 1)
         tokens += length
     return {
-        "cut_documents": round(1 - uncut / max(1, begun), 4),
+        "cut_documents": round(1 - unsplit / max(1, begun), 4),
         "padding": round(1 - tokens / (len(samples) * found.seq_len), 4),
     }
 
 
 def format_stats(row: dict[str, Any], skipped: list[str]) -> list[str]:
-    """The same in words, with a histogram of lengths."""
+    """Format the statistics as lines, with a histogram of lengths."""
     share = row["copies"] / max(1, row["documents"])
     length = row["length"]
     most = max(row["lengths"].values())
-    in_sequences = f"{row['cut_documents']:.1%} of documents are cut, {row['padding']:.1%} of the tokens are padding"
+    in_sequences = f"{row['cut_documents']:.1%} of documents are split, {row['padding']:.1%} of the tokens are padding"
     lines = [
         f"  {row['files']:,} files, {row['documents']:,} documents, {row['tokens']:,} tokens, "
-        f"{row['held_out_tokens']:,} of them held out; {row['bytes_per_token']:.2f} bytes per token",
-        f"  {row['copies']:,} documents ({share:.1%}) are copies of another",
-        f"  tokens of a document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
+        f"{row['held_out_tokens']:,} of them for validation; {row['bytes_per_token']:.2f} bytes per token",
+        f"  {row['copies']:,} documents ({share:.1%}) are copies of others",
+        f"  tokens per document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
         f"  in sequences {in_sequences}",
     ]
     for begin, count in row["lengths"].items():

@@ -1,4 +1,4 @@
-"""Markdown in which a text of any content stays text."""
+"""Markdown helpers that keep arbitrary text literal."""
 
 import re
 

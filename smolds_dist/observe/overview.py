@@ -1,4 +1,4 @@
-"""A run in few words: how far it came, how well, how fast, and what happened on the way."""
+"""Overview of a run: progress, losses, speed and events."""
 
 import math
 from collections import defaultdict
@@ -8,25 +8,25 @@ from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.observe.summary import facts
 from smolds_dist.progress import duration
 
-SMOOTHING = 0.9  # weight of what was before, in the thick curves of pictures
+SMOOTHING = 0.9  # weight of the previous average, in the smoothed curves of plots
 EVENTS = {
     "start": "after step {step}: started on {host}, {topology} ({versions})",
-    "rollback": "step {step}: back here from a loss spike in steps {spike_begin} to {spike_end}, {skipped_samples} samples "
-    "left out",
+    "rollback": "step {step}: rolled back here from a loss spike in steps {spike_begin} to {spike_end}, {skipped_samples} "
+    "samples skipped",
     "restart": "after step {step}: restart {number}, because after step {failed_after} {cause}",
-    "slow_rank": "step {step}: rank {rank} on host {host} computed {times} times as long as the others",
+    "slow_rank": "step {step}: rank {rank} on host {host} was a straggler: {times} times the others' compute time",
     "skipped": "step {step}: loss or gradient not finite, update skipped",
 }
 
 
 def column_of(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have such a value."""
+    """Return steps and values of the rows that have this value."""
     found = [row for row in rows if row.get(name) is not None]
     return [row["step"] for row in found], [row[name] for row in found]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average, without the start's pull towards the first value."""
+    """Return the exponential moving average, without bias towards the first value."""
     smooth, total, weight = [], 0.0, 0.0
     for value in values:
         total = SMOOTHING * total + (1 - SMOOTHING) * value
@@ -36,7 +36,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def overview(rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
-    """Names and values, from the rows of a metrics.jsonl that has steps, and the checkpoints' manifests, newest first."""
+    """Return names and values from the rows of a metrics.jsonl with steps, and the checkpoints' manifests, newest first."""
     steps = [row for row in rows if "loss" in row]
     last = steps[-1]
     seconds = sum((after["tokens"] - before["tokens"]) / after["tokens_per_s"] for before, after in pairwise(steps))
@@ -60,14 +60,14 @@ def format_versions(versions: dict[str, str]) -> str:
 
 
 def events(rows: list[dict]) -> list[str]:
-    """What happened to a run beside its steps, in words."""
-    told = []
+    """Return a line for each event of a run."""
+    lines = []
     for row in rows:
         kind = "skipped" if row.get("skipped") else row.get("event")
         if kind in EVENTS:
             known = defaultdict(lambda: "?", row | {"versions": format_versions(row.get("versions", {}))})
-            told.append(EVENTS[kind].format_map(known))
-    return told
+            lines.append(EVENTS[kind].format_map(known))
+    return lines
 
 
 def parameters_of(manifest: Manifest) -> int:

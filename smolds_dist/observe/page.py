@@ -1,7 +1,7 @@
-"""`smolds report --html`: a page that needs nothing beside itself, to look at and to send to others.
+"""`smolds report --html`: a self-contained page.
 
-Curves can be zoomed; each expert's load is drawn over time with a slider. Plotly draws them, and its code is in the page.
-Whatever runs have written, names and samples too, is text there and nothing that a browser would follow.
+Curves can be zoomed; each expert's load is shown over time with a slider. Plotly draws them; its code is in the page.
+Everything that runs have written, names and samples included, is escaped text that a browser does not execute.
 """
 
 import base64
@@ -44,50 +44,50 @@ pre { background: #f6f6f6; padding: 0.8em; white-space: pre-wrap }
 
 
 def html_page(runs: list[Path]) -> str:
-    """The page of these runs: curves, expert loads, samples by step, settings, events, environment."""
+    """Return the page of these runs: curves, expert loads, samples by step, settings, events, environment."""
     rows = {run: read_rows(run / "metrics.jsonl") for run in runs}
     title = ", ".join(run.resolve().name for run in runs)
     charts = [curve for name in CURVES if (curve := draw_curve(rows, name))]
     drawn = [_chart(chart, "inline" if chart is charts[0] else False) for chart in charts]
-    parts = [f"<h1>{_text(title)}</h1>", *(_facts(run, rows[run], len(runs) > 1) for run in runs)]
-    parts += ["<h2>Curves</h2>", '<div class="curves">', *drawn, "</div>"]
+    sections = [f"<h1>{_text(title)}</h1>", *(_facts(run, rows[run], len(runs) > 1) for run in runs)]
+    sections += ["<h2>Curves</h2>", '<div class="curves">', *drawn, "</div>"]
     for run in runs:
         if loads := draw_loads(rows[run]):
             drawn.append(_chart(loads))
-            parts += [f"<h2>Load of every expert{_of(run, runs)}</h2>", drawn[-1]]
+            sections += [f"<h2>Load of every expert{_of(run, runs)}</h2>", drawn[-1]]
     for run in runs:
-        parts += [f"<h2>Samples{_of(run, runs)}</h2>", *_samples(read_rows(run / "samples.jsonl"))]
-    parts += ["<h2>Settings</h2>"]
+        sections += [f"<h2>Samples{_of(run, runs)}</h2>", *_samples(read_rows(run / "samples.jsonl"))]
+    sections += ["<h2>Settings</h2>"]
     if len(runs) > 1:
-        parts.append(_table([("", *(run.resolve().name for run in runs)), *differing_settings(runs)]))
+        sections.append(_table([("", *(run.resolve().name for run in runs)), *differing_settings(runs)]))
     for run in runs:
         settings = yaml.safe_dump(read_settings(run), sort_keys=False)
-        parts.append(f"<details><summary>All{_of(run, runs)}</summary><pre>{_text(settings)}</pre></details>")
+        sections.append(f"<details><summary>All{_of(run, runs)}</summary><pre>{_text(settings)}</pre></details>")
     for run in runs:
-        event_items = "".join(f"<li>{_text(event)}</li>" for event in events(rows[run]))
-        parts += [f"<h2>Events{_of(run, runs)}</h2>", f"<ul>{event_items}</ul>"]
+        items = "".join(f"<li>{_text(event)}</li>" for event in events(rows[run]))
+        sections += [f"<h2>Events{_of(run, runs)}</h2>", f"<ul>{items}</ul>"]
     for run in runs:
         start: dict = next((row for row in reversed(rows[run]) if row.get("event") == "start"), {})
         known = [(name.replace("_", " "), _plain(start[name])) for name in ENVIRONMENT if name in start]
-        parts += [f"<h2>Environment{_of(run, runs)}</h2>", _table(known)]
-    # Of all scripts only Plotly's may run; its charts compile code of their own.
+        sections += [f"<h2>Environment{_of(run, runs)}</h2>", _table(known)]
+    # Only Plotly's scripts may run; its charts compile their own code.
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", "".join(drawn), re.DOTALL)
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src 'unsafe-eval' "
     policy += " ".join(f"'sha256-{digest}'" for digest in hashes)
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += f"<title>{_text(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
 
 
 def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
-    """One of `CURVES`, a line for each run; None where no run has it."""
+    """Draw one of `CURVES` with a line per run; None if no run has it."""
     from plotly.colors import qualitative
     from plotly.graph_objects import Figure, Scattergl
 
     figure = Figure()
-    for number, (run, part) in enumerate(rows.items()):
-        steps, values = column_of(part, name)
+    for number, (run, own) in enumerate(rows.items()):
+        steps, values = column_of(own, name)
         if not steps:
             continue
         color = qualitative.D3[number % len(qualitative.D3)]
@@ -114,28 +114,28 @@ def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
 
 
 def draw_loads(rows: list[dict]) -> "Figure | None":
-    """Each expert's share of a layer's tokens over its even one, as a heatmap of layers and experts, by step."""
+    """Draw each expert's share of its layer's tokens relative to an even share: heatmaps of layers and experts by step."""
     from plotly.graph_objects import Figure, Frame, Heatmap
 
     loads = [(row["step"], row["load"]) for row in rows if "load" in row]
     if not loads:
         return None
-    chosen = [loads[round(place)] for place in np.linspace(0, len(loads) - 1, min(FRAMES, len(loads)))]
+    chosen = [loads[round(position)] for position in np.linspace(0, len(loads) - 1, min(FRAMES, len(loads)))]
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     names, first = [str(expert) for expert in range(experts)], dense_layers(rows)
 
     def heatmap(load: list[list[float]]) -> Any:
         even = [[round(share * experts, 3) for share in layer] for layer in load]
-        places = [str(first + layer) for layer in range(layers)]
+        layer_names = [str(first + layer) for layer in range(layers)]
         hover = "layer %{y}, expert %{x}: %{z:.2f}<extra></extra>"
-        return Heatmap(z=even, x=names, y=places, zmin=0, zmax=2, colorscale="RdBu_r", hovertemplate=hover)
+        return Heatmap(z=even, x=names, y=layer_names, zmin=0, zmax=2, colorscale="RdBu_r", hovertemplate=hover)
 
     figure = Figure(
         data=[heatmap(chosen[-1][1])], frames=[Frame(data=[heatmap(load)], name=str(s)) for s, load in chosen]
     )
     moved = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"method": "animate", "label": _text(step), "args": [[str(step)], moved]} for step, _ in chosen]
-    _lay_out(figure, "1 is an expert's even share", max(300, 60 + 22 * layers))
+    _lay_out(figure, "Load relative to an even share", max(300, 60 + 22 * layers))
     figure.update_layout(sliders=[{"active": len(chosen) - 1, "currentvalue": {"prefix": "step "}, "steps": steps}])
     figure.update_xaxes(title="expert", type="category")
     figure.update_yaxes(title="layer", type="category", autorange="reversed")
@@ -150,19 +150,19 @@ def _lay_out(figure: "Figure", title: str, height: int) -> None:
 
 
 def _chart(figure: "Figure", code: str | bool = False) -> str:
-    """The figure's part of the page; `code` inline brings Plotly with it, once for all."""
+    """Return the figure as HTML; `code="inline"` includes Plotly, needed once per page."""
     config = {"displaylogo": False, "responsive": True}
     return figure.to_html(full_html=False, include_plotlyjs=code, auto_play=False, config=config)
 
 
 def _samples(rows: list[dict]) -> list[str]:
-    """The samples by step, the last ones open."""
-    parts = []
+    """Return the samples by step; the last ones are expanded."""
+    blocks = []
     for step, samples in groupby(rows, key=itemgetter("step")):
         texts = "".join(f"<pre>{_text(sample['text'])}</pre>" for sample in samples)
         opened = " open" if step == rows[-1]["step"] else ""
-        parts.append(f"<details{opened}><summary>step {_text(step)}</summary>{texts}</details>")
-    return parts or ["<p>None.</p>"]
+        blocks.append(f"<details{opened}><summary>step {_text(step)}</summary>{texts}</details>")
+    return blocks or ["<p>None.</p>"]
 
 
 def _facts(run: Path, rows: list[dict], named: bool) -> str:

@@ -1,4 +1,4 @@
-"""`smolds report RUN...`: a training log, the samples and a picture, made anew from what a run has written.
+"""`smolds report RUN...`: training log, samples and plot of runs.
 
 Everything comes from the run's folder: `metrics.jsonl`, `samples.jsonl`, `config.yaml` and the checkpoints' manifests.
 """
@@ -33,31 +33,28 @@ if TYPE_CHECKING:
 
 NGRAM = 3
 UNIQUE_CONTENT = (
-    f"Unique content is the share of distinct {NGRAM}-grams among all {NGRAM}-grams of a sample: words and single marks, "
-    "spaces left out, the prompt included. 1 means that nothing is said twice; text that goes round in circles comes near 0 "
-    "(distinct-n, arXiv 1510.03055, section 5.3)."
+    f"Unique content is the share of distinct {NGRAM}-grams among all {NGRAM}-grams of a sample, prompt included (of words "
+    "and punctuation marks). 1 = no repetition; looping text is close to 0 (distinct-n, arXiv 1510.03055, section 5.3)."
 )
 LOSS_ROWS = 25
 
 
 def report(args: list[str]) -> None:
-    """Writes the reports and prints their paths."""
+    """Write the reports and print their paths."""
     parser = OptionParser(
         prog="smolds report",
-        description="Writes log_training.md, sample_outputs.md and training_metrics.png; several runs share a picture.",
+        description="Write log_training.md, sample_outputs.md and training_metrics.png; for several runs, one plot of all.",
         example="smolds report runs/first runs/second --to comparison",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder (runs/NAME)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run (runs/NAME)")
     parser.add_argument(
-        "--rebuild-tensorboard", action="store_true", help="also write TensorBoard's files anew, from metrics.jsonl"
+        "--rebuild-tensorboard", action="store_true", help="also rewrite TensorBoard's files from metrics.jsonl"
     )
+    parser.add_argument("--html", action="store_true", help="also write report.html, a self-contained page")
     parser.add_argument(
-        "--html", action="store_true", help="also write report.html, one page with all of it, to look at and to send"
+        "--send", metavar="TRACKER", default="", help="send missing rows of these runs to wandb, mlflow or trackio"
     )
-    parser.add_argument(
-        "--send", metavar="TRACKER", default="", help="give wandb, mlflow or trackio what it has not got of these runs"
-    )
-    parser.add_argument("--to", type=Path, help="folder to write to; the run's own where there is one run")
+    parser.add_argument("--to", type=Path, help="output folder; default: the run's, if there is one")
     options = parser.parse_args(args)
     for run in options.runs:
         _check(run)
@@ -66,15 +63,15 @@ def report(args: list[str]) -> None:
             send(run, trackers)
         return
     if len(options.runs) > 1 and options.to is None:
-        raise ConfigError("several runs share a picture; name a folder for it with --to.")
+        raise ConfigError("reports of several runs need an output folder; set --to.")
     folder = options.to or options.runs[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--to {folder} cannot be made ({error.strerror}); choose another folder.") from None
+        raise ConfigError(f"--to {folder} cannot be created ({error.strerror}); choose another folder.") from None
     written = [folder / "training_metrics.png"]
-    with replaced(written[0]) as part:
-        figure_of(options.runs).savefig(part, format="png")
+    with replaced(written[0]) as unfinished:
+        figure_of(options.runs).savefig(unfinished, format="png")
     if len(options.runs) == 1:
         texts = {"log_training.md": training_log(options.runs[0]), "sample_outputs.md": sample_log(options.runs[0])}
         for name, text in texts.items():
@@ -100,25 +97,25 @@ NEEDED = {
 
 
 def _check(run: Path) -> None:
-    """Raise a `ConfigError` for a run without steps, or with rows that lack what goes with what they have."""
+    """Raise a `ConfigError` for a run without steps, or for rows with missing values."""
     path = run / "metrics.jsonl"
     rows, samples = read_rows(path), read_rows(run / "samples.jsonl")
     if not any("loss" in row for row in rows):
-        raise ConfigError(f"{run} holds no training steps; name a run's folder, such as runs/NAME.")
+        raise ConfigError(f"{run} has no training steps; use a run's folder, such as runs/NAME.")
     for row in rows:
         lacking = [n for kind, names in NEEDED.items() if kind in row for n in names if row.get(n) is None]
         if lacking or row.get("tokens_per_s", 1.0) <= 0:
             wrong = f"lacks {lacking[0]}" if lacking else f"has tokens_per_s {row['tokens_per_s']}"
             raise ConfigError(f"{path}: a row of step {row['step']} {wrong}; remove that line.")
     if len({(len(load), *{len(layer) for layer in load}) for row in rows if (load := row.get("load"))}) > 1:
-        raise ConfigError(f"{path}: its rows have loads of different numbers of experts; remove the wrong lines.")
+        raise ConfigError(f"{path}: rows differ in their number of experts; remove the wrong lines.")
     for row in samples:
         if not {"text", "prompt"} <= row.keys():
             raise ConfigError(f"{run / 'samples.jsonl'}: a row of step {row['step']} lacks its text; remove that line.")
 
 
 def send(run: Path, trackers: list[str]) -> None:
-    """Gives trackers what they have not got of a run."""
+    """Send missing rows of a run to trackers."""
     config = read_settings(run)
     rows = read_rows(run / "metrics.jsonl")
     code = {"failed": 1, "stopped": EXIT_CODES[signal.SIGTERM]}.get(read_state(run).get("state", ""), 0)
@@ -134,17 +131,17 @@ def unique_content(text: str) -> float | None:
 
 
 def training_log(run: Path) -> str:
-    """The run as Markdown: configuration, model, loss at regular steps, expert balance, checkpoints, events."""
+    """Return the run as Markdown: configuration, model, loss at regular steps, expert balance, checkpoints, events."""
     rows = read_rows(run / "metrics.jsonl")
     config = read_settings(run)
     manifests = list(manifests_of(run / "checkpoints").values())
-    parts = [
+    sections = [
         f"# Training log of {run.resolve().name}",
         table(("", ""), overview(rows, manifests)),
         "## Loss",
         table(("step", "tokens", "loss", "validation loss", "bits per byte", "gradient norm", "MaxVio"), _losses(rows)),
         "## Expert balance",
-        "Share of the routed tokens per expert, last 20 steps:",
+        "Share of the routed tokens per expert over the last 20 steps:",
         fenced(load_table(rows)),
         "## Data",
         table(("source", "text", "epochs", "validation loss", "bits per byte"), _sources(config, rows)),
@@ -160,28 +157,28 @@ def training_log(run: Path) -> str:
         "## Model",
         fenced(_model_printout(config, manifests)),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def sample_log(run: Path) -> str:
-    """Prompts and samples at each interval as Markdown, each with its unique content."""
-    parts = [f"# Samples of {run.resolve().name}", UNIQUE_CONTENT]
+    """Return prompts and samples by step as Markdown, each with its unique content."""
+    sections = [f"# Samples of {run.resolve().name}", UNIQUE_CONTENT]
     rows = read_rows(run / "samples.jsonl")
     for step, samples in groupby(rows, key=itemgetter("step")):
-        parts.append(f"## Step {step}")
+        sections.append(f"## Step {step}")
         for row in samples:
             share = unique_content(row["text"])
             ratio = "too short for a ratio" if share is None else f"unique content {share:.2f}"
-            parts += [f"Prompt {inline(row['prompt'])}, {ratio}:", fenced(row["text"])]
-    return "\n\n".join(parts if rows else [*parts, "None."]) + "\n"
+            sections += [f"Prompt {inline(row['prompt'])}, {ratio}:", fenced(row["text"])]
+    return "\n\n".join(sections if rows else [*sections, "None."]) + "\n"
 
 
 def figure_of(runs: list[Path]) -> "Figure":
-    """Loss and unique texts over steps, expert balance beside them; a line for each run."""
+    """Plot loss and unique documents over steps, and expert balance; one line per run."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    # An opaque light ground reads the same on light and dark pages.
+    # An opaque light background looks the same on light and dark pages.
     figure = Figure(figsize=(12, 7.5), dpi=110, facecolor="white", layout="constrained")
     (loss_axes, balance_axes), (unique_axes, last_axes) = figure.subplots(2, 2)
     colors = rcParams["axes.prop_cycle"].by_key()["color"]
@@ -195,19 +192,17 @@ def figure_of(runs: list[Path]) -> "Figure":
         steps, values = column_of(rows, "val_loss")
         if values:
             line = dict(color=color, marker="o", markersize=5, linestyle="--", markeredgecolor="black")
-            loss_axes.plot(steps, values, label=f"{name}, held out", **line)
+            loss_axes.plot(steps, values, label=f"{name}, validation", **line)
         unique_axes.plot(
             *column_of(rows, "seen_texts"), color=color, linewidth=1, linestyle="--", label=f"{name}, seen"
         )
-        unique_axes.plot(*column_of(rows, "unique_texts"), color=color, linewidth=1.8, label=f"{name}, distinct")
+        unique_axes.plot(*column_of(rows, "unique_texts"), color=color, linewidth=1.8, label=f"{name}, unique")
         if len(runs) > 1:
             last_axes.plot(*column_of(rows, "tokens_per_s"), color=color, label=name)
     _finish(loss_axes, "Loss", "nats per token")
-    _finish(
-        balance_axes, "Expert imbalance (MaxVio of a batch, mean of layers)", "busiest expert over the mean, minus 1"
-    )
+    _finish(balance_axes, "Expert imbalance (MaxVio of a batch, mean of layers)", "largest load over the mean, minus 1")
     balance_axes.set_ylim(bottom=0)
-    _finish(unique_axes, "Unique content: texts trained on, by their first 50 tokens", "texts")
+    _finish(unique_axes, "Documents trained on, by their first 50 tokens", "documents")
     unique_axes.set(xlim=loss_axes.get_xlim(), ylim=(0, None))
     if len(runs) == 1:
         _draw_load(figure, last_axes, rows)
@@ -223,12 +218,12 @@ def _draw_load(figure: "Figure", axes: Any, rows: list[dict]) -> None:
         return
     load_LE = np.mean(loads, 0)
     layers, experts = load_LE.shape
-    picture = axes.imshow(load_LE * experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    axes.set(title="Load of every expert, last 20 steps (1: its even share)", xlabel="expert", ylabel="layer")
+    heatmap = axes.imshow(load_LE * experts, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    axes.set(title="Load of every expert over the last 20 steps (1 = even share)", xlabel="expert", ylabel="layer")
     axes.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
     ticks, first = range(layers) if layers <= 12 else range(0, layers, 4), dense_layers(rows)
     axes.set_yticks(ticks, [str(first + layer) for layer in ticks])
-    figure.colorbar(picture, ax=axes)
+    figure.colorbar(heatmap, ax=axes)
 
 
 def _finish(axes: Any, title: str, unit: str) -> None:
@@ -240,7 +235,7 @@ def _finish(axes: Any, title: str, unit: str) -> None:
 
 
 def _losses(rows: list[dict]) -> list[tuple]:
-    """About `LOSS_ROWS` training steps at regular distances, and every evaluated one."""
+    """Return rows for about `LOSS_ROWS` training steps at regular intervals, and for every evaluated step."""
     steps = {row["step"]: row for row in rows if "loss" in row}
     evaluated = {row["step"]: row for row in rows if "val_loss" in row}
     every = max(1, len(steps) // LOSS_ROWS)
@@ -261,7 +256,7 @@ def _cell(row: dict, name: str, digits: int = 4) -> str:
 
 
 def _sources(config: dict, rows: list[dict]) -> list[tuple]:
-    """What the run has taken of each source, and how it does on its held-out text."""
+    """Return for each source the epochs taken and the validation loss."""
     sources = saved_sources(config["data"])
     epochs: dict = next((row["epochs"] for row in reversed(rows) if "epochs" in row), {})
     evaluation: dict = next((row for row in reversed(rows) if "val_loss" in row), {})
@@ -274,11 +269,11 @@ def _sources(config: dict, rows: list[dict]) -> list[tuple]:
 
 
 def _mixture(run: Path, config: dict) -> list[str]:
-    """The stages in words, where there are several sources."""
+    """Describe the stages of the mixture, if there are several sources."""
     if not config["data"].get("sources"):
         return []
     mixture = mixture_of(load_config(["--config", str(run / "config.yaml")]))
-    return [f"The mixture: {format_schedule(mixture.schedule(), config['train']['global_batch'])}."]
+    return [f"Mixture: {format_schedule(mixture.schedule(), config['train']['global_batch'])}."]
 
 
 def _checkpoint(manifest: Manifest) -> tuple:
@@ -288,9 +283,9 @@ def _checkpoint(manifest: Manifest) -> tuple:
 
 
 def _model_printout(config: dict, manifests: list[Manifest]) -> str:
-    """What PyTorch prints of the model, which is built without memory."""
+    """Return PyTorch's printout of the model, built on the meta device."""
     if not manifests:
-        return "(known from the first checkpoint on)"
+        return "(available after the first checkpoint)"
     import torch
 
     from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM

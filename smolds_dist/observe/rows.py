@@ -1,4 +1,4 @@
-"""The rows of a run's files, metrics.jsonl and samples.jsonl: written, read and put together."""
+"""The rows of a run's files, metrics.jsonl and samples.jsonl: written, read and summarized."""
 
 import json
 from dataclasses import asdict
@@ -17,20 +17,20 @@ WINDOW = 100  # steps of the wider MaxVio
 
 
 def is_kept(step: int, digits: int) -> bool:
-    """Steps with nothing but zeros after their first `digits` digits: 9 x 10^(digits - 1) of them per power of ten."""
+    """Return True for steps with only zeros after their first `digits` digits: 9 x 10^(digits - 1) per power of ten."""
     return step % max(1, 10 ** (len(str(step)) - digits)) == 0
 
 
 def rounded(values: Tensor) -> list:
-    """Nested lists of numbers that are short in JSON."""
+    """Return values rounded to five decimals, as nested lists for JSON."""
     return values.double().cpu().round(decimals=5).tolist()
 
 
 def read_settings(run: Path, filled: bool = True) -> dict[str, Any]:
-    """A run's config.yaml, its values of the settings' types; raises a `ConfigError` for one that is damaged.
+    """Return a run's config.yaml with values of the settings' types; raise a `ConfigError` if it is damaged.
 
     Args:
-        filled: with defaults for what it lacks.
+        filled: add defaults for missing settings.
     """
     path, fix = run / "config.yaml", "restore it from a copy, or from `config` in a checkpoint's manifest.json"
     settings = read_yaml(path, fix, dict[str, dict[str, Any]])
@@ -39,9 +39,9 @@ def read_settings(run: Path, filled: bool = True) -> dict[str, Any]:
 
 
 def truncate_rows(path: Path, last_step: int) -> list[dict]:
-    """Removes the rows of later steps, and a line that a killed writer left unfinished; returns the others.
+    """Remove rows after `last_step`, and an unfinished last line of a killed writer; return the others.
 
-    The file is never half there.
+    The file is replaced atomically.
     """
     if not path.exists():
         return []
@@ -51,17 +51,17 @@ def truncate_rows(path: Path, last_step: int) -> list[dict]:
 
 
 def recent_losses(path: Path, last_step: int) -> list[float]:
-    """The losses of the steps up to `last_step` that were trained on."""
+    """Return the losses of the steps up to `last_step` that were trained on."""
     return [row["loss"] for row in read_rows(path) if row["step"] <= last_step and row.get("loss") is not None]
 
 
 def dense_layers(rows: list[dict]) -> int:
-    """How many leading layers of a run have no experts: what rows say of layers begins after these."""
+    """Return how many leading layers have no experts; per-layer lists in rows begin after them."""
     return next((row["dense_layers"] for row in reversed(rows) if "dense_layers" in row), 0)
 
 
 def load_table(rows: list[dict], last: int = 20) -> str:
-    """Each expert's share of the routed tokens per layer, over the last training rows, as text."""
+    """Return a text table of each expert's share of the routed tokens per layer, over the `last` training rows."""
     loads = [row["load"] for row in rows if "load" in row][-last:]
     if not loads:
         return "(no training steps)"

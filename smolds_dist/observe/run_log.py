@@ -1,5 +1,5 @@
-"""What a run reports while it trains: lines and a progress bar on the terminal, metrics.jsonl, samples.jsonl, and the curves
-of TensorBoard and other trackers.
+"""Output of a run during training: log lines and progress bar on the terminal, metrics.jsonl, samples.jsonl, and curves for
+TensorBoard and other trackers.
 
 Shape letters: L layers, E experts.
 """
@@ -24,14 +24,14 @@ from smolds_dist.settings import RunConfig
 
 
 class RunLog:
-    """Reports on rank 0, on the terminal as `log.level` says, and does nothing on the others, so that all ranks may call it.
+    """Logs on rank 0, to the terminal depending on `log.level`; does nothing on other ranks, so all ranks may call it.
 
-    Rows after `start_step`, which a resumed run will repeat, are removed from all files. A full disk stops neither training
-    nor the files: rows wait in memory until they can be written.
+    Rows after `start_step`, which a resumed run repeats, are removed from all files. On a full disk training continues; rows
+    stay in memory until they can be written.
 
     Args:
-        start_step: the step before the first that will be reported.
-        main: whether this is rank 0.
+        start_step: the last step before the first logged one.
+        main: True on rank 0.
     """
 
     def __init__(self, config: RunConfig, start_step: int, main: bool):
@@ -56,23 +56,22 @@ class RunLog:
         self._feeds = [Feed(name, config.run_dir, asdict(config), rows) for name in trackers_in(config.log.to)]
 
     def info(self, text: str) -> None:
-        """Something worth knowing, on standard output."""
+        """Print a line to standard output."""
         if self.shown:
             self._bar.write(text, sys.stdout)
 
     def warning(self, text: str) -> None:
-        """Whatever the level."""
+        """Print a warning at any log level."""
         if self._main:
             self._bar.write(f"warning: {text}", sys.stderr)
 
     def training_row(self, row: dict, counts_LE: Tensor | None) -> None:
-        """A step, with load and MaxVio from the routed tokens of the whole global batch.
+        """Log a step, with load and MaxVio from the routed tokens of the global batch.
 
-        `max_vio` is that of the batch, `max_vio_window` that of the last `WINDOW` batches together; both are means over the
-        layers.
+        `max_vio` is of the batch, `max_vio_window` of the last `WINDOW` batches together; both are means over the layers.
 
         Args:
-            counts_LE: None for a step whose update was skipped, because something was not finite; the row says so.
+            counts_LE: None for a step whose update was skipped because of values that are not finite.
         """
         if not self._main:
             return
@@ -92,12 +91,12 @@ class RunLog:
             text += f", MaxVio {row['max_vio']:.2f}"
         if self.verbose:
             norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
-            text += f", gradient norm {norm}, learning rate {row['lr']:.2e}, {row['mfu']:.1%} of peak FLOP/s"
+            text += f", gradient norm {norm}, learning rate {row['lr']:.2e}, MFU {row['mfu']:.1%}"
         self.row(**row)
         self._bar.show(row["step"], text, line=self.verbose)
 
     def row(self, step: int, **values: object) -> None:
-        """A row of metrics: of training, an evaluation (see `inference.validation`), or an `event` such as a restart."""
+        """Write a row of metrics: a training step, an evaluation (see `inference.validation`), or an `event`."""
         if not self._main:
             return
         row = {"step": step, **values, "time": round(time.time(), 3)}
@@ -108,7 +107,7 @@ class RunLog:
             feed.show(row)
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
-        """Adds a row to `samples.jsonl` for each prompt: step, prompt, text (the prompt included); none on a full disk."""
+        """Append a row to `samples.jsonl` per prompt: step, prompt, text (prompt included); nothing on a full disk."""
         if not self._main:
             return
         rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts.items()]
@@ -120,14 +119,14 @@ class RunLog:
                 self._board.show_sample(row)
 
     def fit(self, steps: int) -> None:
-        """Sets the run's number of steps from now on."""
+        """Set the run's number of steps."""
         self._bar.total = steps
 
     def close_bar(self) -> None:
         self._bar.close()
 
     def close(self, code: int) -> None:
-        """Close all files; trackers are given the exit code of the training."""
+        """Close all files; trackers get the exit code of the training."""
         self.close_bar()
         if self._main:
             self._file.close()

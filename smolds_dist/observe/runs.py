@@ -1,7 +1,7 @@
-"""`smolds runs`: all runs of a folder at a glance, and what sets two of them apart.
+"""`smolds runs`: list all runs of a folder, and compare two of them.
 
-Everything comes from the runs' folders, so that it works from any host that sees them, such as a login node. A run on
-another host that has ended without a word is told by its silence.
+Everything is read from the runs' folders, so it works on any host that can access them, such as a login node. A run that
+was killed on another host is recognized by its missing rows.
 """
 
 import shutil
@@ -23,14 +23,14 @@ from smolds_dist.observe.rows import read_settings
 from smolds_dist.parallel.ranks import process_state, system_name
 from smolds_dist.rows import RESTARTS, parse_row, read_rows
 
-TAIL = 1 << 18  # bytes of a metrics.jsonl that are read from its end
-SILENT_SECONDS = 120.0  # without a row, and `STEPS` steps' time, after which a run on another host counts as silent
+TAIL = 1 << 18  # bytes read from the end of a metrics.jsonl
+SILENT_SECONDS = 120.0  # without a row, and the time of `STEPS` steps, until a run on another host counts as silent
 STEPS = 20
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says."""
+    """State of a run, from its folder."""
 
     name: str
     state: str
@@ -43,22 +43,22 @@ class Run:
 
 
 def runs(args: list[str]) -> None:
-    """Prints the table, again and again with --watch, or with `diff` what sets two runs apart."""
+    """Print the table, repeatedly with --watch; with `diff`, print how two runs differ."""
     if args[:1] == ["diff"]:
         print(difference(*_parse_diff(args[1:])))
         return
     parser = OptionParser(
         prog="smolds runs",
         usage="smolds runs [DIR] [--watch] | smolds runs diff RUN RUN",
-        description="Lists the runs in a folder: state, step, loss, speed. `diff` compares the settings of two.",
+        description="List the runs in a folder: state, step, loss, speed. `diff` compares two runs.",
         example="smolds runs --watch",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="folder of runs")
-    parser.add_argument("--watch", action="store_true", help="draw it again every few seconds, until Ctrl-C")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two drawings")
+    parser.add_argument("--watch", action="store_true", help="repeat until Ctrl-C")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between updates with --watch")
     options = parser.parse_args(args)
     if not options.folder.is_dir():
-        raise ConfigError(f"{options.folder} is no folder; name the one that --run.dir names.")
+        raise ConfigError(f"{options.folder} is not a folder; use the one that --run.dir names.")
     while True:
         shown = table(read_run(folder) for folder in find_runs(options.folder))
         if not options.watch:
@@ -71,13 +71,13 @@ def runs(args: list[str]) -> None:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs in a folder, the newest last: whatever training or `smolds slurm --submit` has written to."""
+    """Return the runs in a folder, newest last: every folder that training or `smolds slurm --submit` has written to."""
     found = [path for path in folder.iterdir() if any((path / name).exists() for name in ("config.yaml", SUBMITTED))]
     return sorted(found, key=lambda path: (_started(path) or 0.0, path.name))
 
 
 def read_run(folder: Path, now: float | None = None) -> Run:
-    """A run as its folder says, or what is wrong with it."""
+    """Return a run's state, or that its folder is damaged."""
     try:
         return _read_run(folder, time.time() if now is None else now)
     except ConfigError as error:
@@ -85,7 +85,7 @@ def read_run(folder: Path, now: float | None = None) -> Run:
 
 
 def _read_run(folder: Path, now: float) -> Run:
-    """Of metrics.jsonl, however long it is, the beginning and the end are read."""
+    """Read a run from its folder; reads only the beginning and the end of metrics.jsonl."""
     rows = last_rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     seconds = median(b.get("time", 0.0) - a.get("time", 0.0) for a, b in pairwise(steps)) if len(steps) > 1 else None
@@ -107,18 +107,18 @@ def _read_run(folder: Path, now: float) -> Run:
 
 
 def state_of(folder: Path, last_row: float | None, step_seconds: float | None, now: float) -> str:
-    """In words: running where, finished, stopped, failed and why, waiting in Slurm, silent.
+    """Return the state as text: running and where, finished, stopped, failed and why, waiting in Slurm, or silent.
 
     Args:
-        last_row: when the last row of metrics.jsonl was written.
-        step_seconds: what a step takes.
+        last_row: time of the last row of metrics.jsonl.
+        step_seconds: duration of a step.
     """
     state, submitted = (read_state(folder, name, damaged_is_none=False) for name in (STATE, SUBMITTED))
     if submitted and submitted["time"] > state.get("started", 0.0) and submitted["time"] > (last_row or 0.0):
         return f"waiting in Slurm, job {submitted['job']}"
     silent = now - max(state.get("started", 0.0), last_row or 0.0)
     is_silent = silent > max(SILENT_SECONDS, STEPS * (step_seconds or 0.0))
-    if not state:  # it could not be written
+    if not state:  # the state file could not be written
         return "ended" if is_silent else "running"
     restarts = len(read_rows(folder / RESTARTS))
     again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
@@ -139,19 +139,19 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of a metrics.jsonl."""
+    """Return the last rows of a metrics.jsonl."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - TAIL))
         lines = file.read().splitlines()
-    rows = map(parse_row, lines[1:] if size > TAIL else lines)  # the last one may be half written
+    rows = map(parse_row, lines[1:] if size > TAIL else lines)  # the last one may be incomplete
     return [row for row in rows if row is not None]
 
 
 def table(found: Iterable[Run]) -> str:
-    """One line for each run, as wide as the terminal where there is one."""
+    """Return a table with one line per run, fitted to the width of a terminal."""
     lines: list[tuple[str, ...]] = [("run", "state", "step", "loss", "tokens/s", "started", "left")]
     for run in found:
         step = f"{run.step:,} of {run.steps:,}" if run.steps else ""
@@ -161,7 +161,7 @@ def table(found: Iterable[Run]) -> str:
         left = "" if run.left is None else _duration(run.left)
         lines.append((printable(run.name), printable(run.state), step, loss, speed, started, left))
     if len(lines) == 1:
-        return "no runs here"
+        return "no runs in this folder"
     if sys.stdout.isatty():
         name_width, _, *widths = (max(map(len, column)) + 2 for column in zip(*lines, strict=True))
         most = max(10, shutil.get_terminal_size().columns - name_width - sum(widths) - 2)
@@ -170,7 +170,7 @@ def table(found: Iterable[Run]) -> str:
 
 
 def _aligned(lines: list[tuple[str, ...]], right: Container[str] = ()) -> str:
-    """Cells in columns; those with a head in `right` end together, others begin together."""
+    """Align cells in columns, to the right for the heads in `right`."""
     columns = []
     for head, *cells in zip(*lines, strict=True):
         width = max(map(len, (head, *cells)))
@@ -181,31 +181,31 @@ def _aligned(lines: list[tuple[str, ...]], right: Container[str] = ()) -> str:
 def _parse_diff(args: list[str]) -> tuple[Path, Path]:
     parser = OptionParser(
         prog="smolds runs diff",
-        description="Prints the settings that differ between two runs, and the last values of their curves.",
+        description="Print the settings that differ between two runs, and the last values of their curves.",
         example="smolds runs diff runs/first runs/second",
     )
-    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="a run's folder (runs/NAME)")
+    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="folder of a run (runs/NAME)")
     options = parser.parse_args(args)
     for run in options.runs:
         if not (run / "config.yaml").is_file():
-            raise ConfigError(f"{run} holds no run; name a run's folder, such as runs/NAME.")
+            raise ConfigError(f"{run} is not a run; use a run's folder, such as runs/NAME.")
     return tuple(options.runs)
 
 
 def difference(first: Path, second: Path) -> str:
-    """Settings that are not the same, then each curve's last value, as a table of three columns."""
+    """Return a table of three columns: settings that differ, then each curve's last value."""
     lines: list[tuple[str, ...]] = [("", first.name, second.name), *differing_settings([first, second])]
     rows = [read_rows(run / "metrics.jsonl") for run in (first, second)]
-    lines.append(("last step", *(str(max((row["step"] for row in part), default=0)) for part in rows)))
+    lines.append(("last step", *(str(max((row["step"] for row in own), default=0)) for own in rows)))
     for name in CURVES:
-        values = [next((row[name] for row in reversed(part) if row.get(name) is not None), None) for part in rows]
+        values = [next((row[name] for row in reversed(own) if row.get(name) is not None), None) for own in rows]
         if values != [None, None]:
             lines.append((name, *(_short(value) for value in values)))
     return _aligned(lines)
 
 
 def differing_settings(found: list[Path]) -> list[tuple[str, ...]]:
-    """Names of the settings that are not the same in all runs, each with every run's value."""
+    """Return the settings that differ between runs, each with every run's value."""
     settings = [_flat(_config(run)) for run in found]
     names = dict.fromkeys(name for one in settings for name in one if name != "run.name")
     values = {name: [one.get(name) for one in settings] for name in names}
@@ -232,7 +232,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _started(folder: Path) -> float | None:
-    """When the run first began."""
+    """Return when the run first started, in seconds since 1970."""
     path = folder / "metrics.jsonl"
     if path.is_file():
         with path.open("rb") as file:

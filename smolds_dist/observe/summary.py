@@ -1,4 +1,4 @@
-"""The end of a run in words."""
+"""The summary printed at the end of a run."""
 
 import shlex
 from statistics import median
@@ -8,10 +8,10 @@ from smolds_dist.settings import RunConfig
 
 
 def summary(config: RunConfig, unigram_entropy: float) -> str:
-    """What a run learned, where its time and tokens went, and where to look.
+    """Return losses, speed, memory, data and balance of a run, and the commands to continue with.
 
     Args:
-        unigram_entropy: of the held-out text, in nats per token.
+        unigram_entropy: of the validation set, in nats per token.
     """
     rows = read_rows(config.run_dir / "metrics.jsonl")
     lines = {}
@@ -36,29 +36,29 @@ def summary(config: RunConfig, unigram_entropy: float) -> str:
 
 
 def facts(rows: list[dict]) -> dict[str, str]:
-    """Speed, memory and balance from the rows of a `metrics.jsonl`; what they do not tell is left out."""
+    """Return speed, memory and balance from the rows of a `metrics.jsonl`, as far as they have them."""
     steps = [row for row in rows if "mfu" in row]
     measured = [row for row in steps if "seconds" in row]
     balanced = next((row for row in reversed(steps) if "load" in row), None)
-    told = {}
+    found = {}
     if steps:
         speed, share = (median(row[name] for row in steps) for name in ("tokens_per_s", "mfu"))
-        told["speed"] = f"{speed:,.0f} tokens/s, {share:.1%} of the peak in matrix products"
+        found["speed"] = f"{speed:,.0f} tokens/s, MFU {share:.1%}"
     if measured:
         phases = {name: median(row["seconds"][name] for row in measured) for name in measured[-1]["seconds"]}
         shares = {name.replace("_", "-"): seconds / sum(phases.values()) for name, seconds in phases.items()}
         largest_first = sorted(shares.items(), key=lambda item: -item[1])
-        told["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
-        told["memory"] = f"{max(row.get('memory_gb', 0.0) for row in measured):.2f} GB in the largest rank"
+        found["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
+        found["memory"] = f"{max(row.get('memory_gb', 0.0) for row in measured):.2f} GB on the largest rank"
     if steps and "seen_texts" in steps[-1]:
-        seen = f"{steps[-1]['unique_texts']:,} distinct of {steps[-1]['seen_texts']:,} seen"
+        seen = f"{steps[-1]['unique_texts']:,} unique of {steps[-1]['seen_texts']:,} seen"
         epochs = [f"{epochs:.3g} epochs of {name}" for name, epochs in steps[-1]["epochs"].items()]
-        told["texts"] = ", ".join([seen, *epochs])
+        found["documents"] = ", ".join([seen, *epochs])
     if balanced:
         dead = sum(share == 0 for layer in balanced["load"] for share in layer)
         violation = f"MaxVio {balanced['max_vio_window']:.2f} over the last {WINDOW} steps"
-        told["experts"] = f"{violation}, {dead or 'none'} without a token in the last step"
-    return told
+        found["experts"] = f"{violation}, {dead or 'none'} without tokens in the last step"
+    return found
 
 
 def _aligned(lines: dict[str, str]) -> list[str]:

@@ -1,10 +1,10 @@
-"""TensorBoard's view of a run: a pure function of its configuration, `metrics.jsonl` and `samples.jsonl`.
+"""A run's TensorBoard files: a pure function of its configuration, `metrics.jsonl` and `samples.jsonl`.
 
-torch's SummaryWriter hands events to a thread that dies, with a traceback, when the disk is full; the file written here
-waits until there is room. Messages and records are TensorBoard's own.
+torch's SummaryWriter hands events to a thread that crashes when the disk is full; this writer waits until there is space.
+Messages and records are TensorBoard's own.
 
-TensorBoard draws a thousand points of a curve. So that a long run's files stay small, later steps are thinned out: curves of
-single experts from step 1,000 on, others from step 10,000 on, by ten each time that the step gains a digit.
+TensorBoard draws up to a thousand points per curve. To keep the files of long runs small, later steps are thinned: curves of
+single experts from step 1,000 on, others from step 10,000 on, by a factor of ten for each further digit of the step.
 
 Shape letters: L layers, E experts.
 """
@@ -30,16 +30,16 @@ from smolds_dist.observe.markdown import fenced
 from smolds_dist.observe.rows import is_kept, read_rows, read_settings
 
 PIXELS = 12  # of a heatmap's cell
-LARGEST_CELLS = 4096  # of a heatmap; beyond, it is left out
-# What a run is judged by, in the table of hyperparameters.
+LARGEST_CELLS = 4096  # larger heatmaps are skipped
+# Metrics in the table of hyperparameters.
 FINAL = ("train/loss", "validation/loss", "validation/bits_per_byte", "balance/max_vio_window", "speed/tokens_per_s")
 
 
 class Board:
-    """One event file in `folder`.
+    """Writes one event file in `folder`.
 
     Args:
-        purge_step: TensorBoard forgets what older files say of this step and later ones, which are trained again.
+        purge_step: TensorBoard discards this and later steps of older files, because they are trained again.
         config: the run's settings.
     """
 
@@ -59,7 +59,7 @@ class Board:
         self._config = config
 
     def show(self, row: dict) -> None:
-        """Adds a row of `metrics.jsonl`."""
+        """Add a row of `metrics.jsonl`."""
         step, when = row["step"], row.get("time")
         if "event" in row:
             name = "environment" if row["event"] == "start" else "events"
@@ -74,7 +74,7 @@ class Board:
             self._add(self._end, step, when)
 
     def show_sample(self, row: dict) -> None:
-        """Adds a row of `samples.jsonl`."""
+        """Add a row of `samples.jsonl`."""
         self._add(text(f"samples/{row['prompt'].strip() or 'no prompt'}", fenced(row["text"])), row["step"])
 
     def _images(self, row: dict, step: int, when: float | None) -> None:
@@ -101,18 +101,18 @@ class Board:
 
 
 def heatmap(load_LE: torch.Tensor) -> torch.Tensor:
-    """Layers from top to bottom, experts from left to right, [3, L x PIXELS, E x PIXELS] in 0..1.
+    """Return layers (top to bottom) by experts (left to right) as an image [3, L x PIXELS, E x PIXELS] in 0..1.
 
-    White is an even share, red more (full at twice the share), blue less (full at none).
+    White is an even share, red more (saturated at twice the share), blue less (saturated at none).
     """
     excess = (load_LE * load_LE.shape[1] - 1).clamp(-1, 1)
     red, blue = 1 + excess.clamp(max=0), 1 - excess.clamp(min=0)
-    picture = torch.stack((red, torch.minimum(red, blue), blue))
-    return picture.repeat_interleave(PIXELS, 1).repeat_interleave(PIXELS, 2)
+    pixels = torch.stack((red, torch.minimum(red, blue), blue))
+    return pixels.repeat_interleave(PIXELS, 1).repeat_interleave(PIXELS, 2)
 
 
 def layout(config: dict) -> dict[str, dict[str, list]]:
-    """Tabs of the custom scalars, as tab -> chart -> kind and tags; what a mixture of experts lives by comes first."""
+    """Return the tabs of the custom scalars as tab -> chart -> kind and tags; the experts' tab comes first."""
     model = config["model"]
     layers, experts = range(first_mixture(config), model["num_hidden_layers"]), range(model["num_experts"])
 
@@ -139,7 +139,7 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
             "perplexity": lines("train/perplexity", "validation/perplexity"),
             "bits per byte": lines("validation/bits_per_byte"),
             "learning rate": lines("train/lr"),
-            "texts seen and distinct": lines("data/.*"),
+            "documents, seen and unique": lines("data/.*"),
             "epochs of each source": lines("epochs/.*"),
             "loss of each source": lines("val_loss/.*"),
             "tasks": lines("tasks/.*"),
@@ -147,8 +147,8 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
         },
         "Speed": {
             "tokens per second": lines("speed/tokens_per_s"),
-            "model FLOPs utilisation": lines("speed/mfu"),
-            "seconds of a step": lines("seconds/.*"),
+            "MFU": lines("speed/mfu"),
+            "seconds per step": lines("seconds/.*"),
             "memory of the largest rank, GB": lines("speed/memory_gb"),
         },
     }
@@ -159,7 +159,7 @@ def _as_yaml(values: dict) -> str:
 
 
 def _settings(config: dict) -> dict[str, float | str | bool]:
-    """The settings that a run may be compared by, with their dotted names."""
+    """Return the settings by which runs can be compared, with dotted names."""
     return {
         f"{section}.{name}": value
         for section in ("train", "model", "data", "parallel")
@@ -169,7 +169,7 @@ def _settings(config: dict) -> dict[str, float | str | bool]:
 
 
 def _histogram(tag: str, counts: list[float]) -> Summary:
-    """A histogram of shares from 0 to 1, as TensorBoard wants it: with moments, here of the bins' middles."""
+    """Return TensorBoard's histogram of shares from 0 to 1, with moments computed from the bins' centers."""
     width, total = 1 / len(counts), sum(counts)
     middles = [(i + 0.5) * width for i in range(len(counts))]
     first, second = (sum(n * x**power for n, x in zip(counts, middles, strict=True)) for power in (1, 2))
@@ -177,24 +177,24 @@ def _histogram(tag: str, counts: list[float]) -> Summary:
 
 
 def rebuild(run: Path) -> Path:
-    """Write a run's event file from its rows, then remove those that were there; return the folder.
+    """Rewrite a run's event file from its rows, then remove the old ones; return the folder.
 
     Raises:
-        ConfigError: if there is no room for it; the old files stay.
+        ConfigError: if the disk is full; the old files stay.
     """
     folder, settings = run / "tensorboard", read_settings(run)
     old = [*folder.glob("*tfevents*")]
-    with TemporaryDirectory(prefix=".tensorboard.", dir=run) as beside:
-        board = Board(Path(beside), 1, settings)
+    with TemporaryDirectory(prefix=".tensorboard.", dir=run) as unfinished:
+        board = Board(Path(unfinished), 1, settings)
         for row in read_rows(run / "metrics.jsonl"):
             board.show(row)
         for row in read_rows(run / "samples.jsonl"):
             board.show_sample(row)
         if not board.close():
             raise ConfigError(
-                f"{folder} cannot be written again, for the disk is full; make room and repeat the command."
+                f"{folder} cannot be rewritten because the disk is full; free space and rerun the command."
             )
-        (new,) = Path(beside).iterdir()
+        (new,) = Path(unfinished).iterdir()
         folder.mkdir(exist_ok=True)
         new.rename(folder / new.name)
     for path in old:

@@ -1,8 +1,8 @@
-"""Trackers beside TensorBoard: Weights & Biases, MLflow and Trackio, fed with the rows of a run's metrics.jsonl.
+"""Trackers in addition to TensorBoard: Weights & Biases, MLflow and Trackio, fed with the rows of a run's metrics.jsonl.
 
-`RUN/trackers.json` notes by tracker the run's id there and how far it has been fed. So a run that was stopped goes on in the
-same place, and what a tracker has not got, because it was added later or could not be reached, it gets at the next start or
-by `smolds report --send`. Each tracker works in a thread of its own: one that is slow or fails never holds training up.
+`RUN/trackers.json` stores each tracker's run id and the last step sent. So a resumed run continues the same tracker run, and
+missing rows, of a tracker that was added later or was unreachable, are sent at the next start or by `smolds report --send`.
+Each tracker has its own thread: a slow or failing one does not delay training.
 """
 
 import hashlib
@@ -21,28 +21,28 @@ from smolds_dist.files import replace_text
 from smolds_dist.launching.state import read_state
 from smolds_dist.observe.curves import curves_of
 
-PROJECT = "smolds"  # unless the tracker's own variable of the environment names one
+PROJECT = "smolds"  # default for the trackers' environment variables
 NOTES = "trackers.json"
-CLOSE_SECONDS = 60.0  # that a tracker may take for the last rows, when the run ends
+CLOSE_SECONDS = 60.0  # limit for sending the last rows when the run ends
 _writing = threading.Lock()
 
 
 class Tracker:
-    """One run at a tracker, as wandb and trackio have it."""
+    """A run in a tracker, with the interface of wandb and trackio."""
 
     _run: Any
 
     def log(self, points: dict[str, float], step: int, when: float) -> None:
-        """Adds a point to each of the named curves; `when` in seconds since 1970."""
+        """Add a point to each named curve; `when` in seconds since 1970."""
         self._run.log(points, step=step)
 
     def close(self, code: int) -> None:
-        """Wait until everything has been taken; `code` is the exit code of the training."""
+        """Wait until all points are sent; `code` is the exit code of the training."""
         self._run.finish()
 
 
 class WeightsAndBiases(Tracker):
-    """WANDB_PROJECT, WANDB_MODE=offline and the other variables work as everywhere; files are kept in the run's folder."""
+    """Supports WANDB_PROJECT, WANDB_MODE=offline and wandb's other variables; keeps its files in the run's folder."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
         import wandb
@@ -59,7 +59,7 @@ class WeightsAndBiases(Tracker):
 
 
 class MLflow(Tracker):
-    """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME count; without the first, all runs of a folder share its mlflow.db."""
+    """Supports MLFLOW_TRACKING_URI, default: mlflow.db next to the runs' folders, and MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
         from mlflow import MlflowClient
@@ -76,7 +76,7 @@ class MLflow(Tracker):
             note["id"] = self._client.create_run(experiment, run_name=run_dir.name).info.run_id
             named = ((f"{part}.{name}", value) for part, settings in config.items() for name, value in settings.items())
             params = [Param(name, str(value)[:500]) for name, value in named]
-            for first in range(0, len(params), 100):  # that it takes at once
+            for first in range(0, len(params), 100):  # limit per request
                 self._client.log_batch(note["id"], params=params[first : first + 100])
         self._id = note["id"]
         self._client.update_run(self._id, status="RUNNING")
@@ -85,7 +85,7 @@ class MLflow(Tracker):
         from mlflow.entities import Metric
 
         metrics = [Metric(name, float(value), round(when * 1000), step) for name, value in points.items()]
-        for first in range(0, len(metrics), 1000):  # that it takes at once
+        for first in range(0, len(metrics), 1000):  # limit per request
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
 
     def close(self, code: int) -> None:
@@ -93,9 +93,9 @@ class MLflow(Tracker):
 
 
 class Trackio(Tracker):
-    """TRACKIO_PROJECT and TRACKIO_SPACE_ID count; without the second, runs are kept on this machine (TRACKIO_DIR).
+    """Supports TRACKIO_PROJECT and TRACKIO_SPACE_ID; without the latter, runs stay on this machine (TRACKIO_DIR).
 
-    It has no state of a run that could say how it ended.
+    Trackio cannot store how a run ended.
     """
 
     def __init__(self, run_dir: Path, config: dict, note: dict):
@@ -112,17 +112,17 @@ CLASSES: dict[str, Callable[..., Tracker]] = {"wandb": WeightsAndBiases, "mlflow
 
 
 def replace_runs(run_dir: Path) -> None:
-    """Give every tracker a new run at the next start: the steps that it was fed are repeated with other samples."""
+    """Give every tracker a new run at the next start, because steps already sent are repeated with other samples."""
     notes = {name: note | {"settings": ""} for name, note in read_state(run_dir, NOTES).items()}
     if notes:
         replace_text(run_dir / NOTES, json.dumps(notes))
 
 
 class Feed:
-    """Feeds one tracker from a thread.
+    """Sends rows to one tracker from a thread.
 
     Args:
-        rows: of metrics.jsonl so far; the tracker is given what it has not had.
+        rows: of metrics.jsonl so far; only those not yet sent are sent.
     """
 
     def __init__(self, name: str, run_dir: Path, config: dict, rows: Sequence[dict]):
@@ -135,15 +135,15 @@ class Feed:
         self._thread.start()
 
     def show(self, row: dict) -> None:
-        """Another row of metrics.jsonl."""
+        """Queue a row of metrics.jsonl."""
         self._waiting.put(row)
 
     def close(self, code: int) -> None:
-        """Give the tracker time to take what waits, and the training's exit code."""
+        """Give the tracker time to send the queued rows, and the training's exit code."""
         self._waiting.put(code)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._log(f"has not taken everything within {CLOSE_SECONDS:.0f} s")
+            self._log(f"did not accept all rows within {CLOSE_SECONDS:.0f} s")
 
     def _work(self) -> None:
         try:
@@ -160,11 +160,11 @@ class Feed:
                     notes = read_state(self._run_dir, NOTES) | {self.name: note}
                     replace_text(self._run_dir / NOTES, json.dumps(notes))
             tracker.close(row)
-        except Exception as error:  # whatever a client or its server does wrong
-            self._log(f"has failed ({first_line(error)})")
+        except Exception as error:  # any error of a client or its server
+            self._log(f"failed ({first_line(error)})")
 
     def _read_note(self) -> dict[str, Any]:
-        """Return the tracker's note; a new one if it was fed steps that the run repeats with other settings."""
+        """Return the tracker's note; a new one if the run repeats already sent steps with other settings."""
         note: dict[str, Any] = read_state(self._run_dir, NOTES).get(self.name, {})
         text = json.dumps(
             [self._config[section] for section in ("model", "data", "train")], sort_keys=True, default=str
@@ -175,5 +175,5 @@ class Feed:
         return note | {"settings": settings}
 
     def _log(self, message: str) -> None:
-        later = f"`smolds report --send {self.name} {self._run_dir}` fills it up"
-        print(f"\nsmolds: {self.name} {message}; training goes on, and {later}.", file=sys.stderr, flush=True)
+        later = f"`smolds report --send {self.name} {self._run_dir}` sends the missing rows"
+        print(f"\nsmolds: {self.name} {message}; training continues, and {later}.", file=sys.stderr, flush=True)
