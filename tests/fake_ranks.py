@@ -62,7 +62,7 @@ def fragments_of(engine: DeepSpeedEngine, rank: int) -> Iterator[Fragment]:
         yield from split_by_tensor(logical_shapes(name, parameter.ds_shape, first_expert), place * length, tensors)
 
 
-def parts_of_all_ranks(engine: DeepSpeedEngine, shapes: dict[str, tuple[int, ...]], world: int) -> np.ndarray:
+def slices_of_all_ranks(engine: DeepSpeedEngine, shapes: dict[str, tuple[int, ...]], world: int) -> np.ndarray:
     """Return rank, index of the logical tensor, start and length of all ranks' fragments [M, 4]."""
     number = {name: place for place, name in enumerate(sorted(shapes))}
     return np.array(
@@ -90,7 +90,7 @@ def main() -> None:
     assert any(".experts.5." in name for name, *_ in own) and not any(".experts.4." in name for name, *_ in own)
 
     # All ranks together hold every element once.
-    held, names = parts_of_all_ranks(engine, shapes, world), sorted(shapes)
+    held, names = slices_of_all_ranks(engine, shapes, world), sorted(shapes)
     for number, name in enumerate(names):
         ends = 0
         for _, _, start, length in sorted(held[held[:, 1] == number].tolist(), key=lambda part: part[2]):
