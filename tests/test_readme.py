@@ -147,7 +147,7 @@ CASES = [
     ),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
-    Case("smolds plan .*--picture", "", "start it with", ("plan.png",)),
+    Case("smolds plan .*--plot", "", "start it with", ("plan.png",)),
     Case("smolds plan", "", "start it with"),
     Case(
         "smolds bench train",
