@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: measurements, each against what a user would pick instead."""
+"""`python -m benchmarks NAME [options]`: run a benchmark."""
 
 import sys
 from importlib import import_module

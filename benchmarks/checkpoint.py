@@ -1,4 +1,4 @@
-"""`python -m benchmarks checkpoint`: seconds that training stands still for a save, against DeepSpeed's `save_checkpoint`.
+"""`python -m benchmarks checkpoint`: seconds that a save stalls training, compared with DeepSpeed's `save_checkpoint`.
 
 Both save the same state of the same DeepSpeed engine (ZeRO 1, one process), in turn, to the same disk.
 """
@@ -13,20 +13,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import bench_parser, keep
+from smolds_dist.bench.common import bench_parser, write_result
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 
 
 def main(args: list[str]) -> None:
-    """Measures, prints a table and, with --json, writes all numbers.
+    """Measure, print a table and, with --json, write all numbers.
 
     Raises:
-        ConfigError: for options that are none.
+        ConfigError: for unknown options.
     """
     parser = bench_parser("python -m benchmarks checkpoint", __doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
-    parser.add_argument("--dir", type=Path, default=Path("runs"), help="a folder on the disk to write to")
+    parser.add_argument("--repeats", type=int, default=5, help="saves by each")
+    parser.add_argument("--dir", type=Path, default=Path("runs"), help="output folder")
     options = parser.parse_args(args)
     options.dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.dir))
@@ -34,22 +34,22 @@ def main(args: list[str]) -> None:
         result = measure(options.preset, options.repeats, folder)
     finally:
         shutil.rmtree(folder)
-    keep(options, result)
+    write_result(options, result)
     print(f"{result['parameters']:,} parameters, {result['ours']['gigabytes']:.2f} GB of state")
-    print(f"{'':22}{'training stands still':>22}{'until it is on disk':>22}")
+    print(f"{'':22}{'training stall':>22}{'until on disk':>22}")
     for name, label in (("ours", "smolds"), ("deepspeed", "DeepSpeed")):
         print(f"{label:22}{result[name]['stall_s']:>20.2f} s{result[name]['total_s']:>20.2f} s")
     low, high = result["ratio_range"]
     print(f"ratio of medians: {result['ratio']:.3f} (of single pairs: {low:.3f} to {high:.3f})")
     print(
-        f"a training step takes {result['step_s']:.2f} s, while a checkpoint is written "
-        f"{result['step_while_writing_s']:.2f} s; the copy's {result['ours']['gigabytes']:.2f} GB of host memory are made "
-        f"ready beside the training, in {result['prepare_s']:.1f} s"
+        f"a training step takes {result['step_s']:.2f} s, {result['step_while_writing_s']:.2f} s while a checkpoint is "
+        f"written; the copy's {result['ours']['gigabytes']:.2f} GB of host memory are allocated in the background, in "
+        f"{result['prepare_s']:.1f} s"
     )
 
 
 def measure(preset: str, repeats: int, folder: Path) -> dict:
-    """Medians of `repeats` saves of each kind; see the table's words for what they are."""
+    """Return medians of `repeats` saves by each; the table explains them."""
     import torch
 
     from smolds_dist.bench.contenders import smolds_step
@@ -94,7 +94,9 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
         writer.wait()
         error = writer.failure()
         if error:
-            raise ConfigError(f"a checkpoint could not be written ({error}); give a --dir with more room.")
+            raise ConfigError(
+                f"the checkpoint cannot be written ({error}); set --dir to a folder with more disk space."
+            )
     newest = max((folder / str(config.run.name) / "checkpoints").glob("step_*"))
     size = sum(path.stat().st_size for path in newest.iterdir())
     engine.close()

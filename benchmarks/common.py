@@ -1,4 +1,4 @@
-"""What several benchmarks need: processes, rows of a training, a loss, texts."""
+"""Helpers of several benchmarks: subprocesses, metrics of a run, validation loss, documents."""
 
 import subprocess
 import sys
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def run_python(arguments: list[str]) -> str:
-    """What another process of this Python prints.
+    """Run Python in a subprocess and return its output.
 
     Raises:
-        ConfigError: with the last thing that it said, where it fails.
+        ConfigError: if it fails, with its last line of output.
     """
     finished = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if finished.returncode:
@@ -29,11 +29,11 @@ def run_python(arguments: list[str]) -> str:
 
 
 def rows_of_training(given: list[str], run_dir: Path, ranks: int = 1) -> list[dict[str, Any]]:
-    """What a run of `smolds train`, on several ranks of `smolds launch`, writes that saves, evaluates and samples nothing on
-    its way.
+    """Return the metrics rows of `smolds train` (`smolds launch` for several ranks), without saves, evaluations and samples
+    during training.
 
     Raises:
-        ConfigError: where it fails.
+        ConfigError: if it fails.
     """
     from smolds_dist.observe.rows import read_rows
 
@@ -46,10 +46,10 @@ def rows_of_training(given: list[str], run_dir: Path, ranks: int = 1) -> list[di
 def mean_validation_loss(
     loss_of: Callable[["Tensor", "Tensor"], float], tokens: "np.ndarray", seq_len: int, eval_sequences: int
 ) -> float:
-    """Mean loss in nats per token over the first `eval_sequences` sequences of held-out tokens.
+    """Return the mean loss in nats per token over the first `eval_sequences` sequences of validation tokens.
 
     Args:
-        loss_of: the mean loss of ids [B, S] with labels [B, S], of which negative ones do not count.
+        loss_of: returns the mean loss of ids [B, S] with labels [B, S]; negative labels do not count.
     """
     import torch
 
@@ -67,7 +67,7 @@ def mean_validation_loss(
 
 
 def stdlib_texts(megabytes: int) -> list[str]:
-    """The standard library's source, again and again, until there is enough."""
+    """Return the standard library's modules, repeated up to this size."""
     from smolds_dist.data.source import files_of
     from smolds_dist.data.text import documents
 

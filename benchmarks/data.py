@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import stdlib_texts
-from smolds_dist.bench.common import keep
+from smolds_dist.bench.common import write_result
 from smolds_dist.bench.train import processor
 from smolds_dist.config import load_config
 from smolds_dist.errors import OptionParser
@@ -72,7 +72,7 @@ def main(args: list[str]) -> None:
         if machine.devices[0] == "cuda":
             dtypes = ("bf16",)  # varlen attention only supports half precision
         result["mask"] = [mask(dtype, length, rounds) for dtype in dtypes for length in DOCUMENTS]
-    keep(options, result)
+    write_result(options, result)
     for line in format_result(result):
         print(line)
 

@@ -1,13 +1,13 @@
-"""`python -m benchmarks dense`: whether a mixture pays, against dense models on the same tokens.
+"""`python -m benchmarks dense`: compare a mixture of experts with dense models on the same tokens.
 
-One dense model is as wide as the experts that a token chooses: it has the mixture's active size, and with it, but for the
-router, its FLOPs per token. The other is as wide as all experts: it has the mixture's total size, and costs more. All train
-on the same samples in the same order, with the same schedule and optimizer, each with the learning rate that was best for it
-in a whole run (short ones favour rates that are too high); outside the feed-forward layers they begin with the same weights.
+One dense model is as wide as a token's selected experts: it has the mixture's active size and, except for the router, its
+FLOPs per token. The other is as wide as all experts: it has the mixture's total size and costs more. All train on the same
+samples in the same order, with the same schedule and optimizer, each with its best learning rate of full runs (short ones
+favor rates that are too high); outside the feed-forward layers they start with the same weights.
 
-Three budgets are compared: the tokens, the FLOPs and the seconds of the mixture's --steps. For each, the dense models take
-as many steps as fit, with a whole schedule of their own. Seconds are steps times the median of one's, measured where the
-models take turns; evaluation, data and start are left out.
+Three budgets are compared: the tokens, FLOPs and seconds of the mixture's --steps. For each, the dense models run as many
+steps as fit, with their own full schedule. Seconds are steps times the median step time, measured while the models take
+turns; evaluation, data and startup are excluded.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import mean_validation_loss
-from smolds_dist.bench.common import bench_parser, keep, parse
+from smolds_dist.bench.common import bench_parser, parse, write_result
 from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
@@ -38,22 +38,23 @@ from smolds_dist.training.initial_values import InitialValues
 
 MIXTURE, ACTIVE, TOTAL = "mixture", "dense, active size", "dense, total size"
 UNITS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training steps"}
-TURN = 10  # steps that a model takes before the next has its turn
-EVALUATIONS = 10  # of a run, at even distances, the last at the end
-NEARLY = 0.02  # a run whose steps differ by no more than this share stands for another
+TURN = 10  # steps per turn of a model
+EVALUATIONS = 10  # per run, evenly spaced, the last at the end
+NEARLY = 0.02  # relative difference in steps up to which an earlier run is reused
 
 
 def main(args: list[str]) -> None:
-    """Trains everyone, prints a table and, with --json and --picture, writes all numbers and draws them.
+    """Train all models, print a table and, with --json and --plot, write all numbers and a plot.
 
     Raises:
-        ConfigError: for options that are none, and for settings that dense models cannot have.
+        ConfigError: for unknown options, and for settings that dense models do not support.
     """
     parser = bench_parser("python -m benchmarks dense", __doc__)
     parser.set_defaults(preset="debug")
-    parser.add_argument("--steps", type=int, help="of the mixture; the preset's where not given")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="tried by each")
-    parser.add_argument("--picture", type=Path, help="file for the curves, .png")
+    parser.add_argument("--steps", type=int, help="steps of the mixture; default: the preset's")
+    rates = "learning rates that each model tries"
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help=rates)
+    parser.add_argument("--plot", type=Path, help="output file for a plot, .png")
     options, settings = parse(parser, args)
     if any(not rate > 0 for rate in options.learning_rates):
         raise ConfigError(f"--learning-rates {options.learning_rates} must all be more than 0.")
@@ -67,29 +68,29 @@ def main(args: list[str]) -> None:
     result = {
         "date": time.strftime("%Y-%m-%d"), "machine": processor(), "preset": options.preset, "settings": settings,
     } | result  # fmt: skip
-    keep(options, result)
-    if options.picture:
-        draw(result, options.picture)
+    write_result(options, result)
+    if options.plot:
+        draw(result, options.plot)
     print(table(result))
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuses what this benchmark's loop does not do.
+    """Reject settings that this benchmark's loop does not support.
 
     Raises:
         ConfigError: naming the setting.
     """
     if config.data.document_mask:
-        raise ConfigError("--data.document_mask is not for python -m benchmarks dense; leave it out.")
+        raise ConfigError("--data.document_mask is not supported by python -m benchmarks dense; remove it.")
     if config.model.num_experts == config.model.num_experts_per_tok:
         raise ConfigError(
-            f"--model.num_experts_per_tok {config.model.num_experts_per_tok} chooses every expert, so that active and "
+            f"--model.num_experts_per_tok {config.model.num_experts_per_tok} selects every expert, so that active and "
             "total size are the same; lower it."
         )
 
 
 def widths(model: Model) -> dict[str, int | None]:
-    """Of each contender's dense feed-forward layers, which stand where the mixture has experts; None: the mixture itself."""
+    """Return the width of each model's dense feed-forward layers, which replace the mixture's experts; None: the mixture."""
     return {
         MIXTURE: None,
         ACTIVE: model.intermediate_size * (model.num_experts_per_tok + model.n_shared_experts),
@@ -98,17 +99,17 @@ def widths(model: Model) -> dict[str, int | None]:
 
 
 def counted_as(model: Model, width: int | None) -> Model:
-    """What `costs` counts for a contender: a dense layer is a shared expert, which every token passes, beside no others."""
+    """Return the model that `costs` counts: a dense layer is one shared expert without routed experts."""
     if width is None:
         return model
     return replace(model, num_experts=0, num_experts_per_tok=0, n_shared_experts=1, intermediate_size=width)
 
 
 def make_model(config: DeepSeekV3Config, width: int | None, seed: int) -> DeepSeekV3ForCausalLM:
-    """The mixture, or the same model with plain SwiGLU layers of `width` in place of its mixtures; no router is left."""
+    """Return the mixture, or the same model with plain SwiGLU layers of `width` instead of its mixtures and routers."""
     model = empty_model(config)
     if width is not None:
-        # Losses of routers that are not there.
+        # There are no routers to balance.
         config.router_aux_loss_coef = config.sequence_balance_coef = config.z_loss_coef = 0.0
         for block in model.model.layers[config.first_k_dense_replace :]:
             block.mlp = SwiGLU(config.hidden_size, width)
@@ -118,12 +119,12 @@ def make_model(config: DeepSeekV3Config, width: int | None, seed: int) -> DeepSe
 
 @dataclass
 class Run:
-    """A model in training, and what has come out so far."""
+    """A model in training, and its results so far."""
 
     engine: Engine
     balancer: Balancer | None  # of the mixture
     train: Train  # its schedule
-    seconds: list[float] = field(default_factory=list)  # of each step
+    seconds: list[float] = field(default_factory=list)  # per step
     val_losses: dict[int, float] = field(default_factory=dict)  # by step
     digest: int = 0  # of all batches, as `data.batch.batch_digest` of one
 
@@ -133,7 +134,7 @@ class Run:
 
 @dataclass
 class Shared:
-    """What all runs have in common."""
+    """Objects common to all runs."""
 
     config: RunConfig
     data: TrainingData
@@ -141,7 +142,7 @@ class Shared:
 
 
 def start(shared: Shared, width: int | None, steps: int, rate: float) -> Run:
-    """A contender before its first step; `rate` is the learning rate after the warm-up."""
+    """Build a model's run; `rate` is the learning rate after the warm-up."""
     from smolds_dist.parallel.make_engine import make_engine
     from smolds_dist.training.build import make_model_config
 
@@ -154,15 +155,15 @@ def start(shared: Shared, width: int | None, steps: int, rate: float) -> Run:
 
 
 def train(shared: Shared, runs: list[Run]) -> None:
-    """All steps of each; they take turns of `TURN` steps, so that slow minutes of the machine are everyone's."""
+    """Train all runs, in turns of `TURN` steps, so that slow phases of the machine affect all."""
     for begin in range(0, max(run.train.steps for run in runs), TURN):
         for run in runs:
             for step in range(begin + 1, min(begin + TURN, run.train.steps) + 1):
-                take_step(shared, run, step)
+                train_step(shared, run, step)
 
 
-def take_step(shared: Shared, run: Run, step: int) -> None:
-    """One step as `smolds train` takes it, and an evaluation where it is time for one."""
+def train_step(shared: Shared, run: Run, step: int) -> None:
+    """Run one step as `smolds train` does, and an evaluation if due."""
     size = shared.config.train.global_batch
     indices = range((step - 1) * size, step * size)
     ids = shared.data.batch(indices)
@@ -174,7 +175,7 @@ def take_step(shared: Shared, run: Run, step: int) -> None:
 
 
 def validation_loss(shared: Shared, run: Run) -> float:
-    """Over the held-out text of all sources, by their weights, as `smolds train` has it."""
+    """Return the loss over the validation sets of all sources, by their weights, as `smolds train` computes it."""
     model, config, data = run.engine.model, shared.config, shared.data
 
     def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> float:
@@ -192,7 +193,7 @@ def validation_loss(shared: Shared, run: Run) -> float:
 
 
 def timed_step(run: Run, ids: torch.Tensor, micro_batch: int, step: int) -> float:
-    """Trains on ids [global batch, S]; returns its seconds."""
+    """Train on ids [global batch, S] and return the seconds."""
     from smolds_dist.parallel.optim import learning_rate
 
     begin = now(run.engine.device)
@@ -211,14 +212,14 @@ def timed_step(run: Run, ids: torch.Tensor, micro_batch: int, step: int) -> floa
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all that it was given."""
+    """Synchronize the device and return the time in seconds."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
-    """Everyone's size, cost, learning rate and seconds of a step, and the runs for each budget."""
+    """Measure each model's size, cost, learning rate and step time, and its run for each budget."""
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.parallel.ranks import rank_from_environment
     from smolds_dist.parallel.topology import detect_machine, plan_topology
@@ -260,25 +261,25 @@ def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
 
 
 def interleaved_runs(shared: Shared, rate: float) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """Everyone's run over the same tokens with a learning rate, and the seconds of its steps."""
+    """Train all models on the same tokens with a learning rate; return their runs and step times."""
     steps = shared.config.train.steps
-    log(f"all three in turns, {steps} steps, learning rate {rate:g}")
+    log(f"all three models in turns, {steps} steps, learning rate {rate:g}")
     runs = {name: start(shared, width, steps, rate) for name, width in widths(shared.config.model).items()}
     train(shared, list(runs.values()))
     for name, run in runs.items():
-        log(f"  {name}: validation loss {run.val_losses[steps]:.4f}, {median(run.seconds):.3f} s a step")
+        log(f"  {name}: validation loss {run.val_losses[steps]:.4f}, {median(run.seconds):.3f} s/step")
     return {name: run.summary() for name, run in runs.items()}, {name: run.seconds for name, run in runs.items()}
 
 
 def last_loss(run: dict[str, Any]) -> float:
-    """Of a run as it is told, the held-out loss at its end."""
+    """Return the last validation loss of a run's summary."""
     return list(run["val_losses"].values())[-1]
 
 
 def fitting_run(
     shared: Shared, name: str, steps: int, rate: float, before: list[dict[str, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """A run of so many steps, or one from before that has nearly as many."""
+    """Train a model for `steps` steps, or return an earlier run with about as many."""
     for runs in before:
         if name in runs and abs(runs[name]["steps"] / steps - 1) <= NEARLY:
             return runs[name]
@@ -290,13 +291,13 @@ def fitting_run(
 
 
 def per_step(result: dict[str, Any], name: str) -> dict[str, float]:
-    """What a step of a model takes of each budget."""
+    """Return a step's cost in each budget."""
     model, tokens = result["models"][name], result["tokens_per_step"]
     return {"tokens": tokens, "flops": tokens * model["flops_per_token"], "seconds": model["step_seconds"]}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A panel for each budget: held-out loss by what was spent of it. All curves of a panel end at the same budget."""
+    """Plot validation loss over each budget, one panel per budget, whose curves all end at the same value."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -316,17 +317,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.ticklabel_format(axis="x", scilimits=(-3, 4))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", title="loss at the end")
-    panels[0].set_ylabel("held-out loss, nats per token")
+    panels[0].set_ylabel("validation loss, nats per token")
     figure.savefig(path)
     pyplot.close(figure)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Everyone's size and cost, and the loss at the end of each budget."""
+    """Format each model's size, cost, and loss at the end of each budget."""
     lines = [
         f"{result['preset']}, {result['optimizer']}, {result['steps']:,} steps of {result['tokens_per_step']:,} tokens: "
-        "validation loss, and steps, for the mixture's",
-        f"{'':20}{'parameters':>13}{'FLOPs a token':>15}{'s a step':>10}{'lr':>9}"
+        "validation loss and steps for the mixture's budget of",
+        f"{'':20}{'parameters':>13}{'FLOPs/token':>15}{'s/step':>10}{'lr':>9}"
         + "".join(f"{budget:>17}" for budget in result["runs"]),
     ]
     for name, one in result["models"].items():

@@ -1,10 +1,10 @@
 """`python -m benchmarks loss`: time to a validation loss, with Muon, with AdamW, and by transformers' Trainer.
 
-smolds trains for --steps, with Muon unless told otherwise; the loss that it reaches is the target. The others train on the
-same text, with the same tokenizer, sequences and batch, and the best of several learning rates, for longer and longer until
-they reach the target, each time with their whole schedule: smolds itself with AdamW, and the Trainer with the same
-architecture (ERNIE MoE), also once as it comes. With several --ranks smolds is alone. Seconds are steps times the median of
-a step's seconds; evaluation and start are left out.
+smolds trains for --steps, by default with Muon; its final validation loss is the target. The others train on the same text,
+with the same tokenizer, sequences and batch, and the best of several learning rates, for increasing numbers of steps until
+they reach the target, each time with a full schedule: smolds itself with AdamW, and the Trainer with the same architecture
+(ERNIE MoE), also with its default learning rate. With several --ranks the Trainer is excluded. Seconds are steps times the
+median step time; evaluation and startup are excluded.
 """
 
 import json
@@ -18,26 +18,27 @@ from typing import Any
 
 from benchmarks.common import rows_of_training, run_python
 from benchmarks.trainer import Job
-from smolds_dist.bench.common import bench_parser, keep, parse
+from smolds_dist.bench.common import bench_parser, parse, write_result
 from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 
-LONGER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # times the steps of smolds
-Train = Callable[[float | None, int], dict[str, Any]]  # with a learning rate, None for its own; for so many steps
+LONGER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # multiples of smolds' steps
+Train = Callable[[float | None, int], dict[str, Any]]  # of a learning rate (None: default) and a number of steps
 
 
 def main(args: list[str]) -> None:
-    """Trains, prints a table and, with --json, writes all numbers.
+    """Train, print a table and, with --json, write all numbers.
 
     Raises:
-        ConfigError: for options that are none, and where a training fails.
+        ConfigError: for unknown options, and if a run fails.
     """
     parser = bench_parser("python -m benchmarks loss", __doc__)
     parser.set_defaults(preset="debug")
-    parser.add_argument("--steps", type=int, help="of smolds; the preset's where not given")
-    parser.add_argument("--ranks", type=int, default=1, help="of smolds; the Trainer has a place beside one alone")
-    parser.add_argument("--longest", type=float, default=4.0, help="give the others up after so many times its steps")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of the others")
+    parser.add_argument("--steps", type=int, help="steps of smolds; default: the preset's")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of smolds; the Trainer runs only if 1")
+    parser.add_argument("--longest", type=float, default=4.0, help="largest multiple of smolds' steps for the others")
+    rates = "learning rates that the others try"
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help=rates)
     options, settings = parse(parser, args)
     with tempfile.TemporaryDirectory(prefix="bench-loss-") as folder:
         given = ["--preset", options.preset, "--train.optimizer=muon", *settings, f"--run.dir={folder}"]
@@ -51,12 +52,12 @@ def main(args: list[str]) -> None:
         "ranks": options.ranks,
         "settings": settings,
     } | result
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 
 def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
-    """The target, and what everyone needs for it."""
+    """Measure the target, and the steps and seconds that each contender needs to reach it."""
     from smolds_dist.data.prepare import prepare_data
 
     config = load_config(given)
@@ -76,7 +77,7 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
 
     def train(name: str, contender: Train, rate: float | None, times: float) -> dict[str, Any]:
         steps = max(1, round(target.steps * times))
-        log(f"{name}, {steps} steps, learning rate {rate or 'as it comes'}")
+        log(f"{name}, {steps} steps, learning rate {rate or 'default'}")
         found = contender(rate, steps)
         log(f"  validation loss {found['val_loss']:.4f} (target {ours['val_loss']:.4f}), {found['seconds']:.0f} s")
         return found
@@ -101,7 +102,7 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
         runs[f"{name}, learning rate {best:g}"] = until_target(name, contender, best, [tried[best]])
         losses[name] = {f"{rate:g}": found["val_loss"] for rate, found in tried.items()}
     if options.ranks == 1:
-        # Most likely far from the target, which spares all shorter ways.
+        # If the longest run misses the target, skip all shorter ones.
         longest_run = train("Trainer", trainer, None, options.longest)
         too_far = longest_run["val_loss"] > ours["val_loss"]
         one = (
@@ -112,7 +113,7 @@ def measure(given: list[str], options: Any, folder: Path) -> dict[str, Any]:
 
 
 def train_smolds(given: list[str], run_dir: Path, ranks: int) -> dict[str, Any]:
-    """Our own training, in processes of its own as the others."""
+    """Train smolds in its own processes, like the others."""
     rows = rows_of_training([*given, f"--run.name={run_dir.name}"], run_dir, ranks)
     steps = [row for row in rows if "tokens_per_s" in row]
     tokens = steps[0]["tokens"]
@@ -122,11 +123,11 @@ def train_smolds(given: list[str], run_dir: Path, ranks: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Everyone's way to the target; the last try of those that did not reach it."""
+    """Format each contender's run to the target, or its last one if it was not reached."""
     ours = result["smolds"]
     lines = [
         f"{result['preset']}, ranks: {result['ranks']}, until a validation loss of {result['target']:.4f}",
-        f"{'':46}{'steps':>7}{'tokens':>12}{'seconds':>9}{'of its seconds':>16}{'loss':>9}",
+        f"{'':46}{'steps':>7}{'tokens':>12}{'seconds':>9}{'speedup':>16}{'loss':>9}",
         f"{'smolds':46}{ours['steps']:>7,}{ours['tokens']:>12,}{ours['seconds']:>9,.1f}{'':>16}{ours['val_loss']:>9.4f}",
     ]
     for name, runs in result["contenders"].items():

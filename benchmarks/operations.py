@@ -1,9 +1,8 @@
-"""A profiled training step, sorted into kinds of operations that a reader knows.
+"""A profiled training step, grouped into familiar kinds of operations.
 
-Every operation belongs to the scope of the innermost function or module of ours that it runs in. In the backward pass our
-functions have scopes of their own, and other operations that of the forward operation whose gradient they compute, which
-PyTorch's sequence numbers tell. An operation's time is its own, without those that it calls, so that the times of all add
-up to the step's.
+Every operation belongs to the scope of our innermost function or module that runs it. In the backward pass our functions
+have their own scopes; other operations have the scope of the forward operation whose gradient they compute, which PyTorch's
+sequence numbers identify. An operation's time excludes the operations that it calls, so that all times sum to the step's.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,9 @@ from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopK
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.training.clock import Product
 
-STEP = "step"  # the name that all of a step is recorded under
+STEP = "step"  # the name under which a step is recorded
 MODULES = (DeepSeekV3Attention, LMHead, DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopKRouter, RMSNorm)
-# Scopes by the names of modules, of functions with gradients of their own, and of phases.
+# Scopes by the names of modules, of autograd functions, and of phases.
 SCOPES = {
     "DeepSeekV3Attention": "attention", "_CausalAttention": "scores", "_Rotate": "rotary",
     "DeepSeekMoE": "mixture", "TopKRouter": "router", "DeepSeekExpertLayer": "expert layer", "_ExpertFFN": "feed-forward",
@@ -45,10 +44,10 @@ OTHERS = {
 }  # fmt: skip
 KINDS = (*dict.fromkeys((*PRODUCTS.values(), *OTHERS.values())), OPTIMIZER, COPIES, ELEMENTWISE, REST, OUTSIDE)
 
-# Where the two factors stand among an operation's inputs.
+# Index of the first of two factors among an operation's inputs.
 FACTORS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
 COPYING = {"copy_", "_to_copy", "clone", "contiguous", "cat", "_cat"}
-# They compute nothing: they make views or memory, or only call others.
+# Operations that compute nothing: views, allocations, and wrappers.
 IDLE = set(
     "view _unsafe_view reshape view_as slice select narrow split chunk transpose t numpy_T mT permute unsqueeze squeeze "
     "expand as_strided alias detach flatten unbind resolve_conj resolve_neg result_type empty empty_like empty_strided "
@@ -62,14 +61,14 @@ class Operation(NamedTuple):
 
     name: str
     kind: str  # one of KINDS
-    seconds: float  # its own: on the CPU without those that it calls; on CUDA what its kernels take
-    product: Product | None  # of a matrix product that counts as such
+    seconds: float  # on the CPU without the operations that it calls; on CUDA of its kernels
+    product: Product | None  # if it counts as a matmul
     dtype: torch.dtype | None  # of its factors
 
 
 @contextmanager
 def recorded_modules(model: nn.Module) -> Iterator[None]:
-    """Meanwhile every module of `MODULES` carries its class's name in a profile."""
+    """Record every module of `MODULES` under its class's name in a profile."""
     hooks = []
     for module in model.modules():
         if isinstance(module, MODULES):
@@ -91,13 +90,13 @@ def recorded_modules(model: nn.Module) -> Iterator[None]:
 
 
 def operations_of(events: Iterable[Any], on_cuda: bool = False) -> tuple[list[Operation], float]:
-    """The operations of a step that was recorded under the name `STEP`, and its seconds.
+    """Return the operations of a step that was recorded under the name `STEP`, and its seconds.
 
-    Their seconds add up to the step's: what no operation of PyTorch took is one of the kind `OUTSIDE`.
+    Their seconds sum to the step's: time outside PyTorch's operations is one of kind `OUTSIDE`.
 
     Args:
         events: `torch.profiler.profile(record_shapes=True).events()`.
-        on_cuda: their seconds are those of the kernels that they started; `OUTSIDE` is then when none ran.
+        on_cuda: seconds are those of the kernels that operations launched; `OUTSIDE` is the time without kernels.
     """
     called = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     (step,) = [event for event in called if event.name == STEP]
@@ -118,14 +117,14 @@ def operations_of(events: Iterable[Any], on_cuda: bool = False) -> tuple[list[Op
 
 
 def is_operation(name: str) -> bool:
-    """Whether PyTorch computes something there: other events are scopes, and nodes of autograd."""
+    """Return True for PyTorch operations: other events are scopes and autograd nodes."""
     return "::" in name and not name.startswith(("autograd::", "torch::autograd"))
 
 
 def forward_scopes(events: Iterable[Any]) -> dict[int, str]:
-    """The scope of each forward operation with a gradient, by its sequence number.
+    """Return the scope of each forward operation with a gradient, by its sequence number.
 
-    Of several with the same number, only the last has a gradient: it takes the number, and others see the next one.
+    Of several with the same number, only the last has a gradient.
     """
     scopes = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
@@ -143,7 +142,7 @@ def in_backward(event: Any) -> bool:
 
 
 def scope_of(event: Any, forward: dict[int, str]) -> str:
-    """One of the values of `SCOPES`; empty outside them, and where autograd adds up gradients of one tensor."""
+    """Return one of the values of `SCOPES`; empty outside them, and where autograd sums gradients of one tensor."""
     if event.cpu_parent is not None and event.cpu_parent.name.startswith(BACKWARD) and is_operation(event.name):
         return ""
     while event is not None:
@@ -157,18 +156,18 @@ def scope_of(event: Any, forward: dict[int, str]) -> str:
 
 
 def kind_of(name: str, scope: str, is_product: bool) -> str:
-    """The kind of an operation, of which `name` is PyTorch's without `aten::`."""
+    """Return the kind of an operation; `name` is PyTorch's without `aten::`."""
     if scope in ("optimizer", "router"):
         return scope
     if is_product:
         return PRODUCTS.get(scope, ELEMENTWISE)
-    if "attention" in name:  # PyTorch's own kernels, products and softmax in one
+    if "attention" in name:  # PyTorch's fused kernels, matmuls and softmax in one
         return SCORES
     if name in COPYING:
         return COPIES
     if name in IDLE:
         return REST
-    if scope == "expert layer" and ("silu" in name or name.startswith("mul")):  # of grouped products
+    if scope == "expert layer" and ("silu" in name or name.startswith("mul")):  # of grouped matmuls
         return OTHERS["feed-forward"]
     if scope == "mixture" and name == "add":  # of the shared experts' outputs
         return ELEMENTWISE
@@ -176,14 +175,14 @@ def kind_of(name: str, scope: str, is_product: bool) -> str:
 
 
 def product_of(event: Any) -> tuple[Product | None, torch.dtype | None]:
-    """The matrix product that an event is, if it is one, and its dtype, where PyTorch records it (from 2.13 on)."""
+    """Return an event's matmul, if it is one, and its dtype, if PyTorch records it (2.13 and later)."""
     first = FACTORS.get(event.name.partition("::")[2])
     if first is None or len(event.input_shapes) < first + 2:
         return None, None
     left, right = event.input_shapes[first : first + 2]
-    if right[-1] == 1:  # a vector, which memory bounds: a norm's gradient
+    if right[-1] == 1:  # a memory-bound vector: a norm's gradient
         return None, None
-    # A grouped product, whose left factor has the rows of all groups, counts as one of all rows.
+    # A grouped matmul, whose left factor has the rows of all groups, counts as one matmul over all rows.
     batch = left[0] if len(left) == len(right) == 3 else 0
     strides = getattr(event, "structured_input_strides", None) or ()
     columns = [len(one) >= 2 and one[-2] == 1 and one[-1] > 1 for one in strides[first : first + 2]]

@@ -1,10 +1,9 @@
-"""`python -m benchmarks plan`: the planner's predictions against measured memory, measured time, and published throughput.
+"""`python -m benchmarks plan`: compare the planner's predictions with measured memory and time, and published throughput.
 
-Memory: every number of ranks, ZeRO stage and size, of which a process's peak is measured over real steps. Time: the machine
-is calibrated with one process, then steps of several ranks are measured and predicted. Layout: every expert-parallel size is
-measured, and the one that a run would take must be the fastest or close to it. Recompute: each kind of activation
-checkpointing. Published: `published.yaml`, of which one half chooses two figures of each generation of GPUs and the other
-tests them.
+Memory: a process's peak over real steps, for every number of ranks, ZeRO stage and size. Time: the machine is calibrated
+with one process, then steps of several ranks are measured and predicted. Layout: every expert-parallel size is measured, and
+the one that "auto" chooses must be the fastest or close to it. Recompute: each kind of activation checkpointing. Published:
+one half of `published.yaml` fits two parameters per GPU generation, and the other tests them.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from smolds_dist.bench.calibrate import (
     predict,
     settings_of,
 )
-from smolds_dist.bench.common import keep
+from smolds_dist.bench.common import write_result
 from smolds_dist.bench.train import log, processor
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import parse_hardware
@@ -39,13 +38,13 @@ from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, expert_sizes, plan_topology
 from smolds_dist.planner.search import RECOMPUTED
 
-# Large enough that the model and not the process is what is measured.
+# Large enough that the model's memory dominates the process's.
 MEMORY_SIZES = (
     dict(hidden_size=384, intermediate_size=512, num_hidden_layers=4, vocab_size=16384),
     dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, vocab_size=16384),
     dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, vocab_size=32768),
 )
-MEMORY_STEPS = 20  # for so long glibc's heap grows
+MEMORY_STEPS = 20  # glibc's heap grows until then
 TIME_SIZES = (
     dict(hidden_size=192, intermediate_size=256, num_hidden_layers=4, vocab_size=8192),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, vocab_size=8192),
@@ -53,51 +52,49 @@ TIME_SIZES = (
 )
 
 LAYOUT_SIZES = (*TIME_SIZES, dict(hidden_size=384, intermediate_size=256, num_hidden_layers=6, vocab_size=8192))
-LAYOUT_ROUNDS = 2  # in which all sizes take turns
+LAYOUT_ROUNDS = 2  # with one turn per size
 RECOMPUTED_ROUNDS = 2
 
 
 def main(args: list[str]) -> None:
-    """Measures, prints a table for each kind, and with --json writes all numbers.
+    """Measure, print a table for each kind, and with --json write all numbers.
 
     Raises:
-        ConfigError: for options that are none, or where a measured process fails.
+        ConfigError: for unknown options, or if a measured process fails.
     """
     parser = OptionParser(
         prog="python -m benchmarks plan",
         description=(__doc__ or "").partition("\n")[0],
         example="python -m benchmarks plan --what memory published --sizes 1 --json plan.json",
     )
-    parser.add_argument("--what", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="stages whose memory is measured")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the runs whose memory is measured"
-    )
-    parser.add_argument("--steps", type=int, default=MEMORY_STEPS, help="before memory is read")
-    parser.add_argument("--sizes", type=int, default=3, help="models, the smallest first")
-    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--what", nargs="+", choices=tuple(KINDS), default=tuple(KINDS), help="predictions to compare")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
+    parser.add_argument("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages for memory")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype for memory")
+    parser.add_argument("--steps", type=int, default=MEMORY_STEPS, help="steps before memory is measured")
+    parser.add_argument("--sizes", type=int, default=3, help="number of models, smallest first, 1 to 3")
+    parser.add_argument("--json", type=Path, help="output file for the result")
     options = parser.parse_args(args)
     if options.steps < 1:
         raise ConfigError(f"--steps must be at least 1, not {options.steps}.")
     if not 1 <= options.sizes <= 3 or any(SEQUENCES % ranks for ranks in options.ranks):
-        raise ConfigError(f"--sizes must lie between 1 and 3, and --ranks divide {SEQUENCES}.")
+        raise ConfigError(f"--sizes must be between 1 and 3, and --ranks must divide {SEQUENCES}.")
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
     for kind in options.recompute:
         result[kind], text = KINDS[kind](options)
         print(text)
-    keep(options, result)
+    write_result(options, result)
 
 
-def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    """Predicted and measured peak of a rank's resident memory."""
+def check_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Compare the predicted with the measured peak of a rank's resident memory."""
     rows = []
     for size in MEMORY_SIZES[: options.sizes]:
         for ranks in options.ranks:
             for zero in options.zero:
                 row = compare_memory(size, ranks, zero, options.dtype, options.steps)
                 ratio = row["predicted"] / row["measured"]
-                log(f"memory: hidden {size['hidden_size']}, {ranks} ranks, ZeRO {zero}: {ratio:.3f} of the measured")
+                log(f"memory: hidden {size['hidden_size']}, {ranks} ranks, ZeRO {zero}: predicted/measured {ratio:.3f}")
                 rows.append(row)
     text = [f"{'parameters':>10} {'ranks':>5} {'zero':>4} {'predicted':>10} {'measured':>10} {'ratio':>6}"]
     for row in rows:
@@ -111,7 +108,7 @@ def against_memory(options: argparse.Namespace) -> tuple[list[dict[str, Any]], s
 def compare_memory(
     size: dict[str, int], ranks: int, zero: int, dtype: str = "fp32", steps: int = MEMORY_STEPS
 ) -> dict[str, Any]:
-    """One layout, predicted and measured."""
+    """Predict and measure the memory of one layout."""
     import torch
 
     engine = "deepspeed" if ranks > 1 or zero else "local"
@@ -119,7 +116,7 @@ def compare_memory(
     layout = Layout(ranks, ranks, ranks, zero, SEQUENCES // ranks, 1, SEQ_LEN, dtype, device=device, engine=engine)
     settings = (f"--parallel.zero={zero}", f"--parallel.engine={engine}")
     _, measured = measure_step(size, ranks, settings, dtype, steps)
-    # Of a GPU, what is measured is what the model has allocated.
+    # On a GPU, the measurement is PyTorch's allocated memory.
     predicted = rank_memory(model_of(size), layout, PROCESS_BYTES["cpu"] if device == "cpu" else 0.0)
     parameters = sum(parameter_counts(model_of(size)))
     return {
@@ -128,8 +125,8 @@ def compare_memory(
     }  # fmt: skip
 
 
-def against_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Predicted and measured seconds of a step, by a machine that one process was measured on."""
+def check_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Compare predicted with measured step times, on this machine calibrated with one process."""
     entry = measure_machine()
     machine = parse_hardware("here", entry)
     rows = []
@@ -155,12 +152,12 @@ def against_time(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"hardware": entry, "steps": rows}, "\n".join(text)
 
 
-def against_recomputation(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Memory and time of each kind of activation checkpointing in one process; time as a multiple of that without."""
+def check_recomputation(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Compare memory and relative slowdown of each kind of activation checkpointing in one process."""
     entry = measure_machine()
     machine = parse_hardware("here", entry)
     rows: list[dict[str, Any]] = []
-    plain = ("--parallel.engine=local",)  # DeepSpeed's own buffers would hide what activations need
+    plain = ("--parallel.engine=local",)  # DeepSpeed's own buffers would hide the activations
     for size in MEMORY_SIZES[: options.sizes]:
         seconds: dict[str, list[float]] = {recompute: [] for recompute in RECOMPUTED}
         memory = dict.fromkeys(RECOMPUTED, 0)
@@ -194,8 +191,8 @@ def against_recomputation(options: argparse.Namespace) -> tuple[dict[str, Any], 
     return {"hardware": entry, "layouts": rows}, "\n".join(text)
 
 
-def against_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The expert-parallel size that `plan_topology` takes on this machine, calibrated, against measured steps of all."""
+def check_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Compare the expert-parallel size that `plan_topology` chooses on this machine with measured step times."""
     entry = measure_machine()
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-plan-") as folder:
@@ -212,7 +209,7 @@ def against_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 log(f"layout: hidden {size['hidden_size']}, {ranks} ranks: {chosen} of {medians}")
                 rows.append({"size": size, "ranks": ranks, "chosen": chosen, "seconds": medians})
     text = [
-        f"{'hidden':>6} {'layers':>6} {'ranks':>5} {'chosen':>6} {'of the fastest':>14}  ms a step by expert-parallel size"
+        f"{'hidden':>6} {'layers':>6} {'ranks':>5} {'chosen':>6} {'of the fastest':>14}  ms/step by expert-parallel size"
     ]
     for row in rows:
         at, medians = row["size"], row["seconds"]
@@ -226,16 +223,16 @@ def against_layouts(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def chosen_size(size: dict[str, int], ranks: int, hardware: Path) -> int:
-    """The expert-parallel size of a run that leaves it to "auto"."""
+    """Return the expert-parallel size that "auto" chooses."""
     given = [*settings_of(size), f"--data.seq_len={SEQ_LEN}", f"--train.global_batch={SEQUENCES}"]
     config = load_config(["--preset", "debug", *given, f"--parallel.hardware={hardware}", "--parallel.zero=1"])
     return plan_topology(config, detect_machine(), RankInfo(0, 0, ranks)).expert
 
 
-def against_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Predicted and published tokens per second and device, half by half, and the figures that the first half gives.
+def check_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Compare predicted with published tokens/s per device in each half, and fit the parameters on the first half.
 
-    What is off by more than `WITHIN` is marked.
+    Marks errors above `WITHIN`.
     """
     found = compare()
     text, errors = [], {}
@@ -247,13 +244,11 @@ def against_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str
         for one in own:
             mark = "" if one.hit else "  missed"
             text.append(f"{one.run.name:70} {one.run.published:>9,.0f} {one.predicted:>9,.0f} {one.ratio:>6.2f}{mark}")
-        text.append(
-            f"off by a factor of {error_factor(own):.2f} in the median; {hits} of {len(own)} within {WITHIN:.0%}\n"
-        )
+        text.append(f"median error: a factor of {error_factor(own):.2f}; {hits} of {len(own)} within {WITHIN:.0%}\n")
     figures = fit()
-    text.append(f"{'chosen on the fitted half':30} {'runs':>4} {'utilisation':>11} {'overhead':>8}")
-    for key, (utilisation, overhead, runs) in figures.items():
-        text.append(f"{key:30} {runs:>4} {utilisation:>11.2f} {overhead * 1e3:>5.1f} ms")
+    text.append(f"{'fitted on the first half':30} {'runs':>4} {'utilization':>11} {'overhead':>8}")
+    for key, (utilization, overhead, runs) in figures.items():
+        text.append(f"{key:30} {runs:>4} {utilization:>11.2f} {overhead * 1e3:>5.1f} ms")
     rows = [
         {
             "run": one.run.name,
@@ -266,12 +261,12 @@ def against_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str
         for one in found
     ]
     chosen = {
-        key: {"utilisation": share, "overhead": seconds, "runs": n} for key, (share, seconds, n) in figures.items()
+        key: {"utilization": share, "overhead": seconds, "runs": n} for key, (share, seconds, n) in figures.items()
     }
     return {"errors": errors, "figures": chosen, "runs": rows}, "\n".join(text)
 
 
 KINDS = {
-    "memory": against_memory, "time": against_time, "layout": against_layouts, "recompute": against_recomputation,
-    "published": against_published,
+    "memory": check_memory, "time": check_time, "layout": check_layouts, "recompute": check_recomputation,
+    "published": check_published,
 }  # fmt: skip

@@ -1,7 +1,7 @@
-"""The planner against published throughput: `published.yaml`'s runs, each predicted from its layout alone.
+"""The planner compared with published throughput: the runs of `published.yaml`, each predicted from its layout alone.
 
-A generation of GPUs has two figures that no data sheet gives, `utilisation` and `overhead` in `costs/hardware.yaml`. `fit`
-chooses them on one half of the runs; on the other half the planner is tested. A run's name decides its half.
+Two parameters of a GPU generation are in no data sheet: `utilization` and `overhead` in `costs/hardware.yaml`. `fit` fits
+them on one half of the runs; the other half tests the planner. A run's name decides its half.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ from smolds_dist.costs.step_time import StepTime, step_time
 from smolds_dist.settings import Model
 
 FILE = Path(__file__).with_name("published.yaml")
-WITHIN = 0.25  # of the published figure counts as a hit
+WITHIN = 0.25  # relative error up to which a prediction is a hit
 HALVES = ("fitted", "tested")
-# Keys of `hardware.yaml` that share both figures: the same chip with other memory or links.
+# Keys of `hardware.yaml` that share both parameters: the same chip with other memory or links.
 GENERATIONS = (("a100", "a800"), ("h100", "h200", "h800"), ("b200",), ("gb200",))
 UTILISATIONS = tuple(percent / 100 for percent in range(10, 91, 2))
 OVERHEADS = tuple(half / 2000 for half in range(1, 25))  # seconds: 0.5 to 12 ms
-ENOUGH = 4  # runs for two figures; with fewer, one run more or less moves the pair across the grid
+ENOUGH = 4  # minimum runs to fit both; with fewer, a single run moves the pair across the grid
 
 
 @dataclass(frozen=True)
 class Run:
     """One published run, in the planner's terms."""
 
-    name: str  # of its own
+    name: str  # unique
     source: str
     model: Model
     hardware: str  # a key of `hardware.yaml`
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def half(self) -> str:
-        """By the parity of its name's SHA-256: nobody chose which runs the figures are fitted on."""
+        """Half by the parity of the name's SHA-256, so that nobody chooses the fitted runs."""
         return HALVES[hashlib.sha256(self.name.encode()).digest()[-1] % 2]
 
 
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def published_runs() -> list[Run]:
-    """All runs of the file. A name has what tells two runs apart: model, devices, number format, source and figure."""
+    """Return all runs of the file. A run's name has model, devices, number format, source and throughput, to be unique."""
     data = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return [_run(entry, data) for entry in data["runs"]]
 
@@ -87,27 +87,27 @@ def _run(entry: dict[str, Any], data: dict[str, Any]) -> Run:
 
 
 def predict_run(run: Run, machine: Hardware) -> Comparison:
-    """A run on a machine."""
+    """Predict a run on a machine."""
     step = step_time(run.model, run.layout, machine)
     return Comparison(run, run.layout.tokens_per_step / run.layout.world / step.total, step)
 
 
 def compare() -> list[Comparison]:
-    """All published runs, each with its prediction by `hardware.yaml`."""
+    """Return all published runs, each with its prediction by `hardware.yaml`."""
     return [predict_run(run, load_hardware(run.hardware)) for run in published_runs()]
 
 
 def error_factor(found: Sequence[Comparison]) -> float:
-    """By which factor predictions are off: the median, upwards and downwards alike."""
+    """Return the median factor by which predictions are off, up or down."""
     return math.exp(median(abs(math.log(one.ratio)) for one in found))
 
 
 def fit() -> dict[str, tuple[float, float, int]]:
-    """Utilisation, overhead in seconds, and the number of runs they rest on, for each key of `GENERATIONS`.
+    """Return utilization, overhead in seconds, and the number of fitted runs, for each key of `GENERATIONS`.
 
-    On the fitted half alone: the pair of the grid with the least mean of |ln(predicted / published)|, which a few runs that
-    are far off move less than a mean of squares. Of pairs that are equally good, the first. A generation with fewer than
-    `ENOUGH` runs takes the overhead of the next one, and with none its utilisation too.
+    On the fitted half only: the pair of the grid with the least mean of |ln(predicted / published)|, which is less sensitive
+    to outliers than a mean of squares; the first of equals. A generation with fewer than `ENOUGH` runs takes the overhead of
+    the next one, and with none also its utilization.
     """
     runs = [run for run in published_runs() if run.half == "fitted"]
     machines = {run.hardware: load_hardware(run.hardware) for run in runs}
@@ -123,6 +123,6 @@ def fit() -> dict[str, tuple[float, float, int]]:
     return found
 
 
-def _misfit(runs: Sequence[Run], machines: dict[str, Hardware], utilisation: float, overhead: float) -> float:
-    tried = {key: replace(machine, utilisation=utilisation, overhead=overhead) for key, machine in machines.items()}
+def _misfit(runs: Sequence[Run], machines: dict[str, Hardware], utilization: float, overhead: float) -> float:
+    tried = {key: replace(machine, utilization=utilization, overhead=overhead) for key, machine in machines.items()}
     return fmean(abs(math.log(predict_run(run, tried[run.hardware]).ratio)) for run in runs)

@@ -1,16 +1,15 @@
 """`python -m benchmarks roofline`: the time of a training step by kind of operation, and its lower bounds.
 
-Some steps of smolds in one process are profiled. A kind's bound is what its matrix products take alone, each timed in its
-own shape, and for all else the time that memory takes for `least_bytes`: what operations that were fused would move.
-PyTorch's profiler records what operations are given, not what they write, and an operation that need not be there has no
-bound worth to reach; so bytes follow from the model's shapes, not from the operations as they are. Products count as they
-are, with padding and with the scores that the backward pass computes again.
+Profiles steps of smolds in one process. A kind's bound is the time of its matmuls alone, each timed in its own shape, plus
+the memory time of `least_bytes`, the bytes that fused operations would move. Bytes follow from the model's shapes, not from
+the operations: PyTorch's profiler records inputs but not outputs, and an avoidable operation needs no bound. Matmuls count
+as executed, with padding and with the attention scores that the backward pass recomputes.
 
-Kinds differ in what their bound leaves out: exponentials, which take most of a softmax on a CPU, count nothing. Copies and
-conversions, views, and Python between the operations are bound by 0.
+Bounds ignore exponentials, which take most of a softmax on a CPU. Copies, conversions, views, and Python between the
+operations have bound 0.
 
-On CUDA an operation's time is that of its kernels, and the time in which none runs is outside of operations. PyTorch's own
-attention kernels count as products at the peak. This was not run on CUDA yet.
+On CUDA an operation's time is that of its kernels, and time without kernels is outside of operations. PyTorch's attention
+kernels count as matmuls at the peak. Not run on CUDA yet.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, parse, write_result
 from smolds_dist.bench.train import describe_machine, log, make_task
 
 if TYPE_CHECKING:
@@ -31,29 +30,29 @@ if TYPE_CHECKING:
     from smolds_dist.bench.contenders import Task
     from smolds_dist.training.clock import Product
 
-PRODUCT_SECONDS = 0.02  # for which each shape is repeated
-PEAK_SECONDS = 0.5  # likewise for the peak
-SHOWN = 12  # operations of a kind that the JSON names
+PRODUCT_SECONDS = 0.02  # of repetitions per shape
+PEAK_SECONDS = 0.5  # of repetitions for the peak
+SHOWN = 12  # operations per kind in the JSON
 
 
 def main(args: list[str]) -> None:
-    """Measures, prints a table and, with --json, writes all numbers.
+    """Measure, print a table and, with --json, write all numbers.
 
     Raises:
-        ConfigError: for options that are none.
+        ConfigError: for unknown options.
     """
     parser = bench_parser("python -m benchmarks roofline", __doc__)
-    parser.add_argument("--sequences", type=int, default=4, help="of a step")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences per step")
     add_dtype(parser)
-    parser.add_argument("--steps", type=int, default=3, help="profiled, and as many not, after two to warm up")
+    parser.add_argument("--steps", type=int, default=3, help="steps with and without profiling, after two to warm up")
     options, settings = parse(parser, args)
     result = measure(options, settings)
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
-    """The kinds of the fastest profiled step, their bounds, and what follows from them."""
+    """Measure the kinds of the fastest profiled step, and their bounds."""
     import torch
 
     from smolds_dist.bench.calibrate import memory_bandwidth
@@ -63,9 +62,9 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     task = make_task(options, settings)
     device, dtype = torch.device(task.device), torch.bfloat16 if task.dtype == "bf16" else torch.float32
     model, tokens = task.model_config(), task.sequences * task.seq_len
-    plain, profiled = take_steps(task, options.steps)
+    plain, profiled = run_steps(task, options.steps)
     operations, seconds = min(profiled, key=lambda step: step[1])
-    log("memory, and matrix products alone")
+    log("measuring memory and matmuls")
     bandwidth = memory_bandwidth(device)
     alone = fastest_products(operations, device, dtype)
     peak = matrix_product_peak(device, dtype, PEAK_SECONDS, largest_products(model, tokens))
@@ -87,13 +86,13 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         "tokens_per_s": tokens / fastest,
         "median_tokens_per_s": tokens / median(plain),
         "tokens_per_s_limit": tokens / limit,
-        "flops_utilisation": flops * tokens / fastest / peak,
+        "flops_utilization": flops * tokens / fastest / peak,
         "kinds": kind_rows(operations, bounds),
     }
 
 
-def take_steps(task: "Task", steps: int) -> tuple[list[float], "list[tuple[list[Operation], float]]"]:
-    """Seconds of plain steps, and operations and seconds of profiled ones, which take turns."""
+def run_steps(task: "Task", steps: int) -> tuple[list[float], "list[tuple[list[Operation], float]]"]:
+    """Return seconds of plain steps, and operations and seconds of profiled ones, in turns."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -102,7 +101,7 @@ def take_steps(task: "Task", steps: int) -> tuple[list[float], "list[tuple[list[
 
     engine, balancer, _ = smolds_engine(task)
     ids, on_cuda = task.batch(), task.device.startswith("cuda")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports its own starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # silences its own start and stop messages
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
 
     def step() -> None:
@@ -120,7 +119,7 @@ def take_steps(task: "Task", steps: int) -> tuple[list[float], "list[tuple[list[
         step()
     plain, profiled = [], []
     for number in range(steps):
-        log(f"step {number + 1} of {steps}")
+        log(f"step {number + 1}/{steps}")
         plain.append(seconds_of(step))
         with recorded_modules(engine.model):
             with profile(activities=activities, record_shapes=True) as trace, record_function(STEP):
@@ -138,11 +137,11 @@ def seconds_of(step: Callable[[], None]) -> float:
 def fastest_products(
     operations: "list[Operation]", device: "torch.device", dtype: "torch.dtype"
 ) -> "dict[tuple[Product, torch.dtype], float]":
-    """The shortest time of every distinct product of a step: repeated alone in its shape, or in the step itself, where other
-    work on the machine has disturbed the repetitions more.
+    """Return the shortest time of every distinct matmul of a step: repeated alone in its shape, or in the step, if other
+    load on the machine slowed the repetitions more.
 
     Args:
-        dtype: of products whose own was not recorded.
+        dtype: of matmuls whose own was not recorded.
     """
     from smolds_dist.training.clock import product_seconds
 
@@ -165,7 +164,7 @@ def bounds_of(
     peak: float,
     bandwidth: float,
 ) -> dict[str, float]:
-    """Seconds of a step that each kind takes at least."""
+    """Return each kind's lower bound in seconds per step."""
     import torch
 
     from benchmarks.least_bytes import least_bytes
@@ -178,14 +177,13 @@ def bounds_of(
     for operation in operations:
         if operation.product and operation.seconds:
             bounds[operation.kind] += alone[operation.product, operation.dtype or dtype]
-    if not bounds[SCORES]:  # products and softmax are one kernel
+    if not bounds[SCORES]:  # matmuls and softmax are one kernel
         bounds[SCORES] = 3 * attention_flops(model, task.seq_len) * tokens / peak
     return bounds
 
 
 def kind_rows(operations: "list[Operation]", bounds: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for each kind that the step has, or whose bound is not 0; the largest gap first. Their seconds add up to the
-    step's."""
+    """Return a row for each kind in the step or with a bound, largest gap first. Their seconds sum to the step's."""
     spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     calls: Counter[str] = Counter()
     flops: Counter[str] = Counter()
@@ -206,28 +204,28 @@ def kind_rows(operations: "list[Operation]", bounds: dict[str, float]) -> list[d
 
 
 def table(result: dict[str, Any]) -> str:
-    """The kinds by their gap, and the limit that their bounds make."""
-    total, tokens = result["profiled_seconds"], result["tokens_per_step"]
+    """Format the kinds by their gap, and the resulting limit."""
+    seconds, tokens = result["profiled_seconds"], result["tokens_per_step"]
     limit, peak, flops = result["bound_seconds"], result["matrix_product_peak"], result["flops_per_token"]
     lines = [
-        f"{result['preset']}, {result['dtype']}, {tokens:,} tokens a step, on {result['machine']}; matrix products "
+        f"{result['preset']}, {result['dtype']}, {tokens:,} tokens/step, on {result['machine']}; matmul peak "
         f"{peak / 1e9:,.0f} GFLOP/s, memory {result['memory_bandwidth'] / 1e9:,.1f} GB/s",
         f"{'':32}{'calls':>8}{'ms':>11}{'share':>8}{'bound ms':>11}{'gap ms':>11}",
     ]
     total = {
-        "kind": "the step, profiled", "calls": sum(row["calls"] for row in result["kinds"]), "seconds": total,
-        "bound_seconds": limit, "gap_seconds": total - limit,
+        "kind": "the step, profiled", "calls": sum(row["calls"] for row in result["kinds"]), "seconds": seconds,
+        "bound_seconds": limit, "gap_seconds": seconds - limit,
     }  # fmt: skip
     fastest, share = tokens / result["tokens_per_s"], flops * tokens / limit / peak
     for row in (*result["kinds"], total):
         lines.append(
-            f"{row['kind']:32}{row['calls']:>8,}{1e3 * row['seconds']:>11,.1f}{row['seconds'] / total:>8.1%}"
+            f"{row['kind']:32}{row['calls']:>8,}{1e3 * row['seconds']:>11,.1f}{row['seconds'] / seconds:>8.1%}"
             f"{1e3 * row['bound_seconds']:>11,.1f}{1e3 * row['gap_seconds']:>11,.1f}"
         )
     lines += [
         f"without the profiler {1e3 * fastest:,.1f} ms: {result['tokens_per_s']:,.0f} tokens/s, of at most "
         f"{result['tokens_per_s_limit']:,.0f} by these bounds, {limit / fastest:.1%}",
-        f"{flops / 1e9:.3f} GFLOPs a token, and {result['product_flops_per_token_as_run'] / 1e9:.3f} in the products as "
-        f"they are; {result['flops_utilisation']:.1%} of the peak, of at most {share:.1%} by these bounds",
+        f"{flops / 1e9:.3f} GFLOPs/token, {result['product_flops_per_token_as_run'] / 1e9:.3f} in the matmuls as executed; "
+        f"MFU {result['flops_utilization']:.1%}, of at most {share:.1%} by these bounds",
     ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""`python -m benchmarks scale`: tokens per second on 1, 2, 4, ... ranks, and where their time goes.
+"""`python -m benchmarks scale`: tokens/s on 1, 2, 4, ... ranks, and time by cause.
 
-The tokens of a step stay the same. On a CPU, ranks share the machine's cores, so that more of them cannot be faster than
-one: what is to be seen is what sharing the experts costs.
+The tokens per step are constant. On a CPU, ranks divide the machine's cores, so that several cannot be faster than one: the
+result is the cost of expert parallelism.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, parse, write_result
 from smolds_dist.bench.contenders import Task
 from smolds_dist.bench.train import describe_machine, log, make_task, run_trial
 from smolds_dist.errors import ConfigError
@@ -18,25 +18,25 @@ PARTS = ("all_to_all", "optimizer_traffic", "waiting")
 
 
 def main(args: list[str]) -> None:
-    """Measures, prints a table and, with --json, writes all numbers.
+    """Measure, print a table and, with --json, write all numbers.
 
     Raises:
-        ConfigError: for options that are none, or more ranks than there are GPUs.
+        ConfigError: for unknown options, or more ranks than GPUs.
     """
     parser = bench_parser("python -m benchmarks scale", __doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers to compare")
-    parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks to compare")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences per step over all ranks")
     add_dtype(parser)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each number of ranks")
-    parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, with one turn per number of ranks")
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn, after one to warm up")
     options, settings = parse(parser, args)
     result = measure(options, settings)
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
-    """Speed without, and shares of the time with the barriers of `benchmarks.traffic`, for each number of ranks."""
+    """Measure speed, and in separate trials with the barriers of `benchmarks.traffic` the time by cause."""
     base = replace(make_task(options, settings), contender="smolds")
     for ranks in options.ranks:
         if ranks < 1 or options.sequences % ranks:
@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     memory: dict[int, float] = dict.fromkeys(tasks, 0.0)
     for number in range(options.rounds):
         for ranks, task in tasks.items():
-            log(f"round {number + 1} of {options.rounds}: {ranks} ranks")
+            log(f"round {number + 1}/{options.rounds}: {ranks} ranks")
             answer = run_trial(task, options.steps, ranks)
             rates[ranks].append(tokens / median(answer["seconds"]))
             memory[ranks] = max(memory[ranks], answer["memory"] / 1e9)
@@ -69,10 +69,10 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Speed, as a multiple of the first's, and shares of the time, by number of ranks."""
+    """Format speed, also relative to the first row's, and fractions of the time, by number of ranks."""
     lines = [
-        f"{result['preset']}, {result['dtype']}, {result['tokens_per_step']:,} tokens a step, on {result['machine']}",
-        f"{'ranks':>5}{'tokens/s':>10}{'ratio':>8}{'memory of a rank':>18}{'all-to-all':>12}{'optimizer traffic':>19}"
+        f"{result['preset']}, {result['dtype']}, {result['tokens_per_step']:,} tokens/step, on {result['machine']}",
+        f"{'ranks':>5}{'tokens/s':>10}{'ratio':>8}{'memory per rank':>18}{'all-to-all':>12}{'optimizer traffic':>19}"
         f"{'waiting':>9}",
     ]
     first = next(iter(result["ranks"].values()))

@@ -1,6 +1,6 @@
-"""Where the time of a step on several ranks goes: into all-to-all, optimizer traffic, and waiting for each other.
+"""Time of a step on several ranks by cause: all-to-all, optimizer traffic, and waiting for other ranks.
 
-`benchmarks.scale` starts it as `smolds_dist.bench.train.run_trial` starts contenders.
+`benchmarks.scale` starts it by `smolds_dist.bench.train.run_trial`, like a contender.
 """
 
 import time
@@ -15,18 +15,18 @@ from smolds_dist.parallel.expert_parallel import CommunicationClock, autoep_laye
 from smolds_dist.parallel.topology import Topology
 
 ALL_TO_ALL = "all_to_all_single"
-# What ZeRO reduces gradients and gathers weights with, by DeepSpeed's names.
+# ZeRO's collectives, by DeepSpeed's names.
 OF_OPTIMIZER = (
     "all_reduce reduce reduce_scatter reduce_scatter_tensor all_gather all_gather_into_tensor all_reduce_coalesced broadcast"
 ).split()
 
 
 class Traffic:
-    """Tells traffic from waiting by a barrier before every all-to-all, forward and backward, and before the optimizer.
+    """Separate traffic from waiting by a barrier before every all-to-all, forward and backward, and before the optimizer.
 
-    After a barrier all ranks enter a collective together, so that it takes its own time alone. Where ZeRO reduces gradients
-    while others are still computed there is no barrier: waiting in these counts as optimizer traffic. Barriers cost a step
-    some time, so its speed is measured without them.
+    After a barrier all ranks enter a collective together, so that its time excludes waiting. ZeRO's reductions during the
+    backward pass have no barrier: waiting in these counts as optimizer traffic. Barriers slow a step down, so speed is
+    measured without them.
     """
 
     def __init__(self, engine: Engine, topology: Topology):
@@ -39,8 +39,8 @@ class Traffic:
             return
         self._clock.run(True)
         for layer in autoep_layers(engine.model).values():
-            layer.router.register_forward_hook(self._wait)  # before tokens leave
-            layer.experts.register_forward_hook(self._wait)  # before they come back
+            layer.router.register_forward_hook(self._wait)  # before dispatch
+            layer.experts.register_forward_hook(self._wait)  # before combine
             layer.register_full_backward_pre_hook(self._wait)
             layer.experts.register_full_backward_hook(self._wait)
 
@@ -48,14 +48,14 @@ class Traffic:
         self.wait()
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait for all ranks."""
         if self._ranks > 1:
             begin = self._now()
             dist.barrier()
             self._waited += self._now() - begin
 
     def seconds(self) -> dict[str, float]:
-        """Ends a step: means over the ranks of its seconds by what they went into. Collective."""
+        """End a step; return its seconds by cause, mean over ranks. Collective."""
         now = self._now()
         spent = self._clock.seconds() if self._clock else {}
         all_to_all = spent.pop(ALL_TO_ALL, 0.0)
@@ -73,7 +73,7 @@ class Traffic:
 
 
 def measured_step(task: Task, gate: Gate) -> None:
-    """smolds' step, whose notes say where its time went."""
+    """Run smolds' step; its notes are the step's seconds by cause."""
     engine, balancer, topology = smolds_engine(task)
     ids, traffic = task.batch(), Traffic(engine, topology)
 

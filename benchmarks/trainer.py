@@ -1,4 +1,4 @@
-"""One training by transformers' Trainer, for `python -m benchmarks loss`: `python -m benchmarks.trainer JSON`."""
+"""A run of transformers' Trainer, for `python -m benchmarks loss`: `python -m benchmarks.trainer JSON`."""
 
 import json
 import sys
@@ -19,11 +19,11 @@ from smolds_dist.config import load_config
 class Job:
     given: list[str]  # the smolds run's options
     steps: int
-    learning_rate: float | None  # the Trainer's own where None
+    learning_rate: float | None  # None: the Trainer's default
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Steps, tokens, seconds (steps times the median of one's) and validation loss of the whole schedule."""
+    """Train; return steps, tokens, seconds (steps times the median step time) and validation loss of the full schedule."""
     from transformers import Ernie4_5_MoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from smolds_dist.data.prepare import prepare_data

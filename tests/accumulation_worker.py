@@ -1,6 +1,6 @@
-"""Ranks of three micro batches with the gradients 4096 x, y and -4096 x; rank 0 prints how far their sum is from y.
+"""Accumulate three micro batches with gradients 4096 x, y and -4096 x; rank 0 prints the error of their sum relative to y.
 
-Run by test_train.py under torchrun: added up in bf16, little is left of y.
+Run by test_train.py under torchrun: a sum in bf16 loses most of y.
 """
 
 import sys
@@ -27,7 +27,7 @@ def main() -> None:
     for factors in ((0.0, 1.0, 0.0), (4096.0, 1.0, -4096.0)):
         for factor, batch in zip(factors, (first, second, first), strict=True):
             engine.backward(engine.forward(batch, batch) * factor)
-        norms.append(engine.step(0.0)[0])  # the weights stay as they are
+        norms.append(engine.step(0.0)[0])  # learning rate 0 keeps the weights
     if info.rank == 0:
         print("DEVIATION", abs(norms[1] / norms[0] - 1), flush=True)
     end_rank(0)

@@ -1,4 +1,4 @@
-"""Runs commands of smolds one after the other in this process; prints a line of JSON for each: exit code and output.
+"""Run smolds commands one after the other in this process; print a line of JSON for each: exit code and output.
 
 Usage: cli_worker.py '[["eval", "runs/one"], ...]'
 """

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-# A laptop's tests and CI's must not depend on the number of cores, nor on the Hub.
+# Tests must not depend on the number of cores or the Hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Two workers share the cores: of more threads for models this small, most would wait in a loop for one another.
+# Two workers share the cores: with models this small, most of several threads would busy-wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SENTENCES = [
@@ -60,7 +60,7 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem, report):
-    """Say how a pytest-xdist worker died, and what a run that it trained left in `rank_N.crash`."""
+    """Print how a pytest-xdist worker died, and `rank_N.crash` of a run that it trained."""
     code = report.node.gateway._io.popen.wait(5)
     folders = Path(tempfile.gettempdir()).glob(f"pytest-of-*/pytest-current/*{report.node.gateway.id}")
     crashes = [path.read_text() for folder in folders for path in folder.glob("**/ranks/rank_*.crash")]
@@ -102,12 +102,12 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """One cache for the session, so that the corpus is tokenised once."""
+    """One cache for the session, so that the corpus is tokenized once."""
     return tmp_path_factory.mktemp("cache")
 
 
 def options_of_small_run(corpus, cache, folder):
-    """Options of a run that takes a second, in `folder`/runs."""
+    """Return the options of a run that takes a second, in `folder`/runs."""
     options = {
         "data.source": f"text:{corpus}/*.txt", "data.cache_dir": cache, "data.tokenizer_vocab_size": 300,
         "data.seq_len": 32, "data.val_fraction": 0.1, "run.dir": folder / "runs", "train.steps": 6,
@@ -115,7 +115,7 @@ def options_of_small_run(corpus, cache, folder):
         "train.eval_sequences": 5, "checkpoint.every": 2, "log.sample_every": 3, "log.sample_tokens": 4,
         "model.hidden_size": 32, "model.intermediate_size": 32, "model.num_hidden_layers": 2,
         "model.num_attention_heads": 2, "model.num_key_value_heads": 1, "model.head_dim": 16,
-        "parallel.expert": "max",  # of several ranks, so that tokens travel
+        "parallel.expert": "max",  # several ranks then use all-to-all
     }  # fmt: skip
     return ["--preset", "debug", *(f"--{name}={value}" for name, value in options.items())]
 
@@ -127,7 +127,7 @@ def small_run(corpus, cache, tmp_path):
 
 @pytest.fixture(scope="session")
 def kept_run(corpus, cache, tmp_path_factory):
-    """A run of six steps with checkpoints after 2, 4 and 6, and its options. To be copied, not changed."""
+    """A run of six steps with checkpoints after 2, 4 and 6, and its options. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("kept")
     options = [
         *options_of_small_run(corpus, cache, folder), "--run.name=one", "--checkpoint.keep=3", "--log.tensorboard=false",

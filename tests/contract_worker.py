@@ -1,6 +1,6 @@
-"""What our model keeps with packages that lie beside the others: accelerate, under Trainer and by itself, and PEFT.
+"""Our model with packages from .venv/extras: accelerate, under Trainer and alone, and PEFT.
 
-Usage: contract_worker.py FOLDER; writes into FOLDER/outcomes.json each promise's traceback, or nothing where it was kept.
+Usage: contract_worker.py FOLDER; writes each check's traceback to FOLDER/outcomes.json, empty if it passed.
 """
 
 import json
@@ -45,7 +45,7 @@ def trainer_checkpoints_activations(folder: Path) -> None:
 
 
 def adapted(kind: str) -> PeftModel:
-    """LoRA on attention's projections and on the experts' stacked weights, trained for three steps."""
+    """Train LoRA on attention's projections and the experts' stacked weights for three steps."""
     adapters = LoraConfig(
         r=4, target_modules=PROJECTIONS[kind], target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         task_type="CAUSAL_LM",
@@ -104,7 +104,7 @@ def device_maps(folder: Path) -> None:
 
 
 def weights_are_offloaded(folder: Path) -> None:
-    """accelerate brings each module's weights to it and takes them away again."""
+    """Check CPU offload: accelerate loads each module's weights for its forward pass and removes them afterwards."""
     for settings in TWO_LAYERS.values():
         model = build(settings, bias_scale=0.2)
         logits = model(input_ids=tokens(2, 24)).logits
@@ -129,6 +129,6 @@ if __name__ == "__main__":
         try:
             promise(folder / name)
             outcomes[name] = ""
-        except Exception:  # each is told by a test of its own
+        except Exception:  # each has its own test
             outcomes[name] = traceback.format_exc()
     (folder / "outcomes.json").write_text(json.dumps(outcomes))

@@ -1,7 +1,7 @@
-"""Rank 13 of many, of which it alone is there: what it knows of the others, by the functions of a run.
+"""Rank 13 of many, without the other processes: checks what it derives about the other ranks by a run's own functions.
 
-Run as `python fake_ranks.py WORLD TRAIN-OPTIONS...`. It joins torch's fake process group, whose collectives return at
-once, and builds the run's engine at ZeRO 3 in it.
+Run as `python fake_ranks.py WORLD TRAIN-OPTIONS...`. It joins torch's fake process group, whose collectives return
+immediately, and builds the run's engine at ZeRO 3 in it.
 """
 
 import os
@@ -25,12 +25,12 @@ from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.build import new_engine
 
 PER_NODE = 8
-WORDS = 4096  # of the vocabulary
+VOCAB = 4096
 
 
 def join_fake_ranks(rank: int, world: int) -> RankInfo:
-    """Makes this process a rank of so many, all others of which are missing: collectives return at once, and what they
-    should bring from others is this rank's own, or nothing."""
+    """Make this process a rank of `world` without the others: collectives return immediately, with this rank's data or
+    nothing in place of the others'."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -49,8 +49,8 @@ def join_fake_ranks(rank: int, world: int) -> RankInfo:
 
 
 def fragments_of(engine: DeepSpeedEngine, rank: int) -> Iterator[Fragment]:
-    """What any rank holds at ZeRO 3, all zeros, told from what this one holds: the ranks that share a parameter, for experts
-    those that have the same ones, each have an equal part of it, in their order."""
+    """Yield any rank's fragments at ZeRO 3, all zeros, derived from this rank's: the ranks that shard a parameter (for
+    experts, the replicas of that expert) each hold an equal slice of it, in rank order."""
     experts, expert = expert_parameters(engine.model), engine.topology.expert
     parameter: Any
     for name, parameter in engine.model.named_parameters():
@@ -62,8 +62,8 @@ def fragments_of(engine: DeepSpeedEngine, rank: int) -> Iterator[Fragment]:
         yield from split_by_tensor(logical_shapes(name, parameter.ds_shape, first_expert), place * length, tensors)
 
 
-def parts_of_all_ranks(engine: DeepSpeedEngine, shapes: dict[str, tuple[int, ...]], world: int) -> np.ndarray:
-    """Rank, number of the logical tensor by its name, start and length of all that all ranks hold [M, 4]."""
+def slices_of_all_ranks(engine: DeepSpeedEngine, shapes: dict[str, tuple[int, ...]], world: int) -> np.ndarray:
+    """Return rank, index of the logical tensor, start and length of all ranks' fragments [M, 4]."""
     number = {name: place for place, name in enumerate(sorted(shapes))}
     return np.array(
         [
@@ -78,19 +78,19 @@ def main() -> None:
     world = int(sys.argv[1])
     config = load_config(sys.argv[2:])
     topology = plan_topology(config, detect_machine(), join_fake_ranks(13, world))
-    model_config = DeepSeekV3Config(**config.model.architecture() | {"vocab_size": WORDS})
+    model_config = DeepSeekV3Config(**config.model.architecture() | {"vocab_size": VOCAB})
     engine = new_engine(model_config, config, topology, None)
     with torch.device("meta"):
         shapes = tensor_shapes(DeepSeekV3ForCausalLM(model_config))
     assert engine.tensor_shapes() == shapes
 
-    # What is told of any rank is what DeepSpeed has given to this one.
+    # The derived fragments of this rank match DeepSpeed's.
     own = [(one.name, one.start, one.tensors["value"].shape) for one in engine.fragments()]
     assert own == [(one.name, one.start, one.tensors["value"].shape) for one in fragments_of(engine, 13)]
     assert any(".experts.5." in name for name, *_ in own) and not any(".experts.4." in name for name, *_ in own)
 
-    # All ranks together hold, and write, everything once.
-    held, names = parts_of_all_ranks(engine, shapes, world), sorted(shapes)
+    # All ranks together hold every element once.
+    held, names = slices_of_all_ranks(engine, shapes, world), sorted(shapes)
     for number, name in enumerate(names):
         ends = 0
         for _, _, start, length in sorted(held[held[:, 1] == number].tolist(), key=lambda part: part[2]):
@@ -98,7 +98,7 @@ def main() -> None:
             ends += length
         assert ends == torch.Size(shapes[name]).numel(), name
 
-    # Every matrix has one owner, who gets all of it from those that hold it.
+    # Every matrix has one owner, which receives all of its slices.
     matrices = {name: shapes[name] for name in names if len(shapes[name]) == 2}
     rows = [(r, list(matrices).index(names[n]), s, 0, size) for r, n, s, size in held.tolist() if names[n] in matrices]
     plans = [make_plan(np.array(rows), matrices, world, rank, np.zeros(world)) for rank in range(world)]
@@ -112,9 +112,9 @@ def main() -> None:
     assert received == {name: torch.Size(shape).numel() for name, shape in matrices.items()}
     assert len(set(owners.values())) > world // 4
 
-    # Two tensors as the export wants them: by rank, and of one rank by name.
+    # Two tensors in the export's order: by rank, then by name.
     gatherer = Gatherer(engine.fragments(), names, engine.device, torch.float32)
-    gatherer.set_layout(held)
+    gatherer.index_slices(held)
     wanted = [names[3], names[1]]
     parts = gatherer._slices_of(wanted)
     expected = sorted(
@@ -123,7 +123,7 @@ def main() -> None:
         if names[number] in wanted
     )
     assert parts.tolist() == [list(row) for row in expected]
-    print("as told", flush=True)
+    print("all checks passed", flush=True)
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""A rank of a training in which one bit of one rank's weights flips after a step; run by test_rank_checks.py.
+"""A rank of a run in which one bit of one rank's weights flips after a step; run by test_rank_checks.py.
 
 Usage: flip_worker.py RANK STEP GROUP OPTIONS...   where GROUP begins the name of a parameter group
 """

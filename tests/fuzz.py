@@ -1,4 +1,4 @@
-"""How many random inputs a gate is tried with: SMOLDS_FUZZ_CASES, by default 200."""
+"""Random inputs for input checks; SMOLDS_FUZZ_CASES is the number per check, by default 200."""
 
 import os
 
@@ -24,7 +24,7 @@ VALUES = ODD | st.recursive(
 
 @st.composite
 def damaged(draw: st.DrawFn, values: dict) -> object:
-    """`values` with one or two of its fields, at any depth, replaced or removed; sometimes something else."""
+    """Generate `values` with one or two fields, at any depth, replaced or removed; sometimes another value."""
     if draw(st.integers(0, 9)) == 0:
         return draw(VALUES)
     copy = _deep_copy(values)
@@ -50,6 +50,6 @@ def _deep_copy(values: object) -> object:
 
 
 def flipped(content: bytes) -> st.SearchStrategy[bytes]:
-    """`content` with a byte replaced, cut off or doubled."""
+    """Generate `content` with a byte replaced, truncated or duplicated."""
     places = st.integers(0, max(0, len(content) - 1))
     return st.builds(lambda at, new: content[:at] + new + content[at + 1 :], places, st.binary(max_size=2))

@@ -1,7 +1,7 @@
-"""Runs that are killed with SIGKILL at random moments until they get through; prints one JSON line per run.
+"""Run training killed by SIGKILL at random moments until it finishes; print one JSON line per run.
 
-Every attempt is a process of its own per rank, forked from this one, which has done nothing but import: so a start takes
-milliseconds and many kills fit into a minute. Run by test_faults.py.
+Every attempt forks one process per rank from this one, which has only imported modules: a start takes milliseconds and many
+kills fit into a minute. Run by test_faults.py.
 """
 
 import json
@@ -21,11 +21,11 @@ import tensorboard  # noqa: F401
 from smolds_dist.config import load_config
 from smolds_dist.training.trainer import train
 
-LIMIT = 60  # seconds of one attempt
+LIMIT = 60  # seconds per attempt
 
 
 def start(options: list[str], world: int, log: Path) -> list[int]:
-    """Forks the ranks of one attempt; returns their process numbers."""
+    """Fork the ranks of one attempt; return their process ids."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -53,10 +53,10 @@ def start(options: list[str], world: int, log: Path) -> list[int]:
 
 
 def end_of(pids: list[int], seconds: float, saving: Path | None = None) -> list[int] | None:
-    """Exit codes of all; or None if they are not through after that time, and were killed.
+    """Return all exit codes, or None if the ranks were still running after that time and were killed.
 
     Args:
-        saving: a run's folder: kill not before a checkpoint is being written there.
+        saving: a run folder: wait with the kill until a checkpoint is being written there.
     """
     deadline = time.monotonic() + seconds
     codes: dict[int, int] = {}
@@ -79,13 +79,13 @@ def is_saving(run_dir: Path) -> bool:
 
 
 def survive(options: list[str], run_dir: Path, world: int, kills: int, chance: random.Random, usual: float) -> dict:
-    """Kills the run `kills` times at a random moment, every other time while it saves, then lets it finish."""
+    """Kill the run `kills` times at random moments, every other time during a save, then let it finish."""
     result = {"run": run_dir.name, "killed": 0, "while_saving": 0}
     log = run_dir.parent / f"{run_dir.name}.log"
     for attempt in range(kills + 1):
         last = attempt == kills
         for leftover in run_dir.glob("checkpoints/unfinished_*"):
-            shutil.rmtree(leftover)  # so that the next one is seen
+            shutil.rmtree(leftover)  # so that the next one is detected
         saving = run_dir if attempt % 2 else None
         pids = start(options, world, log)
         codes = end_of(pids, LIMIT if last else chance.uniform(0.1, 0.8) * usual, None if last else saving)

@@ -1,4 +1,4 @@
-"""What test_parity.py trains: the cases, and the changes of layout between them. What is LONG only runs with --all."""
+"""Cases of test_parity.py, and layout changes between them. LONG ones run only with --all."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,8 +6,7 @@ from typing import NamedTuple
 import pytest
 
 LATENT = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1")
-# What published models have besides: dense layers, shared experts, an output weight of their own, YaRN, groups, norms of
-# queries and keys; and the routers' losses.
+# Features of published models: dense layers, shared experts, untied embeddings, YaRN, groups, QK norm; and router losses.
 FAMILY = (
     "--model.num_hidden_layers=3", "--model.first_k_dense_replace=1", "--model.dense_intermediate_size=40",
     "--model.n_shared_experts=1", "--model.tie_word_embeddings=false", "--train.sequence_balance_coef=0.05",
@@ -19,18 +18,18 @@ MODELS = {
     "deepseek": (*LATENT, *FAMILY, "--model.n_group=4", "--model.topk_group=2", "--model.latent_norm_eps=1e-6"),
     "qwen3": (*FAMILY, "--model.qk_norm=head"),
     "olmoe": (*FAMILY, "--model.qk_norm=all", "--model.norm_topk_prob=false"),
-    # Of a micro batch, which has the same two sequences in every layout here.
+    # Computed per micro batch, which has the same two sequences in every layout here.
     "aux_loss": ("--train.balance=aux_loss", "--train.aux_loss_coef=0.05"),
-    "clip": ("--train.qk_clip=0.5",),  # so low that heads are clipped in every step
+    "clip": ("--train.qk_clip=0.5",),  # low enough to clip heads in every step
     "muon": ("--train.optimizer=muon",),
     "bf16": ("--train.dtype=bf16",),
-    "every": ("--model.num_experts_per_tok=8",),  # expert for each token, so that rounding changes no choice
+    "every": ("--model.num_experts_per_tok=8",),  # expert for each token, so that rounding cannot change the selection
 }
-# What must change no number.
+# Options that must not change results.
 LAYOUTS = {
     **{what: (f"--train.activation_checkpointing={what}",) for what in ("full", "selective", "attention", "experts")},
-    # No bucket holds a weight matrix: gradients travel in many pieces, most of them past DeepSpeed's buffers. ZeRO 3 steps
-    # in many pieces too.
+    # Buckets are smaller than a weight matrix: gradients are reduced in many pieces, most of them without DeepSpeed's
+    # buffers. ZeRO 3 also has many optimizer sub-steps.
     "small_buckets": (f"--parallel.ds_config={Path(__file__).with_name('small_buckets.json')}",),
     "offload": (f"--parallel.ds_config={Path(__file__).with_name('offload.json')}",),
     "disturbed": (),  # evaluation before every step, sampling after it
@@ -56,7 +55,7 @@ class Case(NamedTuple):
 
     @property
     def reference(self) -> "Case":
-        """The same model in one process."""
+        """Same model in one process."""
         return Case(0, 0, 0, tuple(name for name in self.names if name in MODELS))
 
     def __str__(self) -> str:
@@ -71,7 +70,7 @@ def local(*names: str) -> Case:
     return Case(0, 0, 0, names)
 
 
-# Every model, stage of ZeRO, optimizer and kind of recomputation, each with several of the others.
+# Every model, ZeRO stage, optimizer and kind of activation checkpointing, each with several of the others.
 CASES = [
     ranks(2, 1, 0), ranks(2, 2, 1, "full", "disturbed"), ranks(2, 1, 2), ranks(2, 2, 3, "selective"),
     ranks(2, 2, 0, "deepseek"), ranks(2, 1, 1, "deepseek"), ranks(2, 2, 2, "deepseek"), ranks(2, 1, 3, "deepseek"),
@@ -94,7 +93,7 @@ LONG_CASES = [
     ranks(2, 2, 3, "olmoe"), ranks(2, 2, 1, "aux_loss"),
     ranks(4, 4, 2), ranks(4, 2, 1, "muon"), ranks(4, 2, 1, "deepseek"),
 ]  # fmt: skip
-# From the first to the second.
+# (source, target) of a resume.
 CHANGES = [
     (local(), ranks(4, 2, 1)),
     (ranks(2, 1, 0), local()),
@@ -127,7 +126,7 @@ LONG_CHANGES = [
     (local("deepseek"), ranks(2, 2, 3, "deepseek")),
     (ranks(2, 2, 3, "deepseek"), ranks(4, 4, 2, "deepseek")),
 ]
-# Within one layout the resumed run is the uninterrupted one to the last bit.
+# Layouts in which a resumed run equals the uninterrupted one bit for bit.
 SAME = [
     local(), ranks(2, 2, 1, "full", "disturbed"), ranks(2, 2, 3, "selective"),
     ranks(2, 2, 0, "bf16", "every"), ranks(2, 2, 3, "muon", "bf16"), ranks(2, 2, 3, "offload"), ranks(4, 2, 1),
@@ -136,7 +135,7 @@ LONG_SAME = [
     local("bf16"), *(ranks(2, 2, zero) for zero in range(4)), *(ranks(2, 2, zero, "bf16") for zero in (1, 2, 3)),
     ranks(2, 2, 3, "latent", "full", "disturbed"), ranks(2, 2, 1, "muon"),
 ]  # fmt: skip
-# The last rank's loss is that in one step.
+# The last rank's loss in step SAVE_AT.
 POISONED = [
     (local(), "nan"), (ranks(2, 2, 0), "nan"), (ranks(2, 2, 3), "inf"), (ranks(2, 2, 1, "bf16", "every"), "inf"),
     (ranks(2, 2, 2, "bf16", "every"), "nan"),
@@ -148,6 +147,6 @@ LONG_POISONED = [
 
 
 def with_long(short: list, long: list) -> list:
-    """What `parametrize` takes: cases, or tuples of several arguments. Those in `long` alone are marked so."""
+    """Return arguments for `parametrize`: cases, or tuples of several arguments. Those only in `long` are marked long."""
     alone = [(one,) if isinstance(one, Case) else one for one in long if one not in short]
     return [*short, *(pytest.param(*arguments, marks=pytest.mark.long) for arguments in alone)]

@@ -1,4 +1,4 @@
-"""Trains a tiny model in each topology given as JSON on the command line; rank 0 prints one JSON line per case.
+"""Train a tiny model in each topology listed as JSON on the command line; rank 0 prints one JSON line per case.
 
 Run by test_parity.py under torchrun, and in-process for the single-process reference.
 """
@@ -29,10 +29,10 @@ from smolds_dist.training.step import Stepper
 VOCAB = 96
 STEPS = 8
 SAVE_AT = 4
-MOST_IN_A_FILE = 25_000  # elements of an export: more than any tensor has, fewer than any model
+MOST_IN_A_FILE = 25_000  # elements per export file: more than any tensor, fewer than any model
 BASE = [
-    # Under some seeds, more of them the larger the learning rate, a token's second and third expert have the same score but
-    # for rounding, and runs part there.
+    # With some seeds, and more of them at larger learning rates, a token's second and third expert have equal scores up to
+    # rounding, and runs diverge.
     "--train.seed=3",
     "--preset=debug", "--parallel.device=cpu", "--train.dtype=fp32", "--train.global_batch=8", "--train.micro_batch=2",
     f"--train.steps={STEPS}", "--train.warmup_steps=2", "--train.lr=0.01", "--train.grad_clip=0.5", "--data.seq_len=32",
@@ -42,7 +42,7 @@ BASE = [
 
 
 class Shards:
-    """Only what the training loop reads: a Markov chain of tokens, so that there is something to learn."""
+    """The part of TrainingData that the training loop reads: a Markov chain of tokens, which can be learned."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
@@ -55,7 +55,7 @@ class Shards:
         self.tokens = torch.tensor(tokens)
 
     def wait_for_samples(self, samples: int) -> None:
-        """All of it is there."""
+        """Do nothing: all samples are ready."""
 
     def batch(self, indices: range) -> torch.Tensor:
         return torch.stack([self.tokens[(start := 32 * (index % 600)) : start + 32] for index in indices])
@@ -70,15 +70,15 @@ def train_case(
     poison: str = "",
     skip: bool = False,
 ) -> dict:
-    """Losses, gradient norms and counts of all steps, and the weights and biases at the end.
+    """Train; return losses, gradient norms and counts of all steps, and the final weights and biases.
 
     Args:
-        disturb: every step is preceded by an evaluation pass and followed by sampling, which must change nothing.
+        disturb: evaluate before and sample after every step, which must change nothing.
         save: run folder to write a checkpoint to after step SAVE_AT.
-        resume: checkpoint to continue from.
-        export: folder that the weights which a run starts from are written to.
-        poison: what the last rank's loss is in step SAVE_AT, "nan" or "inf".
-        skip: step SAVE_AT is left out.
+        resume: checkpoint to resume from.
+        export: folder to write the initial weights to.
+        poison: the last rank's loss in step SAVE_AT, "nan" or "inf".
+        skip: omit step SAVE_AT.
     """
     options = [*options, f"--run.dir={save or 'unused'}", "--run.name=run"]
     config = load_config([*BASE, *options, *([f"--checkpoint.resume={resume}"] if resume else [])])
@@ -150,7 +150,7 @@ def train_case(
             writer = CheckpointWriter(
                 config, topology, tensors, lambda samples: {"schedule": mixture_of(config).schedule()}
             )
-            writer.save(engine, balancer, TrainState(step), None)  # in the background of the next steps
+            writer.save(engine, balancer, TrainState(step), None)  # in the background
     if save:
         writer.wait()
         assert writer.failure() is None

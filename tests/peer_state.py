@@ -1,4 +1,4 @@
-"""Our weights in a model of transformers' own classes, to compare both."""
+"""Our weights for a model of transformers' classes, to compare both."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from smolds_dist.model import DeepSeekV3Config
 
 
 def transformers_state_dict(state: dict[str, Tensor], config: DeepSeekV3Config) -> dict[str, Tensor]:
-    """Our parameters and selection biases, experts stacked, under the names of `transformers_config(config)`'s model."""
+    """Return our parameters and selection biases, experts stacked, under the names of transformers' model."""
     renamed = [to_transformers(name, tensor, config, model_type(config)) for name, tensor in state.items()]
     return {
         name.replace(".mlp.moe_statics.", ".mlp.gate.moe_statics."): tensor

@@ -15,13 +15,13 @@ import warm
 from smolds_dist.observe.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
-# accelerate, PEFT and lm-evaluation-harness, which only what is told of them sees.
+# accelerate, PEFT and lm-evaluation-harness, for processes with this path.
 EXTRAS = Path(sysconfig.get_path("purelib", vars={"base": str(ROOT / ".venv" / "extras")}))
-# A Python that has transformers 4.57, and the rest from here.
+# A Python with transformers 4.57, and other packages from here.
 TRANSFORMERS4 = ROOT / ".venv" / "transformers4" / "bin" / "python"
-# A Python that has llama.cpp (xllamacpp) and mlx-lm, and the rest from here.
+# A Python with llama.cpp (xllamacpp) and mlx-lm, and other packages from here.
 READERS = ROOT / ".venv" / "readers" / "bin" / "python"
-# A time limit is there for what never ends: how long a test takes on a quiet machine says little of two shared cores.
+# Factor of time limits, which are for processes that hang: shared cores can be much slower than a quiet machine.
 PATIENCE = 4
 TIMING = {"tokens_per_s", "mfu", "seconds", "memory_gb", "time"}
 
@@ -38,14 +38,14 @@ class Finished:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it has not ended unnoticed."""
+    """Return True if the process exists and is not a zombie."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def rows_without_timing(run_dir: Path) -> list[dict]:
-    """What a run has written that another of the same kind must repeat: all but times, memory, and its starts."""
+    """Return a run's metrics rows that an identical run must repeat: without times, memory, and starts."""
     rows = read_rows(run_dir / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if row.get("event") != "start"]
 
@@ -53,12 +53,12 @@ def rows_without_timing(run_dir: Path) -> list[dict]:
 def run(
     command: list[str], timeout: float, cwd: Path | None = None, cold: bool = False, **environment: str
 ) -> Finished:
-    """Runs a command; past `PATIENCE` times `timeout` seconds it and all its children are killed and the test fails.
+    """Run a command; after `PATIENCE` times `timeout` seconds kill it and all its children and fail the test.
 
     Args:
-        timeout: seconds that are enough on a quiet machine.
-        command: `sys.executable` stands for a Python that has imported everything, `warm.programs`.
-        cold: nothing is imported yet, as where a user starts it.
+        timeout: seconds that suffice on a quiet machine.
+        command: `sys.executable` is replaced by a Python that has imported everything, `warm.programs`.
+        cold: start it without `warm`, as a user does.
     """
     timeout *= PATIENCE
     env = warm.environment() | environment
@@ -71,7 +71,7 @@ def run(
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        for child in psutil.Process(process.pid).children(recursive=True):  # launched ranks have a session of their own
+        for child in psutil.Process(process.pid).children(recursive=True):  # launched ranks have their own session
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         os.killpg(process.pid, signal.SIGKILL)
@@ -83,12 +83,12 @@ def run(
 def smolds(
     *args: str, timeout: float = 120, cwd: Path | None = None, cold: bool = False, **environment: str
 ) -> Finished:
-    """The `smolds` command."""
+    """Run the `smolds` command."""
     return run([sys.executable, "-m", "smolds_dist", *args], timeout, cwd, cold, **environment)
 
 
 def run_ranks(world: int, script: str, *args: str, timeout: float = 400) -> Finished:
-    """Starts `world` ranks of a script of this folder under torchrun, on a free port."""
+    """Run `world` ranks of a script of this folder under torchrun, on a free port."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     finished = run([*start, str(ROOT / "tests" / script), *args], timeout)
     assert finished.returncode == 0, finished.text

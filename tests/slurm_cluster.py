@@ -1,7 +1,7 @@
 """A real Slurm cluster of virtual nodes on this machine, for tests: munged, slurmctld and one slurmd per node.
 
-All of it runs in one process namespace. Its end takes every daemon, step and task along, whatever they have forked, also
-when the test process itself is killed. Nothing outside `folder` and one short folder in /tmp is written or read.
+All of it runs in one process namespace, whose end kills every daemon, step and task with all their children, also when the
+test process itself is killed. It reads and writes only `folder` and one short folder in /tmp.
 """
 
 import os
@@ -19,8 +19,8 @@ from pathlib import Path
 PROGRAMS = "munged slurmctld slurmd sinfo setpriv unshare pkill".split()
 STARTUP_SECONDS = 30
 
-# cred_expire is also how long a requeued job waits, 120 s by default. Nothing may need cgroups or accounting: containers
-# and CI machines have neither. sched_* and bf_* let the scheduler look every second; the default is up to a minute.
+# cred_expire is also the wait of a requeued job, 120 s by default. Cgroups and accounting are off: containers and CI
+# machines have neither. sched_* and bf_* let the scheduler run every second; the default is up to a minute.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -56,18 +56,18 @@ OverTimeLimit=0
 
 
 def available() -> str | None:
-    """Why no cluster can run here, or None."""
+    """Return why no cluster can run here, or None."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    return None if os.geteuid() == 0 else "needs root, to start daemons in a process namespace of their own"
+    return None if os.geteuid() == 0 else "needs root, to start daemons in their own process namespace"
 
 
 @contextmanager
 def slurm_cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Nodes n1, n2, ... of `cpus` processors each; yields the environment that Slurm's commands need."""
+    """Start nodes n1, n2, ... with `cpus` CPUs each; yield the environment for Slurm's commands."""
     folder = folder.resolve()
-    # Unix sockets have at most 107 characters of path, which pytest's folders alone can exceed.
+    # A Unix socket's path has at most 107 characters, which pytest's folders can exceed.
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as short:
         environment = {"SLURM_CONF": str(_configure(folder, short, nodes, cpus))}
         with _daemons(folder, short, nodes, environment):
@@ -76,7 +76,7 @@ def slurm_cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[dict[
 
 
 def _configure(folder: Path, short: str, nodes: int, cpus: int) -> Path:
-    """Writes slurm.conf and all that the daemons want to find."""
+    """Write slurm.conf and the other files of the daemons."""
     (folder / "state").mkdir(parents=True)
     (folder / "plugstack.conf").touch()
     (folder / "cgroup.conf").write_text("IgnoreSystemd=yes\n")
@@ -98,7 +98,7 @@ def _configure(folder: Path, short: str, nodes: int, cpus: int) -> Path:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Distinct ports that were free just now."""
+    """Return distinct free ports."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
@@ -108,7 +108,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def _daemons(folder: Path, short: str, nodes: int, environment: dict[str, str]) -> Iterator[None]:
-    """Runs the daemons under a shell that is process 1 of its namespace: with it, the kernel ends all the others."""
+    """Run the daemons under a shell that is process 1 of its namespace: when it ends, the kernel kills all others."""
     f, s = shlex.quote(str(folder)), shlex.quote(short)
     munged = f"munged --foreground --force --key-file={f}/munge.key --socket={s}/munge --pid-file={f}/munged.pid"
     munged += f" --log-file={f}/munged.log --seed-file={f}/munged.seed --num-threads=2"

@@ -1,4 +1,4 @@
-"""Imports point one way: from each folder only to those below it, and in no circle."""
+"""A folder imports only from folders above it in README's list (below it in LAYERS), without import cycles."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from ranks import ROOT
 
 PACKAGE = ROOT / "smolds_dist"
-# From the top floor down. What stands on one line may not import each other.
+# From the top layer down. Modules of one layer may not import each other.
 LAYERS = (
     ("__main__",),
     ("cli", "__init__"),
@@ -34,7 +34,7 @@ LAYER = {module: number for number, modules in enumerate(LAYERS) for module in m
 
 
 def imports(path: Path, package: Path) -> Iterator[tuple[str, int]]:
-    """Modules of `package` that a file imports anywhere, in functions and for type checkers too, each with its line."""
+    """Yield the modules of `package` that a file imports, also in functions and for type checkers, each with its line."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -58,8 +58,8 @@ def module_of(path: Path, package: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def mistakes(package: Path = PACKAGE) -> list[str]:
-    """Each import against the order, and each circle of modules, in words."""
+def violations(package: Path = PACKAGE) -> list[str]:
+    """Describe each import that violates the layers, and each import cycle."""
     found, graph = [], {}
     for path in sorted(package.rglob("*.py")):
         module = module_of(path, package)
@@ -72,19 +72,19 @@ def mistakes(package: Path = PACKAGE) -> list[str]:
                 continue
             if LAYER[other] <= LAYER[folder]:
                 found.append(
-                    f"{path.relative_to(package.parent)}:{line}: {folder} stands below {other} and imports {target}"
+                    f"{path.relative_to(package.parent)}:{line}: {folder} is below {other} and imports {target}"
                 )
-    return found + circles(graph)
+    return found + import_cycles(graph)
 
 
-def circles(graph: dict[str, dict[str, int]]) -> list[str]:
-    """One sentence for every import that closes a circle."""
+def import_cycles(graph: dict[str, dict[str, int]]) -> list[str]:
+    """Describe every import that closes a cycle."""
     found, done = [], set()
 
     def visit(module: str, path: list[str]) -> None:
         for target, line in graph.get(module, {}).items():
             if target in path:
-                found.append(f"{module} line {line}: circle {' -> '.join([*path[path.index(target) :], target])}")
+                found.append(f"{module} line {line}: import cycle {' -> '.join([*path[path.index(target) :], target])}")
             elif target not in done:
                 visit(target, [*path, target])
         done.add(module)
@@ -102,11 +102,11 @@ def test_every_folder_has_its_layer():
     assert modules == LAYER.keys()
 
 
-def test_imports_point_down_and_in_no_circle():
-    assert not mistakes()
+def test_imports_point_down_without_cycles():
+    assert not violations()
 
 
-def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
+def test_an_invalid_import_is_reported_by_file_and_line(tmp_path):
     package = tmp_path / "smolds_dist"
     for path, text in {
         "costs/memory.py": "import math\n\n\ndef f():\n    from smolds_dist.parallel.topology import Topology\n",
@@ -119,9 +119,9 @@ def test_an_import_against_the_order_is_named_by_file_and_line(tmp_path):
         (package / path).parent.mkdir(parents=True, exist_ok=True)
         (package / path).write_text(text)
         (package / path).with_name("__init__.py").touch()
-    assert mistakes(package) == [
-        "smolds_dist/costs/memory.py:5: costs stands below parallel and imports parallel.topology",
-        "smolds_dist/errors.py:1: errors stands below progress and imports progress",
-        "parallel.topology line 1: circle costs.memory -> parallel.topology -> costs.memory",
-        "parallel.rendezvous line 1: circle parallel.ranks -> parallel.rendezvous -> parallel.ranks",
+    assert violations(package) == [
+        "smolds_dist/costs/memory.py:5: costs is below parallel and imports parallel.topology",
+        "smolds_dist/errors.py:1: errors is below progress and imports progress",
+        "parallel.topology line 1: import cycle costs.memory -> parallel.topology -> costs.memory",
+        "parallel.rendezvous line 1: import cycle parallel.ranks -> parallel.rendezvous -> parallel.ranks",
     ]

@@ -1,4 +1,4 @@
-"""The balancer against its definition, and its effect on the debug model."""
+"""The balancer compared with its definition, and its effect on the debug model."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,13 +30,13 @@ def count_into(total, chosen):
     total += torch.bincount(chosen.flatten(), minlength=len(total))
 
 
-def test_bias_moves_once_per_step_against_the_load_of_all_micro_batches(model):
+def test_bias_is_updated_once_per_step_from_all_micro_batches(model):
     balancer = Balancer(model, rate=0.1)
     micro_batches = torch.randint(0, 50, (3, 2, 10), generator=torch.Generator().manual_seed(1))
     chosen = torch.zeros(2, 4)
     for layer, block in enumerate(model.model.layers):
         block.mlp.gate.register_forward_hook(
-            # A hook that returns something would replace the router's output.
+            # A hook that returns a value would replace the router's output.
             lambda _module, _args, output, layer=layer: count_into(chosen[layer], output[1])
         )
     for ids in micro_batches:
@@ -52,7 +52,7 @@ def test_bias_moves_once_per_step_against_the_load_of_all_micro_batches(model):
     assert balancer.step().sum() == 0
 
 
-def test_rate_zero_only_counts(model):
+def test_zero_rate_only_counts(model):
     balancer = Balancer(model, rate=0)
     with balancer.counting():
         model(input_ids=torch.randint(0, 50, (2, 10)))
@@ -60,7 +60,7 @@ def test_rate_zero_only_counts(model):
     assert not biases(model).any()
 
 
-def test_step_that_was_skipped_moves_nothing_and_is_not_counted_later(model):
+def test_skipped_step_changes_no_bias_and_is_not_counted_later(model):
     balancer = Balancer(model, rate=0.1)
     with balancer.counting():
         model(input_ids=torch.randint(0, 50, (2, 10)))
@@ -69,7 +69,7 @@ def test_step_that_was_skipped_moves_nothing_and_is_not_counted_later(model):
     assert balancer.step().sum() == 0
 
 
-def test_biases_have_the_models_names_and_are_live(model):
+def test_biases_have_the_models_names_and_share_its_memory(model):
     named = Balancer(model, rate=0.1).named_biases()
     assert named.keys() == {name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")}
     next(iter(named.values())).fill_(3)
@@ -85,7 +85,7 @@ def test_rate_can_be_scaled_in_a_step(model):
     torch.testing.assert_close(biases(model), expected - expected.mean(-1, keepdim=True))
 
 
-def test_forced_routing_is_even_and_leaves_the_weights(model):
+def test_forced_routing_is_uniform_and_keeps_the_weights(model):
     ids = torch.randint(0, 50, (2, 10))
     force_uniform_routing(model)
     for block in model.model.layers:
@@ -96,7 +96,7 @@ def test_forced_routing_is_even_and_leaves_the_weights(model):
         assert block.mlp.gate.weight.grad.any()
 
 
-def test_forced_routing_is_even_under_autoep():
+def test_forced_routing_is_uniform_under_autoep():
     from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 
     layer = torch.nn.Module()
@@ -111,7 +111,7 @@ def test_forced_routing_is_even_under_autoep():
     assert forced_counts.tolist() == [3, 3, 3, 3] and forced_counts.dtype == counts.dtype
 
 
-def test_max_violation_is_the_busiest_expert_over_the_mean():
+def test_max_violation_is_the_most_loaded_expert_over_the_mean():
     counts = torch.tensor([[10.0, 10, 10, 10], [40, 0, 0, 0], [20, 10, 5, 5]])
     assert max_violation(counts).tolist() == [0, 3, 1]
 
@@ -122,14 +122,14 @@ def test_aux_loss_is_the_switch_loss_and_reaches_the_router(model):
     output = model.train()(input_ids=ids, labels=ids)
     plain = model.eval()(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(output.loss, plain + output.aux_loss)
-    # E x sum of (share of the tokens x mean score): 1 where both are even, up to E where one expert takes all
+    # E x sum of (share of the tokens x mean score): 1 if both are uniform, up to E if one expert takes all
     assert 0.9 < output.aux_loss.item() / 0.5 < 4
     output.aux_loss.backward()
     assert all(block.mlp.gate.weight.grad.any() for block in model.model.layers)
 
 
-def test_bias_evens_out_routers_that_prefer_an_expert(model):
-    """Passes without training: nothing but the biases moves."""
+def test_bias_balances_routers_that_prefer_an_expert(model):
+    """Passes without training: only the biases change."""
     model.model.embed_tokens.weight.data += 0.02
     for block in model.model.layers:
         block.mlp.gate.weight.data.mul_(20)[0] += 0.1
@@ -150,13 +150,13 @@ def test_bias_evens_out_routers_that_prefer_an_expert(model):
 
 @pytest.mark.long
 def test_bias_balances_the_debug_model_at_no_cost_in_loss(tmp_path):
-    """Over 1,500 steps the loss is 4 % lower (docs/benchmarks.md); after so few, 1 % is left to noise."""
+    """Over 1,500 steps the loss is 4 % lower (docs/benchmarks.md); after this few, 1 % is allowed for noise."""
 
     def train(balance: str) -> list[dict]:
         options = [f"--run.name={balance}", f"--train.balance={balance}", "--train.steps=240", f"--run.dir={tmp_path}"]
-        # All of the text: on a part of it that is all of a kind, the two losses differ by less than two seeds' do.
+        # All of the text: on uniform text, the two losses differ by less than two seeds'.
         options += ["--checkpoint.every=0", "--train.eval_every=0", "--log.sample_every=0"]
-        # The preset's share is a handful of files, whose loss varies by more than the two runs differ.
+        # The preset's validation set is a few files, whose loss varies by more than the runs' difference.
         options += ["--data.val_fraction=0.05", "--train.eval_sequences=256"]
         finished = smolds("train", "--preset=debug", *options, timeout=500)
         assert finished.returncode == 0, finished.text

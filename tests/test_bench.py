@@ -1,4 +1,4 @@
-"""What `smolds bench train` compares, and steps without what torch.compile takes."""
+"""`smolds bench train`: its contenders, and step times without compile time."""
 
 import io
 import json
@@ -22,7 +22,7 @@ SMALL = (
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["train", "--preset=debug", "--train.optimizer=muon"], "--optimizers"),
         (["train", "--preset=debug", "--against=/nowhere"], "git worktree add"),
@@ -32,12 +32,12 @@ SMALL = (
     ],
     ids=str,
 )
-def test_mistakes_are_refused(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_options_are_rejected(options, message):
+    with pytest.raises(ConfigError, match=message):
         bench(options)
 
 
-def test_muon_and_another_commit_have_rows_of_their_own(tmp_path):
+def test_muon_and_another_commit_have_their_own_rows(tmp_path):
     given = [
         "--preset=debug",
         "--dtype=fp32",
@@ -62,14 +62,14 @@ def test_smolds_compiles_before_its_first_step():
     assert len(answer["seconds"]) == 2 and not answer["compiling"]
 
 
-def test_a_step_in_which_something_is_compiled_does_not_count(monkeypatch):
+def test_a_step_that_compiles_does_not_count(monkeypatch):
     answers = io.StringIO()
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n3\n"))
     torch._dynamo.reset()
-    # The number of a mixture's rows changes from step to step; "eager" writes no machine code, which takes long.
+    # An expert's number of rows changes from step to step; "eager" skips generating machine code, which is slow.
     double = torch.compile(lambda rows: rows * 2, backend="eager", dynamic=False)
     gate = Gate(SimpleNamespace(device="cpu"), answers)
-    lengths = [2, 2, 3, 3, 4, 2, 3]  # compiled anew at the first, the third and the fifth
+    lengths = [2, 2, 3, 3, 4, 2, 3]  # compiled at the first, the third and the fifth
     for length in lengths:
         gate.before()
         double(torch.ones(length))

@@ -1,4 +1,4 @@
-"""The benchmarks that are run by hand: what they count, and, among the tests marked long, that each of them runs."""
+"""Benchmarks in `benchmarks/`: their counts, and, in tests marked long, that each of them runs."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.settings import Model
 
-# Of the pages, in the order in which they stand there; each shortened by what is given in addition
+# Commands of the pages, in order; SHORTER has options that shorten each.
 PAGES = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 COMMANDS = re.findall(r"^python -m benchmarks .*", PAGES, re.MULTILINE)
 SHORTER = {
@@ -47,31 +47,31 @@ def benchmark(*options, **environment):
 
 @pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_pages_run(command, cache, tmp_path):
+def test_documented_commands_run(command, cache, tmp_path):
     _, _, _, name, *options = shlex.split(command.partition("  #")[0])
     options += SHORTER[name].split()
     if name in ("dense", "loss"):
         options += [f"--data.cache_dir={cache}", "--data.max_tokens=300000"]
     options += [f"--json={tmp_path / 'result.json'}", *([f"--dir={tmp_path}"] if name == "checkpoint" else [])]
-    if "--picture" in options:
-        options += ["--picture", str(tmp_path / "picture.png")]
+    if "--plot" in options:
+        options += ["--plot", str(tmp_path / "picture.png")]
     finished = benchmark(name, *options)
     assert finished.returncode == 0, finished.text
     assert json.loads((tmp_path / "result.json").read_text())
 
 
-def test_every_benchmark_stands_on_a_page():
+def test_every_benchmark_is_documented():
     assert {command.split()[3] for command in COMMANDS} == SHORTER.keys()
 
 
 @pytest.mark.parametrize(
-    ("main", "options", "said"),
+    ("main", "options", "message"),
     [
         (checkpoint.main, ["--repeats=0"], "--repeats 0 is out of range"),
         (data.main, ["--rounds=0"], "--rounds 0 is out of range"),
         (dense.main, ["--learning-rates", "0"], "must all be more than 0"),
-        (dense.main, ["--model.num_experts=2"], "chooses every expert"),
-        (dense.main, ["--data.document_mask=true"], "document_mask is not for"),
+        (dense.main, ["--model.num_experts=2"], "selects every expert"),
+        (dense.main, ["--data.document_mask=true"], "document_mask is not supported"),
         (loss.main, ["--ranks=0"], "--ranks 0 is out of range"),
         (plan.main, ["--sizes=9"], "between 1 and 3"),
         (roofline.main, ["--model.num_experts_per_tok=99"], "lower it"),
@@ -79,12 +79,12 @@ def test_every_benchmark_stands_on_a_page():
         (scale.main, ["--ranks", "3"], "does not divide"),
     ],
 )  # fmt: skip
-def test_mistakes_are_refused(main, options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_options_are_rejected(main, options, message):
+    with pytest.raises(ConfigError, match=message):
         main(options)
 
 
-# A mixture against dense models
+# A mixture compared with dense models
 
 SMALL = dict(vocab_size=96, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, head_dim=12)
@@ -95,7 +95,7 @@ WITH_SHARED = dict(SMALL, n_shared_experts=1)
 
 @pytest.mark.parametrize("sizes", [SMALL, WITH_SHARED])
 @pytest.mark.parametrize("name", [MIXTURE, ACTIVE, TOTAL])
-def test_sizes_and_flops_are_the_models_own(name, sizes):
+def test_sizes_and_flops_match_the_model(name, sizes):
     settings, S = Model(**sizes), 24
     width = widths(settings)[name]
     model = make_model(DeepSeekV3Config(**sizes), width, seed=0).train()
@@ -105,14 +105,14 @@ def test_sizes_and_flops_are_the_models_own(name, sizes):
     ids = torch.arange(2 * S).view(2, S)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(input_ids=ids, labels=ids).loss.backward()
-    # As in test_model.py: what the mask hides is multiplied too, and a sequence's last token predicts nothing.
+    # As in test_model.py: masked scores are computed too, and a sequence's last token has no label.
     B, heads, dims = len(ids), sizes["num_attention_heads"], 2 * sizes["head_dim"]
     masked = 6 * B * sizes["num_hidden_layers"] * heads * dims * (S * S - S * (S + 1) / 2)
     last_tokens = 6 * B * sizes["hidden_size"] * sizes["vocab_size"]
     assert counter.get_total_flops() == ids.numel() * flops_per_token(counted, S) + masked - last_tokens
 
 
-def test_the_active_sizes_flops_are_the_mixtures_without_its_router():
+def test_flops_of_the_active_size_are_the_mixtures_without_the_router():
     settings = Model(**SMALL)
     cost = {name: flops_per_token(counted_as(settings, width), 24) for name, width in widths(settings).items()}
     router = 6 * SMALL["num_hidden_layers"] * SMALL["hidden_size"] * settings.num_experts
@@ -122,7 +122,7 @@ def test_the_active_sizes_flops_are_the_mixtures_without_its_router():
     assert parameters[ACTIVE] < parameters[TOTAL] and cost[ACTIVE] < cost[TOTAL]
 
 
-def test_the_dense_model_is_llama_and_shares_the_mixtures_other_weights():
+def test_the_dense_model_is_llama_with_the_mixtures_other_weights():
     config = dict(SMALL, max_position_embeddings=64)
     model = make_model(DeepSeekV3Config(**config), 64, seed=0).eval()
     mixture = dict(make_model(DeepSeekV3Config(**config), None, seed=0).named_parameters())
@@ -133,21 +133,21 @@ def test_the_dense_model_is_llama_and_shares_the_mixtures_other_weights():
         LlamaConfig(**config | {"intermediate_size": 64}, rms_norm_eps=ours.rms_norm_eps, rope_theta=ours.rope_theta,
                     tie_word_embeddings=True)
     ).eval()  # fmt: skip
-    llama.load_state_dict(model.state_dict())  # strict: neither has what the other has not
+    llama.load_state_dict(model.state_dict())  # strict: both have the same names
     ids = torch.arange(60).view(2, 30)
     torch.testing.assert_close(model(input_ids=ids).logits, llama(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.long
-def test_dense_trains_as_smolds_train_on_the_same_batches_for_all(corpus, cache, tmp_path):
+def test_dense_trains_all_models_on_the_batches_of_smolds_train(corpus, cache, tmp_path):
     text = [f"--data.source=text:{corpus}/*.txt", f"--data.cache_dir={cache}", *ON_TEXT]
     given = ["--preset=debug", *text, "--train.warmup_steps=2"]
-    written = [f"--json={tmp_path / 'dense.json'}", f"--picture={tmp_path / 'dense.png'}"]
+    written = [f"--json={tmp_path / 'dense.json'}", f"--plot={tmp_path / 'dense.png'}"]
     rates = ["--learning-rates", "1e-5", "2e-3"]
     finished = benchmark("dense", *given, "--steps=12", *rates, *written)
     assert finished.returncode == 0, finished.text
     result = json.loads((tmp_path / "dense.json").read_text())
-    # A rate that hardly changes anything is the best of nobody.
+    # A learning rate of almost 0 is never the best.
     assert {one["learning_rate"] for one in result["models"].values()} == {2e-3}
     by_tokens = result["runs"]["tokens"]
     assert len({run["batches"] for run in by_tokens.values()}) == 1
@@ -183,14 +183,14 @@ def test_dense_trains_as_smolds_train_on_the_same_batches_for_all(corpus, cache,
 
 
 def test_published_throughput_on_both_halves():
-    """The errors that docs/planning.md tells, with a little room; a formula that breaks leaves it on one half at least."""
+    """The errors in docs/planning.md, with a margin that a broken formula exceeds on at least one half."""
     found = compare()
     for half, runs, factor, share in ((HALVES[0], 30, 1.08, 0.85), (HALVES[1], 25, 1.22, 0.65)):
         own = [one for one in found if one.run.half == half]
         assert len(own) >= runs and error_factor(own) <= factor and sum(one.hit for one in own) >= share * len(own)
 
 
-def test_a_run_has_a_source_and_its_name_alone_decides_its_half():
+def test_a_run_has_a_source_and_only_its_name_decides_its_half():
     runs = published_runs()
     layout = Layout(16, 8, 8, 1, 4, 2, 1024, "bf16")
     assert len({run.name for run in runs}) == len(runs) >= 32
@@ -201,10 +201,10 @@ def test_a_run_has_a_source_and_its_name_alone_decides_its_half():
 
 
 @pytest.mark.long
-def test_figures_of_gpus_are_those_that_the_fitted_half_gives():
-    for key, (utilisation, overhead, _) in fit().items():
+def test_hardware_parameters_are_fitted_on_the_fitted_half():
+    for key, (utilization, overhead, _) in fit().items():
         machine = load_hardware(key)
-        assert (machine.utilisation, machine.overhead) == (utilisation, overhead)
+        assert (machine.utilization, machine.overhead) == (utilization, overhead)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def coarse(monkeypatch):
 
 
 @pytest.mark.long
-def test_a_fit_sees_nothing_of_the_tested_half(coarse, monkeypatch):
+def test_the_fit_ignores_the_tested_half(coarse, monkeypatch):
     before, runs = fit(), published_runs()
     wrong = [replace(run, published=run.published * (3 if run.half == "tested" else 1)) for run in runs]
     monkeypatch.setattr(published, "published_runs", lambda: wrong)
@@ -224,13 +224,13 @@ def test_a_fit_sees_nothing_of_the_tested_half(coarse, monkeypatch):
     assert fit() != before
 
 
-def test_a_generation_with_few_runs_takes_what_its_neighbour_has(coarse, monkeypatch):
-    """Runs made to fit one pair: of four of a generation the pair is found, of one its utilisation, of none nothing."""
+def test_a_generation_with_few_runs_takes_its_neighbors_parameters(coarse, monkeypatch):
+    """Runs that fit one pair exactly: four runs determine the pair, one only the utilization, none nothing."""
     run = next(run for run in published_runs() if run.half == "fitted" and run.hardware == "h100")
     pairs = {"gb200": (0.6, 1e-3, 4), "b200": (0.3, 8e-3, 1)}
     made = []
-    for key, (utilisation, overhead, count) in pairs.items():
-        machine = replace(load_hardware(key), utilisation=utilisation, overhead=overhead)
+    for key, (utilization, overhead, count) in pairs.items():
+        machine = replace(load_hardware(key), utilization=utilization, overhead=overhead)
         moved = replace(run, hardware=key)
         exact = replace(moved, published=published.predict_run(moved, machine).predicted)
         made += count * [exact]

@@ -1,4 +1,4 @@
-"""`train.time_budget`: steps are fixed once, as if they had been asked for."""
+"""`train.time_budget`: the number of steps is lowered once, as if it had been set."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def steps_of(run_dir):
     return [row["step"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
 
 
-def test_budget_fixes_steps_once_and_a_resumed_run_is_exact(options, tmp_path, capsys):
+def test_budget_lowers_steps_once_and_resume_is_exact(options, tmp_path, capsys):
     budget = [*options, f"--train.steps={MOST}", "--train.time_budget=1"]
     run = tmp_path / "runs" / "budget"
     train(load_config([*budget, "--run.name=budget"]))

@@ -1,4 +1,4 @@
-"""The checkpoint's format: whole or absent, verified before it is read, kept as asked, and the commands for it."""
+"""The checkpoint format: complete or absent, verified before reading, kept as configured, and `smolds checkpoint`."""
 
 import dataclasses
 import gzip
@@ -53,7 +53,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 @pytest.fixture
 def copied(kept_run, tmp_path):
-    """A copy of that run and the options to go on with it."""
+    """Copy that run; return it and the options to resume it."""
     run_dir, options = kept_run
     shutil.copytree(run_dir, tmp_path / "runs" / "one", symlinks=True)
     return tmp_path / "runs" / "one", [*options, f"--run.dir={tmp_path / 'runs'}", "--checkpoint.resume=auto"]
@@ -67,11 +67,11 @@ def opened(options: list[str]) -> CheckpointReader | None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["truncate", "flip", "delete", "empty"])
-def test_damage_to_any_file_is_found_named_and_the_one_before_is_used(copied, capsys, name, harm):
+def test_damaged_file_is_named_and_the_previous_checkpoint_used(copied, capsys, name, harm):
     run_dir, options = copied
     newest = run_dir / "checkpoints" / "step_00000006"
     content = (newest / name).read_bytes()
-    # Every place could be hit: with a seed of its own, each file is hit elsewhere.
+    # Any byte may be damaged: each file has its own seed.
     place = random.Random(name).randrange(len(content))
     flipped = content[:place] + bytes([content[place] ^ 0x20]) + content[place + 1 :]
     new = {"truncate": content[:place], "flip": flipped, "empty": b""}
@@ -80,17 +80,17 @@ def test_damage_to_any_file_is_found_named_and_the_one_before_is_used(copied, ca
     reader = opened(options)
     assert reader.manifest.step == 4
     assert f"{newest} is damaged: " in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"step_00000006 is damaged|no checkpoint of .* is whole"):
+    with pytest.raises(ConfigError, match=r"step_00000006 is damaged|no checkpoint of .* is complete"):
         opened([*options, "--checkpoint.resume=6"])
     assert checkpoint(["verify", str(run_dir)]) == 1
 
 
-def test_run_without_a_whole_checkpoint_is_refused_rather_than_begun_again(copied):
+def test_run_without_a_complete_checkpoint_is_rejected(copied):
     run_dir, options = copied
     for folder in checkpoints_in(run_dir / "checkpoints"):
         (folder / FILES[0]).write_bytes(b"")
     before = (run_dir / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"no checkpoint of .* is whole .*step_00000006.*step_00000002"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* is complete .*step_00000006.*step_00000002"):
         train(load_config([*options, "--train.steps=8"]))
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
@@ -103,13 +103,15 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
-def test_pickle_in_a_checkpoint_is_never_run(copied, tmp_path):
-    """Neither beside the files, nor in place of one whose entry in the manifest was forged to match."""
+def test_pickle_in_a_checkpoint_is_never_executed(copied, tmp_path):
+    """Neither next to the files, nor in place of one whose manifest entry was forged to match."""
     run_dir, options = copied
     newest = run_dir / "checkpoints" / "step_00000006"
     for name in ("balancer.pt", "rank_00001.safetensors", "mp_rank_00_model_states.pt"):
         (newest / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    assert "never read: balancer.pt" in smolds("checkpoint", "verify", str(run_dir)).stdout  # as users start it
+    assert (
+        "not in the manifest: balancer.pt" in smolds("checkpoint", "verify", str(run_dir)).stdout
+    )  # as a user starts it
     train(load_config([*options, "--train.steps=7"]))
     assert losses(run_dir)[-1][0] == 7
 
@@ -133,16 +135,16 @@ def test_manifest_cannot_name_files_outside_the_folder(copied):
     outside = run_dir / "outside.safetensors"
     shutil.move(newest / FILES[0], outside)
     (newest / FILES[0]).symlink_to(outside)
-    assert "is not a file of the folder itself" in find_damage(newest)[0]
+    assert "is not a regular file of the folder" in find_damage(newest)[0]
     manifest = read_manifest(newest)
     manifest.files["../outside.safetensors"] = manifest.files.pop(FILES[0])
     unfinished = newest.with_name("unfinished_step_00000006")
     unfinished.mkdir()
-    assert "is not a file of the folder itself" in find_damage(finalize(unfinished, manifest))[0]
+    assert "is not a regular file of the folder" in find_damage(finalize(unfinished, manifest))[0]
 
 
 def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
-    """Neither tokens nor models that hold a pickle, nor code that a model's folder brings along, do anything."""
+    """Token files and models with a pickle, and code in a model's folder, execute nothing."""
     ran = tmp_path / "ran"
     np.save(tmp_path / "tokens.npy", np.array([Bomb(ran)]), allow_pickle=True)
     (tmp_path / "tokens.npy.gz").write_bytes(gzip.compress((tmp_path / "tokens.npy").read_bytes()))
@@ -170,12 +172,12 @@ def test_nothing_of_others_is_unpickled_or_run(kept_run, tmp_path):
     with pytest.raises(ConfigError, match="cannot be imported"):
         import_model([str(model), "--to", str(tmp_path / "run"), "--data.seq_len=32"])
     assert not ran.exists()
-    np.load(tmp_path / "tokens.npy", allow_pickle=True)  # what would have done something does it
+    np.load(tmp_path / "tokens.npy", allow_pickle=True)  # control: the attack works if loaded
     assert ran.exists()
 
 
-def test_any_range_comes_back_from_any_cut(tmp_path):
-    """A property: tensors cut at random over files, read at random, are what was written."""
+def test_any_range_is_read_from_any_split(tmp_path):
+    """Property: tensors split at random over files and read at random are what was written."""
     chance = random.Random(7)
     shapes = logical_shapes("model.layers.0.mlp.experts.gate_up_proj", (3, 10, 7)) | {"model.norm.weight": (13,)}
     whole = {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -198,7 +200,7 @@ def test_any_range_comes_back_from_any_cut(tmp_path):
         out = torch.empty(end - begin)
         reader.fill(Fragment(name, (), begin, {"value": out}))
         assert torch.equal(out, whole[name].flatten()[begin:end])
-    with pytest.raises(DamagedCheckpointError, match="not there"):
+    with pytest.raises(DamagedCheckpointError, match="is missing"):
         reader.read("model.norm.weight", "value", 10, torch.empty(4))
 
 
@@ -210,7 +212,7 @@ def manifest_of(shapes: dict, files: dict):
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
+def test_missing_or_repeated_elements_are_found(tmp_path, missing):
     pieces = {"norm:value:0": torch.ones(5), "norm:value:5": torch.ones(5)}
     if missing:
         del pieces["norm:value:5"]
@@ -221,14 +223,14 @@ def test_tensor_that_is_not_there_whole_and_once_is_found(tmp_path, missing):
     entry = write_tensors(unfinished / "f.safetensors", pieces)
     folder = finalize(unfinished, manifest_of({"norm": (10,)}, {"f.safetensors": entry}))
     reader = CheckpointReader(folder, read_manifest(folder))
-    with pytest.raises(DamagedCheckpointError, match="whole and once"):
+    with pytest.raises(DamagedCheckpointError, match="missing or repeated"):
         reader.check_coverage()
-    with pytest.raises(ConfigError, match=r"damaged: .* whole and once; choose another --step"):
+    with pytest.raises(ConfigError, match=r"damaged: .* missing or repeated elements; choose another --step"):
         open_verified(folder)
 
 
-def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():
-    """ZeRO's ranges with padding at their end, and shares of ranks that hold the same."""
+def test_fragments_of_all_ranks_cover_a_parameter_once():
+    """ZeRO's ranges with padding at their end, and the shares of replicas."""
     shapes = logical_shapes("model.layers.1.mlp.experts.w1", (2, 5, 3), first_expert=4)
     assert list(shapes) == [f"model.layers.1.mlp.experts.{e}.gate_proj.weight" for e in (4, 5)]
     value = torch.arange(30.0)
@@ -247,18 +249,18 @@ def test_fragments_of_ranks_cover_a_parameter_once_however_it_is_cut():
         assert torch.cat([f.tensors["value"] for f in parts]).tolist() == value[15 * number : 15 * number + 15].tolist()
 
 
-def test_retention_keeps_the_last_the_milestones_and_the_best(small_run, tmp_path, capsys):
+def test_retention_keeps_the_last_the_periodic_and_the_best(small_run, tmp_path, capsys):
     options = [
         *small_run, "--run.name=kept", "--train.steps=12", "--train.eval_every=1", "--checkpoint.every=1",
         "--checkpoint.keep=2", "--checkpoint.keep_every=5", "--log.sample_every=0", "--log.tensorboard=false",
-        # The learning rate grows until nothing is learned any more: the best step is an early one.
+        # The learning rate grows until training diverges: the best step is an early one.
         "--train.warmup_steps=12", "--train.lr=1.5", "--train.grad_clip=0", "--log.sample_prompts=[]",
     ]  # fmt: skip
     train(load_config(options))
     run_dir = tmp_path / "runs" / "kept"
     evaluations = {row["step"]: row["val_loss"] for row in read_rows(run_dir / "metrics.jsonl") if "val_loss" in row}
     best = min(evaluations, key=lambda step: evaluations[step])
-    assert best not in (5, 10, 11, 12)  # else it would be kept anyhow
+    assert best not in (5, 10, 11, 12)  # else it would be kept anyway
     kept = [read_manifest(folder).step for folder in reversed(checkpoints_in(run_dir / "checkpoints"))]
     assert kept == sorted({5, 10, 11, 12, best})
     capsys.readouterr()
@@ -267,7 +269,7 @@ def test_retention_keeps_the_last_the_milestones_and_the_best(small_run, tmp_pat
     assert re.search(rf"^ +{best} .*\(best\)$", listed, re.MULTILINE), listed
 
 
-def test_named_step_and_another_runs_checkpoint_can_be_continued(kept_run, copied, tmp_path):
+def test_resume_from_a_step_and_from_another_run(kept_run, copied, tmp_path):
     run_dir, options = copied
     other = [*options, "--run.name=other", f"--checkpoint.resume={run_dir / 'checkpoints' / 'step_00000004'}"]
     train(load_config(other))
@@ -281,16 +283,14 @@ def test_named_step_and_another_runs_checkpoint_can_be_continued(kept_run, copie
         check_resumable(load_config([*options, "--checkpoint.resume=3"]))
 
 
-def test_other_learning_rate_is_logged(copied, capsys):
+def test_changed_learning_rate_is_logged(copied, capsys):
     train(load_config([*copied[1], "--train.steps=7", "--train.schedule=cosine"]))
-    told = (
-        r"the learning rate of step 7 is (\S+), and with the checkpoint's settings it would be (\S+); --train.schedule"
-    )
-    ((now, before),) = re.findall(told, capsys.readouterr().out)
+    words = r"the learning rate of step 7 is (\S+), but (\S+) with the checkpoint's settings; see --train.schedule"
+    ((now, before),) = re.findall(words, capsys.readouterr().out)
     assert float(now) == pytest.approx(0.1 * float(before))
 
 
-def test_converted_checkpoint_continues_and_weights_alone_do_not(copied, tmp_path):
+def test_converted_checkpoint_resumes_but_weights_only_does_not(copied, tmp_path):
     run_dir, options = copied
     for name, extra in {"whole": [], "weights": ["--weights-only"]}.items():
         assert checkpoint(["convert", str(run_dir), "--step", "4", "--to", str(tmp_path / "runs" / name), *extra]) == 0
@@ -306,11 +306,11 @@ def test_converted_checkpoint_continues_and_weights_alone_do_not(copied, tmp_pat
         check_resumable(load_config([*options, "--run.name=weights"]))
 
 
-def test_last_whole_checkpoint_cannot_be_removed(copied):
+def test_last_complete_checkpoint_cannot_be_removed(copied):
     run_dir, _ = copied
     for step in (2, 4):
         (run_dir / "checkpoints" / f"step_0000000{step}" / FILES[0]).write_bytes(b"")
-    with pytest.raises(ConfigError, match="last whole checkpoint"):
+    with pytest.raises(ConfigError, match="last complete checkpoint"):
         checkpoint(["rm", str(run_dir), "--step", "6"])
     assert checkpoint(["rm", str(run_dir), "--step", "2", "4"]) == 0
     assert [path.name for path in checkpoints_in(run_dir / "checkpoints")] == ["step_00000006"]
@@ -320,7 +320,7 @@ def test_last_whole_checkpoint_cannot_be_removed(copied):
 @pytest.mark.parametrize(
     ("args", "fix"),
     [
-        (["ls", "nowhere"], "holds no checkpoint"),
+        (["ls", "nowhere"], "has no checkpoint"),
         (["verify", "RUN", "--step", "5"], "it has 2, 4, 6"),
         (["rm", "RUN"], "--step N"),
         (["convert", "RUN", "--to", "RUN"], "choose another --to"),
@@ -338,7 +338,7 @@ def test_mistake_in_the_command_line_ends_with_exit_code_2(kept_run):
     assert "verify" in finished.stderr and finished.stderr.count("\n") == 1
 
 
-def test_random_states_come_back(copied):
+def test_random_states_are_restored(copied):
     _, options = copied
     states = opened(options).stored("random.rank_00000")
     torch.manual_seed(12345)
@@ -351,7 +351,7 @@ def test_random_states_come_back(copied):
 
 def test_secrets_reach_no_file_of_a_run(small_run, tmp_path, monkeypatch, capsys):
     secret = "hf_SecretOfFortyLettersThatNobodyMaySee"
-    arguments = [*small_run, "--run.name=secret", "--parallel.zero=1"]  # the engine of several ranks
+    arguments = [*small_run, "--run.name=secret", "--parallel.zero=1"]  # the engine for several ranks
     finished = smolds("train", *arguments, HF_TOKEN=secret, WANDB_API_KEY=secret, timeout=120)
     assert finished.returncode == 0, finished.text
     assert secret not in finished.stdout + finished.stderr

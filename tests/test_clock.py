@@ -1,4 +1,4 @@
-"""The peak that FLOPs utilisation is a share of."""
+"""The measured matmul peak, the reference of MFU."""
 
 import time
 
@@ -20,7 +20,7 @@ from smolds_dist.training.clock import (
 @pytest.mark.parametrize(
     ("rates", "peak", "products"),
     [
-        # GFLOP/s of each shape; an entry that is never asked for is one that would take too long
+        # GFLOP/s of each shape; shapes without an entry would take too long
         (
             {(1024, 1024, 1024): 540, (8192, 384, 1024): 1000, (2048, 2048, 2048): 900, (4096, 4096, 4096): 1300},
             1300,
@@ -32,7 +32,7 @@ from smolds_dist.training.clock import (
     ],
     ids=["amx", "avx512", "old laptop", "slower still"],
 )
-def test_peak_is_that_of_the_best_shape_that_does_not_take_long(rates, peak, products):
+def test_peak_is_the_best_shapes_among_those_that_are_fast_enough(rates, peak, products):
     asked = []
 
     def seconds(M, K, N):
@@ -43,7 +43,7 @@ def test_peak_is_that_of_the_best_shape_that_does_not_take_long(rates, peak, pro
     assert len(asked) == products
 
 
-def test_peak_of_this_machine_is_that_of_a_product_it_has_made(monkeypatch):
+def test_peak_of_this_machine_is_a_measured_matmuls(monkeypatch):
     shapes, rates = [], []
     product = torch.mm
 
@@ -57,12 +57,12 @@ def test_peak_of_this_machine_is_that_of_a_product_it_has_made(monkeypatch):
     small, large = (64, 64, 64), (512, 384, 1024)
     peak = matrix_product_peak(torch.device("cpu"), torch.float32, 0.001, (small, large))
     assert large in shapes and small not in shapes
-    assert max(rates) / 2 < peak <= max(rates)  # which are timed from inside
+    assert max(rates) / 2 < peak <= max(rates)  # timed within the calls
     assert all(shapes.count(shape) >= 2 for shape in shapes)  # the first call only warms up
     assert all(2 * M * K * N / peak < LONGEST_PRODUCT for M, K, N in set(shapes) - {shapes[0]})
 
 
-def test_models_own_products_are_tried_too():
+def test_the_models_matmuls_are_also_tried():
     asked = []
 
     def seconds(M, K, N):
@@ -77,7 +77,7 @@ def test_models_own_products_are_tried_too():
 
 
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
-def test_a_product_is_timed_in_its_own_layout(monkeypatch, transposed):
+def test_a_matmul_is_timed_in_its_own_layout(monkeypatch, transposed):
     seen = []
     product = torch.bmm
 

@@ -1,4 +1,4 @@
-"""`train.compile`: the same losses and gradients as without, compiled once and before the first step."""
+"""`train.compile`: the same losses and gradients as uncompiled; compiles once, before the first step."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from smolds_dist.config import load_config
 from smolds_dist.model import enable_activation_checkpointing
 from smolds_dist.training import build as training_build
 from smolds_dist.training import compiling
-from smolds_dist.training.compiling import leave_uncompiled, should_compile, try_to_compile
+from smolds_dist.training.compiling import should_compile, try_to_compile, undo_compile
 from smolds_dist.training.trainer import train
 
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="Inductor needs a C++ compiler")
@@ -21,15 +21,15 @@ needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="I
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """What another test has compiled would count here."""
+    """Reset what other tests have compiled, which would count here."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
-    leave_uncompiled(torch.nn.Module())
+    undo_compile(torch.nn.Module())
 
 
 def graphs() -> int:
-    """How many have been compiled in this process, or taken from the cache on disk."""
+    """Count the graphs compiled in this process or loaded from the cache on disk."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -55,7 +55,7 @@ def loss_and_gradients(model) -> list[torch.Tensor]:
         pytest.param(dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2, "inductor", marks=pytest.mark.long),
     ],
 )
-def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed, tolerance, backend):
+def test_gradients_equal_the_uncompiled_models(settings, dtype, recomputed, tolerance, backend):
     model = build(settings).train()
     if dtype == "bf16":
         for parameter in model.parameters():
@@ -72,8 +72,8 @@ def test_gradients_are_those_of_the_uncompiled_model(settings, dtype, recomputed
 
 
 @needs_compiler
-def test_a_run_compiles_before_its_first_step_and_never_again(small_run, monkeypatch, tmp_path):
-    """Over 14 steps, in which the experts' numbers of rows change, with held-out losses, samples and checkpoints."""
+def test_run_compiles_only_before_its_first_step(small_run, monkeypatch, tmp_path):
+    """Run 14 steps with changing numbers of rows per expert, validation losses, samples and checkpoints."""
     compiled = []
 
     def counted(*args):
@@ -122,7 +122,7 @@ def test_ranks_compile_one_after_the_other(small_run, tmp_path, zero):
 
 @pytest.mark.long
 @needs_compiler
-def test_what_is_compiled_is_kept_for_later_runs(small_run, tmp_path):
+def test_compiled_code_is_cached_for_later_runs(small_run, tmp_path):
     cache = tmp_path / "cache"
     made = []
     for name in ("first", "second"):
@@ -133,18 +133,20 @@ def test_what_is_compiled_is_kept_for_later_runs(small_run, tmp_path):
     assert made[0] and made[0] == made[1]
 
 
-def test_a_compiler_that_fails_is_one_line(small_run, tmp_path):
+def test_failed_compile_is_one_line(small_run, tmp_path):
     options = [*small_run, "--train.compile=on", "--run.name=one"]
     finished = smolds(
         "train", *options, cold=True, CXX=shutil.which("false"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
     )
     assert finished.returncode == 0, finished.text
     assert finished.stderr.count("compiling failed") == 1
-    assert "the run goes on without (--train.compile off)" in finished.stderr and "Traceback" not in finished.stderr
+    assert (
+        "the run continues uncompiled (--train.compile off)" in finished.stderr and "Traceback" not in finished.stderr
+    )
     assert len(rows_without_timing(tmp_path / "runs" / "one")) >= 6
 
 
-def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
+def test_auto_compiles_long_runs_if_a_compiler_is_installed(monkeypatch):
     assert should_compile(True, "cpu", 0) and not should_compile(False, "cpu", 1e9)
     monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
     assert should_compile("auto", "cpu", 3600) and not should_compile("auto", "cpu", 60)
@@ -153,7 +155,7 @@ def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch):
     assert not should_compile("auto", "cpu", 3600)
 
 
-def test_a_compiler_is_looked_for_where_inductor_does(monkeypatch, tmp_path):
+def test_compiler_is_looked_up_like_inductor_does(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert not compiling.has_compiler("cpu")

@@ -1,4 +1,4 @@
-"""Presets load, options override them, and every mistake is one sentence with the fix."""
+"""Presets load, options override them, and every invalid setting is an error with the fix."""
 
 import ast
 import contextlib
@@ -44,7 +44,7 @@ def test_reference_preset_is_the_reference_model():
     assert config.data.tokenizer == "HuggingFaceTB/SmolLM2-135M"
 
 
-def test_options_override_the_preset_wherever_it_stands():
+def test_options_override_the_preset_in_any_order():
     config = load_config(["--train.steps", "7", "--preset", "debug", "--run.name=123", "--parallel.expert", "4"])
     assert config.train.steps == 7
     assert config.run.name == "123"
@@ -118,7 +118,7 @@ MISTAKES = [
 ]
 
 
-def test_combinations_of_settings_are_refused():
+def test_invalid_combinations_of_settings_are_rejected():
     groups = ["--model.n_group=4", "--model.topk_group=1"]
     for options, fix in (
         (["--model.n_group=3", "--model.topk_group=1"], "valid values: 1, 2, 4"),
@@ -135,7 +135,7 @@ def test_combinations_of_settings_are_refused():
 
 
 @pytest.mark.parametrize(("option", "fix"), MISTAKES)
-def test_mistake_is_one_sentence_with_the_fix(option, fix):
+def test_invalid_setting_is_a_one_line_error_with_the_fix(option, fix):
     preset = [] if option.startswith(("--preset", "--config")) else ["--preset", "debug"]
     with pytest.raises(ConfigError) as error:
         load_config([*preset, option])
@@ -145,7 +145,7 @@ def test_mistake_is_one_sentence_with_the_fix(option, fix):
     assert "\n" not in message
 
 
-def test_one_source_and_several_contradict_each_other(tmp_path):
+def test_source_and_sources_exclude_each_other(tmp_path):
     (tmp_path / "mix.yaml").write_text("data: {sources: {a: {source: 'text:a'}, b: {source: 'text:b', weight: 3}}}")
     given = ["--config", str(tmp_path / "mix.yaml")]
     assert {name: one.weight for name, one in load_config(given).data.mixed.items()} == {"a": 1.0, "b": 3.0}
@@ -155,14 +155,14 @@ def test_one_source_and_several_contradict_each_other(tmp_path):
     assert list(load_config([*given, "--data.source=text:c", "--data.sources=null"]).data.mixed) == ["text"]
 
 
-def test_mistake_in_a_yaml_file_is_named(tmp_path):
+def test_error_names_the_setting_of_a_yaml_file(tmp_path):
     for content, word in (({"train": {"stepz": 5}}, "train.stepz"), ({"train": {"steps": "a"}}, "train.steps")):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
         with pytest.raises(ConfigError, match=word):
             load_config(["--config", str(tmp_path / "config.yaml")])
 
 
-def test_command_line_ends_a_mistake_with_exit_code_2_and_no_traceback(tmp_path):
+def test_invalid_option_exits_with_code_2_without_traceback(tmp_path):
     finished = smolds("train", "--preset", "debug", "--train.steps", "many", cwd=tmp_path)
     assert finished.returncode == 2
     assert finished.stderr == "smolds: --train.steps many is not valid; set int.\n"
@@ -176,7 +176,7 @@ def test_help_describes_the_options():
     assert "--train.global_batch" in finished.stdout
 
 
-def test_config_file_goes_over_the_preset_and_options_over_both(tmp_path):
+def test_config_file_overrides_the_preset_and_options_override_both(tmp_path):
     (tmp_path / "mine.yaml").write_text("train:\n  steps: 7\n  lr: 0.5\nmodel:\n  num_hidden_layers: 3\n")
     given = ["--config", str(tmp_path / "mine.yaml"), "--train.lr=0.25"]
     config = load_config(["--preset", "debug", *given])
@@ -213,13 +213,13 @@ def test_help_has_an_example(command, monkeypatch, capsys):
     assert f"example: smolds {command}".strip() in shown and len(shown) > 100
 
 
-def test_version_is_told():
+def test_version_is_printed():
     finished = smolds("--version", timeout=30)
     assert finished.returncode == 0
     assert re.fullmatch(r"smolds \d+\.\d+\.\d+\n", finished.stdout)
 
 
-def test_a_config_file_is_itself_whatever_its_folder_is_called(tmp_path):
+def test_a_config_files_folder_may_have_glob_characters(tmp_path):
     folder = tmp_path / "exp[1]*"
     folder.mkdir()
     (folder / "config.yaml").write_text("preset: debug\ntrain:\n  steps: 77\n")
@@ -265,7 +265,7 @@ UNITS = re.compile(
 
 
 def test_help_of_every_number_has_a_unit_or_a_range():
-    """The docstring below each field, which `--help` shows."""
+    """Check the docstring below each field, which `--help` prints."""
     tree = ast.parse(Path(settings.__file__).read_text())
     numbers = 0
     for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):

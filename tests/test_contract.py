@@ -1,7 +1,7 @@
-"""What transformers promises of a model, promise by promise: whoever uses its tools with ours needs nothing of ours.
+"""Our model keeps transformers' contract, feature by feature, so that its tools work without our code.
 
-That loss, gradients and logits are those of transformers' own classes is in test_model.py, whose models these are: both
-kinds of attention, and each with leading dense layers, shared experts, YaRN and, on the latent side, groups of experts.
+test_model.py compares loss, gradients and logits with transformers' classes. The models are the same here: both kinds of
+attention, each with leading dense layers, shared experts, YaRN and, with latent attention, groups of experts.
 """
 
 import copy
@@ -25,10 +25,10 @@ from smolds_dist.model.moe import balance_loss
 from smolds_dist.training.compiling import has_compiler
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-# Two layers compile in less time, and have all that more have.
+# Two layers compile faster and have all features.
 COMPILED = {"gqa": dict(GQA_FAMILY, num_hidden_layers=2), "latent": dict(LATENT_FAMILY, num_hidden_layers=2)}
 needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="Inductor needs a C++ compiler")
-pair = test_model.pair  # ours and transformers' own, with the same weights
+pair = test_model.pair  # ours and transformers', with the same weights
 
 
 @pytest.fixture(params=KINDS)
@@ -38,7 +38,7 @@ def model(request):
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """Numbers in which two compiled models differ would be variables for the second."""
+    """Reset the compiler, for which integers that differ between two compiled models would become dynamic."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -55,10 +55,10 @@ def assert_same_step(actual, expected, tolerance=1e-5) -> None:
         assert (one.float() - other.float()).norm() <= tolerance * other.float().norm() + 1e-7
 
 
-# What a forward pass gives
+# Outputs of a forward pass
 
 
-def test_outputs_that_are_asked_for_equal_transformers(pair):
+def test_requested_outputs_equal_transformers(pair):
     ours, peer = pair
     peer.set_attn_implementation("eager")
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
@@ -73,20 +73,20 @@ def test_outputs_that_are_asked_for_equal_transformers(pair):
             torch.testing.assert_close(one[real], other[real], atol=1e-4, rtol=0)
         for one, other in zip(actual.attentions, expected.attentions, strict=True):
             torch.testing.assert_close(one.transpose(1, 2)[real], other.transpose(1, 2)[real], atol=1e-5, rtol=0)
-        if ours.config.attention == "gqa":  # transformers' DeepSeek-V3 keeps its routers' logits to itself
+        if ours.config.attention == "gqa":  # transformers' DeepSeek-V3 does not return router logits
             for one, other in zip(actual.router_logits, expected.router_logits, strict=True):
                 torch.testing.assert_close(one[real.flatten()], other[real.flatten()], atol=1e-4, rtol=0)
         torch.testing.assert_close(actual.logits[real], ours(**inputs).logits[real], atol=1e-4, rtol=0)
     for block, logits in zip(mixtures(ours), actual.router_logits, strict=True):
         assert logits.shape == (2 * 12, block.mlp.gate.config.num_experts)
-    # nothing of it where nobody asks, and beside a loss where somebody does
+    # None unless requested; also returned with a loss
     plain = ours(input_ids=ids)
     assert plain.hidden_states is plain.attentions is plain.router_logits is None
     with_loss = ours(input_ids=ids, labels=ids, output_hidden_states=True)
     assert with_loss.loss is not None and len(with_loss.hidden_states) == 4
 
 
-def test_outputs_that_the_configuration_asks_for(pair):
+def test_outputs_requested_by_the_configuration(pair):
     ours, _ = pair
     settings = ours.config.to_dict() | dict(output_hidden_states=True, output_router_logits=True, return_dict=False)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings)).eval()
@@ -98,7 +98,7 @@ def test_outputs_that_the_configuration_asks_for(pair):
     assert all(map(torch.equal, router_logits, expected.router_logits))
 
 
-def test_return_dict_false_gives_a_tuple_without_what_is_absent(pair):
+def test_return_dict_false_returns_a_tuple_without_absent_outputs(pair):
     ours, peer = pair
     ids = tokens(2, 12)
     for inputs in (dict(use_cache=False), dict(use_cache=False, output_hidden_states=True)):
@@ -110,7 +110,7 @@ def test_return_dict_false_gives_a_tuple_without_what_is_absent(pair):
     assert torch.equal(loss, ours(input_ids=ids, labels=ids).loss)
 
 
-def test_generation_hands_out_what_each_step_computed(pair):
+def test_generation_returns_each_steps_outputs(pair):
     ours, peer = pair
     peer.set_attn_implementation("eager")
     options = dict(
@@ -125,8 +125,8 @@ def test_generation_hands_out_what_each_step_computed(pair):
                 torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
-def test_router_logits_are_what_tools_for_balancing_take(pair):
-    """transformers' loss adds up shares over the K choices of a token, ours is their mean: K times as much."""
+def test_router_logits_work_with_transformers_balance_loss(pair):
+    """transformers' loss sums over a token's K experts, ours is the mean: a factor of K."""
     ours, _ = pair
     config, ids = ours.config, tokens(3, 20)
     logits = ours(input_ids=ids, output_router_logits=True).router_logits
@@ -148,7 +148,7 @@ def test_router_logits_have_gradients(model):
 
 
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([2, 7])])
-def test_only_the_logits_that_are_kept_are_computed(model, kept):
+def test_logits_to_keep_limits_the_computed_logits(model, kept):
     ids = tokens(2, 12)
     places = kept if isinstance(kept, torch.Tensor) else slice(-kept, None)
     expected = model(input_ids=ids).logits[:, places]
@@ -157,7 +157,7 @@ def test_only_the_logits_that_are_kept_are_computed(model, kept):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def test_embeddings_stand_for_ids(model):
+def test_inputs_embeds_replace_input_ids(model):
     ids = tokens(2, 12)
     embedded = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embedded).logits, model(input_ids=ids).logits)
@@ -168,9 +168,9 @@ def test_embeddings_stand_for_ids(model):
 @pytest.mark.long  # compiles C++ for a minute and a half
 @needs_compiler
 @pytest.mark.parametrize("kind", ["gqa", "latent"])
-def test_flex_attention_computes_the_same(kind):
-    """Whole, padded and packed sequences. Not generation: for lengths that change Inductor can write C++ with errors. Nor
-    40 tokens: PyTorch 2.13's kernel for AVX2 reads past such a length where heads are narrower than 32."""
+def test_flex_attention_agrees(kind):
+    """Full, padded and packed sequences. Not generation: for dynamic lengths Inductor can generate invalid C++. Nor 40
+    tokens: PyTorch 2.13's AVX2 kernel reads past such a length if heads are narrower than 32."""
     model, ids = build(KINDS[kind]), tokens(2, 64)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -187,12 +187,12 @@ def test_flex_attention_computes_the_same(kind):
     for name, logits in actual.items():
         torch.testing.assert_close(logits, expected[name], atol=1e-4, rtol=0, msg=name)
     assert (expected["packed"] - expected["whole"]).abs().max() > 0.1
-    # PyTorch has no gradient of it on the CPU, and says so.
+    # PyTorch has no gradient for it on the CPU and raises an error.
     with pytest.raises(NotImplementedError, match="backward on CPU"):
         model.train()(input_ids=ids, labels=ids)
 
 
-def test_attention_weights_need_an_attention_that_has_them():
+def test_attention_weights_need_an_implementation_that_returns_them():
     model = build(GQA)
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="'flex_attention' has no attention weights"):
@@ -203,7 +203,7 @@ def test_attention_weights_need_an_attention_that_has_them():
 
 
 @pytest.mark.parametrize("size", [SMALL["vocab_size"] + 9, SMALL["vocab_size"] - 9])
-def test_the_vocabulary_is_resized(model, size):
+def test_embeddings_can_be_resized(model, size):
     ids = tokens(2, 12) % (SMALL["vocab_size"] - 9)
     kept = min(size, SMALL["vocab_size"])
     expected = model(input_ids=ids).logits[..., :kept]
@@ -216,7 +216,7 @@ def test_the_vocabulary_is_resized(model, size):
 
 
 @pytest.mark.parametrize("most", ["5GB", "60KB"])
-def test_what_is_saved_is_loaded(model, most, tmp_path):
+def test_saved_model_loads(model, most, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=most)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (most == "60KB")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -229,7 +229,7 @@ def test_what_is_saved_is_loaded(model, most, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_tied_where_the_configuration_says_so(tied, tmp_path):
+def test_weights_are_tied_if_configured(tied, tmp_path):
     model = build(dict(GQA, tie_word_embeddings=tied))
     model.save_pretrained(tmp_path)
     for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
@@ -254,7 +254,7 @@ def test_checkpointed_activations_change_no_gradient(kind):
 
 
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=4, num_return_sequences=2, length_penalty=0.5)])
-def test_beams_are_those_of_transformers_model(pair, options):
+def test_beam_search_equals_transformers_model(pair, options):
     ours, peer = pair
     expected = peer.generate(tokens(2, 7), **GREEDY, **options)
     assert torch.equal(ours.generate(tokens(2, 7), **GREEDY, **options), expected)
@@ -266,7 +266,7 @@ def test_generation_with_a_static_cache_is_the_same(model):
 
 
 def test_assisted_generation_is_the_same(model):
-    """By another model, and by the model itself, all of whose guesses are right."""
+    """Assisted by another model, and by the model itself, whose guesses are all accepted."""
     ids, expected = tokens(1, 7), model.generate(tokens(1, 7), **GREEDY)
     other = DeepSeekV3Config(**model.config.to_dict() | dict(num_hidden_layers=2))
     for assistant in (DeepSeekV3ForCausalLM(other).eval(), copy.deepcopy(model)):
@@ -279,7 +279,7 @@ def test_prompt_lookup_is_the_same(model):
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), expected)
 
 
-def test_a_prompt_padded_on_the_left_goes_on_as_it_does_alone(model):
+def test_a_left_padded_prompt_continues_as_without_padding(model):
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, :5], ids[0, :5] = 0, 0
     together = model.generate(ids, attention_mask=mask, **GREEDY)
@@ -304,7 +304,7 @@ def test_a_pipeline_generates_text():
         assert text["generated_text"] == tokenizer.decode(expected[0, ids.shape[1] :])
 
 
-# torch.compile and torch.export. "aot_eager" is all of compiling but the last step, which writes machine code.
+# torch.compile and torch.export. "aot_eager" does everything except generating machine code.
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_compiled_training_is_the_same(kind, checkpointing):
     for block in mixtures(model):
         block.mlp.tokens_per_expert.zero_()
     assert_same_step(loss_and_gradients(model, compiled, **inputs), expected)
-    if not checkpointing:  # counted once, for whoever balances
+    if not checkpointing:  # counted once, for the balancer
         rows = 2 * 24 * model.config.num_experts_per_tok
         assert [block.mlp.tokens_per_expert.sum() for block in mixtures(model)] == [rows] * len(mixtures(model))
 
@@ -340,7 +340,7 @@ def test_compiled_training_takes_sequences_of_any_length():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_routers_own_losses_with_checkpointed_activations_compile_with_breaks():
+def test_router_losses_with_activation_checkpointing_compile_with_graph_breaks():
     model = build(dict(GQA, num_hidden_layers=1, z_loss_coef=0.1)).train()
     inputs = dict(input_ids=tokens(2, 24), labels=tokens(2, 24))
     expected = loss_and_gradients(model, **inputs)
@@ -349,7 +349,7 @@ def test_routers_own_losses_with_checkpointed_activations_compile_with_breaks():
     assert_same_step(loss_and_gradients(model, compiled, **inputs), expected)
 
 
-def test_compiled_training_keeps_packed_documents_apart():
+def test_compiled_training_masks_packed_documents():
     model, ids = build(dict(GQA, num_hidden_layers=1)).train(), tokens(2, 40)
     inputs = dict(input_ids=ids, labels=ids, position_ids=torch.cat((torch.arange(15), torch.arange(25))).expand(2, -1))
     expected = loss_and_gradients(model, **inputs)
@@ -363,8 +363,8 @@ def test_compiled_training_keeps_packed_documents_apart():
 @needs_compiler
 @pytest.mark.parametrize("kind", ["gqa", "latent"])
 def test_torch_compile_trains_and_evaluates(kind):
-    """In machine code, one in fp32, the other in bf16, with all experts for each token: rounding changes no choice. One
-    layer, with shared experts in the place of a dense layer's: C++ compilers take minutes for more."""
+    """In machine code, one in fp32, the other in bf16, with all experts for each token, so that rounding cannot change the
+    selection. One layer, with shared experts instead of a dense layer: C++ compilers take minutes for more."""
     dtype, tolerance = (torch.float32, 1e-5) if kind == "gqa" else (torch.bfloat16, 0.05)
     every = {} if kind == "gqa" else dict(num_experts=4, num_experts_per_tok=4, n_group=None, topk_group=None)
     settings = COMPILED[kind] | dict(num_hidden_layers=1, first_k_dense_replace=0) | every
@@ -381,8 +381,8 @@ def test_torch_compile_trains_and_evaluates(kind):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.long])])
-def test_blocks_are_compiled_as_a_gpu_computes_them(monkeypatch, backend):
-    """Lengths that change were more than Inductor could put into an autograd function of ours."""
+def test_gpu_branches_of_blocks_compile(monkeypatch, backend):
+    """Inductor could not compile our autograd functions with dynamic lengths."""
     monkeypatch.setattr(device, "family", lambda x: "cuda")
     settings = dict(GQA, num_hidden_layers=1, num_experts=4, num_experts_per_tok=4)
     model, plain = (build(settings).train().bfloat16() for _ in range(2))
@@ -392,7 +392,7 @@ def test_blocks_are_compiled_as_a_gpu_computes_them(monkeypatch, backend):
         assert_same_step(loss_and_gradients(model, **inputs), loss_and_gradients(plain, **inputs), 0.05)
 
 
-def test_autocast_is_compiled_too():
+def test_autocast_compiles():
     model = build(dict(GQA, num_hidden_layers=1, num_experts=4, num_experts_per_tok=4)).train()
     compiled, ids = torch.compile(model, backend="aot_eager", fullgraph=True), tokens(2, 24)
     with torch.autocast("cpu", torch.bfloat16):
@@ -403,10 +403,10 @@ def test_autocast_is_compiled_too():
 
 
 @pytest.mark.parametrize("kind", COMPILED)
-def test_generation_compiles_without_a_break(kind):
+def test_generation_compiles_without_graph_breaks(kind):
     model = build(COMPILED[kind], bias_scale=0.2)
     config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
-    config._compile_all_devices = True  # transformers compiles on GPUs alone
+    config._compile_all_devices = True  # transformers compiles only on GPUs by default
     ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
     options = dict(GREEDY, attention_mask=mask)
@@ -417,7 +417,7 @@ def test_generation_compiles_without_a_break(kind):
 
 
 @pytest.mark.parametrize("kind", COMPILED)
-def test_torch_export_gives_a_graph_of_pytorchs_operations_alone(kind):
+def test_exported_graph_has_only_pytorch_operations(kind):
     model = build(COMPILED[kind], bias_scale=0.2)
     ids = tokens(2, 24)
     exported = torch.export.export(model, (), dict(input_ids=ids, use_cache=False))
@@ -449,7 +449,7 @@ def test_an_exported_graph_takes_any_batch_and_length(kind, tmp_path):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-# With packages that lie beside the others; contract_worker.py has the code.
+# With packages from .venv/extras, in contract_worker.py.
 
 
 @functools.cache

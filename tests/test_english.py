@@ -58,6 +58,12 @@ WORDS = {
 BANNED = re.compile("|".join(rf"(?<![-\w])(?:{words})\b".replace(" ", r"\s+") for words in WORDS), re.IGNORECASE)
 STORED = {"held out"}  # keys, which no user reads
 
+
+def modules_of(package: str) -> list[str]:
+    """Return the paths of a package's modules, relative to the repository."""
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "smolds_dist" / package).glob("*.py"))]
+
+
 # What is read: pages without their code; of modules, docstrings and string literals.
 PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docs" / "run" / "README.md"]
 PATHS += [ROOT / "smolds_dist" / name for name in ("rules.py", "settings.py")]
@@ -93,7 +99,12 @@ def banned_words(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
+PATHS += [
+    path for name in ("bench", "costs", "model", "planner") for path in (ROOT / "smolds_dist" / name).glob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", sorted(PATHS), ids=lambda path: str(path.relative_to(ROOT)))
 def test_page_or_module_has_no_banned_word(path):
     assert not banned_words(path)
 

@@ -45,7 +45,7 @@ def test_api_reference_is_built_from_the_docstrings(tmp_path):
     pytest.importorskip("pdoc")
     finished = run([sys.executable, "-m", "pdoc", "smolds_dist", "-o", str(tmp_path)], timeout=120, cwd=ROOT)
     assert finished.returncode == 0, finished.text
-    # One is about an annotation of transformers' own configuration, which ours inherits.
+    # One is about an annotation of transformers' configuration, which ours inherits.
     warnings = [line for line in finished.stderr.splitlines() if "Warn" in line and "'regression'" not in line]
     assert not warnings
     page = (tmp_path / "smolds_dist" / "training" / "library.html").read_text()

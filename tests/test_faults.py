@@ -1,4 +1,4 @@
-"""What becomes of a run when things go wrong, with real processes: killed, disk full, read-only, hanging, diverging."""
+"""Faults in runs of real processes: kills, full and read-only disks, hangs, divergence."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_runs_killed_at_random_moments_lose_nothing(small_run, tmp_path, parts):
     assert killed >= runs and while_saving >= runs // 4, (killed, while_saving)
 
 
-def test_the_cause_of_an_earlier_jobs_end_is_forgotten_however_short_ago_that_was(tmp_path):
+def test_cause_of_an_earlier_job_is_removed(tmp_path):
     script = """
 import sys
 from pathlib import Path
@@ -90,14 +90,14 @@ print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
     (tmp_path / "script.py").write_text(script)
     finished = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
     assert finished.stdout == "False\n", finished.text
-    # What another rank of this job has told already stays.
+    # A cause that another rank of this job has reported stays.
     cause.write_text("rank 1 on host n1 failed\n")
     os.utime(cause, (time.time() + 60, time.time() + 60))
     finished = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)
     assert finished.stdout == "True\n", finished.text
 
 
-def test_rank_that_loses_one_which_found_a_mistake_has_nothing_to_tell(tmp_path):
+def test_rank_stays_silent_if_a_lost_peer_reported_a_mistake(tmp_path):
     reports = [RankReport(tmp_path, RankInfo(rank=rank), Parallel()) for rank in (0, 1)]
     reports[0].end("refused", 2)
     reports[1].fail(RuntimeError("Connection closed by peer [127.0.0.1]:4496"))
@@ -107,7 +107,7 @@ def test_rank_that_loses_one_which_found_a_mistake_has_nothing_to_tell(tmp_path)
 
 @pytest.fixture
 def memory_group():
-    """A control group for memory of 200 MB: its folder, in either version."""
+    """Create a memory cgroup of 200 MB, v1 or v2; return its folder."""
     groups = Path("/sys/fs/cgroup")
     groups = groups / "memory" if (groups / "memory").is_dir() else groups
     folder = groups / f"smolds-test-{os.getpid()}"
@@ -116,12 +116,12 @@ def memory_group():
         limit = next(folder / name for name in ("memory.limit_in_bytes", "memory.max") if (folder / name).exists())
         limit.write_text("200000000")
     except (OSError, StopIteration) as error:
-        pytest.skip(f"no control group for memory can be made here: {error!r}")
+        pytest.skip(f"cannot create a memory cgroup here: {error!r}")
     yield folder
     folder.rmdir()
 
 
-def test_out_of_memory_is_told_of_the_rank_that_it_befell_not_of_another_that_was_killed(memory_group, tmp_path):
+def test_out_of_memory_is_reported_only_for_the_affected_rank(memory_group, tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path
@@ -150,7 +150,7 @@ bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL
     assert (tmp_path / "b" / "ranks" / "cause.txt").read_text().endswith(f"{word}\n")
 
 
-def test_second_signal_leaves_at_once(small_run, tmp_path):
+def test_second_signal_exits_immediately(small_run, tmp_path):
     options = [*small_run, "--run.name=slow", "--train.global_batch=20000", "--train.micro_batch=2"]  # minutes a step
     command = [warm.python(), "-m", "smolds_dist", "train", *options]
     process = subprocess.Popen(
@@ -166,7 +166,7 @@ def test_second_signal_leaves_at_once(small_run, tmp_path):
     process.send_signal(signal.SIGTERM)
     finished = end(process, timeout=5)
     assert finished.returncode == 143, finished.text
-    assert "which is saved" not in finished.stdout
+    assert "(saved)" not in finished.stdout
 
 
 def can_mount() -> bool:
@@ -181,7 +181,7 @@ needs_mount = pytest.mark.skipif(not can_mount(), reason="needs root, to mount s
 
 
 def on_file_system(folder: Path, mount_options: str, script: str, timeout: float = 120):
-    """Runs a shell script with a file system at `folder` that nobody else sees and that ends with it."""
+    """Run a shell script with a private file system at `folder`, which ends with it."""
     folder.mkdir()
     mount = f"mount -t tmpfs -o {mount_options} tmpfs {shlex.quote(str(folder))}"
     return run(["unshare", "--mount", "sh", "-c", f"{mount}\n{script}"], timeout)
@@ -189,8 +189,8 @@ def on_file_system(folder: Path, mount_options: str, script: str, timeout: float
 
 @needs_mount
 @pytest.mark.parametrize("on_error", ["continue", "stop"])
-def test_full_disk_is_told_and_older_checkpoints_stay_whole(small_run, tmp_path, on_error):
-    """Two checkpoints fit; then something else fills the disk; later it is gone again."""
+def test_full_disk_is_reported_and_older_checkpoints_stay_complete(small_run, tmp_path, on_error):
+    """Two checkpoints fit; then another file fills the disk; later it is removed."""
     small = tmp_path / "small"
     options = [
         *small_run, f"--run.dir={small}", "--run.name=full", f"--checkpoint.on_error={on_error}", "--train.steps=2000",
@@ -216,9 +216,9 @@ def test_full_disk_is_told_and_older_checkpoints_stay_whole(small_run, tmp_path,
     assert steps == list(range(1, len(steps) + 1)), finished.text
     assert "Traceback" not in finished.stderr, finished.text
     if on_error == "stop":
-        assert "code 1" in text and "older ones are whole" in finished.stderr, finished.text
+        assert "code 1" in text and "older ones are complete" in finished.stderr, finished.text
     else:
-        assert "code 143" in text and "training goes on" in finished.stderr, finished.text
+        assert "code 143" in text and "training continues" in finished.stderr, finished.text
 
 
 @needs_mount
@@ -231,16 +231,16 @@ def test_read_only_folder_is_one_sentence(small_run, tmp_path):
     assert finished.stderr.count("\n") == 1
 
 
-def test_folder_that_another_process_trains_in_is_refused(small_run, tmp_path):
+def test_locked_run_folder_is_rejected(small_run, tmp_path):
     (tmp_path / "runs" / "held").mkdir(parents=True)
     with FileLock(tmp_path / "runs" / "held" / "lock"):
         finished = smolds("train", *small_run, "--run.name=held")
     assert finished.returncode == 2, finished.text
-    assert "is being trained by another process" in finished.stderr
+    assert "is in use by another training process" in finished.stderr
     assert [path.name for path in (tmp_path / "runs" / "held").iterdir()] == ["lock"]
 
 
-def test_rank_that_stops_answering_ends_the_job_and_all_stacks_are_kept(small_run, tmp_path):
+def test_hung_rank_ends_the_job_and_all_stacks_are_kept(small_run, tmp_path):
     arguments = [
         *small_run, "--run.name=stopped", "--parallel.device=cpu", "--train.steps=100000", "--train.eval_every=0",
         "--log.sample_every=0", "--checkpoint.every=0", "--parallel.timeout=4",
@@ -255,11 +255,11 @@ def test_rank_that_stops_answering_ends_the_job_and_all_stacks_are_kept(small_ru
     assert "rank 1 on host" in lines[0] and "it was stopped by a signal" in lines[0]
     stacks = (run_dir / "ranks" / "stacks.txt").read_text()
     assert str(run_dir / "ranks" / "stacks.txt") in lines[0]
-    assert "rank 0 on host" in stacks and "run_steps" in stacks  # where the main thread is
+    assert "rank 0 on host" in stacks and "run_steps" in stacks  # the main thread's stack
     assert "rank 1 on host" in stacks and "no answer" in stacks
 
 
-def test_run_that_diverges_stops_with_its_last_good_checkpoint(small_run, tmp_path):
+def test_diverged_run_stops_with_its_last_good_checkpoint(small_run, tmp_path):
     options = [
         *small_run, "--run.name=diverged", "--train.lr=1e30", "--train.grad_clip=0", "--train.warmup_steps=1",
         "--train.steps=50", "--train.nonfinite_limit=4", "--checkpoint.every=1", "--log.sample_every=0",
@@ -270,14 +270,14 @@ def test_run_that_diverges_stops_with_its_last_good_checkpoint(small_run, tmp_pa
     assert "Traceback" not in finished.stderr
     rows = read_rows(tmp_path / "runs" / "diverged" / "metrics.jsonl")
     assert [row.get("skipped", False) for row in rows][-5:] == [False, True, True, True, True]
-    assert "NaN" not in (tmp_path / "runs" / "diverged" / "metrics.jsonl").read_text()  # JSON has none
+    assert "NaN" not in (tmp_path / "runs" / "diverged" / "metrics.jsonl").read_text()  # JSON has no NaN
     saved = checkpoints_in(tmp_path / "runs" / "diverged" / "checkpoints")
     assert saved and not any(find_damage(folder) for folder in saved)
 
 
 @pytest.fixture
 def spiky(corpus, small_run, tmp_path):
-    """Options of a run with a real spike: among text that repeats itself, one document of noise."""
+    """Return the options of a run with a real spike: one document of noise in repetitive text."""
     for path in corpus.glob("*.txt"):
         (tmp_path / path.name).write_text(path.read_text())
     chance = random.Random(3)
@@ -301,15 +301,15 @@ def assert_rolled_back(run_dir: Path, options: list[str]) -> None:
     for event in events:
         assert event["skipped_samples"] == 2 * (event["spike_end"] - event["step"])
         assert event["step"] % 10 == 0 and event["step"] < event["spike_begin"]
-    # No spike is left: the samples that made them were not seen again.
+    # No spike is left: the samples that caused them were skipped.
     again = LossGuard(load_config(options).train)
     for row in rows:
         if "loss" in row:
             again.check(row["step"], row["loss"], True)
 
 
-def test_spike_rolls_back_and_leaves_the_samples_out(spiky, tmp_path, monkeypatch, capsys):
-    """With one model in memory at a time."""
+def test_spike_rolls_back_and_skips_the_samples(spiky, tmp_path, monkeypatch, capsys):
+    """Only one model is in memory at a time."""
     before = []
 
     def build(*args):
@@ -338,13 +338,13 @@ def guard(**settings) -> LossGuard:
     return LossGuard(config.train)
 
 
-def test_guard_tells_spikes_from_noise_and_from_a_single_bad_batch():
+def test_guard_distinguishes_spikes_from_noise_and_a_single_bad_batch():
     watch = guard(spike_threshold=8, spike_steps=3)
     step = 0
     for step in range(1, 3 * WINDOW):
         watch.check(step, 5 - step / 100 + 0.1 * (step % 3), True)
     watch.check(step + 1, 50.0, True)
-    watch.check(step + 2, 2.1, True)  # back again: nothing has happened
+    watch.check(step + 2, 2.1, True)  # reset: nothing has happened
     for offset, loss in enumerate((9.0, 8.0)):
         watch.check(step + 3 + offset, loss, True)
     with pytest.raises(LossSpikeError) as spike:
@@ -369,8 +369,8 @@ def test_guard_counts_skipped_steps_in_a_row():
         watch.check(9, float("nan"), False)
 
 
-def test_checkpoint_that_waits_for_a_lost_rank_says_so(small_run, tmp_path):
-    """A rank's folder that rank 0 does not see: here the other rank never comes to write."""
+def test_checkpoint_without_a_ranks_file_times_out(small_run, tmp_path):
+    """A rank's folder that rank 0 cannot access: here the other rank never writes."""
     config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
     writer = CheckpointWriter(
         config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, lambda samples: {}

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: kernels against plain formulas, models and runs against the CPU's. `pytest -m gpu` runs these alone.
+"""On an NVIDIA GPU: kernels compared with plain formulas, models and runs with the CPU. `pytest -m gpu` runs only these.
 
 Run on one NVIDIA H200 (torch 2.11, CUDA 13, DeepSpeed 0.19.8). Nothing here needs more than one GPU.
 """
@@ -40,7 +40,7 @@ DTYPE = pytest.mark.parametrize(
 
 
 def pair(settings: dict) -> tuple[DeepSeekV3ForCausalLM, DeepSeekV3ForCausalLM]:
-    """The same model on the CPU and on the GPU, with selection biases that matter."""
+    """Return the same model on the CPU and on the GPU, with nonzero selection biases."""
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings, initializer_range=0.1)).eval()
     for block in model.model.layers:
@@ -78,7 +78,7 @@ def test_experts_equal_an_fp32_loop(dtype, tolerance, counts):
 
 
 @DTYPE
-def test_loss_at_49_152_words_equals_pytorchs(dtype, tolerance):
+def test_loss_at_vocabulary_size_49_152_equals_pytorchs(dtype, tolerance):
     torch.manual_seed(0)
     exact = [torch.randn(2000, 64), torch.randn(49_152, 64) / 8]
     exact = [tensor.to(dtype).float().requires_grad_() for tensor in exact]
@@ -105,7 +105,7 @@ def test_logits_equal_the_cpus(settings, dtype, tolerance):
 
 @pytest.mark.parametrize("shape", [(6, 2, 64, 64), (4, 4, 48, 32), (4, 1, 36, 20)], ids=["gqa", "latent", "odd"])
 def test_varlen_attention_equals_a_masked_one(shape):
-    """In bf16, against the plain formula in fp32."""
+    """Compare bf16 with the plain formula in fp32."""
     heads, groups, width, value_width = shape
     torch.manual_seed(0)
     batch = ids(3, 300).clamp(min=1)
@@ -128,8 +128,8 @@ def test_varlen_attention_equals_a_masked_one(shape):
 
 @ATTENTION
 @DTYPE
-def test_documents_of_a_sequence_stay_apart_as_on_the_cpu(settings, dtype, tolerance):
-    """In bf16 by varlen attention, in fp32 by a mask."""
+def test_documents_of_a_sequence_are_masked_as_on_the_cpu(settings, dtype, tolerance):
+    """bf16 uses varlen attention, fp32 a mask."""
     batch = ids(2, 100).clamp(min=1)
     batch[:, [10, 40, 41]] = 0
     positions, labels = apply_document_mask(batch, 0)
@@ -165,7 +165,7 @@ def test_padded_batch_and_gradients_equal_the_cpus(settings):
 
 
 @ATTENTION
-def test_generation_with_a_cache_is_the_cpus(settings):
+def test_generation_with_a_cache_equals_the_cpus(settings):
     on_cpu, on_gpu = pair(settings)
     options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
     expected = on_cpu.generate(ids(2, 9), **options)
@@ -174,14 +174,14 @@ def test_generation_with_a_cache_is_the_cpus(settings):
 
 
 @ATTENTION
-def test_forward_and_backward_never_wait_for_the_device(settings):
+def test_forward_and_backward_never_synchronize(settings):
     config = load_config(
         ["--preset=debug", "--train.global_batch=2", f"--parallel.device={DEVICE}", "--train.dtype=bf16"]
     )
     topology = plan_topology(config, detect_machine(), RankInfo())
     engine = make_engine(pair(settings)[0], config, topology)
     batch = ids(2, 64).to(DEVICE)
-    engine.backward(engine.forward(batch, batch))  # the first makes what later ones use
+    engine.backward(engine.forward(batch, batch))  # the first allocates what later ones reuse
     torch.cuda.set_sync_debug_mode("error")
     try:
         engine.backward(engine.forward(batch, batch))
@@ -217,7 +217,7 @@ LATENT_RUN = ("--model.attention=latent", "--model.scoring_func=sigmoid", "--mod
     ],
     ids=["local", "latent", "full", "selective", "zero 0", "zero 1", "zero 2", "zero 3", "zero 1 latent"],
 )
-def test_twenty_steps_are_the_cpus(small_run, tmp_path, options):
+def test_twenty_steps_equal_the_cpus(small_run, tmp_path, options):
     model = [option for option in options if option.startswith("--model.")]
     expected = losses_of(
         small_run, tmp_path, "cpu", *TWENTY, *model, "--parallel.device=cpu", "--parallel.engine=local"
@@ -230,7 +230,7 @@ def test_twenty_steps_are_the_cpus(small_run, tmp_path, options):
 @pytest.mark.parametrize(
     "devices", [("cpu", DEVICE, "cpu"), (DEVICE, "cpu", DEVICE)], ids=["from the cpu", "from the gpu"]
 )
-def test_checkpoint_goes_to_the_other_device_and_back(small_run, tmp_path, devices):
+def test_checkpoint_resumes_on_the_other_device_and_back(small_run, tmp_path, devices):
     steady = ("--train.schedule=wsd", "--train.decay_fraction=0")
     expected = losses_of(small_run, tmp_path, "cpu", *steady, "--parallel.device=cpu")
     for device, steps in zip(devices, (2, 4, 6), strict=True):
@@ -240,7 +240,7 @@ def test_checkpoint_goes_to_the_other_device_and_back(small_run, tmp_path, devic
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_checkpoint_written_beside_training_is_the_one_that_it_waits_for(small_run, tmp_path, background):
+def test_background_checkpoint_equals_a_synchronous_one(small_run, tmp_path, background):
     options = (f"--parallel.device={DEVICE}", f"--checkpoint.background={background}")
     losses_of(small_run, tmp_path, "whole", *options)
     assert smolds("checkpoint", "verify", str(tmp_path / "runs" / "whole")).returncode == 0
@@ -256,7 +256,7 @@ def test_profile_has_the_kernels_and_a_memory_snapshot(small_run, tmp_path):
     assert names == {"steps_3-4.rank_0.pt.trace.json.gz", "steps_3-4.rank_0.memory.pickle"}
 
 
-def test_bf16_learns_and_tells_where_its_time_went(small_run, tmp_path):
+def test_bf16_learns_and_logs_its_time_by_phase(small_run, tmp_path):
     options = [*small_run, "--run.name=bf16", "--train.dtype=bf16", f"--parallel.device={DEVICE}", "--train.steps=40"]
     finished = smolds("train", *options, timeout=300)
     assert finished.returncode == 0, finished.text
@@ -267,19 +267,19 @@ def test_bf16_learns_and_tells_where_its_time_went(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_is_that_of_a_gpu(dtype):
+def test_measured_peak_is_plausible_for_a_gpu(dtype):
     assert 1e12 < matrix_product_peak(torch.device(DEVICE), dtype) < 1e16
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero", range(4))
-def test_peak_memory_is_the_planners(zero, dtype):
+def test_peak_memory_matches_the_planner(zero, dtype):
     row = compare_memory(MEMORY_SIZES[2], 1, zero, dtype, steps=3)
     assert row["predicted"] == pytest.approx(row["measured"], rel=0.1), row
 
 
 def test_checkpoint_is_copied_to_pinned_memory(small_run):
-    """Only then does a copy not hold up the host, and run at the link's full speed."""
+    """Only copies to pinned memory are asynchronous and run at the link's full bandwidth."""
     config = load_config([*small_run, f"--parallel.device={DEVICE}", "--parallel.engine=local"])
     topology = plan_topology(config, detect_machine(), RankInfo())
     engine = make_engine(pair(GQA)[0], config, topology)

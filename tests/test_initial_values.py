@@ -1,4 +1,4 @@
-"""A new model's values; that every layout starts from the same ones is told by test_parity.py."""
+"""A new model's initial values; test_parity.py checks that they are equal in every layout."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def values(start: int, length: int, name: str = NAME, seed: int = 7, dtype=torch
     return out
 
 
-def test_values_are_the_recorded_ones():
-    """A run that begins today and one that begins in a year start from the same model."""
+def test_values_match_recorded_ones():
+    """Runs started with different versions start from the same model."""
     assert [values(start, 2).tolist() for start in (0, BLOCK - 1, 149_998)] == [
         [-0.017888706177473068, 0.019686328247189522],
         [0.006927177309989929, -0.03995584324002266],
@@ -26,13 +26,13 @@ def test_values_are_the_recorded_ones():
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (5, 70), (BLOCK - 3, 7), (BLOCK, BLOCK), (1000, 2 * BLOCK)])
-def test_any_range_is_that_of_the_whole(start, length):
+def test_any_range_equals_a_slice_of_the_full_tensor(start, length):
     whole = values(0, 150_000)
     assert torch.equal(values(start, length), whole[start : start + length])
     assert torch.equal(values(start, length, dtype=torch.bfloat16), whole[start : start + length].bfloat16())
 
 
-def test_values_are_normal_and_differ_by_seed_name_and_place():
+def test_values_are_normal_and_differ_by_seed_name_and_position():
     whole = values(0, 150_000)
     assert whole.mean().abs() < 2e-4 and whole.std() == pytest.approx(0.02, rel=0.01)
     assert (whole.abs() < 0.02).float().mean() == pytest.approx(0.6827, abs=0.005)
@@ -41,7 +41,7 @@ def test_values_are_normal_and_differ_by_seed_name_and_place():
         assert torch.corrcoef(torch.stack([whole, other]))[0, 1].abs() < 0.01
 
 
-def test_a_model_is_filled_like_one_that_transformers_initialises():
+def test_a_model_is_initialized_like_transformers():
     config = DeepSeekV3Config(
         vocab_size=500, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, num_experts=4, initializer_range=0.03, qk_norm="head",

@@ -1,4 +1,4 @@
-"""JSON and YAML from disk, damaged or a stranger's: one sentence, exit code 2, within a second, and no other run suffers."""
+"""Damaged or untrusted JSON and YAML files: an error, exit code 2, quickly, without effects on other runs."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def write_odd(path: Path, name: str) -> None:
 
 
 def main(monkeypatch, capsys, *args: object) -> tuple[int, str]:
-    """Exit code and output of a command, which takes no second."""
+    """Return exit code and output of a command, and check that it is quick."""
     monkeypatch.setattr(sys, "argv", ["smolds", *map(str, args)])
     begin = time.process_time()
     code = 0
@@ -65,14 +65,14 @@ def main(monkeypatch, capsys, *args: object) -> tuple[int, str]:
         cli.main()
     except SystemExit as end:
         code = end.code or 0
-    assert time.process_time() - begin < 5  # imports of a first command among them
+    assert time.process_time() - begin < 5  # including the first command's imports
     out = capsys.readouterr()
     return code, out.out + out.err
 
 
 @pytest.fixture(scope="module")
 def copied(kept_run, tmp_path_factory):
-    """A run to be damaged, and beside it one that stays whole."""
+    """A folder with a run to be damaged and one that stays intact."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("bad", "good"):
         shutil.copytree(kept_run[0], folder / name, symlinks=True)
@@ -93,7 +93,7 @@ def check_sentence(error: Exception) -> None:
 
 
 def sign(folder: Path, content: bytes) -> None:
-    """As a stranger would: the digest matches."""
+    """Write a manifest with a matching digest, as an attacker can."""
     (folder / "manifest.json").write_bytes(content)
     (folder / "manifest.json.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
 
@@ -107,12 +107,12 @@ COMMANDS = {
     "checkpoints/step_00000004/manifest.json": (["checkpoint", "ls", "BAD"], ["checkpoint", "verify", "BAD"]),
     "hardware.yaml": (["plan", "--hardware", "FILE", "--", "--preset", "debug"],),
 }
-KEEPS = ("runs", "checkpoint")  # commands that list others beside the damaged one
+KEEPS = ("runs", "checkpoint")  # commands that also list intact ones
 
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_odd_files_end_in_a_sentence_and_harm_no_other(copied, monkeypatch, capsys, kind, odd):
+def test_odd_files_are_errors_and_affect_no_other_run(copied, monkeypatch, capsys, kind, odd):
     bad = copied / "bad"
     path = bad / kind
     whole = path.read_bytes() if path.is_file() else None
@@ -125,7 +125,7 @@ def test_odd_files_end_in_a_sentence_and_harm_no_other(copied, monkeypatch, caps
             sign(path.parent, ODD[odd])
         for command in COMMANDS[kind]:
             if (kind, odd, command[0]) == ("config.yaml", "object", "train"):
-                continue  # all of it left to the defaults: it would train
+                continue  # all defaults: it would train
             names = {"RUNS": copied, "BAD": bad, "FILE": path}
             code, text = main(monkeypatch, capsys, *(names.get(word, word) for word in command))
             assert "Traceback" not in text and "\x1b" not in text and "\x07" not in text
@@ -147,7 +147,7 @@ def test_odd_files_end_in_a_sentence_and_harm_no_other(copied, monkeypatch, caps
 @pytest.mark.parametrize(
     "command", [["generate", "MODEL"], ["import", "MODEL", "--to", "NEW"], ["eval", "MODEL", "--data.source=stdlib"]]
 )
-def test_odd_models_end_in_a_sentence(model, tmp_path, monkeypatch, capsys, command, file, odd):
+def test_odd_models_are_errors(model, tmp_path, monkeypatch, capsys, command, file, odd):
     folder = shutil.copytree(model, tmp_path / "model")
     write_odd(folder / file, odd)
     if file == "tokenizer_config.json" and odd in ("object", "deep pairs", "escape"):
@@ -164,7 +164,7 @@ def test_odd_models_end_in_a_sentence(model, tmp_path, monkeypatch, capsys, comm
      ("num_hidden_layers", 3), ("hidden_size", 10**5), ("intermediate_size", 10**6), ("rope_theta", float("nan")),
      ("rms_norm_eps", "1e-5"), ("model_type", None), ("rope_scaling", []), ("num_local_experts", 10**6)],
 )  # fmt: skip
-def test_sizes_that_the_weights_do_not_hold_are_rejected(model, tmp_path, monkeypatch, capsys, field, value):
+def test_sizes_that_contradict_the_weights_are_rejected(model, tmp_path, monkeypatch, capsys, field, value):
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / "config.json").write_text(json.dumps(CONFIG | {field: value}))
     code, text = main(monkeypatch, capsys, "generate", folder)
@@ -213,7 +213,7 @@ def test_any_manifest_is_read_or_damaged(copied, data):
 
 @cases()
 @given(data=st.data())
-def test_any_run_has_its_line(copied, tmp_path_factory, data):
+def test_any_run_is_listed(copied, tmp_path_factory, data):
     folder = copied / "fuzzed"
     folder.mkdir(exist_ok=True)
     for name in ("config.yaml", "metrics.jsonl", "state.json", "samples.jsonl"):
@@ -242,13 +242,13 @@ def test_any_yaml_is_read_or_rejected(copied, text):
     path = copied / "any.yaml"
     path.write_text(text)
     try:
-        read_yaml(path, "mend it", dict)
+        read_yaml(path, "fix it", dict)
     except ConfigError as error:
         check_sentence(error)
 
 
-def test_entry_of_a_rank_names_one_process(tmp_path):
-    """A signal to process -1 would go to all of a user's."""
+def test_a_ranks_process_id_is_of_one_process(tmp_path):
+    """A signal to process id -1 would reach all of the user's processes."""
     good = {"rank": 0, "host": "n", "pid": 7, "system": "s", "started": 1.0, "state": "running"}
     for number, pid in enumerate((7, -1, 0, "7", None)):
         (tmp_path / f"rank_{number:05}.json").write_text(json.dumps(good | {"pid": pid}))
@@ -256,7 +256,7 @@ def test_entry_of_a_rank_names_one_process(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no", "2024", "on", "null", "1e3"])
-def test_names_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path, name):
+def test_names_that_yaml_reads_as_another_type_must_be_quoted(tmp_path, name):
     path = tmp_path / "names.yaml"
     sources = "data:\n  sources:\n    {}: {{source: stdlib}}\n    web: {{source: stdlib}}\n"
     path.write_text(sources.format(name))
@@ -267,8 +267,8 @@ def test_names_that_yaml_reads_as_something_else_are_to_be_quoted(tmp_path, name
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_resume_with_a_damaged_line_loses_that_line_alone(kept_run, copied, capsys, place):
-    """By `truncate_rows`, which a resume calls before it writes."""
+def test_truncating_rows_drops_only_a_damaged_line(kept_run, copied, capsys, place):
+    """A resume calls `truncate_rows` before it writes."""
     path = shutil.copy(kept_run[0] / "metrics.jsonl", copied / "metrics.jsonl")
     rows = read_rows(kept_run[0] / "metrics.jsonl")
     lines = Path(path).read_bytes().splitlines(keepends=True)
@@ -276,7 +276,7 @@ def test_resume_with_a_damaged_line_loses_that_line_alone(kept_run, copied, caps
     assert truncate_rows(Path(path), 6) == rows[:place] + rows[place + 1 :]
 
 
-def test_what_is_printed_of_strangers_is_one_line():
+def test_untrusted_text_is_printed_as_one_line():
     assert printable("a\x1b]0;x\x07\nb\ud800 é") == "a\\x1b]0;x\\x07\\nb\\ud800 é"
 
 
@@ -300,7 +300,7 @@ def test_checkpoint_whose_config_is_larger_than_its_tensors_is_rejected(copied, 
     assert code == 2 and len(text.splitlines()) == 1, text
 
 
-def test_a_resume_loses_a_damaged_line_alone(kept_run, copied, tmp_path):
+def test_a_resume_drops_only_a_damaged_line(kept_run, copied, tmp_path):
     shutil.copytree(copied / "good", tmp_path / "one", symlinks=True)
     path = tmp_path / "one" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -316,6 +316,6 @@ def test_odd_tokenizers_are_rejected(kept_run, tmp_path, name):
     folder = shutil.copytree(kept_run[0] / "tokenizer", tmp_path / "tokenizer")
     for odd in ODD:
         write_odd(folder / name, odd)
-        if odd != "object" or name == "tokenizer.json":  # without settings it has no end of text
+        if odd != "object" or name == "tokenizer.json":  # without settings it has no end-of-text token
             with pytest.raises(ConfigError, match="tokenizer"):
                 load_tokenizer(str(folder))

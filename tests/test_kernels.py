@@ -1,4 +1,4 @@
-"""Each kernel against the plain formula, in forward and gradients."""
+"""Output and gradients of each kernel compared with the plain formula."""
 
 import inspect
 
@@ -37,7 +37,7 @@ def test_linear_cross_entropy_equals_pytorch(chunk, ignored):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_linear_cross_entropy_of_hopeless_labels_is_exact():
+def test_linear_cross_entropy_of_improbable_labels_is_exact():
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     weight = torch.tensor([[300.0, 0.0], [-300.0, 200.0], [0.0, 0.0]])
     loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2]))
@@ -93,8 +93,8 @@ def test_expert_ffn_equals_an_fp32_loop_over_rows(dtype, tolerance, counts, func
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 64])
-@pytest.mark.parametrize("experts", [4, 7])  # chosen among four: the others stay empty
-def test_rows_sorted_by_expert_are_every_token_once_per_choice(multiple, experts):
+@pytest.mark.parametrize("experts", [4, 7])  # selected among four: the others stay empty
+def test_rows_sorted_by_expert_have_every_token_once_per_selected_expert(multiple, experts):
     torch.manual_seed(0)
     chosen = torch.stack([torch.randperm(4)[:2] for _ in range(50)])
     counts = torch.bincount(chosen.flatten(), minlength=experts)
@@ -124,7 +124,7 @@ def test_norm_equals_pytorchs_in_fp32(dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_rotary_turns_pairs_as_complex_numbers(dtype, tolerance):
+def test_rotary_rotates_pairs_as_complex_numbers(dtype, tolerance):
     torch.manual_seed(0)
     x, seed = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
     x, seed = x.to(dtype).requires_grad_(), seed.to(dtype)
@@ -141,7 +141,7 @@ def test_rotary_turns_pairs_as_complex_numbers(dtype, tolerance):
         assert (ours - reference).norm() <= tolerance * reference.norm()
 
 
-def test_few_rows_are_padded_little_and_many_to_few_shapes():
+def test_few_rows_get_little_padding_and_many_rows_few_shapes():
     def padded(rows: int, dtype: torch.dtype) -> int:
         multiple = row_multiple(torch.empty(rows, 2, dtype=dtype))
         return -(-rows // multiple) * multiple
@@ -153,9 +153,9 @@ def test_few_rows_are_padded_little_and_many_to_few_shapes():
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["gqa", "latent"])
-def test_what_a_gpu_computes_otherwise_is_the_same(attention, dtype, tolerance, kind, monkeypatch):
-    """The other branch of every choice by device, on the CPU: grouped products, rows that the host does not count, fused
-    attention and norm, a softmax in one go. Many experts for each token, so that rounding changes no routing."""
+def test_gpu_branches_agree_with_the_cpus(attention, dtype, tolerance, kind, monkeypatch):
+    """Run every CUDA branch on the CPU: grouped matmuls, rows padded to the upper bound, fused attention and norm, a softmax
+    in one piece. Tokens have many experts, so that rounding does not change the routing."""
     torch.manual_seed(0)
     config = DeepSeekV3Config(
         hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,

@@ -1,4 +1,4 @@
-"""`smolds launch` with real ranks: the run of one process, its refusals, its resume."""
+"""`smolds launch` with real ranks: equal to one process, errors, resume."""
 
 import json
 import os
@@ -20,19 +20,19 @@ from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.training.trainer import train
 
 
-def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
-    """Launched by torchrun, resumed by deepspeed: the rows and the model of a run in this process without a break.
+def test_two_ranks_with_a_resume_equal_one_process(small_run, tmp_path):
+    """Launched by torchrun, resumed by deepspeed: rows and model equal those of an uninterrupted run in this process.
 
-    The newest checkpoint is damaged in between, where only the second rank looks.
+    The newest checkpoint is damaged in between, in a file that only the second rank verifies.
     """
     options = [*small_run, "--parallel.device=cpu", "--train.dtype=fp32", "--train.schedule=wsd"]
-    options += ["--train.decay_fraction=0"]  # so that a run of four steps is the beginning of one of six
+    options += ["--train.decay_fraction=0"]  # so that four steps are the first of six
     train(load_config([*options, "--run.name=single"]))
 
     options += ["--run.name=pair", "--parallel.zero=3", "--parallel.expert=2"]
     begun = smolds("launch", "--nproc-per-node=2", "--", *options, "--train.steps=4", timeout=180)
     assert begun.returncode == 0, begun.text
-    for text in ("2 ranks over gloo", "expert parallel size 2", "share of the tokens per expert"):
+    for text in ("2 ranks over gloo", "expert parallel size 2", "share of routed tokens per expert"):
         assert text in begun.stdout
     newest = tmp_path / "runs" / "pair" / "checkpoints" / "step_00000004"
     with (newest / "rank_00001.safetensors").open("r+b") as file:
@@ -43,7 +43,7 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
     resume = ["--launcher=deepspeed", "--", *options, "--checkpoint.resume=auto"]
     resumed = smolds("launch", "--nproc-per-node=2", *resume, timeout=180)
     assert resumed.returncode == 0, resumed.text
-    assert f"{newest} is damaged: rank_00001.safetensors is not what was written" in resumed.stdout
+    assert f"{newest} is damaged: rank_00001.safetensors differs from what was written" in resumed.stdout
     assert re.search("continuing from .*step_00000002\n", resumed.stdout)
 
     rows = {name: read_rows(tmp_path / "runs" / name / "metrics.jsonl") for name in ("pair", "single")}
@@ -69,9 +69,9 @@ def test_two_ranks_in_two_parts_are_the_run_of_one_process(small_run, tmp_path):
         (["--launcher=mpich", "--"], "torchrun"),
         (["--restarts=-1", "--"], "0 or more"),
         (["--restarts=1", "--spares=1", "--"], "use --launcher slurm"),
-        (["--spares=1", "--"], "give --restarts too"),
-        (["--restarts-shrink", "--"], "give --restarts too"),
-        (["--train.steps=3"], "behind `--`"),
+        (["--spares=1", "--"], "needs --restarts"),
+        (["--restarts-shrink", "--"], "needs --restarts"),
+        (["--train.steps=3"], "after `--`"),
         (["--nproc-per-node=2", "--", "--data.source=text:/nowhere/*"], "check the pattern"),
     ],
 )
@@ -116,14 +116,14 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
         ('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}', "use none or cpu"),
     ],
 )
-def test_own_deepspeed_configuration_that_is_none_is_one_sentence(small_run, tmp_path, text, complaint):
+def test_invalid_deepspeed_configuration_is_one_sentence(small_run, tmp_path, text, complaint):
     (tmp_path / "ds.json").write_text(text)
     options = [*small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}", "--parallel.device=cpu"]
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         launch(["--nproc-per-node=2", "--dry-run", "--", *options])
 
 
-def test_own_section_of_expert_parallel_is_merged(small_run, tmp_path):
+def test_users_expert_parallel_section_is_merged(small_run, tmp_path):
     (tmp_path / "ds.json").write_text('{"expert_parallel": {"async_split_plan": true, "enabled": true}}')
     config = load_config([*small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}", "--parallel.device=cpu"])
     topology = plan_topology(config, detect_machine(), RankInfo(0, 0, 2, 2))
@@ -131,7 +131,7 @@ def test_own_section_of_expert_parallel_is_merged(small_run, tmp_path):
     assert found["async_split_plan"] and found["autoep_size"] == 2 and found["router_pattern"] == "gate"
 
 
-def test_own_deepspeed_configuration_is_used(small_run, tmp_path):
+def test_users_deepspeed_configuration_is_used(small_run, tmp_path):
     settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     settings["zero_optimization"]["overlap_comm"] = False
     (tmp_path / "ds.json").write_text(json.dumps(settings))

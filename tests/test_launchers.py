@@ -1,4 +1,4 @@
-"""Every launcher with real ranks: what it starts, how it ends on a signal, and what it says of a rank that died."""
+"""Every launcher with real ranks: start, stop by a signal, and the report of a dead rank."""
 
 import base64
 import json
@@ -102,15 +102,15 @@ def test_killed_launch_leaves_no_ranks_behind(long_run, tmp_path):
     process = start_launch("torchrun", [*long_run, "--run.name=orphans"], run_dir, sys.executable)
     pids = [json.loads(path.read_text())["pid"] for path in (run_dir / "ranks").glob("*.json")]
     process.kill()
-    process.communicate(timeout=30)  # returns when nobody holds its pipes any more
+    process.communicate(timeout=30)  # returns when no process holds its pipes
     deadline = time.monotonic() + 20
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "ranks are still there"
         time.sleep(0.2)
 
 
-def test_failing_rank_is_told_with_its_last_line(long_run, tmp_path):
-    """A real failure in the middle of a run: a folder stands where the samples are to be written."""
+def test_failed_rank_is_reported_with_its_last_line(long_run, tmp_path):
+    """A real failure in the middle of a run: a folder has the name of the samples' file."""
     run_dir = tmp_path / "runs" / "broken"
     arguments = [*long_run, "--run.name=broken", "--log.sample_every=100"]
     process = start_launch("torchrun", arguments, run_dir)
@@ -142,8 +142,8 @@ def test_signal_saves_the_step_on_all_ranks(long_run, tmp_path, launcher, number
     assert "smolds:" not in finished.stderr
 
 
-def test_exit_code_of_a_stop_that_nobody_asked_for_is_a_failure(tmp_path):
-    """srun gives the highest code of all tasks, also that of one which it sent SIGTERM because another had failed."""
+def test_unrequested_stop_exit_code_is_a_failure(tmp_path):
+    """srun returns the highest code of all tasks, including one it sent SIGTERM after another failed."""
     code, cause = run_ranks(["sh", "-c", "exit 143"], dict(os.environ), tmp_path, remote=True)
     assert (code, cause) == (1, "the ranks ended with exit code 143")
 
@@ -158,7 +158,7 @@ def test_single_process_stops_on_a_signal_too(long_run, tmp_path):
     assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1
 
 
-def test_deepspeed_by_hand_trains_the_run_of_one_process(options, tmp_path):
+def test_deepspeed_command_equals_one_process(options, tmp_path):
     train(load_config([*options, "--run.name=single"]))
     start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()]
     by_hand = [*start, "--module", "smolds_dist", "train", *options, "--run.name=by_hand", "--parallel.expert=2"]
@@ -168,7 +168,7 @@ def test_deepspeed_by_hand_trains_the_run_of_one_process(options, tmp_path):
 
 
 @needs_mpi
-def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
+def test_mpirun_equals_one_process_also_as_a_command(options, tmp_path):
     if not has_mpi4py():
         pytest.skip(MPI_REASON)
     train(load_config([*options, "--run.name=single"]))
@@ -186,8 +186,8 @@ def test_mpirun_trains_the_run_of_one_process_also_by_hand(options, tmp_path):
         assert losses(tmp_path / "runs" / name) == pytest.approx(losses(tmp_path / "runs" / "single"), rel=1e-3)
 
 
-def test_locks_that_a_dead_build_left_stop_no_run(options, tmp_path):
-    """DeepSpeed would wait for ever: it builds its shared-memory op in `init_distributed`, which smolds leaves out."""
+def test_stale_build_locks_stop_no_run(options, tmp_path):
+    """DeepSpeed would wait indefinitely: it builds its shared-memory op in `init_distributed`, which smolds skips."""
     extensions = tmp_path / "extensions"
     for name in ("deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"):
         (extensions / name).mkdir(parents=True)
@@ -198,13 +198,13 @@ def test_locks_that_a_dead_build_left_stop_no_run(options, tmp_path):
         "launch", "--nproc-per-node=2", "--", *arguments, timeout=90, TORCH_EXTENSIONS_DIR=str(extensions)
     )
     assert finished.returncode == 0, finished.text
-    assert sorted(extensions.rglob("*")) == before  # no build begins, so none can be killed in its middle
+    assert sorted(extensions.rglob("*")) == before  # no build starts, so none can be killed
 
 
 @pytest.mark.long
 @pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
-def test_hostfile_trains_the_run_of_one_process_on_two_hosts(options, tmp_path):
+def test_hostfile_run_on_two_hosts_equals_one_process(options, tmp_path):
     train(load_config([*options, "--run.name=single"]))
     with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
         hostfile = tmp_path / "hostfile"
@@ -233,7 +233,7 @@ def test_rank_killed_on_another_host_ends_the_job_and_is_named(long_run, tmp_pat
         command = hosts.command(0, [*start, *long_run, "--run.name=killed"])
         process = start_and_wait_for_steps(command, run_dir, cwd=tmp_path)
         entry = json.loads((run_dir / "ranks" / "rank_00001.json").read_text())
-        # The rank's process number is one of its host's.
+        # The rank's pid is valid on its host.
         assert run(hosts.command(1, ["kill", "-9", str(entry["pid"])]), timeout=10).returncode == 0
         finished = end(process, timeout=15)
     assert finished.returncode not in (0, 2), finished.text
@@ -273,7 +273,7 @@ def test_dry_run_shows_the_command_for_the_machine(machine, args, expected, tmp_
     shown = capsys.readouterr().out
     assert expected in shown
     last = shlex.split(shown)[-1]
-    if last.startswith("--encoded="):  # a shell on the hosts would read the corpus' asterisk
+    if last.startswith("--encoded="):  # a shell on the hosts would expand the corpus' asterisk
         last = json.loads(base64.urlsafe_b64decode(last.removeprefix("--encoded=")))[-1]
     assert last == "--train.global_batch=64"
     assert not (tmp_path / "runs").exists()
@@ -286,7 +286,7 @@ def test_dry_run_in_an_allocation_uses_srun(monkeypatch, capsys, small_run):
     assert launch(command, GPUS) == 0
     srun = "srun --nodes 4 --ntasks 32 --ntasks-per-node 8"
     assert capsys.readouterr().out.startswith(f"{srun} --kill-on-bad-exit=1")
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")  # which srun ignores since Slurm 22.05
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")  # ignored by srun since Slurm 22.05
     assert launch(command, GPUS) == 0
     assert capsys.readouterr().out.startswith(f"{srun} --cpus-per-task 4 ")
 
@@ -297,7 +297,7 @@ def test_dry_run_in_an_allocation_uses_srun(monkeypatch, capsys, small_run):
         ("node1 slots=8\nnode2\n", "line 2"),
         ("node1 slots=8\nnode1 slots=8\n", "each host once"),
         ("node1 slots=8\nnode2 slots=4\n", "make them equal"),
-        ("# none\n", "names no host"),
+        ("# none\n", "lists no host"),
         ("Knoten\xe4 slots=8\n", "is not UTF-8 text"),
     ],
 )
@@ -308,7 +308,7 @@ def test_bad_hostfile_is_one_sentence(text, fix, tmp_path, small_run):
     assert fix in finished.stderr and finished.stderr.count("\n") == 1
 
 
-def test_launchers_own_lines_are_told_from_the_ranks():
+def test_launchers_own_lines_are_hidden():
     ours = ["  3%|  | 3/100 [00:01<00:10]\n", "smolds: rank 1 on host a failed: ValueError: b (traceback: c)\n", "\n"]
     table = ["=" * 60 + "\n", "train FAILED\n", "-" * 60 + "\n", "Failures:\n", "=" * 60 + "\n"]
     trace = [

@@ -1,4 +1,4 @@
-"""Training from Python, as a notebook does it."""
+"""Training from Python, as in a notebook."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import smolds_dist
 from smolds_dist import ConfigError, DeepSeekV3ForCausalLM, RunResult, launch, load_config, train
 
 
-def test_train_and_launch_tell_how_it_went(small_run, tmp_path, monkeypatch):
+def test_train_and_launch_return_their_results(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", warm.python())
     one = train(load_config([*small_run, "--run.name=one", "--checkpoint.every=0"]))
     two = launch(load_config([*small_run, "--run.name=two", "--checkpoint.every=0", "-q"]), procs=2)
@@ -23,7 +23,7 @@ def test_train_and_launch_tell_how_it_went(small_run, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
 
 
-def test_mistakes_are_config_errors(small_run):
+def test_invalid_options_are_config_errors(small_run):
     config = load_config([*small_run, "--run.name=one"])
     config.train.lr = -1
     with pytest.raises(ConfigError, match="more than 0"):

@@ -1,4 +1,4 @@
-"""Who computes which matrix where ZeRO has cut them; that the numbers are right is told by test_parity.py."""
+"""Which rank computes which matrix under ZeRO; test_parity.py tests the numbers."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ SIZE = sum(rows * columns for rows, columns in SHAPES.values())
 
 
 def flat_partitions() -> list[list[MatrixSlice]]:
-    """As ZeRO 1 cuts them: one after the other in a row, of which every rank has an equal part."""
+    """Slices as at ZeRO 1: each rank has an equal range of the concatenated matrices."""
     share = -(-SIZE // WORLD)
     held: list[list[MatrixSlice]] = [[] for _ in range(WORLD)]
     begin = 0
@@ -34,7 +34,7 @@ def flat_partitions() -> list[list[MatrixSlice]]:
 
 
 def cut_each() -> list[list[MatrixSlice]]:
-    """As ZeRO 3 cuts them: of each every rank has an equal part."""
+    """Slices as at ZeRO 3: each rank has an equal range of every matrix."""
     held: list[list[MatrixSlice]] = [[] for _ in range(WORLD)]
     offset = 0
     for name, shape in SHAPES.items():
@@ -58,11 +58,11 @@ def plans(held: list[list[MatrixSlice]]) -> list[Plan]:
 
 @pytest.mark.parametrize("held", [flat_partitions(), cut_each()], ids=("zero1", "zero3"))
 @pytest.mark.parametrize("most", [200, 10**9])
-def test_every_matrix_is_computed_once_by_a_rank_that_gets_all_of_it(monkeypatch, held, most):
+def test_every_matrix_has_one_owner_with_all_slices(monkeypatch, held, most):
     monkeypatch.setattr(matrix_owners, "ROUND", most)
     made = plans(held)
     computed = [part.matrix for plan in made for part in plan.local]
-    assert len({len(plan.rounds) for plan in made}) == 1  # else ranks would wait for each other for ever
+    assert len({len(plan.rounds) for plan in made}) == 1  # else ranks would wait for each other indefinitely
     for number in range(len(made[0].rounds)):
         for owner, plan in enumerate(made):
             received = plan.rounds[number].received
@@ -78,7 +78,7 @@ def test_every_matrix_is_computed_once_by_a_rank_that_gets_all_of_it(monkeypatch
     assert sorted(computed) == sorted(SHAPES)
 
 
-def test_the_work_is_shared_out():
+def test_work_is_balanced():
     work = [
         sum(
             matrix_owners._cost(SHAPES[name]) for name in {p.matrix for parts in plan.rounds[0].received for p in parts}
@@ -88,7 +88,7 @@ def test_the_work_is_shared_out():
     assert max(work) - min(work) <= max(map(matrix_owners._cost, SHAPES.values()))
 
 
-def test_only_matrices_at_the_borders_travel_between_flat_partitions():
+def test_only_border_matrices_are_sent_between_flat_partitions():
     travelling = {
         part.matrix for plan in plans(flat_partitions()) for r in plan.rounds for parts in r.sent for part in parts
     }
@@ -141,8 +141,8 @@ for apart in (1, 2, 4):
 """
 
 
-def test_of_what_several_ranks_hold_each_computes_a_part(tmp_path):
-    """Of what all hold, of what every second one holds, and of what each holds alone."""
+def test_replicas_divide_the_work(tmp_path):
+    """Matrices with replicas on all ranks, on every second rank, and on one rank only."""
     (tmp_path / "script.py").write_text(HELD_BY_SEVERAL)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     finished = ranks.run([*start, str(tmp_path / "script.py"), str(tmp_path)], timeout=60)

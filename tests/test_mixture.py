@@ -148,7 +148,7 @@ def test_changed_sources_raise_error_but_later_stages_may_add_sources(mixed, who
             train(load_config([*given, *options]))
         return str(error.value)
 
-    assert "was trained on 70% web + 30% code until step 20; this run would have begun with 60%" in refused(
+    assert "was trained on 70% web + 30% code until step 20, but this run's settings are 60%" in refused(
         "--data.sources.web.weight=0.6", "--data.sources.code.weight=0.4"
     )
     assert "was trained with text_field doc.content of the source 'code'" in refused(
@@ -159,7 +159,7 @@ def test_changed_sources_raise_error_but_later_stages_may_add_sources(mixed, who
     )
     manifest = read_manifest(checkpoint)
     earlier = CheckpointReader(checkpoint, replace(manifest, data=manifest.data | {"order": 2}))
-    with pytest.raises(ConfigError, match="version 2 of the sample order, this is version 3;"):
+    with pytest.raises(ConfigError, match="version 2 of the sample order, but this run has version 3;"):
         check_contents(earlier, prepare_data(load_config(options_of(mixed))))
     # the same up to step 20, then only a third source
     settings = yaml.safe_load((mixed / "run.yaml").read_text())
@@ -407,7 +407,7 @@ def test_stats_count_what_is_there(copies, capsys):
     assert sum(told["lengths"].values()) == 1000
     assert data_command(["stats", "--", *options]) == 0
     shown = capsys.readouterr().out
-    assert "100 documents (10.0%) are copies of others" in shown and "█" in shown
+    assert "100 documents (10.0%) are duplicates" in shown and "█" in shown
     assert re.search(r"jsonl: [\d,]+ tokens, 1\.\d+ epochs of", shown)
     with pytest.raises(ConfigError, match="use prepare, show, stats or order"):
         data_command(["tell"])

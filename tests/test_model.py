@@ -1,4 +1,4 @@
-"""The model against transformers' own implementations of the same function."""
+"""The model compared with transformers' implementations of the same function."""
 
 from typing import get_args
 
@@ -27,7 +27,7 @@ LATENT = dict(
     SMALL, attention="latent", scoring_func="sigmoid", q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
     qk_rope_head_dim=8, v_head_dim=12, n_shared_experts=1, routed_scaling_factor=1.7, rms_norm_eps=1e-6,
 )  # fmt: skip
-# What the published checkpoints of both classes have besides.
+# Further features of both classes' published checkpoints.
 YARN = dict(
     rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0, mscale=1.0,
     mscale_all_dim=0.7,
@@ -41,7 +41,7 @@ KINDS = {"gqa": GQA, "latent": LATENT, "gqa family": GQA_FAMILY, "latent family"
 
 def build(settings: dict, bias_scale: float = 0.0) -> DeepSeekV3ForCausalLM:
     torch.manual_seed(0)
-    # A wide initialisation makes the scores differ enough that a wrong router shows.
+    # A wide initialization makes the scores differ enough to expose a wrong router.
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings, initializer_range=0.2)).eval()
     for block in mixtures(model):
         block.mlp.gate.e_score_correction_bias.normal_().mul_(bias_scale)
@@ -49,7 +49,7 @@ def build(settings: dict, bias_scale: float = 0.0) -> DeepSeekV3ForCausalLM:
 
 
 def mixtures(model: DeepSeekV3ForCausalLM):
-    """The blocks that have experts."""
+    """Return the blocks with experts."""
     return model.model.layers[model.config.first_k_dense_replace :]
 
 
@@ -69,7 +69,7 @@ PEERS = {
 
 @pytest.fixture(params=PEERS)
 def pair(request):
-    """Our model and transformers' with the same weights, and with selection biases that are not 0 where both have them."""
+    """Return our model and transformers' with the same weights, and nonzero selection biases if both have them."""
     settings, biased = (KINDS | UNBIASED)[request.param], request.param in KINDS
     ours = build(settings, bias_scale=0.2 * biased)
     for name, parameter in ours.named_parameters():
@@ -88,16 +88,16 @@ def test_reference_model_has_254_896_512_parameters():
 
 
 @pytest.mark.parametrize("settings", [*KINDS.values(), dict(LATENT, q_lora_rank=None)])
-def test_flops_are_those_that_pytorch_counts(settings):
+def test_flops_match_pytorchs_counter(settings):
     model = build(settings).train()
     B, S, config = 2, 24, model.config
-    config._attn_implementation = "eager"  # ours computes shares twice
+    config._attn_implementation = "eager"  # ours recomputes attention weights
     # PyTorch does not count fused attention on CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(input_ids=tokens(B, S), labels=tokens(B, S)).loss.backward()
     latent = config.attention == "latent"
     dims = config.v_head_dim + config.qk_nope_head_dim + config.qk_rope_head_dim if latent else 2 * config.head_dim
-    # Plain attention also multiplies what the mask hides, and the last token of a sequence predicts nothing.
+    # Plain attention also computes masked scores, and a sequence's last token has no label.
     hidden_keys = S * S - S * (S + 1) / 2
     masked = 6 * B * config.num_hidden_layers * config.num_attention_heads * dims * hidden_keys
     last_tokens = 6 * B * config.hidden_size * config.vocab_size
@@ -105,7 +105,7 @@ def test_flops_are_those_that_pytorch_counts(settings):
 
 
 @pytest.mark.parametrize("settings", [GQA, LATENT])
-def test_autocast_trains_fp32_weights_with_bf16_products(settings):
+def test_autocast_trains_fp32_weights_with_bf16_matmuls(settings):
     model, ids = build(settings).train(), tokens(2, 24)
     losses, gradients = [], []
     for enabled in (False, True):
@@ -116,7 +116,7 @@ def test_autocast_trains_fp32_weights_with_bf16_products(settings):
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
     assert all(gradient.dtype == torch.float32 for gradient in gradients[1])
     exact, rounded = (torch.cat([gradient.flatten() for gradient in one]) for one in gradients)
-    # Some tokens' rounded hidden states choose another expert, so it cannot be 1.
+    # Some tokens' rounded hidden states select another expert, so it cannot be 1.
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.9
 
 
@@ -127,7 +127,7 @@ def test_logits_equal_transformers(pair):
 
 
 @pytest.mark.parametrize("settings", [*KINDS.values(), dict(GQA, qk_norm="head"), dict(GQA, qk_norm="all")])
-def test_every_attention_computes_the_same(settings):
+def test_attention_implementations_agree(settings):
     model, ids = build(settings), tokens(2, 20)
     logits = model(input_ids=ids).logits
     model.set_attn_implementation("eager")
@@ -138,7 +138,7 @@ def test_every_attention_computes_the_same(settings):
 
 
 @pytest.mark.parametrize("pair", KINDS, indirect=True)
-def test_selection_bias_changes_the_choice(pair):
+def test_selection_bias_changes_the_selection_only(pair):
     ours, _ = pair
     ids = tokens(1, 40)
     with_bias = ours(input_ids=ids).logits
@@ -183,7 +183,7 @@ def test_greedy_continuation_equals_transformers(pair):
     assert torch.equal(ours.generate(tokens(2, 7), use_cache=False, **options), expected)
 
 
-def test_latent_cache_holds_the_latent_not_the_heads():
+def test_latent_cache_holds_the_latent_instead_of_heads():
     ours = build(LATENT)
     cache = DynamicCache(config=ours.config)
     ours(input_ids=tokens(2, 9), cache=cache)
@@ -202,18 +202,18 @@ def test_save_and_load_keeps_biases_in_fp32(tmp_path):
     assert loaded.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_configuration_refuses_contradictions():
+def test_configuration_rejects_contradictions():
     for wrong in (
         dict(num_experts_per_tok=9), dict(num_key_value_heads=4), dict(attention="mha"), dict(head_dim=7),
         dict(first_k_dense_replace=24), dict(first_k_dense_replace=1), dict(n_group=3, topk_group=1), dict(n_group=4),
         dict(n_group=8, topk_group=8), dict(n_group=4, topk_group=5), dict(qk_norm="both"),
         dict(qk_norm="head", attention="latent"), dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
     ):  # fmt: skip
-        with pytest.raises(Exception, match=next(iter(wrong)) if "head_dim" not in wrong else "even"):
+        with pytest.raises(Exception, match=next(iter(wrong)) if "head_dim" not in wrong else "odd"):
             DeepSeekV3Config(**wrong)
 
 
-def test_groups_limit_the_choice():
+def test_groups_limit_the_selection():
     config = DeepSeekV3Config(**LATENT_FAMILY)
     router = build(LATENT_FAMILY, bias_scale=0.2).model.layers[1].mlp.gate
     _, chosen, _ = router(torch.randn(500, config.hidden_size))
@@ -221,8 +221,8 @@ def test_groups_limit_the_choice():
     assert max(len(set(row)) for row in (chosen // 2).tolist()) == config.topk_group
 
 
-def test_losses_of_the_routers():
-    """Against their equations, spelled out for every sequence and expert."""
+def test_router_losses():
+    """Compare with their equations, written out for every sequence and expert."""
     ids = tokens(3, 20)
     for name, settings in KINDS.items():
         plain = build(settings).train()
@@ -248,6 +248,6 @@ def test_losses_of_the_routers():
             torch.autograd.grad(one.loss, mixtures(model)[0].mlp.gate.weight)[0] for one in (out, recomputed)
         )
         torch.testing.assert_close(ours, again)
-        # else each layer's recomputation would be held until the next pass
+        # else each layer's recomputation would stay alive until the next pass
         assert all(block.mlp.router_logits is None for block in mixtures(model))
         assert model.eval()(input_ids=ids, labels=ids).aux_loss is None

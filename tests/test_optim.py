@@ -1,4 +1,4 @@
-"""Optimizers and schedules against independent references."""
+"""Optimizers and schedules compared with independent references."""
 
 import math
 
@@ -39,12 +39,12 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (3, 2, 16, 16)])
-def test_orthogonalise_nears_the_polar_factor(shape):
+def test_orthogonalize_approximates_the_polar_factor(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     ours = orthogonalize(matrices)
     singular = torch.linalg.svdvals(ours)
-    assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may lag behind
+    assert 0.7 < singular.median() < 1.2  # the smallest of a square matrix may converge later
     assert singular.max() < 1.3
     cosine = (ours * (left @ right)).sum() / ours.norm() / (left @ right).norm()
     assert cosine > 0.95
@@ -72,7 +72,7 @@ LATENT = dict(attention="latent", kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_he
 
 
 @pytest.mark.parametrize("attention", [{}, LATENT, LATENT | dict(q_lora_rank=6)])
-def test_flops_of_muon_are_those_that_pytorch_counts(attention):
+def test_flops_of_muon_match_pytorchs_counter(attention):
     config = DeepSeekV3Config(
         vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, num_experts=4, first_k_dense_replace=1, dense_intermediate_size=12,
@@ -116,7 +116,7 @@ def test_cosine_schedule():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_wsd_schedule_is_flat_then_falls_in_a_line():
+def test_wsd_schedule_is_flat_then_linear():
     train = Train(steps=100, warmup_steps=10, lr=1.0, min_lr_fraction=0.0, schedule="wsd", decay_fraction=0.2)
     rates = [learning_rate(step, train) for step in range(1, 101)]
     assert rates[9:80] == pytest.approx([1.0] * 71)

@@ -1,4 +1,4 @@
-"""Commands and settings, whatever is given to them."""
+"""Commands and settings with arbitrary values."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ def exit_code(*words: str) -> int:
     return ended.value.code or 0
 
 
-def test_text_that_a_terminal_cannot_show_is_replaced(kept_run, monkeypatch):
+def test_text_that_a_terminal_cannot_encode_is_replaced(kept_run, monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
     assert exit_code("generate", str(kept_run[0]), "--prompt", "日本 oak", "--max-new-tokens", "2") == 0
@@ -37,7 +37,7 @@ def test_text_that_a_terminal_cannot_show_is_replaced(kept_run, monkeypatch):
     assert shown.getvalue().startswith(b"?? oak")
 
 
-def test_options_that_are_not_utf8_are_named(capsys):
+def test_options_that_are_not_utf8_are_errors(capsys):
     assert exit_code("generate", "runs/none", "--prompt", b"\xc3\xa9".decode("ascii", "surrogateescape")) == 2
     assert "the option '\\udcc3\\udca9' is not UTF-8 text; set LC_ALL=C.UTF-8" in capsys.readouterr().err
 
@@ -54,7 +54,7 @@ def test_every_number_has_a_range():
     assert numbers == {*RANGES, "parallel.zero"}
 
 
-def test_odd_values_of_settings_are_taken_or_named():
+def test_odd_values_of_settings_are_accepted_or_errors():
     base = load_config(["--preset=debug"])
     for kind, name, types in SETTINGS:
         for value in [
@@ -82,7 +82,7 @@ ANY = {int: st.integers(), float: st.floats(), str: st.text(), bool: st.booleans
 
 @cases()
 @given(data=st.data())
-def test_any_value_of_a_setting_is_taken_or_named(data):
+def test_any_value_of_a_setting_is_accepted_or_an_error(data):
     config = copy.deepcopy(debug_preset())
     for _ in range(2):
         kind, name, types = data.draw(st.sampled_from([one for one in SETTINGS if ANY.keys() & one[2]]))
@@ -100,13 +100,13 @@ def test_any_value_of_a_setting_is_taken_or_named(data):
 
 @pytest.mark.parametrize("option", ["--train.steps", "--train.lr", "--data.workers", "--model.rope_scaling"])
 @pytest.mark.parametrize("value", ["", "x", "1" + "0" * 5000, "[", "{a: 1}", "nan"])
-def test_odd_words_on_the_command_line_are_named(option, value):
+def test_odd_values_on_the_command_line_are_errors(option, value):
     with pytest.raises(ConfigError, match=f"{option}(?s:.*)[.]$"):
         load_config(["--preset=debug", f"{option}={value}"])
 
 
 WORDS = ["", "x", "-1", "0", "nan", "1e300", str(2**63), "1" + "0" * 400, "/", "/nowhere/x", "a" * 300, "a\0b"]
-NONE = ["--", "--preset=none"]  # a mistake that ends a command whose own options are right
+NONE = ["--", "--preset=none"]  # an error that ends a command whose own options are valid
 COMMANDS = {
     "launch": NONE, "slurm": ["--time=5", *NONE], "plan": NONE, "bench train": ["--model.none=1"], "doctor": ["--none"],
     **{f"checkpoint {name}": ["nowhere"] for name in ("ls", "verify", "rm")},
@@ -118,7 +118,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_odd_values_of_a_commands_options_are_taken_or_named(command, tmp_path, monkeypatch, capsys):
+def test_odd_values_of_a_commands_options_are_errors(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exit_code(*command.split(), "--help")
     options = sorted(set(re.findall(r"(?<![\\w-])--[a-z][a-z-]*(?= |,|$)", capsys.readouterr().out)) - {"--help"})
@@ -128,12 +128,12 @@ def test_odd_values_of_a_commands_options_are_taken_or_named(command, tmp_path, 
                 continue  # would measure this machine
             words = [*command.split(), f"{option}={value}", *COMMANDS[command]]
             assert exit_code(*words) == 2, words
-            told = capsys.readouterr().err
-            assert told.startswith("smolds: ") and told.endswith((".\n", "?\n")), (words, told)
+            error = capsys.readouterr().err
+            assert error.startswith("smolds: ") and error.endswith((".\n", "?\n")), (words, error)
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_is_to_be_written_is_tried_before_the_work(kept_run, tmp_path, capsys):
+def test_output_paths_are_checked_before_the_work(kept_run, tmp_path, capsys):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "none" / "a.json", tmp_path / "file" / "a.json"):
         assert exit_code("eval", str(kept_run[0]), f"--json={path}") == 2
@@ -144,4 +144,4 @@ def test_what_is_to_be_written_is_tried_before_the_work(kept_run, tmp_path, caps
         assert exit_code(*words) == 2
         assert f"{option} {10**20} is out of range; it must be at most" in capsys.readouterr().err
     assert exit_code("slurm", "--time=1:99:99", "--", "--preset=debug") == 2
-    assert "is no time limit" in capsys.readouterr().err
+    assert "is not a time limit" in capsys.readouterr().err

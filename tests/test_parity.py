@@ -1,4 +1,4 @@
-"""Every layout trains the same model: losses, gradient norms, weights and biases of a single process are the reference."""
+"""Every layout trains the same model: losses, gradient norms, weights and biases match a single process."""
 
 import json
 import math
@@ -29,18 +29,18 @@ from safetensors.torch import save_file
 from smolds_dist.checkpoint.files import open_verified
 from smolds_dist.interchange.export import build_model, model_config
 
-TOLERANCE = 1e-5  # of losses, relative; that of norms, weights and shares is ten times as large
+TOLERANCE = 1e-5  # relative, of losses; ten times as large for norms, weights and shares
 
 
 def tolerance_of(case: Case) -> float:
-    """Rounding in bf16 is another in every layout, and where it changes the choice of experts, it shows more."""
+    """Return the tolerance: bf16 rounding differs between layouts, and more so if it changes the selected experts."""
     if "bf16" not in case.names:
         return TOLERANCE
     return 2e-3 if "every" in case.names else 1e-2
 
 
 class Runs:
-    """Trains each case once, all cases of a world size in one start of its ranks; and leaves checkpoints and exports."""
+    """Train each case once, all cases of a world size in one launch, and keep checkpoints and exports."""
 
     def __init__(self, folder: Path, everything: bool):
         self.folder = folder
@@ -49,43 +49,47 @@ class Runs:
         self.changes += [(case, case) for case in dict.fromkeys(SAME + LONG_SAME * everything)]
         self.poisoned = POISONED + LONG_POISONED * everything
 
-    def begun(self, case: Case) -> Path:
-        """Where the weights are that the case begins with."""
-        return self.folder / str(case) / "begun"
+    def initial_weights(self, case: Case) -> Path:
+        """Return the folder with the case's initial weights."""
+        return self.folder / str(case) / "initial"
 
     def checkpoint(self, case: Case) -> Path:
         return self.folder / str(case) / "run" / "checkpoints" / f"step_{SAVE_AT:08}"
 
     def continued_from(self, source: Case, target: Case) -> Path:
-        """Where the weights are that the target begins with at the source's checkpoint."""
+        """Return the folder with the target's weights after loading the source's checkpoint."""
         return self.folder / str(source) / f"as {target}"
 
     @cache  # noqa: B019
     def local(self, case: Case, skip: bool = False) -> dict:
-        """The run of one process in plain PyTorch, `skip`: without the step SAVE_AT."""
+        """Train in one process in plain PyTorch; `skip` omits step SAVE_AT."""
         if skip:
             return train_case(case.options, case.disturb, skip=True)
-        return train_case(case.options, case.disturb, save=str(self.folder / str(case)), export=str(self.begun(case)))
+        return train_case(
+            case.options, case.disturb, save=str(self.folder / str(case)), export=str(self.initial_weights(case))
+        )
 
     @cache  # noqa: B019
     def of_ranks(self, world: int) -> dict:
-        """The runs without a break by case, and the poisoned ones by case and poison."""
+        """Return the uninterrupted runs by case, and the poisoned ones by case and poison."""
         cases = [case for case in self.cases if case.world == world]
         poisoned = [(case, poison) for case, poison in self.poisoned if case.world == world]
-        jobs = [self._job(case, save=str(self.folder / str(case)), export=str(self.begun(case))) for case in cases]
+        jobs = [
+            self._job(case, save=str(self.folder / str(case)), export=str(self.initial_weights(case))) for case in cases
+        ]
         jobs += [self._job(case, poison=poison) for case, poison in poisoned]
         return dict(zip((*cases, *poisoned), self._train(world, jobs), strict=True))
 
-    def whole(self, case: Case) -> dict:
+    def uninterrupted(self, case: Case) -> dict:
         return self.of_ranks(case.world)[case] if case.world else self.local(case)
 
     @cache  # noqa: B019
     def continued(self, world: int) -> dict[tuple[Case, Case], dict]:
-        """The runs that begin at a checkpoint."""
+        """Return the runs that resume from a checkpoint."""
         pairs = [(source, target) for source, target in self.changes if target.world == world]
         jobs = []
         for source, target in pairs:
-            self.whole(source)
+            self.uninterrupted(source)
             export = str(self.continued_from(source, target))
             jobs.append(self._job(target, resume=str(self.checkpoint(source)), export=export))
         return dict(zip(pairs, self._train(world, jobs), strict=True))
@@ -117,7 +121,7 @@ def parametrize_cases(short: list[Case], long: list[Case]):
 
 
 def assert_same_numbers(result: dict, expected: dict, steps: slice, tolerance: float = TOLERANCE) -> None:
-    """Losses and gradient norms of those steps, and the weights after the last; except in bf16, the biases too."""
+    """Compare losses and gradient norms of `steps`, and the weights after the last; except in bf16, also the biases."""
     assert result["losses"] == pytest.approx(expected["losses"][steps], rel=tolerance)
     assert result["norms"] == pytest.approx(expected["norms"][steps], rel=10 * tolerance)
     assert result["weights"] == pytest.approx(expected["weights"], rel=10 * tolerance)
@@ -129,19 +133,19 @@ def assert_same_numbers(result: dict, expected: dict, steps: slice, tolerance: f
 def assert_same_run(result: dict, expected: dict) -> None:
     assert_same_numbers(result, expected, slice(None))
     assert result["totals"] == expected["totals"]
-    for name in ("shares", "entropies"):  # of every part of the model, of every layer
+    for name in ("shares", "entropies"):  # of every part of the model and of every layer
         for ours, theirs in zip(result[name], expected[name], strict=True):
             assert ours == pytest.approx(theirs, rel=10 * TOLERANCE, abs=TOLERANCE)
     for ours, theirs in zip(result["histograms"], expected["histograms"], strict=True):
         assert [sum(layer) for layer in ours] == [256 * 8] * 2  # 8 sequences x 32 tokens x 8 experts
-        # a probability at the edge of two bins may fall into either
+        # a probability at the edge of two bins may be in either
         assert (
             sum(abs(a - b) for one, two in zip(ours, theirs, strict=True) for a, b in zip(one, two, strict=True)) < 40
         )
 
 
 def assert_same_run_but_for_rounding(result: dict, expected: dict, tolerance: float) -> None:
-    """In bf16: the first step begins with the same weights, so of it there are tight bounds, and wider ones of the rest."""
+    """Compare bf16 runs: with tight bounds in the first step, which has the same weights, and wider ones in the rest."""
     assert result["losses"][0] == pytest.approx(expected["losses"][0], rel=TOLERANCE)
     assert result["norms"][0] == pytest.approx(expected["norms"][0], rel=2e-3)
     assert result["shares"][0] == pytest.approx(expected["shares"][0], rel=0.02, abs=TOLERANCE)
@@ -153,24 +157,24 @@ def assert_same_run_but_for_rounding(result: dict, expected: dict, tolerance: fl
 def test_the_reference_learns_and_its_gradients_are_clipped(runs):
     reference = runs.local(local())
     assert reference["losses"][-1] < reference["losses"][0] - 0.2
-    assert max(reference["norms"]) > 0.5  # else no layout's clipping would be seen
-    # 8 sequences x 32 tokens x 2 experts a step, however they are cut into micro batches
+    assert max(reference["norms"]) > 0.5  # else clipping would have no effect
+    # 8 sequences x 32 tokens x 2 experts per step, for any micro batch size
     assert reference["totals"] == [[512.0, 512.0]] * STEPS
 
 
 @parametrize_cases(CASES, LONG_CASES)
 def test_every_layout_starts_from_the_same_model_bit_for_bit(runs, case):
     for one in (case, case.reference):
-        runs.whole(one)
-    files = sorted(runs.begun(case.reference).iterdir())
+        runs.uninterrupted(one)
+    files = sorted(runs.initial_weights(case.reference).iterdir())
     assert len(files) > 1
     for file in files:
-        assert (runs.begun(case) / file.name).read_bytes() == file.read_bytes()
+        assert (runs.initial_weights(case) / file.name).read_bytes() == file.read_bytes()
 
 
 @parametrize_cases(CASES, LONG_CASES)
-def test_layout_gives_the_single_process_run(runs, case):
-    result, expected = runs.whole(case), runs.local(case.reference)
+def test_layout_matches_the_single_process(runs, case):
+    result, expected = runs.uninterrupted(case), runs.local(case.reference)
     if "bf16" in case.names:
         assert_same_run_but_for_rounding(result, expected, tolerance_of(case))
     else:
@@ -178,18 +182,18 @@ def test_layout_gives_the_single_process_run(runs, case):
 
 
 @parametrize_cases([local("full", "disturbed"), local("deepseek", "full", "disturbed")], [])
-def test_counts_leave_out_evaluation_sampling_and_recomputation(runs, case):
+def test_counts_exclude_evaluation_sampling_and_recomputation(runs, case):
     assert_same_run(runs.local(case), runs.local(case.reference))
 
 
-def test_only_all_to_all_between_ranks_takes_time(runs):
+def test_all_to_all_takes_time_only_with_expert_parallelism(runs):
     for case in runs.cases:
-        for seconds in runs.whole(case)["seconds"]:
+        for seconds in runs.uninterrupted(case)["seconds"]:
             assert (seconds["all_to_all"] > 0) == (case.expert > 1), case
             assert all(seconds[phase] > 0 for phase in ("data", "forward", "backward", "optimizer"))
 
 
-def test_shares_of_the_gradient_and_entropies_are_sound(runs):
+def test_gradient_shares_sum_to_1_and_entropies_are_in_range(runs):
     reference = runs.local(local())
     assert [sum(shares) for shares in reference["shares"]] == pytest.approx([1.0] * STEPS)
     assert all(0 < entropy <= math.log(8) for layers in reference["entropies"] for entropy in layers)
@@ -205,21 +209,21 @@ def test_attention_is_clipped(runs, case):
 def test_bf16_follows_fp32_and_keeps_the_biases_in_fp32(runs, case):
     exact = runs.local(local(*(name for name in case.names if name != "bf16")))
     assert runs.local(case)["losses"] == pytest.approx(exact["losses"], rel=0.02)
-    for result in [runs.local(case), *(runs.whole(one) for one in runs.cases if one.reference == case)]:
+    for result in [runs.local(case), *(runs.uninterrupted(one) for one in runs.cases if one.reference == case)]:
         assert result["bias_dtypes"] == ["torch.float32"]
 
 
 @pytest.mark.parametrize(("source", "target"), with_long(CHANGES, LONG_CHANGES), ids=str)
 def test_checkpoint_continues_in_another_layout(runs, source, target):
-    """Several steps after the change, because the optimizer's state shows from the second on."""
+    """Check several steps after the change, because optimizer state affects the second step and later ones."""
     result = runs.continued(target.world)[source, target]
     assert len(result["losses"]) == STEPS - SAVE_AT
     assert_same_numbers(result, runs.local(target.reference), slice(SAVE_AT, None))
 
 
 @parametrize_cases(SAME, LONG_SAME)
-def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs, case):
-    result, expected = runs.continued(case.world)[case, case], runs.whole(case)
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, case):
+    result, expected = runs.continued(case.world)[case, case], runs.uninterrupted(case)
     for name in ("losses", "norms", "totals"):
         assert result[name] == expected[name][SAVE_AT:]
     for name in ("biases", "weights"):
@@ -229,9 +233,9 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs, case):
 CONTINUED = with_long(CHANGES + [(one, one) for one in SAME], LONG_CHANGES + [(one, one) for one in LONG_SAME])
 
 
-# Of every layout, and with AdamW and Muon, in fp32 and bf16.
+# In every layout, with AdamW and Muon, in fp32 and bf16.
 @pytest.mark.parametrize(("source", "target"), CONTINUED, ids=str)
-def test_all_ranks_together_write_the_files_that_one_process_writes(runs, tmp_path, source, target):
+def test_all_ranks_together_write_the_same_files_as_one_process(runs, tmp_path, source, target):
     runs.continued(target.world)
     written = runs.continued_from(source, target)
     checkpoint = open_verified(runs.checkpoint(source))
@@ -254,8 +258,8 @@ def test_all_ranks_together_write_the_files_that_one_process_writes(runs, tmp_pa
 
 
 @pytest.mark.parametrize(("case", "poison"), with_long(POISONED, LONG_POISONED), ids=str)
-def test_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(runs, case, poison):
-    """The run is that of one process which leaves the step out."""
+def test_nonfinite_step_on_one_rank_is_skipped_on_all(runs, case, poison):
+    """The run equals that of one process that skips the step."""
     result = runs.poisoned_run(case, poison)
     assert result["applied"] == [step != SAVE_AT for step in range(1, STEPS + 1)]
     assert not math.isfinite(result["losses"].pop(SAVE_AT - 1))

@@ -1,4 +1,4 @@
-"""The planner: its counts against the model's own, its formulas against hand calculation and simulation."""
+"""The planner: its counts compared with the model's, its formulas with hand calculation and simulation."""
 
 import contextlib
 import gc
@@ -23,7 +23,7 @@ from smolds_dist.costs.memory import (
     state_bytes,
     with_vocabulary,
 )
-from smolds_dist.costs.step_time import RESTART_SECONDS, all_to_all_seconds, product_seconds, run_time, step_time
+from smolds_dist.costs.step_time import RESTART_SECONDS, all_to_all_seconds, matmul_seconds, run_time, step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching.launcher import launch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
@@ -48,7 +48,7 @@ LATENT = dict(
 
 @pytest.mark.parametrize("settings", [GQA, LATENT, GQA | {"first_k_dense_replace": 2, "dense_intermediate_size": 160}])
 @pytest.mark.parametrize("recompute", RECOMPUTED)
-def test_activations_are_what_autograd_keeps(settings, recompute):
+def test_activations_match_what_autograd_saves(settings, recompute):
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings)).train()
     enable_activation_checkpointing(model, recompute)
     kept: dict[int, int] = {}
@@ -61,31 +61,31 @@ def test_activations_are_what_autograd_keeps(settings, recompute):
     ids = torch.randint(0, 512, (4, 256))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    # What selective checkpointing keeps is not autograd's.
+    # Selective checkpointing saves outside autograd.
     kept |= {place: size for place, size in live_memory().items() if place not in before}
     for tensor in model.parameters():
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     assert loss.requires_grad
-    vocabulary = 512 * 96 * 4  # its weight's gradient, which counts as the logits'
+    vocabulary = 512 * 96 * 4  # the LM head's gradient, counted with the logits
     layout = Layout(1, 1, 1, 0, 4, 1, 256, "fp32", device="cpu", engine="local", recompute=recompute)
     predicted = activation_bytes(Model(**settings), layout)
-    # Of what is computed again, one block's exists later, in the backward pass.
+    # Of recomputed activations, one block's exist at a time, later, in the backward pass.
     whole, rest = (saved_elements(Model(**settings), 2, recompute=what) for what in ("none", recompute))
     predicted -= (whole - rest) / 4 * 1024 * 4
     assert sum(kept.values()) - vocabulary == pytest.approx(predicted, rel=0.05)
 
 
 def live_memory() -> dict[int, int]:
-    """Bytes of all that tensors of this process lie in, by where it is."""
+    """Return the bytes of all tensor storages of this process, by address."""
     found = {}
     for one in gc.get_objects():
         if isinstance(one, torch.Tensor) and one.device.type == "cpu":
-            with contextlib.suppress(RuntimeError):  # a compiler's, of another test, which have no memory
+            with contextlib.suppress(RuntimeError):  # fake tensors of another test's compiler, without memory
                 found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
     return found
 
 
-def test_state_shrinks_with_every_stage_and_counts_what_zero_replicates():
+def test_state_shrinks_with_every_zero_stage_and_counts_replicas():
     dense, experts = parameter_counts(MODEL)
 
     def state(world: int, expert: int, zero: int, dtype: str) -> tuple[float, ...]:
@@ -114,7 +114,7 @@ DENSE = ("--model.first_k_dense_replace=2", "--model.dense_intermediate_size=100
         ("--model.num_experts=1", "--model.num_experts_per_tok=1"),
     ],
 )  # fmt: skip
-def test_parameter_counts_are_the_models(options):
+def test_parameter_counts_match_the_model(options):
     config = load_config(["--preset", "debug", "--model.vocab_size=500", *options])
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config.model.architecture()))
     experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
@@ -122,7 +122,7 @@ def test_parameter_counts_are_the_models(options):
     assert parameter_counts(config.model) == (total - experts, experts)
 
 
-def test_memory_grows_with_what_needs_it():
+def test_memory_grows_with_its_causes():
     base = rank_memory(MODEL, LAYOUT, 1e9).total
     assert rank_memory(MODEL, replace(LAYOUT, micro_batch=8), 1e9).total > base
     by_what = {what: rank_memory(MODEL, replace(LAYOUT, recompute=what), 1e9).total for what in RECOMPUTED}
@@ -130,7 +130,7 @@ def test_memory_grows_with_what_needs_it():
     assert min(by_what, key=lambda what: by_what[what]) == "full"
     assert rank_memory(MODEL, replace(LAYOUT, expert=1), 1e9).total > base
     assert rank_memory(MODEL, LAYOUT, 1e9, max_vio=0.5).total > base
-    assert rank_memory(MODEL, replace(LAYOUT, copies=True), 1e9).total == base  # of a GPU's, to the host's memory
+    assert rank_memory(MODEL, replace(LAYOUT, copies=True), 1e9).total == base  # a GPU's copies are in host memory
     on_cpu = replace(LAYOUT, device="cpu", expert=1, zero=0)
     assert rank_memory(MODEL, replace(on_cpu, copies=True)).checkpoint * LAYOUT.world == 12 * sum(
         parameter_counts(MODEL)
@@ -141,7 +141,7 @@ def test_memory_grows_with_what_needs_it():
     )
 
 
-def test_offloading_and_buckets_are_read_from_the_runs_own_file(tmp_path, capsys):
+def test_offloading_and_buckets_are_read_from_the_runs_ds_config(tmp_path, capsys):
     file = tmp_path / "offload.json"
     settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     settings["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 2e8}
@@ -160,12 +160,12 @@ def test_offloading_and_buckets_are_read_from_the_runs_own_file(tmp_path, capsys
 # Time
 
 
-def test_a_machine_without_costs_takes_what_its_products_take():
-    free = replace(H100, bandwidth=1e30, overhead=0.0, utilisation=1.0, link=Link(1e30, 0.0), fabric=Link(1e30, 0.0))
+def test_a_machine_without_other_costs_takes_the_matmuls_time():
+    free = replace(H100, bandwidth=1e30, overhead=0.0, utilization=1.0, link=Link(1e30, 0.0), fabric=Link(1e30, 0.0))
     time = step_time(MODEL, LAYOUT, free)
     flops = flops_per_token(MODEL, 1024) * LAYOUT.tokens_per_step / LAYOUT.world
     assert time.total == pytest.approx(flops / 989e12)
-    # Computed again is a forward pass of all but the head.
+    # Recomputation is a forward pass of all but the head.
     head = 2 * 384 * 49_152 * LAYOUT.tokens_per_step / LAYOUT.world / 989e12
     by_what = {what: step_time(MODEL, replace(LAYOUT, recompute=what), free).total for what in RECOMPUTED}
     assert by_what["full"] == pytest.approx(time.total * 4 / 3 - head)
@@ -187,8 +187,8 @@ def test_all_to_all_by_hand():
     assert all_to_all_seconds(MODEL, replace(LAYOUT, recompute="attention"), machine) == pytest.approx(inside)
 
 
-def test_rows_that_cross_once_by_hand():
-    """Over four nodes of two ranks: a row crosses to each node that one of its two experts is on; a node is one peer."""
+def test_rows_sent_once_per_node_by_hand():
+    """Over four nodes of two ranks: a row is sent once to each node with one of its two experts; a node is one peer."""
     machine = replace(H100, link=Link(1e30, 1e-5), fabric=Link(10e9, 1e-4))
     layout = replace(LAYOUT, per_node=2, once_per_node=True)
     row_seconds = 4 * 1024 * 384 * 2 / (0.75 * 10e9)
@@ -198,17 +198,17 @@ def test_rows_that_cross_once_by_hand():
     assert all_to_all_seconds(MODEL, limited, machine) == pytest.approx(24 * 4 * (1e-5 + 3e-4 + 3 / 4 * row_seconds))
 
 
-def test_fp8_halves_the_time_of_linear_layers_alone():
+def test_fp8_halves_only_the_time_of_linear_layers():
     model = Model(**LATENT)
-    free = replace(H100, utilisation=1.0)
-    wide, fp8 = (product_seconds(model, replace(LAYOUT, dtype=dtype), free) for dtype in ("bf16", "fp8"))
+    free = replace(H100, utilization=1.0)
+    wide, fp8 = (matmul_seconds(model, replace(LAYOUT, dtype=dtype), free) for dtype in ("bf16", "fp8"))
     assert fp8[1] == pytest.approx(wide[1] * 989 / 1979)
-    # Without its head and attention's own products, a layer outside the experts has linear layers alone.
+    # Without the head and attention's own matmuls, only linear layers are left outside the experts.
     kept = 3 * LAYOUT.tokens * (2 * 96 * 512 + 4 * 2 * 6 * 40 * 1025 / 2) / 989e12
     assert fp8[0] - kept == pytest.approx((wide[0] - kept) * 989 / 1979)
 
 
-def test_imbalance_stretches_only_what_experts_on_a_rank_do_not_even_out():
+def test_several_experts_on_a_rank_average_out_imbalance():
     assert load_stretch(0.4, 8, 8) == pytest.approx(0.4)
     assert load_stretch(0.4, 8, 1) == 0
     assert 0.4 > load_stretch(0.4, 64, 32) > load_stretch(0.4, 64, 8) > 0
@@ -242,26 +242,26 @@ def test_traffic_of_zero_stages():
         replace(LAYOUT, world=1, per_node=1, expert=1, zero=0),
     ],
 )
-def test_even_ranks_take_what_the_closed_formulas_say(layout):
+def test_balanced_ranks_match_the_closed_formulas(layout):
     simulated = simulate_step(MODEL, layout, H100)
     assert simulated.seconds == pytest.approx(step_time(MODEL, layout, H100).total)
     assert max(simulated.waiting) == pytest.approx(0, abs=1e-9)
 
 
-def test_uneven_loads_and_stragglers_cost_time_and_make_ranks_wait():
+def test_unbalanced_loads_and_stragglers_cost_time_and_make_ranks_wait():
     even = simulate_step(MODEL, LAYOUT, H100)
     share = [0.3, *[0.1] * 7]
     uneven = simulate_step(MODEL, LAYOUT, H100, [share] * 24)
     assert uneven.seconds > even.seconds and mean(uneven.waiting) > 0
-    # The fullest expert decides in every layer, as the closed formula has it for its MaxVio of 8 x 0.3 - 1.
+    # The most loaded expert determines every layer's time, as in the closed formula for MaxVio 8 x 0.3 - 1.
     assert uneven.seconds == pytest.approx(step_time(MODEL, LAYOUT, H100, 1.4).total)
     slow = simulate_step(MODEL, LAYOUT, H100, straggling=0.1, seed=1)
     assert slow.seconds > even.seconds
     assert slow == simulate_step(MODEL, LAYOUT, H100, straggling=0.1, seed=1)
 
 
-def test_ranks_that_wait_for_ever_are_an_error():
-    with pytest.raises(RuntimeError, match="for ever"):
+def test_deadlocked_ranks_are_an_error():
+    with pytest.raises(RuntimeError, match="deadlock"):
         run_programs([iter([Collective((0, 2), 1.0)]), iter([Compute(1.0)])])
 
 
@@ -273,7 +273,7 @@ class SimulatedRun:
 
 
 def simulate_run(step: float, steps: int, layout: Layout, machine: Hardware, every: int, seed: int = 0) -> SimulatedRun:
-    """A run with failures that come at random, each of which throws it back to its last checkpoint.
+    """Simulate a run with random failures, each of which returns it to its last checkpoint.
 
     Args:
         step: seconds of a step.
@@ -284,7 +284,7 @@ def simulate_run(step: float, steps: int, layout: Layout, machine: Hardware, eve
     now, done, failures, repeated = 0.0, 0, 0, 0
     next_failure = chance.expovariate(rate)
     while done < steps:
-        # Nothing happens until the failure: as many steps as fit.
+        # As many steps as fit before the next failure.
         fit = min(steps - done, int((next_failure - now) // step))
         now, done = now + fit * step, done + fit
         if done < steps:
@@ -305,7 +305,7 @@ def test_simulated_failures_cost_what_the_formula_expects():
     assert all(run.seconds > 100_000 for run in runs)
 
 
-# Figures
+# Hardware specs
 
 
 def test_every_hardware_entry_is_complete_and_has_sources():
@@ -313,23 +313,23 @@ def test_every_hardware_entry_is_complete_and_has_sources():
 
     for key in yaml.safe_load(FILE.read_text()):
         machine = load_hardware(key)
-        assert machine.sources and 0 < machine.utilisation <= 1 and machine.memory > 1e9
+        assert machine.sources and 0 < machine.utilization <= 1 and machine.memory > 1e9
 
 
 # The command
 
 
-def test_plan_names_the_best_layout_and_a_command_that_launch_takes(tmp_path, capsys):
+def test_plan_prints_the_best_layout_and_a_command_that_launch_accepts(tmp_path, capsys):
     result = tmp_path / "plan.json"
     picture = tmp_path / "plan.png"
-    options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--picture", str(picture)]
+    options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--plot", str(picture)]
     plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"])
     text = capsys.readouterr().out
     found = json.loads(result.read_text())
     rates = [one["tokens_per_s"] for one in found["layouts"]]
     assert rates == sorted(rates, reverse=True) and len(rates) > 10
     best = found["layouts"][0]["settings"]
-    assert f"--parallel.expert={best['parallel.expert']}" in text and "loses by" in text
+    assert f"--parallel.expert={best['parallel.expert']}" in text and "verdict" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     line = text.strip().splitlines()[-1].split()
     assert line[:2] == ["smolds", "launch"]
@@ -354,7 +354,7 @@ def test_recorded_loads_are_simulated(kept_run, capsys):
         plan(["--loads", str(kept_run[0]), "--", "--preset", "debug", "--model.num_experts=16"])
 
 
-def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
+def test_impossible_plans_are_config_errors(tmp_path):
     huge = ["--preset", "moe-7b-a1b", "--model.hidden_size=8192", "--model.intermediate_size=16384"]
     for args, words in (
         (["--nodes", "1", "--", *huge], "no layout fits"),
@@ -372,7 +372,7 @@ def test_hopeless_plans_are_refused_in_a_sentence(tmp_path):
 
 
 def test_the_number_of_tokens_changes_the_choice():
-    """Sharing experts saves gradient traffic, once a step, and costs all-to-all, for every token."""
+    """Sharding experts saves gradient traffic, once per step, and costs all-to-all, for every token."""
     chosen = []
     for batch in (16, 4096):
         config = load_config(["--preset", "moe-7b-a1b", "--parallel.zero=0", f"--train.global_batch={batch}"])
@@ -381,12 +381,12 @@ def test_the_number_of_tokens_changes_the_choice():
     assert chosen[0] > chosen[1] == 1
 
 
-# Against measurement
+# Compared with measurements
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 2)])
-def test_predicted_memory_is_what_a_process_takes(ranks, zero):
+def test_predicted_memory_matches_a_process(ranks, zero):
     from benchmarks.plan import MEMORY_SIZES, compare_memory
 
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:

@@ -1,4 +1,4 @@
-"""QK-clip: what is looked at is the largest logit, and one step puts it where the limit is."""
+"""QK-clip: the recorded maximum is the largest logit, and one step reduces it to the limit."""
 
 from types import SimpleNamespace
 
@@ -15,14 +15,14 @@ from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, plan_topology
-from smolds_dist.training.compiling import leave_uncompiled, try_to_compile
+from smolds_dist.training.compiling import try_to_compile, undo_compile
 from smolds_dist.training.qk_clip import QkClip
 from smolds_dist.training.trainer import train
 
 SETTINGS = {"gqa": GQA, "latent": LATENT, "latent without a query rank": LATENT | {"q_lora_rank": None}}
 
 
-def test_largest_logits_are_those_of_written_out_attention():
+def test_largest_logits_equal_those_of_eager_attention():
     query, key = torch.randn(2, 6, 300, 8), torch.randn(2, 3, 300, 8)
     scores = query @ key.repeat_interleave(2, 1).mT * 0.3
     seen = torch.ones(300, 300, dtype=torch.bool).tril()
@@ -37,7 +37,7 @@ def test_largest_logits_are_those_of_written_out_attention():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_step_puts_the_largest_logits_of_clipped_heads_at_the_limit(kind, dtype):
+def test_a_step_reduces_the_largest_logits_of_clipped_heads_to_the_limit(kind, dtype):
     model = build(SETTINGS[kind]).train()
     config = load_config(["--preset", "debug", f"--train.dtype={dtype}", "--parallel.engine=local"])
     machine = Machine(("cpu",), 1, True, 10**10)
@@ -54,14 +54,14 @@ def test_a_step_puts_the_largest_logits_of_clipped_heads_at_the_limit(kind, dtyp
     before, after = seen
     assert (before[0] > limit).any() and (before[0] < limit).any()
     tolerance = 1e-3 if dtype == "fp32" else 3e-2
-    # Of the first layer alone is the input the same again.
+    # Only the first layer's input is unchanged.
     torch.testing.assert_close(after[0], before[0].clamp(max=limit), rtol=tolerance, atol=tolerance * limit)
     model.eval()
-    model(input_ids=ids)  # no pass of training
+    model(input_ids=ids)  # not a training pass
     assert clip.take().max() == -torch.inf
 
 
-def test_documents_of_a_batch_are_looked_at_one_by_one():
+def test_largest_logits_stay_within_documents():
     model = build(GQA).train()
     rows = [[3, 50, 20, 47], [100, 20], [120]]
     ids = packed(rows)
@@ -75,14 +75,14 @@ def test_documents_of_a_batch_are_looked_at_one_by_one():
     assert (found[0] <= found[1] + 1e-6).all() and (found[0] < found[1] - 1e-6).any()
 
 
-def test_a_run_tells_of_its_logits_and_clipped_heads(small_run, tmp_path):
+def test_a_run_logs_its_logits_and_clipped_heads(small_run, tmp_path):
     train(load_config([*small_run, "--run.name=clipped", "--train.qk_clip=0.001", "--train.steps=3"]))
     rows = [row for row in read_rows(tmp_path / "runs" / "clipped" / "metrics.jsonl") if "loss" in row]
     assert [row["clipped_heads"] > 0 for row in rows] == [row["max_logit"] > 0.001 for row in rows]
     assert rows[0]["clipped_heads"] == 4 and rows[1]["max_logit"] < rows[0]["max_logit"] / 2
 
 
-def test_compiled_attention_is_looked_at_too():
+def test_compiled_attention_records_its_logits():
     model = build(GQA).train()
     engine = SimpleNamespace(model=model, device=torch.device("cpu"))
     clip = QkClip(engine, model.config, 1.0)
@@ -97,4 +97,4 @@ def test_compiled_attention_is_looked_at_too():
         assert all(block.compiled_attend is not None for block in model.model.layers)
         torch.testing.assert_close(clip.take(), expected)
     finally:
-        leave_uncompiled(model)
+        undo_compile(model)

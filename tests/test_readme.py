@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/, by page, made short by options at its end, and what a right run leaves."""
+"""Every command of README.md and docs/, by page, shortened by appended options, with its expected output and files."""
 
 import os
 import re
@@ -21,14 +21,14 @@ from smolds_dist.data.tokenizer import load_tokenizer
 from smolds_dist.observe.rows import read_rows
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# The generated pages of the run to show have no commands.
+# The example run's generated pages have no commands.
 PAGES = [page for page in PAGES if page.parent.name != "run" or page.name == "README.md"]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 SITE = Path(torch.__file__).parents[1]
 
-# Commands that no test below runs, and why.
+# Commands that no test below runs, with the reason.
 NOT_HERE = {
-    "./launch/": "test_scripts_work runs them",
+    "./launch/": "test_scripts_run runs them",
     "sbatch ": "test_slurm.py submits it to a real cluster",
     "smolds eval exported --tasks": "test_harness.py scores such a task, against a count by hand",
     "pdoc ": "test_examples.py runs it and reads its warnings",
@@ -48,7 +48,7 @@ def name_of(page: Path) -> str:
 
 EVERYWHERE = {name_of(page): commands_of(page) for page in PAGES}
 SCRIPTS = [command for command in EVERYWHERE["README"] if command.startswith("./")]
-# A command that stands in the README and on a page runs once.
+# A command in README and on a page runs once.
 HERE = {
     page: [
         command
@@ -72,16 +72,16 @@ TINY = f"{SIZES}{DATA}{SHORT}"
 
 @dataclass
 class Case:
-    """How a command is made short, and what only a right run of it leaves."""
+    """How a command is shortened, and its expected output and files."""
 
     start: str  # the command's beginning, a regular expression
-    extra: str = ""  # options at its end
-    said: str = ""  # what standard output must have, a regular expression
-    made: tuple[str, ...] = ()  # patterns of files that it must write
-    steps: int = 0  # of the run that it names, all of them in its metrics
+    extra: str = ""  # appended options
+    output: str = ""  # standard output must match it, a regular expression
+    files: tuple[str, ...] = ()  # patterns of files that it must write
+    steps: int = 0  # steps that the named run must have in its metrics
 
 
-# The first that matches a command holds for it.
+# The first match of a command applies.
 CASES = [
     Case("smolds (board|tensorboard)|tensorboard"),  # see `assert_board_serves`
     Case(
@@ -91,7 +91,7 @@ CASES = [
         ("runs/first/export/model.safetensors",),
         3,
     ),
-    Case("smolds train .*--profile.steps", f"{TINY} --train.steps=13", made=("runs/traced/profile/*",), steps=13),
+    Case("smolds train .*--profile.steps", f"{TINY} --train.steps=13", files=("runs/traced/profile/*",), steps=13),
     Case(
         "smolds train --config examples/mixture",
         f"{TINY} --train.steps=2",
@@ -109,7 +109,7 @@ CASES = [
         "DeepSpeed ZeRO 2, expert parallel size 2",
         steps=1,
     ),
-    Case("smolds launch", f"{TINY} --train.steps=1", "share of the tokens per expert", steps=1),
+    Case("smolds launch", f"{TINY} --train.steps=1", "share of routed tokens per expert", steps=1),
     Case("torchrun", f"{TINY} --train.steps=1", "2 ranks over gloo", steps=1),
     Case("smolds checkpoint ls", "", r"\n +3 .*\n +4 .*ZeRO 3"),
     Case("smolds checkpoint verify", "", "step_00000004  ok"),
@@ -147,7 +147,7 @@ CASES = [
     ),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
-    Case("smolds plan .*--picture", "", "start it with", ("plan.png",)),
+    Case("smolds plan .*--plot", "", "start it with", ("plan.png",)),
     Case("smolds plan", "", "start it with"),
     Case(
         "smolds bench train",
@@ -162,7 +162,7 @@ def case_of(command: str) -> Case:
 
 
 def finish(command: str, folder: Path, cache: Path) -> None:
-    """Runs a command of a page, made short, and holds what it left against its case."""
+    """Run a command of a page, shortened, and check its case."""
     if "board" in command.split(" --")[0]:
         assert_board_serves(command, folder)
         return
@@ -172,8 +172,8 @@ def finish(command: str, folder: Path, cache: Path) -> None:
     whole = command + case.extra.replace("CACHE", str(cache))
     finished = run(["bash", "-c", whole], timeout=120, cwd=folder, PATH=PATH)
     assert finished.returncode == 0, f"{whole}\n{finished.text}"
-    assert re.search(case.said, finished.stdout), f"{whole}\n{finished.text}"
-    for pattern in case.made:
+    assert re.search(case.output, finished.stdout), f"{whole}\n{finished.text}"
+    for pattern in case.files:
         written = [path for path in folder.glob(pattern) if path.stat().st_mtime_ns >= marker.stat().st_mtime_ns]
         assert written and all(path.stat().st_size for path in written), f"{whole}\nwrote no {pattern}"
     if case.steps:
@@ -211,7 +211,7 @@ def assert_board_serves(command: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def readme(corpus, cache, kept_run, tmp_path_factory):
-    """The folder in which all commands of the README have run: the other pages go on from there, each in a copy."""
+    """The folder in which all commands of README have run; each other page continues in a copy of it."""
     if shutil.which("smolds", path=PATH) is None:
         pytest.skip("smolds is not installed: pip install -e .")
     folder = tmp_path_factory.mktemp("readme")
@@ -220,7 +220,7 @@ def readme(corpus, cache, kept_run, tmp_path_factory):
     (folder / "prompts.txt").write_text("def add\nfor number in")
     for name, target in {"corpus": corpus, "docs": ROOT / "docs", "examples": ROOT / "examples"}.items():
         (folder / name).symlink_to(target)
-    # The run to show trains on the packages of .venv: here a few of their files.
+    # The example run trains on the packages of .venv: here on a few of their files.
     packages = folder / ".venv" / "lib" / "python3.11" / "site-packages"
     for package, files in {"torch": "utils/*.py", "transformers": "utils/c*.py"}.items():
         shutil.copytree(SITE / package / "utils", packages / package / "utils", ignore=all_but(files))
@@ -238,9 +238,9 @@ def all_but(files: str):
 
 
 @pytest.mark.parametrize("page", [page for page, commands in HERE.items() if commands])
-def test_commands_of_the_page_run_and_leave_what_they_should(page, readme, cache, tmp_path):
+def test_commands_of_the_page_run_as_expected(page, readme, cache, tmp_path):
     if page == "README":
-        return  # has run, else `readme` would have failed
+        return  # the fixture `readme` has run it
     folder = tmp_path / "here"
     shutil.copytree(readme, folder, symlinks=True)
     for command in HERE[page]:
@@ -249,7 +249,7 @@ def test_commands_of_the_page_run_and_leave_what_they_should(page, readme, cache
 
 
 @pytest.mark.long
-def test_long_commands_run_and_leave_what_they_should(readme, cache):
+def test_long_commands_run_as_expected(readme, cache):
     for command in dict.fromkeys(command for page in HERE.values() for command in page if command.startswith(LONG)):
         finish(command, readme, cache)
 
@@ -266,7 +266,7 @@ def test_mixture_of_the_page_is_the_example():
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed-tests").exists(), reason="no .venv; ./launch/test.sh makes it")
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_work(script, cache, tmp_path):
+def test_scripts_run(script, cache, tmp_path):
     extra = {
         "quickstart": f"{TINY} --train.steps=4 --train.warmup_steps=2 --run.dir={tmp_path}",
         "test": " -q tests/test_clock.py",
@@ -275,7 +275,7 @@ def test_scripts_work(script, cache, tmp_path):
     finished = run(["bash", "-c", script + extra], timeout=240, cwd=ROOT)
     assert finished.returncode == 0, finished.text
     if "quickstart" in script:
-        for text in ("validation loss", "share of the tokens per expert", "smolds board", "unigram entropy"):
+        for text in ("validation loss", "share of routed tokens per expert", "smolds board", "unigram entropy"):
             assert text in finished.stdout
         assert list(tmp_path.glob("quickstart-*/export/model.safetensors"))
     else:
@@ -300,7 +300,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
-def test_every_link_leads_somewhere():
+def test_every_link_has_a_target():
     assert len((ROOT / "README.md").read_text().splitlines()) < 180
     for page in PAGES:
         for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
@@ -314,7 +314,7 @@ def test_two_commands_are_in_the_readme():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_the_gpus_script_says_where_there_is_none(tmp_path):
+def test_the_gpu_script_reports_a_missing_gpu(tmp_path):
     finished = run([str(ROOT / "launch" / "gpu.sh"), str(tmp_path / "results")], 60, PYTHON=sys.executable)
     assert finished.returncode == 2
     assert "sees no NVIDIA GPU" in finished.stderr and len(finished.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Ranks that wait for others: they say so, name what they believe it from, and come to an end."""
+"""Ranks that wait for others print so, name the variable that set the world size, and time out."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 
 @pytest.fixture
 def free_port(monkeypatch):
-    """A free port, and in the environment as the place where ranks meet."""
+    """Return a free port, set as the rendezvous address in the environment."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -29,7 +29,7 @@ def free_port(monkeypatch):
 
 
 def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object]:
-    """What `rendezvous` gave to each of these ranks of `world`, or its error."""
+    """Return the result or error of `rendezvous` for each of these ranks of `world`."""
 
     def one(rank: int):
         try:
@@ -41,27 +41,25 @@ def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object
         return dict(zip(ranks, pool.map(one, ranks), strict=True))
 
 
-def test_ranks_that_all_come_meet_without_a_word(free_port, capsys):
+def test_complete_rendezvous_prints_nothing(free_port, capsys):
     stores = come([2, 0, 1, 3], 4, timeout=30)
     stores[1].set("from 1", "here")
     assert stores[3].get("from 1") == b"here"
     assert capsys.readouterr().err == ""
 
 
-def test_missing_ranks_are_named_by_the_first_that_came(free_port, capsys, monkeypatch):
+def test_first_rank_names_the_missing_ones(free_port, capsys, monkeypatch):
     monkeypatch.setattr("smolds_dist.parallel.rendezvous.LOG_AFTER", 0.3)
     errors = come([0, 1, 4], 6)
-    words = (
-        f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{free_port}, because WORLD_SIZE says that there are 6; "
-    )
+    words = f"rank 0 has waited 1 s for ranks 2, 3, 5 at 127.0.0.1:{free_port}, because WORLD_SIZE sets "
     assert str(errors[0]).startswith(words)
     assert "`unset RANK WORLD_SIZE`" in str(errors[0])
     assert [type(errors[rank]) for rank in (0, 1, 4)] == [RankError, ConfigError, ConfigError]
-    said = capsys.readouterr().err
-    assert said.count("smolds: ") == 1 and "rank 0 has waited 0 s for ranks 2, 3, 5 at" in said
+    printed = capsys.readouterr().err
+    assert printed.count("smolds: ") == 1 and "rank 0 has waited 0 s for ranks 2, 3, 5 at" in printed
 
 
-def test_every_rank_says_that_rank_0_is_missing(free_port, capsys, monkeypatch):
+def test_every_rank_reports_a_missing_rank_0(free_port, capsys, monkeypatch):
     monkeypatch.setattr("smolds_dist.parallel.rendezvous.LOG_AFTER", 0.3)
     errors = come([1], 2)
     assert isinstance(errors[1], RankError)
@@ -69,14 +67,14 @@ def test_every_rank_says_that_rank_0_is_missing(free_port, capsys, monkeypatch):
     assert capsys.readouterr().err.count("for rank 0 at") == 1
 
 
-def test_taken_port_is_told(free_port):
+def test_port_in_use_is_an_error(free_port):
     with socket.create_server(("", int(free_port))):
         (error,) = come([0], 2).values()
     assert isinstance(error, RankError)
     assert f"127.0.0.1:{free_port}" in str(error) and "set MASTER_PORT to a free port" in str(error)
 
 
-def test_waiting_ends_when_asked_to(free_port):
+def test_wait_ends_on_request(free_port):
     begun = time.monotonic()
     assert rendezvous(RankInfo(0, 0, 2), WaitPolicy(should_stop=lambda: time.monotonic() > begun + 0.5)) is None
     assert time.monotonic() < begun + 5
@@ -92,12 +90,12 @@ def left_over(rank: int, port: str) -> dict[str, str]:
     }
 
 
-# Seconds that a rank waits, and after which it says so: with ten and more, once before it gives up.
+# The timeout, and the seconds after which a rank prints: with ten or more, once before the timeout.
 PATIENCES = [(2, [2]), pytest.param(12, [10, 12], marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize(("timeout", "logged_after"), PATIENCES)
-def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, free_port, timeout, logged_after):
+def test_leftover_variables_are_one_sentence(small_run, free_port, timeout, logged_after):
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": free_port}
     cases = {
         "first": left_over(0, free_port),
@@ -117,24 +115,26 @@ def test_variables_left_over_in_a_shell_end_in_a_sentence(small_run, free_port, 
         "slurm": (1, 0, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_TASKS"),
     }.items():
         assert finished[name].returncode == 2, finished[name].text
-        told = [line for line in finished[name].stderr.splitlines() if line.startswith("smolds: ")]
-        for line, seconds in zip(told, logged_after, strict=True):
+        lines = [line for line in finished[name].stderr.splitlines() if line.startswith("smolds: ")]
+        for line, seconds in zip(lines, logged_after, strict=True):
             assert line.startswith(f"smolds: rank {rank} has waited {seconds} s for rank {other} at 127.0.0.1:"), line
-            assert f"because {variable} says that there are 2; `unset {unset}` to train in this process alone" in line
+            assert (
+                f"because {variable} sets the world size to 2; `unset {unset}` to train in this process alone" in line
+            )
 
 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "'LOCAL_RANK' is missing"),
-        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "no MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "but not MASTER_ADDR and MASTER_PORT"),
         (
             {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-            "RANK=2 in the environment is none of WORLD_SIZE=2 ranks",
+            "RANK=2 in the environment is not below WORLD_SIZE=2",
         ),
     ],
 )
-def test_variables_that_contradict_each_other_are_refused_at_once(small_run, tmp_path, variables, words):
+def test_contradictory_variables_are_rejected_immediately(small_run, tmp_path, variables, words):
     finished = smolds("train", *small_run, timeout=30, **variables)
     assert finished.returncode == 2, finished.text
     assert words in finished.stderr and "`unset RANK WORLD_SIZE`" in finished.stderr
@@ -142,8 +142,8 @@ def test_variables_that_contradict_each_other_are_refused_at_once(small_run, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_first_rank_has_the_time_to_say_what_all_have_found_wrong(small_run, free_port):
-    """A launcher ends all ranks once one has ended, so the others must not be the first to."""
+def test_first_rank_has_time_to_report_the_mistake(small_run, free_port):
+    """A launcher ends all ranks after the first exits, so the others must not exit first."""
     command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--model.num_experts=0"]
     ranks = {}
     for rank in ("1", "0"):
@@ -160,12 +160,12 @@ def test_first_rank_has_the_time_to_say_what_all_have_found_wrong(small_run, fre
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path, rank):
+def test_wrong_mpi_size_is_rejected_immediately(small_run, tmp_path, rank):
     pytest.importorskip("mpi4py")
     variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": rank}
     finished = smolds("train", *small_run, timeout=30, **variables)
     assert finished.returncode == 2, finished.text
-    assert "OMPI_COMM_WORLD_SIZE says that there are 2 ranks, but MPI knows of 1; `unset OMPI_COMM" in finished.stderr
+    assert "OMPI_COMM_WORLD_SIZE is 2, but MPI's world size is 1; `unset OMPI_COMM" in finished.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -173,28 +173,28 @@ def test_size_of_an_mpi_job_that_is_none_is_refused_at_once(small_run, tmp_path,
 def test_without_an_mpi_library_the_variable_is_named(monkeypatch, size):
     monkeypatch.setenv(size, "2")
     monkeypatch.setenv("MPI4PY_LIBMPI", "/nowhere/libmpi.so")
-    with pytest.raises(ConfigError, match=f"{size} says that mpirun started 2 ranks, but .*`unset {size}` to train"):
+    with pytest.raises(ConfigError, match=f"{size} is 2, but mpi4py cannot be loaded .*`unset {size}` to train"):
         join_ranks()
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no Open MPI here")
 @pytest.mark.parametrize(("timeout", "logged_after"), PATIENCES)
-def test_rank_of_mpirun_says_that_the_others_do_not_come(small_run, timeout, logged_after):
+def test_mpi_rank_reports_missing_ranks(small_run, timeout, logged_after):
     pytest.importorskip("mpi4py")
     train = [sys.executable, "-m", "smolds_dist", "train", *small_run, f"--parallel.timeout={timeout}"]
     script = 'if [ "$OMPI_COMM_WORLD_RANK" = 0 ]; then exec "$@"; else sleep 60; fi'
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
     finished = run([*mpirun, "bash", "-c", script, "bash", *train], timeout=50)
     assert finished.returncode == 2, finished.text
-    told = re.findall(
+    waits = re.findall(
         r"smolds: rank 0 has waited (\d+) s for the other ranks of its MPI job, because OMPI", finished.stderr
     )
-    assert told == [str(seconds) for seconds in logged_after]
+    assert waits == [str(seconds) for seconds in logged_after]
     assert "`unset OMPI_COMM_WORLD_SIZE` to train in this process alone" in finished.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_ends_the_waiting_at_once(small_run, tmp_path, free_port, number, code):
+def test_signal_ends_the_wait_immediately(small_run, tmp_path, free_port, number, code):
     command = [warm.python(), "-m", "smolds_dist", "train", *small_run, "--run.name=waiting"]
     environment = warm.environment() | left_over(1, free_port)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

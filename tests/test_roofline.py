@@ -1,4 +1,4 @@
-"""`python -m benchmarks roofline`: where a step's time goes by kind of operation, and the bounds of it."""
+"""`python -m benchmarks roofline`: a step's time by kind of operation, and its bounds."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from torch.profiler import profile
 
 from benchmarks import roofline
-from benchmarks.least_bytes import least_bytes, normed_numbers, optimizer_bytes, swiglu_numbers, turned_numbers
+from benchmarks.least_bytes import least_bytes, normed_elements, optimizer_bytes, rotated_elements, swiglu_elements
 from benchmarks.operations import (
     COPIES,
     ELEMENTWISE,
@@ -24,9 +24,9 @@ from benchmarks.operations import (
     operations_of,
     product_of,
 )  # fmt: skip
-from benchmarks.roofline import bounds_of, fastest_products, kind_rows, take_steps
+from benchmarks.roofline import bounds_of, fastest_products, kind_rows, run_steps
 from smolds_dist.bench.contenders import Task
-from smolds_dist.costs.flops import flops_per_token, product_weights
+from smolds_dist.costs.flops import flops_per_token, matmul_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.causal_attention import ATTENTION_BLOCK
 
@@ -40,7 +40,7 @@ NARROW = (
 )
 MODELS = {
     "grouped-query": (),
-    "norms of heads, output weight of its own": ("--model.qk_norm=head", "--model.tie_word_embeddings=false"),
+    "QK norm, untied embeddings": ("--model.qk_norm=head", "--model.tie_word_embeddings=false"),
     "latent": ("--model.attention=latent", "--model.kv_lora_rank=24", "--model.v_head_dim=24"),
     "latent queries, shared and dense": (
         "--model.attention=latent", "--model.q_lora_rank=40", "--model.kv_lora_rank=24", "--model.n_shared_experts=1",
@@ -66,9 +66,9 @@ def _short_repetitions(monkeypatch):
 
 @pytest.fixture(scope="module", params=["grouped-query", "latent queries, shared and dense"])
 def profiled(request):
-    """A model, and the operations and seconds of one of its steps."""
+    """Return a model's task, and the operations and seconds of one step."""
     task = small_task(request.param)
-    _, (step,) = take_steps(task, 1)
+    _, (step,) = run_steps(task, 1)
     return task, *step
 
 
@@ -77,8 +77,8 @@ def flops_by_kind(operations) -> dict[str, int]:
 
 
 def flops_of_scores(task: Task) -> float:
-    """Of a step, as `causal_attention` computes them: 4 products with keys' dimensions, of which one is that of the forward
-    pass again, and 3 with values'; and of the blocks on the diagonal the masked half too."""
+    """Return a step's attention FLOPs in `causal_attention`: 4 matmuls over the keys' dimensions, of which one
+    is recomputation, and 3 over the values'; including the masked half of the diagonal blocks."""
     m = model_of(task)
     latent = m.attention == "latent"
     key, value = (m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim) if latent else (m.head_dim, m.head_dim)
@@ -86,7 +86,7 @@ def flops_of_scores(task: Task) -> float:
     return m.num_hidden_layers * m.num_attention_heads * 2 * (4 * key + 3 * value) * keys_met * SEQUENCES * SEQ_LEN
 
 
-def test_kinds_share_out_every_microsecond_of_the_step(profiled):
+def test_kinds_sum_to_the_steps_time(profiled):
     _, operations, seconds = profiled
     assert {operation.kind for operation in operations} <= set(KINDS)
     assert min(operation.seconds for operation in operations) > -1e-9
@@ -97,37 +97,37 @@ def test_kinds_share_out_every_microsecond_of_the_step(profiled):
     assert all(0 < spent[kind] < seconds for kind in KINDS)
 
 
-def test_products_of_the_step_are_those_that_a_token_costs(profiled):
+def test_matmuls_of_the_step_match_the_flops_per_token(profiled):
     task, operations, _ = profiled
     m, tokens = model_of(task), SEQUENCES * SEQ_LEN
     made = flops_by_kind(operations)
     vocabulary = 6 * m.hidden_size * VOCAB
-    assert made[VOCABULARY] == vocabulary * (tokens - SEQUENCES)  # nothing follows a sequence's last token
+    assert made[VOCABULARY] == vocabulary * (tokens - SEQUENCES)  # a sequence's last token has no label
     assert made[SCORES] == flops_of_scores(task)
-    assert made[EXPERTS] == 6 * 3 * m.hidden_size * swiglu_numbers(m) * tokens
+    assert made[EXPERTS] == 6 * 3 * m.hidden_size * swiglu_elements(m) * tokens
     mixtures = m.num_hidden_layers - m.first_k_dense_replace
     assert made[ROUTER] == 6 * m.hidden_size * m.num_experts * mixtures * tokens
-    weights = 6 * sum(product_weights(m)) * tokens
+    weights = 6 * sum(matmul_weights(m)) * tokens
     assert made[PROJECTIONS] == weights - made[EXPERTS] - made[ROUTER] - vocabulary * tokens
     assert not made[ELEMENTWISE] and not made[OPTIMIZER] and not made[COPIES]
-    # All in all what flops_per_token says, but for the scores that are made twice or for nobody.
+    # The total matches flops_per_token, except for scores that are recomputed or masked.
     needed = flops_per_token(m, SEQ_LEN) * tokens
     assert needed < sum(made.values()) < 1.25 * needed
 
 
-def test_padded_rows_are_all_that_bf16_adds():
+def test_bf16_adds_only_padded_rows():
     task = small_task("grouped-query", "bf16")
-    _, ((operations, _),) = take_steps(task, 1)
+    _, ((operations, _),) = run_steps(task, 1)
     rows = SEQUENCES * SEQ_LEN * 2
     m, made = model_of(task), flops_by_kind(operations)
-    least = 6 * 3 * m.hidden_size * swiglu_numbers(m) * SEQUENCES * SEQ_LEN
+    least = 6 * 3 * m.hidden_size * swiglu_elements(m) * SEQUENCES * SEQ_LEN
     assert least <= made[EXPERTS] <= least * (rows + 8 * 63) / rows
     assert {operation.dtype for operation in operations if operation.kind == EXPERTS and operation.product} == {
         torch.bfloat16
     }
 
 
-def test_bounds_are_those_of_products_and_of_bytes(profiled):
+def test_bounds_come_from_matmuls_and_bytes(profiled):
     task, operations, _ = profiled
     m, tokens = model_of(task), SEQUENCES * SEQ_LEN
     fastest = fastest_products(operations, torch.device("cpu"), torch.float32)
@@ -141,7 +141,7 @@ def test_bounds_are_those_of_products_and_of_bytes(profiled):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_least_bytes_count_what_the_model_norms_turns_and_gates(name):
+def test_least_bytes_count_the_elements_that_the_model_normalizes_rotates_and_gates(name):
     m = model_of(small_task(name))
     model = DeepSeekV3ForCausalLM(m).train()
     ids = torch.zeros(1, SEQ_LEN, dtype=torch.long)
@@ -151,9 +151,9 @@ def test_least_bytes_count_what_the_model_norms_turns_and_gates(name):
     for event in trace.events():
         if event.name in numbers:
             numbers[event.name] += torch.Size(event.input_shapes[0]).numel()
-    assert numbers["_RMSNorm"] == normed_numbers(m) * SEQ_LEN
-    assert numbers["_Rotate"] == turned_numbers(m) * SEQ_LEN
-    assert numbers["aten::silu"] == swiglu_numbers(m) * SEQ_LEN
+    assert numbers["_RMSNorm"] == normed_elements(m) * SEQ_LEN
+    assert numbers["_Rotate"] == rotated_elements(m) * SEQ_LEN
+    assert numbers["aten::silu"] == swiglu_elements(m) * SEQ_LEN
     count = sum(parameter.numel() for parameter in model.parameters())
     fp32, bf16 = (least_bytes(m, SEQ_LEN, size) for size in (4, 2))
     assert fp32["optimizer"] == count * (4 + 4 + 6 * 4) == optimizer_bytes(count, 4)
@@ -171,7 +171,7 @@ def event(name, begin, end, parent=None, on_device=0.0, **more):
     )  # fmt: skip
 
 
-def test_on_cuda_kernels_count_and_what_is_left_is_outside():
+def test_on_cuda_kernels_count_and_the_rest_is_outside():
     step = event("step", 0, 100)
     norm = event("aten::rms_norm", 10, 20, event("RMSNorm", 5, 25, step), on_device=30.0)
     before = event("aten::mul", -20, -10, on_device=50.0)
@@ -183,7 +183,7 @@ def test_on_cuda_kernels_count_and_what_is_left_is_outside():
     ]
 
 
-def test_products_are_read_without_what_older_versions_do_not_record():
+def test_matmuls_are_read_without_fields_that_older_versions_lack():
     grouped = event("aten::_grouped_mm", 0, 1)
     grouped.input_shapes = [[96, 64], [8, 64, 32], [8]]
     product, dtype = product_of(grouped)
@@ -208,12 +208,12 @@ def test_products_are_read_without_what_older_versions_do_not_record():
         ("embedding", "", ELEMENTWISE),
     ],
 )
-def test_kinds_of_operations_that_not_every_device_has(name, scope, kind):
+def test_kinds_of_device_specific_operations(name, scope, kind):
     assert kind_of(name, scope, is_product=False) == kind
 
 
 @pytest.mark.long
-def test_command_prints_and_writes_the_list_to_work_down(tmp_path, capsys):
+def test_command_prints_and_writes_kinds_by_their_gap(tmp_path, capsys):
     file = tmp_path / "roofline.json"
     options = ["--preset", "debug", "--sequences", "1", "--steps", "1", "--dtype", "fp32", "--json", str(file)]
     roofline.main([*options, *NARROW, f"--data.seq_len={SEQ_LEN}", "--data.tokenizer_vocab_size=320"])
@@ -229,6 +229,6 @@ def test_command_prints_and_writes_the_list_to_work_down(tmp_path, capsys):
     assert sum(row["bound_seconds"] for row in rows) == pytest.approx(result["bound_seconds"])
     assert sum(row["product_flops"] for row in rows) / SEQ_LEN == result["product_flops_per_token_as_run"]
     assert result["tokens_per_s_limit"] == pytest.approx(SEQ_LEN / result["bound_seconds"])
-    assert 0 < result["flops_utilisation"] < 1
+    assert 0 < result["flops_utilization"] < 1
     assert result["profiled_seconds"] in result["profiled_step_seconds"] and len(result["step_seconds"]) == 1
     assert f"of at most {result['tokens_per_s_limit']:,.0f} by these bounds" in shown

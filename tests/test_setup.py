@@ -1,4 +1,4 @@
-"""What the set-up hands from pip to uv."""
+"""Settings of pip that the setup passes to uv."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ format = columns
 NAMES = "UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS UV_HTTP_TIMEOUT UV_INDEX_STRATEGY".split()
 
 
-def test_uv_is_told_pips_settings_and_keeps_its_own(tmp_path):
+def test_uv_gets_pips_settings_and_keeps_its_own(tmp_path):
     (tmp_path / "pip.conf").write_text(SETTINGS)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     env |= {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_FIND_LINKS": "/first /second"}

@@ -23,8 +23,8 @@ from smolds_dist.config import load_config
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
-# Slurm's daemons watch, signal and kill the processes that they started. What forks (see warm.py) is none of theirs, and is
-# for jobs that end by themselves.
+# Slurm's daemons watch, signal and kill only processes they started. Forked ones (see warm.py) are for jobs that end by
+# themselves.
 run, smolds = partial(ranks.run, cold=True), partial(ranks.smolds, cold=True)
 needs_slurm = pytest.mark.skipif(bool(slurm_cluster.available()), reason=str(slurm_cluster.available()))
 BIN = str(Path(sys.executable).parent)
@@ -38,7 +38,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def forking(cluster):
-    """The cluster for jobs that end by themselves: their Python forks from one that has imported everything."""
+    """The cluster for jobs that end by themselves: their Python is forked from one that has imported everything."""
     return cluster | {"PATH": f"{Path(warm.python()).parent}:{cluster['PATH']}"}
 
 
@@ -54,7 +54,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 
 def reference(options: list[str], tmp_path: Path) -> list[tuple[int, float]]:
-    """The same run in this process, without a break."""
+    """The same run in this process, uninterrupted."""
     train(load_config([*options, "--run.name=reference"]))
     return losses(tmp_path / "runs" / "reference")
 
@@ -65,7 +65,7 @@ def assert_same(ours: list[tuple[int, float]], expected: list[tuple[int, float]]
 
 
 def submit(command: str, options: list[str], cluster: dict[str, str], cwd: Path) -> str:
-    """Submits a command line as a page has it, with further options at its end; returns the job's number."""
+    """Submit a command line from the docs with further options; return the job id."""
     line = f"{command.replace('sbatch ', 'sbatch --parsable ', 1)} {shlex.join(options)}"
     finished = run(["bash", "-c", line], timeout=30, cwd=cwd, **cluster)
     assert finished.returncode == 0, finished.text
@@ -88,7 +88,7 @@ def options_of(small_run: list[str]) -> list[str]:
 
 
 @needs_slurm
-def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run, tmp_path, cluster):
+def test_two_nodes_equal_one_process_by_srun_and_by_launch(small_run, tmp_path, cluster):
     options = options_of(small_run)
     expected = reference(options, tmp_path)
     options += ["--parallel.expert=2"]
@@ -109,8 +109,8 @@ def test_two_nodes_train_the_run_of_one_process_by_srun_and_by_launch(small_run,
 @needs_slurm
 @pytest.mark.parametrize("ahead_of", ["a signal", pytest.param("the time limit", marks=pytest.mark.long)])
 def test_warning_saves_requeues_and_resumes_and_scancel_saves_too(small_run, tmp_path, cluster, repository, ahead_of):
-    """The command of the page, on two nodes. Slurm sends the warning of a time limit to every step, as `scancel --signal`
-    does, up to half a minute ahead of the 60 seconds."""
+    """The command of the docs on two nodes. Slurm warns every step of a time limit, as `scancel --signal` does, up to 30 s
+    before the 60 s."""
     commands = re.findall(r"^sbatch .*$", (ROOT / "docs" / "slurm.md").read_text(), re.MULTILINE)
     assert len(commands) == 1
     minutes = 2 if ahead_of == "the time limit" else 20
@@ -118,7 +118,7 @@ def test_warning_saves_requeues_and_resumes_and_scancel_saves_too(small_run, tmp
     options = [*options_of(small_run)[2:], "--log.tensorboard=true", "--parallel.expert=2", "--train.lr=5e-4"]
     options += ["--train.schedule=wsd", "--train.decay_fraction=0"]  # losses do not depend on the number of steps
     options += ["--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
-    # More steps than any machine takes until the signal.
+    # More steps than any machine runs before the signal.
     job = submit(commands[0].replace("sbatch ", layout, 1), [*options, "--train.steps=20000"], cluster, repository)
     run_dir, output = tmp_path / "runs" / "night", repository / f"slurm-{job}.out"
 
@@ -135,7 +135,7 @@ def test_warning_saves_requeues_and_resumes_and_scancel_saves_too(small_run, tmp
     assert "stopped by SIGUSR1 after step" in text and "continuing from" in text, text[-3000:]
     steps = len(losses(run_dir))
     assert max((run_dir / "checkpoints").glob("step_*")).name == f"step_{steps:08}", text[-3000:]
-    # The reference has the same topology: over this many steps another one's rounding would show.
+    # The reference has the same topology: over this many steps, rounding differs between topologies.
     launched = ranks.smolds(
         "launch", "--nproc-per-node=2", "--", "--preset=debug", *options, "--run.name=reference", f"--train.steps={steps}",
         timeout=240,
@@ -170,7 +170,7 @@ def test_killed_rank_ends_the_step_and_is_named(small_run, tmp_path, cluster):
 
 
 def kill_rank(rank: int, run_dir: Path) -> None:
-    """The cluster has process numbers of its own: finds the rank by what it was started with."""
+    """Find the rank by its command line, because the cluster has its own pid namespace."""
     found = [
         pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_rank(pid, rank, str(run_dir.parent))
     ]
@@ -189,7 +189,7 @@ def is_rank(pid: int, rank: int, run_folder: str) -> bool:
 
 
 @needs_slurm
-def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, forking, repository):
+def test_array_job_reads_its_line_of_options(small_run, tmp_path, forking, repository):
     (repository / "sweep.txt").write_text("--train.seed 1\n--train.seed 2 --train.steps 3\n")
     options = [*options_of(small_run), "--train.steps=2"]
     layout = "--ntasks-per-node=1 --nodes=1 --array=1-2"
@@ -201,12 +201,12 @@ def test_array_takes_a_line_of_options_for_each_job(small_run, tmp_path, forking
 
 
 @needs_slurm
-def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, forking):
+def test_array_job_tokenizes_what_the_run_needs(small_run, tmp_path, forking):
     options = [*options_of(small_run), "--run.name=prepared", f"--data.cache_dir={tmp_path}/cache"]
     start = ["slurm", "--prepare", "--nodes=2", "--time=5", "--submit", "--", *options]
     submitted = ranks.smolds(*start, cwd=tmp_path, **forking)
     assert submitted.returncode == 0, submitted.text
-    assert "tokenising in 2 tasks" in submitted.stdout
+    assert "tokenization in 2 tasks" in submitted.stdout
     job = submitted.stdout.split()[2].rstrip(":")
     wait_for(lambda: is_gone(job, forking), 90, "end of the jobs")
     texts = [(tmp_path / f"slurm-{job}_{task}.out").read_text() for task in (0, 1)]
@@ -217,7 +217,7 @@ def test_array_job_tokenises_what_the_run_wants(small_run, tmp_path, forking):
     assert sorted((tmp_path / "cache" / "units").glob("*/*/meta.json")) == found != []
 
 
-def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
+def test_rendered_script_quotes_all_user_input(small_run, tmp_path):
     evil = f"$(touch {tmp_path}/ran); `touch {tmp_path}/ran` 'quoted'"
     (tmp_path / "text").mkdir()
     start = ["slurm", "--nodes", "4", "--gpus-per-node", "8", "--time", "1-12:00:00", "--account", "lab"]
@@ -226,7 +226,7 @@ def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
     script = finished.stdout
     for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1-12:00:00", "--account=lab"):
         assert f"#SBATCH {line}\n" in script
-    # What the shell makes of the command is what was given; and nothing of it has run.
+    # The shell parses the command to the given arguments, and none of it has run.
     shown = script.replace(f"{sys.executable} -m smolds_dist", f"{sys.executable} -c 'import sys; print(sys.argv)'")
     shell = run(["bash", "-c", shown.replace("scontrol", "echo")], timeout=30, cwd=tmp_path)
     assert repr(f"--log.sample_prompts=[{json.dumps(evil)}]") in shell.stdout, shell.text
@@ -238,9 +238,9 @@ def test_rendered_script_quotes_all_that_the_user_gives(small_run, tmp_path):
     [
         (["--nodes=2", "--"], "--time"),
         (["--time=soon", "--"], "H:MM:SS"),
-        (["--time=5", "--job-name=a\n#SBATCH --x", "--"], "plain ones"),
+        (["--time=5", "--job-name=a\n#SBATCH --x", "--"], "not allowed in a batch script"),
         (["--time=5", "--nodes=0", "--"], "at least 1"),
-        (["--time=5"], "behind `--`"),
+        (["--time=5"], "after `--`"),
         (["--time=5", "--", "--checkpoint.resume=never"], "leave it out"),
         (["--time=5", "--gpus-per-node=8", "--", "--parallel.expert=3"], "valid values"),
     ],
@@ -255,8 +255,8 @@ def test_mistake_is_one_sentence(options, fix, tmp_path):
 @pytest.mark.long
 @needs_slurm
 @pytest.mark.parametrize("instead", ["spare", "queue", "fewer"])
-def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp_path, cluster, instead):
-    """A spare node of the allocation takes its place, the job goes back into the queue without it, or on with fewer."""
+def test_faulty_node_is_excluded_from_the_restart(small_run, tmp_path, cluster, instead):
+    """A spare node of the allocation replaces it, the job is requeued without it, or it continues on fewer nodes."""
     steps = 60 if instead == "spare" else 400
     options = [*options_of(small_run), "--run.name=mo ved", f"--train.steps={steps}", "--checkpoint.every=5"]
     options += ["--train.eval_every=0", "--log.sample_every=0"]
@@ -273,7 +273,7 @@ def test_node_that_killed_the_job_takes_no_part_in_the_next_start(small_run, tmp
     wait_for(lambda: is_gone(job, cluster), 300, "end of the job")
     text = (tmp_path / "job.out").read_text()
     assert f"rank 1 on host {bad} was killed by signal 9" in text
-    assert (f"goes back into the queue, and on without {bad}." in text) == (instead == "queue"), text
+    assert (f"is requeued without {bad}." in text) == (instead == "queue"), text
     state = json.loads((run_dir / "state.json").read_text())
     assert state["host"] in {"n1", "n2"} - {bad} and state["ranks"] == (1 if instead == "fewer" else 2), text
     assert [step for step, _ in losses(run_dir)] == list(range(1, steps + 1)), text

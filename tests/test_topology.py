@@ -36,25 +36,25 @@ def test_one_process_is_plain_pytorch_and_several_are_deepspeed():
     assert plan(CPU, 1, "--parallel.zero=2").engine == "deepspeed"
 
 
-def test_bf16_is_advised_against_where_the_cpu_has_none():
+def test_bf16_is_advised_against_on_cpus_without_it():
     asked = "--train.dtype=bf16"
-    assert "no bf16 products: leave --train.dtype out" in plan(CPU, 1, asked).reason
+    assert "no bf16 matmuls: omit --train.dtype" in plan(CPU, 1, asked).reason
     for machine in (replace(CPU, bf16=True), GPUS):
         assert "bf16" not in plan(machine, 1, asked).reason
     assert "bf16" not in plan(CPU, 1).reason
 
 
-def test_where_memory_is_short_a_cpu_gets_back_what_a_step_frees():
+def test_cpu_returns_freed_memory_if_memory_is_short():
     little = replace(CPU, memory=100_000_000)
     short, asked = plan(little, 2), plan(replace(CPU, memory=10**12), 2, "--parallel.keep_memory=false")
     for topology in (short, asked):
-        assert not topology.keeps_memory and "what a step frees goes back to the system" in topology.reason
+        assert not topology.keeps_memory and "freed memory is returned to the system" in topology.reason
     for topology in (
         plan(CPU, 2),
         plan(replace(CPU, memory=10**12), 2),
         plan(little, 2, "--parallel.keep_memory=true"),
     ):
-        assert topology.keeps_memory and "goes back" not in topology.reason
+        assert topology.keeps_memory and "returned to the system" not in topology.reason
 
 
 FREES = """
@@ -80,8 +80,8 @@ print(psutil.Process().memory_info().rss - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that is told")
-def test_freed_memory_is_kept_or_given_back_as_asked():
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_freed_memory_is_kept_or_returned_as_set():
     grown = {}
     for keeps in ("true", "false"):
         finished = ranks.run([sys.executable, "-c", FREES, keeps], timeout=60)
@@ -99,7 +99,7 @@ def test_expert_sizes_divide_ranks_and_experts(world, experts, sizes):
 
 
 def test_auto_is_the_fastest_size_by_the_planners_formulas():
-    """Of every machine that is known: no other size that fits into a node and into memory has a shorter step."""
+    """On every known machine, no other size that fits a node and the memory has a shorter step."""
     cases, sizes = 0, set()
     configs = [
         load_config(["--preset", preset, "--train.global_batch=64"])
@@ -134,12 +134,11 @@ def test_auto_is_the_fastest_size_by_the_planners_formulas():
     assert cases == 40 and {one[0] for one in sizes} > {1} and (1, True) in sizes
 
 
-def test_auto_says_why_and_what_it_does_not_know(tmp_path):
+def test_auto_gives_its_reason_and_missing_specs(tmp_path):
     options = ("--model.num_experts=8",)
     gpus = replace(GPUS, name="NVIDIA H100 80GB HBM3")
     assert (
-        "faster than where 2 ranks share them, by the planner's formulas for NVIDIA H100"
-        in plan(gpus, 8, *options).reason
+        "faster than sharding over 2 ranks, by the planner's formulas for NVIDIA H100" in plan(gpus, 8, *options).reason
     )
     for name in ("NVIDIA L4", "NVIDIA H100 PCIe", None):
         unknown = plan(replace(GPUS, name=name), 8, *options)
@@ -174,13 +173,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("machine", "world", "option", "fix"), MISTAKES)
-def test_impossible_topology_is_refused_with_the_values_that_work(machine, world, option, fix):
+def test_impossible_topology_is_rejected_with_the_valid_values(machine, world, option, fix):
     with pytest.raises(ConfigError, match=fix) as error:
         plan(machine, world, option)
     assert "\n" not in str(error.value)
 
 
-def test_combinations_of_options_are_refused():
+def test_combinations_of_options_are_rejected():
     with pytest.raises(ConfigError, match=r"--parallel\.engine deepspeed"):
         plan(CPU, 1, "--parallel.engine=local", "--parallel.zero=2")
     with pytest.raises(ConfigError, match="start fewer ranks"):
@@ -203,8 +202,8 @@ def test_rank_comes_from_the_environment(monkeypatch):
     assert rank_from_environment() == RankInfo(3, 1, 4)
 
 
-def test_expert_groups_stay_inside_a_node_and_the_lowest_zero_stage_that_fits_is_taken():
-    """Over a table of machines, ranks and models: the rules, and that nothing better was passed over."""
+def test_expert_groups_stay_inside_a_node_with_the_lowest_zero_stage_that_fits():
+    """Check the rules over a table of machines, ranks and models, and that no better layout was skipped."""
     cases = 0
     for preset in ("debug", "smollm2-deepseek-255m", "moe-1b-a200m", "moe-7b-a1b"):
         for experts in (8, 12, 64):

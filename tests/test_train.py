@@ -1,4 +1,4 @@
-"""Whole runs through the command line: what they write, how they resume, what they refuse."""
+"""Full runs from the command line: output files, resume and errors."""
 
 import json
 import math
@@ -19,11 +19,12 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.samples import sample
 from smolds_dist.observe.rows import load_table, read_rows
+from smolds_dist.observe.summary import facts
 from smolds_dist.training.trainer import train
 
 
 def rows_of(run_dir):
-    """Training rows and evaluation rows of a run."""
+    """Return a run's training rows and evaluation rows."""
     rows = read_rows(run_dir / "metrics.jsonl")
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
@@ -36,7 +37,7 @@ def options(corpus, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(options):
-    """A run of six steps in this process. To be looked at, not changed."""
+    """Train six steps in this process. Read only."""
     config = load_config(options)
     train(config)
     return config.run_dir
@@ -53,7 +54,7 @@ def test_run_folder_is_complete(finished, options):
             assert sum(layer) == pytest.approx(1, abs=1e-3)
         violations = [max(layer) * 8 - 1 for layer in row["load"]]
         assert row["max_vio"] == pytest.approx(sum(violations) / 2, abs=1e-3)
-        # Written with one decimal, which is more than a thousandth where a loaded machine is slow.
+        # Rounded to one decimal, which is more than 0.1% on a slow machine.
         assert row["tokens_per_s"] == pytest.approx(8 * 32 / sum(row["seconds"].values()), rel=1e-3, abs=0.06)
         assert math.hypot(*row["grad_norms"].values()) == pytest.approx(row["grad_norm"], rel=1e-3)
         assert set(row["grad_norms"]) == {"embeddings", "attention", "routers", "experts", "norms"}
@@ -100,7 +101,7 @@ def test_export_loads_and_has_the_validation_loss_that_was_logged(finished, opti
         loss = model(input_ids=ids, labels=labels).loss.item()
     assert loss == pytest.approx(evaluation[-1]["val_loss"], rel=1e-5)
 
-    # The last micro batch of two is filled up with a sequence that does not count, so four sequences are whole.
+    # The last micro batch of two is padded with an ignored sequence, so four sequences count.
     for block in model.model.layers:
         block.mlp.tokens_per_expert.zero_()
     with torch.no_grad():
@@ -146,18 +147,18 @@ def test_existing_run_is_never_overwritten(finished, options):
         (["--data.seq_len=16"], "data.seq_len 32"),
     ],
 )
-def test_resume_with_another_model_or_data_is_refused(finished, options, changed, named):
+def test_resume_with_another_model_or_data_is_rejected(finished, options, changed, named):
     config = load_config([*options, "--checkpoint.resume=auto", *changed])
     with pytest.raises(ConfigError, match=named):
         check_resumable(config)
 
 
-def test_resume_auto_of_a_new_name_starts_afresh(small_run, tmp_path):
+def test_resume_auto_of_a_new_name_starts_a_new_run(small_run, tmp_path):
     train(load_config([*small_run, "--run.name=new", "--checkpoint.resume=auto", "--train.steps=1"]))
     assert [row["step"] for row in rows_of(tmp_path / "runs" / "new")[0]] == [1]
 
 
-def test_bf16_with_muon_and_wsd_and_latent_attention_trains_and_resumes(small_run, tmp_path):
+def test_bf16_with_muon_wsd_and_latent_attention_trains_and_resumes(small_run, tmp_path):
     options = [
         *small_run, "--run.name=mixed", "--train.dtype=bf16", "--train.optimizer=muon", "--train.schedule=wsd",
         "--model.attention=latent", "--model.scoring_func=sigmoid", "--model.n_shared_experts=1",
@@ -193,7 +194,7 @@ def test_generate_continues_a_prompt(finished):
     assert len(texts[0]) > len("def ") + 1
 
 
-def test_sample_puts_a_prompts_last_space_before_the_next_word(finished):
+def test_sample_moves_a_prompts_trailing_space_to_the_next_word(finished):
     model = AutoModelForCausalLM.from_pretrained(finished / "export")
     tokenizer = AutoTokenizer.from_pretrained(finished / "export")
     state = torch.random.get_rng_state()
@@ -210,7 +211,7 @@ def test_sample_puts_a_prompts_last_space_before_the_next_word(finished):
     assert sample(model, tokenizer, "def ", 6, seed=0, temperature=0) == tokenizer.decode(expected[0])
 
 
-def test_generate_without_a_model_is_refused(tmp_path):
+def test_generate_without_a_model_is_rejected(tmp_path):
     result = smolds("generate", str(tmp_path), "--prompt", "def ")
     assert result.returncode == 2
     assert "holds no model" in result.stderr
@@ -223,9 +224,25 @@ def test_load_table_shows_shares_and_violation():
     assert load_table(rows, last=1).splitlines()[1].split() == ["0", "0.0%", "25.0%", "25.0%", "50.0%", "1.00"]
 
 
+def test_facts_are_those_of_the_last_layout():
+    def start(topology: str) -> dict:
+        return {"step": 0, "event": "start", "topology": topology, "host": "n1"}
+
+    def step(rate: float, phases: dict) -> dict:
+        found = {"tokens_per_s": rate, "mfu": rate / 1000, "seconds": phases, "memory_gb": rate / 10}
+        return {"step": 1, "load": [[0.5, 0.0]], "max_vio_window": 1.0, **found}
+
+    two = [start("2 ranks"), *3 * [step(90, {"all_to_all": 0.5, "forward": 0.5})]]
+    found = facts([*two, start("2 ranks"), *two[1:], start("1 rank"), step(10, {"forward": 1.0})])
+    assert found["speed"].startswith("10 tokens/s") and found["time of a step"] == "forward 100.0%"
+    assert found["memory"].startswith("1.00 GB")
+    assert found["experts"] == "MaxVio 1.00 over the last 7 steps, 1 of 2 without tokens in the last step"
+    assert facts([*two, start("2 ranks"), step(10, {"forward": 1.0})])["speed"].startswith("90 tokens/s")
+
+
 def test_trains_without_deepspeed(small_run):
     script = (
-        "import sys; sys.modules['deepspeed'] = None\n"  # as on a machine where it is not installed
+        "import sys; sys.modules['deepspeed'] = None\n"  # as if it were not installed
         "from smolds_dist.cli import main; main()"
     )
     import sys
@@ -237,7 +254,7 @@ def test_trains_without_deepspeed(small_run):
 
 
 @pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.long)])
-def test_ranks_in_bf16_add_gradients_up_in_fp32(zero):
+def test_bf16_ranks_accumulate_gradients_in_fp32(zero):
     finished = run_ranks(2, "accumulation_worker.py", f"--parallel.zero={zero}", "--parallel.expert=2")
     (deviation,) = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("DEVIATION")]
     assert deviation < 0.02

@@ -1,4 +1,4 @@
-"""What forks from a process that has imported everything behaves as if it had been started."""
+"""Processes forked by `warm` behave like normally started ones."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def start(tmp_path: Path, code: str, *args: str, **environment: str) -> subproce
     )  # fmt: skip
 
 
-def test_arguments_folder_environment_and_files_are_passed_on(tmp_path):
+def test_arguments_folder_environment_and_files_are_forwarded(tmp_path):
     code = "print(sys.argv[1:], os.getcwd(), os.environ['MINE'], sys.stdin.read(), 'torch' in sys.modules)\nsys.exit(7)"
     process = start(tmp_path, code, "a b", "--c", MINE="yes")
     assert process.communicate("typed", timeout=30) == (f"['a b', '--c'] {tmp_path} yes typed True\n", "")
@@ -41,13 +41,13 @@ def test_arguments_folder_environment_and_files_are_passed_on(tmp_path):
         ("import atexit; atexit.register(sys.stderr.write, 'bye')", 0, "bye"),
     ],
 )
-def test_it_ends_as_what_it_started_ends(tmp_path, code, returncode, said):
+def test_client_exits_like_the_forked_process(tmp_path, code, returncode, said):
     process = start(tmp_path, code)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == returncode and said in errors
 
 
-def test_signals_reach_it(tmp_path):
+def test_signals_are_forwarded(tmp_path):
     code = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nprint('ready', flush=True)\ntime.sleep(60)"
     process = start(tmp_path, code)
     assert process.stdout.readline() == "ready\n"
@@ -55,7 +55,7 @@ def test_signals_reach_it(tmp_path):
     assert process.wait(timeout=30) == 5
 
 
-def test_killed_it_leaves_nothing_behind(tmp_path):
+def test_killed_client_leaves_no_process(tmp_path):
     code = "child = subprocess.Popen(['sleep', '60'])\nprint(os.getpid(), child.pid, flush=True)\ntime.sleep(60)"
     process = start(tmp_path, code)
     pids = [int(pid) for pid in process.stdout.readline().split()]
@@ -68,13 +68,13 @@ def test_killed_it_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "OMPI_COMM_WORLD_RANK"])  # from deepspeed and mpirun
-def test_it_forks_where_only_later_code_reads_the_environment(tmp_path, name):
+def test_variables_read_after_import_still_fork(tmp_path, name):
     process = start(tmp_path, "print('torch' in sys.modules)", **{name: "1"})
     assert process.communicate(timeout=30)[0] == "True\n"
 
 
 @pytest.mark.parametrize("name", ["HF_HOME", "OMP_NUM_THREADS", "PYTHONPATH"])
-def test_it_starts_for_real_where_imports_would_read_another_environment(tmp_path, name):
+def test_variables_read_during_import_start_normally(tmp_path, name):
     process = start(tmp_path, "print('torch' in sys.modules, sys.executable)", **{name: str(tmp_path)})
     shown, _ = process.communicate(timeout=30)
     assert shown.split()[0] == "False"

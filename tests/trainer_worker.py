@@ -1,4 +1,4 @@
-"""Our model, and transformers' with the same weights, under Trainer or in an accelerate loop; writes both's losses as JSON.
+"""Train our model and transformers', with the same weights, under Trainer or in an accelerate loop; write losses as JSON.
 
 Usage: trainer_worker.py trainer|accelerate FOLDER [DS_CONFIG]
 """

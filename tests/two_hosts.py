@@ -1,8 +1,8 @@
-"""Two hosts on this machine, for tests of several nodes: own network, host name and processes each, one sshd per host.
+"""Two hosts on this machine, for multi-node tests: each has its own network, host name, processes and sshd.
 
-A host is a set of kernel namespaces, and so is everything that would otherwise be a change of this machine: the network
-link, /etc/hosts, /etc/ssh/ssh_config and /run as the hosts see them. It all ends with the hosts' first process, also when
-the test process itself is killed.
+A host is a set of kernel namespaces, which also contain everything that would otherwise change this machine: the network
+link, /etc/hosts, /etc/ssh/ssh_config and /run. All of it ends with the hosts' first process, also when the test process
+itself is killed.
 """
 
 import os
@@ -19,7 +19,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NAMES = ("host1", "host2")
 STARTUP_SECONDS = 20
 
-# Runs as process 1 of a host. The link comes from outside; sshd wants an absolute path and a /run/sshd.
+# Runs as process 1 of a host. The link comes from outside; sshd needs an absolute path and a /run/sshd.
 BOOT = """\
 set -e
 hostname {name}
@@ -58,7 +58,7 @@ Host *
 
 
 def available() -> str | None:
-    """Why there can be no two hosts here, or None."""
+    """Return why two hosts cannot run here, or None."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
@@ -72,7 +72,7 @@ def available() -> str | None:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Both hosts, while they run. They share this machine's files, but not /run, and reach each other and nothing else."""
+    """Both running hosts. They share this machine's files, except /run, and can reach only each other."""
 
     pids: tuple[int, ...]  # each host's process 1
     addresses: tuple[str, ...] = ADDRESSES
@@ -80,7 +80,7 @@ class Hosts:
     environment: dict[str, str] = field(default_factory=lambda: {"PDSH_RCMD_TYPE": "ssh"})
 
     def command(self, host: int, argv: list[str]) -> list[str]:
-        """The command to run `argv` on a host, in the caller's working folder and environment."""
+        """Return the command that runs `argv` on a host, in the caller's working directory and environment."""
         enter = f"exec nsenter --target {self.pids[host]} --mount --uts --ipc --net --pid"
         # Entering a mount namespace leads to /, hence --chdir
         return ["sh", "-c", f'{enter} -- env --chdir="$PWD" "$@"', "sh", *argv]
@@ -88,7 +88,7 @@ class Hosts:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
-    """Starts both hosts; yields them once each answers the other's ssh."""
+    """Start both hosts; yield them once each can reach the other by ssh."""
     folder = folder.resolve()
     _configure(folder)
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
 
 
 def _configure(folder: Path) -> None:
-    """Writes keys, and what each host has in place of this machine's configuration."""
+    """Write keys, and the hosts' replacements of this machine's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     for key in ("key", "host_key"):
         keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(folder / key)]
@@ -117,7 +117,7 @@ def _configure(folder: Path) -> None:
 
 @contextmanager
 def _host(folder: Path, name: str) -> Iterator[int]:
-    """Starts a host without its link; yields its process 1 as this machine numbers it."""
+    """Start a host without its link; yield the process id of its process 1 on this machine."""
     with (folder / f"{name}.log").open("wb") as log:
         outer = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork",

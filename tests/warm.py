@@ -1,11 +1,11 @@
-"""Python that starts in milliseconds: most of what a test waits for is processes that import torch and the like.
+"""Python that starts in milliseconds: most of a test's time would go to importing torch in new processes.
 
-One process imports everything once; each start forks it. `programs()` makes a folder with `python`, `smolds` and `torchrun`
-that do so. They pass on arguments, environment, folder, files and signals, and end as what they started ends. What still
-starts for real: `-c` and `-I`, whatever has another environment where libraries read it while they are imported, and what a
-test asks for by `cold=True` or `sys.executable`.
+One process imports everything once; each start forks it. `programs()` creates a folder with `python`, `smolds` and
+`torchrun` that do so. They forward arguments, environment, working directory, files and signals, and exit like the process
+that they start. Normal starts are left for `-c` and `-I`, for another environment of variables that libraries read during
+import, and for tests with `cold=True` or `sys.executable`.
 
-This file is the program that forks; CLIENT is what stands in the folder.
+This file is the server that forks; CLIENT is the program in the folder.
 """
 
 import atexit
@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
-AT_START = dict(os.environ)  # without what libraries add while tests run, such as TOKENIZERS_PARALLELISM
-# Starts of variables that some library reads while it is imported, but those that start like the second group.
+AT_START = dict(os.environ)  # without variables that libraries set while tests run, such as TOKENIZERS_PARALLELISM
+# Prefixes of variables that a library reads during import, except those in READ_LATER.
 READ_ON_IMPORT = (
     "CUDA DS_ HF_ HOME KMP LC_ LD_ MKL MPL NUMEXPR OMP OPENBLAS PYTHON TOKENIZERS TORCH TRANSFORMERS TRITON USE_ XDG"
 )
-# PyTorch sets TORCHINDUCTOR_CACHE_DIR itself, in a test's process too. Nothing forks where there is a CUDA device.
+# PyTorch sets TORCHINDUCTOR_CACHE_DIR itself, also in a test's process. With a CUDA device nothing forks.
 READ_LATER = """CUDA_VISIBLE_DEVICES OMPI_ PYTHON_EXEC PYTHONUNBUFFERED TORCHELASTIC TORCHINDUCTOR_CACHE_DIR
     TORCH_EXTENSIONS_DIR TORCH_NCCL"""
 
@@ -64,7 +64,7 @@ if not target or read_on_import(os.environ) != read_on_import({environment!r}):
     os.execv({python!r}, [{python!r}, *args])
 
 passed_on = [s for s in signal.Signals if s not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD)]
-mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # until there is somebody to pass them on to
+mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # until there is a process to forward them to
 request = dict(args=target, cwd=os.getcwd(), environment=dict(os.environ), mask=[int(s) for s in mask])
 request = json.dumps(request).encode()
 socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
@@ -89,22 +89,22 @@ os._exit(code)
 
 
 def environment() -> dict[str, str]:
-    """What every process of a test gets, before what the test adds."""
+    """Return the environment of every process of a test, before the test's own variables."""
     path = os.pathsep.join(filter(None, (str(ROOT), AT_START.get("PYTHONPATH"))))
     return AT_START | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def python() -> str:
-    """The Python that has imported everything, or the usual one."""
+    """Return the path of the Python that has imported everything, or of the usual one."""
     folder = programs()
     return str(folder / "python") if folder else sys.executable
 
 
 @functools.cache
 def programs() -> Path | None:
-    """The folder to put in front of PATH. Starts what forks, once.
+    """Return the folder to prepend to PATH; start the server, once.
 
-    None where there is no `pidfd_open`, and where there is a GPU, which no fork can use once DeepSpeed has looked for it.
+    None without `pidfd_open`, and with a GPU, which no fork can use after DeepSpeed has detected it.
     """
     import torch
 
@@ -126,13 +126,13 @@ def programs() -> Path | None:
     )
     atexit.register(process.kill)
     assert process.stdin and process.stdout
-    if b"ready\n" not in iter(process.stdout.readline, b""):  # after what imports print
+    if b"ready\n" not in iter(process.stdout.readline, b""):  # after output of imports
         raise RuntimeError("what tests fork their processes from did not start")
     return folder
 
 
 def import_all() -> None:
-    """All that a process of ours may need, but what runs by `-m`, and what starts MPI or, as datasets does, a thread."""
+    """Import all modules that our processes use, except those run by `-m` and those that start MPI or threads (datasets)."""
     import smolds_dist
 
     for module in pkgutil.walk_packages(smolds_dist.__path__, "smolds_dist."):
@@ -147,13 +147,13 @@ def import_all() -> None:
 
 
 def serve(address: str) -> dict:
-    """Forks for every request. Comes back in the fork alone, with the request."""
+    """Fork for every request; return in the fork only, with the request."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ, None)
-    selector.register(0, selectors.EVENT_READ, None)  # ends with whoever started this
+    selector.register(0, selectors.EVENT_READ, None)  # closes when the parent exits
     os.write(1, b"ready\n")
     while True:
         for key, _ in selector.select():
@@ -173,17 +173,17 @@ def serve(address: str) -> dict:
                 with contextlib.suppress(OSError):
                     client.sendall(status.to_bytes(8, "big"))
                 client.close()
-                break  # the other event, of the same process, may be in this list too
+                break  # the process's other event may also be in this list
 
 
 def accept(listener: socket.socket, selector: selectors.BaseSelector) -> dict | None:
-    """Reads a request and forks; the fork gets the request."""
+    """Read a request and fork; return the request in the fork."""
     client, _ = listener.accept()
     header, streams, *_ = socket.recv_fds(client, 8, 3)
     size, text = int.from_bytes(header, "big"), b""
     while len(text) < size and (more := client.recv(size - len(text))):
         text += more
-    if not header or len(text) < size:  # whoever asked was killed meanwhile
+    if not header or len(text) < size:  # the client was killed
         for stream in streams:
             os.close(stream)
         client.close()
@@ -217,9 +217,9 @@ def kill_tree(pid: int) -> None:
 
 
 def become(request: dict, python: str) -> NoReturn:
-    """Runs a module or file as `python` would have, and ends with its exit code.
+    """Run a module or file as `python` would, and exit with its exit code.
 
-    Without freeing what was imported, which would copy all of its memory first.
+    Exits without freeing imported modules, which would copy all of their memory.
     """
     code: object = 0
     try:
@@ -251,7 +251,7 @@ def run_as_main(request: dict, python: str) -> None:
         stream.reconfigure(line_buffering=terminal or at_once, write_through=at_once)
     random.seed()
     np.random.seed()
-    sys.executable = python  # what starts more processes like itself finds them warm
+    sys.executable = python  # so that its child processes also fork
     first, *args = request["args"]
     if first == "-m":
         if not hasattr(sys.modules.get(args[0]), "__path__"):

@@ -1,1 +1,1 @@
-"""Measurements, each against what a user would pick instead."""
+"""Benchmarks against the alternatives, and calibration for `smolds plan`."""

@@ -1,8 +1,8 @@
-"""`smolds plan --calibrate FILE`: this machine as an entry of `hardware.yaml`, from measurements.
+"""`smolds plan --calibrate FILE`: measure this machine and write an entry for `hardware.yaml`.
 
-Matrix products and memory are measured alone, links by all-to-all between two processes, and how much of the peak a model
-reaches by training steps of three sizes in one process, on DeepSpeed's engine, as several ranks have it. Measured on CPUs;
-the same code is there for CUDA, not tested.
+Measures matmuls and memory alone, links by all-to-all between two processes, and the fraction of the peak that a model
+reaches by training steps of three sizes in one process on DeepSpeed's engine, which several ranks use. Tested on CPUs only;
+CUDA uses the same code.
 """
 
 import json
@@ -26,7 +26,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.launching.doctor_probes import measure_all_to_all
 from smolds_dist.settings import Model
 
-# Three sizes whose time is spent differently: in many small products, in the vocabulary's, in large ones.
+# Three sizes dominated by different costs: many small matmuls, the LM head, large matmuls.
 SIZES = (
     dict(hidden_size=192, intermediate_size=128, num_hidden_layers=6, vocab_size=4096),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=16384),
@@ -36,10 +36,10 @@ SEQUENCES, SEQ_LEN, STEPS = 4, 512, 4
 
 
 def calibrate(path: Path) -> None:
-    """Measures, writes the entry, and prints it.
+    """Measure this machine, write the entry, and print it.
 
     Raises:
-        ConfigError: where something cannot be measured here.
+        ConfigError: if something cannot be measured here.
     """
     machine = measure_machine()
     path.write_text(yaml.safe_dump({path.stem: machine}, sort_keys=False))
@@ -47,7 +47,7 @@ def calibrate(path: Path) -> None:
 
 
 def measure_machine() -> dict[str, Any]:
-    """The entry, as plain values."""
+    """Return the entry as plain values."""
     from smolds_dist.parallel.topology import available_cores, detect_machine
     from smolds_dist.training.build import package_versions
     from smolds_dist.training.clock import matrix_product_peak
@@ -70,7 +70,7 @@ def measure_machine() -> dict[str, Any]:
         "link": {"bandwidth": float(f"{link:.3g}"), "latency": float(f"{latency:.3g}")},
         "fabric": {"bandwidth": 1.25e9, "latency": 1e-4},
         "host_link": float(f"{bandwidth:.3g}"),
-        "utilisation": 1.0,
+        "utilization": 1.0,
         "overhead": 0.0,
         "process": 0.0,
         "failures": 50700.0,
@@ -81,29 +81,29 @@ def measure_machine() -> dict[str, Any]:
     }
     steps = []
     for number, size in enumerate(SIZES):
-        log(f"measuring steps of model {number + 1} of {len(SIZES)}")
+        log(f"measuring steps of model {number + 1}/{len(SIZES)}")
         steps.append(measure_step(size))
     layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
     entry["process"] = float(f"{steps[0][1] - rank_memory(model_of(SIZES[0]), layout).total:.3g}")
-    entry["utilisation"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
+    entry["utilization"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
     return entry
 
 
 def fit(entry: dict[str, Any], measured: list[float]) -> tuple[float, float]:
-    """Utilisation and overhead that come closest to the measured steps of `SIZES`: least squares of the ratio, on a grid."""
+    """Fit utilization and overhead to the measured steps of `SIZES`: least squares of the ratio, on a grid."""
     models = [model_of(size) for size in SIZES]
     best = (float("inf"), 1.0, 0.0)
-    for utilisation in (share / 100 for share in range(20, 121, 2)):
+    for utilization in (share / 100 for share in range(20, 121, 2)):
         for overhead in (step / 5e3 for step in range(0, 151)):
-            machine = parse_hardware("here", entry | {"utilisation": utilisation, "overhead": overhead})
+            machine = parse_hardware("here", entry | {"utilization": utilization, "overhead": overhead})
             pairs = zip(models, measured, strict=True)
             error = sum((predict(model, machine) / seconds - 1) ** 2 for model, seconds in pairs)
-            best = min(best, (error, utilisation, overhead))
+            best = min(best, (error, utilization, overhead))
     return best[1], best[2]
 
 
 def settings_of(size: dict[str, int]) -> list[str]:
-    """What makes the preset `debug` one of the measured models."""
+    """Return the settings that turn the preset `debug` into a measured model."""
     return [f"--model.{name}={value}" for name, value in size.items()]
 
 
@@ -112,7 +112,7 @@ def model_of(size: dict[str, int]) -> Model:
 
 
 def predict(model: Model, machine: Hardware, ranks: int = 1) -> float:
-    """Seconds of a step of one of the measured models, its sequences shared by `ranks`."""
+    """Predict the seconds of a measured model's step, its sequences divided among `ranks`."""
     layout = Layout(
         ranks, ranks, ranks, 1 if ranks > 1 else 0, SEQUENCES // ranks, 1, SEQ_LEN, "fp32", device=machine.device
     )
@@ -122,7 +122,7 @@ def predict(model: Model, machine: Hardware, ranks: int = 1) -> float:
 def measure_step(
     size: dict[str, int], ranks: int = 1, settings: tuple[str, ...] = (), dtype: str = "fp32", steps: int = STEPS
 ) -> tuple[list[float], int]:
-    """Seconds of `steps` steps, and the peak of memory, of `ranks` processes, tokens spread evenly over the experts."""
+    """Return the seconds of `steps` steps and the peak memory in bytes, with `ranks` processes and balanced experts."""
     given = (
         *settings_of(size), f"--data.seq_len={SEQ_LEN}", "--parallel.engine=deepspeed",
         "--model.force_uniform_routing=true", *settings,
@@ -134,7 +134,7 @@ def measure_step(
 
 
 def memory_bandwidth(device: Any) -> float:
-    """Bytes read and written per second by a copy of 256 MB, or by adding two such tensors, whichever has more."""
+    """Return the bytes/s read and written by copying 256 MB or adding two such tensors, whichever is faster."""
     first, second = (torch.ones(64_000_000, device=device) for _ in range(2))
     target = torch.empty_like(first)
 
@@ -153,7 +153,7 @@ def memory_bandwidth(device: Any) -> float:
 
 
 def _link(device: str, devices: int) -> tuple[float, float]:
-    """Latency and bandwidth of an exchange between two ranks; typical ones where there is one device for one rank."""
+    """Return latency (s) and bandwidth (bytes/s) of an exchange between two ranks; typical values with one GPU."""
     if device != "cpu" and devices < 2:
         return 1e-5, 1e9
     found, error = measure_all_to_all("nccl" if device == "cuda" else "gloo")

@@ -1,4 +1,4 @@
-"""What benchmarks share, those of `benchmarks/` among them: options and results."""
+"""Options and results of benchmarks, also of those in `benchmarks/`."""
 
 import argparse
 import json
@@ -11,28 +11,28 @@ from smolds_dist.parallel.topology import detect_machine
 
 
 def bench_parser(command: str, doc: str | None) -> OptionParser:
-    """The options that every benchmark has, described by the first line of its module's docstring."""
+    """Return a parser with the options of every benchmark, described by the first line of its module's docstring."""
     parser = OptionParser(
         prog=command,
         description=(doc or "").partition("\n")[0],
         example=f"{command} --preset debug --json {command.split()[-1]}.json",
     )
-    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="model")
-    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--preset", default="smollm2-deepseek-255m", help="preset of the model")
+    parser.add_argument("--json", type=Path, help="output file for the result")
     return parser
 
 
 def add_dtype(parser: OptionParser) -> None:
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="bf16 where this machine multiplies it fast, else fp32"
+        "--dtype", choices=("fp32", "bf16"), help="default: bf16 if this machine has fast bf16 matmuls, else fp32"
     )
 
 
 def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The benchmark's own options, and settings such as --model.num_hidden_layers=4, which change the preset.
+    """Return the benchmark's own options, and settings such as --model.num_hidden_layers=4, which override the preset's.
 
     Raises:
-        ConfigError: for options that are neither.
+        ConfigError: for other options.
     """
     options, settings = parser.parse_known_args(args)
     load_config(["--preset", options.preset, *settings], parser.prog, benchmark=True)
@@ -41,7 +41,7 @@ def parse(parser: OptionParser, args: list[str]) -> tuple[argparse.Namespace, li
     return options, settings
 
 
-def keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Writes a result to the file that --json names, if it does."""
+def write_result(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write a result to the --json file, if set."""
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

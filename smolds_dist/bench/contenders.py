@@ -1,9 +1,9 @@
-"""What `smolds bench train` compares: each contender in processes of its own, which take steps when they are told to.
+"""Contenders of `smolds bench train`, each in its own processes, which run steps on request.
 
-Run as `python -m smolds_dist.bench.contenders JSON`, or under torchrun for several ranks. A line "N" on standard input asks
-for N steps; the answer is a line of JSON with their seconds and the peak of resident (CUDA: allocated) memory. Steps that
-`torch.compile` works in come on top and are told apart. All train the same decoder on the same tokens with AdamW (smolds
-also with Muon), in the same dtype; weights are as each initialises them.
+Run as `python -m smolds_dist.bench.contenders JSON`, or under torchrun for several ranks. A line "N" on standard input
+requests N steps; the answer is a line of JSON with their seconds and the peak of resident (CUDA: allocated) memory. Steps
+in which `torch.compile` runs are extra and reported separately. All train the same decoder on the same tokens with AdamW
+(smolds also with Muon), in the same dtype; each uses its own weight initialization.
 """
 
 import json
@@ -26,21 +26,21 @@ from smolds_dist.settings import RunConfig
 
 @dataclass
 class Task:
-    """What every contender gets."""
+    """Input of every contender."""
 
     contender: str  # a key of CONTENDERS
     preset: str
     vocab_size: int
-    sequences: int  # of a step and rank
+    sequences: int  # per step and rank
     seq_len: int
     dtype: str  # fp32 or bf16
     device: str
-    # Of transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; of smolds: "" or "compile".
+    # transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; smolds: "" or "compile".
     variant: str = ""
-    settings: tuple[str, ...] = ()  # that change the preset
+    settings: tuple[str, ...] = ()  # that override the preset's
 
     def batch(self) -> Tensor:
-        """The same token ids [sequences, seq_len] every time: speed does not depend on them, balance hardly."""
+        """Return the same token ids [sequences, seq_len] in every call: speed does not depend on them, balance hardly."""
         generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
         ids = torch.randint(0, self.vocab_size, (self.sequences, self.seq_len), generator=generator)
         return ids.to(self.device)
@@ -51,16 +51,16 @@ class Task:
         return DeepSeekV3Config(**self.config().model.architecture() | {"vocab_size": self.vocab_size})
 
     def config(self, *more: str) -> RunConfig:
-        # Of several ranks, what sharing the experts costs is to be seen.
+        # Several ranks always use expert parallelism, so that its cost is measured.
         given = ["--preset", self.preset, "--parallel.expert=max", *self.settings, *more]
         return load_config(given, benchmark=True)
 
 
 class Gate:
-    """Lets steps through as they are asked for, and times them.
+    """Run the requested number of steps and time them.
 
-    A step in which something was compiled is left out, and another is taken in its place: shapes that change, such as the
-    number of an expert's tokens, are compiled anew until none is new.
+    A step that compiled something is replaced by another: changing shapes, such as an expert's number of tokens, recompile
+    until none is new.
     """
 
     def __init__(self, task: Task, answers: TextIO):
@@ -70,11 +70,11 @@ class Gate:
         self._seconds: list[float] = []
         self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self._main = os.environ.get("RANK", "0") == "0"
-        self.notes: list[Any] = []  # what a contender wants to tell of its steps
-        self._compiling: list[float] = []  # seconds of the steps that are left out
+        self.notes: list[Any] = []  # a contender's own results
+        self._compiling: list[float] = []  # seconds of steps that compiled
 
     def before(self) -> None:
-        """Before a step; ends the process where no more are asked for."""
+        """Start timing a step; exit the process if no more are requested."""
         if not self._left:
             self._left = self._asked()
         self._compiled = compiled_frames()
@@ -115,8 +115,8 @@ class Gate:
 
 
 def compiled_frames() -> int:
-    """How many functions `torch.compile` has compiled in this process, those that were compiled anew counted again."""
-    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # nobody has compiled anything before it is imported
+    """Return the number of frames that `torch.compile` has compiled in this process, with recompilations."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # nothing was compiled before its import
     return dynamo.counters["frames"]["total"] if dynamo else 0
 
 
@@ -128,8 +128,8 @@ def repeat(gate: Gate, step: Callable[[], object]) -> None:
 
 
 def smolds_engine(task: Task) -> tuple[Any, Any, Any]:
-    """Our model in its engine, plain PyTorch in one process, DeepSpeed with sharded experts in several; its balancer, and
-    its topology."""
+    """Return our model in its engine (plain PyTorch in one process, DeepSpeed with expert parallelism in several), its
+    balancer and its topology."""
     from smolds_dist.model import DeepSeekV3ForCausalLM
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.make_engine import make_engine
@@ -151,7 +151,7 @@ def smolds_engine(task: Task) -> tuple[Any, Any, Any]:
 
 
 def smolds(task: Task, gate: Gate) -> None:
-    """Our model and engine."""
+    """Train our model in its engine."""
     from smolds_dist.training.compiling import try_to_compile
 
     engine, balancer, topology = smolds_engine(task)
@@ -162,7 +162,7 @@ def smolds(task: Task, gate: Gate) -> None:
 
 
 def smolds_step(engine: Any, balancer: Any, ids: Tensor) -> None:
-    """A step of training on a micro batch `ids` [sequences, tokens]."""
+    """Run a training step on a micro batch `ids` [sequences, tokens]."""
     with balancer.counting():
         loss = engine.forward(ids, ids)
     engine.backward(loss)
@@ -171,7 +171,7 @@ def smolds_step(engine: Any, balancer: Any, ids: Tensor) -> None:
 
 
 def transformers_model(task: Task) -> tuple[Any, str, bool]:
-    """`Ernie4_5_MoeForCausalLM` of the same shape with the variant's experts; its precision; and whether it is compiled."""
+    """Return `Ernie4_5_MoeForCausalLM` of the same shape with the variant's experts, its precision, and True if compiled."""
     from transformers import Ernie4_5_MoeForCausalLM
 
     from smolds_dist.interchange.transformers_format import transformers_config
@@ -186,7 +186,7 @@ def transformers_model(task: Task) -> tuple[Any, str, bool]:
 
 
 def plain_step(model: nn.Module, task: Task, precision: str, loss_of: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Forward, backward, clip and AdamW, as one would write it down."""
+    """Return a plain PyTorch step: forward, backward, clip and AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = task.batch()
 
@@ -202,7 +202,7 @@ def plain_step(model: nn.Module, task: Task, precision: str, loss_of: Callable[[
 
 
 def transformers_loop(task: Task, gate: Gate) -> None:
-    """transformers' model in a plain loop."""
+    """Train transformers' model in a plain loop."""
     model, precision, compiles = transformers_model(task)
     forward = torch.compile(model) if compiles else model
     step = plain_step(model, task, precision, lambda ids: forward(input_ids=ids, labels=ids, use_cache=False).loss)
@@ -210,7 +210,7 @@ def transformers_loop(task: Task, gate: Gate) -> None:
 
 
 def transformers_trainer(task: Task, gate: Gate) -> None:
-    """transformers' model under its own Trainer."""
+    """Train transformers' model under its Trainer."""
     import tempfile
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -236,7 +236,7 @@ def transformers_trainer(task: Task, gate: Gate) -> None:
 
 
 class MaskedExperts(nn.Module):
-    """The mixture as a first version has it: for every expert, the tokens that chose it, by a mask."""
+    """Straightforward mixture of experts: a loop over experts that selects each one's tokens by a mask."""
 
     def __init__(self, m: Any):
         super().__init__()
@@ -267,7 +267,7 @@ class SwiGLU(nn.Module):
 
 
 def decoder_with(task: Task, make_mixture: Callable[[Any], nn.Module]) -> nn.Module:
-    """Our decoder with another mixture of experts, made from its configuration."""
+    """Return our decoder with another mixture of experts, built from its configuration."""
     from smolds_dist.model import DeepSeekV3ForCausalLM
 
     torch.manual_seed(0)
@@ -284,13 +284,13 @@ def full_logits_loss(model: Any, ids: Tensor) -> Tensor:
 
 
 def masked_loop(task: Task, gate: Gate) -> None:
-    """A straightforward reference: an expert loop with masks."""
+    """Train a straightforward reference: an expert loop with masks."""
     model = decoder_with(task, MaskedExperts)
     repeat(gate, plain_step(model, task, task.variant, partial(full_logits_loss, model)))
 
 
 def deepspeed_moe(task: Task, gate: Gate) -> None:
-    """DeepSpeed's stock `deepspeed.moe.layer.MoE` in the same decoder, on its engine; no token is dropped."""
+    """Train the same decoder with DeepSpeed's `deepspeed.moe.layer.MoE`, on its engine, without dropping tokens."""
     import deepspeed
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -344,8 +344,8 @@ CONTENDERS: dict[str, Callable[[Task, Gate], None]] = {
 
 
 def answer(contenders: dict[str, Callable[[Task, Gate], None]]) -> None:
-    """Takes steps of the contender that this process's argument names. Only answers go to standard output, whatever the
-    libraries print."""
+    """Run the contender that this process's argument names. Only answers go to standard output; libraries' output goes to
+    standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     task = Task(**json.loads(sys.argv[1]))

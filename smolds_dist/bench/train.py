@@ -1,8 +1,8 @@
-"""`smolds bench train`: tokens per second of a training step, against what a user would pick instead.
+"""`smolds bench train`: compare the tokens/s of a training step with the alternatives'.
 
-Contenders (`bench.contenders`) take turns: in each round every one starts anew, warms up, and takes some steps. Of
-transformers' ways to compute the experts and precisions, with and without `torch.compile`, the fastest in a trial takes
-part; compilation itself does not count. Muon has a row of its own.
+Contenders (`bench.contenders`) take turns: in each round every one starts a new process, warms up, and runs some steps. Of
+transformers' experts implementations and precisions, with and without `torch.compile`, the fastest in a trial takes part;
+compile time does not count. Muon has its own row.
 """
 
 import argparse
@@ -22,58 +22,56 @@ from typing import Any
 
 import torch
 
-from smolds_dist.bench.common import add_dtype, bench_parser, keep, parse
+from smolds_dist.bench.common import add_dtype, bench_parser, parse, write_result
 from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.topology import available_cores
 
-# Not batched_mm: it gathers a weight for every row, 13 GB for a training batch.
+# Not batched_mm, which gathers a weight for every row: 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
 OTHER_COMMIT = "smolds, --against"
-LONGEST = 900  # seconds until an answer that does not come counts as a failure
+LONGEST = 900  # timeout of a contender, in seconds
 
 
 def bench(args: list[str]) -> None:
-    """`smolds bench train`: measures, prints a table and, with --json, writes all numbers.
+    """Run `smolds bench train`: measure, print a table and, with --json, write all numbers.
 
     Raises:
-        ConfigError: for another benchmark, or options that are none.
+        ConfigError: for an unknown benchmark or option.
     """
     name, *args = args if args and args[0] not in ("-h", "--help") else ["train", "--help"]
     if name != "train":
         raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
     parser = bench_parser("smolds bench train", __doc__)
-    parser.add_argument("--sequences", type=int, default=4, help="of a step, all ranks together")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences per step over all ranks")
     add_dtype(parser)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--steps", type=int, default=3, help="of a turn, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, with one turn per contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps per turn, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS), help="contenders")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="of smolds; several share the experts")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="ranks of smolds; several shard the experts")
     parser.add_argument(
-        "--optimizers", nargs="+", choices=("adamw", "muon"), default=("adamw", "muon"), help="of smolds in one process"
+        "--optimizers", nargs="+", choices=("adamw", "muon"), default=("adamw", "muon"), help="smolds in one process"
     )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
-    parser.add_argument(
-        "--against", type=Path, help="a checkout of another commit, whose step of smolds takes turns with this one's"
-    )
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile, which takes minutes")
+    parser.add_argument("--against", type=Path, help="checkout of another commit of smolds to compare with")
     options, settings = parse(parser, args)
     if any(one.startswith("--train.optimizer") for one in settings):
-        raise ConfigError("--train.optimizer is told by --optimizers here; use that.")
+        raise ConfigError("--train.optimizer is not an option of smolds bench train; use --optimizers.")
     if any(options.sequences % ranks for ranks in options.ranks):
         raise ConfigError(f"--ranks {options.ranks} does not divide --sequences {options.sequences}; choose divisors.")
     if options.against and not (options.against / "smolds_dist" / "bench" / "contenders.py").is_file():
         raise ConfigError(
-            f"--against {options.against} is no checkout of smolds; make one, such as by `git worktree add FOLDER COMMIT`."
+            f"--against {options.against} is not a checkout of smolds; create one by `git worktree add FOLDER COMMIT`."
         )
     result = measure(options, settings)
-    keep(options, result)
+    write_result(options, result)
     print(table(result))
 
 
 def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
-    """What all contenders get."""
+    """Return the task of all contenders."""
     config = load_config(["--preset", options.preset, *settings], benchmark=True)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     vocabulary, length = with_vocabulary(config).vocab_size, config.data.seq_len
@@ -83,7 +81,7 @@ def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
 
 
 def describe_machine(task: Task) -> dict[str, Any]:
-    """What a result holds for."""
+    """Return the machine, versions and settings of a result."""
     from smolds_dist.training.build import package_versions
 
     return {
@@ -97,13 +95,13 @@ def describe_machine(task: Task) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
-    """All contenders' seconds by round, and what follows from them."""
+    """Measure all contenders, round by round."""
     from smolds_dist.costs.flops import flops_per_token, largest_products
     from smolds_dist.training.clock import matrix_product_peak
 
     task = make_task(options, settings)
     if task.config().model.force_uniform_routing and options.only != ["smolds"]:
-        raise ConfigError("--model.force_uniform_routing is smolds' alone; add --only smolds.")
+        raise ConfigError("--model.force_uniform_routing is supported by smolds only; add --only smolds.")
     chosen = smolds_variants(task, options) if "smolds" in options.only else {}
     trials: dict[str, float] = {}
     for contender in ("transformers", "trainer", "deepspeed", "masked"):
@@ -121,7 +119,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     for number in range(options.rounds):
         peaks.append(matrix_product_peak(torch.device(task.device), dtype, 0.5, shapes))
         for name, (wanted, ranks) in chosen.items():
-            log(f"round {number + 1} of {options.rounds}: {name}")
+            log(f"round {number + 1}/{options.rounds}: {name}")
             checkout = options.against if name == OTHER_COMMIT else None
             turns[name].append(run_trial(wanted, options.steps, ranks, checkout))
     peak = median(peaks)
@@ -134,7 +132,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
             "tokens_per_s": median(rates),
             "by_round": rates,
             "memory_gb": max(answer["memory"] for answer in answers) / 1e9,
-            "flops_utilisation": median(rates) * flops / peak,
+            "flops_utilization": median(rates) * flops / peak,
             "compile_seconds": median(sum(answer.get("compiling", ())) for answer in answers),
         }
     return describe_machine(task) | {
@@ -147,7 +145,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
 
 
 def smolds_variants(task: Task, options: argparse.Namespace) -> dict[str, tuple[Task, int]]:
-    """smolds' own rows, each with its number of ranks; the first is what ratios are of."""
+    """Return smolds' own rows, each with its number of ranks; ratios compare with the first."""
     ways = {}
     if 1 in options.ranks:
         for optimizer in options.optimizers:
@@ -168,7 +166,7 @@ def smolds_variants(task: Task, options: argparse.Namespace) -> dict[str, tuple[
 
 
 def variants_of(task: Task, trials: dict[str, float], modes: Sequence[str]) -> list[str]:
-    """What of a peer is tried: precisions, and for transformers EXPERTS/PRECISION and a mode, "" or "/compile"."""
+    """Return a peer's variants to try: precisions, and for transformers EXPERTS/PRECISION with mode "" or "/compile"."""
     precisions = ("autocast", "bf16") if task.dtype == "bf16" else ("fp32",)
     if task.contender == "deepspeed":
         precisions = (task.dtype,)  # its engine's own bf16
@@ -189,7 +187,7 @@ def variants_of(task: Task, trials: dict[str, float], modes: Sequence[str]) -> l
 
 
 def best_variant(task: Task, trials: dict[str, float], modes: Sequence[str]) -> Task | None:
-    """The fastest variant of a peer in a trial of two steps; None where none runs here. Adds to `trials`."""
+    """Return a peer's fastest variant in a trial of two steps, or None if none runs here. Adds its tokens/s to `trials`."""
     rates = {}
     for variant in variants_of(task, trials, modes):
         log(f"trial of {task.contender} {variant}")
@@ -206,24 +204,24 @@ def best_variant(task: Task, trials: dict[str, float], modes: Sequence[str]) -> 
 def run_trial(
     task: Task, steps: int, ranks: int, checkout: Path | None = None, module: str = "smolds_dist.bench.contenders"
 ) -> dict[str, Any]:
-    """Starts a contender, lets it warm up for a step, and takes `steps`.
+    """Start a contender, run a warm-up step and `steps` steps, and return its answer.
 
     Args:
-        checkout: of another commit, whose code runs.
-        module: that takes the steps.
+        checkout: of another commit, to run its code.
+        module: that runs the steps.
 
     Raises:
-        ConfigError: where it fails, with the last thing that it said.
+        ConfigError: if it fails, with its last line of output.
     """
-    usual = asdict(Task("", "", 0, 0, 0, "", ""))
-    # An older commit may know no more.
-    settings = {name: value for name, value in asdict(task).items() if value != usual[name]}
+    defaults = asdict(Task("", "", 0, 0, 0, "", ""))
+    # An older commit may not know newer fields.
+    settings = {name: value for name, value in asdict(task).items() if value != defaults[name]}
     command = [sys.executable, "-m", module, json.dumps(settings)]
     environment = dict(os.environ)
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
-    # In the checkout, where -m looks first.
+    # In the checkout: -m imports from the working directory first.
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes, text=True, env=environment, cwd=checkout)
     assert process.stdin and process.stdout and process.stderr
@@ -254,25 +252,25 @@ def run_trial(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The contenders by speed, with the ratio of the first (smolds) to each."""
+    """Format the contenders as a table, with the ratio of the first (smolds) to each."""
     contenders = result["contenders"]
     lines = [
-        f"{result['preset']}, {result['dtype']}, {result['tokens_per_step']:,} tokens a step, on {result['machine']}; "
-        f"matrix products {result['matrix_product_peak'] / 1e9:,.0f} GFLOP/s",
-        f"{'':34}{'tokens/s':>10}{'smolds is':>26}{'memory':>10}{'FLOPs utilisation':>20}",
+        f"{result['preset']}, {result['dtype']}, {result['tokens_per_step']:,} tokens/step, on {result['machine']}; "
+        f"matmul peak {result['matrix_product_peak'] / 1e9:,.0f} GFLOP/s",
+        f"{'':34}{'tokens/s':>10}{'smolds speedup':>26}{'memory':>10}{'MFU':>8}",
     ]
     first = next(iter(contenders.values()))
     for name, one in contenders.items():
         ratios = [ours / theirs for ours, theirs in zip(first["by_round"], one["by_round"], strict=True)]
         ratio = f"{median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(
-            f"{name:34}{one['tokens_per_s']:>10,.0f}{ratio:>26}{one['memory_gb']:>7.2f} GB{one['flops_utilisation']:>20.1%}"
+            f"{name:34}{one['tokens_per_s']:>10,.0f}{ratio:>26}{one['memory_gb']:>7.2f} GB{one['flops_utilization']:>8.1%}"
         )
     return "\n".join(lines)
 
 
 def processor() -> str:
-    """The CPU's name, as Linux has it, and the widest vector instructions that PyTorch uses on it."""
+    """Return the CPU's name, as Linux reports it, and the widest vector instructions that PyTorch uses on it."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,1 +1,1 @@
-"""Checkpoints: files, writing, resuming, and the command for them."""
+"""Checkpoints: file format, writing, resuming, and `smolds checkpoint`."""

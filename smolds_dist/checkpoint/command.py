@@ -1,4 +1,4 @@
-"""`smolds checkpoint ls|verify|convert|rm RUN`: what a run has saved, whether it is whole, and what may go."""
+"""`smolds checkpoint ls|verify|convert|rm RUN`: list, verify, convert and remove a run's checkpoints."""
 
 import argparse
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from smolds_dist.inputs import printable
 
 
 def checkpoint(args: list[str]) -> int:
-    """Runs one of the commands; returns the exit code: 1 where `verify` finds damage."""
+    """Run one of the commands; return the exit code, 1 if `verify` finds damage."""
     options = _parse(args)
     folders = files.checkpoints_in(options.run / "checkpoints")
     if not folders:
-        raise ConfigError(f"{options.run} holds no checkpoint; name a run's folder, such as runs/NAME.")
+        raise ConfigError(f"{options.run} has no checkpoint; name a run's folder, such as runs/NAME.")
     if options.command == "ls":
         _list(folders)
     elif options.command == "verify":
@@ -38,15 +38,15 @@ def checkpoint(args: list[str]) -> int:
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="smolds checkpoint",
-        description="Lists, verifies, converts or removes a run's checkpoints.",
+        description="List, verify, convert or remove a run's checkpoints.",
         example="smolds checkpoint ls runs/first",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     texts = {
-        "ls": "what there is: step, age, size, layout, validation loss",
-        "verify": "read every file and compare it with the manifest",
-        "convert": "write one anew, with every tensor in one piece: to keep, to carry elsewhere, to resume from",
-        "rm": "remove checkpoints; the last whole one stays",
+        "ls": "list checkpoints: step, date, size, validation loss, layout",
+        "verify": "compare every file with the manifest",
+        "convert": "copy a checkpoint with every tensor in one piece, to archive, move or resume from",
+        "rm": "remove checkpoints, but never the last complete one",
     }
     more = {"convert": " --to runs/kept", "rm": " --step 100"}
     for name, text in texts.items():
@@ -54,15 +54,17 @@ def _parse(args: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text, example=example, allow_abbrev=False)
         command.add_argument("run", type=Path, help="a run's folder (runs/NAME)")
         if name in ("verify", "rm"):
-            command.add_argument("--step", type=int, nargs="+", help="which of them")
-        if name == "rm":
-            command.add_argument("--after", type=int, help="all of later steps")
-        if name == "convert":
-            command.add_argument("--step", type=int, help="which; the newest where not given")
             command.add_argument(
-                "--to", type=Path, required=True, help="folder of a run to write it to, such as runs/OTHER"
+                "--step", type=int, nargs="+", help="steps of the checkpoints (default for verify: all)"
             )
-            command.add_argument("--weights-only", action="store_true", help="leave the optimizer's state out")
+        if name == "rm":
+            command.add_argument("--after", type=int, help="remove all checkpoints after this step")
+        if name == "convert":
+            command.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+            command.add_argument(
+                "--to", type=Path, required=True, help="run folder to write the checkpoint to, such as runs/OTHER"
+            )
+            command.add_argument("--weights-only", action="store_true", help="omit the optimizer state")
     return parser.parse_args(args)
 
 
@@ -105,17 +107,17 @@ def _verify(folders: list[Path]) -> int:
             manifest = reader.manifest
             listed = {*manifest.files, "manifest.json", "manifest.json.sha256"}
             extra = sorted(path.name for path in folder.iterdir() if path.name not in listed)
-            note = f"; not part of it and never read: {', '.join(extra)}" if extra else ""
+            note = f"; ignored, not in the manifest: {', '.join(extra)}" if extra else ""
             counts = f"{len(manifest.files)} files, {len(manifest.tensors)} tensors"
             print(printable(f"{folder.name}  ok  {counts}{note}"))
     return 1 if damaged else 0
 
 
 def convert(folder: Path, run: Path, weights_only: bool) -> Path:
-    """Writes a checkpoint anew under `run`/checkpoints, every logical tensor in one piece, a gigabyte at a time.
+    """Copy a checkpoint to `run`/checkpoints with every logical tensor in one piece, a gigabyte at a time.
 
     Raises:
-        ConfigError: where the source is damaged or the target exists.
+        ConfigError: if the source is damaged or the target exists.
     """
     root = run / "checkpoints"
     if (root / folder.name).exists():
@@ -141,13 +143,13 @@ def _remove(run: Path, folders: list[Path], to_delete: list[Path]) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(f"{run} is being trained; wait for its end.") from None
+        raise ConfigError(f"{run} is in use by a training process; wait for its end.") from None
     with lock:
         left = [folder for folder in folders if folder not in to_delete]
         complete = [folder for folder in to_delete if not files.find_damage(folder, contents=False)]
         if complete and all(files.find_damage(folder) for folder in left):
             raise ConfigError(
-                f"{complete[0].name} is the last whole checkpoint of {run}; delete the folder yourself if you mean it."
+                f"{complete[0].name} is the last complete checkpoint of {run}; to remove it, delete its folder."
             )
         for folder in to_delete:
             files.remove(folder)

@@ -1,11 +1,11 @@
-"""The checkpoint's format: a folder of safetensors files and a manifest, whole or absent. Knows neither ranks nor engines.
+"""The checkpoint format: a folder of safetensors files and a manifest, complete or absent; independent of ranks and engines.
 
     step_00000180/
         rank_00000.safetensors ...  fragments of logical tensors (`parallel.fragments`), keys NAME:KIND:START
-        manifest.json               what the run was, every tensor's shape, every file's size and SHA-256
-        manifest.json.sha256        as `sha256sum` writes it
+        manifest.json               the run's settings, every tensor's shape, every file's size and SHA-256
+        manifest.json.sha256        in `sha256sum`'s format
 
-Nothing is pickled, nothing that the manifest does not list is read, and nothing is read before it has been verified.
+Nothing is pickled, files not in the manifest are never read, and every file is verified before it is read.
 """
 
 import contextlib
@@ -35,30 +35,30 @@ from smolds_dist.parallel.fragments import Fragment
 from smolds_dist.settings import RunConfig
 
 FIX = "restore it from a copy"
-# Of the run's settings, those without which nothing can be read
+# The settings required for reading
 _READ = (("train", "global_batch"), ("train", "steps"), ("data", "tokenizer"), ("model", "hidden_size"))
-FORMAT = 1  # raise it when the layout or the meaning of a file changes
+FORMAT = 1  # increase when the layout or the meaning of a file changes
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
-FILE_BYTES = 1_000_000_000  # of a converted checkpoint; also the memory that this takes
-RANDOM = "random."  # names of random states, which belong to a rank and not to the model
+FILE_BYTES = 1_000_000_000  # of a converted checkpoint; also the memory that converting takes
+RANDOM = "random."  # prefix of random states, which belong to a rank and not to the model
 _FILE_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that is not what was written; the message names the file."""
+    """A checkpoint differs from what was written; the message names the file."""
 
 
 @dataclass
 class FileEntry:
-    """What a manifest says of a file."""
+    """A manifest's entry for a file."""
 
     bytes: Count
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass
-class _Layout:  # what is read of a manifest's `topology`
+class _Layout:  # fields read from a manifest's `topology`
     world_size: Positive
     engine: str
     zero: Count
@@ -67,7 +67,7 @@ class _Layout:  # what is read of a manifest's `topology`
 
 
 @dataclass
-class _Data:  # what is read of a manifest's `data`
+class _Data:  # fields read from a manifest's `data`
     tokenizer: str = ""
     order: int = 0
     schedule: list[tuple[Count, dict[str, float]]] = field(default_factory=list)
@@ -77,14 +77,14 @@ class _Data:  # what is read of a manifest's `data`
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """A checkpoint's description."""
 
     step: Count
     created: str  # local time, ISO 8601
-    optimizer_steps: Count  # fewer than `step` where updates were skipped
+    optimizer_steps: Count  # fewer than `step` if updates were skipped
     skipped_samples: Count  # of the token order, by rollbacks
     rollbacks: Count
-    val_loss: float | None  # where this step was evaluated
+    val_loss: float | None  # if this step was evaluated
     config: dict[str, Any]
     topology: dict[str, Any]
     data: dict[str, Any]  # what the token order depends on
@@ -96,12 +96,12 @@ class Manifest:
 
     @property
     def samples(self) -> int:
-        """How many samples of the run's order lie behind it, those that rollbacks left out included."""
+        """Number of consumed samples of the run's order, including those skipped by rollbacks."""
         return self.skipped_samples + self.step * self.config["train"]["global_batch"]
 
     @property
     def layout(self) -> str:
-        """What wrote it, in words."""
+        """The layout that wrote it, for display."""
         at = self.topology
         ranks = "1 process" if at["world_size"] == 1 else f"{at['world_size']} ranks"
         engine = (
@@ -119,7 +119,7 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints_in(root: Path) -> list[Path]:
-    """The finished checkpoints of a run's `checkpoints` folder, newest first, damaged ones too."""
+    """Return the finished checkpoints in a run's `checkpoints` folder, newest first, including damaged ones."""
     found = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -128,15 +128,15 @@ def checkpoints_in(root: Path) -> list[Path]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes tensors of the CPU and returns the file's entry for the manifest, computed from what can be read back."""
+    """Write CPU tensors; return the file's manifest entry, computed from what can be read back."""
     save_file({name: tensor.numpy() for name, tensor in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors keeps its files to their owner; colleagues read checkpoints
+    path.chmod(0o644)  # safetensors makes files readable only by their owner
     _flush(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def batch_by_bytes(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in their order, so many at once as fit into `most` bytes; a larger one alone."""
+    """Yield tensors in order, in batches of up to `most` bytes; a larger tensor alone."""
     batch: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -152,7 +152,7 @@ def batch_by_bytes(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator
 def write_tensor_files(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES
 ) -> dict[str, dict[str, Any]]:
-    """Writes tensors into files of `file_bytes` and returns the manifest's entries."""
+    """Write tensors into files of up to `file_bytes`; return the manifest's entries."""
     files = {}
     for number, part in enumerate(batch_by_bytes(tensors, file_bytes)):
         name = f"part_{number:05}.safetensors"
@@ -161,7 +161,7 @@ def write_tensor_files(
 
 
 def finalize(unfinished: Path, manifest: Manifest) -> Path:
-    """Adds the manifest to a folder that holds all files, and gives it its name: from then on it counts."""
+    """Add the manifest to a folder with all files and rename it: from then on it counts as a checkpoint."""
     text = json.dumps(asdict(manifest), indent=1)
     (unfinished / MANIFEST).write_text(text, encoding="utf-8")
     (unfinished / DIGEST).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n")
@@ -183,7 +183,7 @@ def finalize(unfinished: Path, manifest: Manifest) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint; if that breaks off, what is left does not look like one."""
+    """Delete a checkpoint; if interrupted, the remains do not look like one."""
     to_delete = folder.with_name(f"removing_{folder.name}")
     shutil.rmtree(to_delete, ignore_errors=True)
     folder.rename(to_delete)
@@ -191,7 +191,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Deletes what a killed run left half written or half deleted."""
+    """Delete checkpoints that a killed run left partly written or partly deleted."""
     for pattern in ("unfinished_step_*", "removing_step_*", ".step_*.part"):
         for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -214,7 +214,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest, if it is what was written; raises a `DamagedCheckpointError` that names what is wrong with it."""
+    """Read and verify the manifest; raise a `DamagedCheckpointError` that names the damage."""
     try:
         content = read_bytes(path := folder / MANIFEST, FIX, JSON_BYTES)
         digest = read_bytes(folder / DIGEST, FIX, JSON_BYTES)
@@ -226,7 +226,7 @@ def read_manifest(folder: Path) -> Manifest:
         values = parse_json(content, path, FIX, dict[str, Any])
         if values.get("format") != FORMAT:
             found = printable(str(values.get("format"))[:40])
-            raise DamagedCheckpointError(f"{MANIFEST} has format {found}, this version reads format {FORMAT}")
+            raise DamagedCheckpointError(f"{MANIFEST} has format {found}, but this version reads format {FORMAT}")
         convert(values, Manifest, path, FIX)
         for name, kind in {"config": RunConfig, "topology": _Layout, "data": _Data}.items():
             convert(values[name], kind, path, FIX)
@@ -241,16 +241,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _damaged(folder: Path, error: ConfigError) -> DamagedCheckpointError:
-    """The gate's error as a line about a file of the folder."""
+    """Convert an input error to one about a file of the folder."""
     return DamagedCheckpointError(str(error).removeprefix(f"{folder}/").removesuffix(f"; {FIX}."))
 
 
 def find_damage(folder: Path, contents: bool = True, part: slice = slice(None)) -> list[str]:
-    """What is wrong with a checkpoint, a line for each file; nothing for a whole one.
+    """Return a checkpoint's damage, one line per file; empty for a complete one.
 
     Args:
         contents: compare the files' contents too, not only their sizes.
-        part: which of the files to look at, so that ranks can share the work.
+        part: the files to check, so that ranks can divide the work.
     """
     try:
         manifest = read_manifest(folder)
@@ -260,18 +260,18 @@ def find_damage(folder: Path, contents: bool = True, part: slice = slice(None)) 
     for name in sorted(manifest.files)[part]:
         path, entry = folder / name, manifest.files[name]
         if not _FILE_NAME.fullmatch(name) or path.is_symlink():
-            damage.append(printable(f"{name} is not a file of the folder itself"))
+            damage.append(printable(f"{name} is not a regular file of the folder"))
         elif not path.is_file():
             damage.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
             damage.append(f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}")
         elif contents and _sha256(path) != entry["sha256"]:
-            damage.append(f"{name} is not what was written (SHA-256)")
+            damage.append(f"{name} differs from what was written (SHA-256)")
     return damage
 
 
 def manifests_of(root: Path) -> dict[Path, Manifest]:
-    """Of the checkpoints in a run's `checkpoints` folder that have a sound one, newest first."""
+    """Return the undamaged manifests in a run's `checkpoints` folder, newest first."""
     found = {}
     for folder in checkpoints_in(root):
         with contextlib.suppress(DamagedCheckpointError):
@@ -280,7 +280,7 @@ def manifests_of(root: Path) -> dict[Path, Manifest]:
 
 
 def best_checkpoint(manifests: dict[Path, Manifest]) -> Path | None:
-    """The checkpoint with the lowest validation loss; None where none was evaluated."""
+    """Return the checkpoint with the lowest validation loss; None if none was evaluated."""
     losses = {folder: m.val_loss for folder, m in manifests.items() if m.val_loss is not None}
     return min(losses, key=lambda folder: losses[folder], default=None)
 
@@ -296,10 +296,10 @@ class _StoredSlice(NamedTuple):
 
 
 class CheckpointReader:
-    """Reads any range of any logical tensor from a verified checkpoint, whatever ranks wrote it. Files stay mapped.
+    """Reads any range of any logical tensor from a verified checkpoint of any layout. Files stay memory-mapped.
 
     Raises:
-        DamagedCheckpointError: where a file is none that a checkpoint can have.
+        DamagedCheckpointError: if a file cannot belong to a checkpoint.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -310,13 +310,15 @@ class CheckpointReader:
             try:
                 self._files[name] = safe_open(folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from None
+                raise DamagedCheckpointError(f"{name} is not a safetensors file ({error})") from None
         self._index: dict[str, dict[str, list[_StoredSlice]]] = defaultdict(lambda: defaultdict(list))
         for file_name, file in self._files.items():
-            for key in file.keys():  # noqa: SIM118  safe_open is no mapping
+            for key in file.keys():  # noqa: SIM118  safe_open is not a mapping
                 name, kind, start = (*key.rsplit(":", 2), "", "")[:3]
                 if not re.fullmatch(r"[0-9]{1,18}", start):
-                    raise DamagedCheckpointError(printable(f"{file_name} has a tensor {key}, which no checkpoint has"))
+                    raise DamagedCheckpointError(
+                        printable(f"{file_name} has a tensor {key}, which is not a checkpoint's")
+                    )
                 length = math.prod(file.get_slice(key).get_shape())
                 self._index[name][kind].append(_StoredSlice(int(start), length, file_name, key))
         for kinds in self._index.values():
@@ -324,22 +326,22 @@ class CheckpointReader:
                 pieces.sort()
 
     def kinds(self, name: str) -> set[str]:
-        """What is stored of a logical tensor: "value", and the optimizer's state such as "exp_avg"."""
+        """Return the stored kinds of a logical tensor: "value", and optimizer state such as "exp_avg"."""
         return set(self._index.get(name, ()))
 
     def check_coverage(self) -> None:
-        """Raises a `DamagedCheckpointError` naming the first logical tensor that is not there whole and once, in every kind
-        that is stored of it."""
+        """Raise a `DamagedCheckpointError` naming the first logical tensor with missing or repeated elements in a stored
+        kind."""
         for name, shape in self.manifest.tensors.items():
             if "value" not in self.kinds(name):
-                raise DamagedCheckpointError(f"{name} is not in it")
+                raise DamagedCheckpointError(f"{name} is missing")
             for kind, pieces in self._index[name].items():
                 *starts, end = accumulate((piece.length for piece in pieces), initial=0)
                 if end != math.prod(shape) or starts != [piece.start for piece in pieces]:
-                    raise DamagedCheckpointError(f"{kind} of {name} is not there whole and once")
+                    raise DamagedCheckpointError(f"{kind} of {name} has missing or repeated elements")
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
-        """Fills `out` [n] with elements [start, start + n); raises a `DamagedCheckpointError` where some are missing."""
+        """Fill `out` [n] with elements [start, start + n); raise a `DamagedCheckpointError` if some are missing."""
         pieces = self._index.get(name, {}).get(kind, [])
         done, end = start, start + len(out)
         at = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
@@ -352,34 +354,34 @@ class CheckpointReader:
                 out[first - start : last - start].copy_(part)
                 done = last
         if done != end:
-            raise DamagedCheckpointError(f"{kind} of {name} is not there from element {done}")
+            raise DamagedCheckpointError(f"{kind} of {name} is missing from element {done}")
 
     def fill(self, fragment: Fragment) -> None:
-        """Fills every kind of a fragment."""
+        """Fill every kind of a fragment."""
         for kind, tensor in fragment.tensors.items():
             self.read(fragment.name, kind, fragment.start, tensor)
 
     def stored(self, name: str) -> dict[str, Tensor]:
-        """By kind, what was stored in one piece under a name; nothing where there is none."""
+        """Return the tensors stored in one piece under a name, by kind; empty if there are none."""
         return {
             kind: self._files[pieces[0].file].get_tensor(pieces[0].key)
             for kind, pieces in self._index.get(name, {}).items()
         }
 
     def read_full(self, name: str, kind: str) -> Tensor:
-        """A logical tensor in its shape."""
+        """Return a full logical tensor in its shape."""
         out = torch.empty(self.manifest.tensors[name])
         self.read(name, kind, 0, out.view(-1))
         return out
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """What is not a parameter, by key: selection biases and random states."""
+        """Return all tensors that are not parameters, by key: selection biases, random states and data progress."""
         names = [name for name in self._index if name not in self.manifest.tensors]
         return {f"{name}:{kind}:0": tensor for name in names for kind, tensor in self.stored(name).items()}
 
 
 def read_all(folder: Path, part: slice = slice(None)) -> tuple[CheckpointReader | None, list[str]]:
-    """A reader of a checkpoint of which every file and tensor is there, or what is wrong with it, as `find_damage`."""
+    """Return a reader if every file and tensor is complete, else the damage, as from `find_damage`."""
     try:
         if damage := find_damage(folder, part=part):
             return None, damage
@@ -391,7 +393,7 @@ def read_all(folder: Path, part: slice = slice(None)) -> tuple[CheckpointReader 
 
 
 def open_verified(folder: Path) -> CheckpointReader:
-    """A reader of a checkpoint; raises a `ConfigError` for one that is not whole."""
+    """Return a checkpoint's reader; raise a `ConfigError` if it is damaged."""
     reader, damage = read_all(folder)
     if reader is None:
         raise ConfigError(f"{folder} is damaged: {damage[0]}; choose another --step.")

@@ -1,4 +1,4 @@
-"""Folders and files that are whole or absent."""
+"""Create folders and files atomically: complete or absent."""
 
 import contextlib
 import shutil
@@ -11,18 +11,18 @@ from smolds_dist.files import path_in_errors, temp_path
 
 
 def check_free(to: Path) -> None:
-    """Raises a `ConfigError` for a place that holds something."""
+    """Raise a `ConfigError` if the path exists and is not an empty folder."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to {to} exists; choose another, or remove it.")
 
 
 @contextmanager
 def new_folder(to: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes `to` if all goes well, and is removed otherwise; so are parents made for it.
+    """Yield a folder to fill, which becomes `to` on success; on failure it and new parents are removed.
 
     Raises:
-        ConfigError: if none can be made, or another process has made `to` meanwhile.
-        OSError: naming `to`, if there is no room.
+        ConfigError: if it cannot be created, or another process has created `to` in the meantime.
+        OSError: naming `to`, if the disk is full.
     """
     part = temp_path(to.with_name(f".{to.name}"))
     missing = [folder for folder in part.parents if not folder.exists()]
@@ -31,21 +31,21 @@ def new_folder(to: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[
             part.parent.mkdir(parents=True, exist_ok=True)
             make(part)
         except OSError as error:
-            raise ConfigError(f"--to {to} cannot be made ({error.strerror}); choose another place.") from None
+            raise ConfigError(f"--to {to} cannot be created ({error.strerror}); choose another folder.") from None
         with path_in_errors(to, part):
             yield part
-            if part.exists():  # else the block has given it its name
+            if part.exists():  # else the block has renamed it
                 check_free(to)
                 part.rename(to)
     finally:
         if part.is_file():
             part.unlink()
         shutil.rmtree(part, ignore_errors=True)
-        for folder in missing:  # from the innermost out, up to one that holds something
+        for folder in missing:  # from the innermost out, until one is not empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def new_file(to: Path) -> AbstractContextManager[Path]:
-    """As `new_folder`, for a file to write."""
+    """Yield a file to write, like `new_folder`."""
     return new_folder(to, Path.touch)

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint a run continues from, and the way of its tensors into any layout."""
+"""Resume: choose the checkpoint and load its tensors in any layout."""
 
 import re
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, saved_sources
 
-UNIQUE_TEXTS = "data.unique_texts"  # where a checkpoint keeps `data.batch.UniqueTexts`
+UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:
-    """The run's data, with the tokenizer of the checkpoint that it continues from, if it does; raises a `ConfigError` as
-    `check_resumable` and `prepare_data` do."""
+    """Prepare the run's data, with the resumed checkpoint's tokenizer, if any; raise a `ConfigError` like `check_resumable`
+    and `prepare_data`."""
     found = check_resumable(config)
     if found is None or found[1].weights_only:
         return prepare_data(config)
@@ -39,12 +39,12 @@ def prepare_resumed(config: RunConfig) -> TrainingData:
 
 
 def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
-    """Refuses, before any rank starts, a run that exists but is not to be resumed, or cannot be resumed like this.
+    """Reject, before any rank starts, an existing run without --checkpoint.resume or with incompatible settings.
 
-    Looks at manifests alone; contents are verified by `open_checkpoint`.
+    Reads only manifests; `open_checkpoint` verifies contents.
 
     Returns:
-        The checkpoint that it would continue from.
+        The checkpoint to resume from, if any.
 
     Raises:
         ConfigError: naming the setting and the fix.
@@ -79,7 +79,7 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
 
 
 def _candidates(config: RunConfig) -> list[Path]:
-    """The checkpoints that could be resumed from, best first."""
+    """Return the checkpoints to try to resume from, in order."""
     resume = config.checkpoint.resume
     if resume == "never":
         return []
@@ -95,14 +95,14 @@ def _candidates(config: RunConfig) -> list[Path]:
     if not requested.is_dir() or not re.fullmatch(r"step_\d+", requested.resolve().name):
         have = ", ".join(str(files.step_of(folder)) for folder in reversed(own)) or "none"
         raise ConfigError(
-            f"--checkpoint.resume {resume!r} is no checkpoint; give never, auto, a step of this run ({have}), or a "
+            f"--checkpoint.resume {resume!r} is not a checkpoint; use never, auto, a step of this run ({have}), or a "
             "folder such as runs/NAME/checkpoints/step_00001000."
         )
     return [requested.resolve()]
 
 
 def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
-    """Refuses settings under which the run would not be the one that was interrupted. The layout may differ."""
+    """Reject settings that would change the interrupted run. The layout may differ."""
     saved = manifest.config
     kept: dict[str, Iterable[str]] = {"model": saved["model"]}
     if not manifest.weights_only:
@@ -112,14 +112,14 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
         )  # fmt: skip
         kept["train"] = ("seed", "global_batch", "optimizer")
     elif manifest.step:
-        raise ConfigError(f"{folder} holds weights without optimizer state; resume from a checkpoint that a run wrote.")
+        raise ConfigError(f"{folder} has weights without optimizer state; resume from a checkpoint that a run wrote.")
     for section, names in kept.items():
         for name in names:
             now = asdict(getattr(config, section))[name]
             saved_value = saved[section][name]
             if saved_value != now:
                 raise ConfigError(
-                    f"{folder} was written with --{section}.{name} {saved_value}, this run has {now}; "
+                    f"{folder} was written with --{section}.{name} {saved_value}, but this run has {now}; "
                     "resume with the same value, or start a new --run.name."
                 )
     if not manifest.weights_only:
@@ -127,48 +127,45 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
 
 
 def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
-    """What has been trained on must have come from the sources and in the shares that the settings say now.
-
-    Stages that begin later may be others.
-    """
+    """Reject settings whose sources or proportions differ from the checkpoint's up to its step; later stages may differ."""
     saved = saved_sources(manifest.config["data"])
     before = truncate_schedule(manifest.data["schedule"], manifest.samples)
     now = truncate_schedule(mixture_of(config).schedule(), manifest.samples)
-    advice = "resume with the same, let a stage begin at this step for what is new, or start a new --run.name"
+    advice = "resume with the same --data options, start a new stage at this step, or start a new --run.name"
     for name in names_in(before):
         old, new = saved[name], config.data.mixed.get(name)
         if new is None:
             raise ConfigError(
-                f"{folder} was trained on the source {name!r} ({old.source}), which this run lacks; {advice}."
+                f"{folder} was trained on the source {name!r} ({old.source}), which this run does not have; {advice}."
             )
         for setting in ("text_field", "split", "token_dtype"):
             if getattr(old, setting) != getattr(new, setting):
                 raise ConfigError(
-                    f"{folder} was trained with {setting} {getattr(old, setting)} of the source {name!r}, this run has "
-                    f"{getattr(new, setting)}; {advice}."
+                    f"{folder} was trained with {setting} {getattr(old, setting)} of the source {name!r}, but this run "
+                    f"has {getattr(new, setting)}; {advice}."
                 )
     if before != now:
         batch = config.train.global_batch
         raise ConfigError(
-            f"{folder} was trained on {format_schedule(before, batch)}; this run would have begun with "
+            f"{folder} was trained on {format_schedule(before, batch)}, but this run's settings are "
             f"{format_schedule(now, batch)}; {advice}."
         )
 
 
 def check_contents(reader: CheckpointReader, data: TrainingData) -> None:
-    """Refuses a source whose text has changed since it was trained on."""
+    """Reject a source whose text has changed since it was trained on."""
     saved, identity = reader.manifest.data, data.identity(reader.manifest.samples)
     if saved["tokenizer"] != identity["tokenizer"]:
-        raise ConfigError(f"{reader.folder} was trained with another tokenizer; give the one of that time.")
+        raise ConfigError(f"{reader.folder} was trained with another tokenizer; set --data.tokenizer to that one.")
     if reader.manifest.weights_only:
         return
     if saved["order"] != identity["order"]:
         raise ConfigError(
-            f"{reader.folder} was trained in version {saved['order']} of the sample order, this is version "
+            f"{reader.folder} was trained with version {saved['order']} of the sample order, but this run has version "
             f"{identity['order']}; start a new --run.name."
         )
     advice = (
-        "restore its files, name the new text as another source for a stage that begins now, or start a new --run.name"
+        "restore its files, add the new text as another source in a stage that begins now, or start a new --run.name"
     )
     for name in names_in(truncate_schedule(saved["schedule"], reader.manifest.samples)):
         if saved["contents"][name] != identity["contents"][name]:
@@ -178,37 +175,37 @@ def check_contents(reader: CheckpointReader, data: TrainingData) -> None:
 
 
 def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = None) -> CheckpointReader | None:
-    """The newest whole checkpoint to continue from, or None for a new run. Collective: ranks share the verification.
+    """Open the newest complete checkpoint to resume from; None for a new run. Collective: ranks divide the verification.
 
     Args:
-        before: only a checkpoint of an earlier step than this one, of this run.
+        before: consider only this run's checkpoints of steps before this one.
 
     Raises:
-        ConfigError: where there are checkpoints but none is whole, or the one asked for is not.
+        ConfigError: if there are checkpoints but none is complete, or the requested one is not.
     """
     candidates = _candidates(config)
     if before is not None:
         candidates = [f for f in files.checkpoints_in(config.run_dir / "checkpoints") if files.step_of(f) < before]
-    passed_over = []
+    skipped = []
     for folder in candidates:
         reader, damage = _verified(folder, topology)
         if reader:
             if before is None:
                 _check_compatible(config, folder, reader.manifest)
             return reader
-        passed_over.append(f"{folder} is damaged: {damage}")
+        skipped.append(f"{folder} is damaged: {damage}")
         if topology.rank == 0:
-            print(f"{passed_over[-1]}; it is not used.")
-    if passed_over and before is None:
+            print(f"{skipped[-1]}; skipped.")
+    if skipped and before is None:
         raise ConfigError(
-            f"no checkpoint of {config.run_dir} is whole ({'; '.join(passed_over)}); restore one from a copy, or start a "
+            f"no checkpoint of {config.run_dir} is complete ({'; '.join(skipped)}); restore one from a copy, or start a "
             "new --run.name."
         )
     return None
 
 
 def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None, str]:
-    """A reader of a whole checkpoint, or what is wrong with it, on all ranks alike. Every rank reads its share of files."""
+    """Return a complete checkpoint's reader, or the damage, the same on all ranks. Ranks divide the files."""
     reader, damage = files.read_all(folder, slice(topology.rank, None, topology.world_size))
     found = [damage] * topology.world_size
     if topology.world_size > 1:
@@ -219,18 +216,18 @@ def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None
 
 @torch.no_grad()
 def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> TrainState:
-    """Puts optimizer state, selection biases and random states where this layout keeps them, and says how far it was.
+    """Load optimizer state, selection biases and random states in this layout; return the run's progress.
 
-    Weights are the engine's already: it was made with `reader.fill`.
+    The engine already has the weights, filled by `reader.fill`.
     """
     manifest = reader.manifest
-    if manifest.optimizer_steps:  # else there are weights alone
+    if manifest.optimizer_steps:  # else there are only weights
         engine.allocate_optimizer_state(lambda name: sorted(reader.kinds(name) - {"value"}), manifest.optimizer_steps)
         for fragment in engine.fragments():
             reader.fill(fragment.only(*fragment.tensors.keys() - {"value"}))
     for name, bias in balancer.named_biases().items():
         reader.read(name, "value", 0, bias)
-    # A rank that there was not before goes on with what it has.
+    # A rank new in this layout keeps its own states.
     states = reader.stored(f"{files.RANDOM}rank_{topology.rank:05}")
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])

@@ -1,7 +1,7 @@
-"""Saving: a run's checkpoints, written beside the training.
+"""Write a run's checkpoints in the background.
 
-Training stands still only while the state is copied to host memory. A thread of every rank then writes that rank's file;
-rank 0's waits for all, adds the manifest and gives the folder its name. Ranks need one file system for it.
+Training pauses only while the state is copied to host memory. Then a thread on every rank writes the rank's file; rank 0's
+thread waits for all files, adds the manifest and renames the folder. All ranks must share a file system.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
 
 @dataclass
 class TrainState:
-    """Where a run is, beyond its tensors."""
+    """A run's progress, in addition to its tensors."""
 
     step: int = 0
     skipped_samples: int = 0  # of the token order, by rollbacks
@@ -42,7 +42,7 @@ class TrainState:
 
 
 class PeerError(Exception):
-    """What another rank says of its part of a checkpoint."""
+    """Another rank's error about its file of a checkpoint."""
 
 
 class CheckpointWriter:
@@ -50,7 +50,7 @@ class CheckpointWriter:
 
     Args:
         tensors: shapes of all logical tensors of the model.
-        identity: what the tokens of the run's first samples depend on, by their number (`TrainingData.identity`).
+        identity: returns what the tokens of the run's first n samples depend on (`TrainingData.identity`).
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class CheckpointWriter:
         self.tensors = tensors
         self.identity = identity
         self.root = config.run_dir / "checkpoints"
-        self.staging: dict[str, Tensor] = {}  # where the state is copied to, the same memory each time
+        self.staging: dict[str, Tensor] = {}  # host buffers for the state, reused each time
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self.failed_step = 0
@@ -73,9 +73,9 @@ class CheckpointWriter:
             files.remove_leftovers(self.root)
 
     def prepare(self, engine: Engine) -> None:
-        """Makes the host memory in the background, once the optimizer has state.
+        """Allocate the host buffers in the background, once the optimizer has state.
 
-        The first use of fresh memory can take ten times as long as a copy into it.
+        The first use of new memory can take ten times as long as a copy into it.
         """
         if self.config.checkpoint.every and self.config.checkpoint.background:
             self._start(self._allocate_staging, self._state_tensors(engine, None))
@@ -98,11 +98,11 @@ class CheckpointWriter:
         extra: dict[str, Tensor] | None = None,
         wait: bool = False,
     ) -> None:
-        """Begins to write `checkpoints/step_N`, after the one before it is done. Collective.
+        """Start writing `checkpoints/step_N`, after the previous one is done. Collective.
 
         Args:
-            others: what this rank stores beside its share of the state, by key.
-            wait: come back when all of it is done.
+            extra: tensors that this rank stores in addition to its share of the state, by key.
+            wait: return only when the checkpoint is written.
         """
         self.wait()
         unfinished = self.root / f"unfinished_{files.checkpoint_name(state.step)}"
@@ -120,18 +120,18 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written any more."""
+        """Wait until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def failure(self) -> str | None:
-        """Why rank 0's last checkpoint was not written, the first time it is asked; other ranks' errors reach rank 0."""
+        """Return and clear the error of the last checkpoint; only rank 0 returns errors, including other ranks'."""
         error, self._error = self._error, None
         return error if self.topology.rank == 0 else None
 
     def _state_tensors(self, engine: Engine, balancer: Balancer | None) -> dict[str, Tensor]:
-        """This rank's share of the state by key: views of what training works on."""
+        """Return this rank's share of the state by key, as views of the training's tensors."""
         tensors: dict[str, Tensor] = {}
         for fragment in engine.fragments():
             share = fragment.share()
@@ -139,7 +139,7 @@ class CheckpointWriter:
                 tensors |= {f"{share.name}:{kind}:{share.start}": t for kind, t in share.tensors.items()}
         if self.topology.rank == 0 and balancer is not None:
             tensors |= {f"{name}:value:0": bias for name, bias in balancer.named_biases().items()}
-        # Training draws nothing from torch's generators once the model is made.
+        # Training does not use torch's generators once the model is built.
         states = {"cpu": torch.get_rng_state()}
         if self.topology.device == "cuda":
             states["cuda"] = torch.cuda.get_rng_state()
@@ -156,7 +156,7 @@ class CheckpointWriter:
         return {key: self.staging[key] for key in tensors}
 
     def _write(self, unfinished: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        """The background's work. Its outcome is the folder's name, or `failure()`."""
+        """Write a checkpoint in the background. On success the folder has its final name, else `failure()` has the error."""
         path = unfinished / f"rank_{self.topology.rank:05}.safetensors"
         entry = path.with_suffix(".json")
         try:
@@ -167,21 +167,21 @@ class CheckpointWriter:
                 manifest.files.update(self._collect_rank_files(unfinished))
                 CheckpointReader(unfinished, manifest).check_coverage()
                 self._prune(files.finalize(unfinished, manifest))
-        except Exception as error:  # whatever it was, the user must hear of it
+        except Exception as error:  # any error must be reported
             from_peer = isinstance(error, PeerError)
             self._error = str(error) if from_peer else f"rank {self.topology.rank}: {_reason(error)}"
             self.failed_step = manifest.step
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)  # makes room for the next line
+                path.unlink(missing_ok=True)  # frees space for the next line
                 replace_text(entry, json.dumps({"error": self._error}))
             if self.topology.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
     def _collect_rank_files(self, unfinished: Path) -> dict[str, dict[str, Any]]:
-        """Each rank's file with its entry, as soon as it is there.
+        """Wait for each rank's file and return the files' entries.
 
         Raises:
-            PeerError: where a rank could not write its own, or takes too long.
+            PeerError: if a rank could not write its file, or timed out.
         """
         entries = {}
         deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
@@ -189,7 +189,7 @@ class CheckpointWriter:
             path = unfinished / f"rank_{rank:05}.json"
             while not path.exists():
                 if time.monotonic() > deadline:
-                    raise PeerError(f"rank {rank} has not written its file, or to a folder that rank 0 does not see")
+                    raise PeerError(f"rank {rank} has not written its file, or to a folder that rank 0 cannot access")
                 time.sleep(0.02)
             entry = read_json(path, "save again", dict[str, Any])
             if "error" in entry:
@@ -200,9 +200,9 @@ class CheckpointWriter:
         return entries
 
     def _prune(self, newest: Path) -> None:
-        """Deletes the checkpoints that nothing asks for any more. The one just written is whole, so one always stays."""
+        """Delete checkpoints that no setting keeps. The one just written is complete, so one always stays."""
         settings = self.config.checkpoint
-        manifests = files.manifests_of(self.root)  # a person should look at the damaged ones
+        manifests = files.manifests_of(self.root)  # without damaged ones, left for the user to inspect
         kept = {newest, *list(manifests)[: settings.keep]}
         if settings.keep_every:
             kept |= {folder for folder in manifests if files.step_of(folder) % settings.keep_every == 0}
@@ -220,7 +220,7 @@ def new_manifest(
     tensors: dict[str, tuple[int, ...]],
     **extra: Any,
 ) -> Manifest:
-    """Of a checkpoint that is written now; `extra` are the rest of its fields."""
+    """Make the manifest of a new checkpoint; `extra` are its remaining fields."""
     return Manifest(
         **asdict(state),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -234,7 +234,7 @@ def new_manifest(
 
 
 def package_versions() -> dict[str, str]:
-    """Of Python and the packages that a run's numbers depend on."""
+    """Return the versions of Python and the packages that a run's numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -243,7 +243,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """Without the wrapping: "No space left on device"."""
+    """Return the system's message alone, such as "No space left on device"."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     match = re.search(r"I/O error: (.*?)(?: \(os error \d+\))?$", str(error))

@@ -1,4 +1,4 @@
-"""Formulas for what a layout needs and takes, from the configuration alone; topology and planner share them.
+"""Formulas for a layout's memory and time, from the configuration alone; topology and planner share them.
 
-Imports neither torch nor transformers: the launcher's "auto" settings rest on it.
+Imports neither torch nor transformers: the launcher's "auto" settings need it.
 """

@@ -1,21 +1,21 @@
-"""How much a token costs.
+"""FLOPs per token.
 
-All functions take the model's configuration, `settings.Model` with its vocabulary filled in or `DeepSeekV3Config`.
+All functions take the model's configuration: `settings.Model` with its vocabulary size set, or `DeepSeekV3Config`.
 """
 
 from typing import Any
 
-# Tokens whose logits exist at a time: `linear_cross_entropy`'s chunk.
+# Tokens whose logits exist at a time: the chunk size of `linear_cross_entropy`.
 LOGITS_CHUNK = 1024
 
 
 def layers_of(model: Any) -> tuple[int, int]:
-    """How many layers have one SwiGLU, and how many after these a mixture of experts."""
+    """Return the number of dense layers, with one SwiGLU, and of the mixture-of-experts layers after them."""
     return model.first_k_dense_replace, model.num_hidden_layers - model.first_k_dense_replace
 
 
-def product_weights(model: Any) -> tuple[int, int]:
-    """Weights that a token meets in matrix products: outside the routed experts, and in those that it chose."""
+def matmul_weights(model: Any) -> tuple[int, int]:
+    """Return the matmul weights that one token uses: outside the routed experts, and in its selected experts."""
     hidden = model.hidden_size
     expert = 3 * hidden * model.intermediate_size
     dense, mixtures = layers_of(model)
@@ -25,12 +25,12 @@ def product_weights(model: Any) -> tuple[int, int]:
 
 
 def attention_weights(model: Any) -> int:
-    """Of all layers' projections."""
+    """Return the number of weights in all layers' attention projections."""
     return model.num_hidden_layers * sum(rows * columns for rows, columns in attention_matrices(model))
 
 
 def attention_matrices(model: Any) -> list[tuple[int, int]]:
-    """Shapes of a layer's projections."""
+    """Return the shapes of a layer's attention projections."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     if model.attention != "latent":
         width, shared = heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -46,9 +46,9 @@ def attention_matrices(model: Any) -> list[tuple[int, int]]:
 
 
 def attention_flops(model: Any, seq_len: int) -> float:
-    """Of scores and their products with values, forward, for an average token.
+    """Return the forward FLOPs of attention scores and their matmul with values, for an average token.
 
-    2 x heads x (dimensions of a key + of a value) for each of the (seq_len + 1) / 2 keys that the causal mask leaves."""
+    2 x heads x (dimensions of a key + of a value) for each of the (seq_len + 1) / 2 unmasked keys."""
     if model.attention == "latent":
         dims = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     else:
@@ -57,20 +57,20 @@ def attention_flops(model: Any, seq_len: int) -> float:
 
 
 def flops_per_token(model: Any, seq_len: int) -> float:
-    """Floating-point operations that the model needs for one training token, of sequences of `seq_len` tokens.
+    """Return the model's training FLOPs per token, for sequences of `seq_len` tokens.
 
-    Two for every weight that a token meets in a matrix product, and those of attention; three times that, because the
-    backward pass needs twice the forward's (PaLM, arXiv 2204.02311, appendix B, which counts masked keys too). What is
-    computed again under activation checkpointing does not count, nor do norms and softmax.
+    Two for every matmul weight that a token uses, plus attention's; times three, because the backward pass needs twice the
+    forward's (PaLM, arXiv 2204.02311, appendix B, which counts masked keys too). Recomputation, norms and softmax do not
+    count.
     """
-    return 3 * (2 * sum(product_weights(model)) + attention_flops(model, seq_len))
+    return 3 * (2 * sum(matmul_weights(model)) + attention_flops(model, seq_len))
 
 
 def orthogonalization_flops(model: Any) -> tuple[float, float]:
-    """Of a step of Muon, which orthogonalises every matrix between hidden states: outside the experts, and of all experts.
+    """Return the FLOPs of a Muon step, which orthogonalizes every hidden matrix: outside the experts, and of all experts.
 
-    A round of Newton-Schulz is two products of a matrix [r, c], r <= c, with a Gram matrix, and one of two Gram matrices:
-    4 r^2 c + 2 r^3 (arXiv 2502.16982, section 2.1), five times over.
+    An iteration of Newton-Schulz is two matmuls of a matrix [r, c], r <= c, with a Gram matrix, and one of two Gram
+    matrices: 4 r^2 c + 2 r^3 (arXiv 2502.16982, section 2.1); a step has five.
     """
 
     def flops(*matrices: tuple[int, int]) -> float:
@@ -85,8 +85,8 @@ def orthogonalization_flops(model: Any) -> tuple[float, float]:
 
 
 def largest_products(model: Any, tokens: int) -> tuple[tuple[int, int, int], ...]:
-    """(M, K, N) of the products [M, K] x [K, N] that most of the model's FLOPs are in, for a forward pass over `tokens`: an
-    average expert's first, and the vocabulary's, which is made in chunks."""
+    """Return (M, K, N) of the matmuls [M, K] x [K, N] with most of the model's FLOPs, for a forward pass over `tokens`: an
+    average expert's first one, and a chunk of the LM head's."""
     rows = max(1, tokens * model.num_experts_per_tok // model.num_experts)
     hidden = model.hidden_size
     return (rows, hidden, 2 * model.intermediate_size), (min(tokens, LOGITS_CHUNK), hidden, model.vocab_size)

@@ -1,4 +1,4 @@
-"""Machines as data: `hardware.yaml`, and files of the same form that `smolds plan --calibrate` writes."""
+"""Hardware specs: `hardware.yaml`, and files of the same format that `smolds plan --calibrate` writes."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +17,15 @@ FILE = Path(__file__).with_name("hardware.yaml")
 
 @dataclass(frozen=True)
 class Link:
-    """Of one device, in one direction."""
+    """Link specs per device and direction."""
 
     bandwidth: Above0  # bytes/s
-    latency: From0  # seconds of an exchange with one peer
+    latency: From0  # seconds per exchange with one peer
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device and what connects it; the fields are explained in `hardware.yaml`."""
+    """One device type and its links; `hardware.yaml` explains the fields."""
 
     key: str
     name: str
@@ -37,27 +37,27 @@ class Hardware:
     link: Link
     fabric: Link
     host_link: Above0
-    utilisation: Above0
+    utilization: Above0
     overhead: From0
     process: From0
     failures: From0
     sources: tuple[str, ...] = ()
 
     def flops(self, dtype: str) -> float:
-        """FLOP/s of the model's matrix products.
+        """Return the FLOP/s that the model's matmuls reach.
 
         Raises:
-            ConfigError: for a dtype that the device does not multiply.
+            ConfigError: if the device has no peak for `dtype`.
         """
         if dtype not in self.peak:
-            raise ConfigError(f"{self.name} has no figure for {dtype}; use {' or '.join(self.peak)}.")
-        return self.peak[dtype] * self.utilisation
+            raise ConfigError(f"{self.name} has no peak for {dtype}; use {' or '.join(self.peak)}.")
+        return self.peak[dtype] * self.utilization
 
     def shared_by(self, ranks: int) -> "Hardware":
-        """What each of `ranks` on a node has: of a CPU, whose ranks share one machine, a part of everything."""
+        """Return the specs of each of `ranks` on a node: CPU ranks divide one machine."""
         if self.device != "cpu":
             return self
-        crowd = max(1.0, ranks / self.per_node)  # ranks that take turns on a core
+        crowd = max(1.0, ranks / self.per_node)  # ranks per core
         return replace(
             self,
             peak={dtype: peak / ranks for dtype, peak in self.peak.items()},
@@ -69,10 +69,10 @@ class Hardware:
 
 
 def load_hardware(name: str) -> Hardware:
-    """By its key in `hardware.yaml`, or from a file of one entry.
+    """Load the entry with this key in `hardware.yaml`, or a file of one entry.
 
     Raises:
-        ConfigError: where there is none, or the file is not of that form.
+        ConfigError: if there is neither, or the file's format is wrong.
     """
     path = Path(name)
     entries = yaml.safe_load(FILE.read_text(encoding="utf-8"))
@@ -83,15 +83,15 @@ def load_hardware(name: str) -> Hardware:
             )
         entries = read_yaml(path, "write it by `smolds plan --calibrate`", dict[str, dict[str, Any]])
         if len(entries) != 1:
-            raise ConfigError(f"{path} has not one entry of hardware; write it by `smolds plan --calibrate`.")
+            raise ConfigError(f"{path} has {len(entries)} entries, not one; write it by `smolds plan --calibrate`.")
         name = next(iter(entries))
     return parse_hardware(name, entries[name], path)
 
 
 def known_hardware(device_name: str) -> Hardware | None:
-    """By the name that PyTorch has for a GPU, such as NVIDIA H100 80GB HBM3, or "cpu", for which there are typical figures.
+    """Return the specs for PyTorch's name of a GPU, such as NVIDIA H100 80GB HBM3, or for "cpu" (typical values).
 
-    None where there are no figures: cards in a PCIe slot lack the links of their kind.
+    None if there are none: PCIe cards lack the links of their type.
     """
     keys = sorted(yaml.safe_load(FILE.read_text(encoding="utf-8")), key=len, reverse=True)
     name = device_name.lower()
@@ -100,9 +100,9 @@ def known_hardware(device_name: str) -> Hardware | None:
 
 
 def parse_hardware(key: str, entry: dict[str, Any], path: Path = FILE) -> Hardware:
-    """An entry of the YAML file.
+    """Parse an entry of the YAML file.
 
     Raises:
-        ConfigError: where something is missing or no number.
+        ConfigError: if a field is missing or not a number.
     """
     return convert(entry | {"key": key}, Hardware, path, "hardware.yaml in the package shows the form", strict=False)

@@ -1,4 +1,4 @@
-"""What memory and time depend on besides the model: how many ranks there are, and what each does in a step."""
+"""The layout of a step, on which memory and time depend in addition to the model: ranks, and the work of each."""
 
 import math
 from dataclasses import dataclass
@@ -8,73 +8,72 @@ from typing import Any
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import read_json
 
-DEEPSPEED_BUCKET = 500_000_000  # `reduce_bucket_size` where a file does not set it
+DEEPSPEED_BUCKET = 500_000_000  # DeepSpeed's default `reduce_bucket_size`
 
 
 @dataclass(frozen=True)
 class Layout:
     """One way to run a training step.
 
-    The fields from `tensor` on describe published runs that the planner is checked against; smolds has none of these, and
-    leaves them as they are.
+    The fields from `tensor` on describe published runs that the planner is compared with; smolds uses their defaults.
     """
 
     world: int
-    per_node: int  # ranks of a node
-    expert: int  # ranks that share one set of experts
+    per_node: int  # ranks per node
+    expert: int  # expert-parallel size
     zero: int
-    micro_batch: int  # sequences of a forward pass of one rank
-    accumulation: int  # forward passes of a step
+    micro_batch: int  # sequences per forward pass and rank
+    accumulation: int  # forward passes per step
     seq_len: int
-    dtype: str  # fp32 or bf16; of published runs also fp8
+    dtype: str  # fp32 or bf16; published runs: also fp8
     device: str = "cuda"
     engine: str = "deepspeed"
     recompute: str = "none"  # in the backward pass: none, attention, experts, selective or full
     optimizer: str = "adamw"
-    offload: bool = False  # the optimizer's state in the host's memory
-    copies: bool = False  # to host memory of what a checkpoint holds, which is written from there in the background
-    bucket: int | None = None  # numbers of one of DeepSpeed's buffers for gradients; None: what "auto" stands for
-    gradient_bytes: int = 0  # of a number as ranks add them up; 0: as wide as the weights
+    offload: bool = False  # optimizer state in host memory
+    copies: bool = False  # of checkpoint data, in host memory, for writing in the background
+    bucket: int | None = None  # elements per DeepSpeed gradient bucket; None: "auto"
+    gradient_bytes: int = 0  # per element in reductions; 0: as the weights
     tensor: int = 1
     pipeline: int = 1
-    interleave: int = 1  # virtual pipeline stages of a rank
-    once_per_node: bool = False  # a row travels to a node once, however many of its experts are there (DeepEP)
-    most_nodes: int = 0  # that a row's experts are on, where the router limits it; 0: any number
-    hides_all_to_all: bool = False  # behind another micro batch's products (DualPipe)
+    interleave: int = 1  # virtual pipeline stages per rank
+    once_per_node: bool = False  # a row is sent to a node once, for any number of its experts there (DeepEP)
+    most_nodes: int = 0  # router's limit on nodes per token; 0: none
+    hides_all_to_all: bool = False  # behind another micro batch's compute (DualPipe)
 
     @property
     def tokens(self) -> int:
-        """Of one forward pass of a rank."""
+        """Tokens per forward pass and rank."""
         return self.micro_batch * self.seq_len
 
     @property
     def replicas(self) -> int:
-        """Ranks that see different tokens."""
+        """Data-parallel ranks."""
         return self.world // (self.tensor * self.pipeline)
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks."""
+        """Tokens per step over all ranks."""
         return self.replicas * self.accumulation * self.tokens
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight or an activation."""
+        """Bytes per weight or activation."""
         return {"fp32": 4, "bf16": 2, "fp8": 2}[self.dtype]  # fp8 training keeps bf16 activations and weights
 
 
 def load_stretch(max_vio: float, num_experts: int, expert: int) -> float:
-    """How much longer than the mean the fullest rank's experts take, as a share.
+    """Return the relative excess of the most loaded rank's expert load over the mean.
 
-    With one expert on a rank it is MaxVio itself. Several even each other out: the mean of n drawn out of E without
-    replacement deviates by sqrt((E - n) / (n (E - 1))) of what one does; with all experts on a rank, nothing is left.
+    With one expert per rank it equals MaxVio. Several average out: the mean of n experts drawn out of E without replacement
+    deviates by sqrt((E - n) / (n (E - 1))) of one expert's deviation; 0 with all experts on a rank.
     """
     own = num_experts // expert
     return max_vio * math.sqrt((num_experts - own) / (own * (num_experts - 1))) if num_experts > 1 else 0.0
 
 
 def layout_of(config: Any, topology: Any) -> Layout:
-    """Of a `RunConfig` and its `Topology`."""
+    """Return the layout of a `RunConfig` and its `Topology`."""
     return Layout(
         world=topology.world_size,
         per_node=-(-topology.world_size // topology.nodes),
@@ -91,7 +90,7 @@ def layout_of(config: Any, topology: Any) -> Layout:
 
 
 def configured(config: Any) -> dict[str, Any]:
-    """The fields of a `Layout` that a `RunConfig` sets whatever the topology, and the DeepSpeed file of its own, if any."""
+    """Return the `Layout` fields that a `RunConfig` and its DeepSpeed file, if any, set for every topology."""
     fields = {
         "recompute": config.train.activation_checkpointing,
         "optimizer": config.train.optimizer,
@@ -100,7 +99,7 @@ def configured(config: Any) -> dict[str, Any]:
     if config.parallel.ds_config is None:
         return fields
     try:
-        read = read_json(Path(config.parallel.ds_config), "mend it", dict[str, Any])
+        read = read_json(Path(config.parallel.ds_config), "fix it", dict[str, Any])
         zero = read.get("zero_optimization", {})
         bucket = zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)
         return fields | {
@@ -108,4 +107,4 @@ def configured(config: Any) -> dict[str, Any]:
             "bucket": None if bucket == "auto" else int(bucket),
         }
     except (AttributeError, TypeError, ValueError, ConfigError):
-        return fields  # the training says what is wrong with the file
+        return fields  # training reports the file's error

@@ -1,4 +1,4 @@
-"""What a rank's memory holds, counted from the configuration; nothing is allocated.
+"""Memory per rank, estimated from the configuration; nothing is allocated.
 
 Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K experts per token, I expert width.
 """
@@ -6,47 +6,47 @@ Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K e
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of, product_weights
+from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of, matmul_weights
 from smolds_dist.costs.layout import Layout, load_stretch
 
-# Share of a device's memory that a plan may fill: estimates err, and others may use it too.
+# Fraction of a device's memory that a plan may use: estimates err, and other programs may use it too.
 MEMORY_SHARE = 0.9
-# Of what comes and goes in a step: an allocator keeps more than is in use, in pieces that fit nobody.
+# Fraction of a step's temporary memory that the allocator loses to fragmentation.
 FRAGMENTATION = 0.05
-# Gradients come while activations go. What of the smaller of both takes the other's place: on the CPU in one process in
-# plain PyTorch, while under DeepSpeed nothing does; on a GPU with both.
+# Gradients are allocated while activations are freed. Fraction of the smaller of both that reuses the other's memory: on the
+# CPU in one process in plain PyTorch (under DeepSpeed none), on a GPU with both engines.
 REUSED = 0.5
-# Numbers of one of DeepSpeed's buffers for gradients, what "auto" stands for as `reduce_bucket_size` in ds_configs. On CPUs
-# no gradient travels while others are computed: smaller buffers are no slower, and a step of 26 million parameters in two
-# ranks needs 1.2 instead of 1.5 GB, for what the heap takes from the buffers between two steps.
+# Elements per DeepSpeed gradient bucket: "auto" for `reduce_bucket_size` in ds_configs. On CPUs communication does not
+# overlap with compute: smaller buckets are no slower, and a step of 26 million parameters on two ranks needs 1.2 instead of
+# 1.5 GB, because the heap does not return the buckets' memory between steps.
 BUCKET = {"cpu": 4_000_000, "mps": 50_000_000, "cuda": 50_000_000}
-# Numbers of the weights that ZeRO 3 gathers ahead in one piece, `stage3_prefetch_bucket_size` in ds_configs.
+# Elements per ZeRO 3 weight prefetch, `stage3_prefetch_bucket_size` in ds_configs.
 PREFETCHED = 10_000_000
-# Numbers that ZeRO 3 steps at a time, each time with a copy of their gradients: `sub_group_size` in ds_configs.
+# Elements per ZeRO 3 optimizer sub-step, each with a copy of its gradients: `sub_group_size` in ds_configs.
 SUB_GROUP = 20_000_000
-# Of a process before there is a model, where nothing has been measured: Python's libraries, or CUDA's context and NCCL.
+# Bytes of a process without a model, if not measured: Python's libraries, or CUDA's context and NCCL.
 PROCESS_BYTES = {"cpu": 0.4e9, "mps": 1e9, "cuda": 1.5e9}
 CUBLAS_WORKSPACE = 67e6  # bytes, two of 32 MiB
-CPU_BF16_KERNELS = 90e6  # bytes that oneDNN compiles
-CPU_RANKS = 100e6  # bytes that gloo, its threads and the holes in the heap take, which grow for about twenty steps
+CPU_BF16_KERNELS = 90e6  # bytes of oneDNN's compiled kernels
+CPU_RANKS = 100e6  # bytes of gloo, its threads and heap fragmentation, which grows for about twenty steps
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Parameters outside and inside the routed experts of a `settings.Model` with its vocabulary filled in."""
+    """Return the parameters outside and inside the routed experts of a `settings.Model` with its vocabulary size set."""
     m = model
     if m.attention == "gqa":
         norms = m.head_dim * {None: 0, "head": 2, "all": m.num_attention_heads + m.num_key_value_heads}[m.qk_norm]
     else:
         norms = (m.q_lora_rank or 0) + m.kv_lora_rank
-    outside = product_weights(m)[0]  # the vocabulary once
+    outside = matmul_weights(m)[0]  # the vocabulary once
     outside += m.hidden_size + m.num_hidden_layers * (norms + 2 * m.hidden_size)
     untied = 0 if m.tie_word_embeddings else m.vocab_size * m.hidden_size
     return outside + untied, layers_of(m)[1] * m.num_experts * 3 * m.hidden_size * m.intermediate_size
 
 
 def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
-    """Of a rank without ZeRO, outside and inside the routed experts: parameters, ranks that hold the same, and how many of
-    these are in one node. DeepSpeed's expert groups are consecutive ranks."""
+    """Return, outside and inside the routed experts, a rank's parameters without ZeRO, their replicas, and replicas per
+    node. DeepSpeed's expert groups are consecutive ranks."""
     dense, experts = parameter_counts(model)
     shards = layout.tensor * layout.pipeline
     dense_near = max(1, layout.per_node // layout.tensor)
@@ -58,12 +58,12 @@ def rank_parameters(model: Any, layout: Layout) -> list[tuple[float, int, int]]:
 
 
 def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = "none") -> float:
-    """Numbers that the forward pass keeps for the backward pass, for one token and all layers together.
+    """Return the activation elements that the forward pass saves for the backward pass, per token over all layers.
 
     Args:
-        swiglu: numbers that SwiGLU keeps, in widths of an expert.
-        fuller: rows of the rank's experts over the mean rank's.
-        recompute: as `Layout.recompute`.
+        swiglu: elements that SwiGLU saves, in widths of an expert.
+        skew: rows of the rank's experts over the mean rank's.
+        recompute: as in `Layout.recompute`.
     """
     m = model
     H, K, width = m.hidden_size, m.num_experts_per_tok, m.intermediate_size
@@ -71,7 +71,7 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
     N, key, value = m.num_attention_heads, m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
     if recompute == "full":
         return m.num_hidden_layers * H
-    if recompute == "selective":  # results of products
+    if recompute == "selective":  # results of matmuls
         if m.attention == "latent":
             projected = (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim
             projected += N * (key + m.qk_nope_head_dim + 2 * value)
@@ -80,7 +80,7 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
         experts = m.num_experts + skew * K * (H + 2 * width)
         experts += (H + 2 * m.n_shared_experts * width) if m.n_shared_experts else 0
         feed_forward = mixtures * experts + dense * (H + 2 * (m.dense_intermediate_size or 0))
-        # A block's input, and what attention adds to it.
+        # A block's input, and attention's output.
         return m.num_hidden_layers * (2 * H + projected) + feed_forward
     if m.attention == "latent":
         attention = 2 * (m.q_lora_rank or 0) + 2 * m.kv_lora_rank + N * (2 * key + 3 * value)
@@ -91,7 +91,7 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
     experts = skew * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
     feed_forward = mixtures * experts + dense * 4 * (m.dense_intermediate_size or 0)
     if recompute == "attention":
-        return m.num_hidden_layers * 2 * H + feed_forward  # what goes into a block, and into its feed-forward layer
+        return m.num_hidden_layers * 2 * H + feed_forward  # a block's input, and its feed-forward layer's
     if recompute == "experts":
         feed_forward = 0
     return m.num_hidden_layers * (4 * H + attention) + feed_forward  # two norms' inputs and outputs
@@ -99,17 +99,17 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at the moment of a step when it holds most."""
+    """Peak bytes of a rank in a step."""
 
-    process: float  # before there is a model
+    process: float  # without a model
     weights: float
     gradients: float
     optimizer: float  # moments, and the fp32 copy of bf16 weights
     activations: float
-    logits: float  # of a chunk of tokens, and the vocabulary's gradient
-    buffers: float  # that DeepSpeed reduces, gathers and exchanges in
-    checkpoint: float  # its copy, where the device's memory is the host's
-    allowance: float  # for what the allocator cannot use again
+    logits: float  # of a chunk of tokens, and the LM head's gradient
+    buffers: float  # for reductions, gathers and all-to-all
+    checkpoint: float  # its copy, if the device's memory is the host's
+    allowance: float  # for fragmentation
 
     @property
     def total(self) -> float:
@@ -124,12 +124,12 @@ class Memory:
 
 
 def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float = 0.0) -> Memory:
-    """What the rank with the fullest experts needs.
+    """Return the memory of the rank with the most loaded experts.
 
     Args:
-        model: `settings.Model` with its vocabulary filled in.
-        process: bytes that the process has anyway, `Hardware.process`.
-        max_vio: the fullest expert's rows over the mean, minus 1.
+        model: `settings.Model` with its vocabulary size set.
+        process: bytes of the process without a model, `Hardware.process`.
+        max_vio: the most loaded expert's rows over the mean, minus 1.
     """
     weights, gradients, optimizer = state_bytes(model, layout)
     skew = 1 + load_stretch(max_vio, model.num_experts, layout.expert)
@@ -146,14 +146,14 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
 
 
 def gpu_gradient_bytes(model: Any, layout: Layout, activations: float) -> tuple[float, float]:
-    """What gradients add to a GPU's memory with all activations, and how much of it is not there yet during the loss.
+    """Return the bytes that gradients add to a GPU's peak with all activations, and the part allocated after the loss.
 
-    Memory is fullest at one of three moments: during the loss, with gradients that outlive a step or the micro batch before
-    and a chunk's logits; somewhere in the backward pass, where gradients and their buckets come, activations go and logits
-    have gone; in the step, with all gradients and no activations. On one H200 with one rank, both engines, ZeRO 0 to 3, fp32
-    and bf16, models of 120 and 330 million parameters, what a plan says was 0.93 to 1.04 of what was measured.
+    The peak is at one of three moments: in the loss, with gradients that outlive a step or a micro batch and a chunk's
+    logits; in the backward pass, which allocates gradients and buckets, frees activations and has freed the logits; in the
+    optimizer step, with all gradients and no activations. Planned memory was 0.93 to 1.04 of the measured on one H200 with
+    one rank, both engines, ZeRO 0 to 3, fp32 and bf16, models of 120 and 330 million parameters.
     """
-    kept = summed = whole = 0.0  # fp32 that outlives a step; fp32 that does not; as the backward pass leaves them
+    kept = summed = whole = 0.0  # fp32 that outlives a step; other fp32; in the backward pass's dtype
     for parameters, replicas, _ in rank_parameters(model, layout):
         fp32 = parameters * 4 / (replicas if layout.zero else 1)
         if layout.zero == 3 or (layout.zero == 1 and layout.element_bytes == 2) or layout.accumulation > 1:
@@ -162,7 +162,7 @@ def gpu_gradient_bytes(model: Any, layout: Layout, activations: float) -> tuple[
             summed += fp32
         if keeps_full_gradients(layout):
             whole += parameters * layout.element_bytes
-    # Without ZeRO, DeepSpeed makes bf16 gradients fp32 where the step begins.
+    # Without ZeRO, DeepSpeed casts bf16 gradients to fp32 at the start of the optimizer step.
     late = layout.engine == "deepspeed" and not layout.zero and layout.element_bytes == 2
     in_backward = whole if late else whole + summed
     in_backward -= REUSED * min(activations, in_backward)
@@ -171,16 +171,16 @@ def gpu_gradient_bytes(model: Any, layout: Layout, activations: float) -> tuple[
 
 
 def gpu_bucket_bytes(layout: Layout) -> float:
-    """Two buckets of gradients, one filled while the other travels."""
+    """Return the bytes of two gradient buckets: one is filled while the other is reduced."""
     return 2 * (layout.bucket or BUCKET["cuda"]) * layout.element_bytes if layout.zero in (1, 2) else 0.0
 
 
 def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
-    """Bytes of weights, gradients and optimizer state (ZeRO, arXiv 1910.02054, section 5).
+    """Return the bytes of weights, gradients and optimizer state (ZeRO, arXiv 1910.02054, section 5).
 
-    Per parameter: the weight; its gradient, fp32 where it is added up; for Adam two moments, for Muon one on matrices; in
-    bf16 also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too. ZeRO 1 cuts what the optimizer has over the
-    ranks that hold the same, 2 the gradients too, 3 all. Offloading leaves the optimizer's to the host.
+    Per parameter: the weight; its gradient, accumulated in fp32; for Adam two moments, for Muon one on matrices; in bf16
+    also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too. ZeRO 1 shards the optimizer state over the
+    replicas, 2 also the gradients, 3 all. Offloading moves the optimizer state to the host.
     """
     weight = layout.element_bytes
     moments = 8.0
@@ -200,10 +200,10 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
 
 
 def keeps_full_gradients(layout: Layout) -> bool:
-    """Whether gradients stay as the backward pass leaves them, beside those in fp32.
+    """Return True if the backward pass's full gradients are kept in addition to those accumulated in fp32.
 
-    ZeRO 2 and 3 let go of them bucket by bucket; measured on CPUs, their memory is not used again before the step's end. In
-    fp32 a GPU that shares nothing needs no second copy.
+    ZeRO 2 and 3 free them bucket by bucket; measured on CPUs, their memory is not reused before the step's end. In fp32 a
+    GPU without replicas needs no second copy.
     """
     if layout.device == "cuda" and layout.element_bytes == 4 and layout.replicas == 1:
         return False
@@ -212,10 +212,10 @@ def keeps_full_gradients(layout: Layout) -> bool:
 
 
 def activation_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
-    """Of what the forward pass keeps; and of what is computed again, one block's."""
+    """Return the bytes of saved activations, and of one block's recomputed ones."""
     tokens, width = layout.tokens, layout.element_bytes
-    # Our own function keeps gate and up. What DeepSpeed and grouped products leave to autograd keeps silu(gate), their
-    # product, or both.
+    # Our own function saves gate and up. Autograd, under DeepSpeed or with grouped matmuls, also saves silu(gate), its
+    # product with up, or both.
     if layout.device == "cpu" or (layout.engine == "local" and layout.dtype == "fp32"):
         swiglu = 2
     else:
@@ -231,9 +231,9 @@ def activation_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
 
 
 def logits_bytes(model: Any, layout: Layout) -> float:
-    """A chunk's logits, its gradient of the vocabulary's weight, and the sum of these in fp32, where there are several.
+    """Return the bytes of a chunk's logits, of its gradient of the LM head, and, with several chunks, of their fp32 sum.
 
-    A GPU computes a chunk's softmax in one go, in fp32, with one copy to work on; in bf16 the chunk before is still there.
+    A GPU computes a chunk's softmax at a time, in fp32, with one temporary copy; in bf16 the previous chunk is still alive.
     """
     chunk = min(LOGITS_CHUNK, layout.tokens)
     fp32 = 0 if layout.device == "cpu" else 4 if layout.element_bytes == 4 else 12
@@ -243,15 +243,15 @@ def logits_bytes(model: Any, layout: Layout) -> float:
 
 
 def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
-    """What tokens are exchanged in, what DeepSpeed's ZeRO reduces and gathers in, and what else libraries take.
+    """Return the bytes of all-to-all buffers, of ZeRO's reductions and gathers, and of libraries.
 
-    Two buckets of gradients, one filled while the other travels; an fp32 gradient of what is stepped at a time; with ZeRO 3
-    the gathered weights, of which DeepSpeed lets a billion live, and the piece that they are copied out of.
+    Two gradient buckets, one filled while the other is reduced; an fp32 gradient per optimizer sub-step; with ZeRO 3 the
+    gathered weights, of which DeepSpeed keeps up to a billion, and the prefetch buffer that they are copied from.
     """
     held = rank_parameters(model, layout)
     own = sum(parameters for parameters, _, _ in held)
     buffers = 0.0
-    if layout.expert > 1:  # rows as they are sent and as they come, of one layer
+    if layout.expert > 1:  # sent and received rows of one layer
         buffers += (1 + skew) * layout.tokens * model.num_experts_per_tok * model.hidden_size * layout.element_bytes
     if layout.device == "cpu":
         buffers += CPU_BF16_KERNELS if layout.element_bytes == 2 else 0.0
@@ -261,7 +261,7 @@ def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
     elif layout.zero:
         bucket: float = layout.bucket or BUCKET[layout.device]
         if layout.device == "cpu":
-            bucket = min(own, bucket)  # only what is written to is there
+            bucket = min(own, bucket)  # only written pages are resident
         slices = sum(parameters / replicas for parameters, replicas, _ in held)
         buffers += 2 * bucket * layout.element_bytes + 4 * (min(slices, SUB_GROUP) if layout.zero == 3 else slices)
     if layout.zero == 3 and layout.device == "cuda":  # one bucket, which outlives the step
@@ -272,12 +272,12 @@ def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
 
 
 def checkpoint_bytes(model: Any, layout: Layout) -> float:
-    """Of what a rank writes into a checkpoint: its share of fp32 weights and the optimizer's state."""
+    """Return the bytes that a rank writes into a checkpoint: its shard of fp32 weights and optimizer state."""
     return sum(parameters * 12 / replicas for parameters, replicas, _ in rank_parameters(model, layout))
 
 
 def with_vocabulary(config: Any) -> Any:
-    """A `RunConfig`'s model; where its vocabulary is the tokenizer's, with an estimate of it."""
+    """Return a `RunConfig`'s model with its vocabulary size set: an estimate, if it depends on the tokenizer."""
     trained = config.data.tokenizer == "train"
     vocabulary = config.model.vocab_size or (config.data.tokenizer_vocab_size if trained else 49_152)
     return replace(config.model, vocab_size=vocabulary)

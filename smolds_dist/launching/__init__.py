@@ -1,1 +1,1 @@
-"""How ranks are started, watched and ended, and whether a machine can."""
+"""Start, watch and stop ranks, and check the machine."""

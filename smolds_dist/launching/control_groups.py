@@ -1,4 +1,4 @@
-"""Linux's control groups of this process, which limit its memory and cores."""
+"""The Linux control groups (cgroups) that limit this process's memory and cores."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def control_groups(controller: str) -> Iterator[Path]:
-    """This process's control group and those above it, of version 2 and of version 1."""
+    """Yield the folders of this process's cgroup and its parents, for cgroup v2 and v1."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

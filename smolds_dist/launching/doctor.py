@@ -1,6 +1,6 @@
-"""`smolds doctor`: does this machine have what smolds needs? One line per check, each with what to do where it fails.
+"""`smolds doctor`: check that this machine can run smolds. One line per check, with a fix if it fails.
 
-Like its checks, it imports nothing but the standard library, so that it still speaks where the installation is broken.
+Like its checks, it imports only the standard library, so that it works in a broken installation.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from smolds_dist.launching.doctor_probes import PROBE_LIMITS, Probe, probe_args
 
 
 def doctor(args: list[str]) -> int:
-    """Prints the report; 1 where a check failed, else 0."""
+    """Print the report; return 1 if a check failed, else 0."""
     parser = OptionParser(
         prog="smolds doctor",
-        description="Checks this machine, one line per check; exit code 1 where one fails.",
+        description="Check this machine, one line per check; the exit code is 1 if a check fails.",
         example="smolds doctor --device cpu",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="what to train on")
-    parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device to train on")
+    parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
     options = parser.parse_args(args)
     failed = False
     with contextlib.ExitStack() as stack:
@@ -39,7 +39,7 @@ def doctor(args: list[str]) -> int:
 
 
 def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Finding]:
-    """All checks in order. Probes start first and together; the all-to-all runs alone, because it measures."""
+    """Run all checks in order. Probes start first, in parallel; the all-to-all runs alone because it is timed."""
 
     commands = {name: [sys.executable, *probe_args(name)] for name in ("torch", "deepspeed")}
     if not checks.is_offline():
@@ -71,15 +71,15 @@ def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Itera
 
 
 def _guarded(name: str, check: Callable[..., Iterator[Finding]], *args: Any) -> Iterator[Finding]:
-    """A check that breaks is a line of the report and not the end of it."""
+    """Run one check; if it raises, report that in one line and continue."""
     try:
         yield from check(*args)
     except Exception as error:
-        yield Finding("warn", name, f"the check itself broke ({type(error).__name__}: {error})", "report this")
+        yield Finding("warn", name, f"the check itself failed ({type(error).__name__}: {error})", "report this")
 
 
 def _redact(text: str) -> str:
-    """Blanks tokens and the credentials of URLs, should an error message repeat them."""
+    """Replace tokens and URL credentials, which an error message may contain, with `***`."""
     secrets = {os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
     for name, value in os.environ.items():
         match = re.match(r"(?:.*?://)?(.+)@", value)

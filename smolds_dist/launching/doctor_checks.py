@@ -1,7 +1,7 @@
 """The checks of `smolds doctor`.
 
-This module imports nothing but the standard library, so that it still speaks where the installation is broken. Whatever
-can hang or crash (importing torch or deepspeed, the network, MPI, the all-to-all) runs as a probe (`doctor_probes`).
+This module imports only the standard library, so that it works in a broken installation. Anything that can hang or
+crash (importing torch or deepspeed, the network, MPI, the all-to-all) runs as a probe (`doctor_probes`).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.doctor_probes import Probe, hub_endpoint, measure_all_to_all
 
 GB = 1e9
-# As `smolds launch --launcher mpi` starts ranks on a CPU
+# The options that `smolds launch --launcher mpi` uses on a CPU
 MPI_OPTIONS = ["--oversubscribe", *(["--allow-run-as-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
 
 
@@ -35,7 +35,7 @@ class Finding:
     level: str  # ok, warn or fail
     name: str
     detail: str
-    advice: str = ""  # what to do about it, where it is not ok
+    advice: str = ""  # the fix, if not ok
 
     def __str__(self) -> str:
         advice = f"; {self.advice}" if self.advice and self.level != "ok" else ""
@@ -43,7 +43,7 @@ class Finding:
 
 
 def _output(*command: str) -> str:
-    """Everything that a short command prints, "" where it is missing or hangs."""
+    """Return everything a short command prints, or "" if it is missing or hangs."""
     try:
         with Probe(list(command), 10) as probe:
             return probe.result()[1]
@@ -55,24 +55,24 @@ def _output(*command: str) -> str:
 
 
 def check_system() -> Iterator[Finding]:
-    """Python, cores and memory, as the process may use them and as a container's limits leave them."""
+    """Check Python, and the cores and memory that affinity and container limits leave."""
     python, system = platform.python_version(), f"{platform.system()} {platform.release()} {platform.machine()}"
     old = sys.version_info < (3, 11)
     yield Finding("fail" if old else "ok", "python", f"{python} on {system}", "use Python 3.11 or later")
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     text, quota = f"{cores} of {os.cpu_count()} cores usable", _core_quota() or cores
-    text += f", but the container grants the time of {quota:.3g}" if quota < cores else ""
-    advice = f"OMP_NUM_THREADS={max(1, int(quota))} for a single process keeps threads from waiting"
+    text += f", but the container's CPU quota is {quota:.3g} cores" if quota < cores else ""
+    advice = f"set OMP_NUM_THREADS={max(1, int(quota))} for a single process to avoid throttling"
     yield Finding("warn" if quota < cores else "ok", "cpu", text, advice)
 
     total, free = _memory() or (0.0, 2 * GB)
     text = f"{total / GB:.1f} GB, {free / GB:.1f} GB free" if total else "size unknown on this system"
-    yield Finding("warn" if free < 2 * GB else "ok", "memory", text, "end other programs")
+    yield Finding("warn" if free < 2 * GB else "ok", "memory", text, "close other programs")
 
 
 def _memory() -> tuple[float, float] | None:
-    """Total and free bytes; the smaller of the machine's and of the control group's."""
+    """Return total and free bytes: the smaller of the machine's and the cgroup's."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         sizes = {name: int(size.split()[0]) * 1024.0 for name, size in (line.split(":", 1) for line in lines)}
@@ -97,7 +97,7 @@ def _memory() -> tuple[float, float] | None:
 
 
 def _core_quota() -> float | None:
-    """Cores whose time the control group grants; None without a limit."""
+    """Return the cgroup's CPU quota in cores; None without a limit."""
     quotas = []
     for folder in control_groups("cpu"):
         with contextlib.suppress(OSError, ValueError):
@@ -110,7 +110,7 @@ def _core_quota() -> float | None:
 
 
 def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
-    """GPUs as torch sees them; a GPU that only the driver sees is the usual reason for a slow first run."""
+    """Check the GPUs that torch can use; one that only the driver detects is the usual cause of a slow first run."""
     driver = Path("/proc/driver/nvidia/gpus").is_dir()
     for index, gpu in enumerate(torch["gpus"]):
         text = f"{gpu['name']}, {gpu['total'] / GB:.0f} GB, {gpu['free'] / GB:.0f} GB free"
@@ -124,13 +124,13 @@ def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
         reason = f"torch is built for CUDA {torch['cuda']}" if torch.get("cuda") else "torch is built without CUDA"
         reason += f", CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else ""
         advice = "install the torch build for the driver (https://pytorch.org/get-started), or use --device cpu"
-        yield Finding("fail" if device == "cuda" else "warn", "gpu", f"none that torch can use: {reason}", advice)
+        yield Finding("fail" if device == "cuda" else "warn", "gpu", f"torch cannot use a GPU: {reason}", advice)
     elif torch["mps"]:
-        yield Finding("ok", "gpu", "Apple GPU (MPS), for one process")
+        yield Finding("ok", "gpu", "Apple GPU (MPS), one process only")
     elif device != "mps":
         yield Finding("ok", "gpu", "none; training runs on the CPU")
     if device == "mps" and not torch["mps"]:
-        yield Finding("fail", "gpu", "no Apple GPU that torch can use", "use --device cpu")
+        yield Finding("fail", "gpu", "torch cannot use an Apple GPU", "use --device cpu")
 
 
 # Software
@@ -144,16 +144,16 @@ def version_of(package: str) -> str | None:
 
 
 def check_versions() -> Iterator[Finding]:
-    """Every requirement of setup.cfg against what is installed."""
+    """Compare the installed packages with the requirements in setup.cfg."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        yield Finding("fail", "packaging", "not installed", "pip install -e . in smolds' folder installs everything")
+        yield Finding("fail", "packaging", "not installed", "run pip install -e . in smolds' folder")
         return
     try:
         lines = importlib.metadata.requires("smolds-dist") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding("warn", "smolds-dist", "not installed, so the versions it needs are unknown", "pip install -e .")
+        yield Finding("warn", "smolds-dist", "not installed, so required versions are unknown", "pip install -e .")
         return
     for requirement in map(Requirement, lines):
         if requirement.marker and not requirement.marker.evaluate({"extra": "mpi"}):
@@ -172,16 +172,16 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_deepspeed(probe: Probe) -> Iterator[Finding]:
-    """Whether `import deepspeed` works, which needs more than the package: it looks for the accelerator and CUDA."""
+    """Check `import deepspeed`, which looks for the accelerator and CUDA and so can fail when installed."""
     if version_of("deepspeed") is None:
-        return  # the versions say whether it should be here
+        return  # check_versions reports this
     seconds, error = probe.answer()
     advice = "see `python -c 'import deepspeed'`; one process trains without it"
     yield Finding("fail" if error else "ok", "deepspeed import", error or f"took {seconds:.1f} s", advice)
 
 
 def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Finding]:
-    """Which programs can start ranks from here. None but torchrun is needed, so a missing one is no problem."""
+    """Check the programs that can start ranks. Only torchrun is required, so a missing one is not a problem."""
     works = torch_works and version_of("deepspeed")
     yield Finding("ok", "torchrun", "works, as part of torch" if torch_works else "needs torch")
     yield Finding("ok", "deepspeed run", "works, as part of deepspeed" if works else "needs deepspeed")
@@ -191,14 +191,14 @@ def check_launchers(torch_works: bool, probes: dict[str, Probe]) -> Iterator[Fin
     if missing:
         yield Finding("ok", "pdsh, ssh", f"{missing[0]} not installed, needed only for deepspeed on several nodes")
     elif not re.search(r"rcmd modules:.*\bssh\b", modules := _output("pdsh", "-V")):
-        yield Finding("warn", "pdsh, ssh", "pdsh lacks its module for ssh", "build pdsh with ssh")
+        yield Finding("warn", "pdsh, ssh", "pdsh lacks its ssh module", "build pdsh with ssh")
     else:
         version = _output("ssh", "-V").split(",")[0].split(" ")[0]
         yield Finding("ok", "pdsh, ssh", f"{modules.splitlines()[0].split(' ')[0]}, {version}")
 
 
 def _mpirun(probe: Probe | None) -> Finding:
-    """Two real ranks, because an mpirun of another MPI than mpi4py's starts, and each rank believes to be alone."""
+    """Start two real ranks: if mpirun and mpi4py use different MPIs, ranks start but each has world size 1."""
     if not shutil.which("mpirun"):
         return Finding("ok", "mpirun", "not installed, needed only for the mpi launcher")
     version = next(iter(_output("mpirun", "--version").splitlines()), "unknown version")
@@ -209,7 +209,7 @@ def _mpirun(probe: Probe | None) -> Finding:
         return Finding("warn", "mpirun", f"{version}, but two ranks did not start: {error}", "use another launcher")
     if size != 2:
         advice = "pip install --force-reinstall --no-binary mpi4py mpi4py"
-        return Finding("warn", "mpirun", f"{version}, but mpi4py uses another MPI, so ranks stay alone", advice)
+        return Finding("warn", "mpirun", f"{version}, but mpi4py uses another MPI, so each rank runs alone", advice)
     return Finding("ok", "mpirun", f"works with mpi4py, {version}")
 
 
@@ -224,12 +224,12 @@ def _slurm(probe: Probe | None) -> Finding:
     if code == 0 and up:
         return Finding("ok", "srun, sbatch", f"{_output('srun', '--version')}, {up[0]}")
     reason = "no answer within 5 s" if code is None else (output.splitlines() or [f"exit code {code}"])[-1][:200]
-    advice = "start slurmctld or point SLURM_CONF to the cluster's file, if you want Slurm"
-    return Finding("warn", "srun, sbatch", f"installed, but no controller: {reason}", advice)
+    advice = "to use Slurm, start slurmctld or set SLURM_CONF to the cluster's file"
+    return Finding("warn", "srun, sbatch", f"installed, but the controller is unreachable: {reason}", advice)
 
 
 def check_compilers(cuda: bool) -> Iterator[Finding]:
-    """On CUDA, Triton needs a C compiler; on a CPU, torch.compile needs one of C++."""
+    """Check for the C compiler that Triton needs on CUDA, or the C++ compiler that torch.compile needs on a CPU."""
     wanted = (os.environ.get("CC") or "gcc cc clang") if cuda else (os.environ.get("CXX") or "g++ clang++")
     found = next((program for program in wanted.split() if shutil.which(program)), None)
     if found:
@@ -243,12 +243,12 @@ def check_compilers(cuda: bool) -> Iterator[Finding]:
 
 
 def check_all_to_all(backend: str) -> Iterator[Finding]:
-    """Two real ranks exchange tensors, as experts on different ranks do."""
+    """Run a real all-to-all between two ranks, as expert parallelism does."""
     where = "GPUs" if backend == "nccl" else "CPU processes"
     found, error = measure_all_to_all(backend)
     if found is None:
         variable = "NCCL_DEBUG=INFO" if backend == "nccl" else "GLOO_SOCKET_IFNAME=lo"
-        yield Finding("fail", "all-to-all", f"two ranks over {backend}: {error}", f"try again with {variable}")
+        yield Finding("fail", "all-to-all", f"two ranks over {backend}: {error}", f"retry with {variable}")
     else:
         speed = f"{found['latency'] * 1e6:.0f} us median latency, {found['bandwidth'] / GB:.2f} GB/s per rank"
         yield Finding("ok", "all-to-all", f"two {where} over {backend}: {speed}")
@@ -258,7 +258,7 @@ def check_all_to_all(backend: str) -> Iterator[Finding]:
 
 
 def check_folder(name: str, folder: Path) -> Iterator[Finding]:
-    """Room and right to write, tried at the nearest folder that exists: the check itself makes none."""
+    """Check free space and write permission at the nearest existing folder; create none."""
     folder = folder.absolute()
     nearest = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     try:
@@ -276,27 +276,27 @@ def check_folder(name: str, folder: Path) -> Iterator[Finding]:
 
 
 def check_hub(probe: Probe | None) -> Iterator[Finding]:
-    """Whether the Hub answers, and whether a token is set: never the token. Without a probe, offline by choice."""
+    """Check that the Hub answers and a token is set, without printing it. No probe: the user chose offline mode."""
     token = f"HF_TOKEN {'set' if os.environ.get('HF_TOKEN') else 'not set'}"
     if probe is None:
-        yield Finding("ok", "hub", f"offline by choice, {token}")
+        yield Finding("ok", "hub", f"offline mode is set, {token}")
         return
     host = urllib.parse.urlsplit(hub_endpoint()).hostname or "HF_ENDPOINT"
     found, error = probe.answer()
     problem = error or found["problem"]
     text = f"{host} is not reachable ({problem})" if problem else f"{host} answers"
-    advice = "the sources stdlib, text, jsonl and parquet work without it"
+    advice = "the sources stdlib, text, jsonl and parquet work offline"
     yield Finding("warn" if problem else "ok", "hub", f"{text}, {token}", advice)
 
 
 def is_offline() -> bool:
-    """As the Hub's client decides it."""
+    """Return True if the Hub's client would be in offline mode."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def check_environment() -> Iterator[Finding]:
-    """Variables and limits that change how ranks run."""
+    """Check environment variables and limits that affect ranks."""
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     present, missing = ([n for n in ranks if (n in os.environ) == here] for here in (True, False))
     if "RANK" in present and missing:
@@ -310,14 +310,14 @@ def check_environment() -> Iterator[Finding]:
     note = ", so a single process uses one core" if threads == "1" and (os.cpu_count() or 1) > 1 else ""
     yield Finding("ok", "threads", f"OMP_NUM_THREADS={threads}{note}" if threads else "OMP_NUM_THREADS not set")
 
-    with contextlib.suppress(ImportError):  # no Unix
+    with contextlib.suppress(ImportError):  # not on Unix
         import resource
 
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         text = f"at most {files}" if files >= 0 else "no limit"
-        yield Finding("warn" if 0 <= files < 1024 else "ok", "open files", text, "`ulimit -n 4096` before the start")
+        yield Finding("warn" if 0 <= files < 1024 else "ok", "open files", text, "run `ulimit -n 4096` first")
     shm = Path("/dev/shm")
     if shm.is_dir():
         size = shutil.disk_usage(shm).total
         level, text = ("warn", f"{size / 1e6:.0f} MB") if size < 64e6 else ("ok", f"{size / GB:.1f} GB")
-        yield Finding(level, "/dev/shm", text, "start the container with --shm-size 1g; NCCL keeps its buffers there")
+        yield Finding(level, "/dev/shm", text, "start the container with --shm-size 1g for NCCL's buffers")

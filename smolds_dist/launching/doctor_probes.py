@@ -1,7 +1,7 @@
-"""The doctor's probes: whatever can hang or crash runs in another process, with a time limit.
+"""The doctor's probes: anything that can hang or crash runs in another process with a time limit.
 
-`python -m smolds_dist.launching.doctor_probes NAME` is such a process. Like the doctor itself, this module imports nothing
-but the standard library until a probe runs.
+`python -m smolds_dist.launching.doctor_probes NAME` runs one. Like the doctor itself, this module imports only the
+standard library until a probe runs.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from collections.abc import Callable
 from typing import Any
 
 PROBE_LIMITS = {"torch": 60, "deepspeed": 90, "hub": 8, "mpi": 20, "slurm": 5, "all-to-all": 60}  # seconds
-ANSWER = "smolds-doctor-answer: "  # what a probe found, as JSON behind this
+ANSWER = "smolds-doctor-answer: "  # precedes a probe's result, as JSON
 
 
 class Probe:
-    """A command that runs in the background, in a process group of its own, and ends at its time limit."""
+    """A command that runs in the background, in its own process group, until its time limit."""
 
     def __init__(self, command: list[str], limit: float, **environment: str) -> None:
         self.limit, self.end = limit, time.monotonic() + limit
         self.output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by __exit__
-        # A probe is no rank of the job that this process may belong to.
+        # A probe is not a rank of the job this process may belong to.
         ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {name: value for name, value in os.environ.items() if name not in ranks}
         self.process = subprocess.Popen(
@@ -42,7 +42,7 @@ class Probe:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Ends the whole group; SIGTERM first, because torchrun and mpirun pass it on to ranks outside the group."""
+        """Kill the group; SIGTERM first, because torchrun and mpirun forward it to ranks outside the group."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self.process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -52,7 +52,7 @@ class Probe:
         self.output.close()
 
     def result(self) -> tuple[int | None, str]:
-        """Exit code, None where the time was over, and everything it printed."""
+        """Return the exit code (None after a timeout) and everything printed."""
         code: int | None = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(max(0.0, self.end - time.monotonic()))
@@ -60,14 +60,14 @@ class Probe:
         return code, self.output.read().strip()
 
     def answer(self) -> tuple[Any, str]:
-        """What a probe of this module found and "", or None and what went wrong."""
+        """Return a probe's result and "", or None and the error."""
         code, output = self.result()
         if ANSWER in output and code == 0:
-            # What follows may be another rank's line: mpirun passes on what each rank has written so far, newline or not.
+            # Another rank's output may follow on the same line: mpirun forwards partial lines.
             return json.JSONDecoder().raw_decode(output.rpartition(ANSWER)[2])[0], ""
         if code is None or code == -signal.SIGALRM:
             return None, f"no answer after {self.limit:g} s"
-        # A rank's error rather than torchrun's own, which only says that a rank failed
+        # Prefer a rank's error to torchrun's own, which only reports that a rank failed
         pattern = r"^\s*(?:\[rank\d+\]:)?\s*([\w.]*(?:Error|Exception)\b(?<!ChildFailedError).*)"
         errors = re.findall(pattern, output, re.MULTILINE)
         lines = [line for line in output.splitlines() if re.search(r"\w", line)]
@@ -79,7 +79,7 @@ def probe_args(name: str, *args: str) -> list[str]:
 
 
 def measure_all_to_all(backend: str) -> tuple[dict[str, float] | None, str]:
-    """Latency in seconds and bandwidth in bytes/s of an exchange between two ranks of this machine, or what went wrong."""
+    """Measure an all-to-all between two ranks of this machine: latency (s) and bandwidth (bytes/s), or the error."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*start, *probe_args("all-to-all", backend)]
     with Probe(command, PROBE_LIMITS["all-to-all"], OMP_NUM_THREADS="1") as probe:
@@ -123,11 +123,11 @@ def _probe_mpi() -> int:
 
 
 def _probe_hub() -> dict[str, str]:
-    """Any answer of the Hub's will do, so credentials in HF_ENDPOINT are not sent, and no message can hold them."""
+    """Request the Hub's front page. Any answer counts, so credentials in HF_ENDPOINT are never sent or printed."""
     import ssl
 
     context = ssl.create_default_context()
-    with contextlib.suppress(ImportError):  # the Hub's own client trusts these, whatever the system trusts
+    with contextlib.suppress(ImportError):  # certificates that the Hub's own client trusts
         import certifi
 
         context.load_verify_locations(certifi.where())
@@ -142,13 +142,13 @@ def _probe_hub() -> dict[str, str]:
         status = error.code
     except urllib.error.URLError as error:
         return {"problem": str(error.reason)}
-    except Exception as error:  # a malformed address, which the message would repeat
+    except Exception as error:  # a malformed address; the message would contain it
         return {"problem": "timed out" if isinstance(error, TimeoutError) else type(error).__name__}
     return {"problem": f"HTTP status {status}" if status >= 500 or status == 407 else ""}
 
 
 def _probe_all_to_all(backend: str) -> dict[str, float] | None:
-    """One of the ranks: median seconds of a small exchange, and bytes per second to the other ranks of a large one."""
+    """Run one of the ranks: measure latency with small exchanges and bandwidth with large ones."""
     import torch
     import torch.distributed as dist
 
@@ -160,7 +160,7 @@ def _probe_all_to_all(backend: str) -> dict[str, float] | None:
     world = dist.get_world_size()
 
     def exchange(size: int, repeats: int) -> list[float]:
-        """Seconds of each repetition; `size` numbers per rank."""
+        """Return the seconds of each repetition, with `size` numbers per rank."""
         sent = torch.full((size,), float(rank), device=device)
         received = torch.empty_like(sent)
         seconds = []
@@ -173,27 +173,27 @@ def _probe_all_to_all(backend: str) -> dict[str, float] | None:
             seconds.append(time.perf_counter() - begin)
         expected = torch.arange(world, device=device, dtype=sent.dtype).repeat_interleave(size // world)
         if not torch.equal(received, expected):
-            raise RuntimeError("the ranks received wrong numbers")
+            raise RuntimeError("the all-to-all returned wrong values")
         return seconds
 
     large = 2**26 if backend == "nccl" else 2**23
     exchange(256, 20)
     small_times = exchange(256, 300)
     exchange(large, 1)
-    found = link_figures(small_times, exchange(large, 5), 4 * large, world)
+    found = link_speed(small_times, exchange(large, 5), 4 * large, world)
     dist.barrier()
     dist.destroy_process_group()
     return found if rank == 0 else None
 
 
-def link_figures(small: list[float], large: list[float], size: int, world: int) -> dict[str, float]:
-    """Latency and bandwidth, from the seconds of small exchanges and of large ones of `size` bytes a rank, of which its own
-    share stays where it is."""
+def link_speed(small: list[float], large: list[float], size: int, world: int) -> dict[str, float]:
+    """Compute latency and bandwidth from the seconds of small exchanges and of large ones (`size` bytes per rank, 1/world
+    of which stays local)."""
     return {"latency": statistics.median(small), "bandwidth": size * (world - 1) / world / statistics.median(large)}
 
 
 def _probe(name: str, *args: str) -> None:
-    """Runs one probe. The alarm ends it at its limit whatever it hangs in and even if nobody is left to kill it."""
+    """Run one probe. The alarm ends it at its limit wherever it hangs, even if the parent is gone."""
     if hasattr(signal, "alarm"):
         signal.alarm(PROBE_LIMITS[name])
     probes: dict[str, Callable[..., Any]] = {

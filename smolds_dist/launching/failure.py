@@ -1,8 +1,8 @@
-"""What became of every rank, so that a job's bad end is told in one line: which rank, on which host, and why.
+"""Track the state of every rank and report a failed job in one line: which rank, on which host, and why.
 
-Every rank keeps `RUN/ranks/rank_00003.json` and watches those of its host, whichever program started them. Who finds
-the cause first puts it into `RUN/ranks/cause.txt` and prints it; the others leave in silence. Ranks on several hosts
-need the run folder on a shared file system for that, as checkpoints do.
+Every rank writes `RUN/ranks/rank_00003.json` and watches the files of its host's ranks, whichever program started them.
+The first rank to find the cause writes it to `RUN/ranks/cause.txt` and prints it; the others exit silently. With
+several hosts the run folder must be on a shared file system, as for checkpoints.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken 
 
 
 def job_token() -> str:
-    """The same on all ranks of a job and another for the next one."""
+    """Return a string that is the same on all ranks of a job and differs between jobs."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
     return ":".join(os.environ.get(name, "") for name in names)
 
@@ -40,8 +40,8 @@ class RankReport:
     """This rank's entry, and the thread that watches the other ranks' entries.
 
     Args:
-        settings: `grace`, the seconds from another rank's death until this one leaves by force, because collectives may
-            never return; and `timeout`, the seconds without a sign of life after which the ranks hang.
+        settings: `grace`, seconds from another rank's death until this one exits forcibly, because collectives may never
+            return; `timeout`, seconds without a heartbeat after which the ranks count as hung.
     """
 
     def __init__(self, run_dir: Path, info: RankInfo, settings: Parallel):
@@ -57,7 +57,7 @@ class RankReport:
             old.unlink(missing_ok=True)
         self._remove_stale_files()
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
-        faulthandler.enable(self._fault_file)  # a segmentation fault leaves its name there
+        faulthandler.enable(self._fault_file)  # records a segmentation fault
         memory_events = _memory_events()
         self.entry: dict[str, Any] = {
             "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": system_name(), "job": job_token(),
@@ -69,7 +69,7 @@ class RankReport:
             threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
 
     def _remove_stale_files(self) -> None:
-        """Every rank does, because each begins to watch at once: only what is older than this process is of another job."""
+        """Remove an earlier job's files, those older than this process. Every rank does, as each watches from the start."""
         begun = process_started()
         for name in ("cause.txt", hang.HANG_MARKER, hang.STACKS):
             with contextlib.suppress(FileNotFoundError):
@@ -80,23 +80,23 @@ class RankReport:
         write_state(self.folder, self.entry, f"rank_{self.rank:05}.json")
 
     def heartbeat(self) -> None:
-        """A sign of life: another forward pass begins."""
+        """Record that another forward pass begins."""
         self.passes += 1
         self.touch()
 
     def touch(self) -> None:
-        """A sign of life without a forward pass."""
+        """Record progress other than a forward pass."""
         self._last_heartbeat = time.monotonic()
 
     def end(self, state: str = "done", code: int = 0) -> None:
-        """The rank's work has ended as it should, with this exit code."""
+        """Record the rank's final state and exit code."""
         self.entry |= {"state": state, "code": code}
         self._write()
         faulthandler.enable()
         self._fault_file.close()
 
     def fail(self, error: BaseException) -> None:
-        """Notes the error, its traceback in `rank_N.log`, and tells the job's cause if nobody has."""
+        """Record the error, write its traceback to `rank_N.log`, and report the cause if no rank has."""
         log = self.folder / f"rank_{self.rank:05}.log"
         with contextlib.suppress(OSError):  # of a full disk
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -104,11 +104,11 @@ class RankReport:
         self.entry["state"] = "failed"
         self._write()
         if isinstance(error, RuntimeError | OSError) and LOST_CONTACT.search(str(error)):
-            # The other end of a broken connection is the cause; its host's ranks see it best.
+            # The peer of a broken connection is the cause; ranks on its host can identify it.
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
                 if any(entry["state"] == "refused" for entry in _entries(self.folder, self.entry["job"])):
-                    self.end("refused", 2)  # a rank alone has found a mistake, and told it
+                    self.end("refused", 2)  # one rank found a user's mistake and has reported it
                     return
                 if self._report_dead_rank():
                     return
@@ -123,11 +123,11 @@ class RankReport:
         _report(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
     def local_entries(self) -> list[Path] | None:
-        """The entries of this host's ranks, the only ones in which a dead rank can be seen; None, for all, until every rank
-        has its entry of this start, which is so once they compute together."""
+        """Return the entries of this host's ranks, the only ones whose death is detectable here. None, meaning all, until
+        every rank has written its entry for this start, which is certain after the first forward pass."""
         if self._local_entries is None and self.passes:
             entries = _entries(self.folder, self.entry["job"])
-            if len(entries) == self.world_size:  # else a file could not be read just now
+            if len(entries) == self.world_size:  # else a file was being replaced
                 mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
                 self._local_entries = [self.folder / f"rank_{rank:05}.json" for rank in mine]
         return self._local_entries
@@ -151,7 +151,7 @@ class RankReport:
                     os._exit(1)
 
     def _report_dead_rank(self) -> bool:
-        """Tells of a rank of this host that ended without a word, if there is one; whether the cause is known now."""
+        """Report a rank of this host that died without an error; return True if the cause is known."""
         cause = self.folder / "cause.txt"
         if not cause.exists() and record_dead_rank(self.folder, self.entry["job"], files=self.local_entries()):
             _log(cause.read_text(encoding="utf-8", errors="replace").strip())
@@ -159,10 +159,10 @@ class RankReport:
 
 
 def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
-    """Notes a rank of this host that ended without a word as the cause; whether it has, as the first.
+    """Record a rank of this host that died without an error as the cause; return True if it is the first cause.
 
     Args:
-        files: the entries to look at; all where not given.
+        files: the entries to read; default: all.
     """
     for entry in _entries(folder, job, files):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
@@ -170,7 +170,7 @@ def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, f
             fault = crash.read_text(errors="replace").splitlines() if crash.exists() else []
             if fault:
                 why = f"crashed: {fault[0]} (stack: {crash})"
-            else:  # every other end leaves a word
+            else:  # any other end leaves a trace
                 memory = _out_of_memory_kills(entry["memory_events"]) > entry["kills_before"]
                 why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
             return _record_cause(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
@@ -178,7 +178,7 @@ def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, f
 
 
 def signal_ranks(folder: Path, number: int, since: float) -> bool:
-    """Sends a signal to the running ranks of this machine; whether there were any."""
+    """Send a signal to the running ranks of this machine; return True if there were any."""
     mine = [
         e
         for e in _entries(folder)
@@ -191,9 +191,9 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
 
 
 def kill_ranks(folder: Path, since: float) -> None:
-    """Kills what is left of a failed job's ranks on this machine, and waits for their end.
+    """Kill the remaining ranks of a failed job on this machine and wait until they end.
 
-    Whoever started them may have died before them, and the next start wants their place.
+    They may have outlived their launcher, and a restart needs their resources.
     """
     deadline = time.monotonic() + 10.0
     while signal_ranks(folder, signal.SIGKILL, since) and time.monotonic() < deadline:
@@ -201,14 +201,14 @@ def kill_ranks(folder: Path, since: float) -> None:
 
 
 def exit_code_of_stop(folder: Path, since: float) -> int | None:
-    """The exit code of ranks that a signal stopped, or that could not begin; None where that is not how they ended."""
+    """Return the exit code of ranks stopped by a signal or a user's mistake; None if they ended in another way."""
     entries = [entry for entry in _entries(folder) if entry["started"] >= since]
     stopped = [entry["code"] for entry in entries if entry["state"] in ("stopped", "refused")]
     return stopped[0] if stopped and len(stopped) == len(entries) else None
 
 
 def _record_cause(folder: Path, cause: str) -> bool:
-    """Writes the cause down unless there is one already; whether it has."""
+    """Write the cause unless there is one already; return True if written."""
     try:
         with (folder / "cause.txt").open("x", encoding="utf-8") as file:
             file.write(cause + "\n")
@@ -218,7 +218,7 @@ def _record_cause(folder: Path, cause: str) -> bool:
 
 
 def _report(folder: Path, cause: str) -> None:
-    """Notes the cause and prints it, unless there is one already."""
+    """Record the cause and print it, unless there is one already."""
     if _record_cause(folder, cause):
         _log(cause)
 
@@ -229,7 +229,7 @@ def _log(cause: str) -> None:
 
 @dataclass
 class RankEntry:
-    """What is read of a rank's entry. Its process may be sent a signal, which -1 would send to all of a user's."""
+    """Fields read from a rank's entry. `pid` must be positive: a signal to -1 would reach all of the user's processes."""
 
     rank: Count
     host: str
@@ -250,7 +250,7 @@ def _entries(folder: Path, job: str | None = None, files: list[Path] | None = No
             entry = read_json(path, "delete it", dict[str, Any])
             convert(entry, RankEntry, path, "delete it")
         except (OSError, ConfigError):
-            continue  # just being replaced, or damaged
+            continue  # being replaced, or damaged
         if job is None or entry["job"] == job:
             entries.append(entry)
     return entries
@@ -261,8 +261,8 @@ def _is_dead(entry: dict[str, Any]) -> bool:
 
 
 def _memory_events() -> str:
-    """The file that counts the processes killed for memory in this process's control group (version 2 or 1), so that what
-    befell others of this machine is not taken for it; the machine's own count where there are no such groups."""
+    """Return the file that counts out-of-memory kills in this process's cgroup (v2 or v1), so that kills elsewhere on the
+    machine do not count; without cgroups, the machine's own."""
     files = (group / name for group in control_groups("memory") for name in ("memory.events", "memory.oom_control"))
     return str(next((file for file in files if file.exists()), "/proc/vmstat"))
 
@@ -271,5 +271,5 @@ def _out_of_memory_kills(memory_events: str) -> int:
     try:
         match = re.search(r"^oom_kill (\d+)", Path(memory_events).read_text(), re.MULTILINE)
         return int(match.group(1)) if match else 0
-    except OSError:  # the group has gone with its processes
+    except OSError:  # the cgroup is removed with its processes
         return 0

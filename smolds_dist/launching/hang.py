@@ -1,7 +1,7 @@
-"""Ranks that wait for each other for ever: their stacks in one file, and the one that does not answer named.
+"""Report hung ranks: all stacks in one file, and which rank did not answer.
 
-The first rank that has waited too long puts up a sign; every rank that still can writes down what its threads are doing.
-Who does not is most likely the cause.
+The first rank to time out creates a marker file; every rank that still can then writes its threads' stacks. A rank that
+does not is most likely the cause.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ ANSWER_SECONDS = 5.0
 
 
 def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float, passes: int) -> str:
-    """Writes this rank's stacks, waits for the others', puts all into `stacks.txt` and says in one line what is wrong.
+    """Write this rank's stacks, wait for the others', collect all in `stacks.txt` and return the cause in one line.
 
     Args:
         entries: of all ranks that should be running.
-        idle: seconds since this rank's last forward pass.
-        passes: forward passes that it has begun.
+        idle: seconds since this rank's last heartbeat.
+        passes: forward passes that this rank has begun.
     """
     (folder / HANG_MARKER).touch()
     with replaced(_stacks_path(folder, own)) as part, part.open("w") as file:
@@ -61,7 +61,7 @@ def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]]
 
 
 def kill_unresponsive(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """Kills the ranks of this machine that did not answer: a stopped process ends by nothing less."""
+    """Kill the ranks of this machine that did not answer; a stopped process ignores other signals."""
     for entry in _unresponsive(folder, entries):
         if entry["system"] == system_name():
             with contextlib.suppress(ProcessLookupError):

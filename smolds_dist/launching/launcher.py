@@ -1,14 +1,14 @@
-"""`smolds launch`: looks at what is there, and starts the ranks with the program that fits.
+"""`smolds launch`: detect the machine and start the ranks with a suitable program.
 
-| launcher  | starts                                                | chosen by itself                          |
+| launcher  | starts                                                | chosen automatically                      |
 |-----------|-------------------------------------------------------|-------------------------------------------|
 | none      | one process                                           | one GPU, Apple's GPU, one core            |
 | torchrun  | ranks on this machine                                 | several GPUs, or two ranks on a CPU       |
-| deepspeed | ranks on this machine, or on a hostfile's over pdsh   | with --hostfile                           |
-| mpi       | ranks on this machine or on a hostfile's over mpirun  | never                                     |
+| deepspeed | ranks here, or on a hostfile's machines over pdsh     | with --hostfile                           |
+| mpi       | ranks here, or on a hostfile's machines over mpirun   | never                                     |
 | slurm     | ranks on an allocation's nodes over srun              | inside a Slurm allocation                 |
 
-Ranks that one of these programs has started already (`mpirun ... smolds launch`) train where they are.
+If one of these programs has started the ranks already (`mpirun ... smolds launch`), they train directly.
 """
 
 import argparse
@@ -45,14 +45,14 @@ LAUNCHERS = ("auto", "none", "torchrun", "deepspeed", "mpi", "slurm")
 
 @dataclass(frozen=True)
 class Plan:
-    """Which ranks to start where, with what."""
+    """How many ranks to start, where, and with which launcher."""
 
     launcher: str
     procs: int
     per_node: int
     hostfile: Path | None = None
-    excluded: tuple[str, ...] = ()  # nodes of the allocation that take no part
-    cpus: str | None = None  # per rank, which srun does not inherit from the allocation
+    excluded: tuple[str, ...] = ()  # nodes of the allocation not to use
+    cpus: str | None = None  # per rank; srun does not inherit it from the allocation
 
     @property
     def nodes(self) -> int:
@@ -60,18 +60,18 @@ class Plan:
 
 
 def launch(args: list[str], machine: Machine | None = None) -> int:
-    """Checks the run, prepares its data, starts the ranks and returns the exit code.
+    """Check the run, prepare its data, start the ranks and return the exit code.
 
-    Mistakes surface here, once and before any rank starts.
+    Mistakes are reported here once, before any rank starts.
 
     Args:
-        machine: what to plan for; this machine where not given.
+        machine: the machine to plan for; default: this one.
     """
     options, train_args = _parse(args)
     config = load_config(train_args, prog="smolds launch --")
     machine = machine or detect_machine()
     plan = plan_launch(options, machine, config.parallel.device, os.environ)
-    topology = plan_topology(config, machine, RankInfo(0, 0, plan.procs, plan.per_node))  # refuses what cannot work
+    topology = plan_topology(config, machine, RankInfo(0, 0, plan.procs, plan.per_node))  # rejects invalid layouts
     if config.parallel.ds_config:
         from smolds_dist.parallel.expert_parallel import deepspeed_config
 
@@ -88,7 +88,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
 
     environment = dict(os.environ)
     if plan.launcher in ("torchrun", "deepspeed") and plan.nodes == 1:
-        # torchrun would set one thread per rank.
+        # torchrun's default is one thread per rank.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.procs)))
 
     def start(failures: list[Failure]) -> tuple[int, str]:
@@ -110,7 +110,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
 
 
 def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env: "os._Environ[str] | dict") -> Plan:
-    """The launcher, the number of ranks and their nodes; raises a `ConfigError` where the options contradict each other or
+    """Choose the launcher, the number of ranks and their nodes; raise a `ConfigError` if options contradict each other or
     the machine."""
     on_cpu = device == "cpu" or machine.devices[0] == "cpu"
     hosts = read_hostfile(options.hostfile) if options.hostfile else {}
@@ -123,16 +123,18 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         elif "SLURM_JOB_ID" in env:
             launcher = "slurm"
     if options.spares and launcher != "slurm":
-        raise ConfigError("--spares are nodes of a Slurm allocation; use --launcher slurm, or leave it out.")
+        raise ConfigError("--spares are nodes of a Slurm allocation; use --launcher slurm, or omit --spares.")
     if hosts and launcher not in ("deepspeed", "mpi"):
-        raise ConfigError(f"--launcher {launcher} takes no --hostfile; use --launcher deepspeed or mpi.")
+        raise ConfigError(f"--launcher {launcher} does not support --hostfile; use --launcher deepspeed or mpi.")
     nodes, here = 1, (min(2, available_cores()) if on_cpu else machine.device_count)
     if launcher == "slurm":
         nodes, here = _allocation(options, env, on_cpu)
     if hosts:
         slots = set(hosts.values())
         if len(slots) > 1:
-            raise ConfigError(f"{options.hostfile} gives its hosts different slots ({sorted(slots)}); make them equal.")
+            raise ConfigError(
+                f"{options.hostfile} lists hosts with different slots ({sorted(slots)}); make them equal."
+            )
         nodes, here = len(hosts), slots.pop()
     if options.nproc_per_node != "auto":
         here = _requested_ranks(options, nodes, here, launcher)
@@ -155,31 +157,31 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
 
 
 def _allocation(options: argparse.Namespace, env: "os._Environ[str] | dict", on_cpu: bool) -> tuple[int, int]:
-    """Nodes of the Slurm allocation that this process is in, without spares, and ranks on each."""
+    """Return the number of nodes of this process's Slurm allocation, without spares, and the ranks per node."""
     if "SLURM_JOB_ID" not in env:
-        raise ConfigError("--launcher slurm works inside an allocation; use salloc or sbatch, or `smolds slurm`.")
+        raise ConfigError("--launcher slurm needs a Slurm allocation; use salloc or sbatch, or `smolds slurm`.")
     nodes = int(env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", 1)))
     tasks, per_node = env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
     gpus = env.get("SLURM_GPUS_ON_NODE")
     here = int(per_node or (int(tasks) // nodes if tasks else gpus if gpus and not on_cpu else 1))
     if options.spares >= nodes:
         raise ConfigError(
-            f"--spares {options.spares} leaves none of the allocation's {nodes} nodes; ask for more nodes."
+            f"--spares {options.spares} leaves none of the allocation's {nodes} nodes; request more nodes."
         )
     return nodes - options.spares, here
 
 
 def _requested_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: str) -> int:
-    """The ranks per machine that --nproc-per-node asks for."""
+    """Return the ranks per machine that --nproc-per-node requests."""
     if not options.nproc_per_node.isdecimal() or int(options.nproc_per_node) < 1:
         raise ConfigError(
-            f"--nproc-per-node {options.nproc_per_node!r} is no number of ranks; give auto, or 1 or more."
+            f"--nproc-per-node {options.nproc_per_node!r} is not a number of ranks; use auto, or 1 or more."
         )
     asked = int(options.nproc_per_node)
     if nodes > 1 and launcher == "deepspeed" and asked != here:
         raise ConfigError(
-            f"--nproc-per-node {asked} is not the {here} slots that {options.hostfile} gives each host; leave it out, "
-            "or change the slots."
+            f"--nproc-per-node {asked} differs from the {here} slots per host in {options.hostfile}; omit it, or change "
+            "the slots."
         )
     return asked
 
@@ -187,8 +189,8 @@ def _requested_ranks(options: argparse.Namespace, nodes: int, here: int, launche
 def replan(
     plan: Plan, failures: list[Failure], options: argparse.Namespace, config: RunConfig, machine: Machine
 ) -> Plan:
-    """The plan of the next start: without nodes that failed, as far as spares are there; with --restarts-shrink on whatever
-    is left, the largest number of ranks that works there. Fewer GPUs than before have not been tested."""
+    """Plan a restart without failed nodes: on spares if available; with --restarts-shrink, with the largest number of
+    ranks that works on what is left. Restarts with fewer GPUs have not been tested."""
     bad = faulty_hosts(failures)
     if not options.restarts_shrink:
         return replace(plan, excluded=tuple(bad[-options.spares :] if options.spares else []))
@@ -212,13 +214,13 @@ def replan(
 
 
 def _gpus_now() -> int:
-    """Asked in a process of its own: torch counts only once."""
+    """Count the GPUs in a new process, because torch caches its count."""
     ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     return int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
 
 
 def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
-    """The command line that starts the ranks of `smolds train`."""
+    """Return the command line that starts the ranks of `smolds train`."""
     train = ["-m", "smolds_dist", "train", *train_args]
     procs = str(plan.procs)
     if plan.launcher == "none":
@@ -243,18 +245,18 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), "--no_local_rank"]
     if plan.hostfile:
         start += ["--hostfile", str(plan.hostfile), "--launcher", "pdsh"]
-        # pdsh hands the line to a shell on every host, which would read what is in the arguments.
+        # pdsh passes the line to a shell on every host, which would interpret special characters in the arguments.
         if any(re.search(r"[^\w@%+=:,./-]", argument) for argument in train_args):
             train_args = [f"{ENCODED}{base64.urlsafe_b64encode(json.dumps(train_args).encode()).decode()}"]
     else:
         start += ["--num_gpus", procs, "--log_level", "critical"]
         if shutil.which("numactl"):
-            start += ["--bind_cores_to_rank"]  # without numactl, ranks share the cores themselves
+            start += ["--bind_cores_to_rank"]  # without numactl, the ranks divide the cores themselves
     return [sys.executable, *start, "--module", "smolds_dist", "train", *train_args]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots per host of a DeepSpeed or Open MPI hostfile, lines `host slots=N`; raises a `ConfigError` for others."""
+    """Read the slots per host from a DeepSpeed or Open MPI hostfile (lines `host slots=N`)."""
     hosts: dict[str, int] = {}
     for number, line in enumerate(read_text(path, "write a line `host slots=N` for each host").splitlines(), 1):
         line = line.partition("#")[0].strip()
@@ -267,7 +269,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise ConfigError(f"{path}, line {number} names {match.group(1)} again; name each host once.")
         hosts[match.group(1)] = int(match.group(2))
     if not hosts:
-        raise ConfigError(f"{path} names no host; write a line `host slots=N` for each.")
+        raise ConfigError(f"{path} lists no host; write a line `host slots=N` for each.")
     return hosts
 
 
@@ -279,15 +281,15 @@ def _check_programs(plan: Plan) -> None:
     }
     program, fix = needed.get(plan.launcher, ("", ""))
     if program and not shutil.which(program):
-        raise ConfigError(f"--launcher {plan.launcher} needs the program {program}, which is not here; {fix}.")
+        raise ConfigError(f"--launcher {plan.launcher} needs {program}, which is not installed; {fix}.")
 
 
 def _run_single(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """One process, which gets the signals that this one gets; its exit code and, where it failed, why."""
+    """Run one process, forwarding signals; return its exit code and, if it failed, the cause."""
     process = subprocess.Popen(command, env=environment)
 
     def forward_signal(number: int, _frame: object) -> None:
-        if number != signal.SIGINT:  # which a terminal sends to both
+        if number != signal.SIGINT:  # a terminal sends it to both
             process.send_signal(number)
 
     with handled_by(forward_signal):
@@ -298,10 +300,10 @@ def _run_single(command: list[str], environment: dict[str, str]) -> tuple[int, s
 
 
 def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, remote: bool) -> tuple[int, str]:
-    """Runs the launcher, passes signals on to the ranks, and ends with one line if they failed.
+    """Run the launcher, forward signals to the ranks, and print one line if they failed.
 
     Returns:
-        The exit code and, where they failed, why.
+        The exit code and, if they failed, the cause.
     """
     began = time.time()
     ranks = run_dir / "ranks"
@@ -310,7 +312,7 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
 
     def forward_signal(process: subprocess.Popen, number: int) -> None:
         asked.append(number)
-        # torchrun and deepspeed would kill the ranks; the ranks want to save their work.
+        # torchrun and deepspeed would kill the ranks before they save a checkpoint.
         if remote or not signal_ranks(ranks, number, began):
             process.send_signal(number)
 
@@ -320,7 +322,7 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
     stopped = exit_code_of_stop(ranks, began)
     if stopped is not None:
         return stopped, ""
-    record_dead_rank(ranks, since=began)  # a rank notes the cause, unless it was killed
+    record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
     noted = ranks / "cause.txt"
     cause = (
         noted.read_text(encoding="utf-8", errors="replace").strip()
@@ -330,16 +332,14 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
     kill_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
-    how = (
-        f"the ranks ended with exit code {code}" if code > 0 else f"what started the ranks was killed by signal {-code}"
-    )
+    how = f"the ranks ended with exit code {code}" if code > 0 else f"the launcher was killed by signal {-code}"
     if code != 2 and not message:
         last_line = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
-        last = f"{how}; the last that was heard of them: {last_line}"
+        last = f"{how}; last output: {last_line}"
         print_line(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", sys.stderr)
     code = code if code > 0 else 128 - code
     if code in EXIT_CODES.values() and not asked:
-        code = 1  # srun gives the highest code of all ranks, also of those that it signalled because another had failed
+        code = 1  # srun returns the highest code of all ranks, including those it signaled after another failed
     return code, cause or message.rstrip(".") or how
 
 
@@ -347,7 +347,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OptionParser(
         prog="smolds launch",
         usage="smolds launch [--nproc-per-node N] [--launcher NAME] [--hostfile FILE] [--restarts N] -- TRAIN-OPTIONS",
-        description="Starts the ranks of `smolds train`.",
+        description="Start the ranks of `smolds train`.",
         example="smolds launch --nproc-per-node 2 -- --preset debug --run.name pair --data.source text:'corpus/*.txt'",
         allow_abbrev=False,
     )
@@ -355,10 +355,10 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--nproc-per-node",
         default="auto",
         metavar="N",
-        help="ranks on each machine; auto: its slots or tasks, or one per GPU, or one per core up to two",
+        help="ranks per machine; auto = its slots or tasks, else one per GPU, else one per core up to two",
     )
-    parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="program that starts the ranks")
-    parser.add_argument("--hostfile", type=Path, help="several machines: a line `host slots=N` for each")
+    parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="launcher of the ranks (default: auto)")
+    parser.add_argument("--hostfile", type=Path, help="file with a line `host slots=N` per machine")
     restarts.add_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
     options, train_args = parser.parse_before_training(args)

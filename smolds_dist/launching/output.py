@@ -1,4 +1,4 @@
-"""Runs a launcher and shows what its ranks print, without what the launcher itself adds when they end badly."""
+"""Run a launcher and show its ranks' output without what the launcher itself prints after a failure."""
 
 import ctypes
 import os
@@ -13,20 +13,20 @@ from collections.abc import Callable
 from smolds_dist.launching.signals import handled_by
 from smolds_dist.progress import print_line
 
-# Log lines of torchrun, deepspeed, srun and mpirun. Ranks never print such.
+# Log lines of torchrun, deepspeed, srun and mpirun; ranks never print these.
 NOISE = re.compile(
     r"([WEI]\d{4} \d\d:\d\d|\[\d{4}-\d\d-\d\d .*\] \[(INFO|WARNING|ERROR)\] \[|srun: |slurmstepd: |mpirun: |pdsh@|\[W\d+ |"
     r"\d+ total processes killed|Setting OMP_NUM_THREADS|\[[\w.-]+:\d+\] )"
 )
-HOST = re.compile(r"^[\w.-]+: (?=smolds: |\[|[WEI]\d|Traceback|[=*-]{20})")  # pdsh's mark
+HOST = re.compile(r"^[\w.-]+: (?=smolds: |\[|[WEI]\d|Traceback|[=*-]{20})")  # pdsh's prefix
 RULE = re.compile(r"([-=*])\1{19,}$")
 
 
 class NoiseFilter:
-    """Tells a launcher's own lines: logs, tracebacks, and blocks between rules of -, = or *."""
+    """Recognizes a launcher's own lines: logs, tracebacks, and blocks between rules of -, = or *."""
 
     def __init__(self) -> None:
-        self.last_message = ""  # what a rank has said last, most likely why the job ends
+        self.last_message = ""  # the ranks' last message, most likely why the job ends
         self.rule = ""
         self.in_traceback = False
 
@@ -36,7 +36,7 @@ class NoiseFilter:
             if line.startswith(self.rule * 20):
                 self.rule = ""
             return True
-        # A rule may stand behind a progress bar, whose line has no end.
+        # A rule may follow a progress bar, which has no newline.
         if match := RULE.search(line):
             self.rule = match.group(1)
             return True
@@ -45,7 +45,7 @@ class NoiseFilter:
             return False
         if self.in_traceback:
             self.in_traceback = line.startswith((" ", "Traceback")) or not line
-            return True  # also the error's own line, which ends it
+            return True  # including the error's own line, which ends it
         if line.startswith("Traceback (most recent call last)"):
             self.in_traceback = True
             return True
@@ -58,13 +58,13 @@ def run_filtered(
     hidden: list[str],
     forward_signal: Callable[[subprocess.Popen, int], None],
 ) -> tuple[int, str]:
-    """Runs `command`; returns its exit code, -N where signal N ended it, and what the last line of smolds' own said.
+    """Run `command`; return its exit code (-N if signal N ended it) and the text of the last `smolds: ` line.
 
-    Standard output passes untouched. Lines of standard error that are the launcher's go to `hidden`. Signals that ask this
-    process to stop go to `forward_signal`; the launcher has a session of its own and does not get the terminal's.
+    Standard output passes unchanged. The launcher's own lines on standard error go to `hidden`. Stop signals go to
+    `forward_signal`; the launcher runs in its own session, so that the terminal does not signal it.
     """
     if sys.stderr.isatty():
-        # The ranks' progress bar should go on seeing a terminal.
+        # Keep a terminal for the ranks' progress bar.
         reading, writing = os.openpty()
         termios.tcsetwinsize(writing, termios.tcgetwinsize(sys.stderr.fileno()))
     else:
@@ -82,7 +82,7 @@ def run_filtered(
 
 
 def _die_with_parent() -> None:
-    """Has the kernel send the launcher SIGTERM, should this process be killed: no ranks are left behind (Linux)."""
+    """Have the kernel send the launcher SIGTERM if this process is killed, so that no ranks stay behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -95,12 +95,12 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str]) 
             if process.poll() is not None:
                 break
             if rest and not noise.in_traceback and not noise.rule and not NOISE.match(rest.lstrip("\r")):
-                print_line(rest, sys.stderr, end="")  # a progress bar's line has no end
+                print_line(rest, sys.stderr, end="")  # a progress bar has no newline
                 rest = ""
             continue
         try:
             data = os.read(reading, 65536)
-        except OSError:  # a terminal's way to say that the other side is closed
+        except OSError:  # a terminal closed at the other end
             data = b""
         if not data:
             break

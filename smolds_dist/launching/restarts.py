@@ -1,11 +1,10 @@
-"""Starting the ranks of a job again after a failure, from the newest whole checkpoint.
+"""Restart the ranks of a failed job from the newest complete checkpoint.
 
-Whatever ends a job unasked is worth another try: a rank that was killed, hangs or lost its GPU, and a loss that is not
-finite, which broken hardware makes too. Not a mistake in the configuration (exit code 2), nor a signal that asked the job
-to stop. And a failure that comes back at the same step is none that another try mends.
+A job restarts after a rank was killed, hung or lost its GPU, and after a non-finite loss, which faulty hardware can cause.
+It does not after a configuration mistake (exit code 2), a stop signal, or repeated failures at the same step.
 
-Every failure is a row of `RUN/restarts.jsonl`, which the next start takes over into the run's metrics; what its ranks left
-(`RUN/ranks`: logs, stacks, cause) is kept in `RUN/ranks-1`, `RUN/ranks-2`, ...
+Every failure is a row of `RUN/restarts.jsonl`, which the next start copies into the run's metrics. Its ranks' files
+(`RUN/ranks`: logs, stacks, cause) are kept in `RUN/ranks-1`, `RUN/ranks-2`, ...
 """
 
 import argparse
@@ -25,24 +24,24 @@ from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.progress import print_line
 from smolds_dist.rows import RESTARTS, read_rows
 
-MAX_STUCK = 3  # starts in a row that made no step, after which the job ends
-SHORTEST, LONGEST = 1.0, 300.0  # seconds of pause; each start that made no step doubles it
-LINES = 30  # of a traceback
-# Sentences of `launching.failure`, `launching.hang` and `training.rank_checks`.
-SIGNS = r"was killed(?!.*out of memory)|crashed|did not answer|holds other values|failed: .*CUDA error"
+MAX_STUCK_STARTS = 3  # starts in a row without a step, after which the job ends
+MIN_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds of pause, doubled by each start without a step
+TRACEBACK_LINES = 30  # of a traceback
+# Messages of `launching.failure`, `launching.hang` and `training.rank_checks`.
+SIGNS = r"was killed(?!.*out of memory)|crashed|did not answer|differs from its replicas|failed: .*CUDA error"
 BLAMED = re.compile(rf"on host (\S+) (?:{SIGNS})")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One unasked end of the job, as `restarts.jsonl` has it."""
+    """One failure of the job, a row of `restarts.jsonl`."""
 
     number: int  # of this run, from 1
     time: float
-    step: int  # the last one that was made, 0 for none
-    code: int  # exit code of what started the ranks
+    step: int  # the last completed one; 0 = none
+    code: int  # the launcher's exit code
     cause: str
-    logs: str  # what the ranks left
+    logs: str  # the folder of the ranks' files
 
 
 def run_with_restarts(
@@ -51,31 +50,30 @@ def run_with_restarts(
     restarts: int,
     hand_over: Callable[[list[Failure]], bool] = lambda failures: False,
 ) -> int:
-    """Runs a job, again and again where it fails; returns the last exit code.
+    """Run a job and restart it after failures; return the last exit code.
 
     Args:
-        start: starts the job after these failures, the first time after none; returns its exit code and, where it has
-            failed, why.
-        restarts: how often it is started again, at most.
-        elsewhere: leaves the next start to others, if they are to make it; whether it has.
+        start: starts the job, given the failures so far; returns its exit code and, if it failed, the cause.
+        restarts: the maximum number of restarts.
+        hand_over: leaves the restart to the batch system if it should happen there; returns True if it has.
     """
     failures: list[Failure] = []
     code, cause = start(failures)
     while code not in (0, 2, *EXIT_CODES.values()):
-        failures.append(note_failure(run_dir, code, cause))
+        failures.append(record_failure(run_dir, code, cause))
         stuck = starts_without_progress(failures)
-        if stuck == MAX_STUCK:
+        if stuck == MAX_STUCK_STARTS:
             for failure in failures[-2:]:
                 _log(f"failure {failure.number}, after step {failure.step}: {failure.cause}")
                 print_line(last_traceback(failure), sys.stderr, end="")
-            _log(f"{MAX_STUCK} starts in a row ended after step {failures[-1].step}: another one would not help.")
+            _log(f"{MAX_STUCK_STARTS} starts in a row failed after step {failures[-1].step}; no further restart.")
             break
         if len(failures) > restarts:
-            _log(f"that was the last of {restarts} restarts.")
+            _log(f"the limit of {restarts} restarts is reached.")
             break
         if hand_over(failures):
             break
-        pause = min(LONGEST, SHORTEST * 2 ** (stuck - 1))
+        pause = min(MAX_PAUSE, MIN_PAUSE * 2 ** (stuck - 1))
         _log(f"restart {len(failures)} of {restarts} in {pause:.0f} s.")
         if asked := wait(pause):
             return EXIT_CODES[asked]
@@ -84,37 +82,37 @@ def run_with_restarts(
 
 
 def add_options(parser: OptionParser) -> None:
-    """The options of `smolds launch` and `smolds slurm`, which writes them into its script."""
+    """Add the restart options of `smolds launch` and of `smolds slurm`, which writes them into its script."""
     parser.add_argument(
         "--restarts",
         type=int,
         default=0,
         metavar="N",
-        help="where the ranks fail, start them again from the newest whole checkpoint, up to N times",
+        help="maximum restarts after failures, each from the newest complete checkpoint (default: 0)",
     )
     parser.add_argument(
         "--restarts-shrink",
         action="store_true",
-        help="start again on fewer GPUs or nodes where some are lost; the checkpoint takes any layout",
+        help="restart on fewer GPUs or nodes if some are lost",
     )
     parser.add_argument(
         "--spares",
         type=int,
         default=0,
         metavar="N",
-        help="nodes of a Slurm allocation that wait to take the place of one that failed",
+        help="spare nodes of a Slurm allocation, which replace failed ones (default: 0)",
     )
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises a `ConfigError` for options that need another."""
+    """Raise a `ConfigError` for options that need --restarts."""
     for name in ("spares", "restarts_shrink"):
         if getattr(options, name) and not options.restarts:
-            raise ConfigError(f"--{name.replace('_', '-')} is for another start; give --restarts too.")
+            raise ConfigError(f"--{name.replace('_', '-')} needs --restarts; set it too.")
 
 
-def note_failure(run_dir: Path, code: int, cause: str) -> Failure:
-    """Adds a row to `restarts.jsonl`, and puts aside what the ranks left."""
+def record_failure(run_dir: Path, code: int, cause: str) -> Failure:
+    """Add a row to `restarts.jsonl` and move the ranks' files to `ranks-N`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     number = len(read_rows(run_dir / RESTARTS)) + 1
     logs = run_dir / f"ranks-{number}"
@@ -130,32 +128,32 @@ def note_failure(run_dir: Path, code: int, cause: str) -> Failure:
 
 
 def starts_without_progress(failures: list[Failure]) -> int:
-    """How many of the last failures came after the same step."""
+    """Count the last failures that came after the same step."""
     return len(list(takewhile(lambda failure: failure.step == failures[-1].step, reversed(failures))))
 
 
 def faulty_hosts(failures: list[Failure]) -> list[str]:
-    """Hosts that these failures are to be blamed on, the newest last: a process there was killed, crashed, hung or lost its
-    GPU. What a program itself does wrong, it does on every host."""
+    """Return the hosts that caused these failures, the newest last: a process there was killed, crashed, hung or lost its
+    GPU. A bug in the program blames no host, because it fails on every one."""
     found = [BLAMED.search(failure.cause) for failure in failures]
     names = [match.group(1) for match in reversed(found) if match]
     return list(dict.fromkeys(names))[::-1]
 
 
 def last_traceback(failure: Failure) -> str:
-    """The last lines of the failing rank's traceback, or nothing, where none was left."""
+    """Return the last lines of the failed rank's traceback, or "" if there is none."""
     logs = sorted(Path(failure.logs).glob("rank_*.log"))
     named = [path for path in logs if path.name in failure.cause]
     lines = (named or logs)[0].read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if logs else []
-    return "".join(lines[-LINES:])
+    return "".join(lines[-TRACEBACK_LINES:])
 
 
 def resume_options(run_dir: Path, train_args: list[str], asked: str) -> list[str]:
-    """The training's options for another start.
+    """Return the training options for a restart.
 
     Args:
-        asked: `checkpoint.resume` of the first start. Where that was another run's checkpoint and this run has none yet, the
-            next start begins there again; rows of the steps that it will repeat go to the logs.
+        asked: `checkpoint.resume` of the first start. If that was another run's checkpoint and this run has none yet, the
+            restart resumes from it too; rows of the steps it will repeat move to the logs.
     """
     from smolds_dist.checkpoint.files import checkpoints_in  # imports torch
 
@@ -168,7 +166,7 @@ def resume_options(run_dir: Path, train_args: list[str], asked: str) -> list[str
 
 
 def wait(seconds: float) -> signal.Signals | None:
-    """Waits so long; the signal that ended the waiting, where one asked to stop."""
+    """Wait, or until a stop signal; return the signal, if any."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
     try:
         got = signal.sigtimedwait(EXIT_CODES, seconds)

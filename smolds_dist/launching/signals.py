@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: it writes a checkpoint at the end of the step, on all ranks alike, and leaves.
+"""Stop signals: all ranks write a checkpoint at the end of the same step and exit.
 
-SIGUSR1 is what Slurm sends ahead of a time limit, SIGTERM what scancel and launchers send, SIGINT is Ctrl-C. The second
-one leaves at once. Exit codes: 75 after SIGUSR1 ("try again": the job may be requeued), 143 after SIGTERM, 130 after
-SIGINT.
+Slurm sends SIGUSR1 before a time limit, scancel and launchers send SIGTERM, Ctrl-C sends SIGINT. A repeated SIGTERM or
+SIGINT exits immediately. Exit codes: 75 after SIGUSR1 (EX_TEMPFAIL: the job may be requeued), 143 after SIGTERM, 130
+after SIGINT.
 """
 
 import os
@@ -16,7 +16,7 @@ EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block lasts, `handler` is called for these signals."""
+    """Install `handler` for these signals inside the block."""
     before = {number: signal.signal(number, handler) for number in EXIT_CODES}
     try:
         yield
@@ -26,25 +26,25 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 class StopRequest(ExitStack):
-    """Remembers the signal that this process got; a context manager that puts the handlers back."""
+    """Records the stop signal that this process received; a context manager that restores the handlers."""
 
     def __enter__(self) -> "StopRequest":
         self.requested: int | None = None
-        self.enter_context(handled_by(self._handle))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # one that came early is delivered now
+        self.enter_context(handled_by(self._record))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # delivers one that came earlier
         return self
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        # A launcher may pass one Slurm warning on by more than one way: only the others count as a second request.
+    def _record(self, number: int, _frame: FrameType | None) -> None:
+        # A launcher may deliver one Slurm warning (SIGUSR1) twice, so only repeats of the other signals count.
         if self.requested in (signal.SIGINT, signal.SIGTERM) and number == self.requested:
             os._exit(EXIT_CODES[signal.Signals(number)])
         self.requested = number
 
     def counts(self) -> list[float]:
-        """One number per signal; summed over the ranks they tell all of them what any was asked."""
+        """Return one number per signal; their sums over the ranks show which signals any rank received."""
         return [float(self.requested == number) for number in EXIT_CODES]
 
     @staticmethod
     def agree_on_stop(counts: list[float]) -> signal.Signals | None:
-        """The signal that some rank got, the same on every rank."""
+        """Return the signal that some rank received, the same on every rank."""
         return next((number for number, count in zip(EXIT_CODES, counts, strict=True) if count), None)

@@ -1,4 +1,4 @@
-"""`smolds slurm`: writes a batch script for a run, or for tokenising its text, and submits it if asked."""
+"""`smolds slurm`: write a batch script that trains a run or tokenizes its data, and optionally submit it."""
 
 import argparse
 import os
@@ -24,8 +24,8 @@ SCRIPT = """\
 #!/usr/bin/env bash
 {directives}
 
-# Ahead of the time limit all ranks save and stop with exit code 75; the job goes back into the queue and continues.
-trap : TERM # what `smolds launch` does then, it does to the end
+# Before the time limit all ranks save and exit with code 75; the job is then requeued and resumes.
+trap : TERM # `smolds launch` handles SIGTERM; wait for it
 cd {folder} || exit
 {python} -m smolds_dist launch --launcher slurm{restarts} -- {options} --checkpoint.resume auto
 code=$?
@@ -36,24 +36,24 @@ PREPARE_SCRIPT = """\
 #!/usr/bin/env bash
 {directives}
 
-# The tasks share the work through the cache, which all nodes have to see; one that is requeued goes on where it was.
+# The tasks divide the work through the cache, which all nodes must share; a requeued task tokenizes what is missing.
 cd {folder} || exit
 exec {python} -m smolds_dist data prepare --workers "${{SLURM_CPUS_PER_TASK:-1}}" -- {options}
 """
-# What Slurm itself reads in a directive must not begin another one, nor be a surprise in a file name.
+# Characters allowed in a directive: nothing that could start another directive or is unusual in a file name.
 WORD = re.compile(r"[\w.,:+=@%\[\]/-]+")
 TIME = re.compile(r"\d{1,5}-(2[0-3]|[01]?\d)(:[0-5]?\d){0,2}|\d{1,7}(:[0-5]?\d){0,2}")
 
 
 def slurm(args: list[str]) -> None:
-    """Prints the script; with --submit, writes it to the run's folder, submits it and prints the job's id."""
+    """Print the script; with --submit, write it to the run's folder, submit it and print the job id."""
     options, train_args = _parse(args)
     config = load_config(train_args, prog="smolds slurm --")
     if any(arg.partition("=")[0] == "--checkpoint.resume" for arg in train_args):
-        raise ConfigError("--checkpoint.resume is always auto in a batch job, which may run in parts; leave it out.")
+        raise ConfigError("--checkpoint.resume is always auto in a batch job, which may be requeued; omit it.")
     per_node = options.tasks_per_node or options.gpus_per_node or 1
     if options.prepare:
-        topology = f"tokenising in {options.nodes} tasks"
+        topology = f"tokenization in {options.nodes} tasks"
     else:
         device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
         machine = Machine(device, options.gpus_per_node or per_node, bf16=True)
@@ -63,13 +63,13 @@ def slurm(args: list[str]) -> None:
         print(script, end="")
         return
     if not shutil.which("sbatch"):
-        raise ConfigError("--submit needs the program sbatch, which is not here; go to a login node of the cluster.")
+        raise ConfigError("--submit needs sbatch, which is not installed; use a login node of the cluster.")
     path = config.run_dir / ("prepare.sbatch" if options.prepare else "job.sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script, encoding="utf-8")
     result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if result.returncode:
-        raise ConfigError(f"sbatch refused {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")
+        raise ConfigError(f"sbatch rejected {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")
     job = result.stdout.strip().partition(";")[0]
     if not options.prepare:
         write_state(config.run_dir, {"job": job, "time": time.time()}, SUBMITTED)
@@ -77,9 +77,9 @@ def slurm(args: list[str]) -> None:
 
 
 def render(options: argparse.Namespace, config: RunConfig, train_args: list[str], per_node: int) -> str:
-    """The batch script's text: of a run's job, or of an array job with `options.nodes` tasks of `smolds data prepare`.
+    """Return the batch script of a run's job, or of an array job with `options.nodes` tasks of `smolds data prepare`.
 
-    Nothing in names or options can run: words are checked, arguments quoted.
+    Names and options cannot inject commands: words are checked, arguments quoted.
     """
     if options.prepare:
         script, name, output = PREPARE_SCRIPT, f"{config.run.name}-prepare", "slurm-%A_%a.out"
@@ -102,7 +102,7 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
     for name, value in directives.items():
         if value is not None and not WORD.fullmatch(str(value)):
             raise ConfigError(
-                f"--{name} {str(value)!r} has characters that do not go into a batch script; use plain ones."
+                f"--{name} {str(value)!r} has characters not allowed in a batch script; use letters, digits and .,:+=@%-_."
             )
     lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
     return script.format(
@@ -115,14 +115,14 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
 
 
 def requeue_without(nodes: list[str], needed: int) -> bool:
-    """Puts this batch job back into the queue, to run on other nodes, and says so; whether it could.
+    """Requeue this batch job on other nodes and log it; return True on success.
 
-    It can where the partition has as many other nodes that work. Slurm ends the job then, which goes on living until this
-    function has returned: Slurm takes the list of nodes from a job that waits, not from one that runs.
+    It succeeds if the partition has enough other working nodes. Slurm then ends the job, whose signals this function
+    blocks until it returns: Slurm accepts excluded nodes only for a pending job, not for a running one.
 
     Args:
-        nodes: the ones to keep away from, beside those that the job keeps away from already.
-        needed: how many the job asks for.
+        nodes: nodes to exclude in addition to the job's excluded nodes.
+        needed: the number of nodes the job requests.
     """
     job, partition = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_PARTITION", "")
 
@@ -138,13 +138,13 @@ def requeue_without(nodes: list[str], needed: int) -> bool:
         if len(others) < needed:
             return False
         names = ",".join(sorted(away))
-        print(f"smolds: job {job} goes back into the queue, and on without {names}.", file=sys.stderr, flush=True)
+        print(f"smolds: job {job} is requeued without {names}.", file=sys.stderr, flush=True)
         ask("scontrol", "requeue", job)
         ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={names}")
         return True
     except (OSError, subprocess.SubprocessError) as error:
         message = getattr(error, "stderr", "") or str(error)
-        print(f"smolds: job {job} could not be moved: {message.strip()}", file=sys.stderr, flush=True)
+        print(f"smolds: job {job} could not be requeued: {message.strip()}", file=sys.stderr, flush=True)
         return False
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -152,33 +152,31 @@ def requeue_without(nodes: list[str], needed: int) -> bool:
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if "--" not in args and not {"-h", "--help"} & set(args):
-        raise ConfigError("smolds slurm needs the options of the training behind `--`.")
+        raise ConfigError("smolds slurm needs the training options after `--`.")
     parser = OptionParser(
         prog="smolds slurm",
         usage="smolds slurm --nodes N [--gpus-per-node N] --time LIMIT [options] [--submit] -- TRAIN-OPTIONS",
-        description="Writes a batch script for Slurm, which checkpoints ahead of its time limit, requeues and resumes.",
+        description="Write a Slurm batch script that saves a checkpoint before its time limit, requeues and resumes.",
         example="smolds slurm --nodes 2 --gpus-per-node 8 --time 4:00:00 -- --preset moe-1b-a200m --run.name big",
         allow_abbrev=False,
     )
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, help="also the number of ranks per node; none: CPU")
-    parser.add_argument("--tasks-per-node", type=int, help="ranks per node, where it is not the number of GPUs")
-    parser.add_argument("--cpus-per-task", type=int)
-    parser.add_argument("--time", default="", help="limit, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes, without spares (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs, and so ranks, per node (default: none, train on CPUs)")
+    parser.add_argument("--tasks-per-node", type=int, help="ranks per node (default: one per GPU, or 1)")
+    parser.add_argument("--cpus-per-task", type=int, help="cores per rank or task (default: Slurm's; 1 with --prepare)")
+    parser.add_argument("--time", default="", help="time limit: minutes, H:MM:SS or D-HH:MM:SS")
     parser.add_argument(
-        "--warn", type=int, default=120, help="seconds ahead of the limit at which all ranks save and stop"
+        "--warn", type=int, default=120, help="seconds before the limit at which all ranks save and stop (default: 120)"
     )
     restarts.add_options(parser)
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--job-name", help="the run's name where not given")
-    parser.add_argument("--output", help="the job's output file")
-    parser.add_argument(
-        "--prepare", action="store_true", help="a job that tokenises instead, in as many tasks as --nodes says"
-    )
-    parser.add_argument("--submit", action="store_true", help="submit it and print the job's id")
+    parser.add_argument("--partition", help="Slurm partition")
+    parser.add_argument("--account", help="Slurm account")
+    parser.add_argument("--job-name", help="job name (default: the run's name)")
+    parser.add_argument("--output", help="job output file (default: slurm-JOB.out)")
+    parser.add_argument("--prepare", action="store_true", help="tokenize instead of training, in --nodes tasks")
+    parser.add_argument("--submit", action="store_true", help="submit the job and print its id")
     options, train_args = parser.parse_before_training(args)
     if not TIME.fullmatch(options.time):
-        raise ConfigError(f"--time {options.time!r} is no time limit; give one as minutes, H:MM:SS or D-HH:MM:SS.")
+        raise ConfigError(f"--time {options.time!r} is not a time limit; use minutes, H:MM:SS or D-HH:MM:SS.")
     restarts.check_options(options)
     return options, train_args

@@ -1,4 +1,4 @@
-"""`RUN/state.json`: what a run is doing and where, for whoever looks at its folder from outside, also from another host."""
+"""`RUN/state.json`: a run's state, host and process, for readers of its folder on any host."""
 
 import contextlib
 import json
@@ -15,13 +15,13 @@ from smolds_dist.inputs import Positive, Time, convert, read_json
 from smolds_dist.parallel.ranks import host_name, system_name
 
 STATE = "state.json"
-SUBMITTED = "submitted.json"  # of a run that waits in Slurm's queue
+SUBMITTED = "submitted.json"  # of a run in Slurm's queue
 FIX = "delete it"
 
 
 @dataclass
 class State:
-    """What is read of `STATE`."""
+    """Fields read from `STATE`."""
 
     state: str
     host: str
@@ -34,7 +34,7 @@ class State:
 
 @dataclass
 class Submitted:
-    """What is read of `SUBMITTED`."""
+    """Fields read from `SUBMITTED`."""
 
     job: str
     time: Time
@@ -44,13 +44,13 @@ KINDS: dict[str, Any] = {STATE: State, SUBMITTED: Submitted}
 
 
 def write_state(run_dir: Path, entry: dict[str, Any], name: str = STATE) -> None:
-    """Replaces the file as a whole; a full disk must not end a run."""
+    """Replace the file atomically, ignoring errors: a full disk must not end a run."""
     with contextlib.suppress(OSError):
         replace_text(run_dir / name, json.dumps(entry))
 
 
 def read_state(run_dir: Path, name: str = STATE, damaged_is_none: bool = True) -> dict[str, Any]:
-    """What the file says; empty where there is none.
+    """Return the file's contents; empty if it is missing.
 
     Raises:
         ConfigError: for a damaged file, unless that counts as none.
@@ -69,10 +69,10 @@ def read_state(run_dir: Path, name: str = STATE, damaged_is_none: bool = True) -
 
 @contextlib.contextmanager
 def record_run_state(run_dir: Path, world_size: int) -> Iterator[Callable[[int, str], None]]:
-    """Notes that this process trains the run, and how it ended. For rank 0.
+    """Record that this process trains the run, and how it ended. For rank 0.
 
     Yields:
-        What is to be told the exit code of a training that ended by itself or was stopped, and why, if that is known.
+        A function to call with the exit code when training finishes or is stopped, and the reason, if known.
     """
     entry: dict[str, Any] = {
         "state": "running", "host": host_name(), "pid": os.getpid(), "system": system_name(), "ranks": world_size,
@@ -90,6 +90,6 @@ def record_run_state(run_dir: Path, world_size: int) -> Iterator[Callable[[int, 
         entry.update(state="failed", why=first_line(cause) if isinstance(cause, Exception) else type(cause).__name__)
         raise
     finally:
-        if entry["state"] == "running":  # left without a word
+        if entry["state"] == "running":  # `end` was not called
             entry["state"] = "failed"
         write_state(run_dir, entry | {"ended": time.time()})

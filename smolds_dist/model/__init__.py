@@ -1,4 +1,4 @@
-"""The SmolLM2-DeepSeek model: transformers classes, registered with the Auto classes. Knows nothing of ranks."""
+"""The SmolLM2-DeepSeek model: transformers classes, registered with the Auto classes; independent of ranks."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -16,15 +16,15 @@ from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import apply_rotary, score_factor
 
-LOGITS_BLOCK = 256  # queries whose logits are held at once, where they are looked at
+LOGITS_BLOCK = 256  # queries per block when the largest logits are recorded
 
 
 class DeepSeekV3Attention(nn.Module):
-    """Causal self-attention over [B, S, H], grouped-query or latent as `config.attention` says.
+    """Causal self-attention over [B, S, H], grouped-query or latent (`config.attention`).
 
     Grouped-query: N query heads share G key/value heads (arXiv 2305.13245).
-    Latent: keys and values are rebuilt from one vector of rank R per token, and one rotary key of P dimensions is shared
-    by all heads (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19). The cache holds these two, R + P numbers a token.
+    Latent: keys and values are rebuilt from one vector of rank R per token; all heads share one rotary key of P
+    dimensions (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19). The cache holds these two, R + P elements per token.
     """
 
     def __init__(self, config: DeepSeekV3Config, layer_idx: int):
@@ -61,7 +61,7 @@ class DeepSeekV3Attention(nn.Module):
                 together = (heads, config.num_key_value_heads) if self.qk_norm == "all" else (1, 1)
                 self.q_norm, self.k_norm = (RMSNorm(n * config.head_dim, config.rms_norm_eps) for n in together)
         self.largest_logits: Tensor | None = None
-        """[N], fp32: where somebody looks at the largest logits of training's passes, these so far."""
+        """[N], fp32: running maximum of each head's logits over training's forward passes, if recorded."""
         self.scaling = self.qk_head_dim**-0.5 * (score_factor(config.rope_scaling) if self.latent else 1.0)
 
     def forward(
@@ -74,8 +74,8 @@ class DeepSeekV3Attention(nn.Module):
         documents: Documents | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output [B, S, H], and the weights [B, N, S, S'] where `output_attentions` asks for them or the implementation is
-        eager; the others never hold them. `documents` stands for a mask on the fast path, and is given for no other."""
+        """Return the output [B, S, H], and the weights [B, N, S, S'] if `output_attentions` is set or the implementation
+        is eager, else None. `documents` replaces the mask on the fast path and is set on no other."""
         project = self._latent_qkv if self.latent else self._grouped_query_qkv
         query, key, value = project(x_BSH, *rotary, cache)
         if self.largest_logits is not None and self.training:
@@ -92,7 +92,7 @@ class DeepSeekV3Attention(nn.Module):
         return self.o_proj(out.reshape(*x_BSH.shape[:-1], -1)), weights
 
     def _has_fast_path(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whole sequences without padding, on the CPU, unless another implementation than PyTorch's is asked for."""
+        """Return True for full sequences without padding on the CPU, with `attn_implementation` sdpa."""
         return (
             device.family(query) == "cpu"
             and not device.is_exported()
@@ -103,7 +103,7 @@ class DeepSeekV3Attention(nn.Module):
         )
 
     def _grouped_query_qkv(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
-        """Query [B, N, S, D], key and value [B, G, S', D], S' counting cached tokens too."""
+        """Return query [B, N, S, D], key and value [B, G, S', D]; S' includes cached tokens."""
         per_head = (*x_BSH.shape[:-1], -1, self.qk_head_dim)
         query, key = self.q_proj(x_BSH), self.k_proj(x_BSH)
         if self.qk_norm == "all":
@@ -119,7 +119,7 @@ class DeepSeekV3Attention(nn.Module):
         return query, key, value
 
     def _latent_qkv(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
-        """Query and key [B, N, S', nope + P], value [B, N, S', v], rebuilt from the cached latent and rotary key."""
+        """Return query and key [B, N, S', nope + P], value [B, N, S', v], rebuilt from the cached latent and rotary key."""
         config = self.config
         B, S, _ = x_BSH.shape
         if config.q_lora_rank is None:
@@ -148,12 +148,12 @@ class DeepSeekV3Attention(nn.Module):
 def largest_logits(
     query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, documents: Documents | None = None
 ) -> Tensor:
-    """The largest of each head's logits, before softmax, over what it sees: [N], fp32.
+    """Return the largest unmasked logit, before softmax, of each head: [N], fp32.
 
     Args:
         query: [B, N, S, D].
         key: [B, G, S, D].
-        mask: as of `eager_attention`.
+        mask: as in `eager_attention`.
         documents: attention stays within them.
     """
     B, N, S, D = query.shape
@@ -179,12 +179,12 @@ def largest_logits(
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention that holds all its weights, for those who want to see them, and the reference for every other one.
+    """Compute attention and its full weights; the reference for the other implementations.
 
     Args:
         query: [B, N, S, D].
-        key, value: [B, G, S', D] and [B, G, S', D'], S' counting cached tokens too.
-        mask: [B, 1, S, S'], True or 0 where a token is seen; None stands for the causal mask.
+        key, value: [B, G, S', D] and [B, G, S', D']; S' includes cached tokens.
+        mask: [B, 1, S, S'], True or 0 where a token is visible; None: causal.
 
     Returns:
         [B, S, N, D'] and the weights [B, N, S, S'].

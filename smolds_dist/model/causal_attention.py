@@ -1,6 +1,6 @@
-"""Causal attention within whole sequences and within packed documents, faster than what PyTorch has for it on the CPU.
+"""Causal attention within full sequences and within packed documents, faster than PyTorch's on the CPU.
 
-Tests hold it to the plain formula, forward and in its gradients.
+Tests compare output and gradients with the plain formula.
 
 Shape letters: B batch, N query heads, G key/value heads, S sequence, D head dimension.
 """
@@ -16,36 +16,36 @@ from torch import Tensor
 
 from smolds_dist.model import device
 
-# Queries of a block, the fastest of those tried at 256 and 1,024 tokens.
+# Queries per block, the fastest of those tried at 256 and 1,024 tokens.
 ATTENTION_BLOCK = {torch.bfloat16: 128, torch.float32: 64}
 HALF = (torch.bfloat16, torch.float16)
-WIDEST_HEAD = 256  # that FlashAttention takes
+WIDEST_HEAD = 256  # FlashAttention's limit
 
 
 class Documents:
-    """Where the documents of packed sequences begin, as `causal_attention` wants it.
+    """Start positions of the documents in packed sequences, for `causal_attention`.
 
-    Letters: B batch, S sequence, C queries of a block, Z keys that it meets.
+    Letters: B batch, S sequence, C queries of a block, Z keys that it reads.
 
     Args:
-        position_ids: [B, S], each document's own, from 0.
+        position_ids: [B, S], starting from 0 in each document.
     """
 
     def __init__(self, position_ids: Tensor):
         places_S = torch.arange(position_ids.shape[1], device=position_ids.device)
-        self.first_BS = places_S - position_ids  # where each token's document begins
+        self.first_BS = places_S - position_ids  # start of each token's document
         self._blocks: dict[torch.dtype, list[tuple[slice, slice, Tensor]]] = {}
 
     @cached_property
     def bounds(self) -> Tensor:
-        """Where each document begins among all B x S tokens, and the end (int32), as kernels for sequences of many lengths
-        want it. The host waits for their number, once for all layers."""
+        """Start of each document among all B x S tokens, and the end (int32), as variable-length kernels take it.
+        Synchronizes with the host, once for all layers."""
         first = torch.arange(self.first_BS.shape[1], device=self.first_BS.device) == self.first_BS
         return F.pad(first.flatten().nonzero().flatten(), (0, 1), value=first.numel()).to(torch.int32)
 
     def blocks(self, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
-        """Each block's queries, the keys that it meets, and what is added to its scores [B, C, Z]: 0, or -inf for a key of
-        another document or after the query. Made once for all layers."""
+        """Return each block's queries, the keys that it reads, and the mask added to its scores [B, C, Z]: 0, or -inf for
+        a key of another document or after the query. Built once for all layers."""
         if dtype not in self._blocks:
             self._blocks[dtype] = [self._block(queries, dtype) for queries in _blocks(self.first_BS.shape[1], dtype)]
         return self._blocks[dtype]
@@ -61,17 +61,17 @@ class Documents:
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents | None = None
 ) -> Tensor:
-    """softmax(query key^T scale + causal mask) value, on the CPU faster than PyTorch's fused kernel there.
+    """Compute softmax(query key^T scale + causal mask) value, on the CPU faster than PyTorch's fused kernel.
 
-    Documents on CUDA by `varlen_attention`. On the CPU blocks of queries meet only keys up to their end, and none before the
-    first of their documents; heads that share keys and values are rows of one product, so these are never repeated.
-    Shares are computed again in the backward pass, in which keys' and values' gradients add up in fp32.
+    Documents on CUDA use `varlen_attention`. On the CPU, a block of queries reads only keys up to its end, and none before
+    its first document; heads that share keys and values are rows of one matmul, so these are never repeated.
+    The backward pass recomputes the attention weights and sums the gradients of keys and values in fp32.
 
     Args:
         query: [B, N, S, D], fp32 or bf16.
         key: [B, G, S, D], G dividing N.
         value: [B, G, S, D'].
-        documents: attention stays within them; without, a sequence is one.
+        documents: attention stays within them; None: each sequence is one.
 
     Returns:
         [B, N, S, D']. Second derivatives are not supported.
@@ -85,17 +85,17 @@ def causal_attention(
 
 
 def supports_documents(x_BSH: Tensor, widest_head: int) -> bool:
-    """Whether `causal_attention` takes `Documents` on the device and in the dtype of `x_BSH`; else it takes a mask."""
+    """Return True if attention can take `Documents` on the device and in the dtype of `x_BSH`; else it needs a mask."""
     if device.family(x_BSH) == "cuda":
         return x_BSH.dtype in HALF and widest_head <= WIDEST_HEAD and x_BSH.shape[1] > 1
     return device.family(x_BSH) == "cpu" and x_BSH.dtype in ATTENTION_BLOCK and x_BSH.shape[1] > 1
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents) -> Tensor:
-    """`causal_attention` within documents by PyTorch's kernel for sequences of many lengths (FlashAttention), which runs on
-    CUDA in half precision alone.
+    """Compute `causal_attention` within documents by PyTorch's variable-length kernel (FlashAttention), which runs on CUDA
+    in half precision only.
 
-    It wants one width for all three, a multiple of 8: narrower ones are filled up with zeros, which change nothing.
+    All three need the same width, a multiple of 8: narrower ones are padded with zeros, which change nothing.
     """
     B, N, S, D = query.shape
     width = -(-max(D, value.shape[-1]) // 8) * 8
@@ -112,7 +112,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, do
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], bool]:
-    """PyTorch's function, and whether it takes fewer key than query heads, as it does from torch 2.12 on."""
+    """Return PyTorch's function, and True if it takes fewer key than query heads (torch 2.12 and later)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -122,7 +122,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         ctx.blocks = documents.blocks(query.dtype) if documents else _full_blocks(query.shape[2], query.dtype)
-        # Copies of their own, so that nothing else of the tensors that they are views of is kept for the backward pass.
+        # Copies, so that the tensors that they are views of are not kept for the backward pass.
         key, value = key.contiguous(), value.contiguous()
         out = _attention(query, key, value, ctx.blocks)
         ctx.save_for_backward(query, key, value, out)
@@ -138,7 +138,7 @@ Blocks = list[tuple[slice, slice, Tensor | None]]  # as `Documents.blocks`, with
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> Tensor:
-    """Of scaled queries. X = B x G groups, R = N / G heads of a group, C queries of a block, Z keys that it meets."""
+    """Attend with scaled queries. X = B x G groups, R = N / G heads per group, C queries of a block, Z keys it reads."""
     B, N, S, D = query.shape
     X, R = B * key.shape[1], N // key.shape[1]
     query_XRSD = query.reshape(X, R, S, D)
@@ -153,7 +153,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> Ten
 def _attention_gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, blocks: Blocks
 ) -> list[Tensor]:
-    """Gradients of query, key and value."""
+    """Return the gradients of query, key and value."""
     B, N, S, D = query.shape
     X, R = B * key.shape[1], N // key.shape[1]
     query_XRSD = query.reshape(X, R, S, D)
@@ -161,7 +161,7 @@ def _attention_gradients(
     out_XRSD, grad_XRSD = out.reshape(X, R, S, -1), grad.reshape(X, R, S, -1)
     # Softmax's gradient is share * (grad - sum(share * grad)), and that sum is grad * out, summed over D'.
     inner_XRS = (grad_XRSD.float() * out_XRSD).sum(-1).to(grad.dtype)
-    # Contiguous, whatever the layout of what was given: a compiler counts on it.
+    # Contiguous for any layout of the inputs: a compiler relies on it.
     grad_query = query.new_empty(query_XRSD.shape)
     grad_key, grad_value = (one.new_zeros(one.shape, dtype=torch.float32) for one in (key_XSD, value_XSD))
     for block, keys, mask in blocks:
@@ -179,8 +179,8 @@ def _attention_gradients(
 
 @torch.library.custom_op("smolds::causal_attention", mutates_args=())
 def _opaque_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`_attention` of whole sequences for torch.compile, which leaves it as it is, and for selective checkpointing. Not for
-    other callers: it hides its products from a count of FLOPs."""
+    """Run `_attention` over full sequences as one operator, for torch.compile and selective checkpointing. Not for other
+    callers: it hides its matmuls from FLOP counters."""
     return _attention(query, key, value, _full_blocks(query.shape[2], query.dtype))
 
 
@@ -216,15 +216,15 @@ def _blocks(length: int, dtype: torch.dtype) -> list[slice]:
 
 
 def _full_blocks(length: int, dtype: torch.dtype) -> Blocks:
-    """As `Documents.blocks` of one document."""
+    """Return what `Documents.blocks` returns for one document."""
     return [(block, slice(0, block.stop), None) for block in _blocks(length, dtype)]
 
 
 def _attention_shares(query_XRCD: Tensor, key_XZD: Tensor, mask_BCZ: Tensor | None) -> Tensor:
-    """Softmax of a block's scores, [X, R x C, Z]. The last C keys are the block's own."""
+    """Return the softmax of a block's scores, [X, R x C, Z]. The last C keys are the block's own."""
     X, R, C, D = query_XRCD.shape
     scores = torch.bmm(query_XRCD.reshape(X, R * C, D), key_XZD.mT)
-    # Adding is vectorised, filling by a mask is not.
+    # Addition is vectorized, masked_fill is not.
     if mask_BCZ is None:
         scores.view(X, R, C, -1)[..., -C:] += scores.new_full((C, C), -torch.inf).triu_(1)
     else:

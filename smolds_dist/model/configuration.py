@@ -8,22 +8,20 @@ from smolds_dist.architecture import contradictions
 
 @strict
 class DeepSeekV3Config(PreTrainedConfig):
-    """Shape of a SmolLM2-DeepSeek model; every layer is attention followed by a mixture of experts, but for the first
-    `first_k_dense_replace`, which have one SwiGLU of `dense_intermediate_size` in its place.
+    """Shape of a SmolLM2-DeepSeek model. Every layer is attention followed by a mixture of experts, except that the first
+    `first_k_dense_replace` layers have one SwiGLU of `dense_intermediate_size` instead.
 
-    `attention` picks between grouped-query attention (`gqa`; arXiv 2305.13245) and multi-head latent attention
-    (`latent`; DeepSeek-V2, arXiv 2405.04434, section 2.1), which reads the fields `q_lora_rank` to `v_head_dim`
-    instead of `num_key_value_heads` and `head_dim`, and gives the norms of its latents an epsilon of their own,
-    `latent_norm_eps`, where that is not None. `intermediate_size` is the width of one expert.
+    `attention` is grouped-query (`gqa`; arXiv 2305.13245) or multi-head latent attention (`latent`; DeepSeek-V2, arXiv
+    2405.04434, section 2.1). The latter reads `q_lora_rank` to `v_head_dim` instead of `num_key_value_heads` and
+    `head_dim`; `latent_norm_eps`, if set, is the epsilon of its latents' norms. `intermediate_size` is one expert's width.
 
     `n_group` and `topk_group` limit a token's experts to the best `topk_group` of `n_group` groups (DeepSeek-V3, arXiv
-    2412.19437, section 2.1.2). `qk_norm` norms queries and keys before they are turned: each "head" by itself (Qwen3), or
-    "all" of a token's heads together (OLMoE). `rope_scaling` is YaRN's settings under transformers' names (arXiv
-    2309.00071). `sequence_balance_coef` and `z_loss_coef` weigh losses of the routers in training, as
-    `router_aux_loss_coef` does.
+    2412.19437, section 2.1.2). `qk_norm` normalizes queries and keys before rotary embedding: each "head" by itself
+    (Qwen3), or "all" of a token's heads together (OLMoE). `rope_scaling` holds YaRN's settings under transformers' names
+    (arXiv 2309.00071). `router_aux_loss_coef`, `sequence_balance_coef` and `z_loss_coef` weight the routers' losses.
 
     Raises:
-        ValueError: where two fields contradict each other.
+        ValueError: if two fields contradict each other.
     """
 
     model_type = "smolds_deepseek_v3"
@@ -72,10 +70,10 @@ class DeepSeekV3Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def validate_architecture(self) -> None:
-        """Refuses contradictions; `strict` calls every `validate_*` method once the fields are set."""
+        """Reject contradictions; `strict` calls every `validate_*` method once the fields are set."""
         super().validate_architecture()
         if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; only 'silu' is there.")
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; use 'silu'.")
         if self.attention not in ("gqa", "latent"):
             raise ValueError(f"attention={self.attention!r} is unknown; use 'gqa' or 'latent'.")
         if self.scoring_func not in ("softmax", "sigmoid"):
@@ -83,23 +81,23 @@ class DeepSeekV3Config(PreTrainedConfig):
         if self.qk_norm not in (None, "head", "all"):
             raise ValueError(f"qk_norm={self.qk_norm!r} is unknown; use 'head', 'all' or None.")
         if (self.rope_scaling or {}).get("rope_type", "yarn") != "yarn":
-            raise ValueError(f"rope_scaling={self.rope_scaling} is unknown; only rope_type 'yarn' is there.")
+            raise ValueError(f"rope_scaling={self.rope_scaling} is unknown; use rope_type 'yarn'.")
         if found := next(contradictions(self), None):
             raise ValueError(found)
 
     @property
     def has_router_losses(self) -> bool:
-        """Whether training adds losses of the routers' own to that of the tokens."""
+        """True if training adds router losses to the cross-entropy."""
         return bool(self.router_aux_loss_coef or self.sequence_balance_coef or self.z_loss_coef)
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of each head that rotary position embedding turns."""
+        """Dimensions of each head that rotary position embedding rotates."""
         return self.qk_rope_head_dim if self.attention == "latent" else self.head_dim
 
     @property
     def widest_head(self) -> int:
-        """Dimensions of a query, key or value, whichever has most."""
+        """Dimensions of a query, key or value, whichever is largest."""
         if self.attention == "latent":
             return max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
         return self.head_dim

@@ -1,6 +1,6 @@
-"""Which kind of device a tensor is on, and whether the code runs at all.
+"""Device type of a tensor, and whether the code is being traced.
 
-All that the model does otherwise on one kind than on another asks here, so that tests can run every branch on a CPU.
+Every device-specific branch of the model asks here, so that tests can run all of them on a CPU.
 """
 
 from collections.abc import Iterator
@@ -13,24 +13,24 @@ _operators = False
 
 
 def family(x: Tensor) -> str:
-    """cpu, cuda or mps."""
+    """Return cpu, cuda or mps."""
     return x.device.type
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or torch.export reads the code instead of running it. Then no number may be waited for, shapes
-    follow from those of the inputs, and plain operations are better than functions of our own: the compiler fuses them."""
+    """Return True while torch.compile or torch.export traces the code. Then shapes must not depend on data, and plain
+    operations are better than custom autograd functions: the compiler fuses them."""
     return torch.compiler.is_compiling()
 
 
 def calls_operators() -> bool:
-    """Whether kernels are to be called as PyTorch's operators are, so that others can see, and keep, what they give."""
-    return is_traced() or _operators  # in this order, or a compiler would watch the second
+    """Return True if kernels must be called as PyTorch operators, so that torch can see and save their outputs."""
+    return is_traced() or _operators  # in this order, or a compiler would guard on the second
 
 
 @contextmanager
 def as_operators(inner: AbstractContextManager[None]) -> Iterator[None]:
-    """Has `calls_operators` be true in `inner`."""
+    """Make `calls_operators` true within `inner`."""
     global _operators
     before, _operators = _operators, True
     try:
@@ -41,5 +41,5 @@ def as_operators(inner: AbstractContextManager[None]) -> Iterator[None]:
 
 
 def is_exported() -> bool:
-    """Whether torch.export reads it, in its usual way (`strict=False`): where its graph goes, our own operators are not."""
+    """Return True while torch.export traces (`strict=False`, its default): its graph must run without our operators."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -1,6 +1,6 @@
-"""The experts' FFN and the linear + cross-entropy loss; attention, the third of what takes time, is in `causal_attention`.
+"""The experts' FFN and the linear + cross-entropy loss; attention, the third costly kernel, is in `causal_attention`.
 
-Tests hold each to the plain formula, forward and in its gradients.
+Tests compare output and gradients of each with the plain formula.
 
 Shape letters: T tokens, K experts per token, P rows sorted by expert and padded, H hidden, E experts, I expert width,
 V vocabulary.
@@ -17,18 +17,18 @@ from smolds_dist.model import device
 from smolds_dist.model.regions import region
 
 # oneDNN compiles a kernel for every new matrix shape, which costs tens of milliseconds: rounding each expert's rows up
-# keeps the number of shapes small on CPU in bf16. fp32 products go to a library that has no such cost.
+# keeps the number of shapes small on CPU in bf16. fp32 matmuls use a library without this cost.
 CPU_ROW_MULTIPLE = 64
-# CUDA's grouped product wants groups that begin at multiples of 16 bytes, also where rows are what is summed over.
+# CUDA's grouped matmul needs groups aligned to 16 bytes, also when it sums over rows.
 CUDA_ROW_MULTIPLE = 8
-SOFTMAX_SIZE = 1 << 20  # probabilities of an fp32 softmax that are held at once: a few megabytes, near a CPU's cache
+SOFTMAX_SIZE = 1 << 20  # probabilities per fp32 softmax block: a few megabytes, about a CPU's cache
 
 
 def row_multiple(x: Tensor) -> int:
-    """What each expert's rows should be padded to a multiple of.
+    """Return the multiple to which each expert's rows are padded.
 
     Args:
-        x: tokens [T, H] or routed rows [P, H]; an expert gets no more rows than there are.
+        x: tokens [T, H] or routed rows [P, H]; an expert gets at most as many rows.
     """
     kind = device.family(x)
     if kind == "cuda":
@@ -37,12 +37,12 @@ def row_multiple(x: Tensor) -> int:
         return 1
     if device.is_traced():
         return CPU_ROW_MULTIPLE
-    # A text that is written token by token has few rows: powers of two are few shapes, too.
+    # Generation token by token has few rows: powers of two are also few shapes.
     return min(CPU_ROW_MULTIPLE, 1 << (len(x) - 1).bit_length()) if len(x) else 1
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
-    """What autocast would do to a product's inputs, where it is on: it does not look into functions of our own."""
+    """Cast a matmul's inputs as autocast would, if enabled: it does not reach into custom autograd functions."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
@@ -50,18 +50,18 @@ def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
 
 
 def expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_EHI: Tensor) -> Tensor:
-    """SwiGLU of each expert over its own rows: down(silu(gate(x)) * up(x)).
+    """Apply each expert's SwiGLU to its own rows: down(silu(gate(x)) * up(x)).
 
-    On CUDA in bf16 by grouped products, which the host does not wait for; elsewhere expert by expert.
+    On CUDA in bf16 by grouped matmuls without host synchronization; elsewhere expert by expert.
 
     Args:
         x_PH: rows sorted by expert; on CUDA each expert's begin at a multiple of `row_multiple`.
-        counts_E: rows of each expert; zeros are allowed. Rows after these are nobody's.
+        counts_E: rows of each expert; zeros are allowed. Rows after these are unused.
         gate_up: one weight [E, 2 I, H] with the gate's rows first, or gate and up [E, I, H] each.
         down_EHI: [E, H, I].
 
     Returns:
-        [P, H], in the order of `x_PH`, nobody's rows undefined. Second derivatives are not supported.
+        [P, H], in the order of `x_PH`, unused rows undefined. Second derivatives are not supported.
     """
     x_PH, down_EHI, *gate_up = _in_autocast_dtype(x_PH, down_EHI, *gate_up)
     with torch.autocast(x_PH.device.type, enabled=False):
@@ -73,7 +73,7 @@ def expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_E
 
 
 def grouped_expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_EHI: Tensor) -> Tensor:
-    """`expert_ffn` as two or three grouped products."""
+    """Compute `expert_ffn` as two or three grouped matmuls."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     inner = [F.grouped_mm(x_PH, weight.mT, offs=ends_E) for weight in gate_up]
     return F.grouped_mm(gated(*inner), down_EHI.mT, offs=ends_E)
@@ -81,14 +81,14 @@ def grouped_expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor]
 
 @region
 def gated(*inner: Tensor) -> Tensor:
-    """silu(gate) * up of gate and up [n, I] each, or beside each other [n, 2 I]."""
+    """Return silu(gate) * up of gate and up, [n, I] each or concatenated [n, 2 I]."""
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 @region
 def gated_gradients(grad: Tensor, *inner: Tensor) -> tuple[Tensor, ...]:
-    """What `gated` gives, computed again, and the gradients of `inner`, given that of the result [n, I]."""
+    """Recompute `gated`'s result [n, I]; return it and the gradients of `inner`, given the result's gradient."""
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)
     activated = F.silu(gate)
     gradients = torch.ops.aten.silu_backward(grad * up, gate), grad * activated
@@ -114,7 +114,7 @@ class _ExpertFFN(torch.autograd.Function):
 def _ffn_by_expert(
     x_PH: Tensor, counts: Sequence[int], down_EHI: Tensor, gate_up: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output [P, H], and what goes into the activation, as `gated` takes it."""
+    """Return the output [P, H] and the activation's inputs, as `gated` takes them."""
     out_PH = torch.empty_like(x_PH)
     inner = [x_PH.new_empty(x_PH.shape[0], weight.shape[1]) for weight in gate_up]
     for e, rows in _experts(counts):
@@ -126,7 +126,7 @@ def _ffn_by_expert(
 
 
 def _of_rows(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
-    """Those rows, in the same memory. Not as views, whose bases a compiler would look at and find others every time."""
+    """Return these rows in the same memory; not as views, whose bases a compiler would guard on and find changed."""
     return [one[rows].data for one in tensors]
 
 
@@ -138,8 +138,8 @@ def _ffn_gradients(
     down_EHI: Tensor,
     gate_up: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of x, down and gate_up. Those of all experts are written into one buffer per weight. SwiGLU's own values
-    are computed again, expert by expert, while they are in the cache."""
+    """Return the gradients of x, down and gate_up, one buffer per weight for all experts. Recomputes SwiGLU's activations
+    expert by expert, while they are in the cache."""
     grad_PH = grad_PH.contiguous()
     grad_x = torch.empty_like(x_PH)
     grad_down = torch.empty_like(down_EHI)
@@ -160,14 +160,14 @@ def _ffn_gradients(
     return [grad_x, grad_down, *grad_gate_up]
 
 
-# What reads counts cannot be part of a CUDA graph.
+# It reads the counts on the host, which a CUDA graph cannot.
 @torch.library.custom_op("smolds::expert_ffn", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _opaque_expert_ffn(
     x_PH: Tensor, counts_E: Tensor, down_EHI: Tensor, gate_up: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`_ffn_by_expert` for torch.compile, which leaves it as it is and need not know the counts, and for selective
-    checkpointing. Not for other callers: it hides its products from a count of FLOPs. What goes into the activation is one
-    tensor [P, 2 I] here."""
+    """Run `_ffn_by_expert` as one operator, for torch.compile, which need not know the counts, and selective
+    checkpointing. Not for other callers: it hides its matmuls from FLOP counters. Returns the output and the activation's
+    inputs as one tensor [P, 2 I]."""
     out_PH, inner = _ffn_by_expert(x_PH, counts_E.tolist(), down_EHI, gate_up)
     return out_PH, inner[0] if len(inner) == 1 else torch.cat(inner, dim=-1)
 
@@ -205,13 +205,13 @@ _opaque_expert_ffn.register_autograd(_gradients_of_ffn, setup_context=_save_for_
 
 
 def _experts(counts: Sequence[int]) -> list[tuple[int, slice]]:
-    """Experts that have rows, each with its rows."""
+    """Return the experts that have rows, each with its rows."""
     ends = [0, *accumulate(counts)]
     return [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise(ends)) if start < end]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes both gradients chunk by chunk during the forward pass, so no chunk's logits outlive it."""
+    """Compute both gradients chunk by chunk during the forward pass, so that only one chunk's logits exist at a time."""
 
     @staticmethod
     def forward(
@@ -233,7 +233,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(
     hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sum of the losses, and its gradients for hidden states and weight where these are needed."""
+    """Return the summed loss and, if needed, its gradients for hidden states and weight."""
     kept_T = labels_T >= 0
     on_cpu = device.family(hidden_TH) == "cpu"
     loss = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
@@ -266,8 +266,8 @@ def _loss_and_gradients(
 def _opaque_loss_and_gradients(
     hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_loss_and_gradients` for torch.compile and torch.export, which leave it as it is; plain operations would hold all
-    logits. Gradients that nobody needs are empty. Not for other callers: it hides its products from a count of FLOPs."""
+    """Run `_loss_and_gradients` as one operator, for torch.compile and torch.export; plain operations would hold all
+    logits. Gradients that are not needed are empty. Not for other callers: it hides its matmuls from FLOP counters."""
     loss, *gradients = _loss_and_gradients(hidden_TH, weight_VH, labels_T, chunk_size, needs_grad)
     grad_hidden, grad_weight = (hidden_TH.new_empty(0) if one is None else one for one in gradients)
     return loss, grad_hidden, grad_weight
@@ -295,21 +295,21 @@ _opaque_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_ke
 
 @region
 def _to_gradients(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-    """Writes d loss / d logits = softmax - one_hot over `logits` [n, V]; but for the division by the number of labels, which
-    is left to backward. Statistics in fp32.
+    """Overwrite `logits` [n, V] with d loss / d logits = softmax - one_hot; backward divides by the number of labels.
+    Statistics in fp32.
 
     Args:
         labels: [n, 1].
-        kept: [n, 1], whether a label counts.
+        kept: [n, 1], True if a label counts.
 
     Returns:
-        The losses, -log of the labels' share [n, 1], 0 where a label does not count.
+        The losses, -log of the labels' probability [n, 1], 0 where a label does not count.
     """
     share = logits.float()
     log_norm = torch.logsumexp(share, dim=-1, keepdim=True)
     losses = (log_norm - share.gather(1, labels)) * kept
     share = share.sub_(log_norm).exp_()
-    if device.is_traced():  # a comparison is fused with what is around it, scattering is not
+    if device.is_traced():  # a comparison can be fused, a scatter cannot
         share = share - (torch.arange(share.shape[1], device=share.device) == labels).float()
     else:
         share.scatter_add_(1, labels, torch.full_like(losses, -1.0))
@@ -318,11 +318,11 @@ def _to_gradients(logits: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
 
 
 def _to_gradients_on_cpu(logits: Tensor, labels: Tensor, kept: Tensor, needs_grad: bool) -> Tensor:
-    """`_to_gradients` by PyTorch's softmax, which is as fast there as what a compiler makes; `logits` are written to where
+    """Compute `_to_gradients` by PyTorch's softmax, which is as fast there as compiled code; overwrites `logits` only if
     gradients are needed."""
     share = torch.softmax(logits.float(), dim=-1)
     of_label = share.gather(1, labels)
-    if not (of_label > 1e-30).all():  # a smaller one has lost digits, or is 0
+    if not (of_label > 1e-30).all():  # a smaller one has lost precision, or is 0
         return _to_gradients.plain(logits, labels, kept)
     if needs_grad:
         share.scatter_add_(1, labels, torch.full_like(of_label, -1.0))
@@ -333,12 +333,13 @@ def _to_gradients_on_cpu(logits: Tensor, labels: Tensor, kept: Tensor, needs_gra
 
 
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int = 1024) -> Tensor:
-    """Mean of cross_entropy(hidden @ weight.T, labels) over labels >= 0, holding logits of `chunk_size` tokens only.
+    """Return the mean of cross_entropy(hidden @ weight.T, labels) over labels >= 0, with logits of `chunk_size` tokens at
+    a time.
 
-    Gradients are those of the mean; second derivatives are not supported. fp32 statistics whatever the inputs' dtype.
+    Second derivatives are not supported. Statistics are fp32 for any input dtype.
 
     Returns:
-        An fp32 scalar; 0 where every label is negative.
+        An fp32 scalar; 0 if every label is negative.
     """
     hidden_TH, weight_VH = _in_autocast_dtype(hidden_TH, weight_VH)
     with torch.autocast(hidden_TH.device.type, enabled=False):

@@ -27,7 +27,7 @@ from smolds_dist.model.kernels import linear_cross_entropy
 from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopKRouter, balance_loss, z_loss
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
-from smolds_dist.model.selective import save_products
+from smolds_dist.model.selective import save_matmuls
 
 
 class DeepSeekV3Block(GradientCheckpointingLayer):
@@ -42,7 +42,7 @@ class DeepSeekV3Block(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config.hidden_size, dense) if dense else DeepSeekMoE(config)
 
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self.recomputed = "none"  # attention, or experts, in the backward pass
+        self.recomputed = "none"  # or attention, or experts: recomputed in the backward pass
 
     def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
         attend: Callable[..., tuple[Tensor, Tensor]] = self.attend
@@ -57,16 +57,16 @@ class DeepSeekV3Block(GradientCheckpointingLayer):
         return x_BSH + feed_forward(normed_BSH)
 
     def attend(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, Tensor]:
-        """The block up to its feed-forward layer: what is added to, and what goes in."""
+        """Run the block up to its feed-forward layer; return the residual stream and the layer's input."""
         attended, _ = self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
         x_BSH = x_BSH + attended
         return x_BSH, self.post_attention_layernorm(x_BSH)
 
 
 class LMHead(nn.Linear):
-    """Hidden states to logits, or, given labels, straight to the loss without ever holding all logits.
+    """Map hidden states to logits, or, given labels, to the loss without holding all logits.
 
-    The loss lives in this module so that engines which gather a module's weights around its forward (ZeRO 3) see it.
+    The loss is in this module so that engines that gather weights around a module's forward (ZeRO 3) include it.
     """
 
     def __init__(self, config: DeepSeekV3Config):
@@ -92,7 +92,7 @@ class DeepSeekV3PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
-    # What transformers' `output_...` arguments collect, by hooks that it sets when they are first asked for.
+    # Outputs that transformers' `output_...` arguments collect, by hooks that it installs at their first use.
     _can_record_outputs = {
         "hidden_states": DeepSeekV3Block,
         "attentions": OutputRecorder(DeepSeekV3Attention, index=1),
@@ -100,10 +100,10 @@ class DeepSeekV3PreTrainedModel(PreTrainedModel):
     }
 
     def _cache_for(self, cache: Cache | None, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The key/value cache that the caller gave, or a new one where one is wanted.
+        """Return the caller's key/value cache, or a new one if `use_cache` is set.
 
-        `past_key_values` is transformers' name for it until 5.23, `cache` its name from 5.24 on: forwards take both.
-        The old name can go when `setup.cfg` asks for 5.24.
+        transformers calls it `past_key_values` until 5.23 and `cache` from 5.24: forwards take both. Remove the old name
+        when `setup.cfg` requires 5.24.
         """
         cache = past_key_values if cache is None else cache
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not self.training
@@ -149,15 +149,15 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        """Hidden states [B, S, H], and what transformers' `output_hidden_states`, `output_attentions` and
-        `output_router_logits` ask for."""
+        """Return hidden states [B, S, H], and the outputs that transformers' `output_hidden_states`, `output_attentions`
+        and `output_router_logits` select."""
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache_for(cache, past_key_values, use_cache)
-        # Only positions that somebody gives can tell of packed sequences. A GPU's host would wait to hear that ours do not.
-        # By position, here and in the outputs, because the cache's keyword depends on transformers' version.
+        # Only the caller's positions can mark packed documents; checking our own would synchronize with the GPU.
+        # The cache is passed by position, here and in the outputs, because its keyword depends on transformers' version.
         documents = mask = None
         attentions = kwargs.get("output_attentions", config.output_attentions)
         if attentions and config._attn_implementation not in ("eager", "sdpa"):
@@ -180,7 +180,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         return MoeModelOutputWithPast(self.norm(x_BSH), cache)
 
     def _documents(self, x_BSH: Tensor, position_ids: Tensor) -> Documents | None:
-        """The documents that positions tell of by beginning anew, where attention takes its fast path."""
+        """Return the documents, whose positions each start at 0, or None if there is one or no fast path."""
         fast = supports_documents(x_BSH, self.config.widest_head) and not device.is_traced()
         if not fast or self.config._attn_implementation != "sdpa" or position_ids.shape != x_BSH.shape[:2]:
             return None
@@ -190,7 +190,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
 
 
 class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
-    """The language model. With `labels` it returns the loss and no logits, since training never needs all of them."""
+    """Causal language model. With `labels` it returns the loss and no logits, since training never needs all of them."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -201,7 +201,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Takes the weight and leaves the module: where transformers resizes a head, it makes one that knows no loss."""
+        """Take the weight and keep the module: transformers' resized head would have no loss."""
         self.lm_head.weight = new_embeddings.weight
         self.lm_head.out_features = new_embeddings.weight.shape[0]
 
@@ -220,14 +220,14 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits [B, S, V], or with `labels` [B, S] (negative entries ignored) the mean loss over the next tokens.
+        """Return logits [B, S, V], or with `labels` [B, S] (negative entries ignored) the mean loss over the next tokens.
 
-        `num_items_in_batch`, which transformers' Trainer gives, is the number of labels that the loss is divided by instead
-        of those here: the labels of all micro batches and ranks of a step.
-        `aux_loss` is what the routers' own losses add up to with their coefficients; it is part of `loss`.
+        `num_items_in_batch`, set by transformers' Trainer, replaces the number of labels that divides the loss: the labels
+        of all micro batches and ranks of a step.
+        `aux_loss` is the sum of the router losses, weighted; it is part of `loss`.
         `output_hidden_states`, `output_attentions`, `output_router_logits` and `return_dict` are transformers': hidden
-        states [B, S, H] of the embedding and after every layer, the last one normed; attention weights [B, N, S, S'], for
-        which attention is computed the eager way; and router logits [B x S, E], each a tuple over layers.
+        states [B, S, H] of the embedding and after every layer, the last one normalized; attention weights [B, N, S, S'],
+        which switch to eager attention; and router logits [B x S, E], each a tuple over layers.
         """
         cache = self._cache_for(cache, past_key_values, use_cache)
         has_router_losses = labels is not None and self.training and self.config.has_router_losses
@@ -239,7 +239,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            use_cache=False,  # only what `cache` says
+            use_cache=False,  # `cache` decides
             return_dict=True,
             **kwargs,
         )
@@ -266,7 +266,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         )
 
     def _router_losses(self, B: int, S: int) -> Tensor:
-        """What `router_aux_loss_coef`, `sequence_balance_coef` and `z_loss_coef` ask for, mean over layers."""
+        """Return the mean over layers of the router losses, weighted by their coefficients."""
         config = self.config
         scoring, top_k = config.scoring_func, config.num_experts_per_tok
         losses, layers = [], self.model.layers[config.first_k_dense_replace :]
@@ -284,21 +284,21 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
 
 
 def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:
-    """A model whose parameters hold nothing: their memory is not touched before they are filled."""
+    """Build a model with uninitialized parameters: their memory is not touched before they are loaded."""
     with init.no_init_weights():
         model = DeepSeekV3ForCausalLM(config)
-    model.tie_weights()  # which goes with the initialisation
+    model.tie_weights()  # skipped together with the initialization
     return model
 
 
 def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, mode: str = "full") -> None:
-    """Has the backward pass compute again what is otherwise kept from the forward pass.
+    """Recompute activations in the backward pass instead of saving them.
 
     Args:
-        what: none; attention (with its norms: a block keeps its input and what its feed-forward layer takes); experts (of a
-            block's feed-forward layer only the input is kept); full (a block keeps its input); or selective: a block keeps
-            its input and the results of matrix products and attention, and computes again what is cheap: norms, rotary
-            embedding, activations, dispatching and combining; under expert parallelism also all-to-all.
+        mode: none; attention (with its norms: a block saves its input and its feed-forward layer's input); experts (of a
+            block's feed-forward layer only the input is saved); full (a block saves its input); or selective: a block saves
+            its input and the results of matmuls and attention, and recomputes what is cheap: norms, rotary embedding,
+            activations, dispatch and combine; under expert parallelism also all-to-all.
     """
     if mode in ("attention", "experts"):
         for block in model.model.layers:
@@ -306,4 +306,4 @@ def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, mode: str = "f
     elif mode != "none":
         # The method's name from transformers 5.23 on, and the older one.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False} | ({"context_fn": save_products} if mode == "selective" else {}))
+        enable({"use_reentrant": False} | ({"context_fn": save_matmuls} if mode == "selective" else {}))

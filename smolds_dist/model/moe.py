@@ -1,4 +1,4 @@
-"""The mixture of experts: router, experts, and the block that joins them.
+"""The mixture of experts: router, experts, and the layer that combines them.
 
 Shape letters: B batch, S sequence, T = B x S tokens, K experts per token, M = T x K routed rows, P the same with padding,
 H hidden, E experts, I expert width.
@@ -15,11 +15,11 @@ from smolds_dist.model.regions import region
 
 
 class TopKRouter(nn.Module):
-    """Scores every expert for every token and picks the best K.
+    """Score every expert for every token and select the best K.
 
-    The selection bias is added for the choice only; the weights come from the unbiased scores (DeepSeek-V3, arXiv
-    2412.19437, equation 16). Products and scores are fp32 whatever the model's dtype. With groups, only the `topk_group`
-    groups whose two best experts have the largest sum can be chosen from (section 2.1.2).
+    The bias affects the selection only; the weights come from the unbiased scores (DeepSeek-V3, arXiv 2412.19437,
+    equation 16). Logits and scores are fp32 for any model dtype. With groups, experts are selected from the `topk_group`
+    groups whose two best experts have the largest sum (section 2.1.2).
     """
 
     e_score_correction_bias: Tensor
@@ -31,7 +31,7 @@ class TopKRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns weights [T, K] (fp32), chosen experts [T, K] and logits [T, E] (fp32), before softmax or sigmoid."""
+        """Return weights [T, K] (fp32), selected experts [T, K] and logits [T, E] (fp32), before softmax or sigmoid."""
         with torch.autocast(x_TH.device.type, enabled=False):
             logits = F.linear(x_TH.float(), self.weight.float())
         config, bias = self.config, self.e_score_correction_bias
@@ -49,7 +49,7 @@ def select_experts(
     normalized: bool,
     groups: tuple[int | None, int | None],
 ) -> tuple[Tensor, Tensor]:
-    """Weights [T, K] and experts [T, K] of each token; `groups` are how many there are and how many can be chosen from."""
+    """Return each token's weights [T, K] and experts [T, K]; `groups` is (`n_group`, `topk_group`)."""
     scores = router_scores(logits_TE, scoring_func)
     biased = scores + bias_E
     if groups[0] is not None and groups[1] is not None:
@@ -62,12 +62,12 @@ def select_experts(
 
 
 def router_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:
-    """Every expert's score for every token, [T, E]; `scoring_func` is softmax or sigmoid."""
+    """Return every expert's score for every token, [T, E]; `scoring_func` is softmax or sigmoid."""
     return logits_TE.softmax(-1) if scoring_func == "softmax" else logits_TE.sigmoid()
 
 
 def within_best_groups(biased_TE: Tensor, groups: int, kept: int) -> Tensor:
-    """The scores [T, E], -inf outside each token's `kept` best groups."""
+    """Return the scores [T, E], with -inf outside each token's `kept` best groups."""
     grouped = biased_TE.unflatten(-1, (groups, -1))
     best = grouped.topk(2, dim=-1).values.sum(-1).topk(kept, dim=-1, sorted=False).indices
     outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
@@ -75,9 +75,9 @@ def within_best_groups(biased_TE: Tensor, groups: int, kept: int) -> Tensor:
 
 
 def balance_loss(logits_BSE: Tensor, scoring_func: str, top_k: int) -> Tensor:
-    """1 where every expert is chosen equally often within each of B sequences, more where those that are chosen more often
-    also score higher (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20); over one sequence of all tokens it is that of
-    Switch Transformer (arXiv 2101.03961, equations 4 to 6). Choices are those without selection bias."""
+    """Return the balance loss: 1 if every expert is selected equally often within each of B sequences, more if experts
+    selected more often also score higher (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20). Over one sequence of all
+    tokens it is Switch Transformer's (arXiv 2101.03961, equations 4 to 6). Ignores the selection bias."""
     scores_BSE = router_scores(logits_BSE, scoring_func)
     chosen_BM = scores_BSE.topk(top_k, dim=-1).indices.flatten(1)
     ones = torch.ones_like(chosen_BM, dtype=scores_BSE.dtype)
@@ -87,12 +87,12 @@ def balance_loss(logits_BSE: Tensor, scoring_func: str, top_k: int) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of the squared log of the softmax's denominator (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Return the mean over tokens of the squared log of the softmax's denominator (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return logits.logsumexp(-1).square().mean()
 
 
 class DeepSeekExpertLayer(nn.Module):
-    """E SwiGLU experts in two stacked weights, in the layout that transformers and DeepSpeed AutoEP expect."""
+    """Hold E SwiGLU experts in two stacked weights, in the layout that transformers and DeepSpeed AutoEP expect."""
 
     def __init__(self, config: DeepSeekV3Config):
         super().__init__()
@@ -101,7 +101,7 @@ class DeepSeekExpertLayer(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, H, width))
 
     def forward(self, x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, counts_E: Tensor) -> Tensor:
-        """Weighted sum over each token's chosen experts, [T, H]. Dropless: no expert has a capacity."""
+        """Return the weighted sum over each token's selected experts, [T, H]. Dropless: no expert has a capacity."""
         if device.is_exported():
             return every_expert(x_TH, weights_TK, chosen_TK, self.gate_up_proj, self.down_proj)
         padded_E, token_P, row_TK = sort_by_expert(chosen_TK, counts_E, row_multiple(x_TH))
@@ -113,8 +113,8 @@ class DeepSeekExpertLayer(nn.Module):
 
 
 def every_expert(x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, gate_up_EJH: Tensor, down_EHI: Tensor) -> Tensor:
-    """`DeepSeekExpertLayer.forward` with every expert computed for every token, and weighted by 0 where it is not chosen:
-    E / K times the products, in plain operations that any runtime has, whatever the tokens choose."""
+    """Compute `DeepSeekExpertLayer.forward` with every expert for every token, weighted by 0 where it is not selected: E / K
+    times the FLOPs, in plain operations that any runtime has, with shapes independent of the routing."""
     gate_ETI, up_ETI = (x_TH @ gate_up_EJH.mT).chunk(2, dim=-1)
     out_ETH = (F.silu(gate_ETI) * up_ETI) @ down_EHI.mT
     weights_TE = weights_TK.new_zeros(x_TH.shape[0], gate_up_EJH.shape[0]).scatter(1, chosen_TK, weights_TK)
@@ -122,20 +122,20 @@ def every_expert(x_TH: Tensor, weights_TK: Tensor, chosen_TK: Tensor, gate_up_EJ
 
 
 def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each token goes among rows that are sorted by expert.
+    """Sort tokens into rows by expert.
 
-    On the CPU there are as many rows as are needed. Elsewhere, and where the code is traced, the host would have to wait to
-    learn how many these are, so there are as many as could be.
+    On the CPU, P is the number of rows needed. Elsewhere, and if the code is traced, it is the upper bound: the exact number
+    would need host synchronization.
 
     Args:
-        multiple: each expert's rows are padded to a multiple of it, with rows of token 0 that nobody reads.
+        multiple: each expert's rows are padded to a multiple of it, with rows of token 0 that are never read.
 
     Returns:
-        Rows of each expert, padding included [E]; the token of each row [P]; the row of each token and place [T, K].
+        Rows of each expert, padding included [E]; the token of each row [P]; the row of each token and slot [T, K].
     """
     padded_E = (counts_E + multiple - 1) // multiple * multiple
     order_M = chosen_TK.flatten().argsort(stable=True)
-    # What padding before it moves an expert's rows by.
+    # Offset of an expert's rows by the padding before them.
     shift_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
     shift_M = shift_E.repeat_interleave(counts_E, output_size=order_M.shape[0])
     row_M = torch.arange(order_M.shape[0], device=order_M.device) + shift_M
@@ -147,7 +147,7 @@ def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[
 
 
 class _Dispatch(torch.autograd.Function):
-    """x [T, H] to rows [P, H]. The gradient is gathered by token, which needs no zeros and no scattered additions."""
+    """Gather x [T, H] into rows [P, H]. The gradient is gathered by token, without zeroing and scatter-adds."""
 
     @staticmethod
     def forward(ctx, x_TH: Tensor, token_P: Tensor, row_TK: Tensor) -> Tensor:
@@ -166,21 +166,21 @@ def _sum_of_rows(rows_PH: Tensor, row_TK: Tensor) -> Tensor:
 
 
 def _traced_dispatch(x_TH: Tensor, token_P: Tensor, row_TK: Tensor) -> Tensor:
-    """`_Dispatch` in plain operations. Rows are written to rather than read from, so that the gradient is gathered by token
-    here too, and that of padding, which is undefined, is not read."""
+    """Compute `_Dispatch` in plain operations. Scatters rather than gathers, so that the gradient is gathered by token here
+    too and that of padding, which is undefined, is not read."""
     rows_PH = x_TH.new_zeros(token_P.shape[0], x_TH.shape[1])
     return rows_PH.index_copy(0, row_TK.flatten(), x_TH.repeat_interleave(row_TK.shape[1], 0))
 
 
 @region
 def _weighted_sum(rows_PH: Tensor, weights_TK: Tensor, row_TK: Tensor) -> Tensor:
-    """Each token's rows by their weights, [T, H]."""
+    """Return each token's weighted sum of its rows, [T, H]."""
     rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
     return (rows_TKH * weights_TK[..., None]).sum(1).to(rows_PH.dtype)
 
 
 class _Combine(torch.autograd.Function):
-    """Rows [P, H] to each token's weighted sum [T, H], in fp32 and rounded once."""
+    """Combine rows [P, H] into each token's weighted sum [T, H], in fp32 and rounded once."""
 
     @staticmethod
     def forward(ctx, rows_PH: Tensor, weights_TK: Tensor, token_P: Tensor, row_TK: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class _Combine(torch.autograd.Function):
 def _gradients_of_weighted_sum(
     grad_TH: Tensor, rows_PH: Tensor, weights_TK: Tensor, token_P: Tensor, row_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # Padding has the weight 0, hence no gradient.
+    # Padding has weight 0, hence no gradient.
     weights_P = weights_TK.new_zeros(token_P.shape[0]).index_copy_(0, row_TK.flatten(), weights_TK.flatten())
     grad_rows = grad_TH.index_select(0, token_P) * weights_P[:, None]
     rows_TKH = rows_PH.index_select(0, row_TK.flatten()).view(*row_TK.shape, -1)
@@ -207,7 +207,7 @@ def _gradients_of_weighted_sum(
 
 
 class SwiGLU(nn.Module):
-    """A feed-forward layer that every token passes (arXiv 2002.05202, equation 6)."""
+    """Dense feed-forward layer (arXiv 2002.05202, equation 6)."""
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
@@ -223,8 +223,8 @@ class SwiGLU(nn.Module):
 class DeepSeekMoE(nn.Module):
     """Router, experts and optional shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2) over [B, S, H].
 
-    `tokens_per_expert` adds up the routed rows of every forward pass; whoever reads it decides which passes count.
-    `router_logits` takes a pass's logits [T, E] where the model has put an empty list there, for its losses.
+    `tokens_per_expert` sums the routed rows of every forward pass; its readers decide which passes count.
+    `router_logits` collects a pass's logits [T, E] for the router losses, if the model has set it to an empty list.
     """
 
     tokens_per_expert: Tensor
@@ -242,12 +242,12 @@ class DeepSeekMoE(nn.Module):
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         weights, chosen, logits = self.gate(x_TH)
-        # Not bincount, for which the host would have to wait.
+        # Not bincount, which synchronizes with the host.
         ones = torch.ones_like(chosen).flatten()
         counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
-        if not device.is_exported():  # a graph that nobody reads counts from should change nothing
+        if not device.is_exported():  # an exported graph has no use for counts and must not mutate state
             self.tokens_per_expert.add_(counts)
-        if self.router_logits is not None:  # not where activations are computed again, whose graph nothing would free
+        if self.router_logits is not None:  # not during recomputation, whose graph would never be freed
             self.router_logits.append(logits)
         out = self.experts(x_TH, weights, chosen, counts)
         if self.shared_experts is not None:

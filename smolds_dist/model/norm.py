@@ -1,4 +1,4 @@
-"""Root mean square normalisation."""
+"""Root mean square normalization."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """PyTorch has no RMSNorm in one pass for the CPU, but LayerNorm's gradient; it takes under half of the time."""
+    """RMSNorm on the CPU by LayerNorm's fused gradient, in under half the time of PyTorch's unfused RMSNorm."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, inverse = ctx.saved_tensors
         grad, size = grad.to(x.dtype), x.shape[-1]
-        # LayerNorm's gradient with a mean of 0 lacks one term: what it subtracts because the mean depends on x.
+        # LayerNorm's gradient with mean 0 subtracts one term too many, as its mean depends on x: add it back.
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, [size], torch.zeros_like(inverse), inverse, weight.float(), None, [True, True, False]
         )

@@ -1,7 +1,7 @@
-"""What runs between matrix products: plain functions of tensors, each of which a compiler makes one pass over memory.
+"""Elementwise code between matmuls: plain functions of tensors that a compiler fuses into one pass over memory.
 
-They run as they are written, until `compile_regions` hands them to torch.compile. Whoever compiles a whole model reads
-through them. What the compiler makes keeps intermediate results in fp32, where the plain function rounds each to its dtype.
+They run eagerly until `compile_regions` hands them to torch.compile. Compiling the full model traces through them. Compiled
+code keeps intermediate results in fp32, where the plain function rounds each to its dtype.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ _regions: list["region[Any, Any]"] = []
 
 
 class region(Generic[Given, Result]):  # noqa: N801 - a decorator
-    """Marks a function of tensors whose first dimension counts rows, without branches on their values: it runs as it is
-    written or compiled."""
+    """Decorate a function of tensors whose first dimension is rows, without branches on values; it runs eagerly or
+    compiled."""
 
     def __init__(self, function: Callable[Given, Result]):
         update_wrapper(self, function)
@@ -30,7 +30,7 @@ class region(Generic[Given, Result]):  # noqa: N801 - a decorator
 
     def __call__(self, *args: Given.args, **kwargs: Given.kwargs) -> Result:
         tensors: list[Any] = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        # A single row runs as it is written: for the compiler, 1 is no number of rows but a case of its own.
+        # A single row runs eagerly: the compiler specializes on size 1.
         if self.compiled is None or device.is_traced() or tensors[0].shape[0] == 1:
             return self.plain(*args, **kwargs)
         for tensor in tensors:
@@ -39,23 +39,23 @@ class region(Generic[Given, Result]):  # noqa: N801 - a decorator
 
 
 def compile_regions(backend: str = "inductor") -> None:
-    """From now on all regions of this process run compiled, each from its first call on.
+    """Compile all regions of this process, each at its first call.
 
-    The number of rows is a variable for the compiler, so that it is not asked again when the experts' numbers change.
+    The number of rows is dynamic, so that changing expert loads do not recompile.
     """
     for one in _regions:
         one.compiled = torch.compile(one.plain, backend=backend)
 
 
 def run_regions_eagerly() -> None:
-    """Takes `compile_regions` back."""
+    """Undo `compile_regions`."""
     for one in _regions:
         one.compiled = None
 
 
 @contextmanager
 def eager_regions() -> Iterator[None]:
-    """Around what is no training: other shapes, and no gradients, would each be compiled anew."""
+    """Run regions eagerly outside training: other shapes, and no gradients, would each recompile."""
     compiled = [one.compiled for one in _regions]
     run_regions_eagerly()
     try:

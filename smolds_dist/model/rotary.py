@@ -15,9 +15,9 @@ from smolds_dist.model import device
 def rotary_angles(
     position_ids: Tensor, dim: int, theta: float, yarn: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864, equation 34), in fp32.
+    """Return cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864, equation 34), in fp32.
 
-    Computed anew from the positions, because a stored frequency buffer would be rounded when the model is cast to bf16.
+    Frequencies are computed in every call, because a buffer would be rounded when the model is cast to bf16.
 
     Args:
         position_ids: [B, S].
@@ -26,7 +26,7 @@ def rotary_angles(
         yarn: `DeepSeekV3Config.rope_scaling`.
 
     Returns:
-        Two tensors [B, S, P/2]; with YaRN times its factor for attention.
+        Two tensors [B, S, P/2]; with YaRN multiplied by its attention factor.
     """
     exponents = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
     frequencies = theta**-exponents
@@ -40,8 +40,8 @@ def rotary_angles(
 
 
 def _interpolated_share(frequencies: Tensor, dim: int, theta: float, yarn: dict[str, Any]) -> Tensor:
-    """How far each frequency is slowed down by the factor, from 0 (fast ones) to 1 (YaRN, arXiv 2309.00071, equation 18);
-    between the dimensions that turn `beta_fast` and `beta_slow` times within the original length it grows linearly."""
+    """Return how far each frequency is interpolated, from 0 (fast ones) to 1 (YaRN, arXiv 2309.00071, equation 18), linear
+    between the dimensions that rotate `beta_fast` and `beta_slow` times within the original length."""
 
     def dimension(turns: float) -> float:
         length = yarn["original_max_position_embeddings"]
@@ -56,7 +56,7 @@ def _interpolated_share(frequencies: Tensor, dim: int, theta: float, yarn: dict[
 
 
 def _attention_factor(yarn: dict[str, Any]) -> float:
-    """What cosine and sine are multiplied by, hence scores by its square (YaRN, equation 22); DeepSeek's checkpoints, with
+    """Return the factor of cosine and sine, hence of scores by its square (YaRN, equation 22); DeepSeek's checkpoints, with
     `mscale` and `mscale_all_dim`, leave most of it to `score_factor`."""
     if yarn.get("attention_factor") is not None:
         return yarn["attention_factor"]
@@ -66,7 +66,7 @@ def _attention_factor(yarn: dict[str, Any]) -> float:
 
 
 def score_factor(yarn: dict[str, Any] | None) -> float:
-    """What latent attention multiplies its scores by besides, which DeepSeek-V2 and V3 do with `mscale_all_dim`."""
+    """Return the extra factor of latent attention's scores, which DeepSeek-V2 and V3 set by `mscale_all_dim`."""
     if not yarn or not yarn.get("mscale_all_dim"):
         return 1.0
     return _mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
@@ -77,7 +77,7 @@ def _mscale(factor: float, scale: float) -> float:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + P/2) of the last dimension of x [B, heads, S, P]; computed in fp32, returned in x's dtype."""
+    """Rotate the pairs (i, i + P/2) of the last dimension of x [B, heads, S, P]; computes in fp32, returns x's dtype."""
     cos, sin = cos[:, None], sin[:, None]
     if not device.is_traced():
         return _Rotate.apply(x, cos, sin)
@@ -86,7 +86,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a turn is the turn back; autograd would keep and add up what each product was made of."""
+    """Rotate; the gradient is the inverse rotation, for which autograd would save the inputs of every multiplication."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

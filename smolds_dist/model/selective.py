@@ -1,4 +1,4 @@
-"""Selective activation checkpointing: what is kept of a block, and what computed again in the backward pass."""
+"""Selective activation checkpointing: which activations of a block are saved and which are recomputed."""
 
 from contextlib import AbstractContextManager
 
@@ -8,11 +8,11 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from smolds_dist.model import device
 
 
-def save_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint.checkpoint`'s `context_fn`: of its function's forward pass, and of the second one.
+def save_matmuls() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of the forward pass and of recomputation, for `torch.utils.checkpoint.checkpoint`'s `context_fn`.
 
-    Kept are the results of the operators below; batched products are not among them, since those of attention written out
-    are as large as all its weights. So where attention runs as such, within documents on a CPU, it is computed again.
+    Saves the results of the operators below. Batched matmuls are not among them, since in unfused attention they are as
+    large as all its weights: attention within documents on a CPU, which is unfused, is recomputed.
     """
     kept = [
         torch.ops.aten.mm.default,

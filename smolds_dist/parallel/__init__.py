@@ -1,1 +1,1 @@
-"""Ranks: the topology, the engines, expert parallelism and balancing. Knows nothing of text."""
+"""Topology, engines, expert parallelism and balancing; independent of text."""

@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free load balancing (arXiv 2408.15664): a selection bias per expert that moves once per optimizer step.
+"""Auxiliary-loss-free load balancing (arXiv 2408.15664): a selection bias per expert, updated once per optimizer step.
 
 Shape letters: L layers, E experts.
 """
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 
 def moe_layers(model: nn.Module) -> dict[str, Any]:
-    """The mixtures of experts by name: our `DeepSeekMoE`, or DeepSpeed's AutoEP layer in its place."""
+    """Return the MoE layers by name: our `DeepSeekMoE`, or DeepSpeed's AutoEP layer that replaces it."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "tokens_per_expert")}
 
 
 class Balancer:
-    """Counts where the tokens of a step went, over all ranks and micro batches, and moves the biases against it.
+    """Counts a step's routed tokens per expert over all ranks and micro batches and updates the biases to even them out.
 
     A layer is any module with `tokens_per_expert` [E]: our `DeepSeekMoE` (router `gate`) or DeepSpeed's AutoEP layer
-    (router `router`). Both add to their counts in every forward pass, so only passes inside `counting()` are taken.
+    (router `router`). Both count in every forward pass, so only passes inside `counting()` are used.
 
     Args:
-        rate: how far a bias moves per step; 0 only counts.
+        rate: change of a bias per step; 0 = count only.
     """
 
     def __init__(self, model: nn.Module, rate: float):
@@ -34,14 +34,14 @@ class Balancer:
         routers = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
         self.biases: list[Tensor] = [router.e_score_correction_bias for router in routers]
         for layer in self.layers:
-            # Counts above 256 are not exact in bf16, to which an engine may have cast the buffer.
+            # An engine may have cast the buffer to bf16, where counts above 256 are inexact.
             layer.tokens_per_expert = layer.tokens_per_expert.float()
         device = self.layers[0].tokens_per_expert.device
         self._counts = torch.zeros(len(self.layers), len(self.biases[0]), device=device)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Around a training forward pass. Evaluation, sampling and recomputation in backward stay outside."""
+        """Wrap a training forward pass. Evaluation, sampling and recomputation in backward must stay outside."""
         for layer in self.layers:
             layer.tokens_per_expert.zero_()
         yield
@@ -49,10 +49,10 @@ class Balancer:
 
     @torch.no_grad()
     def step(self, applied: bool = True, rate_scale: float = 1.0) -> Tensor:
-        """Ends the optimizer step: b += rate * sign(mean load - load), then centres b on zero (algorithm 1).
+        """End the optimizer step: b += rate * sign(mean load - load), then center b on zero (algorithm 1).
 
         Args:
-            applied: whether the optimizer made its update; a step that was skipped leaves the biases too.
+            applied: False for a skipped optimizer update, which leaves the biases unchanged too.
             rate_scale: factor of the rate in this step.
 
         Returns:
@@ -64,18 +64,18 @@ class Balancer:
             direction = torch.sign(self._counts.mean(-1, keepdim=True) - self._counts)
             for bias, towards in zip(self.biases, direction, strict=True):
                 bias += self.rate * rate_scale * towards.to(bias.dtype)
-                # Only differences between biases matter to the choice; centred, they cannot drift out of precision.
+                # Only differences between biases affect routing; centered, they cannot drift and lose precision.
                 bias -= bias.mean()
         counts = self._counts.cpu()
         self._counts = torch.zeros_like(self._counts)
         return counts
 
     def named_biases(self) -> dict[str, Tensor]:
-        """The selection biases [E] under the names of the model without ranks, as live tensors."""
+        """Return the selection biases [E] as live tensors, under the single-process model's names."""
         named = zip(self._names, self.biases, strict=True)
         return {f"{name}.gate.e_score_correction_bias": bias for name, bias in named}
 
 
 def max_violation(counts_LE: Tensor) -> Tensor:
-    """MaxVio of each layer, [L]: the busiest expert's tokens over the mean, minus 1 (arXiv 2408.15664, equation 4)."""
+    """Compute MaxVio per layer, [L]: the busiest expert's tokens over the mean, minus 1 (arXiv 2408.15664, eq. 4)."""
     return counts_LE.max(-1).values / counts_LE.mean(-1).clamp(min=1e-9) - 1

@@ -1,4 +1,4 @@
-"""Our experts' kernel under DeepSpeed's AutoEP, on the CPU.
+"""Our expert kernel under DeepSpeed's AutoEP, on the CPU.
 
 Shape letters: P rows sorted by expert, H hidden, E experts of this rank.
 """
@@ -14,10 +14,10 @@ from smolds_dist.parallel.expert_parallel import autoep_layers
 
 
 class CpuExperts(nn.Module):
-    """AutoEP's experts with our kernel, over the very same parameters.
+    """AutoEP's experts with our kernel, sharing their parameters.
 
     Args:
-        experts: DeepSpeed's `GroupedExperts`, whose loop pads nothing and lets autograd fill a whole weight per expert.
+        experts: DeepSpeed's `GroupedExperts`, whose loop does not pad and makes autograd fill a full weight per expert.
     """
 
     def __init__(self, experts: Any):
@@ -25,7 +25,7 @@ class CpuExperts(nn.Module):
         self.w1, self.w2, self.w3 = experts.w1, experts.w2, experts.w3
 
     def forward(self, x_PH: Tensor, counts_E: Tensor) -> Tensor:
-        """As `GroupedExperts.forward`: rows [P, H] sorted by expert, P at least the sum of their numbers [E]."""
+        """Compute like `GroupedExperts.forward`: rows [P, H] sorted by expert, P >= the sum of counts [E]."""
         counts = counts_E.tolist()
         *rows, rest = x_PH.split([*counts, len(x_PH) - sum(counts)])
         multiple = row_multiple(x_PH)
@@ -37,6 +37,6 @@ class CpuExperts(nn.Module):
 
 
 def patch_cpu_experts(model: nn.Module) -> None:
-    """Puts `CpuExperts` in place of AutoEP's, after AutoEP has made its layers and before ZeRO looks at their modules."""
+    """Replace AutoEP's experts by `CpuExperts`; call after AutoEP creates its layers and before ZeRO inspects modules."""
     for layer in autoep_layers(model).values():
         layer.experts = CpuExperts(layer.experts)

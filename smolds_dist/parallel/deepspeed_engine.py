@@ -46,25 +46,25 @@ from smolds_dist.parallel.optim import make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, Train
 
-if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
+if TYPE_CHECKING:  # importing the model takes a second, and the launcher does not need it
     from smolds_dist.model import DeepSeekV3Config
 
 
 def zero3_init(config: RunConfig, topology: Topology, model_config: "DeepSeekV3Config") -> AbstractContextManager[None]:
-    """A model that is built in it has its layers sharded one by one (ZeRO 3), so that no rank ever holds a full one."""
+    """Return a context in which a model's layers are sharded as they are built (ZeRO 3); no rank holds a full model."""
     import deepspeed
 
     settings = deepspeed_config(config, topology, model_config)
-    # The dtype is the configuration's: DeepSpeed 0.19 takes another than the one that is given by itself. And it would put
-    # a linear layer of its own in the place of PyTorch's for the whole process.
+    # The dtype comes from the configuration: DeepSpeed 0.19 overrides an explicit one. Without `mem_efficient_linear=False`
+    # it would replace PyTorch's linear layer in the whole process.
     return deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False)
 
 
 def partition_offsets(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]]:
-    """Where ZeRO 3 puts this rank's part of each parameter, by its id: flat partition, first element and length.
+    """Return where ZeRO 3 keeps this rank's slice of each parameter, by id: flat partition, first element and length.
 
     Args:
-        groups: the parameters of each partition, which lie there one after the other.
+        groups: the parameters of each partition, in the order of their slices.
     """
     offsets = {}
     for index, parameters in enumerate(groups):
@@ -76,10 +76,10 @@ def partition_offsets(groups: list[list[Any]]) -> dict[int, tuple[int, int, int]
 
 
 def initialize(model: Any, config: RunConfig, topology: Topology, make: Callable[[Any], torch.optim.Optimizer]) -> Any:
-    """DeepSpeed's own engine around `model`.
+    """Wrap `model` in DeepSpeed's own engine.
 
     Raises:
-        ConfigError: where the user's DeepSpeed file sets what DeepSpeed does not take.
+        ConfigError: if DeepSpeed rejects the user's configuration file.
     """
     import deepspeed
 
@@ -88,22 +88,22 @@ def initialize(model: Any, config: RunConfig, topology: Topology, make: Callable
             model=model,
             optimizer=make,
             config=deepspeed_config(config, topology, model.config),
-            model_parameters=model.parameters(),  # a list would keep the experts that AutoEP lets go of
+            model_parameters=model.parameters(),  # a list would keep the replaced experts in memory
             dist_init_required=False,
         )[0]
-    except ValidationError as error:  # pydantic's, which DeepSpeed checks its configuration with
+    except ValidationError as error:  # DeepSpeed validates its configuration with pydantic
         if config.parallel.ds_config is None:
             raise
         wrong = error.errors()[0]
         name = ".".join(map(str, wrong["loc"]))
-        raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; mend it.") from None
+        raise ConfigError(f"{config.parallel.ds_config}: {name}: {wrong['msg']}; fix it.") from None
 
 
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0 to 3 and AutoEP, over nccl or gloo.
 
-    Tested on gloo, several ranks on one machine, and over NCCL with one rank on one GPU. NCCL on several GPUs runs the same
-    code, but has not been tested.
+    Tested over gloo with several ranks on one machine, and over NCCL with one rank on one GPU. NCCL on several GPUs uses
+    the same code but is untested.
     """
 
     def __init__(self, model: Any, config: RunConfig, topology: Topology, fill: Fill | None):
@@ -112,11 +112,11 @@ class DeepSpeedEngine:
         self.topology = topology
         self._norm = float("nan")
         self._applied = True
-        self._squares: dict[str, Tensor] | None = None  # where this step's are wanted
-        # What to multiply by, by id of what the optimizer works on: parts of it and the factors of their rows.
+        self._squares: dict[str, Tensor] | None = None  # this step's, if requested
+        # By id of an optimizer tensor: fragments of it and the factors to scale their rows by
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
-        self._masters: dict[int, Tensor] = {}  # by id of the parameter, where DeepSpeed without ZeRO keeps fp32 copies
-        self._sums: dict[nn.Parameter, Tensor] = {}  # of gradients, while there are more micro batches to come
+        self._masters: dict[int, Tensor] = {}  # fp32 copies by id of the parameter (ZeRO 0)
+        self._sums: dict[nn.Parameter, Tensor] = {}  # of gradients, until the last micro batch
         self._clock = CommunicationClock("all_to_all_single")
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
@@ -132,7 +132,7 @@ class DeepSpeedEngine:
     def _make_optimizer(
         self, model: nn.Module, train: Train, fill: Fill | None, parameters: list[nn.Parameter]
     ) -> torch.optim.Optimizer:
-        """DeepSpeed calls it after AutoEP has put its own expert weights in place of ours."""
+        """Make the optimizer; DeepSpeed calls this after AutoEP has replaced our expert weights."""
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
         if fill is not None:
@@ -143,7 +143,7 @@ class DeepSpeedEngine:
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
         built = make_optimizer([group for group in groups if group["params"]], train)
-        before_step = self._clip_without_zero if self.topology.zero == 0 else self._note_squares
+        before_step = self._clip_without_zero if self.topology.zero == 0 else self._add_squares
         built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
         built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
         for group in built.param_groups:
@@ -153,24 +153,24 @@ class DeepSpeedEngine:
         return built
 
     def _finish_bf16(self, fill: Fill | None) -> None:
-        """Puts right what DeepSpeed's cast of the model to bf16 has touched."""
+        """Restore what DeepSpeed's cast of the model to bf16 has changed."""
         if self.topology.zero == 0:
-            # DeepSpeed 0.19 without ZeRO allocates the state by a step on zero gradients, which Adam's bias correction
-            # would count as the first.
+            # DeepSpeed 0.19 without ZeRO allocates state with a step on zero gradients, which Adam's bias correction would
+            # count.
             self.engine.basic_optimizer.state.clear()
             groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
             self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
             for parameter in self.model.parameters() if self.topology.accumulation > 1 else ():
                 parameter.register_post_accumulate_grad_hook(self._accumulate_in_fp32)
         keep_routers_in_fp32(self.model)
-        if fill is not None:  # what the optimizer works on was made from rounded weights
+        if fill is not None:  # the optimizer's tensors were copied from rounded weights
             for fragment in self.fragments():
                 fill(fragment.only("value"))
 
     def _accumulate_in_fp32(self, parameter: nn.Parameter) -> None:
-        """Holds the sum of the micro batches' gradients in fp32, and rounds it once, for the last one's reduction.
+        """Accumulate the micro batches' gradients in fp32, and round once, for the last one's reduction.
 
-        DeepSpeed 0.19 without ZeRO adds them up in bf16. Can go when it takes `grad_accum_dtype` fp32 there.
+        DeepSpeed 0.19 without ZeRO accumulates in bf16. Remove when it supports `grad_accum_dtype` fp32 there.
         """
         assert parameter.grad is not None
         total = self._sums.pop(parameter, 0.0) + parameter.grad.float()
@@ -181,41 +181,41 @@ class DeepSpeedEngine:
             self._sums[parameter] = total
 
     def _replica_ranks(self, of_experts: bool) -> range:
-        """The ranks that have the same experts as this one, or the same of all the rest."""
-        apart = self.topology.expert if of_experts else 1
-        return range(self.topology.rank % apart, self.topology.world_size, apart)
+        """Return the ranks that hold the same experts as this one, or the same other weights."""
+        stride = self.topology.expert if of_experts else 1
+        return range(self.topology.rank % stride, self.topology.world_size, stride)
 
     def _on_matrices(
         self, holders: range, parameters: list[Tensor], values: list[Tensor], function: OnMatrices
     ) -> None:
         if self.topology.zero == 0:
             apply_on_replicas(holders, values, function, self.device)
-        else:  # the optimizer was made before what it works on was cut, and the owners after
+        else:  # `_owners` is set after ZeRO partitions the optimizer's tensors
             for flat, one in zip(parameters, values, strict=True):
                 self._owners.apply(flat, one, function)
 
-    def _note_squares(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adds up what this rank's slices hold, after clipping; ZeRO steps one group or slice at a time."""
+    def _add_squares(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sum the squared gradients of this rank's slices after clipping; ZeRO steps one group or slice at a time."""
         if self._squares is not None:
             for part, square in squares_by_part(optimizer).items():
                 self._squares[part] = self._squares.get(part, 0.0) + square
 
     def _scale_updated(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before DeepSpeed copies what is updated to the model's weights; ZeRO steps one group or slice at a time."""
+        """Scale updated rows before DeepSpeed copies them to the model; ZeRO steps one group or slice at a time."""
         for group in optimizer.param_groups if self._applied else ():
             for updated in group["params"]:
                 for fragment, rows in self._factors.get(id(updated), ()):
                     scale_rows(fragment, rows)
 
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips by the norm over all experts, also those on other ranks.
+        """Clip by the norm over all experts, including those on other ranks.
 
-        DeepSpeed 0.19 without ZeRO clips by the mean of the ranks' norms, which depends on the topology. Can go when
+        DeepSpeed 0.19 without ZeRO clips by the mean of the ranks' norms, which depends on the topology. Remove when
         `deepspeed.runtime.utils.clip_grad_norm_` sums expert gradients over the expert-parallel group.
         """
         shares = squares_by_part(optimizer)
         for part in shares:
-            # Ranks that hold the same have the same averaged gradients: count them once.
+            # Replicas have the same averaged gradients: count them once.
             shares[part] /= len(self._replica_ranks(part == "experts"))
         if self._squares is not None:
             self._squares |= shares
@@ -225,7 +225,7 @@ class DeepSpeedEngine:
         self._norm = norm.item()
         self._applied = math.isfinite(self._norm)
         if not self._applied:
-            optimizer.zero_grad()  # an optimizer leaves parameters without gradients, and their state, as they are
+            optimizer.zero_grad()  # an optimizer skips parameters without gradients
         elif self.grad_clip:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
@@ -238,7 +238,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * nan_unless_finite(loss))
         if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # only moves DeepSpeed's own count of micro batches on
+            self.engine.step()  # only increments DeepSpeed's count of micro batches
 
     def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
         self._factors.clear()
@@ -270,7 +270,7 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         experts = expert_parameters(self.model)
         for name, parameter in self.model.named_parameters():
-            start, tensors = self._held(parameter)
+            start, tensors = self._local_views(parameter)
             replicas = {}
             if self.topology.zero == 0:
                 holders = self._replica_ranks(name in experts)
@@ -279,21 +279,21 @@ class DeepSpeedEngine:
                 shapes = logical_shapes(name, full_shape(parameter), experts.get(name, 0))
                 yield from split_by_tensor(shapes, start, tensors, **replicas)
 
-    def _held(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
-        """First element, and flat views by kind, of what this rank holds of a parameter; no views where it holds nothing."""
+    def _local_views(self, parameter: Any) -> tuple[int, dict[str, Tensor]]:
+        """Return the first element and flat views by kind of this rank's slice of a parameter; no views if it has none."""
         start, part = 0, slice(None)
         if self.topology.zero == 0:
             flat = self._masters.get(id(parameter), parameter)
         elif self.topology.zero < 3:
-            # DeepSpeed's accessors refuse the experts' moments here (0.19.8): they are linked after the first group's
-            # step, when the experts' group has none yet. The mapping holds their place all the same.
+            # DeepSpeed's accessors cannot return the experts' moments here (0.19.8): they are linked after the first
+            # group's step, before the experts' group has any. The mapping has their location.
             mapping = parameter._hp_mapping
             if mapping is None:
                 return 0, {}
             place, flat = mapping.hp_fragment_address, self._flats()[mapping.param_group_index]
             start, part = mapping.lp_fragment_address.start, slice(place.start, place.start + place.numel)
         else:
-            # DeepSpeed's `safe_get_local_...` give copies where the optimizer is offloaded (0.19.8), and these are live.
+            # These views are live; with an offloaded optimizer DeepSpeed's `safe_get_local_...` return copies (0.19.8).
             index, begin, length = self._offsets[id(parameter)]
             flat = self._flats()[index]
             start, part = parameter.ds_zero_partition_rank * length, slice(begin, begin + length)
@@ -301,8 +301,8 @@ class DeepSpeedEngine:
         return start, {kind: tensor.detach().view(-1)[part] for kind, tensor in tensors.items()}
 
     def _flats(self) -> list[Tensor]:
-        """What the optimizer works on: without ZeRO the parameters or their fp32 copies, from ZeRO 1 on this rank's slice of
-        every group, flat and fp32."""
+        """Return the optimizer's tensors: at ZeRO 0 the parameters or their fp32 copies, else this rank's slice of every
+        group, flat and fp32."""
         if self.topology.zero == 3:
             return self.engine.optimizer.fp32_partitioned_groups_flat
         return [flat for group in self.engine.basic_optimizer.param_groups for flat in group["params"]]
@@ -316,12 +316,12 @@ class DeepSpeedEngine:
 
     def allocate_optimizer_state(self, kinds_of: KindsOf, steps: int) -> None:
         flats = self._flats()
-        kinds: dict[int, list[str]] = {}  # the same for all that lies in one flat tensor
+        kinds: dict[int, list[str]] = {}  # the same for all fragments of one flat tensor
         for fragment in self.fragments():
             index, _ = offset_in(flats, fragment.tensors["value"])
             if index not in kinds:
                 kinds[index] = list(kinds_of(fragment.name))
-        for index, stored in kinds.items():  # what is padding alone starts anew
+        for index, stored in kinds.items():  # flat tensors that are all padding have no fragment and no state
             allocate_state(self.engine.basic_optimizer, flats[index], stored, steps)
 
     def barrier(self) -> None:

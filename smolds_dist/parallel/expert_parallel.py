@@ -1,4 +1,4 @@
-"""DeepSpeed and its AutoEP for our model: the configuration and the workarounds."""
+"""DeepSpeed and AutoEP for our model: configuration and workarounds."""
 
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,16 @@ from smolds_dist.inputs import convert, read_json
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Model, RunConfig
 
-if TYPE_CHECKING:  # the launcher needs no model, whose import takes a second
+if TYPE_CHECKING:  # importing the model takes a second, and the launcher does not need it
     from smolds_dist.model import DeepSeekV3Config
 
 
-# Where state may be offloaded to. What is on a disk no rank can see, and offloaded weights cannot be filled in, before
-# DeepSpeed has moved them away (0.19.8): for both it offers copies alone.
+# Allowed offload devices. DeepSpeed (0.19.8) exposes only copies of state on disk and of offloaded weights, so checkpoints
+# cannot restore either.
 OFFLOADED = {"offload_optimizer": ("none", "cpu"), "offload_param": ("none",)}
 
 
-# What is read of a DeepSpeed configuration
+# Sections read from a DeepSpeed configuration
 SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "expert_parallel")
 _Zero = defstruct("_Zero", [(name, dict[str, Any], None) for name in OFFLOADED], module=__name__)
 _Sections = defstruct(
@@ -33,38 +33,38 @@ _Sections = defstruct(
 
 
 def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
-    """`ds_configs/zeroN.json`, or the user's own file, with every "auto" filled in.
+    """Return `ds_configs/zeroN.json`, or the user's own file, with every "auto" filled in.
 
     Raises:
-        ConfigError: where the user's file sets what smolds decides, or contradicts the run.
+        ConfigError: if the user's file sets what smolds decides, or contradicts the run.
     """
     folders = (Path(__file__).parents[1] / "ds_configs", Path(__file__).parents[2] / "ds_configs")
     own = config.parallel.ds_config
     path = Path(own) if own else next(f for f in folders if f.is_dir()) / f"zero{topology.zero}.json"
-    settings = read_json(path, "mend it", dict[str, Any])
+    settings = read_json(path, "fix it", dict[str, Any])
     for key in SECTIONS:
         settings.setdefault(key, {})
-    convert(settings, _Sections, path, "mend it")
+    convert(settings, _Sections, path, "fix it")
     zero = settings["zero_optimization"]
     for section in ("optimizer", "scheduler"):
         if section in settings:
             raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
     if settings.pop("fp16").get("enabled", "auto") not in (False, "auto"):
         raise ConfigError(
-            f"{path} enables fp16, and smolds computes in fp32 or bf16; remove it, and give --train.dtype."
+            f"{path} enables fp16, but smolds computes in fp32 or bf16; remove it, and set --train.dtype."
         )
     for section, devices in OFFLOADED.items():
         device = (zero.get(section) or {}).get("device", "none")
         if device not in devices:
             raise ConfigError(
-                f"{path} sets {section} to {device}, of which DeepSpeed gives checkpoints no more than copies; use "
+                f"{path} sets {section} to {device}, where checkpoints cannot restore DeepSpeed's state; use "
                 f"{' or '.join(devices)}."
             )
     known = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": topology.micro_batch,
         "gradient_accumulation_steps": topology.accumulation,
-        # Without ZeRO, DeepSpeed averages the ranks' norms where experts are sharded; DeepSpeedEngine clips instead.
+        # Without ZeRO, DeepSpeed averages the ranks' norms if experts are sharded; DeepSpeedEngine clips instead.
         "gradient_clipping": config.train.grad_clip if topology.zero else 0.0,
         "bf16.enabled": topology.dtype == "bf16",
         "data_types.grad_accum_dtype": "fp32" if topology.zero or topology.dtype == "fp32" else "bf16",
@@ -85,13 +85,13 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
             target[key] = value
         elif target[key] != value:
             raise ConfigError(
-                f'{path} sets {name} to {target[key]!r}, but the run needs {value!r}; write "auto" there, or change the run.'
+                f'{path} sets {name} to {target[key]!r}, but the run needs {value!r}; set it to "auto", or change the run.'
             )
     return settings
 
 
 def autoep_section(expert: int, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
-    """The `expert_parallel` section that makes AutoEP find our `DeepSeekMoE` blocks and shard their experts."""
+    """Return the `expert_parallel` section with which AutoEP finds our `DeepSeekMoE` blocks and shards their experts."""
     section = {
         "enabled": True,
         "autoep_size": expert,
@@ -112,37 +112,37 @@ def autoep_section(expert: int, model: "DeepSeekV3Config | Model") -> dict[str, 
 
 
 class CommunicationClock:
-    """Times collectives with DeepSpeed's communication log, which waits for the device around every one.
+    """Times collectives with DeepSpeed's communication log, which synchronizes the device around each one.
 
-    DeepSpeed 0.19 enters into the log the sum of all durations so far instead of each one's, so the log is dropped and its
-    timer read. Can go when `deepspeed.comm.comm.timed_op` resets its timer: then the log has what is wanted.
+    DeepSpeed 0.19 logs the sum of all durations so far instead of each one's, so the log is dropped and its timer read.
+    Remove when `deepspeed.comm.comm.timed_op` resets its timer; the log is then right.
 
     Args:
-        operations: by DeepSpeed's names. Of those that DeepSpeed does not wait for at once, only the start is timed.
+        operations: DeepSpeed's names. For asynchronous operations, only the launch is timed.
     """
 
     def __init__(self, *operations: str) -> None:
         from deepspeed.comm import comm
 
         self._comm, self._operations = comm, operations
-        self._enabled, self._ops = comm.comms_logger.enabled, list(comm.comms_logger.prof_ops)  # the user's own wishes
+        self._enabled, self._ops = comm.comms_logger.enabled, list(comm.comms_logger.prof_ops)  # the user's settings
 
     def run(self, on: bool) -> None:
         ops = [*self._ops, *self._operations] if on else self._ops
         self._comm.configure(enabled=on or self._enabled, prof_ops=ops)
 
     def seconds(self) -> dict[str, float]:
-        """Of each operation, since the last call."""
+        """Return the seconds of each operation since the last call."""
         if not self._enabled:
             self._comm.reset_log()
         return {name: self._comm.timers(name).elapsed() / 1000 for name in self._operations}
 
 
 def skip_shared_memory_build() -> None:
-    """Keeps DeepSpeed from compiling its CPU shared-memory op in `init_distributed`.
+    """Keep DeepSpeed from compiling its CPU shared-memory op in `init_distributed`.
 
     The build takes a minute and a compiler, serves only inference, and a process that dies in it leaves a lock on which
-    every later run waits for ever (DeepSpeed 0.19). Can go when DeepSpeed builds the op on first use.
+    every later run waits indefinitely (DeepSpeed 0.19). Remove when DeepSpeed builds the op on first use.
     """
     import deepspeed.ops
 
@@ -150,14 +150,14 @@ def skip_shared_memory_build() -> None:
 
 
 def autoep_layers(model: nn.Module) -> dict[str, Any]:
-    """AutoEP's layers by name (untyped: DeepSpeed has no annotations)."""
+    """Return AutoEP's layers by name (untyped: DeepSpeed has no annotations)."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, int]:
-    """Names of this rank's expert weights, each with the number of the first expert in it."""
+    """Return the names of this rank's expert weights, each with the index of its first expert."""
     return {
         f"{name}.experts.{weight}": layer.ep_rank * layer.num_local_experts
         for name, layer in autoep_layers(model).items()
@@ -166,9 +166,9 @@ def expert_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def keep_routers_in_fp32(model: nn.Module) -> None:
-    """Restores fp32 where the engine's cast to bf16 must not reach: selection biases and the router's product.
+    """Restore fp32 for selection biases and the router's matmul after the engine's cast to bf16.
 
-    AutoEP computes the logits in the model's dtype (DeepSpeed 0.19); can go when it offers fp32 logits.
+    AutoEP computes the logits in the model's dtype (DeepSpeed 0.19). Remove when it offers fp32 logits.
     """
 
     def fp32_logits(gate: Any, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
@@ -176,12 +176,12 @@ def keep_routers_in_fp32(model: nn.Module) -> None:
 
     for layer in autoep_layers(model).values():
         layer.router.e_score_correction_bias = layer.router.e_score_correction_bias.float()
-        # First among the hooks, because ZeRO 3's own lets go of the gathered weight.
+        # First among the hooks, because ZeRO 3's frees the gathered weight.
         layer.router.gate.register_forward_hook(fp32_logits, prepend=True)
 
 
 def keep_router_logits(model: nn.Module) -> None:
-    """Leaves a pass's router logits [T, E] where `DeepSeekV3ForCausalLM` asks for them, as our own `DeepSeekMoE` does."""
+    """Collect a pass's router logits [T, E] for `DeepSeekV3ForCausalLM` in `router_logits`, as our `DeepSeekMoE` does."""
 
     def keep(layer: Any, _gate: Any, _args: Any, logits_TE: Tensor) -> None:
         if layer.router_logits is not None:

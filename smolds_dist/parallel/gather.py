@@ -1,7 +1,7 @@
-"""Whole logical tensors out of what the ranks hold of them, each at the rank that wants it and a few at a time.
+"""Gather full logical tensors from the ranks' slices, a few at a time, each to the rank that requests it.
 
-Every rank knows the parts that all ranks hold, at ZeRO 3 ranks times those of one rank. They travel and stay as rows of
-numbers; Python loops over those of wanted tensors alone.
+Every rank knows all ranks' slices (at ZeRO 3, world size times one rank's). They are sent and kept as rows of numbers;
+Python loops only over those of requested tensors.
 """
 
 from collections import defaultdict
@@ -16,16 +16,16 @@ from torch import Tensor
 from smolds_dist.parallel.fragments import Fragment
 
 
-def all_to_all(flats: list[Tensor], sizes: list[int], incoming: list[int], like: Tensor) -> Tensor:
-    """One flat tensor [n] of all that the ranks have for this one, in their order. Collective, unless there is one process.
+def all_to_all(pieces: list[Tensor], sizes: list[int], incoming: list[int], like: Tensor) -> Tensor:
+    """Exchange flat tensors; return what all ranks sent to this one, [n], in rank order. Collective, except in one process.
 
     Args:
-        pieces: flat tensors, those for rank 0 first.
-        sizes: how many elements of them are for each rank.
-        coming: how many elements each rank has for this one.
-        like: of the dtype of all, on the device that collectives take their tensors from.
+        pieces: flat tensors to send, those for rank 0 first.
+        sizes: elements to send to each rank.
+        incoming: elements to receive from each rank.
+        like: a tensor of the common dtype on the collectives' device.
     """
-    outgoing = torch.cat([like.new_empty(0), *(piece.to(like.device) for piece in flats)])
+    outgoing = torch.cat([like.new_empty(0), *(piece.to(like.device) for piece in pieces)])
     if not dist.is_initialized():
         return outgoing
     received = like.new_empty(sum(incoming))
@@ -33,15 +33,15 @@ def all_to_all(flats: list[Tensor], sizes: list[int], incoming: list[int], like:
     return received
 
 
-def all_gather_rows(local: Sequence[Sequence[int]], width: int, device: torch.device) -> np.ndarray:
-    """The rows of all ranks in the ranks' order, each with its rank before it: int64 [M, 1 + width]. Collective, unless
-    there is one process.
+def all_gather_rows(mine: Sequence[Sequence[int]], width: int, device: torch.device) -> np.ndarray:
+    """Gather all ranks' rows in rank order, each preceded by its rank: int64 [M, 1 + width]. Collective, except in one
+    process.
 
     Args:
         mine: this rank's rows of `width` numbers.
-        device: where collectives take their tensors from.
+        device: the collectives' device.
     """
-    rows = torch.tensor(local, dtype=torch.int64).view(len(local), width)
+    rows = torch.tensor(mine, dtype=torch.int64).view(len(mine), width)
     gathered_rows = [rows]
     if dist.is_initialized():
         count = torch.tensor([len(rows)], device=device)
@@ -59,13 +59,13 @@ def all_gather_rows(local: Sequence[Sequence[int]], width: int, device: torch.de
 
 
 class Gatherer:
-    """Brings logical tensors together. Made, and called, by all ranks.
+    """Gathers full logical tensors. All ranks must create and call it.
 
     Args:
-        fragments: what this rank holds, as live views.
+        fragments: this rank's slices, as live views.
         names: of all logical tensors of the model, in the same order on all ranks.
-        device: where collectives take their tensors from.
-        dtype: what values are rounded to.
+        device: the collectives' device.
+        dtype: the dtype to round values to.
     """
 
     def __init__(self, fragments: Iterable[Fragment], names: Iterable[str], device: torch.device, dtype: torch.dtype):
@@ -77,21 +77,21 @@ class Gatherer:
             if len(share.tensors["value"]):
                 self._local[share.name].append(share)
         held = (one for some in self._local.values() for one in some)
-        local = [(self._number[one.name], one.start, len(one.tensors["value"])) for one in held]
-        self.set_layout(all_gather_rows(local, 3, device))
+        mine = [(self._number[one.name], one.start, len(one.tensors["value"])) for one in held]
+        self.index_slices(all_gather_rows(mine, 3, device))
 
-    def set_layout(self, held: np.ndarray) -> None:
-        """Keeps what the ranks hold so that a tensor's parts are found at once.
+    def index_slices(self, held: np.ndarray) -> None:
+        """Index the ranks' slices by tensor.
 
         Args:
-            held: rank, number of the tensor, start and length of each part [M, 4], in the order of the ranks.
+            held: rank, number of the tensor, start and length of each slice [M, 4], in rank order.
         """
-        self._held = held[np.argsort(held[:, 1], kind="stable")]  # by tensor, and within one by rank
+        self._held = held[np.argsort(held[:, 1], kind="stable")]  # by tensor, then by rank
         self._begin = np.searchsorted(self._held[:, 1], np.arange(len(self._number) + 1))
 
     def _slices_of(self, names: list[str]) -> np.ndarray:
-        """Rank, place in `names`, start and length of each part [P, 4], in the order in which they come: by rank, and of one
-        rank by name."""
+        """Return rank, index in `names`, start and length of each slice [P, 4], in the order received: by rank, then by
+        name."""
         numbers = [self._number[name] for name in names]
         some = [self._held[self._begin[number] : self._begin[number + 1]] for number in numbers]
         slices = np.concatenate([np.empty((0, 4), np.int64), *some])
@@ -99,22 +99,22 @@ class Gatherer:
         return slices[np.argsort(slices[:, 0], kind="stable")]
 
     def __call__(self, wanted: list[list[str]]) -> list[Tensor]:
-        """The tensors that this rank is to have, whole and flat [n], on the CPU.
+        """Return the full tensors requested by this rank, flat [n], on the CPU.
 
         Args:
-            wanted: the names for each rank; no name twice for one.
+            wanted: the names requested by each rank, without repeats.
         """
-        like = torch.empty(0, dtype=torch.uint8, device=self.device)  # not every backend sends bf16
-        flats, sizes = [], []
+        like = torch.empty(0, dtype=torch.uint8, device=self.device)  # not every backend supports bf16
+        pieces, sizes = [], []
         for names in wanted:
             found = [f.tensors["value"].detach().to(self.dtype) for n in names for f in self._local.get(n, ())]
-            flats += [one.view(torch.uint8) for one in found]
+            pieces += [one.view(torch.uint8) for one in found]
             sizes.append(sum(one.nbytes for one in found))
         names = wanted[dist.get_rank() if dist.is_initialized() else 0]
         slices = self._slices_of(names)
         incoming = np.zeros(len(wanted), np.int64)
         np.add.at(incoming, slices[:, 0], self.dtype.itemsize * slices[:, 3])
-        received = all_to_all(flats, sizes, incoming.tolist(), like).cpu().view(self.dtype)
+        received = all_to_all(pieces, sizes, incoming.tolist(), like).cpu().view(self.dtype)
         lengths = np.zeros(len(names), np.int64)
         np.add.at(lengths, slices[:, 1], slices[:, 3])
         full = [torch.empty(length, dtype=self.dtype) for length in lengths.tolist()]

@@ -1,4 +1,4 @@
-"""One process in plain PyTorch."""
+"""The engine for one process: plain PyTorch."""
 
 import math
 from collections.abc import Iterator
@@ -25,10 +25,10 @@ from smolds_dist.settings import Train
 
 
 class LocalEngine:
-    """One process in plain PyTorch on CPU, CUDA or MPS. Needs neither a process group nor deepspeed.
+    """Plain PyTorch in one process on CPU, CUDA or MPS, without a process group or deepspeed.
 
-    In bf16 the model's weights are bf16, and the optimizer works on fp32 copies, into which gradients are accumulated.
-    MPS runs the same code, but has not been tested on Apple hardware.
+    In bf16 the optimizer keeps fp32 copies of the weights, into which gradients are accumulated. MPS uses the same code but
+    is untested on Apple hardware.
     """
 
     def __init__(self, model: nn.Module, train: Train, topology: Topology, fill: Fill | None):
@@ -44,11 +44,11 @@ class LocalEngine:
             master_of = {p: nn.Parameter(p.detach().float().clone()) for p in model.parameters()}
             groups = [group | {"params": [master_of[p] for p in group["params"]]} for group in groups]
             for parameter, master in master_of.items():
-                # Parameters only: buffers hold selection biases, which stay fp32.
+                # Parameters only: selection biases are buffers and stay fp32.
                 parameter.data = parameter.data.to(torch.bfloat16)
                 parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._move_grad(p, m))
         self.optimizer = make_optimizer(groups, train)
-        # By name the model's parameter and the optimizer's fp32 copy; the same tensor twice in fp32.
+        # By name: the model's parameter and the optimizer's fp32 copy (the same tensor in fp32)
         self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
 
     @staticmethod
@@ -73,7 +73,7 @@ class LocalEngine:
         total = torch.stack(list(squares.values())).sum().sqrt()
         norm = total.item()
         applied = math.isfinite(norm)
-        # Smaller gradients would be multiplied by 1, in a pass over all of them.
+        # Skip a pass over all gradients that would multiply by 1.
         if self.grad_clip and applied and norm > self.grad_clip:
             nn.utils.clip_grads_with_norm_([master for _, master in self.masters.values()], self.grad_clip, total)
         if applied:

@@ -1,11 +1,10 @@
-"""Functions of whole matrices, each computed by one of the ranks that hold it or a part of it: its owner.
+"""Apply functions to full matrices, each computed by one of the ranks that hold it or a slice of it: its owner.
 
-Where ZeRO has cut a matrix, the owner gathers the parts, computes on the whole, and sends everyone's part of the result back
-(distributed Muon, arXiv 2502.16982, algorithm 1). Every rank makes the same plan out of all ranks' parts, of which there are
-at ZeRO 3 as many as ranks times matrices that a rank has a part of. What one rank holds whole never travels: at ZeRO 1 and 2
-that is all but the matrices at the borders of the ranks' partitions; at ZeRO 3 every matrix is cut.
+If ZeRO has sharded a matrix, the owner gathers the slices, computes on the full matrix and scatters the result (distributed
+Muon, arXiv 2502.16982, algorithm 1). Every rank makes the same plan from all ranks' slices. Full matrices on one rank are
+never sent: at ZeRO 1 and 2 only those at the borders of the ranks' partitions are split; at ZeRO 3 all are.
 
-Where several ranks hold the same, as at ZeRO 0, the owner sends them the result.
+For replicas, as at ZeRO 0, the owner sends them the result.
 
 Shape letters: N matrices of one shape, R rows, C columns.
 """
@@ -24,15 +23,15 @@ from smolds_dist.parallel.fragments import Fragment, offset_in
 from smolds_dist.parallel.gather import all_gather_rows, all_to_all
 
 ROUND = 2**25
-"""Elements of the matrices that are gathered at a time, over all ranks: bounds what an owner holds beside its own parts."""
+"""Elements of the matrices gathered at a time, over all ranks; bounds an owner's extra memory."""
 BATCH = 2**23
-"""Elements that are computed on at a time."""
+"""Elements computed on at a time."""
 
-OnMatrices = Callable[[Tensor], Tensor]  # of whole matrices [N, R, C], the same shape back
+OnMatrices = Callable[[Tensor], Tensor]  # full matrices [N, R, C] to the same shape
 
 
 class MatrixSlice(NamedTuple):
-    """Elements [start, start + length) of a matrix, which lie at `offset` of a rank's flat partition."""
+    """Elements [start, start + length) of a matrix, at `offset` in a rank's flat partition."""
 
     matrix: str
     shape: tuple[int, ...]
@@ -44,26 +43,26 @@ class MatrixSlice(NamedTuple):
 class Round(NamedTuple):
     """One gather and one scatter."""
 
-    sent: list[list[MatrixSlice]]  # this rank's parts, by the rank that owns the matrix
-    received: list[list[MatrixSlice]]  # parts of the matrices that this rank owns, by the rank that holds them
+    sent: list[list[MatrixSlice]]  # this rank's slices, by the matrix's owner
+    received: list[list[MatrixSlice]]  # slices of this rank's matrices, by the rank that holds them
 
 
 class Plan(NamedTuple):
-    """What one flat partition needs."""
+    """The work on one flat partition."""
 
-    local: list[MatrixSlice]  # matrices that are here already
+    local: list[MatrixSlice]  # full matrices on this rank
     rounds: list[Round]
 
 
 class MatrixOwners:
-    """Applies functions of whole matrices to flat partitions. Made by all ranks together.
+    """Applies functions of full matrices to flat partitions. Created by all ranks together.
 
     Args:
-        fragments: what this rank holds.
-        flats: the partitions [n] that the optimizer works on, which the fragments' values are views of; as many, in the
-            same order, on all ranks.
+        fragments: this rank's slices.
+        flats: the optimizer's flat partitions [n], of which the fragments' values are views; the same number and order on
+            all ranks.
         shapes: of all logical tensors of the model, by name.
-        device: where collectives take their tensors from.
+        device: the collectives' device.
     """
 
     def __init__(
@@ -91,9 +90,9 @@ class MatrixOwners:
         ]
 
     def apply(self, flat: Tensor, values: Tensor, function: OnMatrices) -> None:
-        """Replaces `values` [n], which are of the partition `flat`, by `function` of the matrices. Collective.
+        """Replace `values` [n] of the partition `flat` by `function` of their matrices. Collective.
 
-        Every rank calls it for the same partitions in the same order.
+        Every rank must call it for the same partitions in the same order.
         """
         plan = self._plans[self._index[id(flat)]]
         _in_batches(((s.shape, values[s.offset : s.offset + s.length]) for s in plan.local), function)
@@ -113,11 +112,11 @@ class MatrixOwners:
 
 
 def apply_on_replicas(ranks: range, stacks: list[Tensor], function: OnMatrices, device: torch.device) -> None:
-    """Replaces stacked matrices [N, R, C], which several ranks hold, by `function` of them. Collective, of all ranks.
+    """Replace stacked matrices [N, R, C] with replicas on several ranks by `function` of them. Collective over all ranks.
 
     Args:
-        ranks: those that hold the same, this one among them.
-        device: where collectives take their tensors from.
+        ranks: the ranks that hold the replicas, including this one.
+        device: the collectives' device.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     others = [other for other in ranks if other != rank]
@@ -140,22 +139,20 @@ def apply_on_replicas(ranks: range, stacks: list[Tensor], function: OnMatrices, 
 
 
 def _copy_in_order(views: list[Tensor], values: Tensor) -> None:
-    """Copies `values` [n] into the places, one after the other."""
+    """Copy `values` [n] into the views, one after the other."""
     for view, s in zip(views, values.split([view.numel() for view in views]), strict=True):
         view.copy_(s.view(view.shape))
 
 
 def make_plan(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int, rank: int, loads: np.ndarray) -> Plan:
-    """What `rank` computes and exchanges. Every rank gets the same owners, as long as it is asked about the same.
+    """Plan what `rank` computes and exchanges. Equal arguments give the same owners on every rank.
 
-    All ranks' parts are looked at in arrays alone; Python loops over the matrices, and over what `rank` sends and receives.
+    All ranks' slices stay in arrays; Python loops only over the matrices and `rank`'s own exchanges.
 
     Args:
-        held: the parts of one partition that all ranks hold [M, 5], in the order of the ranks: rank, number of the matrix,
-            start, offset and length.
-        matrices: shapes by name, in the order of their numbers, which is that of the names.
-        loads: work [world] that each rank has already, which is added to; an owner is the least loaded rank of those that
-            hold a part.
+        held: all ranks' slices of one partition [M, 5], in rank order: rank, number of the matrix, start, offset, length.
+        matrices: shapes by name, sorted by name, which is the order of their numbers.
+        loads: each rank's work so far [world], updated in place; the owner is the least loaded rank with a slice.
     """
     names, shapes = list(matrices), list(matrices.values())
     holder, matrix = held[:, 0], held[:, 1]
@@ -164,12 +161,12 @@ def make_plan(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int
     alone = num_slices[matrix] == 1
     np.add.at(loads, holder[alone], cost[matrix[alone]])
     split = sorted(np.flatnonzero(num_slices > 1).tolist(), key=lambda number: -cost[number])
-    by_matrix = np.argsort(matrix, kind="stable")  # within one in the order of the ranks
+    by_matrix = np.argsort(matrix, kind="stable")  # within a matrix in rank order
     end = np.cumsum(num_slices)
     owner = np.full(len(names), -1)
     for number in split:
         holders = holder[by_matrix[end[number] - num_slices[number] : end[number]]]
-        owner[number] = holders[loads[holders].argmin()]  # the first of them where loads are the same
+        owner[number] = holders[loads[holders].argmin()]  # the first of equally loaded ranks
         loads[owner[number]] += cost[number]
     number_of = _rounds(split, shapes)
     rounds = [
@@ -187,7 +184,7 @@ def make_plan(held: np.ndarray, matrices: dict[str, tuple[int, ...]], world: int
 
 
 def _rounds(matrices: list[int], shapes: list[tuple[int, ...]]) -> dict[int, int]:
-    """The round of each: so many in one that they are `ROUND` elements, or one matrix."""
+    """Assign matrices to rounds of up to `ROUND` elements, or one larger matrix."""
     numbers: dict[int, int] = {}
     number = elements = 0
     for matrix in matrices:
@@ -200,12 +197,12 @@ def _rounds(matrices: list[int], shapes: list[tuple[int, ...]]) -> dict[int, int
 
 
 def _cost(shape: tuple[int, ...]) -> float:
-    """Of the Newton-Schulz iteration, up to a factor: products of a matrix with its smaller Gram matrix."""
+    """Return the cost of the Newton-Schulz iteration up to a factor: matmuls of a matrix with its smaller Gram matrix."""
     return float(torch.Size(shape).numel() * min(shape))
 
 
 def _in_batches(matrices: Iterable[tuple[tuple[int, ...], Tensor]], function: OnMatrices) -> None:
-    """Replaces the elements of each by `function` of them, several of one shape at a time."""
+    """Replace each matrix by `function` of it, several of one shape at a time."""
     waiting: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
 
     def compute(shape: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: AdamW for everything, or Muon for the matrices and AdamW for the rest."""
+"""Optimizers and learning-rate schedules: AdamW, or Muon for hidden matrices and AdamW for the rest."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -11,16 +11,16 @@ from smolds_dist.parallel.fragments import full_shape
 from smolds_dist.settings import Train
 
 MUON_MOMENTUM = 0.95
-TOGETHER = 2**25
-"""Elements whose updates are held at a time where ranks share the work: each waits for the others once for all of them."""
+BATCH_ELEMENTS = 2**25
+"""Elements updated at a time when ranks share the work: one collective for all of them."""
 PARTS = ("embeddings", "attention", "dense_layers", "routers", "experts", "shared_experts", "norms")  # of a model
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> list[dict]:
-    """Groups for `make_optimizer`, by the part of the model: only norms do not decay, and Muon is for some matrices.
+    """Group parameters for `make_optimizer` by part of the model: norms have no weight decay, some matrices use Muon.
 
-    `part` of a group names what its gradient's norm is reported under. `matrices` says how many matrices are stacked along
-    the rows of each parameter, for Muon.
+    A group's `part` is the name its gradient norm is reported under; `matrices` is the number of matrices stacked along
+    each parameter's rows, for Muon.
     """
     muon = train.optimizer == "muon"
     groups: dict[str, dict] = {
@@ -29,7 +29,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
             "weight_decay": 0.0 if name == "norms" else train.weight_decay, "muon": takes_muon,
         }
         for name, takes_muon, matrices in (
-            # Muon is for matrices between hidden states; embeddings and routers map from or to a set of names.
+            # Muon is for maps between hidden states; embeddings and routers map from or to discrete indices.
             ("embeddings", False, 1),
             ("attention", muon, 1),
             ("dense_layers", muon, 1),
@@ -60,7 +60,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
 
 
 def make_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
-    """The optimizer of the run over `parameter_groups`. Its learning rate is 0 until the engine sets each step's."""
+    """Make the run's optimizer over `parameter_groups`. The learning rate is 0 until the engine sets each step's."""
     betas = (train.beta1, train.beta2)
     if train.optimizer == "muon":
         return MuonAdamW(groups, lr=0.0, betas=betas)
@@ -72,12 +72,12 @@ def make_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for groups with `muon`, AdamW for the others, with one learning rate for both.
 
-    Muon steps along the orthogonalised momentum, scaled by 0.2 sqrt(max(rows, columns)) so that its updates are as large
-    as AdamW's (arXiv 2502.16982, equation 4). Stacked experts [E, rows, columns] count as E matrices.
+    Muon steps along the orthogonalized momentum, scaled by 0.2 sqrt(max(rows, columns)) to match the size of AdamW's
+    updates (arXiv 2502.16982, equation 4). Stacked experts [E, rows, columns] count as E matrices.
 
-    In a group with `on_matrices` that function sees to the matrices, of several parameters at a time, so that ranks can
-    share the work. It takes the parameters, a tensor of values for each, and what is to be done to matrices [N, rows,
-    columns], and replaces the values. These are such matrices themselves, or flat where ZeRO has cut the parameters.
+    A group's `on_matrices` lets ranks share the work on several parameters. It takes the parameters, a tensor of values for
+    each, and a function of matrices [N, rows, columns], and replaces the values by the function's result. The values have
+    the shape of such matrices, or are flat if ZeRO has sharded the parameters.
     """
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float = 1e-8):
@@ -87,7 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         assert closure is None, "no closure: the engine computes the gradients"
         for group in self.param_groups:
-            for some in together(group):
+            for some in in_batches(group):
                 if group["muon"]:
                     updates = self._muon(some, group)
                 else:
@@ -127,14 +127,13 @@ class MuonAdamW(torch.optim.Optimizer):
         return mean / (1 - beta1**step) / root
 
 
-def together(group: dict) -> Iterator[list[Any]]:
-    """The parameters of a group that have gradients: one at a time, or, of those that ranks share the work on, `TOGETHER`
-    elements or a little more."""
+def in_batches(group: dict) -> Iterator[list[Any]]:
+    """Yield a group's parameters with gradients: singly, or about `BATCH_ELEMENTS` elements if ranks share the work."""
     some: list[Any] = []
     for parameter in group["params"]:
         if parameter.grad is not None:
             some.append(parameter)
-            if "on_matrices" not in group or sum(p.numel() for p in some) >= TOGETHER:
+            if "on_matrices" not in group or sum(p.numel() for p in some) >= BATCH_ELEMENTS:
                 yield some
                 some = []
     if some:
@@ -142,12 +141,12 @@ def together(group: dict) -> Iterator[list[Any]]:
 
 
 def muon_update(matrices: Tensor) -> Tensor:
-    """Of the momentum [..., rows, columns]: orthogonalised, and as large as AdamW's."""
+    """Orthogonalize the momentum [..., rows, columns] and scale it to the size of AdamW's updates."""
     return orthogonalize(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Near the closest semi-orthogonal matrix of each [..., rows, columns]: singular values end in about 0.7 to 1.2.
+    """Approximate the closest semi-orthogonal matrix of each [..., rows, columns]; singular values end in about 0.7 to 1.2.
 
     Newton-Schulz iteration with the quintic coefficients of Jordan et al., "Muon" (2024).
     """
@@ -162,9 +161,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def learning_rate(step: int, train: Train) -> float:
-    """The learning rate of step 1, 2, ..., `train.steps`: linear warm-up, then cosine, or stable and linear decay (wsd).
+    """Return the learning rate of step 1, 2, ..., `train.steps`: linear warmup, then cosine, or stable and linear decay.
 
-    WSD: arXiv 2404.06395, section 4.2. Both end at `lr * min_lr_fraction`.
+    The latter is WSD (arXiv 2404.06395, section 4.2). Both end at `lr * min_lr_fraction`.
     """
     warmup = min(train.warmup_steps, train.steps)
     if step <= warmup:

@@ -1,4 +1,4 @@
-"""The ranks together: joining them, leaving them, and what needs no engine."""
+"""Join and leave the process group, and collectives that need no engine."""
 
 import os
 import sys
@@ -15,36 +15,36 @@ from smolds_dist.parallel.topology import Topology
 
 
 def start_process_group(topology: Topology, info: RankInfo, wait_policy: WaitPolicy | None = None) -> bool:
-    """Joins the other ranks, if the topology has a process group; False where `wait_policy` ended the waiting for them.
+    """Join the topology's process group, if it has one; return False if `wait_policy` ended the wait.
 
     Raises:
-        ConfigError: where ranks are missing.
+        ConfigError: if ranks are missing.
     """
     if topology.device == "cuda":
         torch.cuda.set_device(topology.local_rank)
     if topology.engine != "deepspeed":
         return True
-    # One process with DeepSpeed has no launcher that tells it where to meet.
+    # One process with DeepSpeed has no launcher that sets these.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if topology.device == "cpu":
-        # DeepSpeed would pick an installed GPU's accelerator whatever the run asked for.
+        # Otherwise DeepSpeed would use an installed GPU.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if topology.backend == "gloo" and topology.nodes > 1:
-        # gloo would take the interface of this host's name, which is often the loopback.
+        # gloo's default is the interface of this host's name, often the loopback.
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if topology.world_size > 1:
-        # Held until the end of this function: torch's own store is the same server's.
+        # Kept until the end of this function, because torch's own store uses the same server.
         store = rendezvous(info, wait_policy or WaitPolicy())
         if store is None:
             return False
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 renamed.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
     deepspeed.init_distributed(dist_backend=topology.backend, verbose=False)
@@ -52,13 +52,13 @@ def start_process_group(topology: Topology, info: RankInfo, wait_policy: WaitPol
 
 
 def end_process_group() -> None:
-    """Leaves the other ranks, if there are any."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def max_over_ranks(topology: Topology, value: int) -> int:
-    """The largest of the ranks' values, below 2^24. Collective."""
+    """Return the largest of the ranks' values, which are below 2^24. Collective."""
     if topology.world_size == 1:
         return value
     largest = torch.tensor(float(value), device=topology.torch_device)
@@ -67,11 +67,11 @@ def max_over_ranks(topology: Topology, value: int) -> int:
 
 
 def end_rank(code: int) -> NoReturn:
-    """Ends this process without tearing the interpreter down.
+    """Exit without interpreter teardown.
 
-    torch 2.13's gloo threads let go of a collective's tensors after its caller has moved on. Where the interpreter is
-    being torn down by then, a process whose run succeeded aborts (seen in one run of six). Can go when
-    `ProcessGroupGloo::runLoop` drops its work before the work counts as done.
+    torch 2.13's gloo threads may free a collective's tensors after its caller has continued. If that happens during
+    teardown, a process whose run succeeded aborts (seen in one run of six). Remove when `ProcessGroupGloo::runLoop` drops
+    its work before marking it done.
     """
     sys.stdout.flush()
     sys.stderr.flush()

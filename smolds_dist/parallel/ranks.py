@@ -1,8 +1,8 @@
-"""Who this process is among the ranks, whichever program started it, and where the ranks meet.
+"""Find this process's rank and the rendezvous address, whichever launcher started it.
 
-torchrun and deepspeed say so in the environment. Under mpirun, mpi4py finds it out; under srun, Slurm's variables say it.
-The answer is written to the variables that torch and DeepSpeed read (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
-MASTER_ADDR, MASTER_PORT), so that nothing else has to know who started the ranks.
+torchrun and deepspeed set environment variables; under mpirun, mpi4py provides the values; under srun, Slurm's variables
+do. The result is written to the variables that torch and DeepSpeed read (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT), so that no other code depends on the launcher.
 """
 
 import contextlib
@@ -22,31 +22,31 @@ from typing import Any
 from smolds_dist.data.cores import SHARED
 from smolds_dist.errors import ConfigError, RankError, first_line
 
-LOG_AFTER = 10.0  # seconds that a rank waits for others in silence
+LOG_AFTER = 10.0  # seconds of waiting for other ranks before the first message
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process among the ranks."""
+    """This process's rank and the world size."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int | None = None  # ranks on this node; None: all
-    size_from: str = "WORLD_SIZE"  # the variable that says how many there are
+    size_from: str = "WORLD_SIZE"  # the variable with the world size
 
     @property
     def ranks_per_node(self) -> int:
         return self.local_world_size or self.world_size
 
 
-# Beside torchrun and deepspeed: the variable that says how many ranks there are, and the one that says which this is.
+# The variables with the world size and the rank, for launchers other than torchrun and deepspeed
 MPI_VARIABLES = {"OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
 SLURM_VARIABLES = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID"}
 
 
 def detect_launcher(environment: Mapping[str, str]) -> str | None:
-    """The variable that says how many ranks there are, if any does; RANK and WORLD_SIZE count before the others'."""
+    """Return the variable with the world size, if any; RANK and WORLD_SIZE take precedence."""
     if "RANK" in environment:
         return "WORLD_SIZE"
     for size in MPI_VARIABLES | SLURM_VARIABLES:
@@ -57,33 +57,33 @@ def detect_launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def is_first_rank(environment: Mapping[str, str]) -> bool:
-    """Whether this process is rank 0, or a single one; known before the ranks have joined."""
+    """Return True if this process is rank 0 or a single one; works before the ranks have joined."""
     size = detect_launcher(environment)
     return size is None or environment.get((MPI_VARIABLES | SLURM_VARIABLES).get(size, "RANK"), "0") == "0"
 
 
 def single_process_hint(info: RankInfo) -> str:
-    """What to do, as a part of a sentence."""
+    """Return the fix as part of a message."""
     variables = "RANK WORLD_SIZE" if info.size_from == "WORLD_SIZE" else info.size_from
     return f"`unset {variables}` to train in this process alone"
 
 
 def waiting_message(info: RankInfo, seconds: float, missing: str) -> str:
-    """The sentence of a rank that has waited so long, which it says after `LOG_AFTER` seconds and when it gives up."""
+    """Return the message of a waiting rank, printed after `LOG_AFTER` seconds and at the timeout."""
     return (
-        f"rank {info.rank} has waited {seconds:.0f} s for {missing}, because {info.size_from} says that there are "
+        f"rank {info.rank} has waited {seconds:.0f} s for {missing}, because {info.size_from} sets the world size to "
         f"{info.world_size}; {single_process_hint(info)}, or start all ranks with `smolds launch`."
     )
 
 
 def join_ranks(timeout: float = 0.0) -> RankInfo:
-    """This process's rank; a single one where no launcher started it. Afterwards the environment says the same.
+    """Find this process's rank, write it to the environment and return it; a single process if no launcher started it.
 
     Args:
-        timeout: seconds to wait for the ranks of an MPI job to start; 0: for ever.
+        timeout: seconds to wait for the ranks of an MPI job to start; 0 = no limit.
 
     Raises:
-        ConfigError: where a launcher's variables are incomplete or wrong, or mpi4py is missing.
+        ConfigError: if a launcher's variables are incomplete or wrong, or mpi4py is missing.
     """
     size = detect_launcher(os.environ)
     if size is None:
@@ -95,34 +95,34 @@ def join_ranks(timeout: float = 0.0) -> RankInfo:
     return replace(rank_from_environment(), size_from=size)
 
 
-ALONE = f"start ranks with `smolds launch`, or {single_process_hint(RankInfo())}"
+ALONE_FIX = f"start ranks with `smolds launch`, or {single_process_hint(RankInfo())}"
 
 
 def rank_from_environment() -> RankInfo:
-    """The rank that the environment names; a single one where it names none.
+    """Read the rank from the environment; a single process if RANK is not set.
 
     Raises:
-        RankError: where RANK is set but its companions are not, or they contradict each other.
+        RankError: if RANK is set but the other variables are missing or contradict it.
     """
     if "RANK" not in os.environ:
         return RankInfo()
     try:
         rank, local_rank, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except (KeyError, ValueError) as error:
-        raise RankError(f"RANK is set in the environment but {error} is missing or no number; {ALONE}.") from None
-    if not 0 <= rank < world:
-        raise RankError(f"RANK={rank} in the environment is none of WORLD_SIZE={world} ranks; {ALONE}.")
-    if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise RankError(
-            f"WORLD_SIZE={world} in the environment, but no MASTER_ADDR and MASTER_PORT, where the ranks meet; {ALONE}."
-        )
+            f"RANK is set in the environment but {error} is missing or not a number; {ALONE_FIX}."
+        ) from None
+    if not 0 <= rank < world:
+        raise RankError(f"RANK={rank} in the environment is not below WORLD_SIZE={world}; {ALONE_FIX}.")
+    if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise RankError(f"WORLD_SIZE={world} in the environment, but not MASTER_ADDR and MASTER_PORT; {ALONE_FIX}.")
     # torchrun's name, then deepspeed's
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return RankInfo(rank, local_rank, world, int(local_world) if local_world else None)
 
 
 def _ranks_of_slurm() -> dict[str, str]:
-    """From the variables that srun gives each task of a step."""
+    """Return the variables from those that srun sets for each task of a step."""
     env = os.environ
     node, nodes = int(env.get("SLURM_NODEID", 0)), env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
     job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
@@ -135,13 +135,13 @@ def _ranks_of_slurm() -> dict[str, str]:
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "LOCAL_WORLD_SIZE": str(tasks[node] if node < len(tasks) else tasks[-1]),
         "MASTER_ADDR": env.get("MASTER_ADDR") or _first_slurm_host(nodes),
-        # All tasks must come to the same port without talking: below the ports that systems give to clients.
+        # All tasks must choose the same port without communication; it is below the systems' ephemeral ports.
         "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + (job * 101 + step) % 15000),
     }
 
 
 def _first_slurm_host(nodes: str) -> str:
-    """Address of the first of Slurm's nodes, "n[1-4]" or "n1,n2"."""
+    """Return the address of the first of Slurm's nodes, "n[1-4]" or "n1,n2"."""
 
     def scontrol(*args: str) -> str:
         return subprocess.run(["scontrol", *args], capture_output=True, text=True, check=True, timeout=30).stdout
@@ -150,21 +150,21 @@ def _first_slurm_host(nodes: str) -> str:
         name = scontrol("show", "hostnames", nodes).split()[0]
         with contextlib.suppress(OSError):
             return socket.gethostbyname(name)
-        # A node's name in Slurm need not be a host name.
+        # A Slurm node name may not be a host name.
         match = re.search(r"NodeAddr=(\S+)", scontrol("show", "node", name))
         return match.group(1) if match else name
     except (OSError, subprocess.SubprocessError, IndexError):
         raise ConfigError(
-            f"the address of the first of the Slurm nodes {nodes!r} was not found with scontrol; set MASTER_ADDR to it."
+            f"scontrol does not give the address of the first of the Slurm nodes {nodes!r}; set MASTER_ADDR to it."
         ) from None
 
 
 def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
-    """From MPI itself: the local rank through a shared-memory split, the address proved by a connection of every rank.
+    """Return the variables from MPI: the local rank by a shared-memory split, the address tested by every rank.
 
     Args:
-        size: the variable that says that this is an MPI job, and of how many ranks.
-        timeout: seconds to wait for them to start; 0: for ever.
+        size: the variable with the MPI job's number of ranks.
+        timeout: seconds to wait for them to start; 0 = no limit.
     """
     info = RankInfo(int(os.environ.get(MPI_VARIABLES[size], "0")), 0, int(os.environ[size]), size_from=size)
     try:
@@ -174,7 +174,7 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: without an MPI library
         raise ConfigError(
-            f"{size} says that mpirun started {info.world_size} ranks, but mpi4py cannot be loaded ({first_line(error)}); "
+            f"{size} is {info.world_size}, but mpi4py cannot be loaded ({first_line(error)}); "
             f"{single_process_hint(info)}, or install an MPI library and smolds-dist[mpi]."
         ) from None
     with _log_while_waiting(info, timeout):
@@ -182,12 +182,12 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
     world = MPI.COMM_WORLD
     if world.size != info.world_size:
         raise RankError(
-            f"{size} says that there are {info.world_size} ranks, but MPI knows of {world.size}; "
-            f"{single_process_hint(info)}, or where mpirun did start this, install an mpi4py that was built for its MPI."
+            f"{size} is {info.world_size}, but MPI's world size is {world.size}; {single_process_hint(info)}, or, if mpirun "
+            "started this, install an mpi4py built for its MPI."
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     with socket.create_server(("0.0.0.0", 0)) as server:
-        own = sorted(_interfaces(), key=lambda address: (address.startswith("127."), address))  # the loopback last
+        own = sorted(_interfaces(), key=lambda address: (address.startswith("127."), address))  # loopback last
         addresses, port = world.bcast((own, server.getsockname()[1]) if world.rank == 0 else None)
         reached = set() if world.rank == 0 else {a for a in addresses if _reachable(a, port)}
         everyone = world.allgather(reached)
@@ -196,7 +196,7 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
         missed = [rank for rank, seen in enumerate(everyone) if rank and not seen]
         raise ConfigError(
             f"no address of rank 0 ({', '.join(addresses)}) is reachable from rank {missed[0] if missed else 1}; "
-            "open the nodes' network to each other, or set MASTER_ADDR and MASTER_PORT and start with torchrun."
+            "allow connections between the nodes, or set MASTER_ADDR and MASTER_PORT and start with torchrun."
         )
     answer = {
         "RANK": str(world.rank),
@@ -207,13 +207,13 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
         "MASTER_PORT": str(port),
     }
     local.Free()
-    MPI.Finalize()  # torch and DeepSpeed do the rest; a rank that ends without this would look like a crash to mpirun
+    MPI.Finalize()  # torch and DeepSpeed do the rest; mpirun would take an exit without this for a crash
     return answer
 
 
 @contextlib.contextmanager
 def _log_while_waiting(info: RankInfo, timeout: float) -> Iterator[None]:
-    """Says after `LOG_AFTER` seconds what this process waits for, and after `timeout` ends it."""
+    """Print after `LOG_AFTER` seconds what this process waits for, and exit after `timeout`."""
     over = threading.Event()
 
     def watch() -> None:
@@ -235,10 +235,9 @@ def _log_while_waiting(info: RankInfo, timeout: float) -> Iterator[None]:
 
 
 def _initialize_mpi(mpi: Any) -> None:
-    """MPI_Init_thread, while which other threads run.
+    """Call MPI_Init_thread without the GIL.
 
-    mpi4py 4.1's own holds the interpreter's lock as long as ranks are missing, so that nothing could be said. Can go when it
-    lets go of it.
+    mpi4py 4.1 holds the GIL until all ranks have started, so that no message could be printed. Remove when it releases it.
     """
     function = getattr(ctypes.CDLL(mpi.__file__), "MPI_Init_thread", None)
     if function is None:
@@ -248,7 +247,7 @@ def _initialize_mpi(mpi: Any) -> None:
 
 
 def _interfaces() -> dict[str, str]:
-    """The network interface of each of this host's IPv4 addresses."""
+    """Return the network interface of each of this host's IPv4 addresses."""
     import psutil
 
     found = psutil.net_if_addrs().items()
@@ -264,7 +263,7 @@ def _reachable(address: str, port: int) -> bool:
 
 
 def interface_towards(address: str) -> str | None:
-    """Name of the network interface over which this host reaches `address`; None where it can't be told."""
+    """Return the name of the network interface over which this host reaches `address`; None if unknown."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((address, 9))  # sends nothing, only chooses the route
@@ -274,10 +273,10 @@ def interface_towards(address: str) -> str | None:
 
 
 def share_cores(info: RankInfo) -> None:
-    """Gives the ranks of a node each its own part of the cores, and torch as many threads. Before torch is imported.
+    """Bind each of a node's ranks to its own cores, with as many torch threads. Call before torch is imported.
 
-    Cores that a launcher or Slurm has already set apart for this rank stay as they are; so does OMP_NUM_THREADS where the
-    user or the launcher has set it. Where there are more ranks than cores, or no affinity (macOS), only threads are set.
+    An affinity set by a launcher or Slurm is kept, as is an existing OMP_NUM_THREADS. With more ranks than cores, or
+    without affinity (macOS), only threads are set.
     """
     ranks = info.ranks_per_node
     if ranks == 1:
@@ -287,19 +286,19 @@ def share_cores(info: RankInfo) -> None:
     if len(cores) == os.cpu_count() and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
         first = info.local_rank * each
         os.sched_setaffinity(0, cores[first : first + each])
-        os.environ[SHARED] = "1"  # for processes that are not bound to this rank's part
+        os.environ[SHARED] = "1"  # for processes not bound to this rank's cores
     elif len(cores) < (os.cpu_count() or 1):
         each = len(cores)
     os.environ.setdefault("OMP_NUM_THREADS", str(each))
 
 
 def host_name() -> str:
-    """This node's name, as Slurm calls it if Slurm runs it."""
+    """Return this node's name, under Slurm its Slurm name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def system_name() -> str:
-    """Names what a process number is valid in: the booted machine and its process namespace."""
+    """Return an id of the scope in which pids are valid: the booted machine and its pid namespace."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -307,21 +306,20 @@ def system_name() -> str:
 
 
 def process_state(pid: int) -> str:
-    """The kernel's letter for a process of this system: R, S, D, T (stopped), Z, or X for one that is gone."""
+    """Return the kernel's state letter for a process of this system: R, S, D, T (stopped), Z, or X if it does not exist."""
     try:
-        # The state stands behind the command's name, which may hold anything but ends with the last ")".
+        # The state follows the command's name, which may contain anything but ends with the last ")".
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # it is gone, or this system has no /proc
+    except OSError:  # no such process, or no /proc
         import psutil
 
         return "S" if psutil.pid_exists(pid) else "X"
 
 
 def process_started() -> float:
-    """When this process started, as `time.time()` has it, to a hundredth of a second.
+    """Return this process's start in `time.time()` seconds, precise to 0.01 s.
 
-    `psutil.Process.create_time` adds the time since boot to the time of boot in whole seconds (7.2, Linux), so it may be a
-    second early.
+    `psutil.Process.create_time` (7.2, Linux) rounds the boot time to whole seconds, so it may be a second early.
     """
     import psutil
 

@@ -1,7 +1,7 @@
-"""Where the ranks of a job meet: a store at MASTER_ADDR:MASTER_PORT, which rank 0 or torchrun's agent keeps.
+"""The rendezvous of a job's ranks: a store at MASTER_ADDR:MASTER_PORT, hosted by rank 0 or torchrun's agent.
 
-torch waits there for half an hour without a word, deaf to signals. Here a rank says after ten seconds for whom it waits and
-what it believes that from: most often the variables are left over in a shell, and nobody else will come.
+torch waits there for 30 minutes without output, ignoring signals. Here a rank prints after ten seconds which ranks are
+missing and which variable set the world size: most often it is left over in a shell.
 """
 
 import math
@@ -18,23 +18,23 @@ from torch.distributed import DistError, DistNetworkError, TCPStore
 from smolds_dist.errors import ConfigError, RankError
 from smolds_dist.parallel.ranks import LOG_AFTER, RankInfo, single_process_hint, waiting_message
 
-ALL_JOINED = "smolds/everyone"  # the key that whoever comes last sets
+ALL_JOINED = "smolds/everyone"  # the key that the last rank sets
 
 
 @dataclass(frozen=True)
 class WaitPolicy:
     """How a rank waits for the others."""
 
-    timeout: float = math.inf  # seconds until it gives up
-    should_stop: Callable[[], bool] = lambda: False  # whether it has been asked to stop waiting
-    heartbeat: Callable[[], None] = lambda: None  # called while it waits
+    timeout: float = math.inf  # seconds
+    should_stop: Callable[[], bool] = lambda: False  # returns True to stop waiting
+    heartbeat: Callable[[], None] = lambda: None  # called while waiting
 
 
 def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> TCPStore | None:
-    """The store that all ranks have come to, or None where `wait_policy.should_stop` ended the waiting.
+    """Return the store that all ranks have joined, or None if `wait_policy.should_stop` ended the wait.
 
     Raises:
-        RankError: on the first of the ranks that did come, after `wait_policy.timeout` seconds.
+        RankError: on the first of the ranks that joined, after `wait_policy.timeout` seconds.
         ConfigError: on the others.
     """
     start, logged, pause = time.monotonic(), False, 0.01
@@ -45,7 +45,7 @@ def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> TCPStore | None:
             store = store or _store(info)
             if store and store.check([ALL_JOINED]):
                 return store
-        except DistError:  # whoever keeps the store has gone
+        except DistError:  # the store's host has exited
             store = None
         waited = time.monotonic() - start
         if (waited > LOG_AFTER and not logged) or waited > wait_policy.timeout:
@@ -70,17 +70,17 @@ def _key(rank: int) -> str:
 
 
 def _store(info: RankInfo) -> TCPStore | None:
-    """Connects, if there is something to connect to, and tells the others.
+    """Connect to the store, if it answers, and register this rank.
 
-    Beside this store, torch and DeepSpeed open their own at the same port.
+    torch and DeepSpeed open their own stores at the same port.
 
     Raises:
-        RankError: where another program has the port.
+        RankError: if another program uses the port.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeps = info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not keeps:
-        # torch would print pages about a refused connection.
+        # torch would print pages about a failed connection.
         try:
             socket.create_connection((host, port), timeout=1).close()
         except OSError:
@@ -93,7 +93,7 @@ def _store(info: RankInfo) -> TCPStore | None:
         if "EADDRINUSE" not in str(error):
             raise
         raise RankError(
-            f"{_address()}, where the ranks should meet, is taken by another program; set MASTER_PORT to a free port, or "
+            f"{_address()}, the rendezvous address, is in use by another program; set MASTER_PORT to a free port, or "
             f"{single_process_hint(info)}."
         ) from None
     if not store.check([_key(info.rank)]):
@@ -104,12 +104,12 @@ def _store(info: RankInfo) -> TCPStore | None:
 
 
 def _missing(info: RankInfo, store: TCPStore | None) -> tuple[str, bool]:
-    """Which ranks have not come, in words, and whether this one is the first of those that have."""
+    """Describe the missing ranks, and return whether this rank is the first of those that joined."""
     try:
         absent = [rank for rank in range(info.world_size) if store and not store.check([_key(rank)])]
     except DistError:
         absent = []
-    if not absent:  # nobody answers there
+    if not absent:  # the store does not answer
         return "rank 0" if info.rank else "this host to answer", True
     numbers = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} others" if len(absent) > 8 else "")
     return f"rank{'s' if len(absent) > 1 else ''} {numbers}", set(range(info.rank)) <= set(absent)

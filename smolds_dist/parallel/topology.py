@@ -1,9 +1,9 @@
 """The topology of a run: device, backend, data x expert layout, ZeRO stage, dtype and micro batch, as pure functions.
 
-Ranks of a node have consecutive numbers, and DeepSpeed's expert groups are consecutive ranks: a group lies inside a node
-exactly where its size divides the ranks per node.
+A node's ranks and DeepSpeed's expert groups are consecutive: a group is inside a node if and only if its size divides the
+ranks per node.
 
-`detect_machine` is the only place that looks at the hardware; `plan_topology` decides from what it is given.
+Only `detect_machine` reads the hardware; `plan_topology` depends only on its arguments.
 """
 
 import math
@@ -19,24 +19,24 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.settings import Model, Parallel, RunConfig, Train
 
-# Tokens of one forward pass that keep the device busy without filling its memory with activations.
+# Tokens per forward pass that use the device fully without filling its memory with activations
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process can compute on."""
+    """The devices of this machine."""
 
     devices: tuple[str, ...]  # kinds, best first; "cpu" is always the last
     device_count: int  # of the best kind; for the CPU, its cores
-    bf16: bool  # whether the best kind multiplies bf16 as fast as fp32, or faster
-    memory: int | None = None  # bytes of one device of the best kind; for the CPU, of the whole machine
-    name: str | None = None  # of the best kind, as PyTorch has it; of the CPU "cpu"
+    bf16: bool  # True if bf16 matmuls on the best kind are at least as fast as fp32
+    memory: int | None = None  # bytes of one device of the best kind; for the CPU, of the machine
+    name: str | None = None  # PyTorch's name of the best kind; "cpu" for the CPU
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The validated layout of a run; every rank has the same but for `rank` and `local_rank`."""
+    """The validated layout of a run; the same on all ranks except `rank` and `local_rank`."""
 
     rank: int
     local_rank: int
@@ -50,8 +50,8 @@ class Topology:
     micro_batch: int  # sequences per forward pass of one rank
     accumulation: int  # forward passes per step of one rank
     nodes: int = 1
-    keeps_memory: bool = True  # on a CPU, what a step has freed stays with the process
-    reason: str = ""  # one sentence on why the layout is what it is
+    keeps_memory: bool = True  # on a CPU, the process keeps freed memory for reuse
+    reason: str = ""  # the reasons for this layout in one sentence
 
     @property
     def torch_device(self) -> str:
@@ -59,7 +59,7 @@ class Topology:
 
     @property
     def per_rank(self) -> int:
-        """Sequences of one rank per step."""
+        """Sequences per rank and step."""
         return self.micro_batch * self.accumulation
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Topology:
 
 
 def detect_machine() -> Machine:
-    """Reads the hardware through torch."""
+    """Detect the hardware with torch."""
     import torch
 
     if torch.cuda.is_available():
@@ -83,22 +83,21 @@ def detect_machine() -> Machine:
     if torch.backends.mps.is_available():
         return Machine(("mps", "cpu"), 1, False, torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    # PyTorch has more than a plain loop for bf16 products on x86 from AVX-512 on. Measured with AVX2, such a product took 20
-    # times as long as in fp32.
+    # PyTorch has fast bf16 matmuls on x86 only from AVX-512 on; measured with AVX2, one took 20 times as long as in fp32.
     bf16 = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
     return Machine(("cpu",), available_cores(), bf16, installed, "cpu")
 
 
 def available_cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topology:
-    """Fills in what the configuration leaves to "auto" and checks what it sets.
+    """Fill in the configuration's "auto" values and check the others.
 
     Raises:
-        ConfigError: where a setting cannot work at this world size or on this machine, with the values that can.
+        ConfigError: if a setting cannot work at this world size or on this machine, with the valid values.
     """
     parallel, world, per_node = config.parallel, rank.world_size, rank.ranks_per_node
     hardware = load_hardware(parallel.hardware) if parallel.hardware else None
@@ -127,7 +126,7 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         if hardware is None and machine.name is not None:
             hardware = known_hardware("cpu" if device == "cpu" else machine.name)
         if hardware is None:
-            why_expert += ", and figures of this machine are not known, which smolds plan --calibrate measures"
+            why_expert += ", without this machine's specs, which smolds plan --calibrate measures"
         else:
             firsts = {size: first(size) for size in sizes}
             expert, why_expert = _fastest_layout(memory, experts, firsts, hardware.shared_by(per_node))
@@ -135,9 +134,9 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     why = _explain_stage(chosen, parallel.zero != "auto", memory)
     keeps_memory = memory.fits(chosen) if parallel.keep_memory == "auto" else parallel.keep_memory
     if device == "cpu" and not keeps_memory:
-        why += "; what a step frees goes back to the system, which takes time"
+        why += "; freed memory is returned to the system after each step, which takes time"
     if device == "cpu" == machine.devices[0] and dtype == "bf16" and not machine.bf16:
-        why += "; fp32 would be many times as fast, because this CPU has no bf16 products: leave --train.dtype out"
+        why += "; fp32 would be many times as fast, because this CPU has no bf16 matmuls: omit --train.dtype"
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,
@@ -162,26 +161,26 @@ def _device(wanted: str, machine: Machine, rank: RankInfo) -> str:
         raise ConfigError(f"--parallel.device {device} is not on this machine; use {' or '.join(machine.devices)}.")
     if device == "cuda" and rank.local_rank >= machine.device_count:
         raise ConfigError(
-            f"local rank {rank.local_rank} has no GPU of its own, this node has {machine.device_count}; start fewer ranks."
+            f"local rank {rank.local_rank} has no GPU, because this node has {machine.device_count}; start fewer ranks."
         )
     if device == "mps" and rank.world_size > 1:
-        raise ConfigError("Apple's GPU takes one process; start one, or use --parallel.device cpu.")
+        raise ConfigError("Apple's GPU supports one process; start one, or use --parallel.device cpu.")
     return device
 
 
 def _memory(machine: Machine, device: str, per_node: int) -> int | None:
-    """Bytes that one rank has, where they are known."""
+    """Return one rank's available memory in bytes, if known."""
     if machine.memory is None or device != machine.devices[0]:
         return None
     return machine.memory // per_node if device == "cpu" else machine.memory
 
 
 class Memory:
-    """What layouts need of a rank's memory, by `costs.memory`.
+    """Estimates the memory that layouts need per rank, by `costs.memory`.
 
     Args:
-        available: bytes; None where that is unknown.
-        process: bytes that a process takes before it has a model.
+        available: bytes; None if unknown.
+        process: bytes that a process uses before it has a model.
     """
 
     def __init__(self, model: Model, available: int | None, process: float):
@@ -189,23 +188,23 @@ class Memory:
         self.need = cache(lambda layout: rank_memory(model, layout, process).total)
 
     def fits(self, layout: Layout) -> bool:
-        """Return True if it does, as far as is known."""
+        """Return True if the layout fits, or the available memory is unknown."""
         return self.available is None or self.need(layout) <= MEMORY_SHARE * self.available
 
     def first(self, layouts: list[Layout]) -> Layout:
-        """The first that fits, else the one that needs least."""
+        """Return the first layout that fits, else the one that needs the least memory."""
         return next(filter(self.fits, layouts), None) or min(layouts, key=self.need)
 
 
 def expert_sizes(world_size: int, num_experts: int) -> list[int]:
-    """Expert-parallel sizes that divide both the ranks and the experts."""
+    """Return the expert-parallel sizes that divide both the ranks and the experts."""
     common = math.gcd(world_size, num_experts)
     return [size for size in range(1, common + 1) if common % size == 0]
 
 
 def _engine(parallel: Parallel, world: int) -> str:
     if parallel.engine == "local" and world > 1:
-        raise ConfigError(f"--parallel.engine local is for one process, here are {world} ranks; use deepspeed or auto.")
+        raise ConfigError(f"--parallel.engine local is for one process, not {world} ranks; use deepspeed or auto.")
     if parallel.engine != "auto":
         return parallel.engine
     wants_deepspeed = parallel.zero not in ("auto", 0) or parallel.ds_config is not None
@@ -213,8 +212,8 @@ def _engine(parallel: Parallel, world: int) -> str:
 
 
 def _expert_sizes(wanted: str | int, experts: int, world: int, per_node: int) -> tuple[list[int], str]:
-    """The expert-parallel sizes that may be taken, the largest last, and why it would be that one: groups stay inside a node
-    unless somebody asks for more."""
+    """Return the allowed expert-parallel sizes, the largest last, and the reason for the largest. Groups stay inside a node
+    unless set otherwise."""
     valid = expert_sizes(world, experts)
     inside = [size for size in valid if per_node % size == 0]
     if not isinstance(wanted, int):
@@ -222,42 +221,44 @@ def _expert_sizes(wanted: str | int, experts: int, world: int, per_node: int) ->
         if inside[-1] == 1:
             return sizes, f"every rank holds all {experts} experts, because no larger group fits evenly into a node"
         where = f" inside a node of {per_node}" if per_node < world else ""
-        return sizes, f"{experts} experts are shared by {inside[-1]} ranks{where}, the most that divide evenly"
+        return sizes, f"{experts} experts are sharded over {inside[-1]} ranks{where}, the most that divide evenly"
     if wanted not in valid:
         raise ConfigError(
             f"--parallel.expert {wanted} must divide the world size ({world}) and the number of experts ({experts}); "
-            f"valid values: {', '.join(map(str, valid))}."
+            f"valid values: {', '.join(map(str, valid))}. `smolds launch` starts several ranks."
         )
     where = "" if wanted in inside else f", across nodes of {per_node}, whose links are slower"
-    return [wanted], f"{experts} experts are shared by {wanted} ranks as asked{where}"
+    return [wanted], f"{experts} experts are sharded over {wanted} ranks as set{where}"
 
 
 def _fastest_layout(memory: Memory, experts: int, layouts: dict[int, Layout], hardware: Hardware) -> tuple[int, str]:
-    """The expert-parallel size with the shortest step among those that fit, and by how much it is.
+    """Return the expert-parallel size with the shortest step among those that fit, and the reason with its gain.
 
     Args:
-        layouts: of each size, the one that it would have.
+        layouts: the layout of each size.
     """
     fitting = {size: layout for size, layout in layouts.items() if memory.fits(layout)}
-    if not fitting:  # the one that needs least is the one that shares most
+    if not fitting:  # the largest size needs the least memory
         most = max(layouts)
-        return most, f"{experts} experts are shared by {most} ranks, because fewer need more memory"
+        return most, f"{experts} experts are sharded over {most} ranks, because fewer need more memory"
     tokens_per_s = {
         size: layout.tokens_per_step / step_time(memory.model, layout, hardware).total
         for size, layout in fitting.items()
     }
     best = max(tokens_per_s, key=lambda size: tokens_per_s[size])
-    choice = f"every rank holds all {experts} experts" if best == 1 else f"{experts} experts are shared by {best} ranks"
+    what = (
+        f"every rank holds all {experts} experts" if best == 1 else f"{experts} experts are sharded over {best} ranks"
+    )
     if len(fitting) == 1:
-        return best, f"{choice}, because fewer ranks that share them need more memory than there is"
+        return best, f"{what}, because fewer need more memory than available"
     other = max((size for size in tokens_per_s if size != best), key=lambda size: tokens_per_s[size])
     gain = tokens_per_s[best] / tokens_per_s[other] - 1
-    shared = "none are shared" if other == 1 else f"{other} ranks share them"
-    return best, f"{choice}, {gain:.1%} faster than where {shared}, by the planner's formulas for {hardware.name}"
+    slower = "without sharding" if other == 1 else f"sharding over {other} ranks"
+    return best, f"{what}, {gain:.1%} faster than {slower}, by the planner's formulas for {hardware.name}"
 
 
 def _zero_stages(wanted: str | int, engine: str) -> list[int]:
-    """The ZeRO stages that may be taken, the preferred first."""
+    """Return the allowed ZeRO stages, the preferred first."""
     if not isinstance(wanted, int):
         return [0] if engine == "local" else [1, 2, 3]
     if engine == "local" and wanted:
@@ -266,10 +267,10 @@ def _zero_stages(wanted: str | int, engine: str) -> list[int]:
 
 
 def _micro_batches(train: Train, world: int, most: int) -> list[int]:
-    """The micro batches that may be taken, the preferred first.
+    """Return the allowed micro-batch sizes, the preferred first.
 
     Args:
-        most: sequences of one, where the choice is free and more than one.
+        most: the largest size in sequences, unless it is set; at least 1 is allowed.
     """
     batch, wanted = train.global_batch, train.micro_batch
     if batch % world:
@@ -283,8 +284,8 @@ def _micro_batches(train: Train, world: int, most: int) -> list[int]:
         return [size for size in reversed(valid) if size <= max(1, most)]
     if wanted not in valid:
         raise ConfigError(
-            f"--train.micro_batch {wanted} does not divide the {per_rank} sequences that each of {world} ranks has per "
-            f"step; valid values: {', '.join(map(str, valid))}."
+            f"--train.micro_batch {wanted} does not divide the {per_rank} sequences per rank and step ({world} ranks); "
+            f"valid values: {', '.join(map(str, valid))}."
         )
     return [wanted]
 
@@ -294,10 +295,10 @@ def _explain_stage(layout: Layout, asked: bool, memory: Memory) -> str:
     if layout.engine == "local":
         why = "one process needs neither ZeRO nor a process group"
     elif asked:
-        why = f"ZeRO {layout.zero} as asked"
+        why = f"ZeRO {layout.zero} as set"
     else:
         why, lowest = f"ZeRO {layout.zero}", " is the lowest stage that fits"
     if memory.available is None:
         return f"{why}, the device's memory is unknown"
-    warning = "" if memory.fits(layout) else f", which is the least there is, yet more than {MEMORY_SHARE:.0%}"
+    warning = "" if memory.fits(layout) else f", the least possible, but more than {MEMORY_SHARE:.0%}"
     return f"{why}{lowest}, a rank needs {memory.need(layout) / 1e9:,.2g} of {memory.available / 1e9:,.2g} GB{warning}"

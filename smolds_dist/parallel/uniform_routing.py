@@ -1,4 +1,4 @@
-"""Routing that is even whatever the router says, for measuring speed without learned routing.
+"""Uniform routing regardless of the router's scores, for measuring speed without learned routing.
 
 Shape letters: T tokens, K experts per token, E experts.
 """
@@ -12,9 +12,9 @@ from smolds_dist.parallel.balancer import moe_layers
 
 
 def force_uniform_routing(model: nn.Module) -> None:
-    """From now on token t goes to the experts t K to t K + K - 1, counted on from the last to the first.
+    """Route token t to the experts t K to t K + K - 1, modulo E, from now on.
 
-    Routers still compute all they would, and their weights stay those of the experts that they had chosen.
+    Routers still compute their scores; the routing weights stay those of the experts they had selected.
     """
     for layer in moe_layers(model).values():
         (getattr(layer, "router", None) or layer.gate).register_forward_hook(_round_robin)

@@ -1,1 +1,1 @@
-"""What a run will need and take, before it is paid for: the best layout on machines that nobody has yet."""
+"""Memory, time and the best layout of a run on machines that you do not have yet."""

@@ -1,4 +1,4 @@
-"""`smolds plan`: whether a run fits machines not yet paid for, its best layout, how long it takes, and what limits it."""
+"""`smolds plan`: memory, time and the best layout of a run on machines that you do not have yet, and its bottlenecks."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ MAX_SIMULATED_RANKS = 1024  # ranks, above which the simulator would take minute
 
 
 def plan(args: list[str]) -> None:
-    """Prints the plan; with --json and --picture writes it too. With --calibrate measures this machine instead."""
+    """Print the plan and write --json and --plot; with --calibrate measure this machine instead."""
     options, train_args = _parse(args)
     if options.calibrate:
         from smolds_dist.bench.calibrate import calibrate
@@ -37,7 +37,7 @@ def plan(args: list[str]) -> None:
     machine = machine.shared_by(per_node)
     loads = loads_of_run(options.loads) if options.loads else None
     max_vio = options.max_vio
-    if loads:  # the mean over layers of the fullest expert's excess
+    if loads:  # MaxVio, mean over layers
         max_vio = sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
     found = list(candidates(config, machine, options.nodes, per_node, max_vio))
     ranking = best_first(found, machine)
@@ -51,7 +51,7 @@ def plan(args: list[str]) -> None:
         affordable = int(options.budget_gpu_hours / run.device_hours * steps * best.layout.tokens_per_step)
         raise ConfigError(
             f"the run takes {run.device_hours:,.1f} device hours, over --budget-gpu-hours {options.budget_gpu_hours:,.1f}; "
-            f"train at most {affordable:,} tokens, or a smaller model."
+            f"train at most {affordable:,} tokens or a smaller model."
         )
     print(report(config, machine, found, ranking, run, steps, options.top))
     print(f"\nstart it with\n  {command_line(best, config, run, train_args, options.nodes, per_node)}")
@@ -61,15 +61,15 @@ def plan(args: list[str]) -> None:
         fitted = _fit(loads, config)
         simulated = simulate_step(with_vocabulary(config), best.layout, machine, fitted, options.straggling)
         print(
-            f"\nsimulated with the loads of {options.loads}: {simulated.seconds:,.3f} s a step, the ranks wait "
-            f"{sum(simulated.waiting) / len(simulated.waiting) / simulated.seconds:.1%} of it for each other"
+            f"\nsimulated with the loads of {options.loads}: {simulated.seconds:,.3f} s/step; ranks wait "
+            f"{sum(simulated.waiting) / len(simulated.waiting) / simulated.seconds:.1%} of it"
         )
     if options.json:
         options.json.write_text(json.dumps(as_json(machine, ranking, run, steps), indent=1) + "\n")
-    if options.picture:
+    if options.plot:
         from smolds_dist.planner.plot import draw
 
-        draw(config, machine, per_node, max_vio, options.picture)
+        draw(config, machine, per_node, max_vio, options.plot)
 
 
 def report(
@@ -81,7 +81,7 @@ def report(
     steps: int,
     top: int,
 ) -> str:
-    """The plan in words and tables."""
+    """Format the plan as text."""
     best, model = ranking[0], with_vocabulary(config)
     layout, time = best.layout, best.time
     flops = flops_per_token(model, layout.seq_len)
@@ -90,23 +90,22 @@ def report(
     )
     mfu = best.tokens_per_s * flops / layout.world / machine.peak[layout.dtype]
     lines = [
-        f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {layout.tokens_per_step:,} tokens a step",
-        f"{len(found)} layouts, {len(ranking)} fit; the best: {' '.join(best.options)}",
+        f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {layout.tokens_per_step:,} tokens/step",
+        f"{len(ranking)} of {len(found)} layouts fit; best: {' '.join(best.options)}",
         "",
-        f"  {best.tokens_per_s:,.0f} tokens/s, {time.total * 1e3:,.1f} ms a step, {mfu:.1%} of the peak",
+        f"  {best.tokens_per_s:,.0f} tokens/s, {time.total * 1e3:,.1f} ms/step, MFU {mfu:.1%}",
         "  " + ", ".join(f"{name} {share:.0%}" for share, name in shares if share >= 0.005),
-        f"  memory of a rank: {best.memory.total / 1e9:,.2f} of {machine.memory / 1e9:,.0f} GB: "
+        f"  memory per rank: {best.memory.total / 1e9:,.2f} of {machine.memory / 1e9:,.0f} GB: "
         + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in best.memory.parts()),
-        f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected are "
-        f"{run.expected_failures:,.2f} failures, which cost {duration(run.failures)}; checkpoints stall "
-        f"{duration(run.checkpoints)}",
+        f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected failures: "
+        f"{run.expected_failures:,.2f}, costing {duration(run.failures)}; checkpoint stalls: {duration(run.checkpoints)}",
         *(f"  {line}" for line in text_needed(config, steps)),
         "",
-        f"{'expert':>6} {'zero':>4} {'micro':>5} {'recompute':>9} {'tokens/s':>12} {'memory':>9}  loses by",
+        f"{'expert':>6} {'zero':>4} {'micro':>5} {'recompute':>9} {'tokens/s':>12} {'memory':>9}  verdict",
     ]
     for one in [*ranking[:1], *alternatives(found, best, machine)[:top]]:
         at = one.layout
-        verdict = "the best" if one is best else rejection_reason(one, best, machine)
+        verdict = "best" if one is best else rejection_reason(one, best, machine)
         lines.append(
             f"{at.expert:>6} {at.zero:>4} {at.micro_batch:>5} {at.recompute:>9} "
             f"{one.tokens_per_s:>12,.0f} {one.memory.total / 1e9:>6,.1f} GB  {verdict}"
@@ -115,7 +114,7 @@ def report(
 
 
 def text_needed(config: RunConfig, steps: int) -> list[str]:
-    """What the run would take of each source, where there are several."""
+    """Return lines with the run's schedule and tokens per source, if there are several sources."""
     if not config.data.sources:
         return []
     mixture = mixture_of(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
@@ -128,7 +127,7 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
 
 
 def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> list[Candidate]:
-    """For every other expert-parallel size and ZeRO stage the best that fits, or else the one that comes closest."""
+    """Return, for every other expert-parallel size and ZeRO stage, the best layout that fits, or else the smallest."""
 
     def rank(one: Candidate) -> tuple[bool, float]:
         fitting = fits(one, machine)
@@ -144,7 +143,7 @@ def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> 
 def command_line(
     best: Candidate, config: RunConfig, run: RunTime, train_args: list[str], nodes: int, per_node: int
 ) -> str:
-    """What starts the best layout: `smolds launch` on one node, `smolds slurm` on several."""
+    """Return the command that starts the best layout: `smolds launch` on one node, `smolds slurm` on several."""
     asked = {name for name in best.settings if any(arg.partition("=")[0] == f"--{name}" for arg in train_args)}
     settings = [option for name, option in zip(best.settings, best.options, strict=True) if name not in asked]
     train = shlex.join([*train_args, *settings])
@@ -173,14 +172,14 @@ def as_json(machine: Hardware, ranking: list[Candidate], run: RunTime, steps: in
 
 
 def _fit(loads: list[list[float]], config: RunConfig) -> list[list[float]]:
-    """Loads of a run for a model of another depth, its layers taken in turn.
+    """Adapt a run's loads to the model's depth by cycling through the run's layers.
 
     Raises:
-        ConfigError: where the run has another number of experts.
+        ConfigError: if the run has another number of experts.
     """
     experts = config.model.num_experts
     if len(loads[0]) != experts:
-        raise ConfigError(f"--loads has {len(loads[0])} experts, the model {experts}; name a run with as many.")
+        raise ConfigError(f"--loads has {len(loads[0])} experts, the model {experts}; name a run with the same number.")
     return [loads[i % len(loads)] for i in range(layers_of(config.model)[1])]
 
 
@@ -188,22 +187,22 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OptionParser(
         prog="smolds plan",
         usage="smolds plan --hardware NAME --nodes N [options] -- TRAIN-OPTIONS | smolds plan --calibrate FILE",
-        description="Memory, time and traffic of a run on any machines, and its best layout; nothing is started.",
+        description="Plan a run on any machines: memory, time, traffic and the best layout. Starts nothing.",
         example="smolds plan --hardware h100 --nodes 8 -- --preset moe-7b-a1b",
         allow_abbrev=False,
     )
-    hardware = "a key of costs/hardware.yaml, or a file that --calibrate wrote"
+    hardware = "key in costs/hardware.yaml, or a file written by --calibrate"
     parser.add_argument("--hardware", default="h100", help=hardware)
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--devices-per-node", type=int, help="the hardware's usual number where not given")
-    parser.add_argument("--max-vio", type=float, default=0.1, help="the fullest expert's rows over the mean, minus 1")
-    loads = "a run's folder, whose recorded loads replace --max-vio and are simulated"
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
+    parser.add_argument("--devices-per-node", type=int, help="devices per node; default: the hardware's")
+    parser.add_argument("--max-vio", type=float, default=0.1, help="most loaded expert's load over the mean, minus 1")
+    loads = "run folder whose recorded expert loads replace --max-vio and are simulated"
     parser.add_argument("--loads", type=Path, help=loads)
-    parser.add_argument("--straggling", type=float, default=0.0, help="of simulated ranks: deviation of their slowness")
-    parser.add_argument("--target-tokens", type=float, help="train so many instead of --train.steps")
-    parser.add_argument("--budget-gpu-hours", type=float, help="refuse a run that takes more")
-    parser.add_argument("--top", type=int, default=8, help="other layouts to show")
-    parser.add_argument("--json", type=Path, help="file for all layouts that fit")
-    parser.add_argument("--picture", type=Path, help="file for step time against the number of ranks, up to 16,384")
-    parser.add_argument("--calibrate", type=Path, help="measure this machine and write it to a file for --hardware")
+    parser.add_argument("--straggling", type=float, default=0.0, help="simulated ranks' slowdown: standard deviation")
+    parser.add_argument("--target-tokens", type=float, help="tokens to train on, instead of --train.steps")
+    parser.add_argument("--budget-gpu-hours", type=float, help="device hours; a run that takes more is an error")
+    parser.add_argument("--top", type=int, default=8, help="number of other layouts to list")
+    parser.add_argument("--json", type=Path, help="output file for all layouts that fit")
+    parser.add_argument("--plot", type=Path, help="output file for a plot of time per token, 1 to 16,384 ranks")
+    parser.add_argument("--calibrate", type=Path, help="measure this machine and write a file for --hardware")
     return parser.parse_before_training(args)

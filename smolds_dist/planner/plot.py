@@ -1,4 +1,4 @@
-"""Step time against the number of ranks, split by cause."""
+"""Plot of step time by cause over the number of ranks."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,8 +13,8 @@ MAX_RANKS = 16_384
 
 
 def best_by_ranks(config: RunConfig, machine: Hardware, per_node: int, max_vio: float) -> dict[int, Candidate | None]:
-    """The best layout of 1, 2, 4, ... up to `MAX_RANKS` ranks; None where none fits. The global batch grows with the ranks
-    where there would not be a sequence for each."""
+    """Return the best layout for 1, 2, 4, ... `MAX_RANKS` ranks, or None if none fits. The global batch grows so that each
+    rank has at least one sequence."""
     found: dict[int, Candidate | None] = {}
     for ranks in (2**power for power in range(MAX_RANKS.bit_length())):
         batch = -(-max(config.train.global_batch, ranks) // ranks) * ranks
@@ -29,10 +29,10 @@ def best_by_ranks(config: RunConfig, machine: Hardware, per_node: int, max_vio: 
 
 
 def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, path: Path) -> None:
-    """Writes the picture.
+    """Write the plot.
 
     Raises:
-        ConfigError: where no number of ranks has a layout that fits.
+        ConfigError: if no number of ranks has a layout that fits.
     """
     found = best_by_ranks(config, machine, per_node, max_vio)
     if not any(found.values()):
@@ -46,7 +46,7 @@ def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, pa
     indices = range(len(found))
     bottom = [0.0] * len(found)
     for field in fields(StepTime):
-        # Of a token, so that numbers of ranks with another global batch compare.
+        # Per token, to compare different global batches.
         heights = [
             getattr(one.time, field.name) * one.layout.world / one.layout.tokens_per_step * 1e6 if one else 0.0
             for one in found.values()
@@ -57,14 +57,14 @@ def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, pa
     for index, one in zip(indices, found.values(), strict=True):
         text = f"ep {one.layout.expert}\nZeRO {one.layout.zero}" if one else "does\nnot fit"
         above.text(index, bottom[index], text, ha="center", va="bottom", fontsize=7)
-    above.set_ylabel("device time of a token (µs)")
+    above.set_ylabel("device time per token (µs)")
     above.set_ylim(0, max(bottom) * 1.2)
-    above.set_title(f"{config.run.name} on {machine.name}: the best layout of each number of ranks")
+    above.set_title(f"{config.run.name} on {machine.name}: best layout for each number of ranks")
     above.legend(fontsize=8)
     below.plot(indices, [one.time.total if one else None for one in found.values()], marker="o")
     below.set_yscale("log")
-    below.set_ylabel("step (s)")
-    below.set_xlabel(f"ranks; from {config.train.global_batch:,} on, the global batch grows with them")
+    below.set_ylabel("step time (s)")
+    below.set_xlabel(f"ranks; above {config.train.global_batch:,}, the global batch grows with them")
     below.set_xticks(list(indices), [f"{ranks:,}" for ranks in found], rotation=45)
     below.grid(alpha=0.3)
     figure.tight_layout()

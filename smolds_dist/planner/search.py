@@ -1,4 +1,4 @@
-"""All layouts that a run could have on given nodes, what each needs and takes, and the best of them."""
+"""All layouts of a run on given nodes, with the memory and time of each, best first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,43 +14,43 @@ from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
 from smolds_dist.settings import Recomputed, RunConfig
 
-MAX_SEQUENCES = 64  # of a micro batch that is tried
+MAX_SEQUENCES = 64  # largest micro batch tried
 RECOMPUTED: tuple[Recomputed, ...] = get_args(Recomputed)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its settings and what it comes to."""
+    """A layout with its settings, memory and time."""
 
-    settings: dict[str, Any]  # what differs from "auto", by the option's name
+    settings: dict[str, Any]  # by the option's name
     layout: Layout
     memory: Memory
     time: StepTime
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all ranks."""
+        """Tokens per second over all ranks."""
         return self.layout.tokens_per_step / self.time.total
 
     @property
     def options(self) -> list[str]:
-        """As the command line has them."""
+        """Command-line options of the layout."""
         return [f"--{name}={value}" for name, value in self.settings.items()]
 
 
 def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, max_vio: float) -> Iterator[Candidate]:
-    """Every layout that the topology admits: expert-parallel sizes, ZeRO stages, micro batches, and what is
-    computed again; what the configuration sets, rather than leaves to "auto", is kept.
+    """Yield every valid layout: expert-parallel sizes, ZeRO stages, micro batches and activation checkpointing. Settings
+    other than "auto" are kept.
 
     Raises:
-        ConfigError: where none is admitted, with the topology's reason.
+        ConfigError: if none is valid, with the topology's reason.
     """
     world = nodes * per_node
     model = with_vocabulary(config)
     here = Machine((machine.device,), per_node, True, int(machine.memory))
     rank = RankInfo(0, 0, world, per_node)
     base = replace(config, parallel=replace(config.parallel, device="auto"))
-    plan_topology(base, here, rank)  # refuses what no layout mends
+    plan_topology(base, here, rank)  # raises if no layout is valid
     sizes: list[Any] = [config.parallel.expert]
     if sizes == ["auto"]:
         sizes = expert_sizes(world, config.model.num_experts)
@@ -83,30 +83,30 @@ def fits(one: Candidate, machine: Hardware) -> bool:
 
 
 def best_first(found: list[Candidate], machine: Hardware) -> list[Candidate]:
-    """Those that fit, the fastest first, of equals the one with the lowest ZeRO stage.
+    """Return the layouts that fit, fastest first, then by ZeRO stage.
 
     Raises:
-        ConfigError: where none fits.
+        ConfigError: if none fits.
     """
     fitting = [one for one in found if fits(one, machine)]
     if not fitting:
         least = min(found, key=lambda one: one.memory.total)
         raise ConfigError(
-            f"no layout fits into {MEMORY_SHARE:.0%} of the {machine.memory / 1e9:,.0f} GB of {machine.name}: the least, "
-            f"{' '.join(least.options)}, needs {least.memory.total / 1e9:,.1f} GB, most of it {least.memory.largest}; "
+            f"no layout fits into {MEMORY_SHARE:.0%} of the {machine.memory / 1e9:,.0f} GB of {machine.name}: the smallest, "
+            f"{' '.join(least.options)}, needs {least.memory.total / 1e9:,.1f} GB, mostly {least.memory.largest}; "
             "use more nodes, shorter sequences or a smaller model."
         )
     return sorted(fitting, key=lambda one: (-one.tokens_per_s, one.layout.zero))
 
 
 def rejection_reason(one: Candidate, best: Candidate, machine: Hardware) -> str:
-    """In a few words, what another layout loses by."""
+    """Return why another layout is worse than the best, in a few words."""
     if not fits(one, machine):
-        return f"needs {one.memory.total / 1e9:,.1f} GB, most of it {one.memory.largest}"
+        return f"needs {one.memory.total / 1e9:,.1f} GB, mostly {one.memory.largest}"
     scale = one.layout.tokens_per_step / best.layout.tokens_per_step
     lost = {name: getattr(one.time, name) - scale * getattr(best.time, name) for name in StepTime.__dataclass_fields__}
     cause = max(lost, key=lambda name: lost[name])
     slower = one.time.total / (scale * best.time.total) - 1
     if slower < 0.005:
-        return "nothing: it is as fast"
-    return f"{slower:.0%} slower, most of it {cause.replace('_', ' ')} ({lost[cause] * 1e3:+,.0f} ms a step)"
+        return "as fast"
+    return f"{slower:.0%} slower, mostly {cause.replace('_', ' ')} ({lost[cause] * 1e3:+,.0f} ms/step)"

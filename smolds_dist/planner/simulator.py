@@ -1,8 +1,8 @@
-"""A step and a run as events: what the closed formulas cannot say about uneven experts, stragglers and failures.
+"""Discrete-event simulation of a step, for unbalanced experts and stragglers, which the closed formulas do not model.
 
-Every rank is a program of work and meetings. In a meeting (all-to-all, reduction) a rank waits for its whole group, then
-takes as long as its own links need for its own rows. Where loads are even and all ranks alike, a step takes what
-`step_time.step_time` says. It stands for machines that none of this has run on.
+Every rank is a program of compute and collectives. In a collective (all-to-all, reduction) a rank waits for its group, then
+takes the time that its own links need for its own rows. With balanced loads and equal ranks, a step takes the time that
+`step_time.step_time` predicts. The simulated machines themselves are untested.
 
 Shape letters: L layers, E experts.
 """
@@ -20,8 +20,8 @@ from smolds_dist.costs.layout import Layout
 from smolds_dist.costs.step_time import (
     elementwise_seconds,
     exchange_seconds,
+    matmul_seconds,
     overhead_seconds,
-    product_seconds,
     step_time,
 )
 from smolds_dist.errors import ConfigError
@@ -45,21 +45,21 @@ class Collective:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Of one step."""
+    """Result of one simulated step."""
 
     seconds: float  # until the last rank is done
-    waiting: tuple[float, ...]  # of each rank, for others
+    waiting: tuple[float, ...]  # seconds that each rank waits for others
 
 
 def loads_of_run(run: Path) -> list[list[float]]:
-    """Every expert's share of the rows in the last step that a run has recorded, [L, E].
+    """Return every expert's fraction of the rows in the last step that a run recorded, [L, E].
 
     Raises:
-        ConfigError: where the run has recorded none.
+        ConfigError: if the run recorded none.
     """
     loads = next((row["load"] for row in reversed(read_rows(run / "metrics.jsonl")) if "load" in row), None)
     if loads is None:
-        raise ConfigError(f"{run} has no recorded expert loads; name a run's folder that has trained a step.")
+        raise ConfigError(f"{run} has no recorded expert loads; name the folder of a run that has trained a step.")
     return loads
 
 
@@ -71,11 +71,11 @@ def simulate_step(
     straggling: float = 0.0,
     seed: int = 0,
 ) -> Simulation:
-    """One step of all ranks.
+    """Simulate one step of all ranks.
 
     Args:
-        loads: every expert's share of a layer's rows, [L, E], sums 1; even where not given.
-        straggling: standard deviation of a rank's slowness, as a share; a rank is never faster than the machine.
+        loads: every expert's fraction of a layer's rows, [L, E], each row summing to 1; default: balanced.
+        straggling: standard deviation of a rank's relative slowdown; a rank is never faster than the machine.
     """
     chance = random.Random(seed)
     if loads is None:
@@ -85,7 +85,11 @@ def simulate_step(
 
 
 def run_programs(programs: list[Iterator[Compute | Collective]]) -> Simulation:
-    """Runs every rank's program to its end; the heart of the simulator."""
+    """Run every rank's program to its end.
+
+    Raises:
+        RuntimeError: if ranks deadlock in a collective.
+    """
     waiting = [0.0] * len(programs)
     present: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
     events = [(0.0, rank) for rank in range(len(programs))]
@@ -102,22 +106,22 @@ def run_programs(programs: list[Iterator[Compute | Collective]]) -> Simulation:
                     waiting[other] += now - since
                     heapq.heappush(events, (now + seconds, other))
     if present:
-        raise RuntimeError(f"ranks wait for ever in {sorted(present)}")
+        raise RuntimeError(f"deadlock: ranks wait indefinitely in {sorted(present)}")
     return Simulation(now, tuple(waiting))
 
 
 def _program(
     rank: int, model: Any, layout: Layout, machine: Hardware, loads: list[list[float]], slow: float
 ) -> Iterator[Compute | Collective]:
-    """One step of a rank; forward, backward and recomputation share a pass's work as 1 : 2 : 1."""
+    """Yield a rank's events of one step; forward, backward and recomputation take a pass's time as 1 : 2 : 1."""
     size, own = layout.expert, model.num_experts // layout.expert
     group, place = (rank // size * size, size), rank % size
-    dense, experts = (seconds / len(loads) for seconds in product_seconds(model, layout, machine))
+    dense, experts = (seconds / len(loads) for seconds in matmul_seconds(model, layout, machine))
     other = (elementwise_seconds(model, layout, machine) + overhead_seconds(model, layout, machine)) / len(loads)
-    # Of the rows of each layer, relative to the mean rank; it sends its own, however few it gets.
+    # Rows that the rank receives in each layer, relative to the mean rank; it always sends its own.
     share = [sum(load[place * own : (place + 1) * own]) * size for load in loads]
     turns = [(1, range(len(loads))), (2, range(len(loads) - 1, -1, -1))]
-    if layout.recompute in ("experts", "selective", "full"):  # which sends rows once more
+    if layout.recompute in ("experts", "selective", "full"):  # which repeats the all-to-all
         turns.insert(1, (1, range(len(loads))))
     parts = sum(part for part, _ in turns)
     for _ in range(layout.accumulation):

@@ -1,1 +1,1 @@
-"""The training loop, and all that a step needs."""
+"""The training loop and the parts of a step."""

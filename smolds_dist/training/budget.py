@@ -1,4 +1,4 @@
-"""A run's time budget: after the warm-up, as many steps as fit."""
+"""A run's time budget: after warmup, lower the number of steps to what fits."""
 
 import time
 
@@ -9,17 +9,17 @@ from smolds_dist.training.build import Job, Training
 
 
 class TimeBudget:
-    """Lowers `train.steps` at the end of the warm-up to what fits into `train.time_budget`.
+    """Lowers `train.steps` at the end of warmup to what fits into `train.time_budget`.
 
-    Until then no learning rate depends on the number of steps. It is measured once: the lowered number goes into
-    config.yaml and every later checkpoint, from which a resumed run takes it (`checkpoint.resume.prepare_resumed`).
+    Until then no learning rate depends on the number of steps. The time is measured once: the lowered number is saved in
+    config.yaml and every later checkpoint, and a resumed run reads it there (`checkpoint.resume.prepare_resumed`).
     """
 
     def __init__(self) -> None:
-        self._ends = [time.monotonic()]  # of the steps so far, after the start
+        self._ends = [time.monotonic()]  # the start, then the end of each step
 
     def after_step(self, job: Job, training: Training, step: int) -> None:
-        """Collective."""
+        """Measure steps during warmup and lower `train.steps` at its end. Collective."""
         train = job.config.train
         if train.time_budget is None or step > train.warmup_steps or step == train.steps:
             return
@@ -35,5 +35,6 @@ class TimeBudget:
         if job.main:
             save_config(job.config, job.config.run_dir / "config.yaml")
             training.log.info(
-                f"a step takes {seconds:.3f} s here: {train.steps:,} of at most {most:,} steps, in {train.time_budget:.0f} s"
+                f"{seconds:.3f} s per step: the time budget of {train.time_budget:.0f} s allows {train.steps:,} of at most "
+                f"{most:,} steps"
             )

@@ -1,4 +1,4 @@
-"""Before the first step: all that a run needs, from a new model, a checkpoint, or after a rollback."""
+"""Build everything a run needs before its first step: from a new model, a checkpoint, or after a rollback."""
 
 import math
 import platform
@@ -45,7 +45,7 @@ from smolds_dist.training.step import Stepper
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from a run's start to its end, also over a rollback."""
+    """The parts of a run that stay the same from start to end, also after a rollback."""
 
     config: RunConfig
     topology: Topology
@@ -53,9 +53,9 @@ class Job:
     model_config: DeepSeekV3Config
     flops_per_token: float
     stop: StopRequest
-    heartbeat: Callable[[], None]  # a sign of life for the other ranks
+    heartbeat: Callable[[], None]  # shows the other ranks that this one is alive
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
-    on_progress: Callable[[int], None] | None = None  # called after each step with the samples trained on so far
+    on_progress: Callable[[int], None] | None = None  # called after each step with the number of consumed samples
 
     @property
     def main(self) -> bool:
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(kw_only=True)
 class Training:
-    """What a rollback makes again."""
+    """The parts of a run that a rollback rebuilds."""
 
     engine: Engine
     balancer: Balancer
@@ -76,10 +76,10 @@ class Training:
     checkpoints: CheckpointWriter
     log: RunLog
     profiler: Profiler
-    peak: float  # FLOP/s of all ranks together, in matrix products
+    peak: float  # matmul FLOP/s of all ranks together
 
     def save(self, val_loss: float | None = None, wait: bool = False) -> None:
-        """Begins to write a checkpoint; see `CheckpointWriter.save`. Collective."""
+        """Start writing a checkpoint; see `CheckpointWriter.save`. Collective."""
         others: dict[str, torch.Tensor] = {}
         if self.texts is not None:
             kind, content = self.texts.state()
@@ -87,7 +87,7 @@ class Training:
         self.checkpoints.save(self.engine, self.balancer, self.state, val_loss, others, wait=wait)
 
     def close(self, code: int = 0) -> None:
-        """Close all that works in the background; `code` is the exit code of the training."""
+        """Stop all background work; `code` is the exit code of the training."""
         self.stepper.close()
         self.profiler.close()
         self.checkpoints.wait()
@@ -97,10 +97,10 @@ class Training:
 
 @contextmanager
 def lock_run_dir(config: RunConfig) -> Iterator[None]:
-    """Makes the run's folder and keeps other processes from training in it.
+    """Create the run's folder and lock it against other training processes.
 
     Raises:
-        ConfigError: where it cannot be written, or another process has it.
+        ConfigError: if it cannot be written, or another process has locked it.
     """
     lock = FileLock(config.run_dir / "lock")
     try:
@@ -108,7 +108,7 @@ def lock_run_dir(config: RunConfig) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            f"{config.run_dir} is being trained by another process; wait for its end, or choose another --run.name."
+            f"{config.run_dir} is in use by another training process; wait for its end, or choose another --run.name."
         ) from None
     except OSError as error:
         raise ConfigError(f"{config.run_dir} cannot be written ({error.strerror}); choose another --run.dir.") from None
@@ -119,7 +119,7 @@ def lock_run_dir(config: RunConfig) -> Iterator[None]:
 
 
 def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
-    """The model's configuration, its vocabulary size and special tokens taken from the tokenizer."""
+    """Return the model's configuration, with vocabulary size and special tokens from the tokenizer."""
     tokenizer = data.tokenizer
     settings = config.model.architecture(tokenizer) | router_losses(config.train)
     if settings["vocab_size"] is None:
@@ -127,13 +127,13 @@ def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config
     if settings["vocab_size"] < len(tokenizer):
         raise ConfigError(
             f"--model.vocab_size {settings['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; "
-            "raise it, or leave it out."
+            "raise it, or omit it."
         )
     return DeepSeekV3Config(**settings)
 
 
 def router_losses(train: Train) -> dict[str, float]:
-    """The coefficients of the routers' losses, as `DeepSeekV3Config` has them."""
+    """Return the router loss coefficients under `DeepSeekV3Config`'s names."""
     return {
         "router_aux_loss_coef": train.aux_loss_coef if train.balance == "aux_loss" else 0.0,
         "sequence_balance_coef": train.sequence_balance_coef,
@@ -142,7 +142,7 @@ def router_losses(train: Train) -> dict[str, float]:
 
 
 def build(job: Job, reader: CheckpointReader | None) -> Training:
-    """Model, engine and all that writes, from a checkpoint if there is one. Collective."""
+    """Build the model, engine and writers, from a checkpoint if there is one. Collective."""
     config, topology = job.config, job.topology
     torch.manual_seed(config.train.seed)
     engine = new_engine(job.model_config, config, topology, reader)
@@ -189,14 +189,14 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
 def new_engine(
     model_config: DeepSeekV3Config, config: RunConfig, topology: Topology, reader: CheckpointReader | None
 ) -> Engine:
-    """The run's engine around a model with initial weights, or a checkpoint's: of these each rank makes or reads what it
-    keeps."""
+    """Create the run's engine around a model with initial weights or a checkpoint's; each rank makes or reads only its
+    slices."""
     initial = InitialValues(config.train.seed, model_config.initializer_range)
     return build_engine(model_config, config, topology, reader.fill if reader else initial.fill)
 
 
 def start_log(job: Job, step: int, facts: dict) -> RunLog:
-    """The run's log, with what it begins with, first its `environment`; on rank 0 also the files that describe the run."""
+    """Open the run's log and write its first rows (`environment`); on rank 0 also write the files that describe the run."""
     config = job.config
     log = RunLog(config, step, job.main)
     if job.main:
@@ -215,7 +215,7 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
 
 
 def log_lr_change(log: RunLog, manifest: Manifest, train: Train) -> None:
-    """Log where a resumed run has another learning rate than the checkpoint's settings give its next step."""
+    """Log if a resumed run's next learning rate differs from that of the checkpoint's settings."""
     if manifest.weights_only:
         return
     known = {f.name for f in fields(Train)}
@@ -224,13 +224,13 @@ def log_lr_change(log: RunLog, manifest: Manifest, train: Train) -> None:
     before, now = learning_rate(min(step, saved.steps), saved), learning_rate(step, train)
     if not math.isclose(before, now, rel_tol=1e-6):
         log.info(
-            f"the learning rate of step {step} is {now:.2e}, and with the checkpoint's settings it would be "
-            f"{before:.2e}; --train.schedule says how to continue at the same rate"
+            f"the learning rate of step {step} is {now:.2e}, but {before:.2e} with the checkpoint's settings; see "
+            "--train.schedule to continue at the same rate"
         )
 
 
 def restore_unique_texts(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
-    """The texts that a checkpoint says were trained on; none without one."""
+    """Restore from a checkpoint which documents were trained on; none without a checkpoint."""
     texts = UniqueTexts(data)
     for kind, content in (reader.stored(UNIQUE_TEXTS) if reader else {}).items():
         texts.restore(kind, content.numpy())
@@ -238,9 +238,9 @@ def restore_unique_texts(data: TrainingData, reader: CheckpointReader | None) ->
 
 
 def unlogged_failures(run_dir: Path) -> list[dict]:
-    """What `launching.restarts` has noted and `metrics.jsonl` does not hold, or holds no more after going back."""
+    """Return the failures in `restarts.jsonl` that `metrics.jsonl` lacks, or lost in a rollback."""
     failures = read_rows(run_dir / RESTARTS)
-    if not failures:  # as most often: metrics may be long
+    if not failures:  # the usual case; do not read a long metrics file
         return []
     logged = {row["number"] for row in read_rows(run_dir / "metrics.jsonl") if row.get("event") == "restart"}
     keys = {"number": "number", "step": "failed_after", "cause": "cause", "logs": "logs"}
@@ -248,7 +248,7 @@ def unlogged_failures(run_dir: Path) -> list[dict]:
 
 
 def environment(job: Job, num_parameters: int, peak: float) -> dict:
-    """What a run ran on, as plain values."""
+    """Return the run's environment as plain values."""
     topology = job.topology
     device = torch.cuda.get_device_name(topology.local_rank) if topology.device == "cuda" else platform.machine()
     return {
@@ -268,14 +268,14 @@ def environment(job: Job, num_parameters: int, peak: float) -> dict:
 
 
 def roll_back(job: Job, state: TrainState, spike: LossSpikeError) -> Training:
-    """The training at its last checkpoint before the spike; the samples since then are left out. Collective.
+    """Rebuild the training from the last checkpoint before the spike and skip the samples since then. Collective.
 
     Raises:
-        TrainingStoppedError: where there is none, or it has been tried too often.
+        TrainingStoppedError: if there is no such checkpoint, or after too many rollbacks.
     """
     reader = open_checkpoint(job.config, job.topology, before=spike.begin)
     if reader is None or state.rollbacks >= MAX_ROLLBACKS:
-        reason = "no checkpoint is older" if reader is None else f"{MAX_ROLLBACKS} rollbacks did not help"
+        reason = "there is no older checkpoint" if reader is None else f"{MAX_ROLLBACKS} rollbacks did not help"
         raise TrainingStoppedError(f"{spike}, and {reason}; lower --train.lr, or raise --train.spike_threshold")
     if job.main:
         for newer in checkpoints_in(job.config.run_dir / "checkpoints"):
@@ -288,5 +288,5 @@ def roll_back(job: Job, state: TrainState, spike: LossSpikeError) -> Training:
     training.state.rollbacks = state.rollbacks + 1
     step, ends = reader.manifest.step, {"spike_begin": spike.begin, "spike_end": spike.end}
     training.log.row(step, event="rollback", **ends, skipped_samples=skipped)
-    training.log.info(f"{spike}; going on from step {step} with other samples")
+    training.log.info(f"{spike}; rolled back to step {step}, continuing with other samples")
     return training

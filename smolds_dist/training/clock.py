@@ -1,4 +1,4 @@
-"""Where a step's time and memory go."""
+"""Measure a step's time and memory."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,41 +11,41 @@ from torch.profiler import record_function
 
 from smolds_dist.parallel.engine import Engine
 
-# [M, K] x [K, N]. With AMX, large and tall ones reach twice the rate of the first; GPUs want the last.
+# [M, K] x [K, N]. With AMX, large and tall ones reach twice the rate of the first; GPUs need the last.
 PRODUCTS = ((1024, 1024, 1024), (8192, 384, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192))
 LONGEST_PRODUCT = 0.2  # seconds
-SMALLEST_PRODUCT = 2.5e8  # FLOPs; a model's own products below run at no full rate, and would only take time
+SMALLEST_PRODUCT = 2.5e8  # FLOPs; a model's smaller matmuls do not reach the peak
 PHASES = ("data", "forward", "backward", "all_to_all", "optimizer", "logging")
 
 
 def is_measured(step: int) -> bool:
-    """Steps that are looked at closely, which costs them a little time: the first ten, and every tenth."""
+    """Return True for steps with detailed timing, which are slightly slower: the first ten, and every tenth."""
     return step <= 10 or step % 10 == 0
 
 
 class StepClock:
     """Times steps and their phases.
 
-    A device runs ahead of Python, so its phases can only be told apart where Python waits for it at each one's end. This,
-    and the timing of all-to-all, happens in measured steps alone. Forward and backward are without their all-to-all. MPS
-    runs the same code, but has not been tested on Apple hardware.
+    A device runs asynchronously, so separating its phases needs a synchronization after each. This, and the timing of
+    all-to-alls, happens only in measured steps. Forward and backward exclude their all-to-alls. MPS uses the same code but
+    is untested on Apple hardware.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self.measured = False
-        self.seconds = dict.fromkeys(PHASES, 0.0)  # of this step so far; logging: of the step before
+        self.seconds = dict.fromkeys(PHASES, 0.0)  # of this step so far; logging: of the previous step
         self._since = time.perf_counter()
 
     def begin(self, measured: bool) -> None:
-        """Starts a step."""
+        """Start a step."""
         self.measured = measured
         self._engine.time_all_to_all(measured)
         self._engine.all_to_all_seconds()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around one of `PHASES`; it carries its name in a profile too."""
+        """Time one of `PHASES`, which also appears under its name in a profile."""
         with record_function(name):
             begin = self._now()
             yield
@@ -62,7 +62,7 @@ class StepClock:
         return time.perf_counter()
 
     def lap(self) -> float:
-        """Ends a step: seconds since the last one's end, pauses left out."""
+        """End a step; return the seconds since the previous one's end, without pauses."""
         self._engine.time_all_to_all(False)
         self.measured = False
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -72,15 +72,15 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no part of a training step, such as an evaluation."""
+        """Exclude the block from the step's time, such as an evaluation."""
         begin = time.perf_counter()
         yield
         self._since += time.perf_counter() - begin
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes of this rank: on CUDA the most that was allocated since the last call, on MPS what the driver holds, on the CPU
-    what of the process is resident."""
+    """Return this rank's memory in bytes: on CUDA the peak allocation since the last call, on MPS the driver's allocation,
+    on the CPU the resident set size."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -91,13 +91,13 @@ def memory_in_use(device: torch.device) -> int:
 
 
 class Product(NamedTuple):
-    """[M, K] x [K, N], or as many of them as `batch` says, of one dtype."""
+    """A matmul [M, K] x [K, N], or a batch of them."""
 
     M: int
     K: int
     N: int
-    batch: int = 0  # 0: one product of matrices
-    transposed: tuple[bool, bool] = (False, False)  # whether left and right lie in memory column by column
+    batch: int = 0  # 0 = one matmul of two matrices
+    transposed: tuple[bool, bool] = (False, False)  # True for a column-major left or right operand
 
     @property
     def flops(self) -> int:
@@ -107,15 +107,15 @@ class Product(NamedTuple):
 def matrix_product_peak(
     device: torch.device, dtype: torch.dtype, seconds: float = 0.1, shapes: Sequence[tuple[int, int, int]] = ()
 ) -> float:
-    """FLOP/s of the fastest of several matrix products; what FLOPs utilisation is a share of.
+    """Measure the FLOP/s of the fastest of several matmuls, the peak that MFU is relative to.
 
-    A measured peak, unlike a data sheet's, is there for every device. No model can pass it by much, least of all one whose
-    own products are among `shapes`.
+    A measured peak, unlike a data sheet's, exists for every device. No model exceeds it by much, least of all one whose own
+    matmuls are among `shapes`.
 
     Args:
-        seconds: how long each product is repeated.
-        shapes: (M, K, N) of products to try beside `PRODUCTS`, as `costs.flops.largest_products` has them; those under
-            `SMALLEST_PRODUCT` are passed over.
+        seconds: time to repeat each matmul.
+        shapes: (M, K, N) of matmuls to try in addition to `PRODUCTS`, as from `costs.flops.largest_products`; those under
+            `SMALLEST_PRODUCT` are skipped.
     """
     tried = [*PRODUCTS, *(shape for shape in shapes if Product(*shape).flops >= SMALLEST_PRODUCT)]
     longest = max(LONGEST_PRODUCT, 2 * seconds)
@@ -127,12 +127,12 @@ def fastest_rate(
     shapes: Sequence[tuple[int, int, int]] = PRODUCTS,
     longest: float = LONGEST_PRODUCT,
 ) -> float:
-    """The most FLOP/s among several products, without those that would take too long even at the rate found before.
+    """Return the highest FLOP/s among several matmuls, skipping those too slow at the best rate so far.
 
     Args:
-        product_seconds: of one product [M, K] x [K, N].
+        product_seconds: returns the seconds of a matmul [M, K] x [K, N].
         shapes: (M, K, N) of each; the first is always tried.
-        longest: seconds that one product may take.
+        longest: maximum seconds of one matmul.
     """
     rate = 0.0
     for M, K, N in shapes:
@@ -144,7 +144,7 @@ def fastest_rate(
 
 @torch.no_grad()
 def product_seconds(product: Product, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """The shortest of the times that a product takes when it is repeated for `seconds`, at least twice."""
+    """Return the shortest time of a matmul repeated for `seconds`, at least twice."""
 
     def operand(rows: int, columns: int, transposed: bool) -> torch.Tensor:
         shape = (columns, rows) if transposed else (rows, columns)
@@ -156,7 +156,7 @@ def product_seconds(product: Product, device: torch.device, dtype: torch.dtype, 
     out = torch.empty(*left.shape[:-1], N, device=device, dtype=dtype)
     multiply = torch.bmm if batch else torch.mm
     best, end, repeat = torch.inf, time.perf_counter() + seconds, 0
-    while repeat < 2 or time.perf_counter() < end:  # the first may have to make its kernel
+    while repeat < 2 or time.perf_counter() < end:  # the first may compile its kernel
         begin = time.perf_counter()
         multiply(left, right, out=out)
         if device.type != "cpu":

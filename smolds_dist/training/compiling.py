@@ -1,8 +1,8 @@
-"""torch.compile for what runs between matrix products: `train.compile`.
+"""torch.compile for the operations between matmuls: `train.compile`.
 
-Each block's dense part (norms, projections, rotary embedding, attention around its kernel, residual) is compiled as one, and
-so are the regions inside the kernels (`model.regions`). The experts' products and their all-to-all are not: how many rows
-an expert gets is known only when it gets them. On CUDA and MPS this has not been tested.
+Each block's dense part (norms, projections, rotary embedding, attention around its kernel, residual) is compiled as one, as
+are the regions inside the kernels (`model.regions`). The experts' matmuls and all-to-alls are not, because the number of
+rows per expert is known only at run time. Untested on CUDA and MPS.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
 
-# Seconds of matrix products at their peak from which a run is long enough to win back what compiling takes. On a GPU the
-# products are a small part of a step, and what is compiled a large one.
+# Seconds of matmuls at peak rate from which a run is long enough to regain the compile time. On a GPU matmuls are a small
+# part of a step and the compiled operations a large one.
 MIN_SECONDS = {"cpu": 600, "cuda": 60}
 
 
@@ -38,42 +38,44 @@ def compile_model(
     peak_seconds: float,
     log: RunLog,
 ) -> bool:
-    """Compiles where `train.compile` says so, before the first step; returns whether the model runs compiled. Collective.
+    """Compile before the first step as `train.compile` says; return True if the model runs compiled. Collective.
 
     On each machine one rank compiles first, and the others find its results in PyTorch's cache on disk, as later runs do.
-    Where compiling fails, all ranks run uncompiled, and one line tells why.
+    If compiling fails, all ranks run uncompiled and one line logs why.
 
     Args:
-        peak_seconds: of the rest of the run, were it nothing but matrix products at their peak.
+        peak_seconds: seconds of the rest of the run at the matmuls' peak rate.
     """
-    # Under selective checkpointing, which looks at every operator, all would be compiled once more in the first step.
+    # Selective checkpointing intercepts every operator, so everything would be recompiled in the first step.
     selective = config.train.activation_checkpointing == "selective"
     if selective or not should_compile(config.train.compile, topology.device, peak_seconds):
         return False
     began = time.perf_counter()
-    log.info("compiling; what is compiled is kept in PyTorch's cache for later runs")
+    log.info("compiling; PyTorch's cache keeps the result for later runs")
     error = None
     for turn in (True, False):
         if turn == (topology.local_rank == 0):
             error = try_to_compile(engine, topology, config.data.seq_len, model)
         engine.barrier()
     if failed := max_over_ranks(topology, error is not None):
-        leave_uncompiled(engine.model)
-        log.warning(f"compiling failed ({error or 'on another rank'}); the run goes on without (--train.compile off)")
+        undo_compile(engine.model)
+        log.warning(
+            f"compiling failed ({error or 'on another rank'}); the run continues uncompiled (--train.compile off)"
+        )
     else:
         log.info(f"compiled in {time.perf_counter() - began:.0f} s")
     return not failed
 
 
 def should_compile(setting: str | bool, device: str, peak_seconds: float) -> bool:
-    """Whether to compile: `auto` does for runs that are long enough, where a compiler is found."""
+    """Return True to compile; `auto` does if the run is long enough and a compiler is installed."""
     if isinstance(setting, bool):
         return setting
     return peak_seconds >= MIN_SECONDS.get(device, float("inf")) and has_compiler(device)
 
 
 def has_compiler(device: str) -> bool:
-    """Inductor makes C++ for CPUs and Triton's kernels for CUDA, whose launchers are C."""
+    """Return True if Inductor's compilers are installed: C++ for CPUs; Triton, with C launchers, for CUDA."""
     if device == "cuda":
         return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang")))
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
@@ -82,31 +84,31 @@ def has_compiler(device: str) -> bool:
 def try_to_compile(
     engine: Engine, topology: Topology, seq_len: int, model: DeepSeekV3Config, backend: str = "inductor"
 ) -> str | None:
-    """Compiles all that training will call, by calling it; returns what went wrong.
+    """Compile everything training will call, by calling it; return the error, if any.
 
     Args:
-        backend: torch.compile's; aot_eager traces all the same, and makes no machine code.
+        backend: torch.compile's; aot_eager traces without generating machine code.
     """
     try:
         compile_regions(backend)
         call_regions(model, topology)
-        if topology.zero < 3:  # whose hooks gather the weights, module by module
+        if topology.zero < 3:  # ZeRO 3's hooks gather weights module by module
             call_dense_parts(engine, topology, seq_len, model, backend)
-    except Exception as error:  # whatever a compiler may raise
+    except Exception as error:  # compilers may raise anything
         return first_line(error)
     return None
 
 
 def call_regions(config: DeepSeekV3Config, topology: Topology) -> None:
-    """Forward and backward of a model of one or two layers, which has every region that the whole one has; and of experts
-    whose gate and up are two weights, as AutoEP has them."""
+    """Run forward and backward of a model of one or two layers, which has all regions of the full one, and of experts with
+    separate gate and up weights, as in AutoEP."""
     dense = min(1, config.first_k_dense_replace)
     few = {"num_hidden_layers": dense + 1, "first_k_dense_replace": dense}
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
     with torch.random.fork_rng(devices=[]):
         model: Any = DeepSeekV3ForCausalLM(DeepSeekV3Config.from_dict(config.to_dict() | few))
     model = model.to(topology.torch_device).train()
-    for parameter in model.parameters():  # alone: buffers hold selection biases, which stay fp32
+    for parameter in model.parameters():  # only: selection biases are buffers and stay fp32
         parameter.data = parameter.data.to(dtype)
     ids = torch.arange(74, device=model.device).view(2, 37) % config.vocab_size
     model(input_ids=ids, labels=ids).loss.backward()
@@ -118,7 +120,7 @@ def call_regions(config: DeepSeekV3Config, topology: Topology) -> None:
 
 
 def call_dense_parts(engine: Engine, topology: Topology, seq_len: int, config: DeepSeekV3Config, backend: str) -> None:
-    """Forward and backward of each block's dense part; what the first leaves serves the others. Weights get no gradient."""
+    """Run forward and backward of each block's dense part, without weight gradients; the others reuse the first's code."""
     blocks = dense_parts(engine.model)
     weight = next(blocks[0].self_attn.parameters())
     x = torch.zeros(topology.micro_batch, seq_len, config.hidden_size, dtype=weight.dtype, device=weight.device)
@@ -137,8 +139,8 @@ def dense_parts(model: nn.Module) -> list[DeepSeekV3Block]:
     return [module for module in model.modules() if isinstance(module, DeepSeekV3Block)]
 
 
-def leave_uncompiled(model: nn.Module) -> None:
-    """Takes back what was compiled."""
+def undo_compile(model: nn.Module) -> None:
+    """Return to uncompiled code."""
     run_regions_eagerly()
     for block in dense_parts(model):
         block.compiled_attend = None

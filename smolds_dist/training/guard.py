@@ -1,4 +1,4 @@
-"""What is done about a loss that goes wrong: steps that are not finite, and spikes."""
+"""Handle non-finite steps and loss spikes."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -7,14 +7,13 @@ from statistics import median
 from smolds_dist.errors import TrainingStoppedError
 from smolds_dist.settings import Train
 
-WINDOW = 100  # recent losses that a spike is measured against
-MIN_STEPS = 20  # of them, before anything counts as a spike
+WINDOW = 100  # recent losses that a spike is compared with
+MIN_STEPS = 20  # minimum number of them
 MAX_ROLLBACKS = 3
 
 
 class LossSpikeError(Exception):
-    """The loss has stayed far above what it was from step `begin` to step `end`: training should go back and leave these
-    samples out."""
+    """The loss was far above its previous values from step `begin` to step `end`: roll back and skip these samples."""
 
     def __init__(self, begin: int, end: int):
         super().__init__(f"the loss spiked from step {begin} to {end}")
@@ -22,10 +21,10 @@ class LossSpikeError(Exception):
 
 
 class LossGuard:
-    """Watches every step's loss, which is the same on all ranks, so that all of them come to the same answer.
+    """Checks every step's loss, which is the same on all ranks, so that all make the same decision.
 
     Args:
-        history: losses of the steps before the first that is checked.
+        history: losses of the steps before the first checked one.
     """
 
     def __init__(self, train: Train, history: Iterable[float] = ()):
@@ -35,10 +34,10 @@ class LossGuard:
         self._spikes = 0  # in a row
 
     def check(self, step: int, loss: float, applied: bool) -> None:
-        """Takes note of a step.
+        """Check a step.
 
         Args:
-            applied: whether the optimizer made its update, which it does not where something is not finite.
+            applied: False if the optimizer skipped its update because of a non-finite value.
 
         Raises:
             TrainingStoppedError: after `train.nonfinite_limit` steps in a row without an update.
@@ -62,7 +61,7 @@ class LossGuard:
         self._recent.append(loss)
 
     def _is_spike(self, loss: float) -> bool:
-        """By median and median absolute deviation, which spikes themselves hardly move."""
+        """Return True if the loss is far above the median, in median absolute deviations, both robust to spikes."""
         if len(self._recent) < MIN_STEPS:
             return False
         middle = median(self._recent)

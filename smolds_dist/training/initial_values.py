@@ -1,6 +1,6 @@
-"""A new model's values: each a pure function of the seed, the name of its logical tensor and its place there.
+"""A new model's initial values: each a pure function of the seed, its logical tensor's name and its index there.
 
-So every layout starts from the same model, and a rank makes what it keeps and nothing else.
+So every layout starts from the same model, and a rank generates only its own slices.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import torch
 from smolds_dist.parallel.fragments import Fragment
 
 BLOCK = 2**16
-"""Elements that come from one start of the counter-based generator (Philox, Salmon et al., SC 2011)."""
+"""Elements drawn from one counter of the generator (Philox, Salmon et al., SC 2011)."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class InitialValues:
 
     @torch.no_grad()
     def fill(self, fragment: Fragment) -> None:
-        """Fills the fragment's value, in its dtype."""
+        """Fill the fragment's value, in its dtype."""
         out = fragment.tensors["value"]
         if len(fragment.shape) == 1:
             out.fill_(1.0)
@@ -34,7 +34,7 @@ class InitialValues:
         for number in range(start // BLOCK, -(-end // BLOCK)):
             begin = number * BLOCK
             first, last = max(begin, start), min(begin + BLOCK, end)
-            # 2^128 draws lie between two blocks, so that no block reaches into the next one's.
+            # 2^128 draws separate two blocks, so that they never overlap.
             generator = np.random.Generator(np.random.Philox(key=key, counter=number << 128))
             values = generator.standard_normal(last - begin, dtype=np.float32)[first - begin :]
             out[first - start : last - start].copy_(torch.from_numpy(values).mul_(self.std))

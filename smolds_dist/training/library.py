@@ -1,4 +1,4 @@
-"""Training from Python: what `smolds train` and `smolds launch` do, with a result to go on with."""
+"""Train from Python: `smolds train` and `smolds launch` as functions that return a result."""
 
 import tempfile
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from smolds_dist.settings import RunConfig
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run has ended."""
+    """The result of a run."""
 
     run_dir: Path
-    exit_code: int  # 0, or as the table in docs/training.md says
+    exit_code: int  # 0, or a code from the table in docs/training.md
     steps: int
     loss: float | None  # of the last step, in nats per token
     val_loss: float | None  # of the last evaluation, in nats per token
@@ -23,10 +23,10 @@ class RunResult:
 
 
 def train(config: RunConfig) -> RunResult:
-    """Trains in this process, or as this rank of those that a launcher has started.
+    """Train in this process, or as this rank of a launched job.
 
     Raises:
-        ConfigError: where the run cannot start; nothing has been written then.
+        ConfigError: if the run cannot start; nothing has been written then.
     """
     from smolds_dist.training.trainer import train as run
 
@@ -35,20 +35,20 @@ def train(config: RunConfig) -> RunResult:
 
 
 def launch(config: RunConfig, procs: int | None = None, launcher: str = "auto") -> RunResult:
-    """Starts ranks, those that fit this machine unless told otherwise, and waits for their end.
+    """Start ranks and wait for their end.
 
     Args:
-        procs: how many, on each machine.
-        launcher: none, torchrun, deepspeed, mpi or slurm.
+        procs: ranks per machine; default: as many as fit.
+        launcher: auto, none, torchrun, deepspeed, mpi or slurm.
 
     Raises:
-        ConfigError: where the run cannot start.
+        ConfigError: if the run cannot start.
     """
     from smolds_dist.launching.launcher import launch as start
 
     validate(config)
     options = ["--launcher", launcher] + ([] if procs is None else ["--nproc-per-node", str(procs)])
-    # In the run's parent folder, which all nodes see.
+    # In the run's parent folder, which all nodes can access.
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=config.run.dir) as file:
         save_config(config, Path(file.name))

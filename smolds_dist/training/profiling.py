@@ -1,4 +1,4 @@
-"""`--profile.steps 10:13`: what every operation of some steps took."""
+"""`--profile.steps 10:13`: trace the time of every operation in some steps."""
 
 import os
 import sys
@@ -13,8 +13,8 @@ from smolds_dist.settings import RunConfig
 class Profiler:
     """Traces the configured steps on each rank of the first node, into `profile/` of the run.
 
-    A trace is Chrome's JSON, which Perfetto (ui.perfetto.dev) and TensorBoard's profile plugin open. On CUDA there is a
-    memory snapshot beside it, for pytorch.org/memory_viz.
+    A trace is Chrome's JSON, which Perfetto (ui.perfetto.dev) and TensorBoard's profile plugin open. On CUDA there is also a
+    memory snapshot for pytorch.org/memory_viz.
     """
 
     def __init__(self, config: RunConfig, topology: Topology):
@@ -28,21 +28,21 @@ class Profiler:
     def begin(self, step: int) -> None:
         if step in self._steps and self._trace is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
-            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports its own starts and stops
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # hides its start and stop messages
             self._trace = profile(activities=activities, record_shapes=True, profile_memory=self._cuda)
             self._trace.start()
             if self._cuda:
                 torch.cuda.memory._record_memory_history(max_entries=100_000)
 
     def end(self, step: int) -> str | None:
-        """After a step; says where the trace is once it has been written."""
+        """End a step; return a message with the trace's path once it is written."""
         if self._trace is None:
             return None
         self._trace.step()
         return self.close() if step == self._steps[-1] else None
 
     def close(self) -> str | None:
-        """Writes what there is, also of a run that ends early; a disk that takes no more stops nothing."""
+        """Write the trace so far, also of a run that ends early; a full disk gives only a warning."""
         if self._trace is None:
             return None
         trace, self._trace = self._trace, None

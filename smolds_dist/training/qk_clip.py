@@ -1,4 +1,4 @@
-"""QK-clip: attention's logits kept below a limit by what queries and keys are made with (Kimi K2, arXiv 2507.20534, 2.1).
+"""QK-clip: limit attention logits by scaling query and key projections (Kimi K2, arXiv 2507.20534, section 2.1).
 
 Shape letters: L layers, N query heads.
 """
@@ -13,10 +13,10 @@ from smolds_dist.parallel.engine import Engine
 
 
 class QkClip:
-    """Looks at the largest attention logit of every head in a step's forward passes, over all ranks and micro batches.
+    """Tracks every head's largest attention logit in a step's forward passes, over all ranks and micro batches.
 
     Args:
-        limit: what a head's logits may reach; 0 turns all of it off.
+        limit: maximum of a head's logits; 0 = off.
     """
 
     def __init__(self, engine: Engine, config: DeepSeekV3Config, limit: float):
@@ -31,7 +31,7 @@ class QkClip:
             attention.largest_logits = largest_N
 
     def take(self) -> Tensor | None:
-        """The largest logits since the last call [L, N], fp32 on the CPU; None where nobody looks. Collective."""
+        """Return the largest logits since the last call [L, N], fp32 on the CPU; None if off. Collective."""
         if not self.limit:
             return None
         if dist.is_initialized():
@@ -41,7 +41,7 @@ class QkClip:
         return largest_LN
 
     def factors(self, largest_LN: Tensor | None) -> dict[str, Tensor]:
-        """What the rows of updated weights are to be multiplied by, by logical tensor, for those that must be."""
+        """Return row factors for the updated weights, by logical tensor, only for tensors to scale."""
         if largest_LN is None:
             return {}
         found: dict[str, Tensor] = {}
@@ -53,11 +53,11 @@ class QkClip:
 
 
 def row_factors(config: DeepSeekV3Config, shrink_N: Tensor) -> dict[str, Tensor]:
-    """Factors of the rows of projections after which each head's logits are `shrink_N` of what they were.
+    """Return row factors of the projections that multiply each head's logits by `shrink_N`.
 
-    As the paper has it for latent attention: the root of it for what a head has of its own of query and key, and all of it
-    for the query's rotary part, whose key is all heads'. In grouped-query attention keys are several heads': there the query
-    takes all.
+    As in the paper for latent attention: the square root for a head's own query and key parts, the full factor for the
+    query's rotary part, whose key all heads share. In grouped-query attention heads share keys, so the query takes the full
+    factor.
     """
     if config.attention == "gqa":
         return {"q_proj": shrink_N.repeat_interleave(config.head_dim)}

@@ -1,4 +1,4 @@
-"""Ranks against each other: who is slow before it is dead, and who holds other weights than those that should hold the same.
+"""Compare ranks: find stragglers, and ranks whose weights differ from their replicas'.
 
 Shape letters: W ranks, N tensors.
 """
@@ -16,32 +16,31 @@ from smolds_dist.launching.state import read_state
 from smolds_dist.parallel.topology import Topology
 
 SLOW = 1.3  # times the ranks' median
-WINDOWS = 3  # in a row, until a rank counts as slow
+WINDOWS = 3  # in a row, until a rank counts as a straggler
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class StragglerDetector:
-    """Compares how long the ranks compute, which those that wait for a slow one do not.
+    """Compares the ranks' compute times, which exclude waits for a straggler.
 
-    What is compared is a step's forward pass without its all-to-all, in the steps that are measured: there nobody waits for
-    others but at ZeRO 3, which gathers weights in it, so that there a slow rank can hide.
+    The time is that of a measured step's forward pass without its all-to-alls. At ZeRO 3 it includes waits, because the
+    forward pass gathers weights, so a straggler may go unnoticed.
     """
 
     def __init__(self, topology: Topology):
         self._rank, self._world = topology.rank, topology.world_size
-        self._seconds: deque[float] = deque(maxlen=1000)  # nobody may ever compare
-        self._windows = [0] * topology.world_size  # in which each rank was slow, up to the last one
+        self._seconds: deque[float] = deque(maxlen=1000)  # `compare` may never be called
+        self._windows = [0] * topology.world_size  # consecutive slow windows of each rank
 
     def record(self, seconds: float) -> None:
-        """A measured step's forward pass took this rank so long."""
+        """Record the forward seconds of a measured step."""
         self._seconds.append(seconds)
 
     def compare(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[int, float]:
-        """Ends a window. Collective.
+        """End a window. Collective.
 
         Returns:
-            The ranks that have been slow for the `WINDOWS`th time in a row, and how many times the median (of an even number
-            of ranks the lower one) each took.
+            The ranks that were slow in `WINDOWS` windows in a row, and each one's time over the ranks' (lower) median.
         """
         mine = torch.zeros(self._world)
         mine[self._rank] = statistics.median(self._seconds) if self._seconds else 0.0
@@ -54,21 +53,20 @@ class StragglerDetector:
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of each tensor's bits, read as integers [N], modulo 2^64. It is exact in any order, and a single flipped bit
-    always changes it."""
+    """Sum each tensor's bits as integers modulo 2^64, [N]. The sum is exact in any order, and one flipped bit changes it."""
     bits = (tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]) for tensor in tensors)
     return torch.stack([one.sum(dtype=torch.int64) for one in bits])
 
 
 def find_weight_mismatch(model: nn.Module, topology: Topology, experts: Iterable[str]) -> tuple[str, list[int]] | None:
-    """The first of the weights that are not the same on all ranks that should hold the same, and the ranks that are in the
-    minority; all of them, where none is. Collective.
+    """Return the first weight that differs between replicas, and the ranks in the minority (all of them if there is no
+    majority). Collective.
 
-    Silent data corruption of weights is found so (Llama 3, arXiv 2407.21783, section 3.3.4). At ZeRO 3 no rank holds what
-    another one does, and nothing is compared; from ZeRO 1 on, weights come anew out of the optimizer's own in every step.
+    This finds silent data corruption (Llama 3, arXiv 2407.21783, section 3.3.4). At ZeRO 3 there are no replicas and nothing
+    is compared; from ZeRO 1 on, every step rewrites the weights from the optimizer's copies.
 
     Args:
-        experts: names of the tensors that ranks of an expert group share out.
+        experts: names of the tensors that are sharded over an expert group's ranks.
     """
     if topology.zero == 3:
         return None
@@ -87,7 +85,7 @@ def find_weight_mismatch(model: nn.Module, topology: Topology, experts: Iterable
 
 
 def minority(values: dict[int, int]) -> list[int]:
-    """The ranks that do not have what more than half of them have; all of them where nothing is."""
+    """Return the ranks whose value differs from the majority's; all ranks if there is no majority."""
     common, count = Counter(values.values()).most_common(1)[0]
     if count == len(values):
         return []
@@ -95,10 +93,10 @@ def minority(values: dict[int, int]) -> list[int]:
 
 
 def format_ranks(run_dir: Path, ranks: Iterable[int]) -> str:
-    """Ranks and their hosts, in words."""
+    """Format ranks with their hosts."""
     return ", ".join(f"rank {rank} on host {host_of(run_dir, rank)}" for rank in ranks)
 
 
 def host_of(run_dir: Path, rank: int) -> str:
-    """As the rank itself has noted it."""
+    """Return the host from the rank's own entry."""
     return read_state(run_dir / "ranks", f"rank_{rank:05}.json").get("host", "unknown")

@@ -23,29 +23,29 @@ from smolds_dist.training.qk_clip import QkClip
 
 
 class StepOutput(NamedTuple):
-    """What a step leaves on this rank."""
+    """The result of a step on this rank."""
 
     step: int
     first_sample: int  # global index of its batch's first sample
     lr: float
-    loss: Tensor  # mean of this rank's part
+    loss: Tensor  # mean over this rank's samples
     digest: int  # of its tokens (`data.batch.batch_digest`)
     update: Update
     counts: Tensor  # routed tokens per expert of all ranks [L, E]
-    logits: Tensor | None  # largest attention logits of all ranks [L, N], where there is a limit
+    logits: Tensor | None  # largest attention logits of all ranks [L, N], with a limit
 
 
 @dataclass
 class Stepper:
-    """Takes optimizer steps. Its methods are collective."""
+    """Runs optimizer steps. Its methods are collective."""
 
     engine: Engine
     balancer: Balancer
     topology: Topology
     train: Train
-    batches: BatchPrefetcher  # this rank's part of each global batch
-    end_of_text: int | None = None  # after which another document begins, where documents are masked from each other
-    should_stop: Callable[[], bool] = lambda: False  # whether the run was asked to stop
+    batches: BatchPrefetcher  # this rank's samples of each global batch
+    end_of_text: int | None = None  # the token between documents, if documents are masked from each other
+    should_stop: Callable[[], bool] = lambda: False  # returns True after a stop signal
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
@@ -54,10 +54,10 @@ class Stepper:
         self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
     def train_step(self, step: int, first_sample: int) -> StepOutput:
-        """The whole of a step, whose batch begins with that sample of the run.
+        """Run a step whose batch begins with sample `first_sample` of the run.
 
         Raises:
-            ConfigError, StoppedWaitingError: on all ranks alike, before anything has changed: the batch cannot be had.
+            ConfigError, StoppedWaitingError: on all ranks, before any change, if the batch is not available.
         """
         measured = is_measured(step)
         self.clock.begin(measured)
@@ -66,13 +66,13 @@ class Stepper:
         with self.clock.phase("optimizer"):
             logits_LN = self.qk_clip.take()
             update = self.engine.step(lr, by_part=measured, factors=self.qk_clip.factors(logits_LN))
-            # The biases settle as the weights do: a last step's jump would show in every later forward pass.
-            settling = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
-            counts_LE = self.balancer.step(update.applied, settling)
+            # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
+            rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
+            counts_LE = self.balancer.step(update.applied, rate_scale)
         return StepOutput(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
 
     def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
-        """Forward and backward over this rank's part of a global batch: its mean loss, and the digest of its tokens."""
+        """Run forward and backward over this rank's samples of a global batch; return the mean loss and tokens' digest."""
         topology, clock = self.topology, self.clock
         first = first_sample + topology.rank * topology.per_rank
         total = torch.zeros((), device=self.engine.device)
@@ -80,7 +80,7 @@ class Stepper:
             ids, digest = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
             micro_batches = self._micro_batches(ids)
         for micro_batch in micro_batches:
-            with clock.phase("forward"), self.balancer.counting(), self.routers.watching(clock.measured):
+            with clock.phase("forward"), self.balancer.counting(), self.routers.recording(clock.measured):
                 loss = self.engine.forward(*micro_batch)
             with clock.phase("backward"):
                 self.batches.prefetch_next()
@@ -89,10 +89,10 @@ class Stepper:
         return total / topology.accumulation, digest
 
     def _micro_batches(self, ids: Tensor) -> list[tuple[Tensor, ...]]:
-        """What `Engine.forward` takes; where documents are masked from each other, with positions and labels by document.
+        """Return the arguments of `Engine.forward`; if documents are masked, with positions and labels per document.
 
-        Each loss is then divided by the mean number of labels of a micro batch, over the step and all ranks: so their mean
-        is that of all labels, however they are spread.
+        Each loss is then divided by the mean number of labels per micro batch over the step and all ranks, so that their
+        mean is the mean over all labels, however these are distributed.
         """
         parts = ids.split(self.topology.micro_batch)
         if self.end_of_text is None:

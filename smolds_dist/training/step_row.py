@@ -1,4 +1,4 @@
-"""The numbers that a step leaves, summed over the ranks, and its row of metrics.
+"""Sum a step's numbers over the ranks and make its row of metrics.
 
 Shape letters: L layers, E experts, N query heads.
 """
@@ -19,17 +19,17 @@ from smolds_dist.training.step import StepOutput
 
 
 class StepResult(NamedTuple):
-    """What the training loop needs of a step, alike on all ranks but for times and the error."""
+    """A step's result for the training loop, the same on all ranks except times and the error."""
 
     row: dict  # for `RunLog.training_row`
-    counts: Tensor | None  # routed tokens per expert [L, E]; None where the update was skipped
-    requested: list[float]  # how many ranks have been asked to stop, by signal
+    counts: Tensor | None  # routed tokens per expert [L, E]; None if the update was skipped
+    requested: list[float]  # number of ranks that received each stop signal
     failed: bool  # whether a checkpoint could not be written
     error: str | None  # why, on rank 0
 
 
 def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResult:
-    """Ends a step: its numbers over all ranks. Collective."""
+    """End a step and sum its numbers over all ranks. Collective."""
     clock, update = training.stepper.clock, output.update
     measured, world = clock.measured, job.topology.world_size
     error = training.checkpoints.failure()
@@ -39,7 +39,7 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
         "loss": [output.loss.item()],
         "requested": job.stop.counts(),
         "failed": [float(error is not None)],
-        # Four bytes: single precision adds them up exactly over up to 65,536 ranks.
+        # Four bytes: fp32 sums each exactly over up to 65,536 ranks.
         "digest": list(map(float, output.digest.to_bytes(4, "little"))),
         "phases": list(clock.seconds.values()) if measured else [],
         "squares": [float(update.squares.get(part, 0.0)) for part in PARTS] if measured else [],
@@ -58,10 +58,10 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     }
     row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
     share = job.flops_per_token * step_tokens / seconds / training.peak
-    row["mfu"] = float(f"{share:.4g}")  # digits, not decimals: a small model's share of a large GPU is tiny
+    row["mfu"] = float(f"{share:.4g}")  # significant digits: a small model's MFU on a large GPU is tiny
     digest = sum(int(byte) << 8 * place for place, byte in enumerate(sums["digest"])) % 2**32
     row |= {"batch": f"{digest:08x}"} | data_row(job, training, output.first_sample)
-    if output.logits is not None and update.applied:  # else they may be NaN, which JSON has no number for
+    if output.logits is not None and update.applied:  # else they may be NaN, which JSON lacks
         row |= {"max_logit": float(f"{output.logits.max():.4g}")}
         row |= {"clipped_heads": int((output.logits > job.config.train.qk_clip).sum())}
     if measured:
@@ -69,14 +69,14 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
         means["other"] = seconds - sum(means.values())
         row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
         details = diagnostics(job, training, output.step)
-        if update.applied:  # else they may be NaN, which JSON has no number for
+        if update.applied:  # else they may be NaN, which JSON lacks
             row |= details | {"grad_norms": norms_by_part(update.grad_norm, sums["squares"])}
     counts = output.counts if update.applied else None
     return StepResult(row, counts, sums["requested"], bool(sums["failed"][0]), error)
 
 
 def data_row(job: Job, training: Training, first_sample: int) -> dict:
-    """How far the data has gone after the batch that begins with that sample of the run; on rank 0."""
+    """Return data progress after the batch that begins with sample `first_sample` of the run; on rank 0."""
     if training.texts is None:
         return {}
     end = first_sample + job.config.train.global_batch
@@ -87,7 +87,7 @@ def data_row(job: Job, training: Training, first_sample: int) -> dict:
 
 
 def diagnostics(job: Job, training: Training, step: int) -> dict:
-    """Memory, selection biases and the routers' probabilities, for a measured step's row. Collective."""
+    """Return memory, selection biases and router statistics for a measured step's row. Collective."""
     engine = training.engine
     memory = max_over_ranks(job.topology, memory_in_use(engine.device) // 10**6)
     entropy_L, histogram = entropy_and_histogram(engine.sum_over_ranks(training.stepper.routers.take()))
@@ -99,7 +99,7 @@ def diagnostics(job: Job, training: Training, step: int) -> dict:
 
 
 def norms_by_part(norm: float, squares: list[float]) -> dict[str, float]:
-    """The gradient's norm by part of the model, from the parts' shares of its square."""
+    """Split the gradient norm by part of the model, in proportion to the parts' squares."""
     total = sum(squares) or 1.0
     return {
         part: round(norm * math.sqrt(square / total), 6) for part, square in zip(PARTS, squares, strict=True) if square

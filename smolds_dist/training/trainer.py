@@ -1,4 +1,4 @@
-"""The training loop: read from top to bottom, it is what a run does."""
+"""The training loop, in the order a run executes it."""
 
 import gc
 import math
@@ -38,30 +38,34 @@ from smolds_dist.training.step_row import summarize_step
 
 
 def train(config: RunConfig, info: RankInfo | None = None) -> int:
-    """Runs `config` on this rank, from a new model or a checkpoint of any layout, to the exported model.
+    """Train `config` on this rank, from a new model or a checkpoint of any layout, to the exported model.
 
     Args:
-        info: this process among the ranks; what the environment says where not given.
+        info: this process's rank; default: from the environment.
 
     Returns:
-        The exit code: 0; that of the signal after which it stopped (`launching.signals`); or 1 where the loss diverged or a
-        checkpoint that was needed could not be written, which has been told then.
+        The exit code: 0; that of the stop signal (`launching.signals`); or 1, with a printed message, if the loss diverged
+        or a required checkpoint could not be written.
 
     Raises:
-        ConfigError: where the run cannot start; nothing has been written then.
+        ConfigError: if the run cannot start; nothing has been written then.
     """
     info = info or rank_from_environment()
     topology = plan_topology(config, detect_machine(), info)
     data = prepare_resumed(config)
     model_config = make_model_config(config, data)
-    workers = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
-    with ExitStack() as held:
-        held.enter_context(path_in_errors(config.run_dir))
+    background = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
+    with ExitStack() as stack:
+        stack.enter_context(path_in_errors(config.run_dir))
         if topology.rank == 0:
-            held.enter_context(lock_run_dir(config))
-        state = record_run_state(config.run_dir, info.world_size) if info.rank == 0 else nullcontext(lambda *_: None)
-        set_outcome = held.enter_context(state)
-        on_progress, stop = held.enter_context(workers), held.enter_context(StopRequest())
+            stack.enter_context(lock_run_dir(config))
+        recorder = (
+            record_run_state(config.run_dir, topology.world_size)
+            if topology.rank == 0
+            else nullcontext(lambda *_: None)
+        )
+        set_outcome = stack.enter_context(recorder)
+        on_progress, stop = stack.enter_context(background), stack.enter_context(StopRequest())
         report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
         job = Job(
             config=config,
@@ -80,10 +84,10 @@ def train(config: RunConfig, info: RankInfo | None = None) -> int:
 
 
 def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple[int, str]:
-    """As `run`, once the ranks have met; what comes of it is noted for whoever watches them.
+    """Join the process group, call `run` and record the outcome for the other ranks and the launcher.
 
     Returns:
-        The exit code, and why the training failed where it has.
+        The exit code, and the reason if the training failed.
     """
     wait_policy = WaitPolicy(
         timeout=job.config.parallel.timeout or math.inf,
@@ -104,7 +108,7 @@ def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple
         if job.main:
             print(f"\nsmolds: {error}.", file=sys.stderr, flush=True)
     except Exception as error:
-        if report is None:  # a debugger should see the error where it happens
+        if report is None:  # keep the traceback for a debugger
             raise
         report.fail(error)
         raise RankFailedError from error
@@ -114,11 +118,11 @@ def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple
 
 
 def run(job: Job) -> int:
-    """Trains to the end, going back to a checkpoint where the loss has spiked; returns the exit code."""
+    """Train to the end, rolling back to a checkpoint after loss spikes; return the exit code."""
     config, topology = job.config, job.topology
     if max_over_ranks(topology, not (config.run_dir / "lock").exists()):
         raise ConfigError(
-            f"{config.run_dir} is not seen by all ranks; choose a --run.dir on a file system that all nodes share."
+            f"{config.run_dir} is not accessible to all ranks; choose a --run.dir on a file system that all nodes share."
         )
     reader = open_checkpoint(config, topology)
     if reader:
@@ -130,7 +134,7 @@ def run(job: Job) -> int:
             code = run_steps(job, training)
             break
         except LossSpikeError as error:
-            spike = error.with_traceback(None)  # whose frames hold the training
+            spike = error.with_traceback(None)  # the traceback's frames keep the training in memory
         except (TrainingStoppedError, ConfigError):
             training.close(1)
             raise
@@ -140,7 +144,7 @@ def run(job: Job) -> int:
         state = training.state
         training.close(1)
         del training
-        gc.collect()  # so that one model at a time is in memory
+        gc.collect()  # keeps only one model in memory at a time
         training = roll_back(job, state, spike)
     training.close(code)
     end_process_group()
@@ -148,7 +152,7 @@ def run(job: Job) -> int:
 
 
 def run_steps(job: Job, training: Training) -> int:
-    """The training itself; returns the exit code."""
+    """Run the training steps; return the exit code."""
     config, state, clock = job.config, training.state, training.stepper.clock
     begin = state.step
     budget = TimeBudget()
@@ -159,7 +163,7 @@ def run_steps(job: Job, training: Training) -> int:
         first_sample = state.skipped_samples + (step - 1) * config.train.global_batch
         try:
             output = training.stepper.train_step(step, first_sample)
-        except (ConfigError, StoppedWaitingError) as error:  # no text, on all ranks alike, before the step has begun
+        except (ConfigError, StoppedWaitingError) as error:  # no batch, on all ranks, before the step
             job.data.reporter.stop()
             if step > begin + 1:
                 save_last_step(config, training)
@@ -200,7 +204,7 @@ def run_steps(job: Job, training: Training) -> int:
         if stop_signal:
             training.log.close_bar()
             training.log.info(
-                f"stopped by {stop_signal.name} after step {step}, which is saved; continue with --checkpoint.resume auto"
+                f"stopped by {stop_signal.name} after step {step} (saved); continue with --checkpoint.resume auto"
             )
             return EXIT_CODES[stop_signal]
     finish(job, training)
@@ -208,12 +212,12 @@ def run_steps(job: Job, training: Training) -> int:
 
 
 def is_due(step: int, every: int, last: bool) -> bool:
-    """Whether something happens after `step` that happens at the end of the run and every so many steps; 0: only then."""
+    """Return True if an action with interval `every` (0 = only at the end) is due after `step`."""
     return last or bool(every and step % every == 0)
 
 
 def evaluate_and_sample(job: Job, training: Training, step: int, last: bool) -> float | None:
-    """Evaluates, scores and samples, where it is time for it; returns the validation loss. Collective."""
+    """Evaluate, score and sample if due; return the validation loss. Collective."""
     config, val_loss = job.config, None
     if is_due(step, config.train.eval_every, last):
         val_loss = evaluate_and_log(job, training, step)
@@ -226,7 +230,7 @@ def evaluate_and_sample(job: Job, training: Training, step: int, last: bool) -> 
 
 
 def finish(job: Job, training: Training) -> None:
-    """After the last step: the model is exported. Collective."""
+    """Export the model and print the summary after the last step. Collective."""
     training.log.close_bar()
     folder, model_config, tokenizer = job.config.run_dir / "export", job.model_config, job.data.tokenizer
     export_model(folder, training.engine, training.balancer, job.topology, model_config, tokenizer)
@@ -235,7 +239,7 @@ def finish(job: Job, training: Training) -> None:
 
 
 def report_stragglers(job: Job, training: Training, step: int) -> None:
-    """Names ranks that compute more slowly than the others, now and then. Collective."""
+    """Log stragglers every `parallel.compare_every` steps. Collective."""
     every = job.config.parallel.compare_every
     if job.topology.world_size == 1 or not every or step % every:
         return
@@ -243,33 +247,33 @@ def report_stragglers(job: Job, training: Training, step: int) -> None:
         host = host_of(job.config.run_dir, rank)
         training.log.row(step, event="slow_rank", rank=rank, host=host, times=round(times, 2))
         training.log.info(
-            f"rank {rank} on host {host} has computed {times:.1f} times as long as the others in the last "
-            f"{WINDOWS * every} steps; all of them wait for it"
+            f"straggler: rank {rank} on host {host} took {times:.1f} times the median compute time in the last "
+            f"{WINDOWS * every} steps; the other ranks wait for it"
         )
 
 
 def check_weights(job: Job, training: Training, step: int) -> None:
-    """Compares the weights that several ranks hold. Collective.
+    """Compare the weights of replicas. Collective.
 
     Raises:
-        TrainingStoppedError: where they are not the same, before they reach a checkpoint.
+        TrainingStoppedError: if they differ, before they reach a checkpoint.
     """
     if job.topology.world_size == 1:
         return
-    from smolds_dist.parallel.expert_parallel import expert_parameters  # needs deepspeed, as several ranks do
+    from smolds_dist.parallel.expert_parallel import expert_parameters  # needs deepspeed, like several ranks
 
     found = find_weight_mismatch(training.engine.model, job.topology, expert_parameters(training.engine.model))
     if found is None:
         return
     name, ranks = found
     raise TrainingStoppedError(
-        f"{format_ranks(job.config.run_dir, ranks)} holds other values of {name} than the ranks that hold the same at step "
-        f"{step}; a device or its memory is broken: leave that host out, and continue from the last checkpoint"
+        f"{format_ranks(job.config.run_dir, ranks)} differs from its replicas in {name} at step {step}; a device or its "
+        "memory is faulty: exclude that host, and continue from the last checkpoint"
     )
 
 
 def save_last_step(config: RunConfig, training: Training) -> None:
-    """Saves the last step of a run that has no text for the next one. Collective."""
+    """Save the last step of a run that has no data for the next one. Collective."""
     state = training.state
     if not (config.checkpoint.every and state.step % config.checkpoint.every == 0):
         training.save(wait=True)
@@ -279,37 +283,37 @@ def save_last_step(config: RunConfig, training: Training) -> None:
 
 
 def handle_checkpoint_error(config: RunConfig, training: Training, error: str | None) -> None:
-    """A checkpoint could not be written: goes on or stops, as configured. All ranks come here together.
+    """Continue or stop after a failed checkpoint, as configured. Called by all ranks together.
 
     Args:
-        error: what was wrong, on rank 0.
+        error: the reason, on rank 0.
 
     Raises:
-        TrainingStoppedError: where `checkpoint.on_error` is stop.
+        TrainingStoppedError: if `checkpoint.on_error` is stop.
     """
     failure = f"the checkpoint of step {training.checkpoints.failed_step} could not be written ({error})"
     if config.checkpoint.on_error == "stop":
         raise TrainingStoppedError(
-            f"{failure}, older ones are whole; make room, and continue with --checkpoint.resume auto"
+            f"{failure}; older ones are complete: free disk space, and continue with --checkpoint.resume auto"
         )
-    training.log.warning(f"{failure}; training goes on, older checkpoints are whole")
+    training.log.warning(f"{failure}; training continues, older checkpoints are complete")
 
 
 def check_saved(training: Training, step: int) -> bool:
-    """Whether the checkpoint of `step`, which was just written, counts; says so if not. Collective."""
+    """Return True if the checkpoint of `step` was written; print the error if not. Collective."""
     error, failed_step = training.checkpoints.failure(), training.checkpoints.failed_step
     failed = error is not None and failed_step == step
     if error is not None:
         text = (
-            f"the checkpoint of step {failed_step} could not be written ({error}); older ones are whole: make room, and "
-            "continue with --checkpoint.resume auto."
+            f"the checkpoint of step {failed_step} could not be written ({error}); older ones are complete: free disk "
+            "space, and continue with --checkpoint.resume auto."
         )
         print(f"\nsmolds: {text}", file=sys.stderr, flush=True)
     return not training.engine.sum_over_ranks(torch.tensor(float(failed))).item()
 
 
 def evaluate_and_log(job: Job, training: Training, step: int) -> float:
-    """The validation loss after `step`, which rank 0 writes down. Collective."""
+    """Compute the validation loss after `step` and log it on rank 0. Collective."""
     result = evaluate(job.config, job.topology, training.engine, job.data)
     tokens = step * job.config.train.global_batch * job.config.data.seq_len
     training.log.row(step, tokens=tokens, **result)
@@ -320,10 +324,10 @@ def evaluate_and_log(job: Job, training: Training, step: int) -> float:
 
 
 def load_eval_tasks(config: RunConfig) -> list[Any]:
-    """The tasks that are scored while training, with their questions.
+    """Load the tasks scored during training, with their questions.
 
     Raises:
-        ConfigError: where one is none, or its data cannot be had.
+        ConfigError: if a task does not exist or its data is not available.
     """
     if not config.eval.names:
         return []
@@ -332,7 +336,7 @@ def load_eval_tasks(config: RunConfig) -> list[Any]:
 
 
 def score_tasks(job: Job, training: Training, step: int) -> None:
-    """Scores the model on the run's tasks; rank 0 writes the scores down. Collective."""
+    """Score the model on the run's tasks and log the scores on rank 0. Collective."""
     scores = evaluate_live(training.engine, job.topology, job.data.tokenizer, job.tasks, job.config.eval)
     training.log.row(step, tasks=scores)
     training.log.info(f"step {step}: " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items()))
@@ -341,7 +345,7 @@ def score_tasks(job: Job, training: Training, step: int) -> None:
 def write_samples(
     config: RunConfig, training: Training, tokenizer: PreTrainedTokenizerBase, step: int, prompts: list[str]
 ) -> None:
-    """Samples every prompt on all ranks; rank 0 keeps the texts and shows the first."""
+    """Sample every prompt on all ranks; rank 0 stores the samples and logs the first."""
     seed, log, model = config.train.seed + step, config.log, training.engine.model
     texts = {
         prompt: sample(model, tokenizer, prompt, log.sample_tokens, seed, log.sample_temperature) for prompt in prompts
