@@ -135,7 +135,7 @@ CASES = [
         r'\{"prompt": "def add", "text": ".*\n\{"prompt": "for number in"',
     ),
     Case("smolds generate", " --max-new-tokens=4", "def ."),
-    Case("smolds export .*gguf", "", " is in gguf/", ("gguf/*.gguf",)),
+    Case("smolds export .*gguf", "", " to gguf/", ("gguf/*.gguf",)),
     Case(
         "smolds export", "", "which computes the same logits", ("exported/model.safetensors", "exported/tokenizer.json")
     ),
