@@ -37,7 +37,7 @@ def main(args: list[str]) -> None:
     parser = OptionParser(
         prog="python -m benchmarks data",
         description=(__doc__ or "").partition("\n")[0],
-        example="python -m benchmarks data --what tokenise",
+        example="python -m benchmarks data --what order mask",
     )
     parser.add_argument("--json", type=Path, help="output file for the results")
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="measurements; default: all")

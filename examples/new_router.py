@@ -1,5 +1,5 @@
-"""A router of your own: it sees a noisy input while it learns (input jitter of the Switch Transformer, arXiv 2101.03961,
-section 2.2), everything else as before. Run it with
+"""A custom router: its input is noisy in training (input jitter of the Switch Transformer, arXiv 2101.03961, section 2.2),
+everything else is unchanged. Run it with
 
     python examples/new_router.py --train.steps 200
 
