@@ -25,7 +25,7 @@ JITTER = 0.01
 
 
 class JitterRouter(TopKRouter):
-    """As `TopKRouter`: x [T, H] to weights [T, K], chosen experts [T, K] and logits [T, E]."""
+    """Route like `TopKRouter`: x [T, H] to weights [T, K], selected experts [T, K] and logits [T, E]."""
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.training:
