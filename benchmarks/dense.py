@@ -44,7 +44,7 @@ NEARLY = 0.02  # relative difference in steps up to which an earlier run is reus
 
 
 def main(args: list[str]) -> None:
-    """Train all models, print a table and, with --json and --picture, write all numbers and a plot.
+    """Train all models, print a table and, with --json and --plot, write all numbers and a plot.
 
     Raises:
         ConfigError: for unknown options, and for settings that dense models do not support.
@@ -54,7 +54,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, help="steps of the mixture; default: the preset's")
     rates = "learning rates that each model tries"
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help=rates)
-    parser.add_argument("--picture", type=Path, help="output file for a plot, .png")
+    parser.add_argument("--plot", type=Path, help="output file for a plot, .png")
     options, settings = parse(parser, args)
     if any(not rate > 0 for rate in options.learning_rates):
         raise ConfigError(f"--learning-rates {options.learning_rates} must all be more than 0.")
@@ -69,8 +69,8 @@ def main(args: list[str]) -> None:
         "date": time.strftime("%Y-%m-%d"), "machine": processor(), "preset": options.preset, "settings": settings,
     } | result  # fmt: skip
     write_result(options, result)
-    if options.picture:
-        draw(result, options.picture)
+    if options.plot:
+        draw(result, options.plot)
     print(table(result))
 
 

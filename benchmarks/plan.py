@@ -247,8 +247,8 @@ def check_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text.append(f"median error: a factor of {error_factor(own):.2f}; {hits} of {len(own)} within {WITHIN:.0%}\n")
     figures = fit()
     text.append(f"{'fitted on the first half':30} {'runs':>4} {'utilization':>11} {'overhead':>8}")
-    for key, (utilisation, overhead, runs) in figures.items():
-        text.append(f"{key:30} {runs:>4} {utilisation:>11.2f} {overhead * 1e3:>5.1f} ms")
+    for key, (utilization, overhead, runs) in figures.items():
+        text.append(f"{key:30} {runs:>4} {utilization:>11.2f} {overhead * 1e3:>5.1f} ms")
     rows = [
         {
             "run": one.run.name,
@@ -261,7 +261,7 @@ def check_published(_options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for one in found
     ]
     chosen = {
-        key: {"utilisation": share, "overhead": seconds, "runs": n} for key, (share, seconds, n) in figures.items()
+        key: {"utilization": share, "overhead": seconds, "runs": n} for key, (share, seconds, n) in figures.items()
     }
     return {"errors": errors, "figures": chosen, "runs": rows}, "\n".join(text)
 

@@ -1,6 +1,6 @@
 """The planner compared with published throughput: the runs of `published.yaml`, each predicted from its layout alone.
 
-Two parameters of a GPU generation are in no data sheet: `utilisation` and `overhead` in `costs/hardware.yaml`. `fit` fits
+Two parameters of a GPU generation are in no data sheet: `utilization` and `overhead` in `costs/hardware.yaml`. `fit` fits
 them on one half of the runs; the other half tests the planner. A run's name decides its half.
 """
 
@@ -123,6 +123,6 @@ def fit() -> dict[str, tuple[float, float, int]]:
     return found
 
 
-def _misfit(runs: Sequence[Run], machines: dict[str, Hardware], utilisation: float, overhead: float) -> float:
-    tried = {key: replace(machine, utilisation=utilisation, overhead=overhead) for key, machine in machines.items()}
+def _misfit(runs: Sequence[Run], machines: dict[str, Hardware], utilization: float, overhead: float) -> float:
+    tried = {key: replace(machine, utilization=utilization, overhead=overhead) for key, machine in machines.items()}
     return fmean(abs(math.log(predict_run(run, tried[run.hardware]).ratio)) for run in runs)

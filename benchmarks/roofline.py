@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         "tokens_per_s": tokens / fastest,
         "median_tokens_per_s": tokens / median(plain),
         "tokens_per_s_limit": tokens / limit,
-        "flops_utilisation": flops * tokens / fastest / peak,
+        "flops_utilization": flops * tokens / fastest / peak,
         "kinds": kind_rows(operations, bounds),
     }
 
@@ -226,6 +226,6 @@ def table(result: dict[str, Any]) -> str:
         f"without the profiler {1e3 * fastest:,.1f} ms: {result['tokens_per_s']:,.0f} tokens/s, of at most "
         f"{result['tokens_per_s_limit']:,.0f} by these bounds, {limit / fastest:.1%}",
         f"{flops / 1e9:.3f} GFLOPs/token, {result['product_flops_per_token_as_run'] / 1e9:.3f} in the matmuls as executed; "
-        f"MFU {result['flops_utilisation']:.1%}, of at most {share:.1%} by these bounds",
+        f"MFU {result['flops_utilization']:.1%}, of at most {share:.1%} by these bounds",
     ]
     return "\n".join(lines)

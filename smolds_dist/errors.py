@@ -70,7 +70,10 @@ class OptionParser(argparse.ArgumentParser):
         cut = args.index("--") if "--" in args else len(args)
         options, unknown = self.parse_known_args(args[:cut])
         if unknown:
-            raise ConfigError(f"{self.prog} does not know {unknown[0]!r}; put training options after `--`.")
+            raise ConfigError(
+                f"{self.prog} does not know {unknown[0]!r}; `{self.prog} --help` lists its options, and training options go "
+                "after `--`."
+            )
         return options, args[cut + 1 :]
 
 
@@ -97,7 +100,7 @@ RANGES = ranges({
     (1, 1e30): "--budget-gpu-hours --target-tokens",
     (2, 10**9): "--max-tokens",
 })  # fmt: skip
-WRITTEN = ("--json", "--picture", "--calibrate")  # files written at the end of a command
+WRITTEN = ("--json", "--plot", "--calibrate")  # files written at the end of a command
 
 
 def _check_value(option: str, value: Any) -> None:

@@ -53,8 +53,8 @@ def test_documented_commands_run(command, cache, tmp_path):
     if name in ("dense", "loss"):
         options += [f"--data.cache_dir={cache}", "--data.max_tokens=300000"]
     options += [f"--json={tmp_path / 'result.json'}", *([f"--dir={tmp_path}"] if name == "checkpoint" else [])]
-    if "--picture" in options:
-        options += ["--picture", str(tmp_path / "picture.png")]
+    if "--plot" in options:
+        options += ["--plot", str(tmp_path / "picture.png")]
     finished = benchmark(name, *options)
     assert finished.returncode == 0, finished.text
     assert json.loads((tmp_path / "result.json").read_text())
@@ -142,7 +142,7 @@ def test_the_dense_model_is_llama_with_the_mixtures_other_weights():
 def test_dense_trains_all_models_on_the_batches_of_smolds_train(corpus, cache, tmp_path):
     text = [f"--data.source=text:{corpus}/*.txt", f"--data.cache_dir={cache}", *ON_TEXT]
     given = ["--preset=debug", *text, "--train.warmup_steps=2"]
-    written = [f"--json={tmp_path / 'dense.json'}", f"--picture={tmp_path / 'dense.png'}"]
+    written = [f"--json={tmp_path / 'dense.json'}", f"--plot={tmp_path / 'dense.png'}"]
     rates = ["--learning-rates", "1e-5", "2e-3"]
     finished = benchmark("dense", *given, "--steps=12", *rates, *written)
     assert finished.returncode == 0, finished.text
@@ -202,9 +202,9 @@ def test_a_run_has_a_source_and_only_its_name_decides_its_half():
 
 @pytest.mark.long
 def test_hardware_parameters_are_fitted_on_the_fitted_half():
-    for key, (utilisation, overhead, _) in fit().items():
+    for key, (utilization, overhead, _) in fit().items():
         machine = load_hardware(key)
-        assert (machine.utilisation, machine.overhead) == (utilisation, overhead)
+        assert (machine.utilization, machine.overhead) == (utilization, overhead)
 
 
 @pytest.fixture
@@ -229,8 +229,8 @@ def test_a_generation_with_few_runs_takes_its_neighbors_parameters(coarse, monke
     run = next(run for run in published_runs() if run.half == "fitted" and run.hardware == "h100")
     pairs = {"gb200": (0.6, 1e-3, 4), "b200": (0.3, 8e-3, 1)}
     made = []
-    for key, (utilisation, overhead, count) in pairs.items():
-        machine = replace(load_hardware(key), utilisation=utilisation, overhead=overhead)
+    for key, (utilization, overhead, count) in pairs.items():
+        machine = replace(load_hardware(key), utilization=utilization, overhead=overhead)
         moved = replace(run, hardware=key)
         exact = replace(moved, published=published.predict_run(moved, machine).predicted)
         made += count * [exact]

@@ -11,7 +11,7 @@ from ranks import smolds
 
 from smolds_dist.bench.calibrate import memory_bandwidth
 from smolds_dist.launching.doctor_checks import check_folder, check_hub
-from smolds_dist.launching.doctor_probes import ANSWER, Probe, link_figures
+from smolds_dist.launching.doctor_probes import ANSWER, Probe, link_speed
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc shows the processes")
 
@@ -58,7 +58,7 @@ def test_hub_is_not_contacted_in_offline_mode():
 
 
 def test_bandwidth_counts_bytes_sent_to_other_ranks():
-    found = link_figures([1e-3, 5e-5, 4e-5], [9.0, 0.5, 0.25], 8_000_000, world=4)
+    found = link_speed([1e-3, 5e-5, 4e-5], [9.0, 0.5, 0.25], 8_000_000, world=4)
     assert found == {"latency": 5e-5, "bandwidth": 12e6}
 
 

@@ -116,7 +116,7 @@ def memory_group():
         limit = next(folder / name for name in ("memory.limit_in_bytes", "memory.max") if (folder / name).exists())
         limit.write_text("200000000")
     except (OSError, StopIteration) as error:
-        pytest.skip(f"no control group for memory can be made here: {error!r}")
+        pytest.skip(f"cannot create a memory cgroup here: {error!r}")
     yield folder
     folder.rmdir()
 

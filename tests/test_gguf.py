@@ -198,7 +198,7 @@ def test_q8_0_costs_little_perplexity(exported, tmp_path, name):
     ids = text_encoder(ours.tokenizer).encode("\n".join(f"{50 + i} {SENTENCES[i % 4]}." for i in range(8))).ids[:120]
     files = {kind: tmp_path / f"{kind}.gguf" for kind in ("fp32", "bf16", "q8_0")}
     for kind, file in files.items():
-        options = ["--quantise", "q8_0"] if kind == "q8_0" else ["--dtype", kind]
+        options = ["--quantize", "q8_0"] if kind == "q8_0" else ["--dtype", kind]
         export([str(run_dir), "--to", str(file), "--format", "gguf", *options])
     requests = [next_token(ids[:end], ours.config.vocab_size) for end in range(1, len(ids))]
     perplexity = {}
@@ -215,7 +215,7 @@ def test_q8_0_costs_little_perplexity(exported, tmp_path, name):
 
 def test_gguf_metadata_describes_the_model(kept_run, tmp_path):
     to = tmp_path / "new" / "model.gguf"
-    export([str(kept_run[0]), "--to", str(to), "--format", "gguf", "--dtype", "bf16", "--quantise", "q8_0"])
+    export([str(kept_run[0]), "--to", str(to), "--format", "gguf", "--dtype", "bf16", "--quantize", "q8_0"])
     assert {path.name for path in to.parent.iterdir()} == {"model.gguf", "Modelfile"}
     file = gguf.GGUFReader(to)
     value = {name: field.contents() for name, field in file.fields.items()}
@@ -274,7 +274,7 @@ def test_mistakes_raise_errors(kept_run, tmp_path):
     for options, words in (
         (["--to", str(tmp_path / "there.gguf"), "--format", "gguf"], "exists; choose another"),
         (["--to", str(tmp_path / "model"), "--format", "gguf"], "choose a name such as model.gguf"),
-        (["--to", str(tmp_path / "model"), "--quantise", "q8_0"], "needs --format gguf"),
+        (["--to", str(tmp_path / "model"), "--quantize", "q8_0"], "needs --format gguf"),
         (["--to", str(tmp_path / "model.gguf"), "--format", "gguf", "--push", "me/model"], "--push does not support"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -32,7 +32,7 @@ def test_two_ranks_with_a_resume_equal_one_process(small_run, tmp_path):
     options += ["--run.name=pair", "--parallel.zero=3", "--parallel.expert=2"]
     begun = smolds("launch", "--nproc-per-node=2", "--", *options, "--train.steps=4", timeout=180)
     assert begun.returncode == 0, begun.text
-    for text in ("2 ranks over gloo", "expert parallel size 2", "share of the tokens per expert"):
+    for text in ("2 ranks over gloo", "expert parallel size 2", "share of routed tokens per expert"):
         assert text in begun.stdout
     newest = tmp_path / "runs" / "pair" / "checkpoints" / "step_00000004"
     with (newest / "rank_00001.safetensors").open("r+b") as file:

@@ -407,7 +407,7 @@ def test_stats_count_what_is_there(copies, capsys):
     assert sum(told["lengths"].values()) == 1000
     assert data_command(["stats", "--", *options]) == 0
     shown = capsys.readouterr().out
-    assert "100 documents (10.0%) are copies of others" in shown and "█" in shown
+    assert "100 documents (10.0%) are duplicates" in shown and "█" in shown
     assert re.search(r"jsonl: [\d,]+ tokens, 1\.\d+ epochs of", shown)
     with pytest.raises(ConfigError, match="use prepare, show, stats or order"):
         data_command(["tell"])

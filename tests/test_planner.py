@@ -161,7 +161,7 @@ def test_offloading_and_buckets_are_read_from_the_runs_ds_config(tmp_path, capsy
 
 
 def test_a_machine_without_other_costs_takes_the_matmuls_time():
-    free = replace(H100, bandwidth=1e30, overhead=0.0, utilisation=1.0, link=Link(1e30, 0.0), fabric=Link(1e30, 0.0))
+    free = replace(H100, bandwidth=1e30, overhead=0.0, utilization=1.0, link=Link(1e30, 0.0), fabric=Link(1e30, 0.0))
     time = step_time(MODEL, LAYOUT, free)
     flops = flops_per_token(MODEL, 1024) * LAYOUT.tokens_per_step / LAYOUT.world
     assert time.total == pytest.approx(flops / 989e12)
@@ -200,7 +200,7 @@ def test_rows_sent_once_per_node_by_hand():
 
 def test_fp8_halves_only_the_time_of_linear_layers():
     model = Model(**LATENT)
-    free = replace(H100, utilisation=1.0)
+    free = replace(H100, utilization=1.0)
     wide, fp8 = (matmul_seconds(model, replace(LAYOUT, dtype=dtype), free) for dtype in ("bf16", "fp8"))
     assert fp8[1] == pytest.approx(wide[1] * 989 / 1979)
     # Without the head and attention's own matmuls, only linear layers are left outside the experts.
@@ -313,7 +313,7 @@ def test_every_hardware_entry_is_complete_and_has_sources():
 
     for key in yaml.safe_load(FILE.read_text()):
         machine = load_hardware(key)
-        assert machine.sources and 0 < machine.utilisation <= 1 and machine.memory > 1e9
+        assert machine.sources and 0 < machine.utilization <= 1 and machine.memory > 1e9
 
 
 # The command
@@ -322,7 +322,7 @@ def test_every_hardware_entry_is_complete_and_has_sources():
 def test_plan_prints_the_best_layout_and_a_command_that_launch_accepts(tmp_path, capsys):
     result = tmp_path / "plan.json"
     picture = tmp_path / "plan.png"
-    options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--picture", str(picture)]
+    options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--plot", str(picture)]
     plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"])
     text = capsys.readouterr().out
     found = json.loads(result.read_text())

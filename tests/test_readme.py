@@ -109,7 +109,7 @@ CASES = [
         "DeepSpeed ZeRO 2, expert parallel size 2",
         steps=1,
     ),
-    Case("smolds launch", f"{TINY} --train.steps=1", "share of the tokens per expert", steps=1),
+    Case("smolds launch", f"{TINY} --train.steps=1", "share of routed tokens per expert", steps=1),
     Case("torchrun", f"{TINY} --train.steps=1", "2 ranks over gloo", steps=1),
     Case("smolds checkpoint ls", "", r"\n +3 .*\n +4 .*ZeRO 3"),
     Case("smolds checkpoint verify", "", "step_00000004  ok"),
@@ -147,7 +147,7 @@ CASES = [
     ),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
-    Case("smolds plan .*--picture", "", "start it with", ("plan.png",)),
+    Case("smolds plan .*--plot", "", "start it with", ("plan.png",)),
     Case("smolds plan", "", "start it with"),
     Case(
         "smolds bench train",
@@ -275,7 +275,7 @@ def test_scripts_run(script, cache, tmp_path):
     finished = run(["bash", "-c", script + extra], timeout=240, cwd=ROOT)
     assert finished.returncode == 0, finished.text
     if "quickstart" in script:
-        for text in ("validation loss", "share of the tokens per expert", "smolds board", "unigram entropy"):
+        for text in ("validation loss", "share of routed tokens per expert", "smolds board", "unigram entropy"):
             assert text in finished.stdout
         assert list(tmp_path.glob("quickstart-*/export/model.safetensors"))
     else:

@@ -229,6 +229,6 @@ def test_command_prints_and_writes_kinds_by_their_gap(tmp_path, capsys):
     assert sum(row["bound_seconds"] for row in rows) == pytest.approx(result["bound_seconds"])
     assert sum(row["product_flops"] for row in rows) / SEQ_LEN == result["product_flops_per_token_as_run"]
     assert result["tokens_per_s_limit"] == pytest.approx(SEQ_LEN / result["bound_seconds"])
-    assert 0 < result["flops_utilisation"] < 1
+    assert 0 < result["flops_utilization"] < 1
     assert result["profiled_seconds"] in result["profiled_step_seconds"] and len(result["step_seconds"]) == 1
     assert f"of at most {result['tokens_per_s_limit']:,.0f} by these bounds" in shown

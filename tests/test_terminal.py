@@ -34,7 +34,7 @@ def test_output_in_a_file_is_plain_lines_of_rank_0_alone(small_run):
         "time of a step:",
         "memory:",
         "experts:",
-        "share of the tokens per expert",
+        "share of routed tokens per expert",
     ):
         assert finished.stdout.count(text) == 1, finished.text
 

@@ -137,7 +137,9 @@ def test_auto_is_the_fastest_size_by_the_planners_formulas():
 def test_auto_gives_its_reason_and_missing_specs(tmp_path):
     options = ("--model.num_experts=8",)
     gpus = replace(GPUS, name="NVIDIA H100 80GB HBM3")
-    assert "faster than over 2 ranks, by the planner's formulas for NVIDIA H100" in plan(gpus, 8, *options).reason
+    assert (
+        "faster than sharding over 2 ranks, by the planner's formulas for NVIDIA H100" in plan(gpus, 8, *options).reason
+    )
     for name in ("NVIDIA L4", "NVIDIA H100 PCIe", None):
         unknown = plan(replace(GPUS, name=name), 8, *options)
         assert unknown.expert == 8 and "smolds plan --calibrate" in unknown.reason

@@ -19,6 +19,7 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.samples import sample
 from smolds_dist.observe.rows import load_table, read_rows
+from smolds_dist.observe.summary import facts
 from smolds_dist.training.trainer import train
 
 
@@ -221,6 +222,22 @@ def test_load_table_shows_shares_and_violation():
     rows = [{"step": 1, "load": [[0.5, 0.25, 0.25, 0.0]]}, {"step": 2, "load": [[0.0, 0.25, 0.25, 0.5]]}]
     assert load_table(rows).splitlines()[1].split() == ["0", "25.0%", "25.0%", "25.0%", "25.0%", "0.00"]
     assert load_table(rows, last=1).splitlines()[1].split() == ["0", "0.0%", "25.0%", "25.0%", "50.0%", "1.00"]
+
+
+def test_facts_are_those_of_the_last_layout():
+    def start(topology: str) -> dict:
+        return {"step": 0, "event": "start", "topology": topology, "host": "n1"}
+
+    def step(rate: float, phases: dict) -> dict:
+        found = {"tokens_per_s": rate, "mfu": rate / 1000, "seconds": phases, "memory_gb": rate / 10}
+        return {"step": 1, "load": [[0.5, 0.0]], "max_vio_window": 1.0, **found}
+
+    two = [start("2 ranks"), *3 * [step(90, {"all_to_all": 0.5, "forward": 0.5})]]
+    found = facts([*two, start("2 ranks"), *two[1:], start("1 rank"), step(10, {"forward": 1.0})])
+    assert found["speed"].startswith("10 tokens/s") and found["time of a step"] == "forward 100.0%"
+    assert found["memory"].startswith("1.00 GB")
+    assert found["experts"] == "MaxVio 1.00 over the last 7 steps, 1 of 2 without tokens in the last step"
+    assert facts([*two, start("2 ranks"), step(10, {"forward": 1.0})])["speed"].startswith("90 tokens/s")
 
 
 def test_trains_without_deepspeed(small_run):

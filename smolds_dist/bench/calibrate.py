@@ -70,7 +70,7 @@ def measure_machine() -> dict[str, Any]:
         "link": {"bandwidth": float(f"{link:.3g}"), "latency": float(f"{latency:.3g}")},
         "fabric": {"bandwidth": 1.25e9, "latency": 1e-4},
         "host_link": float(f"{bandwidth:.3g}"),
-        "utilisation": 1.0,
+        "utilization": 1.0,
         "overhead": 0.0,
         "process": 0.0,
         "failures": 50700.0,
@@ -85,7 +85,7 @@ def measure_machine() -> dict[str, Any]:
         steps.append(measure_step(size))
     layout = Layout(1, 1, 1, 1, SEQUENCES, 1, SEQ_LEN, "fp32", device="cpu")
     entry["process"] = float(f"{steps[0][1] - rank_memory(model_of(SIZES[0]), layout).total:.3g}")
-    entry["utilisation"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
+    entry["utilization"], entry["overhead"] = fit(entry, [median(seconds) for seconds, _ in steps])
     return entry
 
 
@@ -93,12 +93,12 @@ def fit(entry: dict[str, Any], measured: list[float]) -> tuple[float, float]:
     """Fit utilization and overhead to the measured steps of `SIZES`: least squares of the ratio, on a grid."""
     models = [model_of(size) for size in SIZES]
     best = (float("inf"), 1.0, 0.0)
-    for utilisation in (share / 100 for share in range(20, 121, 2)):
+    for utilization in (share / 100 for share in range(20, 121, 2)):
         for overhead in (step / 5e3 for step in range(0, 151)):
-            machine = parse_hardware("here", entry | {"utilisation": utilisation, "overhead": overhead})
+            machine = parse_hardware("here", entry | {"utilization": utilization, "overhead": overhead})
             pairs = zip(models, measured, strict=True)
             error = sum((predict(model, machine) / seconds - 1) ** 2 for model, seconds in pairs)
-            best = min(best, (error, utilisation, overhead))
+            best = min(best, (error, utilization, overhead))
     return best[1], best[2]
 
 

@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
             "tokens_per_s": median(rates),
             "by_round": rates,
             "memory_gb": max(answer["memory"] for answer in answers) / 1e9,
-            "flops_utilisation": median(rates) * flops / peak,
+            "flops_utilization": median(rates) * flops / peak,
             "compile_seconds": median(sum(answer.get("compiling", ())) for answer in answers),
         }
     return describe_machine(task) | {
@@ -264,7 +264,7 @@ def table(result: dict[str, Any]) -> str:
         ratios = [ours / theirs for ours, theirs in zip(first["by_round"], one["by_round"], strict=True)]
         ratio = f"{median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(
-            f"{name:34}{one['tokens_per_s']:>10,.0f}{ratio:>26}{one['memory_gb']:>7.2f} GB{one['flops_utilisation']:>8.1%}"
+            f"{name:34}{one['tokens_per_s']:>10,.0f}{ratio:>26}{one['memory_gb']:>7.2f} GB{one['flops_utilization']:>8.1%}"
         )
     return "\n".join(lines)
 

@@ -131,7 +131,7 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     saved = saved_sources(manifest.config["data"])
     before = truncate_schedule(manifest.data["schedule"], manifest.samples)
     now = truncate_schedule(mixture_of(config).schedule(), manifest.samples)
-    advice = "resume with the same, start a new stage at this step, or start a new --run.name"
+    advice = "resume with the same --data options, start a new stage at this step, or start a new --run.name"
     for name in names_in(before):
         old, new = saved[name], config.data.mixed.get(name)
         if new is None:

@@ -37,7 +37,7 @@ class Hardware:
     link: Link
     fabric: Link
     host_link: Above0
-    utilisation: Above0
+    utilization: Above0
     overhead: From0
     process: From0
     failures: From0
@@ -51,7 +51,7 @@ class Hardware:
         """
         if dtype not in self.peak:
             raise ConfigError(f"{self.name} has no peak for {dtype}; use {' or '.join(self.peak)}.")
-        return self.peak[dtype] * self.utilisation
+        return self.peak[dtype] * self.utilization
 
     def shared_by(self, ranks: int) -> "Hardware":
         """Return the specs of each of `ranks` on a node: CPU ranks divide one machine."""

@@ -77,7 +77,7 @@ def _export_gguf(
     description, text = modelfile(to, bool(tokenizer.chat_template))
     with new_file(to) as unfinished:
         name, biases = folder.resolve().parent.parent.name, dict(_selection_biases(reader))
-        write_gguf(unfinished, name, reader, biases, config, tokenizer, dtype, options.quantise, options.check)
+        write_gguf(unfinished, name, reader, biases, config, tokenizer, dtype, options.quantize, options.check)
         replace_text(description, text)
     checked = ", and compared the file with it" if options.check else ""
     print(f"exported {folder} to {to}{checked}; {description} describes it to Ollama")
@@ -103,7 +103,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the weights; auto = the run's"
     )
-    parser.add_argument("--quantise", choices=("q8_0",), help="8-bit quantization of matrices; needs --format gguf")
+    parser.add_argument("--quantize", choices=("q8_0",), help="8-bit quantization of matrices; needs --format gguf")
     size = "maximum file size, such as 500MB; bounds memory too"
     parser.add_argument("--max-shard-size", default="1GB", metavar="SIZE", help=size)
     parser.add_argument(
@@ -112,8 +112,8 @@ def _parse(args: list[str]) -> argparse.Namespace:
     push = "Hub repository to upload to; HF_TOKEN authenticates"
     parser.add_argument("--push", metavar="NAME", help=push)
     options = parser.parse_args(args)
-    if options.quantise and options.format != "gguf":
-        parser.error(f"--quantise {options.quantise} needs --format gguf")
+    if options.quantize and options.format != "gguf":
+        parser.error(f"--quantize {options.quantize} needs --format gguf")
     if options.push and options.format == "gguf":
         parser.error("--push does not support --format gguf; use `hf upload NAME FILE`")
     options.max_shard_bytes = size_in_bytes(options.max_shard_size)

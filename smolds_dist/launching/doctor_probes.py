@@ -180,13 +180,13 @@ def _probe_all_to_all(backend: str) -> dict[str, float] | None:
     exchange(256, 20)
     small_times = exchange(256, 300)
     exchange(large, 1)
-    found = link_figures(small_times, exchange(large, 5), 4 * large, world)
+    found = link_speed(small_times, exchange(large, 5), 4 * large, world)
     dist.barrier()
     dist.destroy_process_group()
     return found if rank == 0 else None
 
 
-def link_figures(small: list[float], large: list[float], size: int, world: int) -> dict[str, float]:
+def link_speed(small: list[float], large: list[float], size: int, world: int) -> dict[str, float]:
     """Compute latency and bandwidth from the seconds of small exchanges and of large ones (`size` bytes per rank, 1/world
     of which stays local)."""
     return {"latency": statistics.median(small), "bandwidth": size * (world - 1) / world / statistics.median(large)}

@@ -89,7 +89,7 @@ class RankReport:
         self._last_heartbeat = time.monotonic()
 
     def end(self, state: str = "done", code: int = 0) -> None:
-        """Record that the rank ended in order, with this exit code."""
+        """Record the rank's final state and exit code."""
         self.entry |= {"state": state, "code": code}
         self._write()
         faulthandler.enable()

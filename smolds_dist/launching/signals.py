@@ -1,6 +1,6 @@
 """Stop signals: all ranks write a checkpoint at the end of the same step and exit.
 
-Slurm sends SIGUSR1 before a time limit, scancel and launchers send SIGTERM, Ctrl-C sends SIGINT. A second SIGTERM or
+Slurm sends SIGUSR1 before a time limit, scancel and launchers send SIGTERM, Ctrl-C sends SIGINT. A repeated SIGTERM or
 SIGINT exits immediately. Exit codes: 75 after SIGUSR1 (EX_TEMPFAIL: the job may be requeued), 143 after SIGTERM, 130
 after SIGINT.
 """
@@ -35,7 +35,7 @@ class StopRequest(ExitStack):
         return self
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
-        # A launcher may deliver one Slurm warning (SIGUSR1) twice, so that only the other signals count as a second request.
+        # A launcher may deliver one Slurm warning (SIGUSR1) twice, so only repeats of the other signals count.
         if self.requested in (signal.SIGINT, signal.SIGTERM) and number == self.requested:
             os._exit(EXIT_CODES[signal.Signals(number)])
         self.requested = number

@@ -212,7 +212,7 @@ def stats(args: list[str]) -> int:
     """Print statistics of each source and how many epochs the run takes."""
     parser = OptionParser(
         prog="smolds data stats",
-        description="Print files, documents, tokens, lengths and copies of each source, and the epochs that the run takes.",
+        description="Print files, documents, tokens, lengths and duplicates of each source, and the epochs of the run.",
         example="smolds data stats -- --preset debug --data.source text:'corpus/*.txt'",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per source")
@@ -295,7 +295,7 @@ def format_stats(row: dict[str, Any], skipped: list[str]) -> list[str]:
     lines = [
         f"  {row['files']:,} files, {row['documents']:,} documents, {row['tokens']:,} tokens, "
         f"{row['held_out_tokens']:,} of them for validation; {row['bytes_per_token']:.2f} bytes per token",
-        f"  {row['copies']:,} documents ({share:.1%}) are copies of others",
+        f"  {row['copies']:,} documents ({share:.1%}) are duplicates",
         f"  tokens per document: median {length['median']:,.0f}, mean {length['mean']:,.0f}, longest {length['longest']:,}",
         f"  in sequences {in_sequences}",
     ]

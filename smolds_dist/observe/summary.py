@@ -1,6 +1,7 @@
 """The summary printed at the end of a run."""
 
 import shlex
+from itertools import pairwise
 from statistics import median
 
 from smolds_dist.observe.rows import WINDOW, load_table, read_rows
@@ -31,34 +32,47 @@ def summary(config: RunConfig, unigram_entropy: float) -> str:
     }
     if config.log.tensorboard:
         after["curves"] = f"smolds board {config.run_dir}"
-    table = f"share of the tokens per expert, last 20 steps:\n{load_table(rows)}"
+    number = min(20, sum("load" in row for row in rows))
+    table = f"share of routed tokens per expert, last {number} steps:\n{load_table(rows)}"
     return "\n".join(["", *_aligned(lines | facts(rows)), "", table, "", *_aligned(after)])
 
 
 def facts(rows: list[dict]) -> dict[str, str]:
-    """Return speed, memory and balance from the rows of a `metrics.jsonl`, as far as they have them."""
-    steps = [row for row in rows if "mfu" in row]
+    """Return speed, memory and balance from the rows of a `metrics.jsonl`, as far as they have them.
+
+    Speed and memory are those of the last layout.
+    """
+    steps = [row for row in rows[_last_layout(rows) :] if "mfu" in row]
     measured = [row for row in steps if "seconds" in row]
-    balanced = next((row for row in reversed(steps) if "load" in row), None)
+    balanced = next((row for row in reversed(rows) if "load" in row), None)
     found = {}
     if steps:
         speed, share = (median(row[name] for row in steps) for name in ("tokens_per_s", "mfu"))
         found["speed"] = f"{speed:,.0f} tokens/s, MFU {share:.1%}"
     if measured:
         phases = {name: median(row["seconds"][name] for row in measured) for name in measured[-1]["seconds"]}
-        shares = {name.replace("_", "-"): seconds / sum(phases.values()) for name, seconds in phases.items()}
-        largest_first = sorted(shares.items(), key=lambda item: -item[1])
+        shares_by_phase = {name.replace("_", "-"): seconds / sum(phases.values()) for name, seconds in phases.items()}
+        largest_first = sorted(shares_by_phase.items(), key=lambda item: -item[1])
         found["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
         found["memory"] = f"{max(row.get('memory_gb', 0.0) for row in measured):.2f} GB on the largest rank"
-    if steps and "seen_texts" in steps[-1]:
-        seen = f"{steps[-1]['unique_texts']:,} unique of {steps[-1]['seen_texts']:,} seen"
-        epochs = [f"{epochs:.3g} epochs of {name}" for name, epochs in steps[-1]["epochs"].items()]
+    if counted := next((row for row in reversed(rows) if "seen_texts" in row), None):
+        seen = f"{counted['unique_texts']:,} unique of {counted['seen_texts']:,} seen"
+        epochs = [f"{epochs:.3g} epochs of {name}" for name, epochs in counted["epochs"].items()]
         found["documents"] = ", ".join([seen, *epochs])
     if balanced:
-        dead = sum(share == 0 for layer in balanced["load"] for share in layer)
-        violation = f"MaxVio {balanced['max_vio_window']:.2f} over the last {WINDOW} steps"
-        found["experts"] = f"{violation}, {dead or 'none'} without tokens in the last step"
+        shares = [share for layer in balanced["load"] for share in layer]
+        number = min(WINDOW, sum("load" in row for row in rows))
+        violation = f"MaxVio {balanced['max_vio_window']:.2f} over the last {number} steps"
+        found["experts"] = f"{violation}, {shares.count(0) or 'none'} of {len(shares)} without tokens in the last step"
     return found
+
+
+def _last_layout(rows: list[dict]) -> int:
+    """Return the index of the first row since the layout or the machine last changed."""
+    starts = [index for index, row in enumerate(rows) if row.get("event") == "start"]
+    keys = ("topology", "host")
+    changes = (b for a, b in pairwise(starts) if [rows[a].get(k) for k in keys] != [rows[b].get(k) for k in keys])
+    return max(changes, default=0)
 
 
 def _aligned(lines: dict[str, str]) -> list[str]:

@@ -88,7 +88,7 @@ def initialize(model: Any, config: RunConfig, topology: Topology, make: Callable
             model=model,
             optimizer=make,
             config=deepspeed_config(config, topology, model.config),
-            model_parameters=model.parameters(),  # a list would keep the experts that AutoEP replaces in memory
+            model_parameters=model.parameters(),  # a list would keep the replaced experts in memory
             dist_init_required=False,
         )[0]
     except ValidationError as error:  # DeepSpeed validates its configuration with pydantic

@@ -65,8 +65,8 @@ def retain_freed_memory() -> None:
 def release_freed_memory() -> None:
     """Have glibc return every block of at least 1 MB to the kernel as soon as it is freed (Linux).
 
-    Most memory freed while a model is built is never reused, and it matters if memory is short. By default glibc keeps
-    blocks of up to 32 MB after some have been freed.
+    Most memory freed while a model is built is not reused, which matters if memory is short. By default glibc keeps blocks
+    of up to 32 MB once some have been freed.
     """
     _configure_malloc(trim_threshold=2**20, mmap_max=2**16, mmap_threshold=2**20)
 

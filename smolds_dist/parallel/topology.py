@@ -225,7 +225,7 @@ def _expert_sizes(wanted: str | int, experts: int, world: int, per_node: int) ->
     if wanted not in valid:
         raise ConfigError(
             f"--parallel.expert {wanted} must divide the world size ({world}) and the number of experts ({experts}); "
-            f"valid values: {', '.join(map(str, valid))}."
+            f"valid values: {', '.join(map(str, valid))}. `smolds launch` starts several ranks."
         )
     where = "" if wanted in inside else f", across nodes of {per_node}, whose links are slower"
     return [wanted], f"{experts} experts are sharded over {wanted} ranks as set{where}"
@@ -253,7 +253,7 @@ def _fastest_layout(memory: Memory, experts: int, layouts: dict[int, Layout], ha
         return best, f"{what}, because fewer need more memory than available"
     other = max((size for size in tokens_per_s if size != best), key=lambda size: tokens_per_s[size])
     gain = tokens_per_s[best] / tokens_per_s[other] - 1
-    slower = "without sharding" if other == 1 else f"over {other} ranks"
+    slower = "without sharding" if other == 1 else f"sharding over {other} ranks"
     return best, f"{what}, {gain:.1%} faster than {slower}, by the planner's formulas for {hardware.name}"
 
 

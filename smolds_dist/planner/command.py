@@ -24,7 +24,7 @@ MAX_SIMULATED_RANKS = 1024  # ranks, above which the simulator would take minute
 
 
 def plan(args: list[str]) -> None:
-    """Print the plan and write --json and --picture; with --calibrate measure this machine instead."""
+    """Print the plan and write --json and --plot; with --calibrate measure this machine instead."""
     options, train_args = _parse(args)
     if options.calibrate:
         from smolds_dist.bench.calibrate import calibrate
@@ -66,10 +66,10 @@ def plan(args: list[str]) -> None:
         )
     if options.json:
         options.json.write_text(json.dumps(as_json(machine, ranking, run, steps), indent=1) + "\n")
-    if options.picture:
+    if options.plot:
         from smolds_dist.planner.plot import draw
 
-        draw(config, machine, per_node, max_vio, options.picture)
+        draw(config, machine, per_node, max_vio, options.plot)
 
 
 def report(
@@ -203,6 +203,6 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--budget-gpu-hours", type=float, help="device hours; a run that takes more is an error")
     parser.add_argument("--top", type=int, default=8, help="number of other layouts to list")
     parser.add_argument("--json", type=Path, help="output file for all layouts that fit")
-    parser.add_argument("--picture", type=Path, help="output file for a plot of time per token, 1 to 16,384 ranks")
+    parser.add_argument("--plot", type=Path, help="output file for a plot of time per token, 1 to 16,384 ranks")
     parser.add_argument("--calibrate", type=Path, help="measure this machine and write a file for --hardware")
     return parser.parse_before_training(args)
