@@ -66,9 +66,7 @@ def modules_of(package: str) -> list[str]:
 
 # What is read: pages without their code; of modules, docstrings and string literals.
 PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docs" / "run" / "README.md"]
-PATHS += [ROOT / "smolds_dist" / name for name in ("rules.py", "settings.py")]
-for folder in ("data", "inference", "interchange", "observe"):
-    PATHS += sorted((ROOT / "smolds_dist" / folder).glob("*.py"))
+PATHS += [path for folder in ("benchmarks", "examples", "smolds_dist") for path in (ROOT / folder).rglob("*.py")]
 
 
 def without_code(page: str) -> str:
@@ -97,11 +95,6 @@ def banned_words(path: Path) -> list[str]:
         better = next(better for words, better in WORDS.items() if re.fullmatch(words, word, re.IGNORECASE))
         found.append(f"line {text.count(chr(10), 0, match.start()) + 1}: {word!r}, better: {better}")
     return found
-
-
-PATHS += [
-    path for name in ("bench", "costs", "model", "planner") for path in (ROOT / "smolds_dist" / name).glob("*.py")
-]
 
 
 @pytest.mark.parametrize("path", sorted(PATHS), ids=lambda path: str(path.relative_to(ROOT)))
