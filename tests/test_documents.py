@@ -194,7 +194,7 @@ def test_packed_documents_train_as_each_alone(short_documents, tmp_path):
                 total += model(input_ids=ids, labels=ids, use_cache=False).loss.item() * (length - 1)
                 count += length - 1
     assert padding and first == pytest.approx(total / count, rel=1e-5)
-    with pytest.raises(ConfigError, match="give both"):
+    with pytest.raises(ConfigError, match="set both"):
         load_config([*options, "--data.document_mask=false"])
     told = [
         json.loads(smolds("data", "stats", "--json", "--", *options, f"--data.packing={packing}").stdout)

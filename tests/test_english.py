@@ -58,12 +58,6 @@ WORDS = {
 BANNED = re.compile("|".join(rf"(?<![-\w])(?:{words})\b".replace(" ", r"\s+") for words in WORDS), re.IGNORECASE)
 STORED = {"held out"}  # keys, which no user reads
 
-
-def modules_of(package: str) -> list[str]:
-    """Return the paths of a package's modules, relative to the repository."""
-    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "smolds_dist" / package).glob("*.py"))]
-
-
 # What is read: pages without their code; of modules, docstrings and string literals.
 PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docs" / "run" / "README.md"]
 PATHS += [path for folder in ("benchmarks", "examples", "smolds_dist") for path in (ROOT / folder).rglob("*.py")]

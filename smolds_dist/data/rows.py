@@ -92,7 +92,7 @@ def _damage_errors() -> tuple[type[Exception], ...]:
     """Return the errors that readers and decompressors raise."""
     import pyarrow
 
-    return OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException
+    return OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException, UnicodeDecodeError  # column names
 
 
 def _read_source(file: File, _source: Source, _chunk: tuple[int, int]) -> Rows:
