@@ -22,7 +22,7 @@ from smolds_dist.bench.train import processor
 from smolds_dist.config import load_config
 from smolds_dist.errors import OptionParser
 
-PARTS = ("tokenise", "batch", "order", "mask", "start", "prepare")
+PARTS = ("tokenize", "batch", "order", "mask", "start", "prepare")
 SEQUENCES, SEQ_LEN = 32, 1024
 BATCHES = 200
 DOCUMENTS = (100, 300, 1000)  # mean tokens per document
@@ -37,7 +37,7 @@ def main(args: list[str]) -> None:
     parser = OptionParser(
         prog="python -m benchmarks data",
         description=(__doc__ or "").partition("\n")[0],
-        example="python -m benchmarks data --what tokenise",
+        example="python -m benchmarks data --what order mask",
     )
     parser.add_argument("--json", type=Path, help="output file for the results")
     parser.add_argument("--what", nargs="+", choices=PARTS, default=list(PARTS), help="measurements; default: all")
@@ -52,8 +52,8 @@ def main(args: list[str]) -> None:
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
     folder = Path(tempfile.mkdtemp(prefix="bench-data-"))
     try:
-        if "tokenise" in options.what:
-            result["tokenise"] = tokenize(folder, rounds, options.megabytes or 30)
+        if "tokenize" in options.what:
+            result["tokenize"] = tokenize(folder, rounds, options.megabytes or 30)
         if "batch" in options.what:
             result["batch"] = batch(folder, options.megabytes or 30)
         for name, measure in (("start", start), ("prepare", prepare)):
@@ -80,7 +80,7 @@ def main(args: list[str]) -> None:
 def format_result(result: dict[str, Any]) -> list[str]:
     """Return a line for each measurement."""
     lines = []
-    if part := result.get("tokenise"):
+    if part := result.get("tokenize"):
         lines.append(
             f"reading, tokenizing, writing: {part['smolds']:,.0f} tokens/s; tokenizers alone: {part['tokenizers']:,.0f}; "
             f"ratio {part['ratio']:.3f}"

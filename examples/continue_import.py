@@ -1,8 +1,8 @@
-"""From a trained model to a new run and back: export, import, train on other text, export again. Run it with
+"""Continue training from an export: export, import, train on other text, export again. Run it with
 
     python examples/continue_import.py runs/first text:'corpus/*.txt' --train.steps 100
 
-The first argument is a run's folder, the second the text to go on with; any option of `smolds train` may follow.
+The first argument is a run's folder, the second the new text; any option of `smolds train` may follow.
 """
 
 import sys

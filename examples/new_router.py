@@ -1,5 +1,5 @@
-"""A router of your own: it sees a noisy input while it learns (input jitter of the Switch Transformer, arXiv 2101.03961,
-section 2.2), everything else as before. Run it with
+"""A custom router: its input is noisy in training (input jitter of the Switch Transformer, arXiv 2101.03961, section 2.2),
+everything else is unchanged. Run it with
 
     python examples/new_router.py --train.steps 200
 
@@ -25,7 +25,7 @@ JITTER = 0.01
 
 
 class JitterRouter(TopKRouter):
-    """As `TopKRouter`: x [T, H] to weights [T, K], chosen experts [T, K] and logits [T, E]."""
+    """Route like `TopKRouter`: x [T, H] to weights [T, K], selected experts [T, K] and logits [T, E]."""
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.training:

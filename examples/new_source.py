@@ -1,4 +1,4 @@
-"""Text of your own making: anything that Python can iterate over becomes a JSON-lines file, and that a source. Run it with
+"""A custom source: write any Python iterable of documents to a JSON-lines file and train on it. Run it with
 
     python examples/new_source.py sums.jsonl --train.steps 300
 

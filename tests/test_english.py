@@ -60,7 +60,7 @@ STORED = {"held out"}  # keys, which no user reads
 
 # What is read: pages without their code; of modules, docstrings and string literals.
 PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "docs" / "run" / "README.md"]
-PATHS += (ROOT / "smolds_dist").rglob("*.py")
+PATHS += [path for folder in ("benchmarks", "examples", "smolds_dist") for path in (ROOT / folder).rglob("*.py")]
 
 
 def without_code(page: str) -> str:

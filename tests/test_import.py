@@ -362,10 +362,10 @@ def test_existing_folders_are_unchanged(tmp_path, tokenizer):
     import_model([str(tmp_path / "theirs"), "--to", str(tmp_path / "run")])
     assert (tmp_path / "run.part" / "notes.txt").read_text() == "mine"
     for place in (tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(ConfigError, match="cannot be made"):
+        with pytest.raises(ConfigError, match="cannot be created"):
             import_model([str(tmp_path / "theirs"), "--to", str(place)])
         for options in (["--to", str(place)], ["--to", f"{place}.gguf", "--format", "gguf"]):
-            with pytest.raises(ConfigError, match="cannot be made"):
+            with pytest.raises(ConfigError, match="cannot be created"):
                 export([str(tmp_path / "run"), *options])
 
 

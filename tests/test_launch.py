@@ -106,7 +106,7 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
     [
         ("[]", "is invalid"),
         ('{"bf16": true}', "is invalid (bf16: expected"),
-        ('{"fp16": {"enabled": true}}', "enables fp16, and smolds computes in fp32 or bf16"),
+        ('{"fp16": {"enabled": true}}', "enables fp16, but smolds computes in fp32 or bf16"),
         ('{"fp16": true}', "is invalid (fp16: expected"),
         ('{"optimizer": {}}', "remove it"),
         ('{"expert_parallel": {"autoep_size": 7}}', "sets expert_parallel.autoep_size to 7, but the run needs 2"),

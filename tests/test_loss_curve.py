@@ -1,4 +1,4 @@
-"""Two hundred steps of all fast paths together, against transformers' model in a plain loop."""
+"""Two hundred steps with all fast paths, compared with transformers' model in a plain loop."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ STEPS, SEQUENCES, LENGTH, VOCABULARY = 200, 3, 160, 64  # more than one block of
 
 
 def batches() -> list[torch.Tensor]:
-    """Walks on a fixed random graph, in which every token has two successors: from ln 64 the loss can fall to ln 2."""
+    """Return walks on a fixed random graph with two successors per token: the loss can fall from ln 64 to ln 2."""
     generator = torch.Generator().manual_seed(0)
     successors = torch.randint(0, VOCABULARY, (VOCABULARY, 2), generator=generator)
     found = []
@@ -31,10 +31,10 @@ def batches() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), pytest.param("bf16", 1e-2, marks=pytest.mark.long)])
-def test_fast_paths_learn_as_transformers_in_fp32(dtype, tolerance):
+def test_fast_paths_learn_like_transformers_in_fp32(dtype, tolerance):
     options = ["model.hidden_size=48", "model.intermediate_size=32", "model.num_hidden_layers=2", "model.head_dim=8"]
     config = load_config(["--preset=debug", f"--train.dtype={dtype}", *(f"--{option}" for option in options)])
-    # With this seed no token comes near a tie between two experts, at which runs part by rounding alone.
+    # With this seed no token is near a tie between two experts, at which rounding makes runs diverge.
     torch.manual_seed(3)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config.model.architecture() | {"vocab_size": VOCABULARY}))
     peer = Ernie4_5_MoeForCausalLM(transformers_config(model.config)).train()

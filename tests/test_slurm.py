@@ -241,7 +241,7 @@ def test_rendered_script_quotes_all_user_input(small_run, tmp_path):
         (["--time=5", "--job-name=a\n#SBATCH --x", "--"], "not allowed in a batch script"),
         (["--time=5", "--nodes=0", "--"], "at least 1"),
         (["--time=5"], "after `--`"),
-        (["--time=5", "--", "--checkpoint.resume=never"], "leave it out"),
+        (["--time=5", "--", "--checkpoint.resume=never"], "omit it"),
         (["--time=5", "--gpus-per-node=8", "--", "--parallel.expert=3"], "valid values"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Our model in a user's own training: transformers' Trainer, and accelerate, alone and with one of our DeepSpeed files.
+"""Our model in a user's own training code: transformers' Trainer, and accelerate, alone and with one of our DeepSpeed files.
 
-accelerate lies in a folder of its own, which only these tests see: where it is installed, importing transformers imports
-DeepSpeed too.
+accelerate is in a separate folder, visible only to these tests: if it is installed, importing transformers also imports
+DeepSpeed.
 """
 
 import json
@@ -22,7 +22,7 @@ from ranks import EXTRAS, ROOT, run
         pytest.param("accelerate", 2, marks=pytest.mark.long),
     ],
 )
-def test_twenty_steps_are_those_of_transformers_model(way, ranks, tmp_path):
+def test_twenty_steps_equal_transformers_model(way, ranks, tmp_path):
     start = [sys.executable]
     more = [way, str(tmp_path / "out")]
     if ranks > 1:

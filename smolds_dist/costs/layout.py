@@ -31,7 +31,7 @@ class Layout:
     recompute: str = "none"  # in the backward pass: none, attention, experts, selective or full
     optimizer: str = "adamw"
     offload: bool = False  # optimizer state in host memory
-    copies: bool = False  # of checkpoint data, in host memory, for writing in the background
+    copies: bool = False  # checkpoint data is copied to host memory and written in the background
     bucket: int | None = None  # elements per DeepSpeed gradient bucket; None: "auto"
     gradient_bytes: int = 0  # per element in reductions; 0: as the weights
     tensor: int = 1

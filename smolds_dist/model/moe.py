@@ -92,7 +92,7 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 class DeepSeekExpertLayer(nn.Module):
-    """Hold E SwiGLU experts in two stacked weights, in the layout that transformers and DeepSpeed AutoEP expect."""
+    """E SwiGLU experts in two stacked weights, in the layout that transformers and DeepSpeed AutoEP expect."""
 
     def __init__(self, config: DeepSeekV3Config):
         super().__init__()
