@@ -239,6 +239,7 @@ def test_long_integers_are_skipped(tmp_path):
 
 @cases()
 @given(change=st.tuples(st.integers(0), st.binary(min_size=1, max_size=4)), kind=st.sampled_from(["parquet", "arrow"]))
+@example(change=(125911, b"\x80"), kind="parquet")
 def test_damaged_columns_are_text_or_reported(tmp_path_factory, change, kind):
     folder = tmp_path_factory.getbasetemp()
     whole, path = folder / f"whole.{kind}", folder / f"fuzzed.{kind}"

@@ -50,7 +50,7 @@ def facts(rows: list[dict]) -> dict[str, str]:
         speed, share = (median(row[name] for row in steps) for name in ("tokens_per_s", "mfu"))
         found["speed"] = f"{speed:,.0f} tokens/s, MFU {share:.1%}"
     if measured:
-        phases = {name: median(row["seconds"][name] for row in measured) for name in measured[-1]["seconds"]}
+        phases = {name: median(row["seconds"].get(name, 0.0) for row in measured) for name in measured[-1]["seconds"]}
         shares_by_phase = {name.replace("_", "-"): seconds / sum(phases.values()) for name, seconds in phases.items()}
         largest_first = sorted(shares_by_phase.items(), key=lambda item: -item[1])
         found["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)
