@@ -49,6 +49,6 @@ def test_api_reference_is_built_from_the_docstrings(tmp_path):
     warnings = [line for line in finished.stderr.splitlines() if "Warn" in line and "'regression'" not in line]
     assert not warnings
     page = (tmp_path / "smolds_dist" / "training" / "library.html").read_text()
-    assert "Trains in this process" in page and "RunResult" in page
+    assert "Train in this process" in page and "RunResult" in page
     for module in ("model", "parallel/balancer", "training/trainer"):
         assert (tmp_path / "smolds_dist" / f"{module}.html").is_file()

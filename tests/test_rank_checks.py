@@ -62,7 +62,7 @@ def test_straggler_is_reported_in_one_line_and_in_the_metrics(small_run, tmp_pat
     line = re.search(rf"{words} {WINDOWS * EVERY} steps", finished.text)
     assert line and float(line[1]) == pytest.approx(rows[0]["times"], abs=0.1), finished.text
     assert smolds("report", str(run_dir)).returncode == 0
-    assert f"rank 1 on host {host_name()} computed" in (run_dir / "log_training.md").read_text()
+    assert f"rank 1 on host {host_name()} was a straggler" in (run_dir / "log_training.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_sample_moves_a_prompts_trailing_space_to_the_next_word(finished):
 def test_generate_without_a_model_is_rejected(tmp_path):
     result = smolds("generate", str(tmp_path), "--prompt", "def ")
     assert result.returncode == 2
-    assert "holds no model" in result.stderr
+    assert "contains no model" in result.stderr
     assert "Traceback" not in result.stderr
 
 
