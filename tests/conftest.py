@@ -1,5 +1,7 @@
+import atexit
 import faulthandler
 import os
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,6 +12,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two workers share the cores: with models this small, most of several threads would busy-wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # code that Inductor cached for another kind of CPU crashes
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="smolds-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs into the dark forest",

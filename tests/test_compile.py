@@ -13,7 +13,7 @@ from smolds_dist.config import load_config
 from smolds_dist.model import enable_activation_checkpointing
 from smolds_dist.training import build as training_build
 from smolds_dist.training import compiling
-from smolds_dist.training.compiling import should_compile, try_to_compile, undo_compile
+from smolds_dist.training.compiling import separate_caches, should_compile, try_to_compile, undo_compile
 from smolds_dist.training.trainer import train
 
 needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="Inductor needs a C++ compiler")
@@ -131,6 +131,19 @@ def test_compiled_code_is_cached_for_later_runs(small_run, tmp_path):
         assert finished.returncode == 0, finished.text
         made.append(set(cache.rglob("*.so")))
     assert made[0] and made[0] == made[1]
+    # Inductor alone crashes here on a CPU with AVX-512
+    options = [*small_run, "--train.steps=2", "--train.compile=on", "--run.name=narrow"]
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "ATEN_CPU_CAPABILITY": "avx2"}
+    finished = smolds("train", *options, timeout=240, cold=True, **environment)
+    assert finished.returncode == 0, finished.text
+
+
+def test_every_cpu_instruction_set_has_its_cache(monkeypatch, tmp_path):
+    capability = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "SSE"))
+    for _ in range(2):
+        separate_caches()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "SSE" / capability)
 
 
 def test_failed_compile_is_one_line(small_run, tmp_path):

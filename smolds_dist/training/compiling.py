@@ -9,10 +9,12 @@ import importlib.util
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from smolds_dist.errors import first_line
 from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, DeepSeekV3ForCausalLM
@@ -89,6 +91,7 @@ def try_to_compile(
     Args:
         backend: torch.compile's; aot_eager traces without generating machine code.
     """
+    separate_caches()
     try:
         compile_regions(backend)
         call_regions(model, topology)
@@ -97,6 +100,18 @@ def try_to_compile(
     except Exception as error:  # compilers may raise anything
         return first_line(error)
     return None
+
+
+def separate_caches() -> None:
+    """Give each CPU instruction set its own folder in Inductor's cache, for this process and its children.
+
+    Inductor's key of a cached graph (torch 2.13) lacks the vector width: on a cache shared with another kind of CPU, as in a
+    home folder of a cluster, the process crashes. Remove this once the key has it.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    folder = Path(cache_dir())
+    if folder.name != capability:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / capability)
 
 
 def call_regions(config: DeepSeekV3Config, topology: Topology) -> None:
