@@ -80,7 +80,7 @@ def main(args: list[str]) -> None:
     if not 1 <= options.sizes <= 3 or any(SEQUENCES % ranks for ranks in options.ranks):
         raise ConfigError(f"--sizes must be between 1 and 3, and --ranks must divide {SEQUENCES}.")
     result: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": processor()}
-    for kind in options.recompute:
+    for kind in options.what:
         result[kind], text = KINDS[kind](options)
         print(text)
     write_result(options, result)
