@@ -54,15 +54,16 @@ class Tried(Finished):
 
 def launch_command(hosts: Cluster, arguments: list[str], *launch: str, cold: bool = False) -> list[str]:
     python = sys.executable if cold else hosts.python()
-    hostfile = str(hosts.hostfile())
-    return hosts.command(0, [python, "-m", "smolds_dist", "launch", "--hostfile", hostfile, *launch, "--", *arguments])
+    shell = ["env", *(f"{name}={value}" for name, value in hosts.environment.items()), python]
+    start = [*shell, "-m", "smolds_dist", "launch", "--hostfile", str(hosts.hostfile()), *launch]
+    return hosts.command(0, [*start, "--", *arguments])
 
 
 def launched(hosts: Cluster, arguments: list[str], *launch: str, timeout: float = 60, cold: bool = False) -> Tried:
     """Launch over all hosts and wait for the end; print the time and the message."""
     hosts.python()
     begun = time.monotonic()
-    finished = run(launch_command(hosts, arguments, *launch, cold=cold), timeout, **hosts.environment)
+    finished = run(launch_command(hosts, arguments, *launch, cold=cold), timeout)
     return printed(finished, begun)
 
 
@@ -355,19 +356,19 @@ def test_memory_limit_is_named_if_a_rank_is_killed_while_it_starts(two, options)
 
 @pytest.mark.long
 def test_pulled_cable_ends_the_job(two, options, tmp_path):
-    options += ["--train.steps=100000", "--parallel.timeout=20"]
+    options += ["--train.steps=100000", "--parallel.timeout=100"]
     with running(two, options, tmp_path / "runs" / "job", steps=3) as job:
         begun = time.monotonic()
         two.link(1, up=False)
         tried = printed(end(job, timeout=240), begun)
-    assert tried.returncode == 1 and tried.seconds < 80, tried.text
+    assert tried.returncode == 1 and tried.seconds < 120, tried.text
     assert "host2" in tried.message
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", ["pulled cable", "power"])
 def test_restart_goes_on_without_a_lost_host(options, tmp_path, fault):
-    options += ["--train.steps=40", "--parallel.timeout=20", "--parallel.expert=1"]
+    options += ["--train.steps=40", "--parallel.timeout=100", "--parallel.expert=1"]
     with cluster(tmp_path / "hosts", 3) as hosts:
         assert launched(hosts, [*options, "--run.name=before"]).returncode == 0
         run_dir = tmp_path / "runs" / "job"
@@ -387,7 +388,7 @@ def test_restart_goes_on_without_a_lost_host(options, tmp_path, fault):
 
 @pytest.mark.long
 def test_restart_waits_until_the_cable_is_back(options, tmp_path):
-    options += ["--train.steps=40", "--parallel.timeout=20"]
+    options += ["--train.steps=40", "--parallel.timeout=100"]
     with cluster(tmp_path / "hosts", 2) as hosts:
         assert launched(hosts, [*options, "--run.name=before"]).returncode == 0
         run_dir = tmp_path / "runs" / "job"
