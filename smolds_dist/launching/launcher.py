@@ -30,7 +30,7 @@ from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inputs import read_text
 from smolds_dist.launching import restarts
-from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
+from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, read_cause, record_dead_rank, signal_ranks
 from smolds_dist.launching.output import run_filtered
 from smolds_dist.launching.restarts import Failure, faulty_hosts, resume_options, run_with_restarts
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
@@ -324,11 +324,7 @@ def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, re
         return stopped, ""
     record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
     noted = ranks / "cause.txt"
-    cause = (
-        noted.read_text(encoding="utf-8", errors="replace").strip()
-        if noted.exists() and noted.stat().st_mtime >= began - 1
-        else ""
-    )
+    cause = read_cause(ranks) if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
     kill_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
