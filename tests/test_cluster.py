@@ -46,8 +46,8 @@ class Tried(Finished):
 
     @property
     def message(self) -> str:
-        """The only line for the user."""
-        lines = [line for line in self.stderr.splitlines() if "smolds: " in line]
+        """The only line for the user, in addition to what ranks print while they wait for others."""
+        lines = [line for line in self.stderr.splitlines() if "smolds: " in line and "has waited 10 s" not in line]
         assert len(lines) == 1 and "Traceback" not in self.stderr, self.text
         return lines[0].partition("smolds: ")[2]
 
@@ -278,7 +278,7 @@ def test_closed_ports_are_named(two, options):
 def test_closed_rendezvous_port_is_named(two, options):
     two.firewall(0, [22])
     tried = launched(two, [*options, "--parallel.timeout=15"], f"--master-port={PORT}")
-    rejected(tried, f":{PORT}")
+    assert tried.returncode == 2 and f"rank 0 at 10.77.0.1:{PORT}" in tried.stderr, tried.text
 
 
 # ---- Hosts that differ and train together
@@ -338,7 +338,7 @@ def test_slow_checkpoints_are_no_hang(options, tmp_path, work):
 @pytest.mark.long
 def test_slow_imports_are_no_hang(options, tmp_path):
     with cluster(tmp_path / "hosts", 2, faults=True) as hosts:
-        hosts.slow_disk(1, Path(str(distribution("deepspeed").locate_file("deepspeed"))), 0.04)
+        hosts.slow_disk(1, ROOT / "smolds_dist", 0.05)
         tried = launched(hosts, [*options, "--parallel.timeout=10"], timeout=120, cold=True)
     assert tried.returncode == 0, tried.text
 
