@@ -123,13 +123,13 @@ class HostWatch:
         self._looked_at = time.monotonic()
         self._looking: threading.Thread | None = None
 
-    def read(self, line: str) -> None:
-        """Note a line that pdsh, ssh or mpirun printed."""
+    def read(self, line: str, is_noise: bool = False) -> None:
+        """Note a line that pdsh, ssh or mpirun printed, or a host's last one except log lines (`is_noise`)."""
         if match := SSH_ENDED.search(line):
             self._note_end(match.group(1), int(match.group(2)))
         elif match := MPI_LOST.search(line):
             self._note_end(match.group(1), UNREACHABLE)
-        elif (match := LABEL.match(line)) and (host := self._host(match.group(1))):
+        elif not is_noise and (match := LABEL.match(line)) and (host := self._host(match.group(1))):
             self._last_lines[host] = match.group(2)
 
     def _note_end(self, label: str, code: int) -> None:

@@ -113,9 +113,10 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str], 
             break
         *lines, rest = re.split(r"(?<=\n)", rest + data.decode(errors="replace"))
         for line in lines:
+            is_noise = noise.is_noise(line.rpartition("\r")[2] if line.startswith("\r") else line)
             if watch:
-                watch.read(line)
-            if noise.is_noise(line.rpartition("\r")[2] if line.startswith("\r") else line):
+                watch.read(line, is_noise)
+            if is_noise:
                 hidden.append(line)
             else:
                 print_line(line, sys.stderr, end="")
