@@ -21,7 +21,7 @@ from typing import Any
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import Count, Positive, Time, convert, read_json
 from smolds_dist.launching import hang
-from smolds_dist.launching.control_groups import control_groups
+from smolds_dist.launching.control_groups import control_groups, memory_limit
 from smolds_dist.launching.state import write_state
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
 from smolds_dist.progress import print_line
@@ -58,10 +58,10 @@ class RankReport:
         self._remove_stale_files()
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
         faulthandler.enable(self._fault_file)  # records a segmentation fault
-        memory_events = _memory_events()
+        events = memory_events()
         self.entry: dict[str, Any] = {
             "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": system_name(), "job": job_token(),
-            "started": time.time(), "memory_events": memory_events, "kills_before": _out_of_memory_kills(memory_events),
+            "started": time.time(), "memory_events": events, "kills_before": out_of_memory_kills(events),
             "state": "running",
         }  # fmt: skip
         self._write()
@@ -175,8 +175,7 @@ def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, f
             if fault:
                 why = f"crashed: {fault[0]} (stack: {crash})"
             else:  # any other end leaves a trace
-                memory = _out_of_memory_kills(entry["memory_events"]) > entry["kills_before"]
-                why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
+                why = "was killed by signal 9" + out_of_memory(entry["memory_events"], entry["kills_before"])
             return _record_cause(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
     return False
 
@@ -264,16 +263,29 @@ def _is_dead(entry: dict[str, Any]) -> bool:
     return entry["system"] == system_name() and process_state(entry["pid"]) in "ZX"
 
 
-def _memory_events() -> str:
+def out_of_memory(events: str, kills_before: int) -> str:
+    """Return the end of a message about a killed process, "" unless the kernel has killed more processes for memory.
+
+    Args:
+        events: the file with their number.
+    """
+    if out_of_memory_kills(events) <= kills_before:
+        return ""
+    limit = memory_limit(Path(events).parents)
+    group = f"its control group, which is limited to {limit / 1e9:,.1f} GB," if limit else "the machine"
+    return f": {group} is out of memory"
+
+
+def memory_events() -> str:
     """Return the file that counts out-of-memory kills in this process's cgroup (v2 or v1), so that kills elsewhere on the
     machine do not count; without cgroups, the machine's own."""
     files = (group / name for group in control_groups("memory") for name in ("memory.events", "memory.oom_control"))
     return str(next((file for file in files if file.exists()), "/proc/vmstat"))
 
 
-def _out_of_memory_kills(memory_events: str) -> int:
+def out_of_memory_kills(events: str) -> int:
     try:
-        match = re.search(r"^oom_kill (\d+)", Path(memory_events).read_text(), re.MULTILINE)
+        match = re.search(r"^oom_kill (\d+)", Path(events).read_text(), re.MULTILINE)
         return int(match.group(1)) if match else 0
     except OSError:  # the cgroup is removed with its processes
         return 0

@@ -12,7 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
+from smolds_dist.launching.failure import (
+    exit_code_of_stop,
+    kill_ranks,
+    memory_events,
+    out_of_memory,
+    out_of_memory_kills,
+    record_dead_rank,
+    signal_ranks,
+)
 from smolds_dist.launching.hosts import HostWatch
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.progress import print_line
@@ -127,6 +135,8 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str], 
 
 def run_single(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Run one process, forwarding signals; return its exit code and, if it failed, the cause."""
+    events = memory_events()
+    kills = out_of_memory_kills(events)
     process = subprocess.Popen(command, env=environment)
 
     def forward_signal(number: int, _frame: object) -> None:
@@ -137,7 +147,9 @@ def run_single(command: list[str], environment: dict[str, str]) -> tuple[int, st
         code = process.wait()
     if code >= 0:
         return code, f"the process ended with exit code {code}"
-    return 128 - code, f"the process was killed by signal {-code}"
+    cause = f"the process was killed by signal {-code}{out_of_memory(events, kills)}"
+    print_line(f"\nsmolds: {cause}.", sys.stderr)
+    return 128 - code, cause
 
 
 def run_ranks(
@@ -151,7 +163,8 @@ def run_ranks(
     Returns:
         The exit code and, if they failed, the cause.
     """
-    began = time.time()
+    began, events = time.time(), memory_events()
+    kills = out_of_memory_kills(events)
     ranks = run_dir / "ranks"
     hidden: list[str] = []
     asked: list[int] = []
@@ -179,6 +192,8 @@ def run_ranks(
         if noted.exists() and noted.stat().st_mtime >= began - 1
         else ""
     )
+    if not cause and not message and (memory := out_of_memory(events, kills)):
+        cause = f"a rank was killed before it had started{memory}"  # and could write its entry
     kill_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
