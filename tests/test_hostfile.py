@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -173,7 +174,9 @@ def test_variables_reach_all_hosts_without_secrets_in_their_process_lists(option
 @pytest.mark.long
 @pytest.mark.parametrize("missing", ["smolds", "python"])
 def test_host_without_smolds_or_python_is_named(options, hosts, tmp_path, missing):
-    hosts.hide(1, ROOT / "smolds_dist" if missing == "smolds" else Path(sys.executable).resolve())
+    installed = [ROOT / "smolds_dist", *Path(sysconfig.get_path("purelib")).glob("__editable__*smolds*.pth")]
+    for path in installed if missing == "smolds" else [Path(sys.executable).resolve()]:
+        hosts.hide(1, path)
     begun = time.monotonic()
     finished = subprocess.run(
         command(hosts, "--", *options),

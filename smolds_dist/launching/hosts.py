@@ -188,6 +188,11 @@ class HostWatch:
             return (self.folder / "cause.txt").stat().st_mtime_ns
         return 0
 
+    @property
+    def lost(self) -> bool:
+        """Return True if a host cannot be reached any more."""
+        return UNREACHABLE in self._ended.values()
+
     def started(self) -> bool:
         """Return True unless ssh ended before any rank of its host had started."""
         return all(self.entries(host) for host in self._ended)

@@ -316,6 +316,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
         layout += ["--cpus-per-task", plan.cpus] if plan.cpus else []
         return ["srun", *layout, "--kill-on-bad-exit=1", sys.executable, *train]
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(plan.port or _free_port()), "--no_local_rank"]
+    start += ["--log_level", "critical"]
     if plan.hostfile:
         # --force_multi: a single host need not be this one
         start += ["--hostfile", str(plan.hostfile), "--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
@@ -323,7 +324,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
         if any(re.search(r"[^\w@%+=:,./-]", argument) for argument in train_args):
             train_args = [f"{ENCODED}{base64.urlsafe_b64encode(json.dumps(train_args).encode()).decode()}"]
     else:
-        start += ["--num_gpus", procs, "--log_level", "critical"]
+        start += ["--num_gpus", procs]
         if shutil.which("numactl"):
             start += ["--bind_cores_to_rank"]  # without numactl, the ranks divide the cores themselves
     return [sys.executable, *start, "--module", "smolds_dist", "train", *first, *train_args]

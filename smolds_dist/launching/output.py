@@ -181,6 +181,8 @@ def run_ranks(
     stopped = exit_code_of_stop(ranks, began)
     if stopped is not None:
         return stopped, ""
+    if watch and watch.lost:
+        watch.report()  # mpirun has then killed the ranks here
     record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
     if watch:
         watch.report()
