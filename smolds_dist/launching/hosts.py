@@ -218,7 +218,7 @@ class HostWatch:
         if (cause := self.cause()) and self._cause_time() == self._earlier_cause:
             (self.folder / "cause.txt").unlink(missing_ok=True)  # an earlier job's
             self.folder.mkdir(parents=True, exist_ok=True)
-            report_cause(self.folder, cause)
+            report_cause(self.folder, cause, next((entry["job"] for entry in self.entries()), ""))
             self.reported = True
 
     def signal_ranks(self, number: int) -> bool:

@@ -18,6 +18,7 @@ from smolds_dist.launching.failure import (
     memory_events,
     out_of_memory,
     out_of_memory_kills,
+    read_cause,
     record_dead_rank,
     signal_ranks,
 )
@@ -189,11 +190,7 @@ def run_ranks(
         watch.kill_ranks()
         code = 2 if watch.rejected else code
     noted = ranks / "cause.txt"
-    cause = (
-        noted.read_text(encoding="utf-8", errors="replace").strip()
-        if noted.exists() and noted.stat().st_mtime >= began - 1
-        else ""
-    )
+    cause = read_cause(ranks) if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
     if not cause and not message and (memory := out_of_memory(events, kills)):
         cause = f"a rank was killed before it had started{memory}"  # and could write its entry
     kill_ranks(ranks, began)

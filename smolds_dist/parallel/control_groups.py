@@ -16,10 +16,10 @@ def control_groups(controller: str) -> Iterator[Path]:
                 yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 
 
-def memory_limit(groups: Iterable[Path]) -> int | None:
-    """Return the lowest limit of these groups in bytes; None without a limit."""
+def memory_limit(groups: Iterable[Path] | None = None) -> int | None:
+    """Return the memory in bytes that cgroups allow, by default this process's; None without a limit."""
     limits = []
-    for folder in groups:
+    for folder in control_groups("memory") if groups is None else groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 limits.append(int((folder / name).read_text()))
