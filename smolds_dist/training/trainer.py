@@ -126,7 +126,7 @@ def join(
     config: RunConfig, info: RankInfo, report: RankReport | None, stop: StopRequest
 ) -> tuple[Rendezvous, Topology, Machine]:
     """Meet the other ranks, if any, and plan the topology with them. Collective."""
-    if report is None:
+    if report is None or info.world_size == 1:
         return (ranks := Rendezvous(info)), *plan_together(ranks, config, shared=True)
     wait_policy = WaitPolicy(config.parallel.timeout or math.inf, lambda: stop.requested is not None)
     with doing("waiting for the other ranks"):
