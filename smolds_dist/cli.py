@@ -132,6 +132,10 @@ def ended_by_signals() -> Iterator[None]:
 
 def train_rank(args: list[str]) -> int:
     """Train in this process, alone or as a rank of a job (`smolds train`); return the exit code."""
+    from smolds_dist.launching.environment import read_environment
+
+    own = read_environment(args)  # before imports that read the environment
+    on_hosts, args = own != args, own  # `smolds launch --hostfile` reads the ranks' reports, also a single one's
     from smolds_dist.config import load_config
     from smolds_dist.parallel.ranks import join_ranks, share_cores
 
@@ -141,7 +145,7 @@ def train_rank(args: list[str]) -> int:
     info = join_ranks(config.parallel.timeout)
     share_cores(info)
     report = None
-    if info.world_size > 1:
+    if info.world_size > 1 or on_hosts:
         from smolds_dist.launching.failure import RankReport
 
         report = RankReport(config.run_dir, info, config.parallel)

@@ -93,6 +93,7 @@ RANGES = ranges({
     (0, 1): "--upcycle-noise --upcycle-drop",
     (0, 65_535): "--port",
     (0, 2**62): "--seed",
+    (1, 65_535): "--master-port",
     (1, 10**4): "--devices-per-node --top",
     (1, 10**6): "--nodes",
     (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --max-new-tokens --megabytes --ranks --repeats --rounds "

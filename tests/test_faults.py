@@ -146,8 +146,26 @@ bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL
     assert other.returncode == -signal.SIGKILL
     assert record_dead_rank(tmp_path / "a" / "ranks") and record_dead_rank(tmp_path / "b" / "ranks")
     word = "was killed by signal 9"
-    assert read_cause(tmp_path / "a" / "ranks").endswith(f"{word}: the machine is out of memory")
+    why = "its control group, which is limited to 0.2 GB, is out of memory"
+    assert read_cause(tmp_path / "a" / "ranks").endswith(f"{word}: {why}")
     assert read_cause(tmp_path / "b" / "ranks").endswith(word)
+
+
+def test_out_of_memory_is_reported_for_ranks_that_have_not_started(memory_group, tmp_path):
+    script = """
+import os, sys
+from pathlib import Path
+from smolds_dist.launching.output import run_ranks, run_single
+Path(sys.argv[2] + "/cgroup.procs").write_text(str(os.getpid()))
+rank = [sys.executable, "-c", "bytearray(1_000_000_000)"]
+print(run_ranks(rank, dict(os.environ), Path(sys.argv[1]), False), run_single(rank, dict(os.environ)))
+"""
+    finished = run([sys.executable, "-c", script, str(tmp_path), str(memory_group)], timeout=60)
+    why = "its control group, which is limited to 0.2 GB, is out of memory"
+    assert finished.stdout == (
+        f"(137, 'a rank was killed before it had started: {why}') (137, 'the process was killed by signal 9: {why}')\n"
+    )
+    assert finished.stderr.count(f": {why}") == 2
 
 
 def test_second_signal_exits_immediately(small_run, tmp_path):
@@ -369,8 +387,8 @@ def test_guard_counts_skipped_steps_in_a_row():
         watch.check(9, float("nan"), False)
 
 
-def test_checkpoint_without_a_ranks_file_times_out(small_run, tmp_path):
-    """A rank's folder that rank 0 cannot access: here the other rank never writes."""
+def test_checkpoint_without_a_ranks_file_times_out(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("smolds_dist.checkpoint.writer.LONG", 0.1)
     config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
     writer = CheckpointWriter(
         config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, lambda samples: {}

@@ -36,7 +36,7 @@ from smolds_dist.files import replace_text
 from smolds_dist.inputs import Count, Positive, Time, convert, read_json
 from smolds_dist.launching import hang
 from smolds_dist.launching.state import write_state
-from smolds_dist.parallel.control_groups import control_groups
+from smolds_dist.parallel.control_groups import control_groups, memory_limit
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
 from smolds_dist.progress import print_line
 from smolds_dist.settings import Parallel
@@ -83,10 +83,10 @@ class RankReport:
         self._remove_stale_files()
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
         faulthandler.enable(self._fault_file)  # records a segmentation fault
-        memory_events = _memory_events()
+        events = memory_events()
         self.entry: dict[str, Any] = {
             "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": system_name(), "job": job_token(),
-            "started": time.time(), "memory_events": memory_events, "kills_before": _out_of_memory_kills(memory_events),
+            "started": time.time(), "memory_events": events, "kills_before": out_of_memory_kills(events),
             "state": "running", "doing": str(ACTIVITY),
         }  # fmt: skip
         self._write()
@@ -94,7 +94,7 @@ class RankReport:
             threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
 
     def _refuse_second_job(self) -> None:
-        for entry in _entries(self.folder, files=[self.folder / f"rank_{self.rank:05}.json"]):
+        for entry in rank_entries(self.folder, files=[self.folder / f"rank_{self.rank:05}.json"]):
             ours = entry["job"] == job_token() or entry["pid"] == os.getpid()
             if entry["state"] == "running" and entry["system"] == system_name() and not ours and not _is_dead(entry):
                 raise ConfigError(
@@ -158,7 +158,7 @@ class RankReport:
                 if self._report_dead_rank():
                     return
                 time.sleep(0.2)
-            others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
+            others = [e for e in rank_entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
             gone = [e for e in others if e["state"] == "running"]
             if gone:
                 word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
@@ -171,7 +171,7 @@ class RankReport:
         """Return the entries of this host's ranks, the only ones whose death is detectable here. None, meaning all, until
         every rank has written its entry for this start, which is certain after the first forward pass."""
         if self._local_entries is None and ACTIVITY.passes:
-            entries = _entries(self.folder, self.entry["job"])
+            entries = rank_entries(self.folder, self.entry["job"])
             if len(entries) == self.world_size:  # else a file was being replaced
                 mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
                 self._local_entries = [self.folder / f"rank_{rank:05}.json" for rank in mine]
@@ -185,7 +185,9 @@ class RankReport:
             idle = time.monotonic() - self._seen
             if idle > self.timeout or self._is_ours(hang.HANG_MARKER):
                 _write_once(self.folder / hang.HANG_MARKER, f"rank {self.rank} saw no progress", self.entry["job"])
-                entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
+                entries = [
+                    entry for entry in rank_entries(self.folder, self.entry["job"]) if entry["state"] == "running"
+                ]
                 cause = hang.report_hang(self.folder, self.entry, entries, idle)
                 if self.entry["state"] == "running":
                     self._report(cause)
@@ -236,9 +238,7 @@ class RankReport:
         return bool(lines) and (len(lines) == 1 or lines[1] == self.entry["job"])
 
     def _report(self, cause: str) -> None:
-        """Record the cause and print it, unless there is one already."""
-        if _write_once(self.folder / CAUSE, cause, self.entry["job"]):
-            _log(cause)
+        report_cause(self.folder, cause, self.entry["job"])
 
 
 def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
@@ -247,15 +247,14 @@ def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, f
     Args:
         files: the entries to read; default: all.
     """
-    for entry in _entries(folder, job, files):
+    for entry in rank_entries(folder, job, files):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
             crash = folder / f"rank_{entry['rank']:05}.crash"
             fault = crash.read_text(errors="replace").splitlines() if crash.exists() else []
             if fault:
                 why = f"crashed: {fault[0]} (stack: {crash})"
             else:  # any other end leaves a trace
-                memory = _out_of_memory_kills(entry["memory_events"]) > entry["kills_before"]
-                why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
+                why = "was killed by signal 9" + out_of_memory(entry["memory_events"], entry["kills_before"])
             return _write_once(
                 folder / CAUSE, f"rank {entry['rank']} on host {entry['host']} {why}", job or entry["job"]
             )
@@ -266,7 +265,7 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
     """Send a signal to the running ranks of this machine; return True if there were any."""
     mine = [
         e
-        for e in _entries(folder)
+        for e in rank_entries(folder)
         if e["started"] >= since and e["state"] == "running" and e["system"] == system_name() and not _is_dead(e)
     ]
     for entry in mine:
@@ -287,7 +286,7 @@ def kill_ranks(folder: Path, since: float) -> None:
 
 def exit_code_of_stop(folder: Path, since: float) -> int | None:
     """Return the exit code of ranks stopped by a signal or a user's mistake; None if they ended in another way."""
-    entries = [entry for entry in _entries(folder) if entry["started"] >= since]
+    entries = [entry for entry in rank_entries(folder) if entry["started"] >= since]
     if (folder / REFUSED).exists() and any(entry["state"] == "refused" for entry in entries):
         return 2
     stopped = [entry["code"] for entry in entries if entry["state"] in ("stopped", "refused")]
@@ -307,6 +306,12 @@ def _write_once(path: Path, text: str, job: str) -> bool:
     except OSError:  # it exists, or the disk is full
         return False
     return True
+
+
+def report_cause(folder: Path, cause: str, job: str) -> None:
+    """Record the cause and print it, unless there is one already."""
+    if _write_once(folder / CAUSE, cause, job):
+        _log(cause)
 
 
 def _log(cause: str) -> None:
@@ -343,7 +348,7 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _entries(folder: Path, job: str | None = None, files: list[Path] | None = None) -> list[dict[str, Any]]:
+def rank_entries(folder: Path, job: str | None = None, files: list[Path] | None = None) -> list[dict[str, Any]]:
     entries = []
     for path in sorted(folder.glob("rank_*.json")) if files is None else files:
         try:
@@ -360,16 +365,29 @@ def _is_dead(entry: dict[str, Any]) -> bool:
     return entry["system"] == system_name() and process_state(entry["pid"]) in "ZX"
 
 
-def _memory_events() -> str:
+def out_of_memory(events: str, kills_before: int) -> str:
+    """Return the end of a message about a killed process, "" unless the kernel has killed more processes for memory.
+
+    Args:
+        events: the file with their number.
+    """
+    if out_of_memory_kills(events) <= kills_before:
+        return ""
+    limit = memory_limit(Path(events).parents)
+    group = f"its control group, which is limited to {limit / 1e9:,.1f} GB," if limit else "the machine"
+    return f": {group} is out of memory"
+
+
+def memory_events() -> str:
     """Return the file that counts out-of-memory kills in this process's cgroup (v2 or v1), so that kills elsewhere on the
     machine do not count; without cgroups, the machine's own."""
     files = (group / name for group in control_groups("memory") for name in ("memory.events", "memory.oom_control"))
     return str(next((file for file in files if file.exists()), "/proc/vmstat"))
 
 
-def _out_of_memory_kills(memory_events: str) -> int:
+def out_of_memory_kills(events: str) -> int:
     try:
-        match = re.search(r"^oom_kill (\d+)", Path(memory_events).read_text(), re.MULTILINE)
+        match = re.search(r"^oom_kill (\d+)", Path(events).read_text(), re.MULTILINE)
         return int(match.group(1)) if match else 0
     except OSError:  # the cgroup is removed with its processes
         return 0

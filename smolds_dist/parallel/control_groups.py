@@ -1,7 +1,7 @@
 """The Linux control groups (cgroups) that limit this process's memory and cores."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -16,10 +16,10 @@ def control_groups(controller: str) -> Iterator[Path]:
                 yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 
 
-def memory_limit() -> int | None:
-    """Return the memory in bytes that this process's cgroups allow; None without a limit."""
+def memory_limit(groups: Iterable[Path] | None = None) -> int | None:
+    """Return the memory in bytes that cgroups allow, by default this process's; None without a limit."""
     limits = []
-    for folder in control_groups("memory"):
+    for folder in control_groups("memory") if groups is None else groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 limits.append(int((folder / name).read_text()))
