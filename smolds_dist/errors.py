@@ -92,6 +92,7 @@ RANGES = ranges({
     (ABOVE_0, 10**9): "--every",
     (0, 1): "--upcycle-noise --upcycle-drop",
     (0, 65_535): "--port",
+    (1, 65_535): "--master-port",
     (0, 2**62): "--seed",
     (1, 10**4): "--devices-per-node --top",
     (1, 10**6): "--nodes",
