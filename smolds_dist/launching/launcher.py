@@ -29,12 +29,11 @@ from pathlib import Path
 from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inputs import read_text
-from smolds_dist.launching import restarts
+from smolds_dist.launching import restarts, slurm
 from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
 from smolds_dist.launching.output import run_filtered
 from smolds_dist.launching.restarts import Failure, faulty_hosts, resume_options, run_with_restarts
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
-from smolds_dist.launching.slurm import requeue_without
 from smolds_dist.parallel.ranks import RankInfo, detect_launcher
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
 from smolds_dist.progress import print_line
@@ -52,7 +51,7 @@ class Plan:
     per_node: int
     hostfile: Path | None = None
     excluded: tuple[str, ...] = ()  # nodes of the allocation not to use
-    cpus: str | None = None  # per rank; srun does not inherit it from the allocation
+    per_rank: tuple[str, ...] = ()  # srun's options for cores and GPUs, which it does not inherit from the allocation
 
     @property
     def nodes(self) -> int:
@@ -104,7 +103,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
         no_spare = plan.launcher == "slurm" and bool(now) and len(bad) > options.spares
         if no_spare and replan(plan, failures, options, config, machine).nodes < plan.nodes:
             return False
-        return no_spare and requeue_without(bad, plan.nodes + options.spares)
+        return no_spare and slurm.requeue_without(bad, plan.nodes + options.spares)
 
     return run_with_restarts(start, config.run_dir, options.restarts, hand_over) if options.restarts else start([])[0]
 
@@ -128,7 +127,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         raise ConfigError(f"--launcher {launcher} does not support --hostfile; use --launcher deepspeed or mpi.")
     nodes, here = 1, (min(2, available_cores()) if on_cpu else machine.device_count)
     if launcher == "slurm":
-        nodes, here = _allocation(options, env, on_cpu)
+        nodes, here = slurm.allocation(env, options.spares, on_cpu)
     if hosts:
         slots = set(hosts.values())
         if len(slots) > 1:
@@ -138,6 +137,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         nodes, here = len(hosts), slots.pop()
     if options.nproc_per_node != "auto":
         here = _requested_ranks(options, nodes, here, launcher)
+    per_rank = slurm.options_per_rank(env, here) if launcher == "slurm" else ()
     procs = nodes * here
     on_gpu = not on_cpu and machine.devices[0] == "cuda"
     if on_gpu and nodes == 1 and launcher != "slurm" and procs > machine.device_count:
@@ -153,22 +153,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         procs = here = 1
     if procs == 1 and launcher in ("torchrun", "deepspeed"):
         launcher = "none"
-    return Plan(launcher, procs, here, options.hostfile, cpus=env.get("SLURM_CPUS_PER_TASK"))
-
-
-def _allocation(options: argparse.Namespace, env: "os._Environ[str] | dict", on_cpu: bool) -> tuple[int, int]:
-    """Return the number of nodes of this process's Slurm allocation, without spares, and the ranks per node."""
-    if "SLURM_JOB_ID" not in env:
-        raise ConfigError("--launcher slurm needs a Slurm allocation; use salloc or sbatch, or `smolds slurm`.")
-    nodes = int(env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", 1)))
-    tasks, per_node = env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
-    gpus = env.get("SLURM_GPUS_ON_NODE")
-    here = int(per_node or (int(tasks) // nodes if tasks else gpus if gpus and not on_cpu else 1))
-    if options.spares >= nodes:
-        raise ConfigError(
-            f"--spares {options.spares} leaves none of the allocation's {nodes} nodes; request more nodes."
-        )
-    return nodes - options.spares, here
+    return Plan(launcher, procs, here, options.hostfile, per_rank=per_rank)
 
 
 def _requested_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: str) -> int:
@@ -240,8 +225,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
     if plan.launcher == "slurm":
         layout = ["--nodes", str(plan.nodes), "--ntasks", procs, "--ntasks-per-node", str(plan.per_node)]
         layout += ["--exclude", ",".join(plan.excluded)] if plan.excluded else []
-        layout += ["--cpus-per-task", plan.cpus] if plan.cpus else []
-        return ["srun", *layout, "--kill-on-bad-exit=1", sys.executable, *train]
+        return ["srun", *layout, *plan.per_rank, "--kill-on-bad-exit=1", sys.executable, *train]
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), "--no_local_rank"]
     if plan.hostfile:
         start += ["--hostfile", str(plan.hostfile), "--launcher", "pdsh"]
