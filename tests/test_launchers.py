@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-import two_hosts
 import warm
+from cluster import cluster, needs_hosts
 from ranks import Finished, is_running, run, smolds
 
 from smolds_dist.checkpoint.files import checkpoints_in
@@ -204,14 +204,11 @@ def test_stale_build_locks_stop_no_run(options, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
-@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+@needs_hosts
 def test_hostfile_run_on_two_hosts_equals_one_process(options, tmp_path):
     train(load_config([*options, "--run.name=single"]))
-    with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
-        hostfile = tmp_path / "hostfile"
-        hostfile.write_text("".join(f"{address} slots=1\n" for address in two_hosts.ADDRESSES))
-        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hostfile), "--"]
+    with cluster(tmp_path / "hosts") as hosts:
+        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hosts.hostfile()), "--"]
         train_options = [*options, "--run.name=pair", '--log.sample_prompts=["$(touch ran)"]', "--parallel.expert=2"]
         finished = run(hosts.command(0, [*start, *train_options]), timeout=180, cwd=tmp_path, **hosts.environment)
         assert finished.returncode == 0, finished.text
@@ -220,18 +217,15 @@ def test_hostfile_run_on_two_hosts_equals_one_process(options, tmp_path):
         assert losses(run_dir) == pytest.approx(losses(tmp_path / "runs" / "single"), rel=1e-3)
         ranks = [json.loads(path.read_text()) for path in sorted((run_dir / "ranks").glob("*.json"))]
         assert not (tmp_path / "ran").exists()
-        assert [entry["host"] for entry in ranks] == list(two_hosts.NAMES)
+        assert [entry["host"] for entry in ranks] == hosts.names
 
 
 @pytest.mark.long
-@pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
-@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+@needs_hosts
 def test_rank_killed_on_another_host_ends_the_job_and_is_named(long_run, tmp_path):
     run_dir = tmp_path / "runs" / "killed"
-    with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
-        hostfile = tmp_path / "hostfile"
-        hostfile.write_text("".join(f"{address} slots=1\n" for address in two_hosts.ADDRESSES))
-        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hostfile), "--"]
+    with cluster(tmp_path / "hosts") as hosts:
+        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hosts.hostfile()), "--"]
         command = hosts.command(0, [*start, *long_run, "--run.name=killed"])
         process = start_and_wait_for_steps(command, run_dir, cwd=tmp_path)
         entry = json.loads((run_dir / "ranks" / "rank_00001.json").read_text())
