@@ -1,42 +1,137 @@
 """`smolds doctor --hostfile` on hosts that are network namespaces of this machine."""
 
+import importlib.metadata
 import re
 import sys
+import time
+from pathlib import Path
 
+import cluster
 import pytest
-import two_hosts
-from ranks import run
+from ranks import ROOT, run
 
-from smolds_dist.launching.doctor_hosts import rounds
-
-needs_hosts = pytest.mark.skipif(bool(two_hosts.available()), reason=str(two_hosts.available()))
+from smolds_dist.launching import doctor_host_probe
+from smolds_dist.launching.doctor_hosts import START_SECONDS, rounds
 
 
-def check(hosts, folder, lines, *options, cwd=None):
-    """Run the doctor on the first host; return the result, and the lines of its report by their first word."""
-    hostfile = folder / "hostfile"
-    hostfile.write_text("".join(f"{line}\n" for line in lines))
-    command = [sys.executable, "-m", "smolds_dist", "doctor", "--hostfile", str(hostfile), *options]
-    return run(hosts.command(0, command), timeout=60, cwd=cwd or folder, cold=True, **hosts.environment)
+def check(hosts, folder, *options):
+    """Run the doctor on the first host; return the result."""
+    command = [sys.executable, "-m", "smolds_dist", "doctor", "--hostfile", str(hosts.folder / "hostfile"), *options]
+    return run(hosts.command(0, command), timeout=60, cwd=folder, cold=True, **hosts.environment)
 
 
-@needs_hosts
+def read(report):
+    """Return the hosts' cells by column, the links with both numbers, and the findings as (level, host, text)."""
+    lines = report.stdout.splitlines()
+    columns = re.split("  +", lines[0])
+    table, rest = lines[1 : lines.index("")], lines[lines.index("") + 1 :]
+    rows = [dict(zip(columns, re.split("  +", line), strict=False)) for line in table]
+    links = {m.group(1, 2): (float(m[3]), float(m[4])) for line in rest if (m := re.fullmatch(LINK, line))}
+    found = [re.fullmatch(r"(ok|warn|fail) +(\S+)  +(.*)", line) for line in rest]
+    return {row["host"]: row for row in rows}, links, [match.groups() for match in found if match]
+
+
+LINK = r"(\S+)  (\S+)  ([\d.]+) [GM]B/s +([\d.]+) ms"
+
+
+@cluster.needs_hosts
 def test_two_hosts_agree_and_a_third_is_down(tmp_path):
-    with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
-        report = check(hosts, tmp_path, ["host1 slots=1", "host2 slots=1", "10.77.0.9 slots=1"], "--device=cpu")
+    with cluster.cluster(tmp_path / "hosts") as hosts:
+        with hosts.hostfile().open("a") as file:
+            file.write("10.77.0.9 slots=1\n")
+        report = check(hosts, tmp_path, "--device=cpu")
     assert report.returncode == 1, report.text
-    head, first, second, third, blank, *rest = report.stdout.splitlines()
-    columns = re.split("  +", head)
-    cells = [dict(zip(columns, re.split("  +", line), strict=True)) for line in (first, second)]
-    assert [cell.pop("host") for cell in cells] == ["host1", "host2"]
-    assert cells[0]["ssh"] == "ok" and cells[0]["shared"] == "yes" and cells[0]["torch"][0].isdigit()
-    assert cells[0] == cells[1] and "*" not in str(cells), report.text
-    assert third.split(maxsplit=1)[0] == "10.77.0.9" and "ssh: connect to host" in third and not blank
-    links = [re.fullmatch(r"(\S+)  (\S+)  ([\d.]+) [GM]B/s +([\d.]+) ms", line) for line in rest[1:3]]
-    assert [link.group(1, 2) for link in links] == [("host1", "host2"), ("host2", "host1")]
-    assert all(float(link[3]) > 0 and 0 < float(link[4]) < 1000 for link in links)
-    assert [line.split()[:2] for line in rest[4:]] == [["fail", "10.77.0.9"]]
+    rows, links, findings = read(report)
+    assert [row.pop("host") for row in rows.values()] == ["host1", "host2", "10.77.0.9"]
+    assert rows["host1"]["ssh"] == "ok" and rows["host1"]["shared"] == "yes" and rows["host1"]["torch"][0].isdigit()
+    assert rows["host1"] == rows["host2"] and "*" not in str(rows), report.text
+    assert rows["10.77.0.9"] == {"ssh": "ssh: connect to host 10.77.0.9 port 22: No route to host"}
+    assert links.keys() == {("host1", "host2"), ("host2", "host1")}
+    assert all(bandwidth > 0 and 0 < trip < 1000 for bandwidth, trip in links.values())
+    assert [finding[:2] for finding in findings] == [("fail", "10.77.0.9")], report.text
     assert not list(tmp_path.glob(".doctor-*")) and not (tmp_path / "runs").exists()
+
+
+def change_probe(hosts, host, old, new):
+    """Let a host have another source of the probe."""
+    path = Path(doctor_host_probe.__file__)
+    (hosts.folder / "probe.py").write_text(path.read_text().replace(old, new))
+    hosts.mount(host, hosts.folder / "probe.py", path)
+
+
+@pytest.mark.long
+@cluster.needs_hosts
+def test_every_fault_of_a_host_is_named(tmp_path):
+    (metadata,) = (file for file in importlib.metadata.files("deepspeed") if file.name == "METADATA")
+    text = metadata.read_text()
+    version = importlib.metadata.version("deepspeed")
+    with cluster.cluster(tmp_path / "hosts", 3) as hosts:
+        hosts.hostfile(slots=4)
+        (tmp_path / "METADATA").write_text(text.replace(f"\nVersion: {version}\n", "\nVersion: 0.19.1\n"))
+        (tmp_path / "work" / "runs").mkdir(parents=True)
+        hosts.mount(2, tmp_path / "METADATA", metadata.locate())
+        hosts.hide(2, tmp_path / "work" / "runs")
+        hosts.firewall(2, [22])
+        change_probe(hosts, 2, '"clock": time.time', '"clock": lambda: time.time() - 600')
+        report = check(hosts, tmp_path / "work", "--device=cpu", "--master-port=7777")
+    assert report.returncode == 1, report.text
+    rows, links, findings = read(report)
+    assert rows["host3"]["deepspeed"] == "0.19.1*" and rows["host3"]["shared"] == "no*"
+    assert rows["host3"]["smolds"].endswith("*") and rows["host3"]["clock"] in ("-600.0 s", "-599.9 s")
+    assert rows["host1"] == rows["host2"] | {"host": "host1"}
+    assert len(links) == 4 and not any(target == "host3" for _, target in links)
+    expected = [
+        ("warn", "host1", "slots=4 exceeds its"),
+        ("warn", "host2", "slots=4 exceeds its"),
+        ("fail", "host3", "smolds is 0.1.0"),
+        ("fail", "host3", f"deepspeed is 0.19.1, but {version} on host1; install the same version"),
+        ("warn", "host3", "slots=4 exceeds its"),
+        ("warn", "host3", "its clock is 600.0 s behind"),
+        ("fail", "host3", "cannot use the folder for runs"),
+        ("fail", "host3", "10.77.0.3 did not answer host1, host2 on port 7777: timed out; open --master-port"),
+        ("fail", "host3", "10.77.0.3 did not answer host1, host2 on a free port ("),
+    ]
+    assert len(findings) == len(expected), report.text
+    for (level, host, text), (want_level, want_host, start) in zip(findings, expected, strict=True):
+        assert (level, host) == (want_level, want_host) and text.startswith(start), report.text
+
+
+@pytest.mark.long
+@cluster.needs_hosts
+@pytest.mark.parametrize("fault", ["link down", "hangs", "no smolds", "no torch", "port in use"])
+def test_a_host_that_cannot_answer_costs_its_limit_once(fault, tmp_path):
+    with cluster.cluster(tmp_path / "hosts", 3) as hosts:
+        hosts.hostfile()
+        broken = 0 if fault == "port in use" else 2
+        if fault == "link down":
+            hosts.link(2, up=False)
+        elif fault == "hangs":
+            change_probe(hosts, 2, "    listeners = ", "    time.sleep(999)\n    listeners = ")
+        elif fault == "no smolds":
+            hosts.hide(2, ROOT / "smolds_dist")
+        elif fault == "no torch":
+            hosts.hide(2, Path(importlib.metadata.distribution("torch").locate_file("torch")))
+        else:
+            listen = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(999)"
+            hosts.call(0, "sh", "-c", f'{sys.executable} -c "{listen}" >/dev/null 2>&1 &')
+        began = time.monotonic()
+        report = check(hosts, tmp_path, "--device=cpu")
+        taken = time.monotonic() - began
+    assert report.returncode == 1, report.text
+    rows, links, findings = read(report)
+    findings = [finding for finding in findings if "smolds is " not in finding[2]]  # the source that hangs
+    assert [finding[:2] for finding in findings if finding[0] == "fail"] == [("fail", f"host{broken + 1}")]
+    expected = {
+        "link down": "ssh: connect to host host3 port 22: ",
+        "hangs": "no answer to `listen` within 15 s; check this host",
+        "no smolds": "No module named",
+        "no torch": "torch import: ",
+        "port in use": "port 29500: Address already in use; end the program",
+    }
+    assert expected[fault] in findings[0][2], report.text
+    assert len(links) == (6 if fault in ("no torch", "port in use") else 2), report.text
+    assert rows["host2"]["shared"] == "yes"
+    assert taken < 2 * START_SECONDS, report.text
 
 
 @pytest.mark.parametrize("count", range(1, 10))

@@ -85,7 +85,7 @@ def listen(address: str, master_port: int) -> tuple[dict[str, int], str, str]:
     try:
         listeners.append(socket.create_server(("", master_port), family=family, backlog=1024))
     except OSError as problem:
-        error = problem.strerror or str(problem)
+        error = os.strerror(problem.errno or 0)
     for listener in listeners:
         threading.Thread(target=_accept, args=(listener, token.encode()), daemon=True).start()
     return {"random": free.getsockname()[1], "master": master_port}, token, error
