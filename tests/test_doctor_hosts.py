@@ -88,8 +88,8 @@ def test_every_fault_of_a_host_is_named(tmp_path):
         ("warn", "host3", "slots=4 exceeds its"),
         ("warn", "host3", "its clock is 600.0 s behind"),
         ("fail", "host3", "cannot use the folder for runs"),
-        ("fail", "host3", "10.77.0.3 did not answer host1, host2 on port 7777: timed out; open --master-port"),
-        ("fail", "host3", "10.77.0.3 did not answer host1, host2 on a free port ("),
+        ("fail", "host3", "10.77.0.3 port 7777 did not answer host1, host2: timed out; open it"),
+        ("fail", "host3", "10.77.0.3 port "),
     ]
     assert len(findings) == len(expected), report.text
     for (level, host, text), (want_level, want_host, start) in zip(findings, expected, strict=True):

@@ -36,8 +36,8 @@ SLOW_LINK = 0.25  # of the median bandwidth
 class Host:
     """A host of the hostfile and the connection to its probe; `problem` says why it no longer answers."""
 
-    def __init__(self, name: str, slots: int):
-        self.name, self.slots, self.problem = name, slots, ""
+    def __init__(self, number: int, name: str, slots: int):
+        self.number, self.name, self.slots, self.problem = number, name, slots, ""
         self.facts: dict[str, Any] = {}
         self.clock = 0.0  # seconds ahead of this host
         self.torch: dict[str, Any] = {"gpus": []}
@@ -114,7 +114,7 @@ def check_hosts(hostfile: Path, device: str, folder: Path, port: int) -> Iterato
     """Yield the table of hosts, the table of links, and one finding per problem."""
     slots = read_hostfile(hostfile)
     with contextlib.ExitStack() as stack:
-        hosts = [stack.enter_context(Host(name, count)) for name, count in slots.items()]
+        hosts = [stack.enter_context(Host(number, *one)) for number, one in enumerate(slots.items())]
         findings = [*_facts(hosts, device), *_shared_folder(hosts, folder)]
         closed = _connections(hosts, port)
         links = _links(hosts, closed["random"])
@@ -225,15 +225,17 @@ def _port_findings(hosts: list[Host], closed: dict[str, dict[Pair, str]], port: 
             advice = "end the program that uses it, or choose another --master-port"
             level = "fail" if host is hosts[0] else "warn"
             yield Finding(level, host.name, f"port {port}: {host.busy}", advice)
-    for kind, fix in (("master", "--master-port"), ("random", "all ports from 1024 between the hosts")):
+    for kind, fix in (
+        ("master", "open it in the firewall, or choose another --master-port"),
+        ("random", "open all TCP ports between the hosts: ranks choose free ones"),
+    ):
         groups: dict[tuple[Host, str], list[str]] = defaultdict(list)
         for (source, target), error in closed[kind].items():
             groups[target, error].append(source.name)
         for (target, error), sources in groups.items():
-            which = f"port {port}" if kind == "master" else f"a free port ({target.ports[kind]})"
-            text = f"{target.facts['address']} did not answer {', '.join(sources)} on {which}: {error}"
-            advice = f"open {fix} in the firewall" + (", or choose an open one" if kind == "master" else "")
-            yield Finding("fail", target.name, text, advice)
+            others = f" and {len(sources) - 3} others" if len(sources) > 3 else ""
+            where = f"{target.facts['address']} port {target.ports[kind]}"
+            yield Finding("fail", target.name, f"{where} did not answer {', '.join(sources[:3])}{others}: {error}", fix)
 
 
 def rounds(hosts: list[Host]) -> Iterator[list[Pair]]:
@@ -287,13 +289,14 @@ def _row(host: Host, hosts: list[Host], findings: list[Finding]) -> list[str]:
     row = [host.name, "lost" if host.problem else "ok", str(host.slots)]
     row += [value + "*" * (value != others[name]) for name, value in versions.items()]
     row += [host.devices + "*" * (host.devices != first.devices), f"{host.facts['cores']:g}"]
-    return [*row, f"{host.facts['memory'] / GB:.1f} GB", f"{host.clock:+.1f} s", shared]
+    return [*row, f"{host.facts['memory'] / GB:.1f} GB", f"{round(host.clock, 1) + 0.0:+.1f} s", shared]
 
 
 def _link_table(links: dict[Pair, tuple[float, float]]) -> Iterator[str]:
-    shown = sorted(links, key=lambda pair: links[pair][0])[:SHOWN_LINKS] if len(links) > SHOWN_LINKS else list(links)
+    shown = sorted(links, key=lambda pair: links[pair][0])[:SHOWN_LINKS]
     if len(shown) < len(links):
         yield f"the {len(shown)} slowest of {len(links)} links"
+    shown.sort(key=lambda pair: (pair[0].number, pair[1].number))
     rows = [[a.name, b.name, _rate(links[a, b][0]), f"{links[a, b][1] * 1e3:.2f} ms"] for a, b in shown]
     yield from _table([["from", "to", "bandwidth", "round trip"], *rows])
 
