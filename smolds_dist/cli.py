@@ -131,6 +131,9 @@ def ended_by_signals() -> Iterator[None]:
 
 def train_rank(args: list[str]) -> int:
     """Train in this process, alone or as a rank of a job (`smolds train`); return the exit code."""
+    from smolds_dist.launching.environment import read_environment
+
+    args = read_environment(args)  # before imports that read the environment
     from smolds_dist.config import load_config
     from smolds_dist.parallel.ranks import join_ranks, share_cores
 

@@ -106,7 +106,7 @@ def test_a_host_that_cannot_answer_costs_its_limit_once(fault, tmp_path):
         if fault == "link down":
             hosts.link(2, up=False)
         elif fault == "hangs":
-            change_probe(hosts, 2, "    listeners = ", "    time.sleep(999)\n    listeners = ")
+            change_probe(hosts, 2, "    ports = ", "    time.sleep(999)\n    ports = ")
         elif fault == "no smolds":
             hosts.hide(2, ROOT / "smolds_dist")
         elif fault == "no torch":
@@ -115,7 +115,7 @@ def test_a_host_that_cannot_answer_costs_its_limit_once(fault, tmp_path):
             listen = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(999)"
             hosts.call(0, "sh", "-c", f'{sys.executable} -c "{listen}" >/dev/null 2>&1 &')
         began = time.monotonic()
-        report = check(hosts, tmp_path, "--device=cpu")
+        report = check(hosts, tmp_path, "--device=cpu", "--master-port=29500")
         taken = time.monotonic() - began
     assert report.returncode == 1, report.text
     rows, links, findings = read(report)

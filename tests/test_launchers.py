@@ -21,8 +21,8 @@ from ranks import Finished, is_running, run, smolds
 from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
-from smolds_dist.launching.launcher import launch, plan_launch, rank_command, run_ranks
-from smolds_dist.launching.output import NoiseFilter
+from smolds_dist.launching.launcher import launch, plan_launch, rank_command
+from smolds_dist.launching.output import NoiseFilter, run_ranks
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.topology import Machine
 from smolds_dist.training.trainer import train
@@ -254,8 +254,10 @@ CPU = Machine(("cpu",), 2, False, int(16e9))
         (CPU, [], "-m torch.distributed.run --standalone --nproc-per-node 2 -m smolds_dist train"),
         (GPUS, ["--launcher=deepspeed"], "--num_gpus 8"),
         (GPUS, ["--launcher=mpi", "--nproc-per-node=4"], "mpirun -n 4"),
-        (GPUS, ["--hostfile=HOSTS"], "--launcher pdsh --module smolds_dist train --encoded="),
+        (GPUS, ["--hostfile=HOSTS"], "--launcher pdsh --force_multi --no_ssh_check --module smolds_dist train --env"),
         (GPUS, ["--hostfile=HOSTS", "--launcher=mpi"], "mpirun -n 32 --bind-to none --hostfile"),
+        (GPUS, ["--hostfile=HOSTS", "--master-port=2950"], "runner --master_port 2950 "),
+        (GPUS, ["--master-port=2950"], "--rdzv-endpoint localhost:2950 --nproc-per-node 8"),
     ],
 )
 def test_dry_run_shows_the_command_for_the_machine(machine, args, expected, tmp_path, monkeypatch, capsys, small_run):
@@ -303,8 +305,8 @@ ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3"}
     ],
 )
 def test_ranks_per_node_fit_the_smallest_node(variables, expected):
-    options = argparse.Namespace(launcher="slurm", nproc_per_node="auto", hostfile=None, spares=0)
-    command = shlex.join(rank_command(plan_launch(options, CPU, "cpu", ALLOCATION | variables), [], on_cpu=True))
+    options = argparse.Namespace(launcher="slurm", nproc_per_node="auto", hostfile=None, spares=0, master_port=None)
+    command = shlex.join(rank_command(plan_launch(options, CPU, "cpu", ALLOCATION | variables), [], True, []))
     assert command.startswith("srun --nodes 3 ") and expected in command, command
 
 
@@ -322,7 +324,7 @@ def test_ranks_per_node_fit_the_smallest_node(variables, expected):
     ],
 )
 def test_ranks_that_do_not_fit_an_allocation_are_an_error(variables, asked, fix):
-    options = argparse.Namespace(launcher="slurm", nproc_per_node=asked, hostfile=None, spares=0)
+    options = argparse.Namespace(launcher="slurm", nproc_per_node=asked, hostfile=None, spares=0, master_port=None)
     with pytest.raises(ConfigError, match=fix):
         plan_launch(options, CPU, "cpu", ALLOCATION | variables)
 

@@ -181,6 +181,12 @@ def test_hosts_are_blamed_only_for_hardware_failures():
     failures = [Failure(n, 0.0, n, 1, cause, "") for n, cause in enumerate(causes)]
     assert [faulty_hosts(failures[n : n + 1]) for n in range(7)] == [["n2"], [], ["n3"], ["n2"], [], [], ["n4"]]
     assert faulty_hosts(failures) == ["n3", "n2", "n4"] and faulty_hosts([]) == []
+    two = "rank 2 on host n4, rank 3 on host n5.lan differs from its replicas in lm_head.weight at step 9; a GPU is faulty"
+    both = "ranks 0, 1 on host n1 and rank 2 on host n2 did not answer for 600 s: they hang (stacks of all ranks: x)"
+    assert [faulty_hosts([Failure(1, 0.0, 1, 1, cause, "")]) for cause in (two, both)] == [
+        ["n4", "n5.lan"],
+        ["n1", "n2"],
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -30,7 +30,7 @@ def doctor(args: list[str]) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device to train on")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
     parser.add_argument("--hostfile", type=Path, help="file with a line `host slots=N` per host to check over ssh")
-    parser.add_argument("--master-port", type=int, default=29500, help="port of rank 0 to check with --hostfile")
+    parser.add_argument("--master-port", type=int, metavar="N", help="port of the rendezvous, to check with --hostfile")
     options = parser.parse_args(args)
     failed = False
     with contextlib.ExitStack() as stack:
@@ -41,9 +41,9 @@ def doctor(args: list[str]) -> int:
 
 
 def _hosts(options: argparse.Namespace) -> Iterator[str | Finding]:
-    from smolds_dist.launching.doctor_hosts import check_hosts  # needs more than the standard library
+    from smolds_dist.launching.doctor_hosts import report_hosts  # needs more than the standard library
 
-    yield from check_hosts(options.hostfile, options.device, options.dir, options.master_port)
+    yield from report_hosts(options.hostfile, options.device, options.dir, options.master_port)
 
 
 def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Finding]:

@@ -70,8 +70,8 @@ def compare_folder(folder: str, name: str, content: str) -> str:
 # receives and sends the number at the end.
 
 
-def listen(address: str, master_port: int) -> tuple[dict[str, int], str, str]:
-    """Answer the other hosts' probes on a free port and on the master port.
+def listen(address: str, master_port: int | None) -> tuple[dict[str, int], str, str]:
+    """Answer the other hosts' probes on a free port and on the master port, if it is set and free.
 
     Args:
         address: this host's; it decides between IPv4 and IPv6.
@@ -80,15 +80,16 @@ def listen(address: str, master_port: int) -> tuple[dict[str, int], str, str]:
         The ports by kind, the token of this host's connections, and why the master port cannot be used.
     """
     token, family, error = secrets.token_hex(8), socket.AF_INET6 if ":" in address else socket.AF_INET, ""
-    free = socket.create_server(("", 0), family=family, backlog=1024)
-    listeners = [free]
-    try:
-        listeners.append(socket.create_server(("", master_port), family=family, backlog=1024))
-    except OSError as problem:
-        error = os.strerror(problem.errno or 0)
-    for listener in listeners:
-        threading.Thread(target=_accept, args=(listener, token.encode()), daemon=True).start()
-    return {"random": free.getsockname()[1], "master": master_port}, token, error
+    ports = {}
+    for kind, port in {"random": 0, "master": master_port}.items():
+        try:
+            if port is not None:
+                listener = socket.create_server(("", port), family=family, backlog=1024)
+                ports[kind] = listener.getsockname()[1]
+                threading.Thread(target=_accept, args=(listener, token.encode()), daemon=True).start()
+        except OSError as problem:
+            error = os.strerror(problem.errno or 0)
+    return ports, token, error
 
 
 def _accept(listener: socket.socket, token: bytes) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from smolds_dist.launching.doctor_checks import GB, Finding, nearest_folder
 from smolds_dist.launching.doctor_probes import ANSWER, PROBE_LIMITS
-from smolds_dist.launching.launcher import read_hostfile
+from smolds_dist.launching.hosts import read_hostfile
 from smolds_dist.launching.ssh import ssh_command
 
 START_SECONDS, ANSWER_SECONDS = 30, 15  # limits of ssh with Python's start, and of a request
@@ -110,7 +110,7 @@ def ask(hosts: list[Host], what: str, request: Callable[[Host], list], limit: fl
     return {host: answer for host, answer in answers.items() if not host.problem}
 
 
-def check_hosts(hostfile: Path, device: str, folder: Path, port: int) -> Iterator[str | Finding]:
+def report_hosts(hostfile: Path, device: str, folder: Path, port: int | None) -> Iterator[str | Finding]:
     """Yield the table of hosts, the table of links, and one finding per problem."""
     slots = read_hostfile(hostfile)
     with contextlib.ExitStack() as stack:
@@ -197,15 +197,14 @@ def _shared_folder(hosts: list[Host], folder: Path) -> Iterator[Finding]:
 Pair = tuple[Host, Host]
 
 
-def _connections(hosts: list[Host], port: int) -> dict[str, dict[Pair, str]]:
-    """Try all pairs of hosts on a free port and on the master port; return the error of each that failed."""
+def _connections(hosts: list[Host], port: int | None) -> dict[str, dict[Pair, str]]:
+    """Try all pairs of hosts on a free port and on the master port, if set; return the error of each that failed."""
     for host, (ports, token, busy) in ask(hosts, "listen", lambda host: [host.facts["address"], port]).items():
         host.ports, host.token, host.busy = ports, token, busy
     alive = [host for host in hosts if host.token and not host.problem]
 
     def others(host: Host) -> list[tuple[str, Host]]:
-        pairs = [(kind, other) for other in alive if other is not host for kind in ("random", "master")]
-        return [(kind, other) for kind, other in pairs if kind == "random" or not other.busy]
+        return [(kind, other) for other in alive if other is not host for kind in other.ports]
 
     def request(host: Host) -> list:
         return [[[other.facts["address"], other.ports[kind], other.token] for kind, other in others(host)]]
@@ -218,7 +217,7 @@ def _connections(hosts: list[Host], port: int) -> dict[str, dict[Pair, str]]:
     return closed
 
 
-def _port_findings(hosts: list[Host], closed: dict[str, dict[Pair, str]], port: int) -> Iterator[Finding]:
+def _port_findings(hosts: list[Host], closed: dict[str, dict[Pair, str]], port: int | None) -> Iterator[Finding]:
     """Name each address that did not answer, once per port and error."""
     for host in hosts:
         if host.busy and not host.problem:

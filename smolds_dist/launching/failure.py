@@ -107,26 +107,28 @@ class RankReport:
             # The peer of a broken connection is the cause; ranks on its host can identify it.
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
-                if any(entry["state"] == "refused" for entry in _entries(self.folder, self.entry["job"])):
+                if any(entry["state"] == "refused" for entry in rank_entries(self.folder, self.entry["job"])):
                     self.end("refused", 2)  # one rank found a user's mistake and has reported it
                     return
                 if self._report_dead_rank():
                     return
                 time.sleep(0.2)
-            others = [e for e in _entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
+            others = [e for e in rank_entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
             gone = [e for e in others if e["state"] == "running"]
             if gone:
                 word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
                 who = f"{word} {ranks} on host {gone[0]['host']}"
-                _report(self.folder, f"{who} was killed or lost its network ({last_line})")
+                report_cause(self.folder, f"{who} was killed or lost its network ({last_line})")
                 return
-        _report(self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
+        report_cause(
+            self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})"
+        )
 
     def local_entries(self) -> list[Path] | None:
         """Return the entries of this host's ranks, the only ones whose death is detectable here. None, meaning all, until
         every rank has written its entry for this start, which is certain after the first forward pass."""
         if self._local_entries is None and self.passes:
-            entries = _entries(self.folder, self.entry["job"])
+            entries = rank_entries(self.folder, self.entry["job"])
             if len(entries) == self.world_size:  # else a file was being replaced
                 mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
                 self._local_entries = [self.folder / f"rank_{rank:05}.json" for rank in mine]
@@ -137,10 +139,12 @@ class RankReport:
             time.sleep(1)
             idle = time.monotonic() - self._last_heartbeat
             if idle > self.timeout or (self.folder / hang.HANG_MARKER).exists():
-                entries = [entry for entry in _entries(self.folder, self.entry["job"]) if entry["state"] == "running"]
+                entries = [
+                    entry for entry in rank_entries(self.folder, self.entry["job"]) if entry["state"] == "running"
+                ]
                 cause = hang.report_hang(self.folder, self.entry, entries, idle, self.passes)
                 if self.entry["state"] == "running":
-                    _report(self.folder, cause)
+                    report_cause(self.folder, cause)
                     hang.kill_unresponsive(self.folder, entries)
                     sys.stderr.flush()
                     os._exit(1)
@@ -164,7 +168,7 @@ def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, f
     Args:
         files: the entries to read; default: all.
     """
-    for entry in _entries(folder, job, files):
+    for entry in rank_entries(folder, job, files):
         if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
             crash = folder / f"rank_{entry['rank']:05}.crash"
             fault = crash.read_text(errors="replace").splitlines() if crash.exists() else []
@@ -181,7 +185,7 @@ def signal_ranks(folder: Path, number: int, since: float) -> bool:
     """Send a signal to the running ranks of this machine; return True if there were any."""
     mine = [
         e
-        for e in _entries(folder)
+        for e in rank_entries(folder)
         if e["started"] >= since and e["state"] == "running" and e["system"] == system_name() and not _is_dead(e)
     ]
     for entry in mine:
@@ -202,7 +206,7 @@ def kill_ranks(folder: Path, since: float) -> None:
 
 def exit_code_of_stop(folder: Path, since: float) -> int | None:
     """Return the exit code of ranks stopped by a signal or a user's mistake; None if they ended in another way."""
-    entries = [entry for entry in _entries(folder) if entry["started"] >= since]
+    entries = [entry for entry in rank_entries(folder) if entry["started"] >= since]
     stopped = [entry["code"] for entry in entries if entry["state"] in ("stopped", "refused")]
     return stopped[0] if stopped and len(stopped) == len(entries) else None
 
@@ -217,7 +221,7 @@ def _record_cause(folder: Path, cause: str) -> bool:
     return True
 
 
-def _report(folder: Path, cause: str) -> None:
+def report_cause(folder: Path, cause: str) -> None:
     """Record the cause and print it, unless there is one already."""
     if _record_cause(folder, cause):
         _log(cause)
@@ -243,7 +247,7 @@ class RankEntry:
     code: int = 0
 
 
-def _entries(folder: Path, job: str | None = None, files: list[Path] | None = None) -> list[dict[str, Any]]:
+def rank_entries(folder: Path, job: str | None = None, files: list[Path] | None = None) -> list[dict[str, Any]]:
     entries = []
     for path in sorted(folder.glob("rank_*.json")) if files is None else files:
         try:

@@ -22,40 +22,24 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.inputs import read_text
 from smolds_dist.launching import restarts, slurm
-from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
-from smolds_dist.launching.output import run_filtered
+from smolds_dist.launching.environment import environment_file, file_option, on_hosts, passed_on
+from smolds_dist.launching.hosts import HostWatch, check_hosts, kill_command, read_hostfile, wait_for_hosts
+from smolds_dist.launching.output import run_ranks, run_single
+from smolds_dist.launching.plan import Plan, is_valid
 from smolds_dist.launching.restarts import Failure, faulty_hosts, resume_options, run_with_restarts
-from smolds_dist.launching.signals import EXIT_CODES, handled_by
+from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.ssh import run_on_hosts
 from smolds_dist.parallel.ranks import RankInfo, detect_launcher
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
-from smolds_dist.progress import print_line
 from smolds_dist.settings import RunConfig
 
 LAUNCHERS = ("auto", "none", "torchrun", "deepspeed", "mpi", "slurm")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many ranks to start, where, and with which launcher."""
-
-    launcher: str
-    procs: int
-    per_node: int
-    hostfile: Path | None = None
-    excluded: tuple[str, ...] = ()  # nodes of the allocation not to use
-    per_rank: tuple[str, ...] = ()  # srun's options for cores and GPUs, which it does not inherit from the allocation
-
-    @property
-    def nodes(self) -> int:
-        return -(-self.procs // self.per_node)
 
 
 def launch(args: list[str], machine: Machine | None = None) -> int:
@@ -75,37 +59,123 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
         from smolds_dist.parallel.expert_parallel import deepspeed_config
 
         deepspeed_config(config, topology, config.model)
-    on_cpu = config.parallel.device == "cpu" or machine.devices[0] == "cpu"
+    job = Job(options, config, train_args, machine, plan, passed_on(os.environ, options.export) if plan.hosts else {})
     if options.dry_run:
-        print(shlex.join(rank_command(plan, train_args, on_cpu)))
+        print(shlex.join(job.command(plan)))
         return 0
 
     from smolds_dist.checkpoint.resume import prepare_resumed
 
     _check_programs(plan)
+    if plan.hosts:
+        check_hosts(plan.hosts, options.hostfile)
     prepare_resumed(config)
+    return (
+        run_with_restarts(job.start, config.run_dir, options.restarts, job.hand_over)
+        if options.restarts
+        else job.start([])[0]
+    )
 
-    environment = dict(os.environ)
-    if plan.launcher in ("torchrun", "deepspeed") and plan.nodes == 1:
-        # torchrun's default is one thread per rank.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.procs)))
 
-    def start(failures: list[Failure]) -> tuple[int, str]:
-        args = resume_options(config.run_dir, train_args, config.checkpoint.resume) if failures else train_args
-        now = replan(plan, failures, options, config, machine) if failures else plan
-        command = rank_command(now, args, on_cpu)
+@dataclass(frozen=True)
+class Job:
+    """A checked run, and how its ranks are started.
+
+    Args:
+        passed_on: variables for ranks on the hosts of a hostfile.
+    """
+
+    options: argparse.Namespace
+    config: RunConfig
+    train_args: list[str]
+    machine: Machine
+    plan: Plan
+    passed_on: dict[str, str]
+
+    def start(self, failures: list[Failure]) -> tuple[int, str]:
+        """Start the ranks, after failures from the newest checkpoint; return the exit code and the cause of a failure."""
+        if self.plan.hosts:
+            return self._start_on_hosts(again=bool(failures))
+        plan = replan(self.plan, failures, self.options, self.config, self.machine) if failures else self.plan
+        command = self.command(plan, bool(failures))
         if plan.launcher == "none":
-            return _run_single(command, environment)
-        return run_ranks(command, environment, config.run_dir, remote=plan.launcher in ("mpi", "slurm"))
+            return run_single(command, self._environment())
+        return run_ranks(command, self._environment(), self.config.run_dir, remote=plan.launcher in ("mpi", "slurm"))
 
-    def hand_over(failures: list[Failure]) -> bool:
+    def _start_on_hosts(self, again: bool) -> tuple[int, str]:
+        """Start the ranks on the hosts that answer; restart them if a host can be added (--restarts-grow)."""
+        plan, ranks = self.plan, self.config.run_dir / "ranks"
+        while True:
+            if again:
+                chosen = wait_for_hosts(self.plan.hosts, self._largest, restarts.log)
+                if isinstance(chosen, int):
+                    return chosen, ""
+                run_on_hosts(dict.fromkeys(chosen.hosts, kill_command(self._mark)))  # what is left on a lost host
+                plan = self._with_hostfile(chosen)
+            command = self.command(plan, again)
+            missing = [host for host in self.plan.hosts if host not in plan.hosts] if self.options.restarts_grow else []
+            watch = HostWatch(ranks, plan, self._mark, self.config.parallel.grace, missing, self._largest)
+            with environment_file(self._environment_file, self.passed_on):
+                code, cause = run_ranks(command, self._environment(), ranks.parent, plan.launcher == "mpi", watch)
+            if not (watch.grows and code == EXIT_CODES[signal.SIGUSR1]):
+                return (code if again or code == 0 or watch.started() else 2), cause
+            again = True
+
+    def hand_over(self, failures: list[Failure]) -> bool:
+        """Requeue a Slurm job without its faulty nodes, if it has no spare for them; return True on success."""
         bad, now = faulty_hosts(failures), faulty_hosts(failures[-1:])
-        no_spare = plan.launcher == "slurm" and bool(now) and len(bad) > options.spares
-        if no_spare and replan(plan, failures, options, config, machine).nodes < plan.nodes:
+        no_spare = self.plan.launcher == "slurm" and bool(now) and len(bad) > self.options.spares
+        if no_spare and replan(self.plan, failures, self.options, self.config, self.machine).nodes < self.plan.nodes:
             return False
-        return no_spare and slurm.requeue_without(bad, plan.nodes + options.spares)
+        return no_spare and slurm.requeue_without(bad, self.plan.nodes + self.options.spares)
 
-    return run_with_restarts(start, config.run_dir, options.restarts, hand_over) if options.restarts else start([])[0]
+    def command(self, plan: Plan, again: bool = False) -> list[str]:
+        """Return the command line that starts the ranks.
+
+        Args:
+            again: after a failure.
+        """
+        args, config = self.train_args, self.config
+        if again:
+            args = resume_options(config.run_dir, args, config.checkpoint.resume)
+        on_cpu = config.parallel.device == "cpu" or self.machine.devices[0] == "cpu"
+        return rank_command(plan, args, on_cpu, [self._mark] if plan.hosts else [])
+
+    @property
+    def _environment_file(self) -> Path:
+        return self.config.run_dir / "environment.json"
+
+    @property
+    def _mark(self) -> str:
+        """The first option of all ranks on other hosts, by which they can be found there."""
+        return file_option(self._environment_file)
+
+    def _environment(self) -> dict[str, str]:
+        """Return the environment of the program that starts the ranks."""
+        environment, plan = dict(os.environ), self.plan
+        if plan.hosts:
+            return on_hosts(environment)
+        if plan.port and plan.launcher in ("mpi", "slurm"):
+            environment["MASTER_PORT"] = str(plan.port)
+        if plan.launcher in ("torchrun", "deepspeed") and plan.nodes == 1:
+            # torchrun's default is one thread per rank.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.procs)))
+        return environment
+
+    def _largest(self, answering: list[str]) -> Plan | None:
+        """Return the plan for a restart on hosts that answer: on all, or with --restarts-shrink on as many as work."""
+        hosts = [host for host in self.plan.hosts if host in answering]
+        least = 1 if self.options.restarts_shrink else len(self.plan.hosts)
+        sizes = range(len(hosts), least - 1, -1)
+        smaller = (replace(self.plan, procs=n * self.plan.per_node, hosts=tuple(hosts[:n])) for n in sizes)
+        return next((plan for plan in smaller if is_valid(plan, self.config, self.machine)), None)
+
+    def _with_hostfile(self, plan: Plan) -> Plan:
+        if plan.hosts == self.plan.hosts:
+            return plan
+        path = self.config.run_dir / "hostfile"
+        path.write_text("".join(f"{host} slots={plan.per_node}\n" for host in plan.hosts), encoding="utf-8")
+        return replace(plan, hostfile=path)
 
 
 def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env: "os._Environ[str] | dict") -> Plan:
@@ -151,9 +221,9 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         if options.nproc_per_node != "auto":
             raise ConfigError(f"--launcher none starts one process, not {procs}; use --launcher torchrun.")
         procs = here = 1
-    if procs == 1 and launcher in ("torchrun", "deepspeed"):
+    if procs == 1 and launcher in ("torchrun", "deepspeed") and not hosts:
         launcher = "none"
-    return Plan(launcher, procs, here, options.hostfile, per_rank=per_rank)
+    return Plan(launcher, procs, here, options.hostfile, tuple(hosts), options.master_port, per_rank=per_rank)
 
 
 def _requested_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: str) -> int:
@@ -189,13 +259,7 @@ def replan(
         smaller = [replace(plan, procs=n, per_node=n) for n in range(most, 0, -1)]
     else:
         smaller = [plan]
-    for one in smaller:
-        try:
-            plan_topology(config, machine, RankInfo(0, 0, one.procs, one.per_node))
-        except ConfigError:
-            continue
-        return one
-    return plan
+    return next((one for one in smaller if is_valid(one, config, machine)), plan)
 
 
 def _gpus_now() -> int:
@@ -204,19 +268,25 @@ def _gpus_now() -> int:
     return int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout)
 
 
-def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
-    """Return the command line that starts the ranks of `smolds train`."""
-    train = ["-m", "smolds_dist", "train", *train_args]
+def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[str]) -> list[str]:
+    """Return the command line that starts the ranks of `smolds train`.
+
+    Args:
+        first: an option that precedes `train_args`.
+    """
+    train = ["-m", "smolds_dist", "train", *first, *train_args]
     procs = str(plan.procs)
     if plan.launcher == "none":
         return [sys.executable, *train]
     if plan.launcher == "torchrun":
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", procs]
+        at = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{plan.port}"] if plan.port else ["--standalone"]
+        start = ["-m", "torch.distributed.run", *at, "--nproc-per-node", procs]
         return [sys.executable, *start, *train]
     if plan.launcher == "mpi":
         start = ["mpirun", "-n", procs, "--bind-to", "none"]
         if plan.hostfile:
             start += ["--hostfile", str(plan.hostfile), "--map-by", f"ppr:{plan.per_node}:node"]
+            start += ["-x", "PYTHONPATH"] if "PYTHONPATH" in os.environ else []
         elif on_cpu:
             start += ["--oversubscribe"]
         if os.geteuid() == 0:
@@ -226,9 +296,10 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
         layout = ["--nodes", str(plan.nodes), "--ntasks", procs, "--ntasks-per-node", str(plan.per_node)]
         layout += ["--exclude", ",".join(plan.excluded)] if plan.excluded else []
         return ["srun", *layout, *plan.per_rank, "--kill-on-bad-exit=1", sys.executable, *train]
-    start = ["-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), "--no_local_rank"]
+    start = ["-m", "deepspeed.launcher.runner", "--master_port", str(plan.port or _free_port()), "--no_local_rank"]
     if plan.hostfile:
-        start += ["--hostfile", str(plan.hostfile), "--launcher", "pdsh"]
+        # --force_multi: a single host need not be this one
+        start += ["--hostfile", str(plan.hostfile), "--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
         # pdsh passes the line to a shell on every host, which would interpret special characters in the arguments.
         if any(re.search(r"[^\w@%+=:,./-]", argument) for argument in train_args):
             train_args = [f"{ENCODED}{base64.urlsafe_b64encode(json.dumps(train_args).encode()).decode()}"]
@@ -236,25 +307,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool) -> list[str]:
         start += ["--num_gpus", procs, "--log_level", "critical"]
         if shutil.which("numactl"):
             start += ["--bind_cores_to_rank"]  # without numactl, the ranks divide the cores themselves
-    return [sys.executable, *start, "--module", "smolds_dist", "train", *train_args]
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Read the slots per host from a DeepSpeed or Open MPI hostfile (lines `host slots=N`)."""
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(read_text(path, "write a line `host slots=N` for each host").splitlines(), 1):
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        match = re.fullmatch(r"([\w.@:-]+)\s+slots=(\d+)", line)
-        if not match or int(match.group(2)) < 1:
-            raise ConfigError(f"{path}, line {number} is {line!r}; write it as `host slots=N`.")
-        if match.group(1) in hosts:
-            raise ConfigError(f"{path}, line {number} names {match.group(1)} again; name each host once.")
-        hosts[match.group(1)] = int(match.group(2))
-    if not hosts:
-        raise ConfigError(f"{path} lists no host; write a line `host slots=N` for each.")
-    return hosts
+    return [sys.executable, *start, "--module", "smolds_dist", "train", *first, *train_args]
 
 
 def _check_programs(plan: Plan) -> None:
@@ -266,65 +319,6 @@ def _check_programs(plan: Plan) -> None:
     program, fix = needed.get(plan.launcher, ("", ""))
     if program and not shutil.which(program):
         raise ConfigError(f"--launcher {plan.launcher} needs {program}, which is not installed; {fix}.")
-
-
-def _run_single(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Run one process, forwarding signals; return its exit code and, if it failed, the cause."""
-    process = subprocess.Popen(command, env=environment)
-
-    def forward_signal(number: int, _frame: object) -> None:
-        if number != signal.SIGINT:  # a terminal sends it to both
-            process.send_signal(number)
-
-    with handled_by(forward_signal):
-        code = process.wait()
-    if code >= 0:
-        return code, f"the process ended with exit code {code}"
-    return 128 - code, f"the process was killed by signal {-code}"
-
-
-def run_ranks(command: list[str], environment: dict[str, str], run_dir: Path, remote: bool) -> tuple[int, str]:
-    """Run the launcher, forward signals to the ranks, and print one line if they failed.
-
-    Returns:
-        The exit code and, if they failed, the cause.
-    """
-    began = time.time()
-    ranks = run_dir / "ranks"
-    hidden: list[str] = []
-    asked: list[int] = []
-
-    def forward_signal(process: subprocess.Popen, number: int) -> None:
-        asked.append(number)
-        # torchrun and deepspeed would kill the ranks before they save a checkpoint.
-        if remote or not signal_ranks(ranks, number, began):
-            process.send_signal(number)
-
-    code, message = run_filtered(command, environment, hidden, forward_signal)
-    if code == 0:
-        return 0, ""
-    stopped = exit_code_of_stop(ranks, began)
-    if stopped is not None:
-        return stopped, ""
-    record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
-    noted = ranks / "cause.txt"
-    cause = (
-        noted.read_text(encoding="utf-8", errors="replace").strip()
-        if noted.exists() and noted.stat().st_mtime >= began - 1
-        else ""
-    )
-    kill_ranks(ranks, began)
-    if ranks.is_dir():
-        (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
-    how = f"the ranks ended with exit code {code}" if code > 0 else f"the launcher was killed by signal {-code}"
-    if code != 2 and not message:
-        last_line = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
-        last = f"{how}; last output: {last_line}"
-        print_line(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", sys.stderr)
-    code = code if code > 0 else 128 - code
-    if code in EXIT_CODES.values() and not asked:
-        code = 1  # srun returns the highest code of all ranks, including those it signaled after another failed
-    return code, cause or message.rstrip(".") or how
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -343,10 +337,27 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--launcher", default="auto", choices=LAUNCHERS, help="launcher of the ranks (default: auto)")
     parser.add_argument("--hostfile", type=Path, help="file with a line `host slots=N` per machine")
+    parser.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="environment variable for the hosts of --hostfile, in addition to those of docs/launching.md; repeatable",
+    )
+    parser.add_argument("--master-port", type=int, metavar="N", help="port of the rendezvous (default: a free one)")
     restarts.add_options(parser)
+    parser.add_argument(
+        "--restarts-grow",
+        action="store_true",
+        help="with --restarts-shrink, save and restart when a missing host of --hostfile answers again",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
     options, train_args = parser.parse_before_training(args)
     restarts.check_options(options)
+    if options.restarts_grow and not (options.restarts_shrink and options.hostfile):
+        raise ConfigError("--restarts-grow needs --restarts-shrink and --hostfile; set them too.")
+    if options.export and not options.hostfile:
+        raise ConfigError("--export is for the hosts of --hostfile; omit it: ranks here have all variables.")
     return options, train_args
 
 

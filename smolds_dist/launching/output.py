@@ -8,9 +8,13 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
+from pathlib import Path
 
-from smolds_dist.launching.signals import handled_by
+from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
+from smolds_dist.launching.hosts import HostWatch
+from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.progress import print_line
 
 # Log lines of torchrun, deepspeed, srun and mpirun; ranks never print these.
@@ -57,6 +61,7 @@ def run_filtered(
     environment: dict[str, str],
     hidden: list[str],
     forward_signal: Callable[[subprocess.Popen, int], None],
+    watch: HostWatch | None = None,
 ) -> tuple[int, str]:
     """Run `command`; return its exit code (-N if signal N ended it) and the text of the last `smolds: ` line.
 
@@ -75,7 +80,7 @@ def run_filtered(
     os.close(writing)
     try:
         with handled_by(lambda number, _frame: forward_signal(process, number)):
-            message = _forward_output(reading, process, hidden)
+            message = _forward_output(reading, process, hidden, watch)
             return process.wait(), message
     finally:
         os.close(reading)
@@ -87,9 +92,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str]) -> str:
+def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str], watch: HostWatch | None) -> str:
     noise, rest = NoiseFilter(), ""
     while True:
+        if watch:
+            watch.tick(process)
         ready, _, _ = select.select([reading], [], [], 0.2)
         if not ready:
             if process.poll() is not None:
@@ -106,6 +113,8 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str]) 
             break
         *lines, rest = re.split(r"(?<=\n)", rest + data.decode(errors="replace"))
         for line in lines:
+            if watch:
+                watch.read(line)
             if noise.is_noise(line.rpartition("\r")[2] if line.startswith("\r") else line):
                 hidden.append(line)
             else:
@@ -113,3 +122,72 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str]) 
     if rest:
         print_line(rest, sys.stderr, end="")
     return noise.last_message
+
+
+def run_single(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run one process, forwarding signals; return its exit code and, if it failed, the cause."""
+    process = subprocess.Popen(command, env=environment)
+
+    def forward_signal(number: int, _frame: object) -> None:
+        if number != signal.SIGINT:  # a terminal sends it to both
+            process.send_signal(number)
+
+    with handled_by(forward_signal):
+        code = process.wait()
+    if code >= 0:
+        return code, f"the process ended with exit code {code}"
+    return 128 - code, f"the process was killed by signal {-code}"
+
+
+def run_ranks(
+    command: list[str], environment: dict[str, str], run_dir: Path, remote: bool, watch: HostWatch | None = None
+) -> tuple[int, str]:
+    """Run the launcher, forward signals to the ranks, and print one line if they failed.
+
+    Args:
+        remote: the launcher forwards signals to the ranks.
+
+    Returns:
+        The exit code and, if they failed, the cause.
+    """
+    began = time.time()
+    ranks = run_dir / "ranks"
+    hidden: list[str] = []
+    asked: list[int] = []
+
+    def forward_signal(process: subprocess.Popen, number: int) -> None:
+        asked.append(number)
+        # torchrun and deepspeed would kill the ranks before they save a checkpoint.
+        if remote or not (signal_ranks(ranks, number, began) or (watch and watch.signal_ranks(number))):
+            process.send_signal(number)
+
+    code, message = run_filtered(command, environment, hidden, forward_signal, watch)
+    if code == 0 and not (watch and watch.unfinished()):
+        return 0, ""
+    stopped = exit_code_of_stop(ranks, began)
+    if stopped is not None:
+        return stopped, ""
+    record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
+    if watch:
+        watch.report()
+        watch.kill_ranks()
+        code = 2 if watch.rejected else code
+    noted = ranks / "cause.txt"
+    cause = (
+        noted.read_text(encoding="utf-8", errors="replace").strip()
+        if noted.exists() and noted.stat().st_mtime >= began - 1
+        else ""
+    )
+    kill_ranks(ranks, began)
+    if ranks.is_dir():
+        (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
+    code = code or 1
+    how = f"the ranks ended with exit code {code}" if code > 0 else f"the launcher was killed by signal {-code}"
+    if code != 2 and not message and not (watch and watch.reported):
+        last_line = next((line.strip() for line in reversed(hidden) if line.strip(" \n=-")), "nothing")
+        last = f"{how}; last output: {last_line}"
+        print_line(f"\nsmolds: {f'{cause}; the other ranks stop.' if cause else last}", sys.stderr)
+    code = code if code > 0 else 128 - code
+    if code in EXIT_CODES.values() and not asked:
+        code = 1  # srun returns the highest code of all ranks, including those it signaled after another failed
+    return code, cause or message.rstrip(".") or how

@@ -29,7 +29,7 @@ MIN_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds of pause, doubled by each start wit
 TRACEBACK_LINES = 30  # of a traceback
 # Messages of `launching.failure`, `launching.hang` and `training.rank_checks`.
 SIGNS = r"was killed(?!.*out of memory)|crashed|did not answer|differs from its replicas|failed: .*CUDA error"
-BLAMED = re.compile(rf"on host (\S+) (?:{SIGNS})")
+BLAMED = re.compile(rf"([^:;(]*\bon host [^:;(]*?) (?:{SIGNS})")  # may name several hosts
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ def run_with_restarts(
         stuck = starts_without_progress(failures)
         if stuck == MAX_STUCK_STARTS:
             for failure in failures[-2:]:
-                _log(f"failure {failure.number}, after step {failure.step}: {failure.cause}")
+                log(f"failure {failure.number}, after step {failure.step}: {failure.cause}")
                 print_line(last_traceback(failure), sys.stderr, end="")
-            _log(f"{MAX_STUCK_STARTS} starts in a row failed after step {failures[-1].step}; no further restart.")
+            log(f"{MAX_STUCK_STARTS} starts in a row failed after step {failures[-1].step}; no further restart.")
             break
         if len(failures) > restarts:
-            _log(f"the limit of {restarts} restarts is reached.")
+            log(f"the limit of {restarts} restarts is reached.")
             break
         if hand_over(failures):
             break
         pause = min(MAX_PAUSE, MIN_PAUSE * 2 ** (stuck - 1))
-        _log(f"restart {len(failures)} of {restarts} in {pause:.0f} s.")
+        log(f"restart {len(failures)} of {restarts} in {pause:.0f} s.")
         if asked := wait(pause):
             return EXIT_CODES[asked]
         code, cause = start(failures)
@@ -136,8 +136,8 @@ def faulty_hosts(failures: list[Failure]) -> list[str]:
     """Return the hosts that caused these failures, the newest last: a process there was killed, crashed, hung or lost its
     GPU. A bug in the program blames no host, because it fails on every one."""
     found = [BLAMED.search(failure.cause) for failure in failures]
-    names = [match.group(1) for match in reversed(found) if match]
-    return list(dict.fromkeys(names))[::-1]
+    names = [re.findall(r"\bon host ([^\s,]+)", match.group(1)) if match else [] for match in found]
+    return list(dict.fromkeys(host for hosts in reversed(names) for host in reversed(hosts)))[::-1]
 
 
 def last_traceback(failure: Failure) -> str:
@@ -175,5 +175,6 @@ def wait(seconds: float) -> signal.Signals | None:
     return signal.Signals(got.si_signo) if got else None
 
 
-def _log(text: str) -> None:
+def log(text: str) -> None:
+    """Print a message of the launcher."""
     print_line(f"smolds: {text}", sys.stderr)

@@ -190,7 +190,7 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
             "started this, install an mpi4py built for its MPI."
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    with socket.create_server(("0.0.0.0", 0)) as server:
+    with _listen(world.rank) as server:
         own = sorted(_interfaces(), key=lambda address: (address.startswith("127."), address))  # loopback last
         addresses, port = world.bcast((own, server.getsockname()[1]) if world.rank == 0 else None)
         reached = set() if world.rank == 0 else {a for a in addresses if _reachable(a, port)}
@@ -213,6 +213,18 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
     local.Free()
     MPI.Finalize()  # torch and DeepSpeed do the rest; mpirun would take an exit without this for a crash
     return answer
+
+
+def _listen(rank: int) -> socket.socket:
+    """Listen at a free port, rank 0 at MASTER_PORT if it is set."""
+    port = os.environ.get("MASTER_PORT", "0") if rank == 0 else "0"
+    try:
+        return socket.create_server(("0.0.0.0", int(port)))
+    except (OSError, OverflowError, ValueError) as error:
+        raise RankError(
+            f"MASTER_PORT={port} cannot be used on host {host_name()} ({first_line(error)}); set it to a free port, or "
+            "unset it."
+        ) from None
 
 
 @contextlib.contextmanager
