@@ -208,7 +208,7 @@ def test_stale_build_locks_stop_no_run(options, tmp_path):
 def test_hostfile_run_on_two_hosts_equals_one_process(options, tmp_path):
     train(load_config([*options, "--run.name=single"]))
     with cluster(tmp_path / "hosts") as hosts:
-        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hosts.hostfile()), "--"]
+        start = [hosts.python(), "-m", "smolds_dist", "launch", "--hostfile", str(hosts.hostfile()), "--"]
         train_options = [*options, "--run.name=pair", '--log.sample_prompts=["$(touch ran)"]', "--parallel.expert=2"]
         finished = run(hosts.command(0, [*start, *train_options]), timeout=180, cwd=tmp_path, **hosts.environment)
         assert finished.returncode == 0, finished.text
@@ -225,7 +225,7 @@ def test_hostfile_run_on_two_hosts_equals_one_process(options, tmp_path):
 def test_rank_killed_on_another_host_ends_the_job_and_is_named(long_run, tmp_path):
     run_dir = tmp_path / "runs" / "killed"
     with cluster(tmp_path / "hosts") as hosts:
-        start = [sys.executable, "-m", "smolds_dist", "launch", "--hostfile", str(hosts.hostfile()), "--"]
+        start = [hosts.python(), "-m", "smolds_dist", "launch", "--hostfile", str(hosts.hostfile()), "--"]
         command = hosts.command(0, [*start, *long_run, "--run.name=killed"])
         process = start_and_wait_for_steps(command, run_dir, cwd=tmp_path)
         entry = json.loads((run_dir / "ranks" / "rank_00001.json").read_text())
