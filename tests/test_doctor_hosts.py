@@ -21,7 +21,7 @@ def check(hosts, folder, *options):
 
 
 def read(report):
-    """Return the hosts' cells by column, their clocks, the links with both numbers, and the findings as (level, host, text)."""
+    """Return the hosts' cells, their clocks, the links with both numbers, and the findings as (level, host, text)."""
     lines = report.stdout.splitlines()
     columns = re.split("  +", lines[0])
     table, rest = lines[1 : lines.index("")], lines[lines.index("") + 1 :]

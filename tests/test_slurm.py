@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -202,6 +203,41 @@ def test_nodes_with_different_cores_train_with_the_ranks_of_the_smallest(small_r
         finished = run([*nodes, *launch, "--nproc-per-node=2", *options], timeout=60, **environment)
         assert finished.returncode == 2, finished.text
         assert "exceed the 1 cores of the allocation's smallest node" in finished.stderr
+
+
+OWN_GPU = """
+import os, sys
+from smolds_dist.config import load_config
+from smolds_dist.parallel.ranks import join_ranks
+from smolds_dist.parallel.topology import Machine, plan_topology
+shown = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+topology = plan_topology(load_config(sys.argv[1:]), Machine(("cuda", "cpu"), len(shown), True), join_ranks())
+print("rank", topology.rank, topology.local_rank, ",".join(shown), topology.torch_device)
+"""
+
+
+@needs_slurm
+def test_each_task_trains_on_the_gpu_that_slurm_shows_it(small_run, tmp_path):
+    """Slurm with devices that it takes for GPUs: by --gpus-per-task each task sees one, otherwise all of its node."""
+    (tmp_path / "rank.py").write_text(OWN_GPU)
+    rank = [warm.python(), str(tmp_path / "rank.py"), *small_run]
+    with slurm_cluster.slurm_cluster(tmp_path / "slurm", gpus=True) as environment:
+        environment |= {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+        def ranks_of(*command: str) -> Finished:
+            finished = run([*command], timeout=60, **environment)
+            return replace(finished, stdout="".join(sorted(re.findall("rank .*\n", finished.stdout))))
+
+        allocate = ["salloc", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1"]
+        launch = [warm.python(), "-m", "smolds_dist", "launch", "--dry-run", "--", *small_run, "--parallel.device=cpu"]
+        shown = run([*allocate, *launch], timeout=60, **environment)
+        srun = shlex.split(re.search("^srun .*", shown.stdout, re.MULTILINE)[0])
+        own = ranks_of(*allocate, *srun[: srun.index("--kill-on-bad-exit=1")], *rank)
+        assert own.stdout == "rank 0 0 0 cuda:0\nrank 1 1 1 cuda:0\nrank 2 0 0 cuda:0\nrank 3 1 1 cuda:0\n", own.text
+        node = ranks_of("srun", "--nodes=1", "--ntasks=2", "--gpus-per-node=2", *rank)
+        assert node.stdout == "rank 0 0 0,1 cuda:0\nrank 1 1 0,1 cuda:1\n", node.text
+        one = ranks_of("srun", "--nodes=1", "--ntasks=2", "--gpus-per-node=1", *rank)
+        assert "local rank 1 has no GPU, because this node has 1; start fewer ranks." in one.stderr
 
 
 @needs_slurm

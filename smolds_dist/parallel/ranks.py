@@ -34,6 +34,7 @@ class RankInfo:
     world_size: int = 1
     local_world_size: int | None = None  # ranks on this node; None: all
     size_from: str = "WORLD_SIZE"  # the variable with the world size
+    gpus_on_node: int = 0  # that Slurm gave the ranks of this node, of which each rank may see only its own
 
     @property
     def ranks_per_node(self) -> int:
@@ -92,7 +93,8 @@ def join_ranks(timeout: float = 0.0) -> RankInfo:
         os.environ |= _ranks_of_mpi(size, timeout)
     elif size in SLURM_VARIABLES:
         os.environ |= _ranks_of_slurm()
-    return replace(rank_from_environment(), size_from=size)
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if size in SLURM_VARIABLES else 0
+    return replace(rank_from_environment(), size_from=size, gpus_on_node=gpus)
 
 
 ALONE_FIX = f"start ranks with `smolds launch`, or {single_process_hint(RankInfo())}"

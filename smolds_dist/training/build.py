@@ -250,7 +250,7 @@ def unlogged_failures(run_dir: Path) -> list[dict]:
 def environment(job: Job, num_parameters: int, peak: float) -> dict:
     """Return the run's environment as plain values."""
     topology = job.topology
-    device = torch.cuda.get_device_name(topology.local_rank) if topology.device == "cuda" else platform.machine()
+    device = torch.cuda.get_device_name(topology.torch_device) if topology.device == "cuda" else platform.machine()
     return {
         "topology": str(topology),
         "world_size": topology.world_size,
