@@ -60,6 +60,8 @@ class Host:
     def __exit__(self, *_exception: object) -> None:
         self.process.kill()
         self.process.wait()
+        with contextlib.suppress(OSError):  # a request that was never read
+            self.process.stdin.close()  # type: ignore[union-attr]
         self.errors.close()
 
     def _read(self) -> None:
@@ -119,7 +121,7 @@ def report_hosts(hostfile: Path, device: str, folder: Path, port: int | None) ->
         closed = _connections(hosts, port)
         links = _links(hosts, closed["random"])
     lost = [Finding("fail", host.name, host.problem, _advice(host)) for host in hosts if host.problem]
-    yield from _table([HEADER, *(_row(host, hosts, findings) for host in hosts)])
+    yield from _table([HEADER, *(_row(host, hosts) for host in hosts)])
     if links:
         yield ""
         yield from _link_table(links)
@@ -129,7 +131,7 @@ def report_hosts(hostfile: Path, device: str, folder: Path, port: int | None) ->
 
 
 def _advice(host: Host) -> str:
-    if host.facts:
+    if host.facts or host.process.returncode < 0:  # killed at its limit
         return "check this host and its network, then run this again"
     if host.process.returncode == 255:
         return f"start the host, allow `ssh {host.name}` without a password, or remove it from the hostfile"
@@ -159,6 +161,8 @@ def _facts(hosts: list[Host], device: str) -> Iterator[Finding]:
             text = f"devices are {host.devices}, but {alive[0].devices} on {alive[0].name}"
             yield Finding("fail", host.name, text, "use hosts with the same devices, or --device cpu")
         gpus = len(host.torch["gpus"]) if device != "cpu" else 0
+        if device == "cuda" and not gpus:
+            yield Finding("fail", host.name, "torch cannot use a GPU", "run `smolds doctor` there, or use --device cpu")
         for number, gpu in enumerate(host.torch["gpus"] if gpus else []):
             if gpu["error"]:
                 yield Finding("fail", host.name, f"GPU {number}: {gpu['error']}", "restart the host or replace the GPU")
@@ -252,7 +256,8 @@ def _links(hosts: list[Host], closed: dict[Pair, str]) -> dict[Pair, tuple[float
     seconds = min(0.5, LINKS_SECONDS / max(1, len(alive)))
     links: dict[Pair, tuple[float, float]] = {}
     for pairs in rounds(alive):
-        partner = {a: b for pair in pairs for a, b in (pair, pair[::-1]) if (a, b) not in closed}
+        both = [pair for pair in pairs if not any(host.problem for host in pair)]
+        partner = {a: b for pair in both for a, b in (pair, pair[::-1]) if (a, b) not in closed}
 
         def request(host: Host, partner: dict[Host, Host] = partner) -> list:
             other = partner[host]
@@ -278,7 +283,7 @@ def _slow_links(links: dict[Pair, tuple[float, float]]) -> Iterator[Finding]:
 HEADER = "host ssh slots smolds python torch deepspeed devices cores memory clock shared".split()
 
 
-def _row(host: Host, hosts: list[Host], findings: list[Finding]) -> list[str]:
+def _row(host: Host, hosts: list[Host]) -> list[str]:
     """Return a host's cells; what differs from the first host that answers has a star."""
     if not host.facts:
         return [host.name, host.problem]
