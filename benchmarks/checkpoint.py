@@ -65,7 +65,7 @@ def measure(preset: str, repeats: int, folder: Path) -> dict:
     options = ["--parallel.engine=deepspeed", "--parallel.zero=1", "--train.global_batch=1", "--train.dtype=auto"]
     config = load_config(["--preset", preset, *options, f"--run.dir={folder}", "--checkpoint.keep_best=false"])
     topology = plan_topology(config, detect_machine(), RankInfo())
-    start_process_group(topology, RankInfo())
+    start_process_group(topology)
     settings = config.model.architecture() | {"vocab_size": config.model.vocab_size or 49_152}
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 
+from smolds_dist.activity import LONG, doing
 from smolds_dist.errors import ConfigError, RankError, RankFailedError
 from smolds_dist.files import file_message
 
@@ -133,7 +134,8 @@ def train_rank(args: list[str]) -> int:
     """Train in this process, alone or as a rank of a job (`smolds train`); return the exit code."""
     from smolds_dist.launching.environment import read_environment
 
-    args = read_environment(args)  # before imports that read the environment
+    own = read_environment(args)  # before imports that read the environment
+    on_hosts, args = own != args, own  # `smolds launch --hostfile` reads the ranks' reports, also a single one's
     from smolds_dist.config import load_config
     from smolds_dist.parallel.ranks import join_ranks, share_cores
 
@@ -142,19 +144,30 @@ def train_rank(args: list[str]) -> int:
     config = load_config(args, prog="smolds train")  # before the slow imports, so that an error is printed immediately
     info = join_ranks(config.parallel.timeout)
     share_cores(info)
+    report = None
+    if info.world_size > 1 or on_hosts:
+        from smolds_dist.launching.failure import RankReport
+
+        report = RankReport(config.run_dir, info, config.parallel)
 
     # Imported objects are almost all permanent: collecting garbage among them is a quarter of a run's start.
     gc.disable()
-    import transformers
+    try:
+        with doing("importing packages", LONG):
+            import transformers
 
-    from smolds_dist.parallel.process_group import end_rank
-    from smolds_dist.training.trainer import train
-
+            from smolds_dist.parallel.process_group import end_rank
+            from smolds_dist.training.trainer import train
+    except ImportError as error:
+        if report is None:
+            raise
+        report.fail(error)
+        return 1
     gc.freeze()
     gc.enable()
     transformers.logging.disable_progress_bar()
     try:
-        code = train(config, info)
+        code = train(config, info, report)
     except RankFailedError:
         code = 1
     if info.world_size > 1:

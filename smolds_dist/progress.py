@@ -12,10 +12,12 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from smolds_dist.activity import beat
+
 FIRST_LOG = 5.0  # seconds of waiting before training logs the reason
 LOG_EVERY = 15.0
 NEW_WAIT = 2.0  # seconds without an update after which a new wait begins
-HEARTBEAT_EVERY = 0.5  # seconds between heartbeats
+UPDATE_EVERY = 0.5  # seconds between updates while waiting
 
 
 def duration(seconds: float) -> str:
@@ -98,8 +100,8 @@ class SourceProgress:
 
 
 class Reporter:
-    """Receives updates while text is tokenized or waited for: shows progress, sends heartbeats to the other ranks, and
-    raises an exception to end the work.
+    """Receives updates while text is tokenized or waited for: shows progress, records it for the job's watchdog, and raises
+    an exception to end the work.
 
     Before training it draws a bar for each source; after `begin_training` it logs what the run waits for.
 
@@ -108,7 +110,7 @@ class Reporter:
     """
 
     def __init__(self, shown: bool = False):
-        self.heartbeat: Callable[[], None] = lambda: None
+        self.on_update: Callable[[], None] = beat
         self._log: Callable[[str], None] | None = None
         self._shown, self._stopped = shown, False
         self._bars: dict[str, ProgressBar] = {}
@@ -128,7 +130,7 @@ class Reporter:
             StoppedWaitingError: after `stop`.
         """
         self._last = done
-        self._heartbeat()
+        self._on_update()
         if self._log is not None:
             self._log_wait(done, self._log)
             return
@@ -136,10 +138,10 @@ class Reporter:
             self._bars[done.name] = ProgressBar(f"Tokenizing {done.label}: token", shown=self._shown)
         self._bars[done.name].show(done.tokens)
 
-    def _heartbeat(self) -> None:
+    def _on_update(self) -> None:
         if self._stopped:
             raise StoppedWaitingError
-        self.heartbeat()
+        self.on_update()
 
     def _log_wait(self, done: SourceProgress, log: Callable[[str], None]) -> None:
         now = time.monotonic()
@@ -161,8 +163,8 @@ class Reporter:
             if self._last is not None:
                 self.update(self._last)
             else:
-                self._heartbeat()
-            time.sleep(min(left, HEARTBEAT_EVERY))
+                self._on_update()
+            time.sleep(min(left, UPDATE_EVERY))
 
     def close_bars(self) -> None:
         """Close all bars and draw no more."""
@@ -170,13 +172,9 @@ class Reporter:
         for bar in self._bars.values():
             bar.close()
 
-    def begin_training(self, log: Callable[[str], None], heartbeat: Callable[[], None]) -> None:
-        """Log what the run waits for from now on.
-
-        Args:
-            heartbeat: sends the other ranks a heartbeat.
-        """
-        self._log, self.heartbeat, self._stopped = log, heartbeat, False
+    def begin_training(self, log: Callable[[str], None]) -> None:
+        """Log what the run waits for from now on."""
+        self._log, self._stopped = log, False
 
     def stop(self) -> None:
         """End the work or wait that calls `update`."""

@@ -300,7 +300,7 @@ class Parallel:
     grace: float = 10.0
     """Seconds after a rank's death until the other ranks exit."""
     timeout: float = 600.0
-    """Seconds without a forward pass after which the ranks count as hung; 0 = no limit."""
+    """Seconds without progress on any rank after which the job counts as hung; 0 = no limit."""
     compare_every: int = 100
     """Steps between comparisons of the ranks' compute time, which report stragglers; 0 = off."""
     check_every: int = 1000

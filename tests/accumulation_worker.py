@@ -19,7 +19,7 @@ def main() -> None:
     info = rank_from_environment()
     config = load_config([*BASE, "--train.global_batch=12", "--train.dtype=bf16", "--train.grad_clip=0", *sys.argv[1:]])
     topology = plan_topology(config, detect_machine(), info)
-    start_process_group(topology, info)
+    start_process_group(topology)
     config.model.vocab_size = VOCAB
     engine = new_engine(DeepSeekV3Config(**config.model.architecture()), config, topology, None)
     first, second = (Shards().batch(range(2 * info.rank + start, 2 * info.rank + start + 2)) for start in (0, 8))

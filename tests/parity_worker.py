@@ -85,7 +85,7 @@ def train_case(
     info = rank_from_environment()
     topology = plan_topology(config, detect_machine(), info)
     if not torch.distributed.is_initialized():
-        start_process_group(topology, info)
+        start_process_group(topology)
     settings = config.model.architecture() | router_losses(config.train)
     model_config = DeepSeekV3Config(**(settings | {"vocab_size": VOCAB, "initializer_range": 0.2}))
     with torch.device("meta"):

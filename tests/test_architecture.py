@@ -29,6 +29,7 @@ LAYERS = (
     ("rows",),
     ("inputs",),
     ("architecture", "errors", "files", "progress"),
+    ("activity",),
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 

@@ -12,7 +12,7 @@ from ranks import EXTRAS, ROOT, smolds
 from smolds_dist.bench.contenders import Gate, Task
 from smolds_dist.bench.train import bench, run_trial, variants_of
 from smolds_dist.errors import ConfigError
-from smolds_dist.training.compiling import has_compiler
+from smolds_dist.parallel.topology import has_compiler
 
 needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="Inductor needs a C++ compiler")
 SMALL = (

@@ -11,12 +11,13 @@ from test_model import GQA, GQA_FAMILY, LATENT_FAMILY, build, tokens
 
 from smolds_dist.config import load_config
 from smolds_dist.model import enable_activation_checkpointing
+from smolds_dist.parallel.topology import has_compiler
 from smolds_dist.training import build as training_build
 from smolds_dist.training import compiling
 from smolds_dist.training.compiling import separate_caches, should_compile, try_to_compile, undo_compile
 from smolds_dist.training.trainer import train
 
-needs_compiler = pytest.mark.skipif(not compiling.has_compiler("cpu"), reason="Inductor needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="Inductor needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -159,20 +160,18 @@ def test_failed_compile_is_one_line(small_run, tmp_path):
     assert len(rows_without_timing(tmp_path / "runs" / "one")) >= 6
 
 
-def test_auto_compiles_long_runs_if_a_compiler_is_installed(monkeypatch):
-    assert should_compile(True, "cpu", 0) and not should_compile(False, "cpu", 1e9)
-    monkeypatch.setattr(compiling, "has_compiler", lambda device: True)
-    assert should_compile("auto", "cpu", 3600) and not should_compile("auto", "cpu", 60)
-    assert should_compile("auto", "cuda", 300) and not should_compile("auto", "mps", 1e9)
-    monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
-    assert not should_compile("auto", "cpu", 3600)
+def test_auto_compiles_long_runs_if_a_compiler_is_installed():
+    assert should_compile(True, "cpu", 0, False) and not should_compile(False, "cpu", 1e9, True)
+    assert should_compile("auto", "cpu", 3600, True) and not should_compile("auto", "cpu", 60, True)
+    assert should_compile("auto", "cuda", 300, True) and not should_compile("auto", "mps", 1e9, True)
+    assert not should_compile("auto", "cpu", 3600, False)
 
 
 def test_compiler_is_looked_up_like_inductor_does(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert not compiling.has_compiler("cpu")
+    assert not has_compiler("cpu")
     (tmp_path / "mine").write_text("#!/bin/sh\n")
     os.chmod(tmp_path / "mine", 0o755)
     monkeypatch.setenv("CXX", "mine")
-    assert compiling.has_compiler("cpu")
+    assert has_compiler("cpu")

@@ -22,7 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, device, enable_activation_checkpointing
 from smolds_dist.model.moe import balance_loss
-from smolds_dist.training.compiling import has_compiler
+from smolds_dist.parallel.topology import has_compiler
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
 # Two layers compile faster and have all features.

@@ -22,8 +22,8 @@ from smolds_dist.checkpoint.files import checkpoints_in, find_damage
 from smolds_dist.checkpoint.writer import CheckpointWriter, PeerError
 from smolds_dist.config import load_config
 from smolds_dist.data.text import digest, is_validation
-from smolds_dist.errors import TrainingStoppedError
-from smolds_dist.launching.failure import RankReport, exit_code_of_stop, record_dead_rank
+from smolds_dist.errors import ConfigError, TrainingStoppedError
+from smolds_dist.launching.failure import RankReport, exit_code_of_stop, read_cause, record_dead_rank
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
@@ -99,7 +99,7 @@ print((Path(sys.argv[1]) / "ranks" / "cause.txt").exists())
 
 def test_rank_stays_silent_if_a_lost_peer_reported_a_mistake(tmp_path):
     reports = [RankReport(tmp_path, RankInfo(rank=rank), Parallel()) for rank in (0, 1)]
-    reports[0].end("refused", 2)
+    reports[0].refuse(ConfigError("a mistake."))
     reports[1].fail(RuntimeError("Connection closed by peer [127.0.0.1]:4496"))
     assert exit_code_of_stop(tmp_path / "ranks", 0.0) == 2
     assert not (tmp_path / "ranks" / "cause.txt").exists()
@@ -146,8 +146,26 @@ bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL
     assert other.returncode == -signal.SIGKILL
     assert record_dead_rank(tmp_path / "a" / "ranks") and record_dead_rank(tmp_path / "b" / "ranks")
     word = "was killed by signal 9"
-    assert (tmp_path / "a" / "ranks" / "cause.txt").read_text().endswith(f"{word}: the machine is out of memory\n")
-    assert (tmp_path / "b" / "ranks" / "cause.txt").read_text().endswith(f"{word}\n")
+    why = "its control group, which is limited to 0.2 GB, is out of memory"
+    assert read_cause(tmp_path / "a" / "ranks").endswith(f"{word}: {why}")
+    assert read_cause(tmp_path / "b" / "ranks").endswith(word)
+
+
+def test_out_of_memory_is_reported_for_ranks_that_have_not_started(memory_group, tmp_path):
+    script = """
+import os, sys
+from pathlib import Path
+from smolds_dist.launching.output import run_ranks, run_single
+Path(sys.argv[2] + "/cgroup.procs").write_text(str(os.getpid()))
+rank = [sys.executable, "-c", "bytearray(1_000_000_000)"]
+print(run_ranks(rank, dict(os.environ), Path(sys.argv[1]), False), run_single(rank, dict(os.environ)))
+"""
+    finished = run([sys.executable, "-c", script, str(tmp_path), str(memory_group)], timeout=60)
+    why = "its control group, which is limited to 0.2 GB, is out of memory"
+    assert finished.stdout == (
+        f"(137, 'a rank was killed before it had started: {why}') (137, 'the process was killed by signal 9: {why}')\n"
+    )
+    assert finished.stderr.count(f": {why}") == 2
 
 
 def test_second_signal_exits_immediately(small_run, tmp_path):

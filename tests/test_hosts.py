@@ -19,6 +19,7 @@ import warm
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching import hosts
 from smolds_dist.launching.environment import environment_file, file_option, on_hosts, passed_on
+from smolds_dist.launching.failure import read_cause
 from smolds_dist.launching.hosts import HostWatch, check_hosts, kill_command, wait_for_hosts
 from smolds_dist.launching.launcher import launch
 from smolds_dist.launching.output import run_ranks
@@ -143,7 +144,15 @@ def test_stop_signal_ends_the_wait_for_hosts(ssh, number, code):
 
 def write_entry(folder: Path, rank: int, host: str, **changes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    entry = {"rank": rank, "host": host, "pid": 1, "system": "s", "started": 1.0, "state": "running"} | changes
+    entry = {
+        "rank": rank,
+        "host": host,
+        "pid": 1,
+        "system": "s",
+        "started": 1.0,
+        "state": "running",
+        "job": "j",
+    } | changes
     (folder / f"rank_{rank:05}.json").write_text(json.dumps(entry))
 
 
@@ -167,7 +176,7 @@ def test_host_whose_ssh_ended_is_named_and_blamed(tmp_path):
     )
     assert watch.started()
     watch.report()
-    assert (tmp_path / "cause.txt").read_text() == found + "\n"
+    assert read_cause(tmp_path) == found
     assert faulty_hosts([Failure(1, 0.0, 1, 1, found, "")]) == ["bee"]
 
 

@@ -16,6 +16,7 @@ from ranks import Finished, run, smolds
 from smolds_dist.errors import ConfigError, RankError
 from smolds_dist.parallel.ranks import RankInfo, join_ranks
 from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
+from smolds_dist.progress import StoppedWaitingError
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def come(ranks: list[int], world: int, timeout: float = 1.0) -> dict[int, object
 
 
 def test_complete_rendezvous_prints_nothing(free_port, capsys):
-    stores = come([2, 0, 1, 3], 4, timeout=30)
-    stores[1].set("from 1", "here")
-    assert stores[3].get("from 1") == b"here"
+    ranks = come([2, 0, 1, 3], 4, timeout=30)
+    ranks[1].store.set("from 1", "here")
+    assert ranks[3].store.get("from 1") == b"here"
     assert capsys.readouterr().err == ""
 
 
@@ -76,7 +77,8 @@ def test_port_in_use_is_an_error(free_port):
 
 def test_wait_ends_on_request(free_port):
     begun = time.monotonic()
-    assert rendezvous(RankInfo(0, 0, 2), WaitPolicy(should_stop=lambda: time.monotonic() > begun + 0.5)) is None
+    with pytest.raises(StoppedWaitingError):
+        rendezvous(RankInfo(0, 0, 2), WaitPolicy(should_stop=lambda: time.monotonic() > begun + 0.5))
     assert time.monotonic() < begun + 5
 
 

@@ -143,7 +143,7 @@ def smolds_engine(task: Task) -> tuple[Any, Any, Any]:
         f"--train.dtype={task.dtype}", f"--parallel.device={task.device.partition(':')[0]}",
     )  # fmt: skip
     topology = plan_topology(config, detect_machine(), info)
-    start_process_group(topology, info)
+    start_process_group(topology)
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(task.model_config())
     engine = make_engine(model, config, topology)
@@ -301,7 +301,7 @@ def deepspeed_moe(task: Task, gate: Gate) -> None:
 
     info = rank_from_environment()
     config = load_config(["--preset", task.preset, "--parallel.engine=deepspeed", "--train.global_batch=1"])
-    start_process_group(plan_topology(config, detect_machine(), info), info)
+    start_process_group(plan_topology(config, detect_machine(), info))
 
     class Mixture(nn.Module):
         def __init__(self, m: Any):

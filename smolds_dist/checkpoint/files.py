@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from smolds_dist.activity import LONG, beat, doing
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import JSON_BYTES, Count, Positive, convert, parse_json, printable, read_bytes
 from smolds_dist.parallel.fragments import Fragment
@@ -40,6 +41,7 @@ _READ = (("train", "global_batch"), ("train", "steps"), ("data", "tokenizer"), (
 FORMAT = 1  # increase when the layout or the meaning of a file changes
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
+HASH_BYTES = 2**20  # read at once
 FILE_BYTES = 1_000_000_000  # of a converted checkpoint; also the memory that converting takes
 RANDOM = "random."  # prefix of random states, which belong to a rank and not to the model
 _FILE_NAME = re.compile(r"\w[\w.-]*\.safetensors")
@@ -129,9 +131,10 @@ def checkpoints_in(root: Path) -> list[Path]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write CPU tensors; return the file's manifest entry, computed from what can be read back."""
-    save_file({name: tensor.numpy() for name, tensor in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors makes files readable only by their owner
-    _flush(path)
+    with doing("writing a checkpoint", LONG):
+        save_file({name: tensor.numpy() for name, tensor in tensors.items()}, path)
+        path.chmod(0o644)  # safetensors makes files readable only by their owner
+        _flush(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -206,8 +209,12 @@ def _flush(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file, doing("verifying a checkpoint"):
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+            beat()
+    return digest.hexdigest()
 
 
 # Verifying
@@ -346,6 +353,7 @@ class CheckpointReader:
         done, end = start, start + len(out)
         at = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
         for piece in pieces[at:]:
+            beat()
             first, last = max(done, piece.start), min(end, piece.start + piece.length)
             if first > done or done >= end:
                 break

@@ -6,14 +6,12 @@ thread waits for all files, adds the manifest and renames the folder. All ranks 
 
 import contextlib
 import json
-import platform
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,8 @@ from smolds_dist.inputs import convert, read_json
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.parallel.versions import package_versions
 from smolds_dist.settings import RunConfig
-
-PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
 
 
 @dataclass
@@ -231,15 +228,6 @@ def new_manifest(
         tensors={name: list(shape) for name, shape in tensors.items()},
         **extra,
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _reason(error: Exception) -> str:

@@ -180,7 +180,7 @@ def run_worker(args: WorkerArgs) -> None:
     use_all_cores()
     config = load_config(["--config", args.config, "-q"])
     reporter = Reporter()
-    reporter.heartbeat = lambda: exit_if_orphaned(args.parent)
+    reporter.on_update = lambda: exit_if_orphaned(args.parent)
     data = find_data(config, Path(args.tokenizer), args.limits, reporter)
     failed = set[tuple[str, int]]()
     samples = config.train.steps * config.train.global_batch

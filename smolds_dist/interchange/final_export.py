@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from smolds_dist.activity import beat
 from smolds_dist.checkpoint.files import batch_by_bytes
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.files import replaced
@@ -93,6 +94,7 @@ def write_weights(
                 for name in wanted[topology.rank]:
                     tensor = biases[name].cpu() if name in biases else next(found)
                     out.write(tensor.view(torch.uint8).numpy().data)
+                    beat()
     engine.barrier()
     if topology.rank == 0:
         for old in folder.glob("model*.safetensors*"):

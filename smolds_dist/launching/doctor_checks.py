@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.doctor_probes import Probe, hub_endpoint, measure_all_to_all
+from smolds_dist.parallel.control_groups import control_groups
 
 GB = 1e9
 # The options that `smolds launch --launcher mpi` uses on a CPU

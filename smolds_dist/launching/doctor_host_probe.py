@@ -6,10 +6,8 @@ each answer after `ANSWER`. It ends with its standard input, which is an ssh con
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import platform
 import secrets
 import signal
 import socket
@@ -23,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.launching.doctor_checks import memory_size, usable_cores, version_of
+from smolds_dist.launching.doctor_checks import memory_size, usable_cores
 from smolds_dist.launching.doctor_probes import ANSWER, PROBE_LIMITS, Probe, probe_args
+from smolds_dist.parallel.versions import package_versions, source_digest
 
 LIFETIME = 120  # seconds without a request
 CONNECT_SECONDS, LINK_SECONDS = 3.0, 10.0  # limits of connecting, and of each read and write of a measurement
@@ -33,25 +32,12 @@ PINGS = 50
 
 def facts() -> dict[str, Any]:
     """Return this host's versions, cores, memory (bytes) and the address at which ssh reached it."""
-    package = version_of("smolds-dist") or "not installed"
     return {
         "address": os.environ["SSH_CONNECTION"].split()[2],
-        "versions": {
-            "smolds": f"{package} {_source_digest()}",
-            "python": platform.python_version(),
-            **{name: version_of(name) or "missing" for name in ("torch", "deepspeed")},
-        },
+        "versions": package_versions() | {"source of smolds": source_digest()},
         "cores": usable_cores(),
         "memory": (memory_size() or (0, 0))[0],
     }
-
-
-def _source_digest() -> str:
-    """Return four letters that differ for another source of smolds with the same version."""
-    folder, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:4]
 
 
 def compare_folder(folder: str, name: str, content: str) -> str:

@@ -153,9 +153,10 @@ def _facts(hosts: list[Host], device: str) -> Iterator[Finding]:
             yield Finding("fail", host.name, f"torch import: {error}", "see `python -c 'import torch'` there")
     alive = [host for host in hosts if not host.problem]
     for host in alive:
-        for name, value in host.facts["versions"].items():
-            if value != (first := alive[0].facts["versions"][name]):
-                text = f"{name} is {value}, but {first} on {alive[0].name}"
+        own, first = host.facts["versions"], alive[0].facts["versions"]
+        for name in sorted(own | first):
+            if own.get(name) != first.get(name):
+                text = f"{name} is {own.get(name, 'missing')}, but {first.get(name, 'missing')} on {alive[0].name}"
                 yield Finding("fail", host.name, text, "install the same version on all hosts")
         if device != "cpu" and host.devices != alive[0].devices:
             text = f"devices are {host.devices}, but {alive[0].devices} on {alive[0].name}"
@@ -280,7 +281,7 @@ def _slow_links(links: dict[Pair, tuple[float, float]]) -> Iterator[Finding]:
 
 # Tables
 
-HEADER = "host ssh slots smolds python torch deepspeed devices cores memory clock shared".split()
+HEADER = "host ssh slots smolds source python torch deepspeed devices cores memory clock shared".split()
 
 
 def _row(host: Host, hosts: list[Host]) -> list[str]:
@@ -291,7 +292,9 @@ def _row(host: Host, hosts: list[Host]) -> list[str]:
     versions, others = host.facts["versions"], first.facts["versions"]
     shared = {True: "yes", False: "no*", None: "?"}[host.facts.get("shared")]
     row = [host.name, "lost" if host.problem else "ok", str(host.slots)]
-    row += [value + "*" * (value != others[name]) for name, value in versions.items()]
+    for name in ("smolds-dist", "source of smolds", "python", "torch", "deepspeed"):
+        value = versions.get(name, "missing")
+        row.append(value[:12] + "*" * (value != others.get(name, "missing")))
     row += [host.devices + "*" * (host.devices != first.devices), f"{host.facts['cores']:g}"]
     return [*row, f"{host.facts['memory'] / GB:.1f} GB", f"{round(host.clock, 1) + 0.0:+.1f} s", shared]
 

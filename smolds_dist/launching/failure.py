@@ -2,13 +2,25 @@
 
 Every rank writes `RUN/ranks/rank_00003.json` and watches the files of its host's ranks, whichever program started them.
 The first rank to find the cause writes it to `RUN/ranks/cause.txt` and prints it; the others exit silently. With
-several hosts the run folder must be on a shared file system, as for checkpoints.
+several hosts the run folder must be on a shared file system, as for checkpoints. The files in `RUN/ranks`:
+
+| file                 | written by                               | read by                                              |
+|----------------------|------------------------------------------|------------------------------------------------------|
+| `rank_N.json`        | rank N: host, process, state, work       | its host's ranks, and all to report a failure        |
+| `token`              | rank 0, at the start                     | all: one that reads another job's token exits        |
+| `progress`           | touched by every rank that makes some    | all: the job hangs if nobody does for the timeout    |
+| `cause.txt`          | the first that finds a failure's cause   | all: they exit with code 1                           |
+| `refused.txt`        | the rank that found a mistake of a user  | all: they exit with code 2                           |
+| `hanging`            | the first rank whose timeout is over     | all: they write what they do to `rank_N.stacks`      |
+
+The second line of the last three names the job, so that a job started by mistake in the folder does not end the first one.
 """
 
 import contextlib
 import faulthandler
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -16,17 +28,23 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from smolds_dist.activity import ACTIVITY
 from smolds_dist.errors import ConfigError
+from smolds_dist.files import replace_text
 from smolds_dist.inputs import Count, Positive, Time, convert, read_json
 from smolds_dist.launching import hang
-from smolds_dist.launching.control_groups import control_groups
 from smolds_dist.launching.state import write_state
+from smolds_dist.parallel.control_groups import control_groups, memory_limit
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
 from smolds_dist.progress import print_line
 from smolds_dist.settings import Parallel
 
+TOKEN, CAUSE, REFUSED = "token", "cause.txt", "refused.txt"
+SUSPENDED_SECONDS = 30.0  # between two looks, from which this process itself was suspended
+SHARED_SECONDS = 5.0  # until a file of another host must be visible here
+REFUSED_SECONDS = 2.0  # for the ranks that find the same mistake
 LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken pipe|store", re.IGNORECASE)
 
 
@@ -41,7 +59,10 @@ class RankReport:
 
     Args:
         settings: `grace`, seconds from another rank's death until this one exits forcibly, because collectives may never
-            return; `timeout`, seconds without a heartbeat after which the ranks count as hung.
+            return; `timeout`, seconds without any rank's progress after which the job counts as hung.
+
+    Raises:
+        ConfigError: if another job is training in the folder on this host.
     """
 
     def __init__(self, run_dir: Path, info: RankInfo, settings: Parallel):
@@ -49,44 +70,63 @@ class RankReport:
         self.grace = settings.grace
         self.timeout = settings.timeout or float("inf")
         self.rank, self.world_size = info.rank, info.world_size
-        self.passes = 0
+        self.token = ""  # of this start of the job, once known
+        self._lock = threading.Lock()
         self._local_entries: list[Path] | None = None
-        self._last_heartbeat = time.monotonic()
+        self._progress = self.folder / "progress"
+        self._published = self._seen = time.monotonic()
+        self._looked, self._last_mtime, self._tick = 0.0, 0, self._seen
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_second_job()
         for old in self.folder.glob(f"rank_{info.rank:05}.*"):
             old.unlink(missing_ok=True)
         self._remove_stale_files()
         self._fault_file = (self.folder / f"rank_{info.rank:05}.crash").open("w")
         faulthandler.enable(self._fault_file)  # records a segmentation fault
-        memory_events = _memory_events()
+        events = memory_events()
         self.entry: dict[str, Any] = {
             "rank": info.rank, "host": host_name(), "pid": os.getpid(), "system": system_name(), "job": job_token(),
-            "started": time.time(), "memory_events": memory_events, "kills_before": _out_of_memory_kills(memory_events),
-            "state": "running",
+            "started": time.time(), "memory_events": events, "kills_before": out_of_memory_kills(events),
+            "state": "running", "doing": str(ACTIVITY),
         }  # fmt: skip
         self._write()
         if info.world_size > 1:
             threading.Thread(target=self._watch, name="watch-ranks", daemon=True).start()
 
+    def _refuse_second_job(self) -> None:
+        for entry in rank_entries(self.folder, files=[self.folder / f"rank_{self.rank:05}.json"]):
+            ours = entry["job"] == job_token() or entry["pid"] == os.getpid()
+            if entry["state"] == "running" and entry["system"] == system_name() and not ours and not _is_dead(entry):
+                raise ConfigError(
+                    f"{self.folder.parent} is in use by another training process; wait for its end, or choose another "
+                    "--run.name."
+                )
+
+    def make_token(self) -> str:
+        """Write and return a fresh random token, which only this start of the job knows. For rank 0."""
+        token = secrets.token_hex(8)
+        replace_text(self.folder / TOKEN, token)
+        return token
+
+    def has_token(self, token: str) -> bool:
+        """Return True if the folder has rank 0's token, and so is shared with it."""
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not (found := _read(self.folder / TOKEN) == token) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.token = token if found else ""
+        return found
+
     def _remove_stale_files(self) -> None:
         """Remove an earlier job's files, those older than this process. Every rank does, as each watches from the start."""
         begun = process_started()
-        for name in ("cause.txt", hang.HANG_MARKER, hang.STACKS):
+        for name in (CAUSE, REFUSED, hang.HANG_MARKER, hang.STACKS):
             with contextlib.suppress(FileNotFoundError):
                 if (self.folder / name).stat().st_mtime < begun:
                     (self.folder / name).unlink()
 
     def _write(self) -> None:
-        write_state(self.folder, self.entry, f"rank_{self.rank:05}.json")
-
-    def heartbeat(self) -> None:
-        """Record that another forward pass begins."""
-        self.passes += 1
-        self.touch()
-
-    def touch(self) -> None:
-        """Record progress other than a forward pass."""
-        self._last_heartbeat = time.monotonic()
+        with self._lock:  # so that the watching thread does not write an older state last
+            write_state(self.folder, self.entry, f"rank_{self.rank:05}.json")
 
     def end(self, state: str = "done", code: int = 0) -> None:
         """Record the rank's final state and exit code."""
@@ -94,6 +134,11 @@ class RankReport:
         self._write()
         faulthandler.enable()
         self._fault_file.close()
+
+    def refuse(self, error: ConfigError) -> None:
+        """Record a user's mistake, which ends all ranks with exit code 2."""
+        _write_once(self.folder / REFUSED, str(error), self.entry["job"])
+        self.end("refused", 2)
 
     def fail(self, error: BaseException) -> None:
         """Record the error, write its traceback to `rank_N.log`, and report the cause if no rank has."""
@@ -107,7 +152,7 @@ class RankReport:
             # The peer of a broken connection is the cause; ranks on its host can identify it.
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
-                if any(entry["state"] == "refused" for entry in rank_entries(self.folder, self.entry["job"])):
+                if self._is_ours(REFUSED):
                     self.end("refused", 2)  # one rank found a user's mistake and has reported it
                     return
                 if self._report_dead_rank():
@@ -118,16 +163,14 @@ class RankReport:
             if gone:
                 word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
                 who = f"{word} {ranks} on host {gone[0]['host']}"
-                report_cause(self.folder, f"{who} was killed or lost its network ({last_line})")
+                self._report(f"{who} was killed or lost its network ({last_line})")
                 return
-        report_cause(
-            self.folder, f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})"
-        )
+        self._report(f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
     def local_entries(self) -> list[Path] | None:
         """Return the entries of this host's ranks, the only ones whose death is detectable here. None, meaning all, until
         every rank has written its entry for this start, which is certain after the first forward pass."""
-        if self._local_entries is None and self.passes:
+        if self._local_entries is None and ACTIVITY.passes:
             entries = rank_entries(self.folder, self.entry["job"])
             if len(entries) == self.world_size:  # else a file was being replaced
                 mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
@@ -137,29 +180,65 @@ class RankReport:
     def _watch(self) -> None:
         while self.entry["state"] == "running":
             time.sleep(1)
-            idle = time.monotonic() - self._last_heartbeat
-            if idle > self.timeout or (self.folder / hang.HANG_MARKER).exists():
+            with contextlib.suppress(OSError):
+                self._exchange_progress()
+            idle = time.monotonic() - self._seen
+            if idle > self.timeout or self._is_ours(hang.HANG_MARKER):
+                _write_once(self.folder / hang.HANG_MARKER, f"rank {self.rank} saw no progress", self.entry["job"])
                 entries = [
                     entry for entry in rank_entries(self.folder, self.entry["job"]) if entry["state"] == "running"
                 ]
-                cause = hang.report_hang(self.folder, self.entry, entries, idle, self.passes)
+                cause = hang.report_hang(self.folder, self.entry, entries, idle)
                 if self.entry["state"] == "running":
-                    report_cause(self.folder, cause)
+                    self._report(cause)
                     hang.kill_unresponsive(self.folder, entries)
-                    sys.stderr.flush()
-                    os._exit(1)
+                    _exit(1)
+            if self._is_ours(REFUSED) and self.entry["state"] == "running":
+                time.sleep(REFUSED_SECONDS)
+                self.end("refused", 2)
+                _exit(2)
             if self._report_dead_rank():
                 time.sleep(self.grace)
                 if self.entry["state"] == "running":
-                    sys.stderr.flush()
-                    os._exit(1)
+                    _exit(1)
+
+    def _exchange_progress(self) -> None:
+        """Publish this rank's progress and work, and look for other ranks' progress. Exit if another start of the job has
+        replaced this one while its host was cut off."""
+        now, every = time.monotonic(), min(10.0, self.timeout / 10)
+        if now - self._tick > SUSPENDED_SECONDS:
+            self._seen = now
+        self._tick = now
+        if now - self._published >= every and ACTIVITY.makes_progress(self._published):
+            self._progress.touch()
+            self._published = self._seen = now
+        if now - self._looked >= every:
+            self._looked = now
+            mtime = self._progress.stat().st_mtime_ns if self._progress.exists() else 0
+            if mtime != self._last_mtime:
+                self._last_mtime, self._seen = mtime, now
+            if self.token and (token := _read(self.folder / TOKEN)) and token != self.token:
+                _exit(1)
+        if self.entry["doing"] != str(ACTIVITY):
+            self.entry["doing"] = str(ACTIVITY)
+            self._write()
 
     def _report_dead_rank(self) -> bool:
         """Report a rank of this host that died without an error; return True if the cause is known."""
-        cause = self.folder / "cause.txt"
-        if not cause.exists() and record_dead_rank(self.folder, self.entry["job"], files=self.local_entries()):
-            _log(cause.read_text(encoding="utf-8", errors="replace").strip())
-        return cause.exists()
+        if self._is_ours(CAUSE):
+            return True
+        if record_dead_rank(self.folder, self.entry["job"], files=self.local_entries()):
+            _log(read_cause(self.folder))
+            return True
+        return False
+
+    def _is_ours(self, name: str) -> bool:
+        """Return True if there is such a file of this job, or one without a job's name."""
+        lines = _read(self.folder / name).splitlines()
+        return bool(lines) and (len(lines) == 1 or lines[1] == self.entry["job"])
+
+    def _report(self, cause: str) -> None:
+        report_cause(self.folder, cause, self.entry["job"])
 
 
 def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
@@ -175,9 +254,10 @@ def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, f
             if fault:
                 why = f"crashed: {fault[0]} (stack: {crash})"
             else:  # any other end leaves a trace
-                memory = _out_of_memory_kills(entry["memory_events"]) > entry["kills_before"]
-                why = "was killed by signal 9" + (": the machine is out of memory" if memory else "")
-            return _record_cause(folder, f"rank {entry['rank']} on host {entry['host']} {why}")
+                why = "was killed by signal 9" + out_of_memory(entry["memory_events"], entry["kills_before"])
+            return _write_once(
+                folder / CAUSE, f"rank {entry['rank']} on host {entry['host']} {why}", job or entry["job"]
+            )
     return False
 
 
@@ -207,23 +287,30 @@ def kill_ranks(folder: Path, since: float) -> None:
 def exit_code_of_stop(folder: Path, since: float) -> int | None:
     """Return the exit code of ranks stopped by a signal or a user's mistake; None if they ended in another way."""
     entries = [entry for entry in rank_entries(folder) if entry["started"] >= since]
+    if (folder / REFUSED).exists() and any(entry["state"] == "refused" for entry in entries):
+        return 2
     stopped = [entry["code"] for entry in entries if entry["state"] in ("stopped", "refused")]
     return stopped[0] if stopped and len(stopped) == len(entries) else None
 
 
-def _record_cause(folder: Path, cause: str) -> bool:
-    """Write the cause unless there is one already; return True if written."""
+def read_cause(folder: Path) -> str:
+    """Return the cause of the failure in a `ranks` folder; "" if there is none."""
+    return next(iter(_read(folder / CAUSE).splitlines()), "")
+
+
+def _write_once(path: Path, text: str, job: str) -> bool:
+    """Write a line and the job's name unless the file exists; return True if written."""
     try:
-        with (folder / "cause.txt").open("x", encoding="utf-8") as file:
-            file.write(cause + "\n")
-    except FileExistsError:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(f"{' '.join(text.split())}\n{job}\n")
+    except OSError:  # it exists, or the disk is full
         return False
     return True
 
 
-def report_cause(folder: Path, cause: str) -> None:
+def report_cause(folder: Path, cause: str, job: str) -> None:
     """Record the cause and print it, unless there is one already."""
-    if _record_cause(folder, cause):
+    if _write_once(folder / CAUSE, cause, job):
         _log(cause)
 
 
@@ -241,10 +328,24 @@ class RankEntry:
     system: str
     started: Time
     state: str
+    doing: str = ""
     job: str = ""
     memory_events: str = ""
     kills_before: Count = 0
     code: int = 0
+
+
+def _read(path: Path) -> str:
+    """Return a small file's text; "" if there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank_entries(folder: Path, job: str | None = None, files: list[Path] | None = None) -> list[dict[str, Any]]:
@@ -264,16 +365,29 @@ def _is_dead(entry: dict[str, Any]) -> bool:
     return entry["system"] == system_name() and process_state(entry["pid"]) in "ZX"
 
 
-def _memory_events() -> str:
+def out_of_memory(events: str, kills_before: int) -> str:
+    """Return the end of a message about a killed process, "" unless the kernel has killed more processes for memory.
+
+    Args:
+        events: the file with their number.
+    """
+    if out_of_memory_kills(events) <= kills_before:
+        return ""
+    limit = memory_limit(Path(events).parents)
+    group = f"its control group, which is limited to {limit / 1e9:,.1f} GB," if limit else "the machine"
+    return f": {group} is out of memory"
+
+
+def memory_events() -> str:
     """Return the file that counts out-of-memory kills in this process's cgroup (v2 or v1), so that kills elsewhere on the
     machine do not count; without cgroups, the machine's own."""
     files = (group / name for group in control_groups("memory") for name in ("memory.events", "memory.oom_control"))
     return str(next((file for file in files if file.exists()), "/proc/vmstat"))
 
 
-def _out_of_memory_kills(memory_events: str) -> int:
+def out_of_memory_kills(events: str) -> int:
     try:
-        match = re.search(r"^oom_kill (\d+)", Path(memory_events).read_text(), re.MULTILINE)
+        match = re.search(r"^oom_kill (\d+)", Path(events).read_text(), re.MULTILINE)
         return int(match.group(1)) if match else 0
     except OSError:  # the cgroup is removed with its processes
         return 0

@@ -1,81 +1,139 @@
-"""Report hung ranks: all stacks in one file, and which rank did not answer.
+"""Report hung ranks: all stacks in one file, and which rank is stuck.
 
-The first rank to time out creates a marker file; every rank that still can then writes its threads' stacks. A rank that
-does not is most likely the cause.
+The first rank to time out creates a marker file; every rank that still can then writes what it does, in JSON. A rank that
+does not is most likely the cause; else one that fell behind, or that works while the others wait in a collective.
 """
 
 import contextlib
-import faulthandler
+import json
 import os
 import re
 import signal
+import sys
+import threading
 import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.files import replace_text, replaced
-from smolds_dist.parallel.ranks import process_state, system_name
+from smolds_dist.activity import ACTIVITY
+from smolds_dist.errors import ConfigError
+from smolds_dist.files import replace_text
+from smolds_dist.inputs import convert, read_json
+from smolds_dist.parallel.ranks import can_connect, process_state, system_name
 
 HANG_MARKER = "hanging"
 STACKS = "stacks.txt"
 ANSWER_SECONDS = 5.0
+# Files of the main thread's innermost calls that show that it waits for other ranks
+WAITING = re.compile(r"torch/distributed/|deepspeed/comm/|parallel/rendezvous\.py")
 
 
-def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float, passes: int) -> str:
-    """Write this rank's stacks, wait for the others', collect all in `stacks.txt` and return the cause in one line.
+@dataclass
+class Answer:
+    """What a rank does while its job hangs."""
+
+    passes: int  # forward passes that it has begun
+    doing: str
+    at: str  # the main thread's innermost function of this package
+    waits: bool  # True if the main thread waits for other ranks
+    connected: bool  # True if the ranks' store can be reached
+    stacks: str
+
+
+def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float) -> str:
+    """Write this rank's answer, wait for the others', collect all stacks in `stacks.txt` and return the cause in one line.
 
     Args:
         entries: of all ranks that should be running.
-        idle: seconds since this rank's last heartbeat.
-        passes: forward passes that this rank has begun.
+        idle: seconds since any rank made progress.
     """
-    (folder / HANG_MARKER).touch()
-    with replaced(_stacks_path(folder, own)) as part, part.open("w") as file:
-        file.write(f"rank {own['rank']} on host {own['host']}: {passes} forward passes, the last {idle:.0f} s ago\n")
-        file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
+    replace_text(_path(folder, own), json.dumps(_own_answer().__dict__))
     deadline = time.monotonic() + ANSWER_SECONDS
-    while _unresponsive(folder, entries) and time.monotonic() < deadline:
+    while len(answers := _answers(folder, entries)) < len(entries) and time.monotonic() < deadline:
         time.sleep(0.1)
-    texts, made = [], {}
+    texts = []
     for entry in entries:
-        path = _stacks_path(folder, entry)
+        where, answer = f"rank {entry['rank']} on host {entry['host']}", answers.get(entry["rank"])
         texts.append(
-            path.read_text(errors="replace")
-            if path.exists()
-            else f"rank {entry['rank']} on host {entry['host']}: no answer\n"
+            f"{where}: {answer.passes} forward passes, {answer.doing}\n{answer.stacks}"
+            if answer
+            else f"{where}: no answer\n"
         )
-        if match := re.search(r": (\d+) forward passes", texts[-1]):
-            made[entry["rank"]] = int(match.group(1))
     replace_text(folder / STACKS, "\n".join(texts))
+    return f"{_cause(entries, answers, idle)} (stacks of all ranks: {folder / STACKS})"
 
-    location = f"stacks of all ranks: {folder / STACKS}"
-    unresponsive = _unresponsive(folder, entries)
+
+def _cause(entries: list[dict[str, Any]], answers: dict[int, Answer], idle: float) -> str:
+    unresponsive = [entry for entry in entries if entry["rank"] not in answers]
     if unresponsive:
         stopped = [e for e in unresponsive if e["system"] == system_name() and process_state(e["pid"]) == "T"]
         why = "it was stopped by a signal" if stopped else "it hangs, or its host does"
-        return f"{_format_ranks(unresponsive)} did not answer for {idle:.0f} s: {why} ({location})"
-    behind = [e for e in entries if made.get(e["rank"], 0) < max(made.values(), default=0)]
-    who = f"; {_format_ranks(behind)} fell behind the others" if behind else ""
-    return f"the ranks have waited for each other for {idle:.0f} s{who} ({location})"
+        return f"{format_entries(unresponsive)} did not answer for {idle:.0f} s: {why}"
+    home = entries[0]["host"]  # of rank 0, which has the store
+    others = {entry["host"] for entry in entries} - {home}
+    lost = {entry["host"] for entry in entries if not answers[entry["rank"]].connected} - {home}
+    if lost:
+        lost = {home} if lost == others and len(others) > 1 else lost
+        cut = [entry for entry in entries if entry["host"] in lost]
+        whose = "its" if len(cut) == 1 else "their"
+        return f"{format_entries(cut)} lost {whose} network: no connection to the other hosts for {idle:.0f} s"
+    most = max(answer.passes for answer in answers.values())
+    behind = [entry for entry in entries if answers[entry["rank"]].passes < most]
+    busy = [entry for entry in entries if not answers[entry["rank"]].waits]
+    for stuck in (behind, busy):
+        if 0 < len(stuck) < len(entries):
+            first = answers[stuck[0]["rank"]]
+            return f"{format_entries(stuck)} was stuck for {idle:.0f} s while {first.doing}, in {first.at}; the others wait"
+    return f"the ranks have waited for each other for {idle:.0f} s while {answers[entries[0]['rank']].doing}"
 
 
 def kill_unresponsive(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Kill the ranks of this machine that did not answer; a stopped process ignores other signals."""
-    for entry in _unresponsive(folder, entries):
-        if entry["system"] == system_name():
+    answers = _answers(folder, entries)
+    for entry in entries:
+        if entry["system"] == system_name() and entry["rank"] not in answers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(entry["pid"], signal.SIGKILL)
 
 
-def _stacks_path(folder: Path, entry: dict[str, Any]) -> Path:
+def _own_answer() -> Answer:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames()
+    main = traceback.extract_stack(frames[threading.main_thread().ident or 0])
+    ours = [frame for frame in main if "smolds_dist" in frame.filename] or list(main)
+    stacks = [
+        f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in frames.items()
+        if ident != threading.get_ident()
+    ]
+    return Answer(
+        passes=ACTIVITY.passes,
+        doing=str(ACTIVITY),
+        at=f"{ours[-1].name} ({Path(ours[-1].filename).name}:{ours[-1].lineno})",
+        waits=any(WAITING.search(frame.filename) for frame in list(main)[-12:]),
+        connected=can_connect(os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))),
+        stacks="\n".join(stacks),
+    )
+
+
+def _path(folder: Path, entry: dict[str, Any]) -> Path:
     return folder / f"rank_{entry['rank']:05}.stacks"
 
 
-def _unresponsive(folder: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in entries if not _stacks_path(folder, entry).exists()]
+def _answers(folder: Path, entries: Iterable[dict[str, Any]]) -> dict[int, Answer]:
+    """Return the answers that ranks have written so far, by rank."""
+    found = {}
+    for entry in entries:
+        if (path := _path(folder, entry)).exists():
+            with contextlib.suppress(ConfigError, OSError):  # damaged, or being replaced
+                found[entry["rank"]] = convert(read_json(path, "delete it", dict[str, Any]), Answer, path, "delete it")
+    return found
 
 
-def _format_ranks(entries: list[dict[str, Any]]) -> str:
-    ranks = ", ".join(str(entry["rank"]) for entry in entries)
+def format_entries(entries: list[dict[str, Any]]) -> str:
+    """Format ranks with the first one's host."""
+    ranks = ", ".join(str(entry["rank"]) for entry in entries[:8]) + (", ..." if len(entries) > 8 else "")
     return f"rank{'s' if len(entries) > 1 else ''} {ranks} on host {entries[0]['host']}"

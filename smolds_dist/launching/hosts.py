@@ -123,13 +123,13 @@ class HostWatch:
         self._looked_at = time.monotonic()
         self._looking: threading.Thread | None = None
 
-    def read(self, line: str) -> None:
-        """Note a line that pdsh, ssh or mpirun printed."""
+    def read(self, line: str, is_noise: bool = False) -> None:
+        """Note a line that pdsh, ssh or mpirun printed, or a host's last one except log lines (`is_noise`)."""
         if match := SSH_ENDED.search(line):
             self._note_end(match.group(1), int(match.group(2)))
         elif match := MPI_LOST.search(line):
             self._note_end(match.group(1), UNREACHABLE)
-        elif (match := LABEL.match(line)) and (host := self._host(match.group(1))):
+        elif not is_noise and (match := LABEL.match(line)) and (host := self._host(match.group(1))):
             self._last_lines[host] = match.group(2)
 
     def _note_end(self, label: str, code: int) -> None:
@@ -188,6 +188,11 @@ class HostWatch:
             return (self.folder / "cause.txt").stat().st_mtime_ns
         return 0
 
+    @property
+    def lost(self) -> bool:
+        """Return True if a host cannot be reached any more."""
+        return UNREACHABLE in self._ended.values()
+
     def started(self) -> bool:
         """Return True unless ssh ended before any rank of its host had started."""
         return all(self.entries(host) for host in self._ended)
@@ -213,7 +218,7 @@ class HostWatch:
         if (cause := self.cause()) and self._cause_time() == self._earlier_cause:
             (self.folder / "cause.txt").unlink(missing_ok=True)  # an earlier job's
             self.folder.mkdir(parents=True, exist_ok=True)
-            report_cause(self.folder, cause)
+            report_cause(self.folder, cause, next((entry["job"] for entry in self.entries()), ""))
             self.reported = True
 
     def signal_ranks(self, number: int) -> bool:

@@ -59,7 +59,10 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
         from smolds_dist.parallel.expert_parallel import deepspeed_config
 
         deepspeed_config(config, topology, config.model)
-    job = Job(options, config, train_args, machine, plan, passed_on(os.environ, options.export) if plan.hosts else {})
+    variables = passed_on(os.environ, options.export) if plan.hosts else {}
+    if plan.port and plan.launcher in ("mpi", "slurm"):
+        variables["MASTER_PORT"] = str(plan.port)
+    job = Job(options, config, train_args, machine, plan, variables)
     if options.dry_run:
         print(shlex.join(job.command(plan)))
         return 0
@@ -82,7 +85,7 @@ class Job:
     """A checked run, and how its ranks are started.
 
     Args:
-        passed_on: variables for ranks on the hosts of a hostfile.
+        variables: of the ranks, in addition to those of their hosts.
     """
 
     options: argparse.Namespace
@@ -90,7 +93,7 @@ class Job:
     train_args: list[str]
     machine: Machine
     plan: Plan
-    passed_on: dict[str, str]
+    variables: dict[str, str]
 
     def start(self, failures: list[Failure]) -> tuple[int, str]:
         """Start the ranks, after failures from the newest checkpoint; return the exit code and the cause of a failure."""
@@ -115,7 +118,7 @@ class Job:
             command = self.command(plan, again)
             missing = [host for host in self.plan.hosts if host not in plan.hosts] if self.options.restarts_grow else []
             watch = HostWatch(ranks, plan, self._mark, self.config.parallel.grace, missing, self._largest)
-            with environment_file(self._environment_file, self.passed_on):
+            with environment_file(self._environment_file, self.variables):
                 code, cause = run_ranks(command, self._environment(), ranks.parent, plan.launcher == "mpi", watch)
             if not (watch.grows and code == EXIT_CODES[signal.SIGUSR1]):
                 return (code if again or code == 0 or watch.started() else 2), cause
@@ -152,11 +155,10 @@ class Job:
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of the program that starts the ranks."""
-        environment, plan = dict(os.environ), self.plan
+        plan = self.plan
         if plan.hosts:
-            return on_hosts(environment)
-        if plan.port and plan.launcher in ("mpi", "slurm"):
-            environment["MASTER_PORT"] = str(plan.port)
+            return on_hosts(os.environ)
+        environment = {**os.environ, **self.variables}
         if plan.launcher in ("torchrun", "deepspeed") and plan.nodes == 1:
             # torchrun's default is one thread per rank.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.procs)))
@@ -297,6 +299,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
         layout += ["--exclude", ",".join(plan.excluded)] if plan.excluded else []
         return ["srun", *layout, *plan.per_rank, "--kill-on-bad-exit=1", sys.executable, *train]
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(plan.port or _free_port()), "--no_local_rank"]
+    start += ["--log_level", "critical"]
     if plan.hostfile:
         # --force_multi: a single host need not be this one
         start += ["--hostfile", str(plan.hostfile), "--launcher", "pdsh", "--force_multi", "--no_ssh_check"]
@@ -304,7 +307,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
         if any(re.search(r"[^\w@%+=:,./-]", argument) for argument in train_args):
             train_args = [f"{ENCODED}{base64.urlsafe_b64encode(json.dumps(train_args).encode()).decode()}"]
     else:
-        start += ["--num_gpus", procs, "--log_level", "critical"]
+        start += ["--num_gpus", procs]
         if shutil.which("numactl"):
             start += ["--bind_cores_to_rank"]  # without numactl, the ranks divide the cores themselves
     return [sys.executable, *start, "--module", "smolds_dist", "train", *first, *train_args]

@@ -12,7 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from smolds_dist.launching.failure import exit_code_of_stop, kill_ranks, record_dead_rank, signal_ranks
+from smolds_dist.launching.failure import (
+    exit_code_of_stop,
+    kill_ranks,
+    memory_events,
+    out_of_memory,
+    out_of_memory_kills,
+    read_cause,
+    record_dead_rank,
+    signal_ranks,
+)
 from smolds_dist.launching.hosts import HostWatch
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.progress import print_line
@@ -113,9 +122,10 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str], 
             break
         *lines, rest = re.split(r"(?<=\n)", rest + data.decode(errors="replace"))
         for line in lines:
+            is_noise = noise.is_noise(line.rpartition("\r")[2] if line.startswith("\r") else line)
             if watch:
-                watch.read(line)
-            if noise.is_noise(line.rpartition("\r")[2] if line.startswith("\r") else line):
+                watch.read(line, is_noise)
+            if is_noise:
                 hidden.append(line)
             else:
                 print_line(line, sys.stderr, end="")
@@ -126,6 +136,8 @@ def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str], 
 
 def run_single(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """Run one process, forwarding signals; return its exit code and, if it failed, the cause."""
+    events = memory_events()
+    kills = out_of_memory_kills(events)
     process = subprocess.Popen(command, env=environment)
 
     def forward_signal(number: int, _frame: object) -> None:
@@ -136,7 +148,9 @@ def run_single(command: list[str], environment: dict[str, str]) -> tuple[int, st
         code = process.wait()
     if code >= 0:
         return code, f"the process ended with exit code {code}"
-    return 128 - code, f"the process was killed by signal {-code}"
+    cause = f"the process was killed by signal {-code}{out_of_memory(events, kills)}"
+    print_line(f"\nsmolds: {cause}.", sys.stderr)
+    return 128 - code, cause
 
 
 def run_ranks(
@@ -150,7 +164,8 @@ def run_ranks(
     Returns:
         The exit code and, if they failed, the cause.
     """
-    began = time.time()
+    began, events = time.time(), memory_events()
+    kills = out_of_memory_kills(events)
     ranks = run_dir / "ranks"
     hidden: list[str] = []
     asked: list[int] = []
@@ -167,17 +182,17 @@ def run_ranks(
     stopped = exit_code_of_stop(ranks, began)
     if stopped is not None:
         return stopped, ""
+    if watch and watch.lost:
+        watch.report()  # mpirun has then killed the ranks here
     record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
     if watch:
         watch.report()
         watch.kill_ranks()
         code = 2 if watch.rejected else code
     noted = ranks / "cause.txt"
-    cause = (
-        noted.read_text(encoding="utf-8", errors="replace").strip()
-        if noted.exists() and noted.stat().st_mtime >= began - 1
-        else ""
-    )
+    cause = read_cause(ranks) if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
+    if not cause and not message and (memory := out_of_memory(events, kills)):
+        cause = f"a rank was killed before it had started{memory}"  # and could write its entry
     kill_ranks(ranks, began)
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")

@@ -28,7 +28,10 @@ MAX_STUCK_STARTS = 3  # starts in a row without a step, after which the job ends
 MIN_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds of pause, doubled by each start without a step
 TRACEBACK_LINES = 30  # of a traceback
 # Messages of `launching.failure`, `launching.hang` and `training.rank_checks`.
-SIGNS = r"was killed(?!.*out of memory)|crashed|did not answer|differs from its replicas|failed: .*CUDA error"
+SIGNS = (
+    r"was killed(?!.*out of memory)|crashed|did not answer|was stuck|lost (?:its|their) network|differs from its replicas|"
+    r"failed: .*CUDA error"
+)
 BLAMED = re.compile(rf"([^:;(]*\bon host [^:;(]*?) (?:{SIGNS})")  # may name several hosts
 
 

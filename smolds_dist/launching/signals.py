@@ -26,12 +26,14 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 class StopRequest(ExitStack):
-    """Records the stop signal that this process received; a context manager that restores the handlers."""
+    """Records the stop signal that this process received; a context manager, to be entered repeatedly, that restores the
+    handlers."""
 
     def __enter__(self) -> "StopRequest":
         self.requested: int | None = None
         self.enter_context(handled_by(self._record))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # delivers one that came earlier
+        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # delivers one that came earlier
+        self.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
         return self
 
     def _record(self, number: int, _frame: FrameType | None) -> None:

@@ -16,7 +16,8 @@ from statistics import median
 from typing import Any
 
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.inputs import printable, read_text
+from smolds_dist.inputs import printable
+from smolds_dist.launching.failure import CAUSE, read_cause
 from smolds_dist.launching.state import STATE, SUBMITTED, read_state
 from smolds_dist.observe.curves import CURVES
 from smolds_dist.observe.rows import read_settings
@@ -123,9 +124,9 @@ def state_of(folder: Path, last_row: float | None, step_seconds: float | None, n
     restarts = len(read_rows(folder / RESTARTS))
     again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
     where = state["host"] + (f", {state['ranks']} ranks" if state["ranks"] > 1 else "")
-    cause = folder / "ranks" / "cause.txt"
+    cause = folder / "ranks" / CAUSE
     noted = cause.exists() and cause.stat().st_mtime >= state["started"]
-    why = read_text(cause, "delete it").strip() if noted else state.get("why")
+    why = read_cause(cause.parent) if noted else state.get("why")
     if state["state"] == "failed":
         return f"failed: {why or 'see its output'}{again}"
     if state["state"] != "running":

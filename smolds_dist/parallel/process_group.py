@@ -3,27 +3,30 @@
 import os
 import sys
 import warnings
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from smolds_dist.activity import LONG, doing
 from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
-from smolds_dist.parallel.ranks import RankInfo, interface_towards
-from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 from smolds_dist.parallel.topology import Topology
 
+# The watchdog (`launching.failure`) ends a hung job. A collective must outlast what a rank may do while others wait in it.
+MIN_TIMEOUT = timedelta(days=1)
 
-def start_process_group(topology: Topology, info: RankInfo, wait_policy: WaitPolicy | None = None) -> bool:
-    """Join the topology's process group, if it has one; return False if `wait_policy` ended the wait.
 
-    Raises:
-        ConfigError: if ranks are missing.
+def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
+    """Join the topology's process group, if it has one.
+
+    Args:
+        timeout: of the collectives, in seconds; at least `MIN_TIMEOUT`.
     """
     if topology.device == "cuda":
         torch.cuda.set_device(topology.device_index)
     if topology.engine != "deepspeed":
-        return True
+        return
     # One process with DeepSpeed has no launcher that sets these.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
@@ -33,24 +36,27 @@ def start_process_group(topology: Topology, info: RankInfo, wait_policy: WaitPol
     if topology.device == "cpu":
         # Otherwise DeepSpeed would use an installed GPU.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if topology.backend == "gloo" and topology.nodes > 1:
-        # gloo's default is the interface of this host's name, often the loopback.
-        interface = interface_towards(os.environ["MASTER_ADDR"])
-        if interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if topology.world_size > 1:
-        # Kept until the end of this function, because torch's own store uses the same server.
-        store = rendezvous(info, wait_policy or WaitPolicy())
-        if store is None:
-            return False
-    import deepspeed
+    with doing("importing deepspeed", LONG):
+        import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
-    deepspeed.init_distributed(dist_backend=topology.backend, verbose=False)
-    return True
+    longest = max(MIN_TIMEOUT, timedelta(seconds=timeout))
+    with doing("joining the process group"):
+        deepspeed.init_distributed(dist_backend=topology.backend, verbose=False, timeout=longest)
+
+
+def set_group_timeouts(timeout: float) -> None:
+    """Set the timeout of collectives, in seconds and at least `MIN_TIMEOUT`, in all process groups.
+
+    DeepSpeed 0.19 creates its groups without a timeout, and torch 2.13 then takes its default instead of the first group's:
+    10 minutes over NCCL, 30 over gloo. Remove when `deepspeed.comm.new_group` has a timeout.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(max(MIN_TIMEOUT, timedelta(seconds=timeout)), group)
 
 
 def end_process_group() -> None:

@@ -195,7 +195,7 @@ def _ranks_of_mpi(size: str, timeout: float) -> dict[str, str]:
     with _listen(world.rank) as server:
         own = sorted(_interfaces(), key=lambda address: (address.startswith("127."), address))  # loopback last
         addresses, port = world.bcast((own, server.getsockname()[1]) if world.rank == 0 else None)
-        reached = set() if world.rank == 0 else {a for a in addresses if _reachable(a, port)}
+        reached = set() if world.rank == 0 else {a for a in addresses if can_connect(a, port)}
         everyone = world.allgather(reached)
     common = [a for a in addresses if all(a in seen for seen in everyone[1:])]
     if not common:
@@ -272,22 +272,28 @@ def _interfaces() -> dict[str, str]:
     return {one.address: name for name, some in found for one in some if one.family == socket.AF_INET}
 
 
-def _reachable(address: str, port: int) -> bool:
+def can_connect(address: str, port: int) -> bool:
+    """Return True if a TCP connection opens within three seconds."""
     try:
-        with socket.create_connection((address, port), timeout=3):
-            return True
+        socket.create_connection((address, port), timeout=3).close()
     except OSError:
         return False
+    return True
 
 
-def interface_towards(address: str) -> str | None:
-    """Return the name of the network interface over which this host reaches `address`; None if unknown."""
+def address_towards(host: str) -> str | None:
+    """Return this host's own address from which it reaches `host`; None if unknown."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((address, 9))  # sends nothing, only chooses the route
-            return _interfaces().get(sock.getsockname()[0])
+            sock.connect((host, 9))  # sends nothing, only chooses the route
+            return sock.getsockname()[0]
     except OSError:
         return None
+
+
+def interface_towards(host: str) -> str | None:
+    """Return the name of the network interface over which this host reaches `host`; None if unknown."""
+    return _interfaces().get(address_towards(host) or "")
 
 
 def share_cores(info: RankInfo) -> None:

@@ -2,8 +2,11 @@
 
 torch waits there for 30 minutes without output, ignoring signals. Here a rank prints after ten seconds which ranks are
 missing and which variable set the world size: most often it is left over in a shell.
+
+Whatever hosts could answer differently is decided here by rank 0, from what all ranks report (`Rendezvous.agree`).
 """
 
+import json
 import math
 import os
 import socket
@@ -12,11 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistError, DistNetworkError, TCPStore
 
+from smolds_dist.activity import beat, doing
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel.ranks import LOG_AFTER, RankInfo, single_process_hint, waiting_message
+from smolds_dist.parallel.ranks import LOG_AFTER, RankInfo, host_name, single_process_hint, waiting_message
+from smolds_dist.progress import StoppedWaitingError
 
 ALL_JOINED = "smolds/everyone"  # the key that the last rank sets
 
@@ -25,43 +31,130 @@ ALL_JOINED = "smolds/everyone"  # the key that the last rank sets
 class WaitPolicy:
     """How a rank waits for the others."""
 
-    timeout: float = math.inf  # seconds
+    timeout: float = math.inf  # seconds until all ranks have joined
     should_stop: Callable[[], bool] = lambda: False  # returns True to stop waiting
-    heartbeat: Callable[[], None] = lambda: None  # called while waiting
 
 
-def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> TCPStore | None:
-    """Return the store that all ranks have joined, or None if `wait_policy.should_stop` ended the wait.
+@dataclass(frozen=True)
+class Rendezvous:
+    """The ranks that have joined the store, or a single process."""
+
+    info: RankInfo
+    store: TCPStore | None = None
+    should_stop: Callable[[], bool] = lambda: False
+
+    def agree(self, name: str, compute: Callable[[], Any], decide: Callable[[list[Any]], Any]) -> Any:
+        """Return what rank 0 decides from the ranks' values, the same on all ranks. Collective.
+
+        Args:
+            name: used once in the job.
+            compute: returns this rank's value, which JSON can represent; a `ConfigError` ends all ranks.
+            decide: returns the decision, called on rank 0 with the values by rank; a `ConfigError` ends all ranks.
+
+        Raises:
+            ConfigError: on all ranks, if any rank raised one.
+            StoppedWaitingError: if `should_stop` ended the wait.
+        """
+        if self.store is None:
+            return decide([compute()])
+        rank, where, error = self.info.rank, f"rank {self.info.rank} on host {host_name()}", ""
+        try:
+            value = compute()
+        except ConfigError as raised:
+            value, error = None, str(raised)
+        if rank == 0:
+            return self._decide(self.store, name, value, error, decide)
+        if error:
+            self.store.set(f"{name}/error", f"{where}: {error}")
+        else:
+            self.store.set(f"{name}/{rank}", json.dumps(value))
+            self.store.add(f"{name}/count", 1)
+        # Rank 0 most likely finds the same error, and reports it for all.
+        deadline = time.monotonic() + (LOG_AFTER if error else math.inf)
+        with doing("waiting for the other ranks"):
+            if not self._wait(self.store, f"{name}/decision", deadline):
+                raise (RankError if self.info.local_rank == 0 else ConfigError)(f"{where}: {error}")
+        answer = json.loads(self.store.get(f"{name}/decision"))
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return answer["decision"]
+
+    def first(self, name: str, make: Callable[[], str]) -> str:
+        """Return what rank 0 makes, on all ranks. Collective."""
+        assert self.store is not None
+        if self.info.rank == 0:
+            self.store.set(name, make())
+        self._wait(self.store, name, math.inf)
+        return self.store.get(name).decode()
+
+    def _decide(self, store: TCPStore, name: str, value: Any, error: str, decide: Callable[[list[Any]], Any]) -> Any:
+        """Gather the values, decide and broadcast; the first error ends the wait for the other ranks."""
+        world, pause = self.info.world_size, 0.002
+        try:
+            with doing("waiting for the other ranks"):
+                while not error and store.add(f"{name}/count", 0) < world - 1:
+                    if store.check([f"{name}/error"]):
+                        error = store.get(f"{name}/error").decode()
+                    pause = self._pause(pause)
+            if error:
+                raise ConfigError(error)
+            values = [value, *map(json.loads, store.multi_get([f"{name}/{rank}" for rank in range(1, world)]))]
+            decision = decide(values)
+        except ConfigError as raised:
+            store.set(f"{name}/decision", json.dumps({"error": str(raised)}))
+            raise
+        store.set(f"{name}/decision", json.dumps({"decision": decision}))
+        return decision
+
+    def _wait(self, store: TCPStore, key: str, deadline: float) -> bool:
+        pause = 0.002
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                return False
+            pause = self._pause(pause)
+        return True
+
+    def _pause(self, seconds: float) -> float:
+        if self.should_stop():
+            raise StoppedWaitingError
+        time.sleep(seconds)
+        return min(0.5, 1.2 * seconds)
+
+
+def rendezvous(info: RankInfo, wait_policy: WaitPolicy) -> Rendezvous:
+    """Join the ranks' store and wait for all others.
 
     Raises:
         RankError: on the first of the ranks that joined, after `wait_policy.timeout` seconds.
         ConfigError: on the others.
+        StoppedWaitingError: if `wait_policy.should_stop` ended the wait.
     """
     start, logged, pause = time.monotonic(), False, 0.01
     store: TCPStore | None = None
     while not wait_policy.should_stop():
-        wait_policy.heartbeat()
+        beat()
         try:
             store = store or _store(info)
             if store and store.check([ALL_JOINED]):
-                return store
+                return Rendezvous(info, store, wait_policy.should_stop)
         except DistError:  # the store's host has exited
             store = None
         waited = time.monotonic() - start
         if (waited > LOG_AFTER and not logged) or waited > wait_policy.timeout:
             logged = True
             missing, first = _missing(info, store)
-            text = waiting_message(info, waited, f"{missing} at {_address()}")
+            text = waiting_message(info, waited, f"{missing} at {master_address()}")
             if waited > wait_policy.timeout:
                 raise RankError(text) if first else ConfigError(text)
             if first:
                 print(f"smolds: {text}", file=sys.stderr, flush=True)
         time.sleep(pause)
         pause = min(0.5, 1.2 * pause)
-    return None
+    raise StoppedWaitingError
 
 
-def _address() -> str:
+def master_address() -> str:
+    """Return the address of the ranks' store, HOST:PORT."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -93,7 +186,7 @@ def _store(info: RankInfo) -> TCPStore | None:
         if "EADDRINUSE" not in str(error):
             raise
         raise RankError(
-            f"{_address()}, the rendezvous address, is in use by another program; set MASTER_PORT to a free port, or "
+            f"{master_address()}, the rendezvous address, is in use by another program; set MASTER_PORT to a free port, or "
             f"{single_process_hint(info)}."
         ) from None
     if not store.check([_key(info.rank)]):

@@ -6,8 +6,10 @@ ranks per node.
 Only `detect_machine` reads the hardware; `plan_topology` depends only on its arguments.
 """
 
+import importlib.util
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +18,7 @@ from smolds_dist.costs.layout import Layout, configured
 from smolds_dist.costs.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, with_vocabulary
 from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
+from smolds_dist.parallel.control_groups import memory_limit
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.settings import Model, Parallel, RunConfig, Train
 
@@ -30,8 +33,9 @@ class Machine:
     devices: tuple[str, ...]  # kinds, best first; "cpu" is always the last
     device_count: int  # of the best kind; for the CPU, its cores
     bf16: bool  # True if bf16 matmuls on the best kind are at least as fast as fp32
-    memory: int | None = None  # bytes of one device of the best kind; for the CPU, of the machine
+    memory: int | None = None  # bytes of one device of the best kind; for the CPU, of the machine or its cgroup
     name: str | None = None  # PyTorch's name of the best kind; "cpu" for the CPU
+    compiler: bool = True  # True if Inductor's compilers are installed
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,23 @@ def detect_machine() -> Machine:
     import torch
 
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        name = torch.cuda.get_device_name(0)
-        return Machine(("cuda", "cpu"), torch.cuda.device_count(), torch.cuda.is_bf16_supported(), memory, name)
+        total = torch.cuda.get_device_properties(0).total_memory
+        name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
+        return Machine(("cuda", "cpu"), count, torch.cuda.is_bf16_supported(), total, name, has_compiler("cuda"))
     if torch.backends.mps.is_available():
         return Machine(("mps", "cpu"), 1, False, torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    memory = min(filter(None, (installed, memory_limit())), default=None)
     # PyTorch has fast bf16 matmuls on x86 only from AVX-512 on; measured with AVX2, one took 20 times as long as in fp32.
     bf16 = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
-    return Machine(("cpu",), available_cores(), bf16, installed, "cpu")
+    return Machine(("cpu",), available_cores(), bf16, memory, "cpu", has_compiler("cpu"))
+
+
+def has_compiler(device: str) -> bool:
+    """Return True if Inductor's compilers are installed: C++ for CPUs; Triton, with C launchers, for CUDA."""
+    if device == "cuda":
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang")))
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
 def available_cores() -> int:
@@ -102,7 +114,7 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     """
     parallel, world, per_node = config.parallel, rank.world_size, rank.ranks_per_node
     hardware = load_hardware(parallel.hardware) if parallel.hardware else None
-    device = _device(parallel.device, machine, rank)
+    device = choose_device(parallel.device, machine, rank)
     engine = _engine(parallel, world)
     dtype: str = config.train.dtype
     if dtype == "auto":
@@ -157,7 +169,8 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     )
 
 
-def _device(wanted: str, machine: Machine, rank: RankInfo) -> str:
+def choose_device(wanted: str, machine: Machine, rank: RankInfo) -> str:
+    """Return the kind of device a rank trains on; raise a `ConfigError` if its machine has none for it."""
     device = machine.devices[0] if wanted == "auto" else wanted
     if device not in machine.devices:
         raise ConfigError(f"--parallel.device {device} is not on this machine; use {' or '.join(machine.devices)}.")

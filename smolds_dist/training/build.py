@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from smolds_dist.activity import begin_pass, doing
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints_in, remove, step_of
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
-from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState, package_versions
+from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import largest_products
 from smolds_dist.data.batch import TrainingData, UniqueTexts, document_separator
@@ -31,7 +32,9 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.make_engine import build_engine
 from smolds_dist.parallel.optim import learning_rate
+from smolds_dist.parallel.process_group import set_group_timeouts
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.parallel.versions import package_versions
 from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import matrix_product_peak
@@ -53,7 +56,7 @@ class Job:
     model_config: DeepSeekV3Config
     flops_per_token: float
     stop: StopRequest
-    heartbeat: Callable[[], None]  # shows the other ranks that this one is alive
+    compiler: bool  # True if all hosts have Inductor's compilers
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
     on_progress: Callable[[int], None] | None = None  # called after each step with the number of consumed samples
 
@@ -145,10 +148,13 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     """Build the model, engine and writers, from a checkpoint if there is one. Collective."""
     config, topology = job.config, job.topology
     torch.manual_seed(config.train.seed)
-    engine = new_engine(job.model_config, config, topology, reader)
-    engine.model.register_forward_pre_hook(lambda *_: job.heartbeat())
+    with doing("loading the model"):
+        engine = new_engine(job.model_config, config, topology, reader)
+    set_group_timeouts(config.parallel.timeout)
+    engine.model.register_forward_pre_hook(lambda *_: begin_pass())
     balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
-    state = restore(reader, engine, balancer, topology) if reader else TrainState()
+    with doing("loading the optimizer"):
+        state = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
     num_parameters = sum(math.prod(shape) for shape in tensors.values())
     shapes = largest_products(job.model_config, topology.micro_batch * config.data.seq_len)
@@ -162,7 +168,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         log.info(f"continuing from {reader.folder}")
         log_lr_change(log, reader.manifest, config.train)
     left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
-    compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, log)
+    compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, job.compiler, log)
     return Training(
         engine=engine,
         balancer=balancer,

@@ -5,9 +5,7 @@ are the regions inside the kernels (`model.regions`). The experts' matmuls and a
 rows per expert is known only at run time. Untested on CUDA and MPS.
 """
 
-import importlib.util
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from smolds_dist.activity import LONG, doing
 from smolds_dist.errors import first_line
 from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.model.kernels import expert_ffn
@@ -38,6 +37,7 @@ def compile_model(
     topology: Topology,
     model: DeepSeekV3Config,
     peak_seconds: float,
+    has_compiler: bool,
     log: RunLog,
 ) -> bool:
     """Compile before the first step as `train.compile` says; return True if the model runs compiled. Collective.
@@ -47,18 +47,20 @@ def compile_model(
 
     Args:
         peak_seconds: seconds of the rest of the run at the matmuls' peak rate.
+        has_compiler: True if Inductor's compilers are installed on all hosts.
     """
     # Selective checkpointing intercepts every operator, so everything would be recompiled in the first step.
     selective = config.train.activation_checkpointing == "selective"
-    if selective or not should_compile(config.train.compile, topology.device, peak_seconds):
+    if selective or not should_compile(config.train.compile, topology.device, peak_seconds, has_compiler):
         return False
     began = time.perf_counter()
     log.info("compiling; PyTorch's cache keeps the result for later runs")
     error = None
-    for turn in (True, False):
-        if turn == (topology.local_rank == 0):
-            error = try_to_compile(engine, topology, config.data.seq_len, model)
-        engine.barrier()
+    with doing("compiling", LONG):
+        for turn in (True, False):
+            if turn == (topology.local_rank == 0):
+                error = try_to_compile(engine, topology, config.data.seq_len, model)
+            engine.barrier()
     if failed := max_over_ranks(topology, error is not None):
         undo_compile(engine.model)
         log.warning(
@@ -69,18 +71,11 @@ def compile_model(
     return not failed
 
 
-def should_compile(setting: str | bool, device: str, peak_seconds: float) -> bool:
+def should_compile(setting: str | bool, device: str, peak_seconds: float, has_compiler: bool) -> bool:
     """Return True to compile; `auto` does if the run is long enough and a compiler is installed."""
     if isinstance(setting, bool):
         return setting
-    return peak_seconds >= MIN_SECONDS.get(device, float("inf")) and has_compiler(device)
-
-
-def has_compiler(device: str) -> bool:
-    """Return True if Inductor's compilers are installed: C++ for CPUs; Triton, with C launchers, for CUDA."""
-    if device == "cuda":
-        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang")))
-    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+    return has_compiler and peak_seconds >= MIN_SECONDS.get(device, float("inf"))
 
 
 def try_to_compile(

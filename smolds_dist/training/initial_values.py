@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from smolds_dist.activity import beat
 from smolds_dist.parallel.fragments import Fragment
 
 BLOCK = 2**16
@@ -32,6 +33,7 @@ class InitialValues:
         key = int.from_bytes(hashlib.sha256(f"{self.seed}:{fragment.name}".encode()).digest()[:16])
         start, end = fragment.start, fragment.start + len(out)
         for number in range(start // BLOCK, -(-end // BLOCK)):
+            beat()
             begin = number * BLOCK
             first, last = max(begin, start), min(begin + BLOCK, end)
             # 2^128 draws separate two blocks, so that they never overlap.

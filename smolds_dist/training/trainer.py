@@ -4,15 +4,17 @@ import gc
 import math
 import signal
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from smolds_dist.activity import doing
 from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepare_resumed
 from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.workers import background_tokenization
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
 from smolds_dist.files import path_in_errors
@@ -24,10 +26,11 @@ from smolds_dist.launching.failure import RankReport
 from smolds_dist.launching.signals import EXIT_CODES, StopRequest
 from smolds_dist.launching.state import record_run_state
 from smolds_dist.observe.summary import summary
-from smolds_dist.parallel.process_group import end_process_group, max_over_ranks, start_process_group
-from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
-from smolds_dist.parallel.rendezvous import WaitPolicy
-from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.parallel.agreement import check_same_text, plan_together
+from smolds_dist.parallel.process_group import end_process_group, start_process_group
+from smolds_dist.parallel.ranks import RankInfo, host_name, rank_from_environment
+from smolds_dist.parallel.rendezvous import Rendezvous, WaitPolicy, rendezvous
+from smolds_dist.parallel.topology import Machine, Topology
 from smolds_dist.progress import StoppedWaitingError
 from smolds_dist.settings import RunConfig
 from smolds_dist.training.budget import TimeBudget
@@ -37,75 +40,36 @@ from smolds_dist.training.rank_checks import WINDOWS, find_weight_mismatch, form
 from smolds_dist.training.step_row import summarize_step
 
 
-def train(config: RunConfig, info: RankInfo | None = None) -> int:
+def train(config: RunConfig, info: RankInfo | None = None, report: RankReport | None = None) -> int:
     """Train `config` on this rank, from a new model or a checkpoint of any layout, to the exported model.
 
     Args:
         info: this process's rank; default: from the environment.
+        report: of this rank, if there are several.
 
     Returns:
         The exit code: 0; that of the stop signal (`launching.signals`); or 1, with a printed message, if the loss diverged
         or a required checkpoint could not be written.
 
     Raises:
-        ConfigError: if the run cannot start; nothing has been written then.
+        ConfigError: if the run cannot start; nothing has been written then but the ranks' own files.
     """
     info = info or rank_from_environment()
-    topology = plan_topology(config, detect_machine(), info)
-    data = prepare_resumed(config)
-    model_config = make_model_config(config, data)
-    background = background_tokenization(config, data, info.ranks_per_node) if info.local_rank == 0 else nullcontext()
-    with ExitStack() as stack:
-        stack.enter_context(path_in_errors(config.run_dir))
-        if topology.rank == 0:
-            stack.enter_context(lock_run_dir(config))
-        recorder = (
-            record_run_state(config.run_dir, topology.world_size)
-            if topology.rank == 0
-            else nullcontext(lambda *_: None)
-        )
-        set_outcome = stack.enter_context(recorder)
-        on_progress, stop = stack.enter_context(background), stack.enter_context(StopRequest())
-        report = RankReport(config.run_dir, info, config.parallel) if topology.world_size > 1 else None
-        job = Job(
-            config=config,
-            topology=topology,
-            data=data,
-            model_config=model_config,
-            flops_per_token=flops_per_token(model_config, config.data.seq_len),
-            stop=stop,
-            heartbeat=report.heartbeat if report else lambda: None,
-            tasks=load_eval_tasks(config),
-            on_progress=on_progress,
-        )
-        code, reason = run_and_report(job, info, report)
-        set_outcome(code, reason)
-    return code
-
-
-def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple[int, str]:
-    """Join the process group, call `run` and record the outcome for the other ranks and the launcher.
-
-    Returns:
-        The exit code, and the reason if the training failed.
-    """
-    wait_policy = WaitPolicy(
-        timeout=job.config.parallel.timeout or math.inf,
-        should_stop=lambda: job.stop.requested is not None,
-        heartbeat=report.touch if report else lambda: None,
-    )
-    reason = ""
+    if report is None and info.world_size > 1:
+        report = RankReport(config.run_dir, info, config.parallel)
+    stop, outcome = StopRequest(), "done"
     try:
-        joined = start_process_group(job.topology, info, wait_policy)
-        code = run(job) if joined else EXIT_CODES[signal.Signals(job.stop.requested or 0)]
-        outcome = "stopped" if code else "done"
-    except ConfigError:
+        with path_in_errors(config.run_dir):
+            code = train_on_rank(config, info, report, stop)
+    except StoppedWaitingError:
+        code = EXIT_CODES[signal.Signals(stop.requested or 0)]
+    except ConfigError as error:
         if report:
-            report.end("refused", 2)
+            report.refuse(error)
         raise
     except TrainingStoppedError as error:
-        code, outcome, reason = 1, "failed", str(error)
-        if job.main:
+        code, outcome = 1, "failed"
+        if info.rank == 0:
             print(f"\nsmolds: {error}.", file=sys.stderr, flush=True)
     except Exception as error:
         if report is None:  # keep the traceback for a debugger
@@ -113,23 +77,88 @@ def run_and_report(job: Job, info: RankInfo, report: RankReport | None) -> tuple
         report.fail(error)
         raise RankFailedError from error
     if report:
-        report.end(outcome, code)
-    return code, reason
+        report.end("stopped" if code and outcome == "done" else outcome, code)
+    return code
+
+
+def train_on_rank(config: RunConfig, info: RankInfo, report: RankReport | None, stop: StopRequest) -> int:
+    """Agree with the other ranks on topology and text, and train; return the exit code.
+
+    Raises:
+        StoppedWaitingError: if a signal ended the wait for other ranks.
+    """
+    with ExitStack() as stack:
+        if report and info.rank == 0:
+            stack.enter_context(lock_run_dir(config))
+        with stop:
+            ranks, topology, machine = join(config, info, report, stop)
+        with doing("preparing the data"):
+            data = prepare_together(config, ranks)
+        model_config = make_model_config(config, data)
+        if not report:
+            stack.enter_context(lock_run_dir(config))
+        if info.rank == 0:
+            set_outcome = stack.enter_context(record_run_state(config.run_dir, topology.world_size))
+        on_progress = None
+        if info.local_rank == 0:
+            on_progress = stack.enter_context(background_tokenization(config, data, info.ranks_per_node))
+        stack.enter_context(stop)
+        job = Job(
+            config=config,
+            topology=topology,
+            compiler=machine.compiler,
+            data=data,
+            model_config=model_config,
+            flops_per_token=flops_per_token(model_config, config.data.seq_len),
+            stop=stop,
+            tasks=load_eval_tasks(config),
+            on_progress=on_progress,
+        )
+        start_process_group(topology, config.parallel.timeout)
+        with doing("training"):
+            code = run(job)
+        if info.rank == 0:
+            set_outcome(code, "")
+    return code
+
+
+def join(
+    config: RunConfig, info: RankInfo, report: RankReport | None, stop: StopRequest
+) -> tuple[Rendezvous, Topology, Machine]:
+    """Meet the other ranks, if any, and plan the topology with them. Collective."""
+    if report is None or info.world_size == 1:
+        return (ranks := Rendezvous(info)), *plan_together(ranks, config, shared=True)
+    wait_policy = WaitPolicy(config.parallel.timeout or math.inf, lambda: stop.requested is not None)
+    with doing("waiting for the other ranks"):
+        ranks = rendezvous(info, wait_policy)
+        token = ranks.first("token", report.make_token)
+        shared = report.has_token(token)
+    with doing("planning the topology"):
+        return ranks, *plan_together(ranks, config, shared)
+
+
+def prepare_together(config: RunConfig, ranks: Rendezvous) -> TrainingData:
+    """Prepare the data on all ranks, which divide the work, and compare what they train on. Collective."""
+    found = []
+
+    def prepare() -> dict[str, Any]:
+        found.append(prepare_resumed(config))
+        return found[0].identity(1) | {"host": host_name()}
+
+    ranks.agree("data", prepare, check_same_text)
+    return found[0]
 
 
 def run(job: Job) -> int:
     """Train to the end, rolling back to a checkpoint after loss spikes; return the exit code."""
     config, topology = job.config, job.topology
-    if max_over_ranks(topology, not (config.run_dir / "lock").exists()):
-        raise ConfigError(
-            f"{config.run_dir} is not accessible to all ranks; choose a --run.dir on a file system that all nodes share."
-        )
-    reader = open_checkpoint(config, topology)
-    if reader:
-        check_contents(reader, job.data)
+    with doing("verifying the checkpoint"):
+        reader = open_checkpoint(config, topology)
+        if reader:
+            check_contents(reader, job.data)
     training = build(job, reader)
     while True:
-        job.data.reporter.begin_training(training.log.info, job.heartbeat)
+        job.data.reporter.begin_training(training.log.info)
         try:
             code = run_steps(job, training)
             break
@@ -189,7 +218,7 @@ def run_steps(job: Job, training: Training) -> int:
         report_stragglers(job, training, step)
         budget.after_step(job, training, step)
 
-        with clock.paused():
+        with clock.paused(), doing("evaluating"):
             val_loss = evaluate_and_sample(job, training, step, last)
         stop_signal = None if last else job.stop.agree_on_stop(result.requested)
         saving = stop_signal or (config.checkpoint.every and is_due(step, config.checkpoint.every, last))
@@ -197,7 +226,7 @@ def run_steps(job: Job, training: Training) -> int:
             check_weights(job, training, step)
         if saving:
             ending = bool(stop_signal) or last
-            with clock.paused():
+            with clock.paused(), doing("saving a checkpoint"):
                 training.save(val_loss, wait=ending)
             if ending and not check_saved(training, step):
                 return 1
@@ -233,7 +262,8 @@ def finish(job: Job, training: Training) -> None:
     """Export the model and print the summary after the last step. Collective."""
     training.log.close_bar()
     folder, model_config, tokenizer = job.config.run_dir / "export", job.model_config, job.data.tokenizer
-    export_model(folder, training.engine, training.balancer, job.topology, model_config, tokenizer)
+    with doing("exporting the model"):
+        export_model(folder, training.engine, training.balancer, job.topology, model_config, tokenizer)
     if training.log.shown:
         training.log.info(summary(job.config, job.data.val_unigram_entropy))
 

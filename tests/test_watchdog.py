@@ -1,0 +1,176 @@
+"""The watchdog: a job hangs if no rank makes progress, and the stuck rank is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import warm
+from ranks import ROOT
+
+from smolds_dist.activity import ACTIVITY, Activity, Work, beat, doing
+from smolds_dist.errors import ConfigError
+from smolds_dist.launching import failure
+from smolds_dist.launching.failure import RankReport, read_cause
+from smolds_dist.launching.hang import Answer, _cause
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.settings import Parallel
+
+TIMEOUT = 2.0
+RANK = f"""
+import sys, time
+from pathlib import Path
+from smolds_dist.activity import ACTIVITY, beat, doing
+from smolds_dist.launching.failure import RankReport
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.settings import Parallel
+rank = int(sys.argv[2])
+report = RankReport(Path(sys.argv[1]), RankInfo(rank, rank, 2), Parallel(timeout={TIMEOUT}, grace=0.5))
+ACTIVITY.passes = 7
+
+def save(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        beat()
+        time.sleep(0.1)
+
+def wait_for_others():
+    time.sleep(60)
+
+with doing("training"):
+    exec(sys.argv[3])
+report.end()
+"""
+
+
+def start(folder, *programs: str) -> list[subprocess.Popen]:
+    environment = warm.environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder), str(rank), program],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, program in enumerate(programs)
+    ]  # fmt: skip
+
+
+def test_a_rank_that_makes_progress_keeps_a_waiting_one_alive_until_it_stops(tmp_path):
+    """Rank 0 waits all the time. Rank 1 works for three times the timeout, then gets stuck."""
+    begun = time.monotonic()
+    ranks = start(tmp_path, "wait_for_others()", f"save({3 * TIMEOUT}); save = None; time.sleep(60)")
+    output = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert 4 * TIMEOUT < time.monotonic() - begun < 4 * TIMEOUT + 12
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert sum(text.count("smolds: ") for text in output) == 1
+    assert "for 2 s while training" in read_cause(tmp_path / "ranks")
+    stacks = (tmp_path / "ranks" / "stacks.txt").read_text()
+    assert "rank 0 on host" in stacks and "7 forward passes, training" in stacks and "wait_for_others" in stacks
+
+
+def test_work_with_a_limit_of_its_own_is_no_hang(tmp_path):
+    ranks = start(tmp_path, "wait_for_others()", 'with doing("importing", 60): time.sleep(5)')
+    assert ranks[1].wait(60) == 0
+    assert ranks[0].poll() is None
+    assert json.loads((tmp_path / "ranks" / "rank_00000.json").read_text())["doing"] == "training"
+    assert ranks[0].wait(60) == 1  # and then nobody makes progress
+    ranks[0].stderr.close(), ranks[1].stderr.close()
+
+
+def test_mistake_on_one_rank_ends_the_others_with_code_2(tmp_path):
+    refuse = 'from smolds_dist.errors import ConfigError; report.refuse(ConfigError("no such file.")); sys.exit(2)'
+    ranks = start(tmp_path, "wait_for_others()", refuse)
+    for rank in ranks:
+        assert rank.communicate(timeout=30)[1] == "" and rank.returncode == 2
+    assert failure.exit_code_of_stop(tmp_path / "ranks", 0.0) == 2
+
+
+def test_cause_and_mistake_of_another_job_end_nobody(tmp_path):
+    ranks = start(tmp_path, "save(4)", "save(4)")
+    time.sleep(1.5)
+    for name in (failure.CAUSE, failure.REFUSED, "hanging"):
+        (tmp_path / "ranks" / name).write_text("rank 0 on host a failed\n10.0.0.1:29500:::\n")
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    for rank in ranks:
+        assert rank.stderr.read() == ""
+        rank.stderr.close()
+
+
+def test_rank_of_an_earlier_start_exits(tmp_path):
+    hold = "report.token = 'first'; save(60)"
+    (rank,) = start(tmp_path, hold)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ranks" / "progress").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (tmp_path / "ranks" / failure.TOKEN).write_text("first")
+    time.sleep(2)
+    assert rank.poll() is None
+    (tmp_path / "ranks" / failure.TOKEN).write_text("second")
+    assert rank.communicate(timeout=10)[1] == "" and rank.returncode == 1
+
+
+def test_second_job_on_this_host_is_rejected_and_harms_nothing(tmp_path, monkeypatch):
+    (rank,) = start(tmp_path, "save(60)")
+    entry = tmp_path / "ranks" / "rank_00000.json"
+    try:
+        deadline = time.monotonic() + 20
+        while not entry.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        before = json.loads(entry.read_text())["pid"]
+        monkeypatch.setenv("MASTER_PORT", "2")
+        with pytest.raises(ConfigError, match="is in use by another training process"):
+            RankReport(tmp_path, RankInfo(0, 0, 2), Parallel())
+        assert json.loads(entry.read_text())["pid"] == before and rank.poll() is None
+    finally:
+        rank.send_signal(signal.SIGKILL)
+        rank.communicate()
+
+
+def test_activity_names_each_threads_innermost_work():
+    activity = Activity(
+        works={1: [Work("training", 0, 0), Work("evaluating", 0, 0)], 2: [Work("writing", 9, 0)], 3: []}
+    )
+    assert str(activity) == "evaluating, writing" and str(Activity()) == "starting"
+    with doing("loading"), doing("verifying"):
+        assert str(ACTIVITY) == "verifying"
+        before = ACTIVITY.last
+        beat()
+        assert ACTIVITY.last > before
+
+
+def answer(**changed) -> Answer:
+    usual = {"passes": 5, "doing": "training", "at": "step (x.py:1)", "waits": True, "connected": True, "stacks": ""}
+    return Answer(**usual | changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({2: None}, "rank 2 on host host2 did not answer for 60 s: it hangs, or its host does"),
+        (
+            {3: {"passes": 4}},
+            "rank 3 on host host2 was stuck for 60 s while training, in step (x.py:1); the others wait",
+        ),
+        (
+            {1: {"waits": False, "doing": "saving a checkpoint"}},
+            "rank 1 on host host1 was stuck for 60 s while saving a checkpoint, in step (x.py:1); the others wait",
+        ),
+        (
+            {2: {"connected": False}, 3: {"connected": False}},
+            "ranks 2, 3 on host host2 lost their network: no connection to the other hosts for 60 s",
+        ),
+        (
+            {rank: {"connected": False} for rank in (2, 3, 4)},
+            "ranks 0, 1 on host host1 lost their network: no connection to the other hosts for 60 s",
+        ),
+        ({}, "the ranks have waited for each other for 60 s while training"),
+    ],
+)
+def test_stuck_rank_is_named_and_not_the_one_that_waits_for_it(changes, message):
+    hosts = ["host1", "host1", "host2", "host2", "host3"]
+    entries = [{"rank": rank, "host": host, "system": host, "pid": os.getpid()} for rank, host in enumerate(hosts)]
+    answered = {rank: changes.get(rank, {}) for rank in range(len(hosts))}
+    answers = {rank: answer(**values) for rank, values in answered.items() if values is not None}
+    assert _cause(entries, answers, 60.0) == message
