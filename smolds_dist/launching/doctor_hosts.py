@@ -294,7 +294,7 @@ def _row(host: Host, hosts: list[Host]) -> list[str]:
     row = [host.name, "lost" if host.problem else "ok", str(host.slots)]
     for name in ("smolds-dist", "source of smolds", "python", "torch", "deepspeed"):
         value = versions.get(name, "missing")
-        row.append(value[:12] + "*" * (value != others.get(name, "missing")))
+        row.append(value + "*" * (value != others.get(name, "missing")))
     row += [host.devices + "*" * (host.devices != first.devices), f"{host.facts['cores']:g}"]
     return [*row, f"{host.facts['memory'] / GB:.1f} GB", f"{round(host.clock, 1) + 0.0:+.1f} s", shared]
 
