@@ -10,13 +10,12 @@ import os
 import queue
 import secrets
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ START_SECONDS, ANSWER_SECONDS = 30, 15  # limits of ssh with Python's start, and
 CLOCK_SECONDS = 1.0  # largest difference without a warning
 LINKS_SECONDS = 30.0  # of all bandwidth measurements together
 SHOWN_LINKS = 16
-SLOW_LINK = 0.25  # of the median bandwidth
+SLOW_LINK = 0.1  # of the fastest bandwidth
 
 
 class Host:
@@ -272,11 +271,17 @@ def _links(hosts: list[Host], closed: dict[Pair, str]) -> dict[Pair, tuple[float
 
 
 def _slow_links(links: dict[Pair, tuple[float, float]]) -> Iterator[Finding]:
-    median = statistics.median([bandwidth for bandwidth, _ in links.values()] or [0.0])
-    for (source, target), (bandwidth, _) in links.items():
-        if 0 < bandwidth < SLOW_LINK * median:
-            text = f"{_rate(bandwidth)} to {target.name}; the median of all links is {_rate(median)}"
-            yield Finding("warn", source.name, text, "check their cables and switches")
+    """Name the fewest hosts that explain all slow links."""
+    fastest = max([bandwidth for bandwidth, _ in links.values()], default=0.0)
+    slow = {pair: bandwidth for pair, (bandwidth, _) in links.items() if 0 < bandwidth < SLOW_LINK * fastest}
+    while slow:
+        host = Counter(host for pair in slow for host in pair).most_common(1)[0][0]
+        own = [pair for pair in slow if host in pair]
+        source, target = min(own, key=slow.__getitem__)
+        text = f"{len(own)} of its links are slow: {_rate(slow[source, target])} from {source.name} to {target.name}"
+        text += f", against {_rate(fastest)} of the fastest"
+        yield Finding("warn", host.name, text, "check its cable and its port of the switch")
+        slow = {pair: bandwidth for pair, bandwidth in slow.items() if pair not in own}
 
 
 # Tables
