@@ -144,6 +144,49 @@ def test_restart_waits_for_a_host_that_reboots(options, hosts, tmp_path, launche
 
 
 @pytest.mark.long
+def test_dead_link_ends_the_job_with_its_cause(options, hosts, tmp_path):
+    run_dir = tmp_path / "runs" / "pair"
+    launch = ["--", *options, "--run.name=pair", "--train.steps=10000", "--checkpoint.every=0"]
+    job = start(hosts, tmp_path, launch, run_dir, **QUICK)
+    begun = time.monotonic()
+    hosts.link(1, up=False)
+    finished = end(job, timeout=90)
+    print(f"ended after {time.monotonic() - begun:.1f} s", finished.stderr)
+    assert finished.returncode not in (0, 2), finished.text
+    assert (
+        "smolds: rank 1 on host host2 was killed or lost its network (ssh ended with exit code 255" in finished.stderr
+    )
+    deadline = time.monotonic() + 60  # the rank there reads the cause from the shared folder
+    while "smolds_dist train" in hosts.call(1, "ps", "-eo", "args"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+@pytest.mark.long
+def test_stop_signal_reaches_ranks_that_all_are_on_other_hosts(options, hosts, tmp_path):
+    """A hostfile with one other host, whose only rank saves its step."""
+    run_dir = tmp_path / "runs" / "away"
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("host2 slots=1\n")
+    launch = [
+        "--hostfile",
+        str(hostfile),
+        "--",
+        *options,
+        "--run.name=away",
+        "--train.steps=10000",
+        "--checkpoint.every=0",
+    ]
+    job = start(hosts, tmp_path, launch, run_dir)
+    assert hosts_of(run_dir) == ["host2"]
+    stop(hosts)
+    finished = end(job, timeout=60)
+    assert finished.returncode == 143, finished.text
+    assert f"stopped by SIGTERM after step {len(losses(run_dir))}" in finished.stdout
+    assert len(checkpoints_in(run_dir / "checkpoints")) == 1
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpi"])
 def test_variables_reach_all_hosts_without_secrets_in_their_process_lists(options, hosts, tmp_path, launcher):
     if launcher == "mpi" and not (shutil.which("mpirun") and has_mpi4py()):

@@ -192,6 +192,17 @@ def test_host_without_smolds_is_named_with_its_last_line(tmp_path):
     )
 
 
+def test_host_that_mpirun_has_lost_is_found_by_ssh(tmp_path, ssh):
+    (ssh / "a.lan").touch()
+    watch = make_watch(tmp_path)
+    for rank, host in enumerate(("a", "a", "b", "b")):
+        write_entry(tmp_path, rank, host)
+    assert not watch.has_lost_host()
+    watch.read("ORTE was unable to reliably start one or more daemons.\n")
+    assert watch.has_lost_host()
+    assert watch.cause().startswith("one of the ranks 2, 3 on host b was killed or lost its network")
+
+
 def test_ranks_that_stopped_or_reported_are_not_lost(tmp_path):
     watch = make_watch(tmp_path)
     for rank, state in enumerate(("stopped", "done", "failed", "refused")):

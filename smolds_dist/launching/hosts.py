@@ -24,6 +24,7 @@ from smolds_dist.launching.failure import rank_entries, report_cause
 from smolds_dist.launching.plan import Plan
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.ssh import run_on_hosts, unreachable
+from smolds_dist.parallel.ranks import system_name
 from smolds_dist.progress import print_line
 
 MAX_PAUSE = 60.0  # seconds between attempts to reach a host
@@ -32,7 +33,7 @@ EXIT_SECONDS = 10.0  # in which ranks exit after the cause is known and `grace` 
 SHARED_SECONDS = 5.0  # until a shared file system shows what another host has written
 SSH_ENDED = re.compile(r"pdsh@[\w.-]+: ([\w.-]+): ssh exited with exit code (\d+)")
 LABEL = re.compile(r"([\w.-]+): (.*\S)")  # pdsh's prefix of a host's output
-MPI_LOST = re.compile(r"Remote daemon: \S+ on node ([\w.-]+)")
+MPI_LOST = re.compile(r"ORTE (was unable to reliably start|has lost communication)")  # of Open MPI 4, without the host
 UNREACHABLE = 255  # ssh's own exit code
 
 
@@ -117,6 +118,7 @@ class HostWatch:
         self.reported = False  # the cause was printed here
         self._earlier = {(entry["rank"], entry["pid"], entry["started"]) for entry in rank_entries(folder)}
         self._earlier_cause = self._cause_time()
+        self._mpi_lost = False
         self._ended: dict[str, int] = {}  # exit codes of failed ssh connections, the first one first
         self._last_lines: dict[str, str] = {}
         self._failed_at: float | None = None
@@ -126,15 +128,12 @@ class HostWatch:
     def read(self, line: str, is_noise: bool = False) -> None:
         """Note a line that pdsh, ssh or mpirun printed, or a host's last one except log lines (`is_noise`)."""
         if match := SSH_ENDED.search(line):
-            self._note_end(match.group(1), int(match.group(2)))
-        elif match := MPI_LOST.search(line):
-            self._note_end(match.group(1), UNREACHABLE)
+            if host := self._host(match.group(1)):
+                self._ended.setdefault(host, int(match.group(2)))
+        elif MPI_LOST.search(line):
+            self._mpi_lost = True
         elif not is_noise and (match := LABEL.match(line)) and (host := self._host(match.group(1))):
             self._last_lines[host] = match.group(2)
-
-    def _note_end(self, label: str, code: int) -> None:
-        if host := self._host(label):
-            self._ended.setdefault(host, code)
 
     def _host(self, label: str) -> str | None:
         """Return the host that pdsh's label, without user and possibly without domain, stands for."""
@@ -188,9 +187,13 @@ class HostWatch:
             return (self.folder / "cause.txt").stat().st_mtime_ns
         return 0
 
-    @property
-    def lost(self) -> bool:
-        """Return True if a host cannot be reached any more."""
+    def has_lost_host(self) -> bool:
+        """Return True if the connection to a host was lost; to be called after the end of the job."""
+        if self._mpi_lost and not self._ended:
+            away = [entry for entry in self.entries() if entry["system"] != system_name()]
+            remote = {host for entry in away if (host := self._host_of(entry))}
+            lost = [*unreachable(self.hosts)] or ([*remote] if len(remote) == 1 else [])  # the host may be back
+            self._ended |= dict.fromkeys(lost, UNREACHABLE)
         return UNREACHABLE in self._ended.values()
 
     def started(self) -> bool:

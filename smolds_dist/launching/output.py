@@ -182,7 +182,7 @@ def run_ranks(
     stopped = exit_code_of_stop(ranks, began)
     if stopped is not None:
         return stopped, ""
-    if watch and watch.lost:
+    if watch and watch.has_lost_host():
         watch.report()  # mpirun has then killed the ranks here
     record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
     if watch:

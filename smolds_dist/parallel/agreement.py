@@ -74,7 +74,7 @@ def plan_together(ranks: Rendezvous, config: RunConfig, shared: bool) -> tuple[T
             info.rank, info.local_rank, host_name(), info.ranks_per_node, versions, settings, machine, shared, address,
             info.gpus_on_node,
         )  # fmt: skip
-        plan = ranks.agree("plan", lambda: asdict(facts), partial(_decide, config))
+        plan = ranks.agree("plan", lambda: asdict(facts), partial(plan_from, config))
         ranks.agree("links", lambda: unreachable(facts, plan["addresses"]), _report_unreachable)
     own = {"rank": info.rank, "local_rank": info.local_rank, "device_index": device_index(machine, info)}
     topology = Topology(**plan["topology"] | own)
@@ -86,7 +86,8 @@ def plan_together(ranks: Rendezvous, config: RunConfig, shared: bool) -> tuple[T
     return topology, Machine(**plan["machine"])
 
 
-def _decide(config: RunConfig, values: list[dict[str, Any]]) -> dict[str, Any]:
+def plan_from(config: RunConfig, values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the plan for ranks that report these values: `asdict(RankFacts)` by rank."""
     facts = [RankFacts(**value | {"machine": Machine(**value["machine"])}) for value in values]
     check_same(config, facts)
     machine, per_node = least_machine(config, facts)
