@@ -7,6 +7,7 @@ real one.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +114,13 @@ def test_mistakes_are_found_before_any_rank_starts(options, fix, tmp_path, small
         launch([*options, "--", *small_run, "--parallel.device=cpu"], CPU)
     assert fix in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_port_in_use_is_a_mistake(small_run):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--master-port {port} cannot be used .Address already in use.; choose"):
+            launch([f"--master-port={port}", "--nproc-per-node=2", "--", *small_run, "--parallel.device=cpu"], CPU)
 
 
 def test_restart_waits_for_a_missing_host_or_uses_the_others(ssh, monkeypatch):
