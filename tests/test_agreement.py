@@ -95,7 +95,7 @@ def facts(rank: int = 0, machine: Machine = CPU, here: int = 2, **changed) -> Ra
 
 def decide(*args: str, reported: list[RankFacts]) -> dict:
     config = load_config(["--preset=debug", "--train.global_batch=8", *args])
-    return agreement._decide(config, [asdict(one) for one in reported])
+    return agreement.plan_from(config, [asdict(one) for one in reported])
 
 
 @pytest.mark.parametrize(

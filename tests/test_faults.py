@@ -387,8 +387,8 @@ def test_guard_counts_skipped_steps_in_a_row():
         watch.check(9, float("nan"), False)
 
 
-def test_checkpoint_without_a_ranks_file_times_out(small_run, tmp_path):
-    """A rank's folder that rank 0 cannot access: here the other rank never writes."""
+def test_checkpoint_without_a_ranks_file_times_out(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("smolds_dist.checkpoint.writer.LONG", 0.1)
     config = load_config([*small_run, "--run.name=lost", "--parallel.timeout=0.3"])
     writer = CheckpointWriter(
         config, plan_topology(config, detect_machine(), RankInfo(0, 0, 2)), {}, lambda samples: {}

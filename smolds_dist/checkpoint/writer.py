@@ -6,6 +6,7 @@ thread waits for all files, adds the manifest and renames the folder. All ranks 
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolds_dist.activity import LONG
 from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.files import replace_text
@@ -181,12 +183,12 @@ class CheckpointWriter:
             PeerError: if a rank could not write its file, or timed out.
         """
         entries = {}
-        deadline = time.monotonic() + (self.config.parallel.timeout or float("inf"))
+        deadline = time.monotonic() + max(LONG, self.config.parallel.timeout or math.inf)
         for rank in range(self.topology.world_size):
             path = unfinished / f"rank_{rank:05}.json"
             while not path.exists():
                 if time.monotonic() > deadline:
-                    raise PeerError(f"rank {rank} has not written its file, or to a folder that rank 0 cannot access")
+                    raise PeerError(f"rank {rank} has not written its file")
                 time.sleep(0.02)
             entry = read_json(path, "save again", dict[str, Any])
             if "error" in entry:

@@ -95,7 +95,7 @@ def plan_together(ranks: Rendezvous, config: RunConfig, shared: bool) -> tuple[T
         facts = RankFacts(
             info.rank, info.local_rank, host_name(), info.ranks_per_node, versions, settings, machine, shared, address
         )
-        plan = ranks.agree("plan", lambda: asdict(facts), partial(_decide, config))
+        plan = ranks.agree("plan", lambda: asdict(facts), partial(plan_from, config))
         ranks.agree("links", lambda: unreachable(facts, plan["addresses"]), _report_unreachable)
     topology = replace(Topology(**plan["topology"]), rank=info.rank, local_rank=info.local_rank)
     if topology.backend == "gloo" and len(plan["addresses"]) > 1:
@@ -106,7 +106,8 @@ def plan_together(ranks: Rendezvous, config: RunConfig, shared: bool) -> tuple[T
     return topology, Machine(**plan["machine"])
 
 
-def _decide(config: RunConfig, values: list[dict[str, Any]]) -> dict[str, Any]:
+def plan_from(config: RunConfig, values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the plan for ranks that report these values: `asdict(RankFacts)` by rank."""
     facts = [RankFacts(**value | {"machine": Machine(**value["machine"])}) for value in values]
     check_same(config, facts)
     machine, per_node = least_machine(config, facts)

@@ -3,10 +3,13 @@
 Shape letters: W ranks, N tensors.
 """
 
+import hashlib
+import json
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,6 +85,21 @@ def find_weight_mismatch(model: nn.Module, topology: Topology, experts: Iterable
             if odd := minority({rank: sums_W[rank] for rank in range(first, topology.world_size, groups)}):
                 return name, odd
     return None
+
+
+def find_text_mismatch(identity: dict[str, Any], topology: Topology) -> list[int]:
+    """Return the ranks that were trained on another text than the majority; all if there is none. Collective.
+
+    Hosts with caches of their own could have different files, of which the rendezvous compares only the first window.
+
+    Args:
+        identity: `TrainingData.identity` up to the last step.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
+    own = torch.tensor(int.from_bytes(digest[:8], signed=True), device=topology.torch_device)
+    every = [torch.empty_like(own) for _ in range(topology.world_size)]
+    dist.all_gather(every, own)
+    return minority({rank: int(one) for rank, one in enumerate(every)})
 
 
 def minority(values: dict[int, int]) -> list[int]:

@@ -36,7 +36,7 @@ from smolds_dist.settings import RunConfig
 from smolds_dist.training.budget import TimeBudget
 from smolds_dist.training.build import Job, Training, build, lock_run_dir, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
-from smolds_dist.training.rank_checks import WINDOWS, find_weight_mismatch, format_ranks, host_of
+from smolds_dist.training.rank_checks import WINDOWS, find_text_mismatch, find_weight_mismatch, format_ranks, host_of
 from smolds_dist.training.step_row import summarize_step
 
 
@@ -223,7 +223,7 @@ def run_steps(job: Job, training: Training) -> int:
         stop_signal = None if last else job.stop.agree_on_stop(result.requested)
         saving = stop_signal or (config.checkpoint.every and is_due(step, config.checkpoint.every, last))
         if config.parallel.check_every and (saving or step % config.parallel.check_every == 0):
-            check_weights(job, training, step)
+            check_ranks(job, training, step)
         if saving:
             ending = bool(stop_signal) or last
             with clock.paused(), doing("saving a checkpoint"):
@@ -282,14 +282,20 @@ def report_stragglers(job: Job, training: Training, step: int) -> None:
         )
 
 
-def check_weights(job: Job, training: Training, step: int) -> None:
-    """Compare the weights of replicas. Collective.
+def check_ranks(job: Job, training: Training, step: int) -> None:
+    """Compare the text that the ranks were trained on, and the weights of replicas. Collective.
 
     Raises:
         TrainingStoppedError: if they differ, before they reach a checkpoint.
     """
     if job.topology.world_size == 1:
         return
+    samples = training.state.skipped_samples + step * job.config.train.global_batch
+    if ranks := find_text_mismatch(job.data.identity(samples), job.topology):
+        raise TrainingStoppedError(
+            f"{format_ranks(job.config.run_dir, ranks)} had another text than the others, up to step {step}; copy "
+            "the same files to all hosts, and continue from the last checkpoint"
+        )
     from smolds_dist.parallel.expert_parallel import expert_parameters  # needs deepspeed, like several ranks
 
     found = find_weight_mismatch(training.engine.model, job.topology, expert_parameters(training.engine.model))
