@@ -2,7 +2,7 @@
 # Installs the Debian packages that the tests of Slurm, MPI and several hosts need; they skip without. Only what is missing.
 set -euo pipefail
 
-packages=(slurm-wlm munge openmpi-bin libopenmpi-dev pdsh openssh-server iproute2 chromium)
+packages=(slurm-wlm munge openmpi-bin libopenmpi-dev pdsh openssh-server iproute2 gcc chromium)
 
 if ! command -v apt-get >/dev/null; then
     echo "no apt-get here: install ${packages[*]} by hand, or those tests skip"

@@ -10,8 +10,11 @@ changes. All of it ends with the hosts' first processes, also when the test proc
 machine's files except /run, /dev/shm and what `mount` and `hide` replace, and can reach only each other.
 """
 
+import atexit
+import functools
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -22,9 +25,12 @@ from pathlib import Path
 
 import packet_filter
 import pytest
+import warm
 
-PROGRAMS = "ip pdsh ssh sshd ssh-keygen nsenter unshare setpriv mount pgrep pkill".split()
+HERE = Path(__file__).parent
+PROGRAMS = "gcc ip pdsh ssh sshd ssh-keygen nsenter unshare setpriv mount pgrep pkill".split()
 STARTUP_SECONDS = 20
+FAULTS = struct.Struct("ld4096s")  # `settings` in host_faults.c
 MEMORY_GROUPS = Path("/sys/fs/cgroup/memory" if Path("/sys/fs/cgroup/memory").is_dir() else "/sys/fs/cgroup")
 
 # Runs as process 1 of a host. sshd needs an absolute path and a /run/sshd.
@@ -54,7 +60,8 @@ UsePAM no
 StrictModes no
 PidFile none
 MaxStartups 100
-{environment}"""
+SetEnv {environment}
+"""
 
 SSH_CONFIG = """\
 Host *
@@ -105,6 +112,7 @@ class Cluster:
 
     folder: Path
     hosts: list[Host]
+    preload: str = ""  # the library with faults of clock and disk
     bridge: int = 0  # the process that holds the bridge's namespace
     environment: dict[str, str] = field(default_factory=lambda: {"PDSH_RCMD_TYPE": "ssh"})
 
@@ -128,7 +136,12 @@ class Cluster:
         enter = f"nsenter --target {self.hosts[host].pid} --mount --uts --ipc --net --pid"
         # Entering a mount namespace leads to /, hence --chdir
         shell = f'test ! -e {procs} || echo $$ >{procs}; exec {enter} -- env --chdir="$PWD" "$@"'
-        return ["sh", "-c", shell, "sh", *argv]
+        faults = [f"{name}={value}" for name, value in self._faults(self.hosts[host]).items()]
+        return ["sh", "-c", shell, "sh", *faults, *argv]
+
+    def python(self) -> str:
+        """Return the Python for the hosts that has imported everything; `sys.executable` for a normal start."""
+        return warm.python(self.preload)
 
     def call(self, host: int, *argv: str) -> str:
         """Run a short command on a host; return its output."""
@@ -168,6 +181,14 @@ class Cluster:
     def memory(self, host: int, limit: int) -> None:
         """Limit the memory of all processes of the host together, in bytes, by a cgroup of its own."""
         limit_memory(_memory_group(self.hosts[host]), limit)
+
+    def clock(self, host: int, seconds: int) -> None:
+        """Set the host's clock back or forward against the others'. File times are not affected, as on a shared disk."""
+        self._set_faults(host, 0, seconds)
+
+    def slow_disk(self, host: int, folder: Path, seconds: float) -> None:
+        """Let the host wait whenever it opens, reads, writes or syncs a file in `folder`."""
+        self._set_faults(host, 1, seconds, bytes(folder.resolve()))
 
     def stop(self, host: int) -> None:
         """Cut the host's power: no connection is closed, and all of its processes are gone."""
@@ -224,6 +245,19 @@ class Cluster:
                     raise AssertionError("\n".join([f"no ssh on {self.names[host]}: {answer.stderr}", *logs]))
                 time.sleep(0.05)
 
+    def _faults(self, host: Host) -> dict[str, str]:
+        """Return the variables of the host's processes for host_faults.c."""
+        return {"LD_PRELOAD": self.preload, "HOST_FAULTS": f"{self.folder}/{host.name}.faults"} if self.preload else {}
+
+    def _set_faults(self, host: int, first: int, *values: object) -> None:
+        """Replace fields of the settings that the host's processes have mapped."""
+        assert self.preload, "use cluster(..., faults=True)"
+        with (self.folder / f"{self.names[host]}.faults").open("r+b") as file:
+            settings = list(FAULTS.unpack(file.read()))
+            settings[first : first + len(values)] = values
+            file.seek(0)
+            file.write(FAULTS.pack(*settings))
+
     def _at_bridge(self, *argv: str) -> None:
         subprocess.run(["nsenter", "--target", str(self.bridge), "--net", "ip", *argv], check=True, capture_output=True)
 
@@ -238,10 +272,15 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, hosts: int = 2) -> Iterator[Cluster]:
-    """Start host1, host2, ...; yield them once each can be reached by ssh."""
+def cluster(folder: Path, hosts: int = 2, faults: bool = False) -> Iterator[Cluster]:
+    """Start host1, host2, ...; yield them once each can be reached by ssh.
+
+    Args:
+        faults: preload what `clock` and `slow_disk` need.
+    """
     folder = folder.resolve()
     us = Cluster(folder, [Host(f"host{n}", f"10.77.0.{n}") for n in range(1, hosts + 1)])
+    us.preload = _faults_library() if faults else ""
     _configure(us)
     with ExitStack() as stack:
         bridge = _started([*ALONE, "sh", "-c", BRIDGE], folder / "bridge.log")
@@ -269,9 +308,22 @@ def _configure(us: Cluster) -> None:
     known = "".join(f"{host.address} {host.name}\n" for host in us.hosts)
     (folder / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{known}")
     for host in us.hosts:
-        (folder / f"{host.name}.sshd_config").write_text(SSHD_CONFIG.format(folder=folder, environment=""))
+        variables = {"LANG": "C.UTF-8"} | warm.read_on_import() | us._faults(host)
+        environment = " ".join(f'"{name}={value}"' for name, value in variables.items())
+        (folder / f"{host.name}.sshd_config").write_text(SSHD_CONFIG.format(folder=folder, environment=environment))
+        (folder / f"{host.name}.faults").write_bytes(FAULTS.pack(0, 0, b""))
         (folder / f"{host.name}.sh").write_text(BOOT.format(name=host.name, folder=folder, sshd=sshd))
         (folder / f"{host.name}.mounts").touch()
+
+
+@functools.cache
+def _faults_library() -> str:
+    """Compile host_faults.c, once."""
+    folder = Path(tempfile.mkdtemp(prefix="smolds-faults-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    compile_it = ["gcc", "-O1", "-shared", "-fPIC", "-o", folder / "host_faults.so", HERE / "host_faults.c", "-ldl"]
+    subprocess.run(compile_it, check=True)
+    return str(folder / "host_faults.so")
 
 
 def _started(command: list[str], log: Path) -> subprocess.Popen:

@@ -24,7 +24,7 @@ from smolds_dist.data.tokenizer import load_tokenizer
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import printable, read_yaml
 from smolds_dist.interchange.model_folder import check_settings, check_sizes, weight_files
-from smolds_dist.launching.failure import _entries
+from smolds_dist.launching.failure import rank_entries
 from smolds_dist.observe.report import _check, training_log
 from smolds_dist.observe.rows import read_rows, truncate_rows
 from smolds_dist.observe.runs import read_run, table
@@ -252,7 +252,7 @@ def test_a_ranks_process_id_is_of_one_process(tmp_path):
     good = {"rank": 0, "host": "n", "pid": 7, "system": "s", "started": 1.0, "state": "running"}
     for number, pid in enumerate((7, -1, 0, "7", None)):
         (tmp_path / f"rank_{number:05}.json").write_text(json.dumps(good | {"pid": pid}))
-    assert [entry["pid"] for entry in _entries(tmp_path)] == [7]
+    assert [entry["pid"] for entry in rank_entries(tmp_path)] == [7]
 
 
 @pytest.mark.parametrize("name", ["no", "2024", "on", "null", "1e3"])

@@ -14,7 +14,7 @@ from ranks import ROOT, run, smolds
 from test_launchers import end, start_and_wait_for_steps
 
 from smolds_dist.checkpoint.files import checkpoints_in, step_of
-from smolds_dist.launching.failure import _entries
+from smolds_dist.launching.failure import rank_entries
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import host_name
 from smolds_dist.training.rank_checks import SLOW, WINDOWS, StragglerDetector, checksums, minority
@@ -34,7 +34,7 @@ def test_straggler_is_reported_in_one_line_and_in_the_metrics(small_run, tmp_pat
     run_dir = tmp_path / "runs" / "slow"
     command = [warm.python(), "-m", "smolds_dist", "launch", "--nproc-per-node=2", "--", *options]
     job = start_and_wait_for_steps(command, run_dir)
-    pid = next(entry["pid"] for entry in _entries(run_dir / "ranks") if entry["rank"] == 1)
+    pid = next(entry["pid"] for entry in rank_entries(run_dir / "ranks") if entry["rank"] == 1)
     enough = threading.Event()
 
     def hold_back() -> None:
@@ -67,7 +67,11 @@ def test_straggler_is_reported_in_one_line_and_in_the_metrics(small_run, tmp_pat
 
 @pytest.mark.parametrize(
     ("part", "named"),
-    [("embeddings", ["rank 2 on host"]), ("experts", ["rank 0 on host", "rank 2 on host"])],
+    [
+        ("embeddings", ["rank 2 on host"]),
+        ("experts", ["rank 0 on host", "rank 2 on host"]),
+        ("text", ["rank 2 on host"]),
+    ],
 )
 def test_flipped_bit_is_reported_and_reaches_no_checkpoint(small_run, tmp_path, part, named):
     """Four ranks have replicas of the embeddings, and two of each expert, without a majority."""
@@ -79,7 +83,10 @@ def test_flipped_bit_is_reported_and_reaches_no_checkpoint(small_run, tmp_path, 
     assert finished.returncode != 0
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]
     assert all(words in line for words in named) and line.count("on host") == len(named), line
-    assert "differs from its replicas in model." in line and "at step 10;" in line, line  # found before a checkpoint
+    words = (
+        ["another text", "up to step 10;"] if part == "text" else ["differs from its replicas in model.", "at step 10;"]
+    )
+    assert all(word in line for word in words), line  # found before a checkpoint
     run_dir = tmp_path / "runs" / "flipped"
     assert [step_of(folder) for folder in checkpoints_in(run_dir / "checkpoints")] == [5]
 

@@ -2,14 +2,16 @@
 
 One process imports everything once; each start forks it. `programs()` creates a folder with `python`, `smolds` and
 `torchrun` that do so. They forward arguments, environment, working directory, files and signals, and exit like the process
-that they start. Normal starts are left for `-c` and `-I`, for another environment of variables that libraries read during
-import, and for tests with `cold=True` or `sys.executable`.
+that they start, which joins the namespaces and the cgroup of a test host (cluster.py) if they run on one. Normal starts are
+left for `-c` and `-I`, for another environment of variables that libraries read during import, and for tests with
+`cold=True` or `sys.executable`.
 
 This file is the server that forks; CLIENT is the program in the folder.
 """
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -17,11 +19,13 @@ import json
 import os
 import pkgutil
 import random
+import resource
 import runpy
 import selectors
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -36,7 +40,7 @@ READ_ON_IMPORT = (
     "CUDA DS_ HF_ HOME KMP LC_ LD_ MKL MPL NUMEXPR OMP OPENBLAS PYTHON TOKENIZERS TORCH TRANSFORMERS TRITON USE_ XDG"
 )
 # PyTorch sets TORCHINDUCTOR_CACHE_DIR itself, also in a test's process. With a CUDA device nothing forks.
-READ_LATER = """CUDA_VISIBLE_DEVICES OMPI_ PYTHON_EXEC PYTHONUNBUFFERED TORCHELASTIC TORCHINDUCTOR_CACHE_DIR
+READ_LATER = """CUDA_VISIBLE_DEVICES LD_PRELOAD OMPI_ PYTHON_EXEC PYTHONUNBUFFERED TORCHELASTIC TORCHINDUCTOR_CACHE_DIR
     TORCH_EXTENSIONS_DIR TORCH_NCCL"""
 
 CLIENT = """#!{python} -IS
@@ -48,7 +52,10 @@ args = {{"smolds": ["-m", "smolds_dist"], "torchrun": ["-m", "torch.distributed.
 
 def read_on_import(environment):
     kept = [n for n in environment if n.startswith({read}) and not n.startswith({later})]
-    return {{n: environment[n] for n in kept}}
+    values = {{n: environment[n] for n in kept}}
+    # DeepSpeed adds the working directory, which is in sys.path anyway.
+    path = [p for p in values.pop("PYTHONPATH", "").split(":") if p not in ("", os.getcwd(), {root!r})]
+    return values | {{"PYTHONPATH": path}}
 
 
 target = args[1:] if args[:1] == ["-u"] else args
@@ -94,15 +101,21 @@ def environment() -> dict[str, str]:
     return AT_START | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def python() -> str:
+def read_on_import() -> dict[str, str]:
+    """Return the variables of a test's processes that they must have so that they can be forked."""
+    first, later = tuple(READ_ON_IMPORT.split()), tuple(READ_LATER.split())
+    return {n: v for n, v in environment().items() if n.startswith(first) and not n.startswith(later)}
+
+
+def python(preload: str = "") -> str:
     """Return the path of the Python that has imported everything, or of the usual one."""
-    folder = programs()
+    folder = programs(preload)
     return str(folder / "python") if folder else sys.executable
 
 
 @functools.cache
-def programs() -> Path | None:
-    """Return the folder to prepend to PATH; start the server, once.
+def programs(preload: str = "") -> Path | None:
+    """Return the folder to prepend to PATH; start the server, once for each library to preload.
 
     None without `pidfd_open`, and with a GPU, which no fork can use after DeepSpeed has detected it.
     """
@@ -115,15 +128,14 @@ def programs() -> Path | None:
     address = str(folder / "socket")
     client = CLIENT.format(
         python=sys.executable, address=address, environment=environment(), read=tuple(READ_ON_IMPORT.split()),
-        later=tuple(READ_LATER.split()),
+        later=tuple(READ_LATER.split()), root=str(ROOT),
     )  # fmt: skip
     for name in ("python", "smolds", "torchrun"):
         (folder / name).write_text(client)
         (folder / name).chmod(0o755)
     command = [sys.executable, __file__, address, str(folder / "python")]
-    process = subprocess.Popen(
-        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
+    env = environment() | ({"LD_PRELOAD": preload} if preload else {})
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     atexit.register(process.kill)
     assert process.stdin and process.stdout
     if b"ready\n" not in iter(process.stdout.readline, b""):  # after output of imports
@@ -193,18 +205,50 @@ def accept(listener: socket.socket, selector: selectors.BaseSelector) -> dict | 
     if pid:
         for stream in streams:
             os.close(stream)
-        with contextlib.suppress(OSError):
-            client.sendall(pid.to_bytes(8, "big"))
         pidfd = os.pidfd_open(pid)
         selector.register(client, selectors.EVENT_READ, (client, pid, pidfd))
         selector.register(pidfd, selectors.EVENT_READ, (client, pid, pidfd))
         return None
+    enter_host(client)
     os.setsid()
+    client.sendall(os.getpid().to_bytes(8, "big"))
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(3, max(streams) + 64)
     selector.close()
     return request
+
+
+def enter_host(client: socket.socket) -> None:
+    """Enter the client's namespaces and memory cgroup if they differ from this process's; return in a child process then,
+    because a process never leaves its process namespace."""
+    pid, *_ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    peer = Path("/proc", str(pid))
+    if os.readlink(peer / "ns" / "pid") == os.readlink("/proc/self/ns/pid"):
+        return
+    for line in (peer / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("memory", ""):
+            group = Path("/sys/fs/cgroup", controllers, path.lstrip("/"), "cgroup.procs")
+            with contextlib.suppress(OSError):
+                group.write_text(str(os.getpid()))
+    where = os.getcwd()
+    files = [os.open(peer / "ns" / kind, os.O_RDONLY) for kind in ("uts", "ipc", "net", "pid", "mnt")]
+    for file in files:
+        if ctypes.CDLL(None, use_errno=True).setns(file, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(file)
+    os.chdir(where)
+    if child := os.fork():
+        os.closerange(0, 1000)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code < 0:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            if -code not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def kill_tree(pid: int) -> None:
@@ -245,6 +289,8 @@ def run_as_main(request: dict, python: str) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    if "HOST_FAULTS" in os.environ:  # as host_faults.c, preloaded, does in a normal start
+        ctypes.CDLL(os.environ["LD_PRELOAD"]).read_settings(os.environ["HOST_FAULTS"].encode())
     signal.pthread_sigmask(signal.SIG_SETMASK, request["mask"])
     for stream, terminal in ((sys.stdout, os.isatty(1)), (sys.stderr, True)):
         at_once = bool(os.environ.get("PYTHONUNBUFFERED"))

@@ -99,7 +99,7 @@ class Rendezvous:
             if error:
                 raise ConfigError(error)
             values = [value, *map(json.loads, store.multi_get([f"{name}/{rank}" for rank in range(1, world)]))]
-            decision = decide(values)
+            decision = json.loads(json.dumps(decide(values)))  # as the other ranks read it: lists for tuples
         except ConfigError as raised:
             store.set(f"{name}/decision", json.dumps({"error": str(raised)}))
             raise
