@@ -13,7 +13,7 @@ import pytest
 import warm
 from cluster import Cluster, available, cluster
 from ranks import ROOT
-from test_launchers import end, free_port, has_mpi4py, losses, start_and_wait_for_steps
+from test_launchers import MPI_REASON, end, free_port, has_mpi4py, losses, start_and_wait_for_steps
 
 from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.config import load_config
@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(bool(available()), reason=str(available())),
     pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed"),
 ]
+LAUNCHERS = ["deepspeed", pytest.param("mpi", marks=pytest.mark.skipif(not has_mpi4py(), reason=MPI_REASON))]
 QUICK = {"PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=1 -oServerAliveCountMax=3"}  # to notice a dead link earlier
 
 
@@ -90,11 +91,12 @@ def test_host_that_does_not_answer_is_named_before_any_start(options, hosts, tmp
 
 
 @pytest.mark.long
-def test_job_shrinks_when_a_host_is_lost_and_grows_when_it_is_back(options, hosts, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_job_shrinks_when_a_host_is_lost_and_grows_when_it_is_back(options, hosts, tmp_path, launcher):
     """Its losses are those of an undisturbed process."""
     options = [*options, "--train.schedule=wsd", "--train.decay_fraction=0", "--train.global_batch=64"]
     run_dir = tmp_path / "runs" / "pair"
-    launch = ["--restarts=1", "--restarts-shrink", "--restarts-grow", "--", *options]
+    launch = [f"--launcher={launcher}", "--restarts=1", "--restarts-shrink", "--restarts-grow", "--", *options]
     launch += ["--run.name=pair", "--checkpoint.every=5", "--train.steps=10000"]
     job = start(hosts, tmp_path, launch, run_dir, **QUICK)
     wait_until(lambda: checkpoints_in(run_dir / "checkpoints"), job)
@@ -118,10 +120,8 @@ def test_job_shrinks_when_a_host_is_lost_and_grows_when_it_is_back(options, host
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launcher", ["deepspeed", "mpi"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_restart_waits_for_a_host_that_reboots(options, hosts, tmp_path, launcher):
-    if launcher == "mpi" and not (shutil.which("mpirun") and has_mpi4py()):
-        pytest.skip("mpirun or mpi4py is not installed")
     run_dir = tmp_path / "runs" / "pair"
     launch = ["--restarts=1", f"--launcher={launcher}", "--", *options]
     launch += ["--run.name=pair", "--checkpoint.every=5", "--train.steps=60"]
@@ -187,10 +187,8 @@ def test_stop_signal_reaches_ranks_that_all_are_on_other_hosts(options, hosts, t
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launcher", ["deepspeed", "mpi"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_variables_reach_all_hosts_without_secrets_in_their_process_lists(options, hosts, tmp_path, launcher):
-    if launcher == "mpi" and not (shutil.which("mpirun") and has_mpi4py()):
-        pytest.skip("mpirun or mpi4py is not installed")
     run_dir, port = tmp_path / "runs" / "pair", free_port()
     launch = [f"--launcher={launcher}", "--export=MINE", f"--master-port={port}", "--", *options]
     launch += ["--run.name=pair", "--train.steps=10000", "--checkpoint.every=0"]

@@ -4,9 +4,11 @@ Without root no second host can be simulated: here a program named `ssh` stands 
 real one.
 """
 
+import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,12 +18,13 @@ from pathlib import Path
 import pytest
 import warm
 
+from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.launching import hosts
 from smolds_dist.launching.environment import environment_file, file_option, on_hosts, passed_on
 from smolds_dist.launching.failure import read_cause
 from smolds_dist.launching.hosts import HostWatch, check_hosts, kill_command, wait_for_hosts
-from smolds_dist.launching.launcher import launch
+from smolds_dist.launching.launcher import Job, launch
 from smolds_dist.launching.output import run_ranks
 from smolds_dist.launching.plan import Plan
 from smolds_dist.launching.restarts import Failure, faulty_hosts
@@ -115,6 +118,13 @@ def test_mistakes_are_found_before_any_rank_starts(options, fix, tmp_path, small
     assert not (tmp_path / "runs").exists()
 
 
+def test_port_in_use_is_a_mistake(small_run):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--master-port {port} cannot be used .Address already in use.; choose"):
+            launch([f"--master-port={port}", "--nproc-per-node=2", "--", *small_run, "--parallel.device=cpu"], CPU)
+
+
 def test_restart_waits_for_a_missing_host_or_uses_the_others(ssh, monkeypatch):
     monkeypatch.setattr(hosts, "MAX_PAUSE", 0.2)
     (ssh / "a").touch()
@@ -130,6 +140,21 @@ def test_restart_waits_for_a_missing_host_or_uses_the_others(ssh, monkeypatch):
     ]
     with pytest.raises(ConfigError, match="hostfile lists hosts that do not answer: c"):
         check_hosts(["a", "c"], Path("hostfile"))
+
+
+def test_restart_uses_as_many_hosts_as_have_a_valid_layout(small_run, tmp_path):
+    hosts = ("a", "b", "c")
+    plan = Plan("deepspeed", 6, 2, tmp_path / "hosts", hosts)
+
+    def largest(answering, shrink, global_batch=12):
+        config = load_config([*small_run, "--parallel.device=cpu", f"--train.global_batch={global_batch}"])
+        job = Job(argparse.Namespace(restarts_shrink=shrink), config, [], CPU, plan, {})
+        return (found := job._largest(answering)) and (found.hosts, found.procs)
+
+    assert largest(["c", "b", "a"], shrink=False) == (hosts, 6)
+    assert largest(["a", "c"], shrink=False) is None and largest([], shrink=True) is None
+    assert largest(["c", "a"], shrink=True) == (("a",), 2)  # four ranks cannot share 12 sequences by twos
+    assert largest(["c", "a"], shrink=True, global_batch=24) == (("a", "c"), 4)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])

@@ -55,9 +55,11 @@ def long_run(options):
     return [*options, "--train.steps=100000", "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0"]
 
 
-def start_launch(launcher: str, arguments: list[str], run_dir: Path, python: str | None = None) -> subprocess.Popen:
+def start_launch(
+    launcher: str, arguments: list[str], run_dir: Path, python: str | None = None, options: list[str] | None = None
+) -> subprocess.Popen:
     start = [python or warm.python(), "-m", "smolds_dist", "launch", "--nproc-per-node=2", f"--launcher={launcher}"]
-    return start_and_wait_for_steps([*start, "--", *arguments], run_dir)
+    return start_and_wait_for_steps([*start, *(options or []), "--", *arguments], run_dir)
 
 
 def start_and_wait_for_steps(command: list[str], run_dir: Path, **options) -> subprocess.Popen:
@@ -134,7 +136,10 @@ def test_signal_saves_the_step_on_all_ranks(long_run, tmp_path, launcher, number
     if launcher == "mpi" and not (shutil.which("mpirun") and has_mpi4py()):
         pytest.skip(MPI_REASON)
     run_dir = tmp_path / "runs" / "stopped"
-    process = start_launch(launcher, [*long_run, "--run.name=stopped"], run_dir)
+    port = free_port()
+    process = start_launch(launcher, [*long_run, "--run.name=stopped"], run_dir, options=[f"--master-port={port}"])
+    entry = json.loads((run_dir / "ranks" / "rank_00001.json").read_text())
+    assert entry["job"].split(":")[1] == port
     process.send_signal(number)
     finished = end(process, timeout=30)
     assert finished.returncode == code, finished.text
@@ -257,7 +262,7 @@ CPU = Machine(("cpu",), 2, False, int(16e9))
         (GPUS, ["--hostfile=HOSTS"], "--launcher pdsh --force_multi --no_ssh_check --module smolds_dist train --env"),
         (GPUS, ["--hostfile=HOSTS", "--launcher=mpi"], "mpirun -n 32 --bind-to none --hostfile"),
         (GPUS, ["--hostfile=HOSTS", "--master-port=2950"], "runner --master_port 2950 "),
-        (GPUS, ["--master-port=2950"], "--rdzv-endpoint localhost:2950 --nproc-per-node 8"),
+        (GPUS, ["--master-port=2950"], "run --master-addr 127.0.0.1 --master-port 2950 --nproc-per-node 8"),
     ],
 )
 def test_dry_run_shows_the_command_for_the_machine(machine, args, expected, tmp_path, monkeypatch, capsys, small_run):

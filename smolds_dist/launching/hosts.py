@@ -140,15 +140,14 @@ class HostWatch:
         names = {host: host.rpartition("@")[2] for host in self.hosts}
         return next((host for host, name in names.items() if label in (name, name.partition(".")[0])), None)
 
-    def entries(self, host: str | None = None) -> list[dict[str, Any]]:
-        """Return the entries of this start's ranks, of one host or all."""
-        found = rank_entries(self.folder)
-        new = [entry for entry in found if (entry["rank"], entry["pid"], entry["started"]) not in self._earlier]
-        return [entry for entry in new if host is None or self._host_of(entry) == host]
-
-    def _host_of(self, entry: dict[str, Any]) -> str | None:
-        index = entry["rank"] // self.per_node
-        return self.hosts[index] if index < len(self.hosts) else None
+    def entries(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the entries of this start's ranks by host."""
+        found: dict[str, list[dict[str, Any]]] = {host: [] for host in self.hosts}
+        for entry in rank_entries(self.folder):
+            index = entry["rank"] // self.per_node
+            if index < len(self.hosts) and (entry["rank"], entry["pid"], entry["started"]) not in self._earlier:
+                found[self.hosts[index]].append(entry)
+        return found
 
     def tick(self, process: subprocess.Popen) -> None:
         """End the job if its failure is known and time for the ranks to exit has passed; called several times a second."""
@@ -176,7 +175,7 @@ class HostWatch:
     def unfinished(self) -> bool:
         """Return True if ranks still run after the launcher has ended: DeepSpeed's exit code is 0 if pdsh was killed."""
         deadline = time.monotonic() + SHARED_SECONDS
-        while running := any(entry["state"] == "running" for entry in self.entries()):
+        while running := any(entry["state"] == "running" for some in self.entries().values() for entry in some):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.2)
@@ -190,20 +189,22 @@ class HostWatch:
     def has_lost_host(self) -> bool:
         """Return True if the connection to a host was lost; to be called after the end of the job."""
         if self._mpi_lost and not self._ended:
-            away = [entry for entry in self.entries() if entry["system"] != system_name()]
-            remote = {host for entry in away if (host := self._host_of(entry))}
-            lost = [*unreachable(self.hosts)] or ([*remote] if len(remote) == 1 else [])  # the host may be back
+            entries = self.entries().items()
+            remote = [host for host, some in entries if any(entry["system"] != system_name() for entry in some)]
+            lost = [*unreachable(self.hosts)] or (remote if len(remote) == 1 else [])  # the host may be back
             self._ended |= dict.fromkeys(lost, UNREACHABLE)
         return UNREACHABLE in self._ended.values()
 
     def started(self) -> bool:
         """Return True unless ssh ended before any rank of its host had started."""
-        return all(self.entries(host) for host in self._ended)
+        entries = self.entries()
+        return all(entries[host] for host in self._ended)
 
     def cause(self) -> str:
         """Return the failure of the first host whose ssh ended, "" without one, or if its ranks have reported it."""
+        by_host = self.entries() if self._ended else {}
         for host, code in self._ended.items():
-            entries = self.entries(host)
+            entries = by_host[host]
             line = printable(self._last_lines.get(host, "")).rstrip(".")
             reason = f"ssh ended with exit code {code}" + (f": {line}" if line else "")
             if not entries and not (code == 2 and line.startswith("smolds: ")):
@@ -221,23 +222,25 @@ class HostWatch:
         if (cause := self.cause()) and self._cause_time() == self._earlier_cause:
             (self.folder / "cause.txt").unlink(missing_ok=True)  # an earlier job's
             self.folder.mkdir(parents=True, exist_ok=True)
-            report_cause(self.folder, cause, next((entry["job"] for entry in self.entries()), ""))
+            jobs = [entry["job"] for some in self.entries().values() for entry in some]
+            report_cause(self.folder, cause, jobs[0] if jobs else "")
             self.reported = True
 
     def signal_ranks(self, number: int) -> bool:
         """Send a signal to the running ranks of all hosts; return True if there are any."""
-        pids: dict[str, list[dict[str, Any]]] = {}
-        for entry in self.entries():
-            if entry["state"] == "running" and (host := self._host_of(entry)):
-                pids.setdefault(host, []).append(entry)
         commands = {}
-        for host, entries in pids.items():
-            # The pids are valid on the same boot of the host.
-            system = 'test "$(cat /proc/sys/kernel/random/boot_id)$(readlink /proc/self/ns/pid)" = '
-            kill = " ".join(["kill", f"-{int(number)}", *(str(entry["pid"]) for entry in entries)])
-            commands[host] = _sh(f"{system}{shlex.quote(entries[0]['system'])} && {kill}")
+        for host, entries in self.entries().items():
+            if pids := [str(entry["pid"]) for entry in entries if entry["state"] == "running"]:
+                # The pids are valid on the same boot of the host.
+                system = 'test "$(cat /proc/sys/kernel/random/boot_id)$(readlink /proc/self/ns/pid)" = '
+                kill = " ".join(["kill", f"-{int(number)}", *pids])
+                commands[host] = _sh(f"{system}{shlex.quote(entries[0]['system'])} && {kill}")
         threading.Thread(target=run_on_hosts, args=(commands,), name="signal-hosts", daemon=True).start()
         return bool(commands)
+
+    def stop_looking(self) -> None:
+        """Look for no hosts any more, because the user stops the job."""
+        self.missing, self.grows = (), False
 
     def kill_ranks(self) -> None:
         """Kill what is left of the job on all hosts that can be reached."""
@@ -256,7 +259,7 @@ class HostWatch:
         absent = unreachable(self.missing)
         found = [host for host in self.missing if host not in absent]
         larger = self.choose([*self.hosts, *found])
-        if larger and len(larger.hosts) > len(self.hosts) and self.signal_ranks(signal.SIGUSR1):
+        if self.missing and larger and len(larger.hosts) > len(self.hosts) and self.signal_ranks(signal.SIGUSR1):
             self.grows = True
             text = f"{', '.join(found)} answers again; the ranks save and restart on {len(larger.hosts)} hosts."
             print_line(f"\nsmolds: {text}", sys.stderr)

@@ -69,7 +69,7 @@ def launch(args: list[str], machine: Machine | None = None) -> int:
 
     from smolds_dist.checkpoint.resume import prepare_resumed
 
-    _check_programs(plan)
+    _check_start(plan)
     if plan.hosts:
         check_hosts(plan.hosts, options.hostfile)
     prepare_resumed(config)
@@ -281,7 +281,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
     if plan.launcher == "none":
         return [sys.executable, *train]
     if plan.launcher == "torchrun":
-        at = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{plan.port}"] if plan.port else ["--standalone"]
+        at = ["--master-addr", "127.0.0.1", "--master-port", str(plan.port)] if plan.port else ["--standalone"]
         start = ["-m", "torch.distributed.run", *at, "--nproc-per-node", procs]
         return [sys.executable, *start, *train]
     if plan.launcher == "mpi":
@@ -313,7 +313,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
     return [sys.executable, *start, "--module", "smolds_dist", "train", *first, *train_args]
 
 
-def _check_programs(plan: Plan) -> None:
+def _check_start(plan: Plan) -> None:
     needed = {
         "mpi": ("mpirun", "install Open MPI and smolds-dist[mpi]"),
         "slurm": ("srun", "load Slurm's client programs"),
@@ -322,6 +322,14 @@ def _check_programs(plan: Plan) -> None:
     program, fix = needed.get(plan.launcher, ("", ""))
     if program and not shutil.which(program):
         raise ConfigError(f"--launcher {plan.launcher} needs {program}, which is not installed; {fix}.")
+    if plan.port and plan.launcher != "slurm" and not plan.hosts:  # torchrun would wait for minutes
+        try:
+            socket.create_server(("", plan.port)).close()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)  # its own text repeats the address
+            raise ConfigError(
+                f"--master-port {plan.port} cannot be used ({reason}); choose another, or omit it for a free one."
+            ) from None
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -172,6 +172,8 @@ def run_ranks(
 
     def forward_signal(process: subprocess.Popen, number: int) -> None:
         asked.append(number)
+        if watch:
+            watch.stop_looking()
         # torchrun and deepspeed would kill the ranks before they save a checkpoint.
         if remote or not (signal_ranks(ranks, number, began) or (watch and watch.signal_ranks(number))):
             process.send_signal(number)
