@@ -223,7 +223,7 @@ def measure(config: RunConfig, rates: list[float]) -> dict[str, Any]:
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.parallel.ranks import rank_from_environment
     from smolds_dist.parallel.topology import detect_machine, plan_topology
-    from smolds_dist.training.build import package_versions
+    from smolds_dist.parallel.versions import package_versions
 
     topology = plan_topology(config, detect_machine(), rank_from_environment())
     shared = Shared(config, prepare_data(config), topology)

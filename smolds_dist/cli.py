@@ -24,7 +24,7 @@ USAGE = """usage: smolds COMMAND [options]
   launch     start the ranks that fit this machine or allocation: smolds launch -- TRAIN-OPTIONS
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
   plan       estimate memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
-  doctor     check this machine: smolds doctor
+  doctor     check this machine, or all hosts of a hostfile: smolds doctor [--hostfile FILE]
   checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
   data       show what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
   runs       list all runs, or compare two: smolds runs [--watch] | diff runs/A runs/B

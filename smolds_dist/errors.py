@@ -92,12 +92,12 @@ RANGES = ranges({
     (ABOVE_0, 10**9): "--every",
     (0, 1): "--upcycle-noise --upcycle-drop",
     (0, 65_535): "--port",
-    (0, 2**62): "--seed",
     (1, 65_535): "--master-port",
+    (0, 2**62): "--seed",
     (1, 10**4): "--devices-per-node --top",
     (1, 10**6): "--nodes",
-    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --max-new-tokens --megabytes --ranks --repeats --rounds "
-    "--sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
+    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --max-new-tokens --megabytes --ranks "
+    "--repeats --rounds --sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
     (1, 1e30): "--budget-gpu-hours --target-tokens",
     (2, 10**9): "--max-tokens",
 })  # fmt: skip

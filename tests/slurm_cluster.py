@@ -64,34 +64,40 @@ def available() -> str | None:
 
 
 @contextmanager
-def slurm_cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Start nodes n1, n2, ... with `cpus` CPUs each; yield the environment for Slurm's commands."""
+def slurm_cluster(folder: Path, cpus: tuple[int, ...] = (2, 2), gpus: bool = False) -> Iterator[dict[str, str]]:
+    """Start nodes n1, n2, ... with these numbers of CPUs; yield the environment for Slurm's commands.
+
+    Args:
+        gpus: give each node two GPUs. These are other devices: only Slurm takes them for GPUs.
+    """
     folder = folder.resolve()
     # A Unix socket's path has at most 107 characters, which pytest's folders can exceed.
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as short:
-        environment = {"SLURM_CONF": str(_configure(folder, short, nodes, cpus))}
-        with _daemons(folder, short, nodes, environment):
-            _wait_until_idle(folder, nodes, environment)
+        environment = {"SLURM_CONF": str(_configure(folder, short, cpus, gpus))}
+        with _daemons(folder, short, len(cpus), environment):
+            _wait_until_idle(folder, len(cpus), environment)
             yield environment
 
 
-def _configure(folder: Path, short: str, nodes: int, cpus: int) -> Path:
+def _configure(folder: Path, short: str, cpus: tuple[int, ...], gpus: bool) -> Path:
     """Write slurm.conf and the other files of the daemons."""
     (folder / "state").mkdir(parents=True)
     (folder / "plugstack.conf").touch()
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/zero\nName=gpu File=/dev/full\n" if gpus else "")
     (folder / "cgroup.conf").write_text("IgnoreSystemd=yes\n")
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
     host = socket.gethostname().split(".")[0]
-    port, *node_ports = _free_ports(1 + nodes)
+    port, *node_ports = _free_ports(1 + len(cpus))
+    gres = " Gres=gpu:2\nGresTypes=gpu" if gpus else ""
     lines = [CONFIG.format(host=host, port=port, folder=folder, short=short)]
-    for number, node_port in enumerate(node_ports, 1):
+    for number, (node_port, count) in enumerate(zip(node_ports, cpus, strict=True), 1):
         Path(short, f"n{number}").mkdir()
         lines.append(
-            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={cpus} RealMemory=1000"
+            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={count} RealMemory=1000{gres}"
         )
-    lines.append(f"PartitionName=test Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP\n")
+    lines.append(f"PartitionName=test Nodes=n[1-{len(cpus)}] Default=YES MaxTime=INFINITE State=UP\n")
     path = folder / "slurm.conf"
     path.write_text("\n".join(lines))
     return path

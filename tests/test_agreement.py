@@ -147,6 +147,8 @@ def test_slowest_gpu_counts_and_a_missing_one_is_named():
     assert (plan["machine"]["name"], plan["machine"]["memory"]) == (slower.name, int(40e9))
     with pytest.raises(ConfigError, match=r"^rank 3 on host host2: local rank 1 has no GPU"):
         decide(reported=[facts(0, GPU), facts(1, GPU), facts(2, GPU), facts(3, replace(GPU, device_count=1))])
+    own = [facts(rank, replace(GPU, device_count=1), gpus_on_node=2) for rank in range(4)]
+    assert decide(reported=own)["topology"]["device"] == "cuda"
 
 
 def test_closed_port_is_named():

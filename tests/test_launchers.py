@@ -1,5 +1,6 @@
 """Every launcher with real ranks: start, stop by a signal, and the report of a dead rank."""
 
+import argparse
 import base64
 import json
 import os
@@ -19,7 +20,8 @@ from ranks import Finished, is_running, run, smolds
 
 from smolds_dist.checkpoint.files import checkpoints_in
 from smolds_dist.config import load_config
-from smolds_dist.launching.launcher import launch
+from smolds_dist.errors import ConfigError
+from smolds_dist.launching.launcher import launch, plan_launch, rank_command
 from smolds_dist.launching.output import NoiseFilter, run_ranks
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.topology import Machine
@@ -285,6 +287,46 @@ def test_dry_run_in_an_allocation_uses_srun(monkeypatch, capsys, small_run):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")  # ignored by srun since Slurm 22.05
     assert launch(command, GPUS) == 0
     assert capsys.readouterr().out.startswith(f"{srun} --cpus-per-task 4 ")
+
+
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        # As Slurm 22.05 sets them
+        ({"SLURM_NTASKS": "7", "SLURM_TASKS_PER_NODE": "3(x2),1", "SLURM_JOB_CPUS_PER_NODE": "3(x2),1"}, "--ntasks 3"),
+        ({"SLURM_TASKS_PER_NODE": "3(x2),2", "SLURM_JOB_CPUS_PER_NODE": "3(x2),2"}, "--ntasks 3"),  # --exclusive
+        (
+            {"SLURM_NTASKS": "6", "SLURM_GPUS_PER_TASK": "a100:1"},
+            "--ntasks 6 --ntasks-per-node 2 --gpus-per-task a100:1 ",
+        ),
+    ],
+)
+def test_ranks_per_node_fit_the_smallest_node(variables, expected):
+    options = argparse.Namespace(launcher="slurm", nproc_per_node="auto", hostfile=None, spares=0, master_port=None)
+    command = shlex.join(rank_command(plan_launch(options, CPU, "cpu", ALLOCATION | variables), [], True, []))
+    assert command.startswith("srun --nodes 3 ") and expected in command, command
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked", "fix"),
+    [
+        ({"SLURM_JOB_CPUS_PER_NODE": "8(x2),3"}, "4", "lower --nproc-per-node"),
+        (
+            {"SLURM_JOB_CPUS_PER_NODE": "8(x2),4", "SLURM_CPUS_PER_TASK": "3"},
+            "2",
+            "2 ranks with 3 cores each exceed the 4",
+        ),
+        ({"SLURM_GPUS_PER_TASK": "2"}, "auto", "each rank uses one GPU"),
+        ({"SLURM_HET_SIZE": "2"}, "auto", "one component"),
+    ],
+)
+def test_ranks_that_do_not_fit_an_allocation_are_an_error(variables, asked, fix):
+    options = argparse.Namespace(launcher="slurm", nproc_per_node=asked, hostfile=None, spares=0, master_port=None)
+    with pytest.raises(ConfigError, match=fix):
+        plan_launch(options, CPU, "cpu", ALLOCATION | variables)
 
 
 @pytest.mark.parametrize(

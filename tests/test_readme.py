@@ -31,6 +31,7 @@ NOT_HERE = {
     "./launch/": "test_scripts_run runs them",
     "sbatch ": "test_slurm.py submits it to a real cluster",
     "smolds eval exported --tasks": "test_harness.py scores such a task, against a count by hand",
+    "smolds doctor --hostfile": "test_doctor_hosts.py checks three hosts",
     "pdoc ": "test_examples.py runs it and reads its warnings",
     "python -m benchmarks": "run by hand; test_benchmarks.py runs each with small options",
 }

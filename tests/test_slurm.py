@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -188,6 +189,57 @@ def is_rank(pid: int, rank: int, run_folder: str) -> bool:
     return f"SLURM_PROCID={rank}".encode() in environment and run_folder in command and "train" in command
 
 
+@pytest.mark.long
+@needs_slurm
+def test_nodes_with_different_cores_train_with_the_ranks_of_the_smallest(small_run, tmp_path):
+    with slurm_cluster.slurm_cluster(tmp_path / "slurm", cpus=(3, 1)) as environment:
+        environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        launch = [warm.python(), "-m", "smolds_dist", "launch"]
+        options = ["--", *options_of(small_run), "--train.steps=1"]
+        nodes = ["salloc", "--nodes=2", "--ntasks=4"]
+        finished = run([*nodes, *launch, *options, "--run.name=uneven"], timeout=120, **environment)
+        assert finished.returncode == 0, finished.text
+        assert "2 ranks over gloo on 2 nodes" in finished.stdout
+        finished = run([*nodes, *launch, "--nproc-per-node=2", *options], timeout=60, **environment)
+        assert finished.returncode == 2, finished.text
+        assert "exceed the 1 cores of the allocation's smallest node" in finished.stderr
+
+
+OWN_GPU = """
+import os, sys
+from smolds_dist.config import load_config
+from smolds_dist.parallel.ranks import join_ranks
+from smolds_dist.parallel.topology import Machine, plan_topology
+shown = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+topology = plan_topology(load_config(sys.argv[1:]), Machine(("cuda", "cpu"), len(shown), True), join_ranks())
+print("rank", topology.rank, topology.local_rank, ",".join(shown), topology.torch_device)
+"""
+
+
+@needs_slurm
+def test_each_task_trains_on_the_gpu_that_slurm_shows_it(small_run, tmp_path):
+    """Slurm with devices that it takes for GPUs: by --gpus-per-task each task sees one, otherwise all of its node."""
+    (tmp_path / "rank.py").write_text(OWN_GPU)
+    rank = [warm.python(), str(tmp_path / "rank.py"), *small_run]
+    with slurm_cluster.slurm_cluster(tmp_path / "slurm", gpus=True) as environment:
+        environment |= {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+        def ranks_of(*command: str) -> Finished:
+            finished = run([*command], timeout=60, **environment)
+            return replace(finished, stdout="".join(sorted(re.findall("rank .*\n", finished.stdout))))
+
+        allocate = ["salloc", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1"]
+        launch = [warm.python(), "-m", "smolds_dist", "launch", "--dry-run", "--", *small_run, "--parallel.device=cpu"]
+        shown = run([*allocate, *launch], timeout=60, **environment)
+        srun = shlex.split(re.search("^srun .*", shown.stdout, re.MULTILINE)[0])
+        own = ranks_of(*allocate, *srun[: srun.index("--kill-on-bad-exit=1")], *rank)
+        assert own.stdout == "rank 0 0 0 cuda:0\nrank 1 1 1 cuda:0\nrank 2 0 0 cuda:0\nrank 3 1 1 cuda:0\n", own.text
+        node = ranks_of("srun", "--nodes=1", "--ntasks=2", "--gpus-per-node=2", *rank)
+        assert node.stdout == "rank 0 0 0,1 cuda:0\nrank 1 1 0,1 cuda:1\n", node.text
+        one = ranks_of("srun", "--nodes=1", "--ntasks=2", "--gpus-per-node=1", *rank)
+        assert "local rank 1 has no GPU, because this node has 1; start fewer ranks." in one.stderr
+
+
 @needs_slurm
 def test_array_job_reads_its_line_of_options(small_run, tmp_path, forking, repository):
     (repository / "sweep.txt").write_text("--train.seed 1\n--train.seed 2 --train.steps 3\n")
@@ -226,6 +278,10 @@ def test_rendered_script_quotes_all_user_input(small_run, tmp_path):
     script = finished.stdout
     for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1-12:00:00", "--account=lab"):
         assert f"#SBATCH {line}\n" in script
+    own_gpu = smolds(
+        *start[:3], "--tasks-per-node=8", "--gpus-per-task=1", "--time=5", "--", *small_run, "--train.global_batch=64"
+    )
+    assert "#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-task=1\n" in own_gpu.stdout, own_gpu.text
     # The shell parses the command to the given arguments, and none of it has run.
     shown = script.replace(f"{sys.executable} -m smolds_dist", f"{sys.executable} -c 'import sys; print(sys.argv)'")
     shell = run(["bash", "-c", shown.replace("scontrol", "echo")], timeout=30, cwd=tmp_path)
@@ -243,6 +299,8 @@ def test_rendered_script_quotes_all_user_input(small_run, tmp_path):
         (["--time=5"], "after `--`"),
         (["--time=5", "--", "--checkpoint.resume=never"], "omit it"),
         (["--time=5", "--gpus-per-node=8", "--", "--parallel.expert=3"], "valid values"),
+        (["--time=5", "--gpus-per-node=8", "--gpus-per-task=1", "--"], "omit one"),
+        (["--time=5", "--gpus-per-task=2", "--"], "each rank uses one GPU"),
     ],
 )
 def test_mistake_is_one_sentence(options, fix, tmp_path):

@@ -36,6 +36,16 @@ def test_one_process_is_plain_pytorch_and_several_are_deepspeed():
     assert plan(CPU, 1, "--parallel.zero=2").engine == "deepspeed"
 
 
+def test_a_rank_that_sees_one_gpu_needs_one_of_its_own():
+    config = load_config(["--preset", "debug", "--train.global_batch=48"])
+    one, second = replace(GPUS, device_count=1), RankInfo(1, 1, 4, 2, gpus_on_node=2)
+    assert plan_topology(config, GPUS, second).torch_device == "cuda:1"
+    assert plan_topology(config, one, second).torch_device == "cuda:0"
+    for gpus in (0, 1):  # unknown, or one for both ranks
+        with pytest.raises(ConfigError, match="local rank 1 has no GPU"):
+            plan_topology(config, one, replace(second, gpus_on_node=gpus))
+
+
 def test_bf16_is_advised_against_on_cpus_without_it():
     asked = "--train.dtype=bf16"
     assert "no bf16 matmuls: omit --train.dtype" in plan(CPU, 1, asked).reason

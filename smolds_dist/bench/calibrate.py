@@ -48,8 +48,8 @@ def calibrate(path: Path) -> None:
 
 def measure_machine() -> dict[str, Any]:
     """Return the entry as plain values."""
-    from smolds_dist.parallel.agreement import package_versions
     from smolds_dist.parallel.topology import available_cores, detect_machine
+    from smolds_dist.parallel.versions import package_versions
     from smolds_dist.training.clock import matrix_product_peak
 
     here = detect_machine()

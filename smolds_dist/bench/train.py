@@ -82,7 +82,7 @@ def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
 
 def describe_machine(task: Task) -> dict[str, Any]:
     """Return the machine, versions and settings of a result."""
-    from smolds_dist.parallel.agreement import package_versions
+    from smolds_dist.parallel.versions import package_versions
 
     return {
         "date": time.strftime("%Y-%m-%d"),

@@ -24,10 +24,10 @@ from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest
 from smolds_dist.files import replace_text
 from smolds_dist.inputs import convert, read_json
-from smolds_dist.parallel.agreement import package_versions
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.parallel.versions import package_versions
 from smolds_dist.settings import RunConfig
 
 

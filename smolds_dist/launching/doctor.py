@@ -24,18 +24,26 @@ def doctor(args: list[str]) -> int:
     """Print the report; return 1 if a check failed, else 0."""
     parser = OptionParser(
         prog="smolds doctor",
-        description="Check this machine, one line per check; the exit code is 1 if a check fails.",
+        description="Check this machine, or all hosts of a hostfile; the exit code is 1 if a check fails.",
         example="smolds doctor --device cpu",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device to train on")
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
+    parser.add_argument("--hostfile", type=Path, help="file with a line `host slots=N` per host to check over ssh")
+    parser.add_argument("--master-port", type=int, metavar="N", help="port of the rendezvous, to check with --hostfile")
     options = parser.parse_args(args)
     failed = False
     with contextlib.ExitStack() as stack:
-        for finding in _findings(options, stack):
-            print(_redact(str(finding)), flush=True)
-            failed |= finding.level == "fail"
+        for line in _hosts(options) if options.hostfile else _findings(options, stack):
+            print(_redact(str(line)), flush=True)
+            failed |= isinstance(line, Finding) and line.level == "fail"
     return int(failed)
+
+
+def _hosts(options: argparse.Namespace) -> Iterator[str | Finding]:
+    from smolds_dist.launching.doctor_hosts import report_hosts  # needs more than the standard library
+
+    yield from report_hosts(options.hostfile, options.device, options.dir, options.master_port)
 
 
 def _findings(options: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Finding]:

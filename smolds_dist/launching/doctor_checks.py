@@ -61,17 +61,17 @@ def check_system() -> Iterator[Finding]:
     yield Finding("fail" if old else "ok", "python", f"{python} on {system}", "use Python 3.11 or later")
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    text, quota = f"{cores} of {os.cpu_count()} cores usable", _core_quota() or cores
+    text, quota = f"{cores} of {os.cpu_count()} cores usable", usable_cores()
     text += f", but the container's CPU quota is {quota:.3g} cores" if quota < cores else ""
     advice = f"set OMP_NUM_THREADS={max(1, int(quota))} for a single process to avoid throttling"
     yield Finding("warn" if quota < cores else "ok", "cpu", text, advice)
 
-    total, free = _memory() or (0.0, 2 * GB)
+    total, free = memory_size() or (0.0, 2 * GB)
     text = f"{total / GB:.1f} GB, {free / GB:.1f} GB free" if total else "size unknown on this system"
     yield Finding("warn" if free < 2 * GB else "ok", "memory", text, "close other programs")
 
 
-def _memory() -> tuple[float, float] | None:
+def memory_size() -> tuple[float, float] | None:
     """Return total and free bytes: the smaller of the machine's and the cgroup's."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -96,17 +96,17 @@ def _memory() -> tuple[float, float] | None:
     return total, free
 
 
-def _core_quota() -> float | None:
-    """Return the cgroup's CPU quota in cores; None without a limit."""
-    quotas = []
+def usable_cores() -> float:
+    """Return the cores that affinity and the cgroup's CPU quota leave this process."""
+    cores = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
     for folder in control_groups("cpu"):
         with contextlib.suppress(OSError, ValueError):
             quota, period = map(int, (folder / "cpu.max").read_text().split())
-            quotas.append(quota / period)
+            cores.append(quota / period)
         with contextlib.suppress(OSError, ValueError):
             quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-            quotas += [quota / period] if quota > 0 else []
-    return min(quotas, default=None)
+            cores += [quota / period] if quota > 0 else []
+    return min(cores)
 
 
 def check_gpu(torch: dict[str, Any], device: str) -> Iterator[Finding]:
@@ -257,10 +257,14 @@ def check_all_to_all(backend: str) -> Iterator[Finding]:
 # Folders
 
 
+def nearest_folder(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+
+
 def check_folder(name: str, folder: Path) -> Iterator[Finding]:
     """Check free space and write permission at the nearest existing folder; create none."""
-    folder = folder.absolute()
-    nearest = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    folder, nearest = folder.absolute(), nearest_folder(folder)
     try:
         tempfile.TemporaryFile(dir=nearest).close()
         free = shutil.disk_usage(nearest).free

@@ -27,14 +27,13 @@ from pathlib import Path
 
 from smolds_dist.config import ENCODED, load_config
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.launching import restarts
+from smolds_dist.launching import restarts, slurm
 from smolds_dist.launching.environment import environment_file, file_option, on_hosts, passed_on
 from smolds_dist.launching.hosts import HostWatch, check_hosts, kill_command, read_hostfile, wait_for_hosts
 from smolds_dist.launching.output import run_ranks, run_single
 from smolds_dist.launching.plan import Plan, is_valid
 from smolds_dist.launching.restarts import Failure, faulty_hosts, resume_options, run_with_restarts
 from smolds_dist.launching.signals import EXIT_CODES
-from smolds_dist.launching.slurm import requeue_without
 from smolds_dist.launching.ssh import run_on_hosts
 from smolds_dist.parallel.ranks import RankInfo, detect_launcher
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
@@ -131,7 +130,7 @@ class Job:
         no_spare = self.plan.launcher == "slurm" and bool(now) and len(bad) > self.options.spares
         if no_spare and replan(self.plan, failures, self.options, self.config, self.machine).nodes < self.plan.nodes:
             return False
-        return no_spare and requeue_without(bad, self.plan.nodes + self.options.spares)
+        return no_spare and slurm.requeue_without(bad, self.plan.nodes + self.options.spares)
 
     def command(self, plan: Plan, again: bool = False) -> list[str]:
         """Return the command line that starts the ranks.
@@ -200,7 +199,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         raise ConfigError(f"--launcher {launcher} does not support --hostfile; use --launcher deepspeed or mpi.")
     nodes, here = 1, (min(2, available_cores()) if on_cpu else machine.device_count)
     if launcher == "slurm":
-        nodes, here = _allocation(options, env, on_cpu)
+        nodes, here = slurm.allocation(env, options.spares, on_cpu)
     if hosts:
         slots = set(hosts.values())
         if len(slots) > 1:
@@ -210,6 +209,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         nodes, here = len(hosts), slots.pop()
     if options.nproc_per_node != "auto":
         here = _requested_ranks(options, nodes, here, launcher)
+    per_rank = slurm.options_per_rank(env, here) if launcher == "slurm" else ()
     procs = nodes * here
     on_gpu = not on_cpu and machine.devices[0] == "cuda"
     if on_gpu and nodes == 1 and launcher != "slurm" and procs > machine.device_count:
@@ -225,23 +225,7 @@ def plan_launch(options: argparse.Namespace, machine: Machine, device: str, env:
         procs = here = 1
     if procs == 1 and launcher in ("torchrun", "deepspeed") and not hosts:
         launcher = "none"
-    cpus = env.get("SLURM_CPUS_PER_TASK")
-    return Plan(launcher, procs, here, options.hostfile, tuple(hosts), options.master_port, cpus=cpus)
-
-
-def _allocation(options: argparse.Namespace, env: "os._Environ[str] | dict", on_cpu: bool) -> tuple[int, int]:
-    """Return the number of nodes of this process's Slurm allocation, without spares, and the ranks per node."""
-    if "SLURM_JOB_ID" not in env:
-        raise ConfigError("--launcher slurm needs a Slurm allocation; use salloc or sbatch, or `smolds slurm`.")
-    nodes = int(env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", 1)))
-    tasks, per_node = env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
-    gpus = env.get("SLURM_GPUS_ON_NODE")
-    here = int(per_node or (int(tasks) // nodes if tasks else gpus if gpus and not on_cpu else 1))
-    if options.spares >= nodes:
-        raise ConfigError(
-            f"--spares {options.spares} leaves none of the allocation's {nodes} nodes; request more nodes."
-        )
-    return nodes - options.spares, here
+    return Plan(launcher, procs, here, options.hostfile, tuple(hosts), options.master_port, per_rank=per_rank)
 
 
 def _requested_ranks(options: argparse.Namespace, nodes: int, here: int, launcher: str) -> int:
@@ -313,8 +297,7 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
     if plan.launcher == "slurm":
         layout = ["--nodes", str(plan.nodes), "--ntasks", procs, "--ntasks-per-node", str(plan.per_node)]
         layout += ["--exclude", ",".join(plan.excluded)] if plan.excluded else []
-        layout += ["--cpus-per-task", plan.cpus] if plan.cpus else []
-        return ["srun", *layout, "--kill-on-bad-exit=1", sys.executable, *train]
+        return ["srun", *layout, *plan.per_rank, "--kill-on-bad-exit=1", sys.executable, *train]
     start = ["-m", "deepspeed.launcher.runner", "--master_port", str(plan.port or _free_port()), "--no_local_rank"]
     start += ["--log_level", "critical"]
     if plan.hostfile:

@@ -20,7 +20,7 @@ class Plan:
     hosts: tuple[str, ...] = ()  # of the hostfile
     port: int | None = None  # of the rendezvous
     excluded: tuple[str, ...] = ()  # nodes of the allocation not to use
-    cpus: str | None = None  # per rank; srun does not inherit it from the allocation
+    per_rank: tuple[str, ...] = ()  # srun's options for cores and GPUs, which it does not inherit from the allocation
 
     @property
     def nodes(self) -> int:

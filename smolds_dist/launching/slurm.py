@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from smolds_dist.config import load_config
@@ -16,7 +17,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching import restarts
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.state import SUBMITTED, write_state
-from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.ranks import RankInfo, slurm_counts
 from smolds_dist.parallel.topology import Machine, plan_topology
 from smolds_dist.settings import RunConfig
 
@@ -51,11 +52,15 @@ def slurm(args: list[str]) -> None:
     config = load_config(train_args, prog="smolds slurm --")
     if any(arg.partition("=")[0] == "--checkpoint.resume" for arg in train_args):
         raise ConfigError("--checkpoint.resume is always auto in a batch job, which may be requeued; omit it.")
+    if options.gpus_per_task and options.gpus_per_node:
+        raise ConfigError("--gpus-per-node and --gpus-per-task contradict each other; omit one of them.")
+    if options.gpus_per_task:
+        _check_one_gpu("--gpus-per-task", str(options.gpus_per_task))
     per_node = options.tasks_per_node or options.gpus_per_node or 1
     if options.prepare:
         topology = f"tokenization in {options.nodes} tasks"
     else:
-        device = ("cuda", "cpu") if options.gpus_per_node else ("cpu",)
+        device = ("cuda", "cpu") if options.gpus_per_node or options.gpus_per_task else ("cpu",)
         machine = Machine(device, options.gpus_per_node or per_node, bf16=True)
         topology = str(plan_topology(config, machine, RankInfo(0, 0, options.nodes * per_node, per_node)))
     script = render(options, config, train_args, per_node)
@@ -90,6 +95,7 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
             "nodes": options.nodes + options.spares,
             "ntasks-per-node": per_node,
             "gpus-per-node": options.gpus_per_node,
+            "gpus-per-task": options.gpus_per_task,
             "cpus-per-task": options.cpus_per_task,
             "signal": f"USR1@{options.warn}",
             "open-mode": "append",
@@ -112,6 +118,52 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
         python=shlex.quote(sys.executable),
         options=shlex.join(train_args),
     )
+
+
+Environment = Mapping[str, str]
+
+
+def allocation(env: Environment, spares: int, on_cpu: bool) -> tuple[int, int]:
+    """Return the number of nodes of this process's Slurm allocation, without spares, and the ranks per node; of nodes with
+    different numbers of tasks, the smallest."""
+    if "SLURM_JOB_ID" not in env:
+        raise ConfigError("--launcher slurm needs a Slurm allocation; use salloc or sbatch, or `smolds slurm`.")
+    if "SLURM_HET_SIZE" in env:
+        raise ConfigError(
+            f"SLURM_HET_SIZE is {env['SLURM_HET_SIZE']}, but ranks start in one component of a heterogeneous job; request "
+            "all nodes in one component, without `:`."
+        )
+    nodes = int(env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", 1)))
+    tasks, gpus = env.get("SLURM_NTASKS"), env.get("SLURM_GPUS_ON_NODE")
+    here = int(env.get("SLURM_NTASKS_PER_NODE") or (gpus if gpus and not on_cpu else 1))
+    if tasks and "SLURM_NTASKS_PER_NODE" not in env:
+        here = min(slurm_counts(env.get("SLURM_TASKS_PER_NODE", "")) or [int(tasks) // nodes])
+    if spares >= nodes:
+        raise ConfigError(f"--spares {spares} leaves none of the allocation's {nodes} nodes; request more nodes.")
+    return nodes - spares, here
+
+
+def options_per_rank(env: Environment, per_node: int) -> tuple[str, ...]:
+    """Return srun's options for a rank's cores and GPUs, as in the allocation.
+
+    Raises:
+        ConfigError: if the ranks of a node need more cores than its smallest node has.
+    """
+    cpus, gpus, text = (env.get(f"SLURM_{name}") for name in ("CPUS_PER_TASK", "GPUS_PER_TASK", "JOB_CPUS_PER_NODE"))
+    cores = min(slurm_counts(text or ""), default=None)
+    if cores is not None and per_node * int(cpus or 1) > cores and "SLURM_OVERCOMMIT" not in env:
+        raise ConfigError(
+            f"{per_node} ranks with {cpus or 1} cores each exceed the {cores} cores of the allocation's smallest node "
+            f"(SLURM_JOB_CPUS_PER_NODE is {text}); lower --nproc-per-node, or request more cores."
+        )
+    if gpus:
+        _check_one_gpu("SLURM_GPUS_PER_TASK", gpus)
+    return (*(("--cpus-per-task", cpus) if cpus else ()), *(("--gpus-per-task", gpus) if gpus else ()))
+
+
+def _check_one_gpu(name: str, value: str) -> None:
+    if value.rpartition(":")[2] != "1":
+        raise ConfigError(f"{name} is {value}, but each rank uses one GPU; use 1.")
 
 
 def requeue_without(nodes: list[str], needed: int) -> bool:
@@ -163,6 +215,9 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes, without spares (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, help="GPUs, and so ranks, per node (default: none, train on CPUs)")
     parser.add_argument("--tasks-per-node", type=int, help="ranks per node (default: one per GPU, or 1)")
+    parser.add_argument(
+        "--gpus-per-task", type=int, help="1 = each rank sees only its own GPU; instead of --gpus-per-node"
+    )
     parser.add_argument("--cpus-per-task", type=int, help="cores per rank or task (default: Slurm's; 1 with --prepare)")
     parser.add_argument("--time", default="", help="time limit: minutes, H:MM:SS or D-HH:MM:SS")
     parser.add_argument(

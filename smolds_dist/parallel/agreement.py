@@ -3,28 +3,24 @@
 A host with other packages, options, devices, or a run folder of its own would fail later, or train on wrongly.
 """
 
-import hashlib
 import json
 import math
 import os
-import platform
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from smolds_dist.costs.hardware import known_hardware
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo, address_towards, host_name, interface_towards
 from smolds_dist.parallel.rendezvous import Rendezvous
-from smolds_dist.parallel.topology import Machine, Topology, choose_device, detect_machine, plan_topology
+from smolds_dist.parallel.topology import Machine, Topology, choose_device, detect_machine, device_index, plan_topology
+from smolds_dist.parallel.versions import package_versions, source_digest
 from smolds_dist.settings import RunConfig
 
-PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
 CONNECT_SECONDS = 3.0
 
 
@@ -41,28 +37,10 @@ class RankFacts:
     machine: Machine
     shared: bool  # True if it can access rank 0's run folder
     address: tuple[str, int] | None = None  # where it can be reached, if it is a node's first rank
+    gpus_on_node: int = 0  # as in `RankInfo`
 
     def __str__(self) -> str:
         return f"rank {self.rank} on host {self.host}"
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def source_digest() -> str:
-    """Return a digest of this package's source, which may differ between checkouts of one version."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def plan_together(ranks: Rendezvous, config: RunConfig, shared: bool) -> tuple[Topology, Machine]:
@@ -93,11 +71,13 @@ def plan_together(ranks: Rendezvous, config: RunConfig, shared: bool) -> tuple[T
                 server = stack.enter_context(closing(socket.create_server(("", 0), backlog=64)))
                 address = (host, server.getsockname()[1])
         facts = RankFacts(
-            info.rank, info.local_rank, host_name(), info.ranks_per_node, versions, settings, machine, shared, address
-        )
+            info.rank, info.local_rank, host_name(), info.ranks_per_node, versions, settings, machine, shared, address,
+            info.gpus_on_node,
+        )  # fmt: skip
         plan = ranks.agree("plan", lambda: asdict(facts), partial(plan_from, config))
         ranks.agree("links", lambda: unreachable(facts, plan["addresses"]), _report_unreachable)
-    topology = replace(Topology(**plan["topology"]), rank=info.rank, local_rank=info.local_rank)
+    own = {"rank": info.rank, "local_rank": info.local_rank, "device_index": device_index(machine, info)}
+    topology = Topology(**plan["topology"] | own)
     if topology.backend == "gloo" and len(plan["addresses"]) > 1:
         # gloo's default is the interface of this host's name, often the loopback.
         (first, _), (second, _) = plan["addresses"][:2]
@@ -169,7 +149,7 @@ def least_machine(config: RunConfig, facts: list[RankFacts]) -> tuple[Machine, i
     """
     kinds = dict[str, RankFacts]()
     for one in facts:
-        rank = RankInfo(one.rank, one.local_rank, len(facts), one.ranks_here)
+        rank = RankInfo(one.rank, one.local_rank, len(facts), one.ranks_here, gpus_on_node=one.gpus_on_node)
         try:
             kinds.setdefault(choose_device(config.parallel.device, one.machine, rank), one)
         except ConfigError as error:

@@ -24,13 +24,15 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
         timeout: of the collectives, in seconds; at least `MIN_TIMEOUT`.
     """
     if topology.device == "cuda":
-        torch.cuda.set_device(topology.local_rank)
+        torch.cuda.set_device(topology.device_index)
     if topology.engine != "deepspeed":
         return
     # One process with DeepSpeed has no launcher that sets these.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
+    if topology.device == "cuda":
+        os.environ["LOCAL_RANK"] = str(topology.device_index)  # DeepSpeed takes it for the GPU's index
     if topology.device == "cpu":
         # Otherwise DeepSpeed would use an installed GPU.
         os.environ["DS_ACCELERATOR"] = "cpu"

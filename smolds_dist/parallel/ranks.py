@@ -34,6 +34,7 @@ class RankInfo:
     world_size: int = 1
     local_world_size: int | None = None  # ranks on this node; None: all
     size_from: str = "WORLD_SIZE"  # the variable with the world size
+    gpus_on_node: int = 0  # that Slurm gave the ranks of this node, of which each rank may see only its own
 
     @property
     def ranks_per_node(self) -> int:
@@ -92,7 +93,8 @@ def join_ranks(timeout: float = 0.0) -> RankInfo:
         os.environ |= _ranks_of_mpi(size, timeout)
     elif size in SLURM_VARIABLES:
         os.environ |= _ranks_of_slurm()
-    return replace(rank_from_environment(), size_from=size)
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) if size in SLURM_VARIABLES else 0
+    return replace(rank_from_environment(), size_from=size, gpus_on_node=gpus)
 
 
 ALONE_FIX = f"start ranks with `smolds launch`, or {single_process_hint(RankInfo())}"
@@ -121,14 +123,18 @@ def rank_from_environment() -> RankInfo:
     return RankInfo(rank, local_rank, world, int(local_world) if local_world else None)
 
 
+def slurm_counts(text: str) -> list[int]:
+    """Return Slurm's numbers per node: [4, 4, 3] for "4(x2),3"."""
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, repeat in counts for _ in range(int(repeat or 1))]
+
+
 def _ranks_of_slurm() -> dict[str, str]:
     """Return the variables from those that srun sets for each task of a step."""
     env = os.environ
     node, nodes = int(env.get("SLURM_NODEID", 0)), env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
     job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
-    # "4(x2),3" means 4, 4, 3 tasks
-    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]))
-    tasks = [int(count) for count, repeat in counts for _ in range(int(repeat or 1))]
+    tasks = slurm_counts(env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]))
     return {
         "RANK": env["SLURM_PROCID"],
         "LOCAL_RANK": env["SLURM_LOCALID"],

@@ -40,7 +40,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Topology:
-    """The validated layout of a run; the same on all ranks except `rank` and `local_rank`."""
+    """The validated layout of a run; the same on all ranks except `rank`, `local_rank` and `device_index`."""
 
     rank: int
     local_rank: int
@@ -54,12 +54,13 @@ class Topology:
     micro_batch: int  # sequences per forward pass of one rank
     accumulation: int  # forward passes per step of one rank
     nodes: int = 1
+    device_index: int = 0  # of the rank's GPU, among those that it can access
     keeps_memory: bool = True  # on a CPU, the process keeps freed memory for reuse
     reason: str = ""  # the reasons for this layout in one sentence
 
     @property
     def torch_device(self) -> str:
-        return f"cuda:{self.local_rank}" if self.device == "cuda" else self.device
+        return f"cuda:{self.device_index}" if self.device == "cuda" else self.device
 
     @property
     def per_rank(self) -> int:
@@ -152,6 +153,7 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,
+        device_index=device_index(machine, rank),
         world_size=world,
         device=device,
         backend=None if engine == "local" else "nccl" if device == "cuda" else "gloo",
@@ -172,13 +174,18 @@ def choose_device(wanted: str, machine: Machine, rank: RankInfo) -> str:
     device = machine.devices[0] if wanted == "auto" else wanted
     if device not in machine.devices:
         raise ConfigError(f"--parallel.device {device} is not on this machine; use {' or '.join(machine.devices)}.")
-    if device == "cuda" and rank.local_rank >= machine.device_count:
+    if device == "cuda" and device_index(machine, rank) >= machine.device_count:
         raise ConfigError(
             f"local rank {rank.local_rank} has no GPU, because this node has {machine.device_count}; start fewer ranks."
         )
     if device == "mps" and rank.world_size > 1:
         raise ConfigError("Apple's GPU supports one process; start one, or use --parallel.device cpu.")
     return device
+
+
+def device_index(machine: Machine, rank: RankInfo) -> int:
+    """Return the index of a rank's GPU: its local rank, or 0 if Slurm shows each rank only its own (`--gpus-per-task`)."""
+    return 0 if machine.device_count == 1 and rank.local_rank < rank.gpus_on_node else rank.local_rank
 
 
 def _memory(machine: Machine, device: str, per_node: int) -> int | None:

@@ -28,13 +28,13 @@ from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.observe.rows import recent_losses
 from smolds_dist.observe.run_log import RunLog
 from smolds_dist.observe.trackers import replace_runs
-from smolds_dist.parallel.agreement import package_versions
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.make_engine import build_engine
 from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.process_group import set_group_timeouts
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.parallel.versions import package_versions
 from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import matrix_product_peak
@@ -256,7 +256,7 @@ def unlogged_failures(run_dir: Path) -> list[dict]:
 def environment(job: Job, num_parameters: int, peak: float) -> dict:
     """Return the run's environment as plain values."""
     topology = job.topology
-    device = torch.cuda.get_device_name(topology.local_rank) if topology.device == "cuda" else platform.machine()
+    device = torch.cuda.get_device_name(topology.torch_device) if topology.device == "cuda" else platform.machine()
     return {
         "topology": str(topology),
         "world_size": topology.world_size,
