@@ -72,14 +72,14 @@ def printed(finished: Finished, since: float) -> Tried:
     return tried
 
 
-def torchrun(hosts: Cluster, arguments: list[str], timeout: float = 60) -> list[Tried]:
+def torchrun(hosts: Cluster, arguments: list[str], timeout: float = 60, cold: bool = False) -> list[Tried]:
     """Start `torchrun --nnodes` on every host, as a batch system would; wait for all."""
     begun, count = time.monotonic(), len(hosts.hosts)
-    program = str(Path(hosts.python()).with_name("torchrun"))
+    program = [sys.executable if cold else hosts.python(), "-m", "torch.distributed.run"]
     where = ["--nnodes", str(count), "--nproc-per-node", "1", "--master-addr", "host1", "--master-port", str(PORT)]
     jobs = [
         subprocess.Popen(
-            hosts.command(n, [program, *where, "--node-rank", str(n), "-m", "smolds_dist", "train", *arguments]),
+            hosts.command(n, [*program, *where, "--node-rank", str(n), "-m", "smolds_dist", "train", *arguments]),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=warm.environment(),
         )
         for n in range(count)
@@ -323,18 +323,18 @@ def test_slow_checkpoints_are_no_hang(options, tmp_path, work):
         if work == "reading":
             assert launched(hosts, options).returncode == 0
             options += ["--train.steps=9", "--checkpoint.resume=auto"]
-        hosts.slow_disk(1, folder, 2.5)
+        hosts.slow_disk(1, folder, 1)
         tried = launched(hosts, options, timeout=120)
     assert tried.returncode == 0 and "smolds: " not in tried.stderr, tried.text
-    assert tried.seconds > 20
 
 
 @pytest.mark.long
 def test_slow_imports_are_no_hang(options, tmp_path):
+    """Ranks import DeepSpeed after they have met; here for longer than the timeout."""
     with cluster(tmp_path / "hosts", 2, faults=True) as hosts:
-        hosts.slow_disk(1, ROOT / "smolds_dist", 0.05)
-        tried = launched(hosts, [*options, "--parallel.timeout=10"], timeout=120, cold=True)
-    assert tried.returncode == 0, tried.text
+        hosts.slow_disk(1, Path(str(distribution("deepspeed").locate_file("deepspeed"))), 0.03)
+        tried = torchrun(hosts, [*options, "--parallel.timeout=10"], timeout=60, cold=True)
+    assert [one.returncode for one in tried] == [0, 0], tried[0].text + tried[1].text
 
 
 @pytest.mark.long
