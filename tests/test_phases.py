@@ -1,6 +1,7 @@
 """Signals, mistakes and failures while ranks start, prepare data and end: exit codes, one line, and no harm to others."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import warm
 from filelock import FileLock
-from test_launchers import end, free_port
+from test_faults import needs_mount
+from test_launchers import end, free_port, start_and_wait_for_steps
 
 from smolds_dist.launching.failure import rank_entries
+from smolds_dist.parallel.ranks import host_name
 
 
 def wait_until(doing: str, run_dir: Path, ranks: int = 2) -> list[dict]:
@@ -97,3 +100,37 @@ def test_long_wait_for_another_jobs_files_is_no_hang(small_run, held_data, tmp_p
         locks.close()
         finished = [end(rank, timeout=60) for rank in ranks]
     assert [one.returncode for one in finished] == [0, 0], finished
+
+
+@needs_mount
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "rank 1 on host {} was killed by signal 9; the other ranks stop."),
+        (signal.SIGSTOP, "rank 1 on host {} did not answer for "),
+        (signal.SIGTERM, "the checkpoint of step "),
+    ],
+)
+def test_failure_on_a_full_disk_is_one_line(small_run, tmp_path, number, words):
+    small = tmp_path / "small"
+    options = [
+        *small_run, f"--run.dir={small}", "--run.name=full", "--parallel.device=cpu", "--train.steps=100000",
+        "--train.eval_every=0", "--log.sample_every=0", "--checkpoint.every=0", "--log.tensorboard=false",
+        "--parallel.timeout=4", "--parallel.grace=2",
+    ]  # fmt: skip
+    launch = [warm.python(), "-m", "smolds_dist", "launch", "--nproc-per-node=2", "--", *options]
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(small)], check=True)
+    try:
+        process = start_and_wait_for_steps(launch, small / "full")
+        pid = rank_entries(small / "full" / "ranks")[1]["pid"]
+        with contextlib.suppress(OSError), (small / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.kill(pid, number)
+        finished = end(process, timeout=60)
+        assert finished.returncode == 1, finished.text
+        (line,) = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]
+        assert line.startswith(f"smolds: {words.format(host_name())}")
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)

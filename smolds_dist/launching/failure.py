@@ -127,8 +127,11 @@ class RankReport:
                     (self.folder / name).unlink()
 
     def _write(self) -> None:
+        name = f"rank_{self.rank:05}.json"
         with self._lock:  # so that the watching thread does not write an older state last
-            write_state(self.folder, self.entry, f"rank_{self.rank:05}.json")
+            if not write_state(self.folder, self.entry, name) and self.entry["state"] != "running":
+                with contextlib.suppress(OSError):
+                    (self.folder / name).unlink()  # the full disk still has it as running
 
     def end(self, state: str = "done", code: int = 0) -> None:
         """Record the rank's final state and exit code."""
@@ -239,10 +242,9 @@ class RankReport:
         """Report a rank of this host that died without an error; return True if the cause is known."""
         if self._is_ours(CAUSE):
             return True
-        if record_dead_rank(self.folder, self._entries(self.local_entries())):
-            _log(read_cause(self.folder))
-            return True
-        return False
+        if cause := record_dead_rank(self.folder, self._entries(self.local_entries())):
+            _log(cause)
+        return bool(cause)
 
     def _is_ours(self, name: str) -> bool:
         """Return True if there is such a file of this job, or one without a job's name."""
@@ -253,8 +255,8 @@ class RankReport:
         report_cause(self.folder, cause, self.entry["job"])
 
 
-def record_dead_rank(folder: Path, entries: list[dict[str, Any]]) -> bool:
-    """Record a rank of this host that died without an error as the cause; return True if it is the first cause."""
+def record_dead_rank(folder: Path, entries: list[dict[str, Any]]) -> str:
+    """Record a rank of this host that died without an error as the cause; return the cause, "" without a new one."""
     for entry in entries:
         if _died(entry, folder):
             crash = folder / f"rank_{entry['rank']:05}.crash"
@@ -263,8 +265,9 @@ def record_dead_rank(folder: Path, entries: list[dict[str, Any]]) -> bool:
                 why = f"crashed: {fault[0]} (stack: {crash})"
             else:  # any other end leaves a trace
                 why = "was killed by signal 9" + out_of_memory(entry["memory_events"], entry["kills_before"])
-            return _write_once(folder / CAUSE, f"rank {entry['rank']} on host {entry['host']} {why}", entry["job"])
-    return False
+            cause = f"rank {entry['rank']} on host {entry['host']} {why}"
+            return cause if _write_once(folder / CAUSE, cause, entry["job"]) else ""
+    return ""
 
 
 def signal_ranks(folder: Path, number: int, since: float) -> bool:
@@ -305,12 +308,14 @@ def read_cause(folder: Path) -> str:
 
 
 def _write_once(path: Path, text: str, job: str) -> bool:
-    """Write a line and the job's name unless the file exists; return True if written."""
+    """Write a line and the job's name; return False if the file exists, also an empty one of a full disk."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(f"{' '.join(text.split())}\n{job}\n")
-    except OSError:  # it exists, or the disk is full
+    except FileExistsError:
         return False
+    except OSError:
+        pass
     return True
 
 
@@ -376,4 +381,4 @@ def _died(entry: dict[str, Any], folder: Path) -> bool:
     if entry["state"] != "running" or not _is_dead(entry):
         return False
     now = rank_entries(folder, files=[folder / f"rank_{entry['rank']:05}.json"])  # it may have ended since it was read
-    return not now or (now[0]["state"], now[0]["pid"]) == ("running", entry["pid"])
+    return bool(now) and (now[0]["state"], now[0]["pid"]) == ("running", entry["pid"])

@@ -50,9 +50,13 @@ def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]]
         entries: of all ranks that should be running.
         idle: seconds since any rank made progress.
     """
-    replace_text(_path(folder, own), json.dumps(_own_answer().__dict__))
+    mine = _own_answer()
+    with contextlib.suppress(OSError):  # of a full disk
+        replace_text(_path(folder, own), json.dumps(mine.__dict__))
     deadline = time.monotonic() + ANSWER_SECONDS
-    while len(answers := _answers(folder, entries)) < len(entries) and time.monotonic() < deadline:
+    while (
+        len(answers := _answers(folder, entries) | {own["rank"]: mine}) < len(entries) and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     texts = []
     for entry in entries:
@@ -62,7 +66,8 @@ def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]]
             if answer
             else f"{where}: no answer\n"
         )
-    replace_text(folder / STACKS, "\n".join(texts))
+    with contextlib.suppress(OSError):
+        replace_text(folder / STACKS, "\n".join(texts))
     return f"{_cause(entries, answers, idle)} (stacks of all ranks: {folder / STACKS})"
 
 
@@ -94,7 +99,7 @@ def kill_unresponsive(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Kill the ranks of this machine that did not answer; a stopped process ignores other signals."""
     answers = _answers(folder, entries)
     for entry in entries:
-        if entry["system"] == system_name() and entry["rank"] not in answers:
+        if entry["system"] == system_name() and entry["rank"] not in answers and entry["pid"] != os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(entry["pid"], signal.SIGKILL)
 

@@ -1,5 +1,6 @@
 """Run a launcher and show its ranks' output without what the launcher itself prints after a failure."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -192,20 +193,21 @@ def run_ranks(
     if watch and watch.has_lost_host():
         watch.report()  # mpirun has then killed the ranks here
     # Ranks record the cause unless they were killed.
-    record_dead_rank(ranks, [entry for entry in rank_entries(ranks) if entry["started"] >= began])
+    found = record_dead_rank(ranks, [entry for entry in rank_entries(ranks) if entry["started"] >= began])
     if watch:
         watch.report()
         watch.kill_ranks()
         code = 2 if watch.rejected else code
     noted = ranks / "cause.txt"
     known = noted.exists() and noted.stat().st_mtime >= began - 1
-    cause = read_cause(ranks) if known else _killed_task("".join(hidden))
-    if not cause and not message and (memory := out_of_memory(events, kills)):
-        cause = f"a rank was killed before it had started{memory}"  # and could write its entry
+    cause = (read_cause(ranks) if known else "") or _killed_task("".join(hidden))
+    memory = out_of_memory(events, kills)
+    if not cause and not message and (found or memory):
+        cause = found or f"a rank was killed before it had started{memory}"  # and could write its entry
     kill_ranks(ranks, began)
     if asked and not cause and not message:  # before the ranks could handle the signal
         return EXIT_CODES[signal.Signals(asked[0])], ""
-    if ranks.is_dir():
+    with contextlib.suppress(OSError):  # of a full disk
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
     code = code or 1
     how = f"the ranks ended with exit code {code}" if code > 0 else f"the launcher was killed by signal {-code}"

@@ -43,10 +43,13 @@ class Submitted:
 KINDS: dict[str, Any] = {STATE: State, SUBMITTED: Submitted}
 
 
-def write_state(run_dir: Path, entry: dict[str, Any], name: str = STATE) -> None:
-    """Replace the file atomically, ignoring errors: a full disk must not end a run."""
-    with contextlib.suppress(OSError):
+def write_state(run_dir: Path, entry: dict[str, Any], name: str = STATE) -> bool:
+    """Replace the file atomically; return False for an error: a full disk must not end a run."""
+    try:
         replace_text(run_dir / name, json.dumps(entry))
+    except OSError:
+        return False
+    return True
 
 
 def read_state(run_dir: Path, name: str = STATE, damaged_is_none: bool = True) -> dict[str, Any]:
