@@ -190,7 +190,7 @@ def run_ranks(
     if watch:
         watch.report()
         watch.kill_ranks()
-        code = 2 if watch.rejected else code
+        code = 2 if watch.rejected else 1 if watch.reported else code  # not ssh's
     noted = ranks / "cause.txt"
     cause = read_cause(ranks) if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
     if not cause and not message and (memory := out_of_memory(events, kills)):
