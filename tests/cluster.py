@@ -134,8 +134,9 @@ class Cluster:
         """Return the command that runs `argv` on a host, in the caller's working directory and environment."""
         procs = _memory_group(self.hosts[host]) / "cgroup.procs"
         enter = f"nsenter --target {self.hosts[host].pid} --mount --uts --ipc --net --pid"
+        enter += " -- setpriv --pdeathsig KILL"  # ends with the returned command
         # Entering a mount namespace leads to /, hence --chdir
-        shell = f'test ! -e {procs} || echo $$ >{procs}; exec {enter} -- env --chdir="$PWD" "$@"'
+        shell = f'test ! -e {procs} || echo $$ >{procs}; exec {enter} env --chdir="$PWD" "$@"'
         faults = [f"{name}={value}" for name, value in self._faults(self.hosts[host]).items()]
         return ["sh", "-c", shell, "sh", *faults, *argv]
 

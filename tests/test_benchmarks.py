@@ -35,6 +35,7 @@ SHORTER = {
     "dense": "--steps=2 --learning-rates 1e-3 --train.eval_sequences=4",
     "loss": "--steps=2 --longest=1 --learning-rates 1e-3",
     "plan": "--what memory published --sizes 1 --ranks 1 --zero 0 --steps 2",
+    "rendezvous": "--ranks 8 --rounds=1",
     "roofline": "--preset debug --sequences=1 --steps=1",
     "scale": "--preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
 }

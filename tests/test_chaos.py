@@ -79,8 +79,11 @@ def disturb(hosts: Cluster, job: subprocess.Popen, run_dir: Path, dice: random.R
 def inject(hosts: Cluster, kind: str, host: int, run_dir: Path, dice: random.Random) -> str:
     """Make one fault, wait until it is over and return a description."""
     if kind == "kill":
-        killed = [pid for pid in ranks_on(hosts, host, run_dir) if kill(hosts, host, pid)]
-        return f"killed: {killed}"
+        deadline = time.monotonic() + 120
+        while not (killed := [pid for pid in ranks_on(hosts, host, run_dir) if kill(hosts, host, pid)]):
+            assert time.monotonic() < deadline, "no rank to kill"
+            time.sleep(0.1)
+        return f"process {killed[0]}"
     seconds = dice.uniform(5, 60) if kind == "link" else dice.uniform(0, 15)
     if kind == "reboot":
         hosts.reboot(host, seconds)

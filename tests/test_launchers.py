@@ -351,6 +351,14 @@ def test_bad_hostfile_is_one_sentence(text, fix, tmp_path, small_run):
     assert fix in finished.stderr and finished.stderr.count("\n") == 1
 
 
+def test_killed_task_is_named_if_srun_ends_the_others_before_they_name_it(tmp_path, capfd):
+    lines = ["n2: task 1: Killed", "n1: task 0: Terminated"]
+    srun = f"printf 'srun: error: %s\\n' {shlex.join(lines)} >&2; exit 143"
+    code, cause = run_ranks(["sh", "-c", srun], dict(os.environ), tmp_path, remote=True)
+    assert (code, cause) == (1, "rank 1 on host n2 was killed by signal 9")
+    assert capfd.readouterr().err == f"\nsmolds: {cause}; the other ranks stop.\n"
+
+
 def test_launchers_own_lines_are_hidden():
     ours = ["  3%|  | 3/100 [00:01<00:10]\n", "smolds: rank 1 on host a failed: ValueError: b (traceback: c)\n", "\n"]
     table = ["=" * 60 + "\n", "train FAILED\n", "-" * 60 + "\n", "Failures:\n", "=" * 60 + "\n"]

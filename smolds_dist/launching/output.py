@@ -153,6 +153,12 @@ def run_single(command: list[str], environment: dict[str, str]) -> tuple[int, st
     return 128 - code, cause
 
 
+def _killed_task(text: str) -> str:
+    """Return the cause that srun prints, "" if it prints none: it may end all ranks before one has recorded another's."""
+    killed = re.search(r"srun: error: (\S+): tasks? (\d+)\S*: Killed", text)
+    return f"rank {killed[2]} on host {killed[1]} was killed by signal 9" if killed else ""
+
+
 def run_ranks(
     command: list[str], environment: dict[str, str], run_dir: Path, remote: bool, watch: HostWatch | None = None
 ) -> tuple[int, str]:
@@ -192,7 +198,8 @@ def run_ranks(
         watch.kill_ranks()
         code = 2 if watch.rejected else 1 if watch.reported else code  # not ssh's
     noted = ranks / "cause.txt"
-    cause = read_cause(ranks) if noted.exists() and noted.stat().st_mtime >= began - 1 else ""
+    known = noted.exists() and noted.stat().st_mtime >= began - 1
+    cause = read_cause(ranks) if known else _killed_task("".join(hidden))
     if not cause and not message and (memory := out_of_memory(events, kills)):
         cause = f"a rank was killed before it had started{memory}"  # and could write its entry
     kill_ranks(ranks, began)
