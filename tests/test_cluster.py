@@ -329,6 +329,15 @@ def test_slow_checkpoints_are_no_hang(options, tmp_path, work):
 
 
 @pytest.mark.long
+def test_rank_that_is_stuck_before_the_first_step_is_named(options, cache, tmp_path):
+    with cluster(tmp_path / "hosts", 2, faults=True) as hosts:
+        hosts.slow_disk(1, cache, 1000)
+        tried = launched(hosts, [*options, "--parallel.timeout=8"])
+    assert tried.returncode not in (0, 2) and tried.seconds < 60, tried.text
+    assert "rank 1 on host host2 was stuck for 8 s while preparing the data" in tried.message
+
+
+@pytest.mark.long
 def test_slow_imports_are_no_hang(options, tmp_path):
     """Ranks import DeepSpeed after they have met; here for longer than the timeout."""
     with cluster(tmp_path / "hosts", 2, faults=True) as hosts:
@@ -355,7 +364,7 @@ def test_pulled_cable_ends_the_job(two, options, tmp_path):
         begun = time.monotonic()
         two.link(1, up=False)
         tried = printed(end(job, timeout=240), begun)
-    assert tried.returncode == 1 and tried.seconds < 120, tried.text
+    assert tried.returncode not in (0, 2) and tried.seconds < 120, tried.text
     assert "host2" in tried.message
 
 
