@@ -268,6 +268,15 @@ def test_run_folder_that_a_host_does_not_share_is_rejected(two, options, tmp_pat
 
 
 @pytest.mark.long
+def test_mistake_that_only_one_host_has_is_printed(two, options, tmp_path):
+    """Its configuration is another file."""
+    (tmp_path / "own.yaml").write_text("train:\n  lr: 0.001\n")
+    change_file(two, tmp_path / "own.yaml", "0.001", "fast")
+    tried = launched(two, ["--config", str(tmp_path / "own.yaml"), *options])
+    rejected(tried, "on host host2: ", "train.lr", "fast")
+
+
+@pytest.mark.long
 def test_closed_ports_are_named(two, options):
     for host in (0, 1):
         two.firewall(host, [22, PORT])
