@@ -356,6 +356,7 @@ def test_slow_imports_are_no_hang(options, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.xfail(strict=True, reason="the launcher cannot tell a kill for memory on another host from a lost network")
 def test_memory_limit_is_named_if_a_rank_is_killed_while_it_starts(two, options):
     two.memory(1, 200_000_000)
     tried = launched(two, options, cold=True)
