@@ -80,7 +80,7 @@ def main(words: list[str] | None = None) -> None:
             raise ConfigError(f"the option {text!r} is not UTF-8 text; set LC_ALL=C.UTF-8 and unset PYTHONUTF8.")
         module, _, function = COMMANDS[name].partition(":")
         call = getattr(import_module(f"smolds_dist.{module}"), function)
-        with contextlib.nullcontext() if name == "train" else ended_by_signals():
+        with ended_by_signals():
             sys.exit(call(args))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -106,12 +106,13 @@ def main(words: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Raise an exception in the block on Ctrl-C or SIGTERM, so that partial files are removed; exit code 128 + signal."""
+    """Raise `KeyboardInterrupt(signal)` in the block on Ctrl-C or SIGTERM, so that partial files are removed; exit code
+    128 + signal."""
     asked: list[int] = []
 
     def end(number: int, _frame: object) -> None:
         asked.append(number)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: old for number in numbers if (old := signal.getsignal(number)) != signal.SIG_IGN}
@@ -158,24 +159,28 @@ def train_rank(args: list[str]) -> int:
 
     # Imported objects are almost all permanent: collecting garbage among them is a quarter of a run's start.
     gc.disable()
+    code = 1
     try:
         with doing("importing packages", LONG):
             import transformers
 
             from smolds_dist.parallel.process_group import end_rank
             from smolds_dist.training.trainer import train
+        gc.freeze()
+        gc.enable()
+        transformers.logging.disable_progress_bar()
+        code = train(config, info, report)
     except ImportError as error:
         if report is None:
             raise
         report.fail(error)
         return 1
-    gc.freeze()
-    gc.enable()
-    transformers.logging.disable_progress_bar()
-    try:
-        code = train(config, info, report)
+    except KeyboardInterrupt as error:
+        if report:
+            report.end("stopped", 128 + error.args[0])
+        raise
     except RankFailedError:
-        code = 1
+        pass
     if info.world_size > 1:
         end_rank(code)
     return code

@@ -23,7 +23,7 @@ from smolds_dist.checkpoint.writer import CheckpointWriter, PeerError
 from smolds_dist.config import load_config
 from smolds_dist.data.text import digest, is_validation
 from smolds_dist.errors import ConfigError, TrainingStoppedError
-from smolds_dist.launching.failure import RankReport, exit_code_of_stop, read_cause, record_dead_rank
+from smolds_dist.launching.failure import RankReport, exit_code_of_stop, rank_entries, read_cause, record_dead_rank
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
@@ -144,7 +144,10 @@ bytearray(1_000_000_000) if sys.argv[3] else os.kill(os.getpid(), signal.SIGKILL
     assert finished.returncode == -signal.SIGKILL, finished.text
     other.communicate(timeout=60)
     assert other.returncode == -signal.SIGKILL
-    assert record_dead_rank(tmp_path / "a" / "ranks") and record_dead_rank(tmp_path / "b" / "ranks")
+    assert all(
+        record_dead_rank(folder, rank_entries(folder))
+        for folder in (tmp_path / "a" / "ranks", tmp_path / "b" / "ranks")
+    )
     word = "was killed by signal 9"
     why = "its control group, which is limited to 0.2 GB, is out of memory"
     assert read_cause(tmp_path / "a" / "ranks").endswith(f"{word}: {why}")

@@ -58,6 +58,14 @@ def start(folder, *programs: str) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
+def wait_for_entry(folder, ranks: int = 1) -> dict:
+    """Return rank 0's entry once all ranks have theirs."""
+    deadline = time.monotonic() + 20
+    while len(entries := failure.rank_entries(folder / "ranks")) < ranks and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return entries[0]
+
+
 REFUSE = 'from smolds_dist.errors import ConfigError; report.refuse(ConfigError("no such file.")); sys.exit(2)'
 JOBS = {
     "stuck later": ["wait_for_others()", f"save({3 * TIMEOUT}); save = None; time.sleep(60)"],
@@ -101,8 +109,8 @@ def test_work_with_a_limit_of_its_own_is_no_hang(jobs):
 
 def test_mistake_on_one_rank_ends_the_others_with_code_2(jobs):
     folder, ranks, _ = jobs["mistake"]
-    for rank in ranks:
-        assert rank.communicate(timeout=30)[1] == "" and rank.returncode == 2
+    for rank, text in zip(ranks, ["smolds: no such file.\n", ""], strict=True):  # rank 0 prints for all
+        assert rank.communicate(timeout=30)[1] == text and rank.returncode == 2
     assert failure.exit_code_of_stop(folder / "ranks", 0.0) == 2
 
 
@@ -134,10 +142,7 @@ def test_second_job_on_this_host_is_rejected_and_harms_nothing(tmp_path, monkeyp
     (rank,) = start(tmp_path, "save(60)")
     entry = tmp_path / "ranks" / "rank_00000.json"
     try:
-        deadline = time.monotonic() + 20
-        while not entry.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        before = json.loads(entry.read_text())["pid"]
+        before = wait_for_entry(tmp_path)["pid"]
         monkeypatch.setenv("MASTER_PORT", "2")
         with pytest.raises(ConfigError, match="is in use by another training process"):
             RankReport(tmp_path, RankInfo(0, 0, 2), Parallel())
@@ -145,6 +150,61 @@ def test_second_job_on_this_host_is_rejected_and_harms_nothing(tmp_path, monkeyp
     finally:
         rank.send_signal(signal.SIGKILL)
         rank.communicate()
+
+
+def test_job_of_the_same_name_on_this_host_is_rejected_too(tmp_path):
+    """`deepspeed` has the same address and port for all jobs."""
+    (rank,) = start(tmp_path, "save(60)")
+    try:
+        wait_for_entry(tmp_path)
+        (second,) = start(tmp_path, "save(1)")
+        assert "is in use by another training process" in second.communicate(timeout=60)[1]
+        time.sleep(2.5)
+        assert rank.poll() is None
+    finally:
+        rank.kill()
+        rank.communicate()
+
+
+def test_jobs_at_the_same_loopback_address_of_two_hosts_have_different_names(monkeypatch):
+    names = {}
+    for address in ("127.0.0.1", "localhost", "10.0.0.1"):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        for host in ("a", "b"):
+            monkeypatch.setenv("SLURMD_NODENAME", host)
+            names[address, host] = failure.job_token()
+    assert len(set(names.values())) == 5 and names["10.0.0.1", "a"] == names["10.0.0.1", "b"]
+
+
+def test_ranks_that_an_earlier_job_of_the_same_name_has_left_are_no_failure(tmp_path):
+    """Four ranks were killed; two start again at the same address."""
+    killed = start(tmp_path, *["save(60)"] * 4)
+    try:
+        wait_for_entry(tmp_path, 4)
+    finally:
+        for rank in killed:
+            rank.kill()
+            rank.communicate()
+    (first,) = start(tmp_path, "save(4)")  # before rank 1 has replaced its entry
+    assert first.communicate(timeout=60)[1] == "" and first.returncode == 0
+
+
+def test_rank_that_ends_while_its_entry_is_read_is_no_failure(tmp_path, monkeypatch):
+    report = RankReport(tmp_path, RankInfo(), Parallel())
+    entries = failure.rank_entries(tmp_path / "ranks")
+
+    def end_now(pid: int) -> str:
+        report.end()
+        return "X"
+
+    monkeypatch.setattr(failure, "process_state", end_now)
+    assert not failure.record_dead_rank(tmp_path / "ranks", entries)
+
+
+def test_progress_that_cannot_be_written_is_progress(tmp_path):
+    """The disk is full or the folder was removed."""
+    (rank,) = start(tmp_path, f"import shutil; shutil.rmtree(report.folder); save({4 * TIMEOUT})")
+    assert rank.communicate(timeout=60)[1] == "" and rank.returncode == 0
 
 
 def test_activity_names_each_threads_innermost_work():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from smolds_dist.activity import LONG, doing
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import file_message, path_in_errors
 
@@ -118,7 +119,8 @@ def _try_build(folder: Path, write: Callable[[Path], None], find_damage: FindDam
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.lock")
     try:
-        held = lock.acquire(timeout=timeout)
+        with doing(f"waiting for another process to write {folder}", LONG):
+            held = lock.acquire(timeout=timeout)
     except Timeout:
         return False
     with held:

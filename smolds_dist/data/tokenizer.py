@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from smolds_dist.activity import LONG, doing
 from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.inputs import check_tokenizer_files
 
@@ -106,7 +107,8 @@ def train_tokenizer(sources: Mapping[str, Iterable[str]], vocab_size: int, folde
     )
     share = TRAINING_CHARACTERS // len(sources)
     texts = chain.from_iterable(_first_characters(name, texts, share) for name, texts in sources.items())
-    tokenizer.train_from_iterator(texts, trainer)
+    with doing("training a tokenizer", LONG):
+        tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     save_tokenizer(fast, folder)
 

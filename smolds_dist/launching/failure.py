@@ -10,7 +10,7 @@ several hosts the run folder must be on a shared file system, as for checkpoints
 | `token`              | rank 0, at the start                     | all: one that reads another job's token exits        |
 | `progress`           | touched by every rank that makes some    | all: the job hangs if nobody does for the timeout    |
 | `cause.txt`          | the first that finds a failure's cause   | all: they exit with code 1                           |
-| `refused.txt`        | the rank that found a mistake of a user  | all: they exit with code 2                           |
+| `refused.txt`        | the rank that found a mistake of a user  | all: they exit with code 2, rank 0 prints it         |
 | `hanging`            | the first rank whose timeout is over     | all: they write what they do to `rank_N.stacks`      |
 
 The second line of the last three names the job, so that a job started by mistake in the folder does not end the first one.
@@ -36,7 +36,7 @@ from smolds_dist.files import replace_text
 from smolds_dist.inputs import Count, Positive, Time, convert, read_json
 from smolds_dist.launching import hang
 from smolds_dist.launching.state import write_state
-from smolds_dist.parallel.control_groups import control_groups, memory_limit
+from smolds_dist.parallel.control_groups import memory_events, out_of_memory, out_of_memory_kills
 from smolds_dist.parallel.ranks import RankInfo, host_name, process_started, process_state, system_name
 from smolds_dist.progress import print_line
 from smolds_dist.settings import Parallel
@@ -51,7 +51,8 @@ LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken 
 def job_token() -> str:
     """Return a string that is the same on all ranks of a job and differs between jobs."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-    return ":".join(os.environ.get(name, "") for name in names)
+    loopback = re.match(r"127\.|localhost|::1", os.environ.get("MASTER_ADDR", ""))  # may be the same on another host
+    return ":".join([*(os.environ.get(name, "") for name in names), host_name() if loopback else ""])
 
 
 class RankReport:
@@ -78,6 +79,7 @@ class RankReport:
         self._looked, self._last_mtime, self._tick = 0.0, 0, self._seen
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_second_job()
+        self._dead_before = {(entry["rank"], entry["pid"]) for entry in rank_entries(self.folder) if _is_dead(entry)}
         for old in self.folder.glob(f"rank_{info.rank:05}.*"):
             old.unlink(missing_ok=True)
         self._remove_stale_files()
@@ -95,8 +97,8 @@ class RankReport:
 
     def _refuse_second_job(self) -> None:
         for entry in rank_entries(self.folder, files=[self.folder / f"rank_{self.rank:05}.json"]):
-            ours = entry["job"] == job_token() or entry["pid"] == os.getpid()
-            if entry["state"] == "running" and entry["system"] == system_name() and not ours and not _is_dead(entry):
+            here = entry["system"] == system_name() and entry["pid"] != os.getpid()
+            if entry["state"] == "running" and here and not _is_dead(entry):
                 raise ConfigError(
                     f"{self.folder.parent} is in use by another training process; wait for its end, or choose another "
                     "--run.name."
@@ -140,6 +142,12 @@ class RankReport:
         _write_once(self.folder / REFUSED, str(error), self.entry["job"])
         self.end("refused", 2)
 
+    def _end_refused(self) -> None:
+        """End like the rank that found a user's mistake; rank 0 prints it, as it prints those that all ranks find."""
+        self.end("refused", 2)
+        if self.rank == 0:
+            print_line(f"smolds: {_read(self.folder / REFUSED).splitlines()[0]}", sys.stderr)
+
     def fail(self, error: BaseException) -> None:
         """Record the error, write its traceback to `rank_N.log`, and report the cause if no rank has."""
         log = self.folder / f"rank_{self.rank:05}.log"
@@ -153,13 +161,12 @@ class RankReport:
             deadline = time.monotonic() + min(3.0, self.grace)
             while time.monotonic() < deadline:
                 if self._is_ours(REFUSED):
-                    self.end("refused", 2)  # one rank found a user's mistake and has reported it
+                    self._end_refused()
                     return
                 if self._report_dead_rank():
                     return
                 time.sleep(0.2)
-            others = [e for e in rank_entries(self.folder, self.entry["job"]) if e["system"] != system_name()]
-            gone = [e for e in others if e["state"] == "running"]
+            gone = [e for e in self._entries() if e["state"] == "running" and e["system"] != system_name()]
             if gone:
                 word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
                 who = f"{word} {ranks} on host {gone[0]['host']}"
@@ -171,11 +178,17 @@ class RankReport:
         """Return the entries of this host's ranks, the only ones whose death is detectable here. None, meaning all, until
         every rank has written its entry for this start, which is certain after the first forward pass."""
         if self._local_entries is None and ACTIVITY.passes:
-            entries = rank_entries(self.folder, self.entry["job"])
+            entries = self._entries()
             if len(entries) == self.world_size:  # else a file was being replaced
                 mine = [entry["rank"] for entry in entries if entry["system"] == system_name()]
                 self._local_entries = [self.folder / f"rank_{rank:05}.json" for rank in mine]
         return self._local_entries
+
+    def _entries(self, files: list[Path] | None = None) -> list[dict[str, Any]]:
+        """Return the entries of this job's ranks, without those that an earlier job of the same name has left."""
+        entries = rank_entries(self.folder, self.entry["job"], files)
+        earlier = self._dead_before
+        return [e for e in entries if e["rank"] < self.world_size and (e["rank"], e["pid"]) not in earlier]
 
     def _watch(self) -> None:
         while self.entry["state"] == "running":
@@ -185,9 +198,7 @@ class RankReport:
             idle = time.monotonic() - self._seen
             if idle > self.timeout or self._is_ours(hang.HANG_MARKER):
                 _write_once(self.folder / hang.HANG_MARKER, f"rank {self.rank} saw no progress", self.entry["job"])
-                entries = [
-                    entry for entry in rank_entries(self.folder, self.entry["job"]) if entry["state"] == "running"
-                ]
+                entries = [entry for entry in self._entries() if entry["state"] == "running"]
                 cause = hang.report_hang(self.folder, self.entry, entries, idle)
                 if self.entry["state"] == "running":
                     self._report(cause)
@@ -195,8 +206,9 @@ class RankReport:
                     _exit(1)
             if self._is_ours(REFUSED) and self.entry["state"] == "running":
                 time.sleep(REFUSED_SECONDS)
-                self.end("refused", 2)
-                _exit(2)
+                if self.entry["state"] == "running":
+                    self._end_refused()
+                    _exit(2)
             if self._report_dead_rank():
                 time.sleep(self.grace)
                 if self.entry["state"] == "running":
@@ -210,8 +222,8 @@ class RankReport:
             self._seen = now
         self._tick = now
         if now - self._published >= every and ACTIVITY.makes_progress(self._published):
-            self._progress.touch()
             self._published = self._seen = now
+            self._progress.touch()  # last: the disk may be full
         if now - self._looked >= every:
             self._looked = now
             mtime = self._progress.stat().st_mtime_ns if self._progress.exists() else 0
@@ -227,7 +239,7 @@ class RankReport:
         """Report a rank of this host that died without an error; return True if the cause is known."""
         if self._is_ours(CAUSE):
             return True
-        if record_dead_rank(self.folder, self.entry["job"], files=self.local_entries()):
+        if record_dead_rank(self.folder, self._entries(self.local_entries())):
             _log(read_cause(self.folder))
             return True
         return False
@@ -241,23 +253,17 @@ class RankReport:
         report_cause(self.folder, cause, self.entry["job"])
 
 
-def record_dead_rank(folder: Path, job: str | None = None, since: float = 0.0, files: list[Path] | None = None) -> bool:
-    """Record a rank of this host that died without an error as the cause; return True if it is the first cause.
-
-    Args:
-        files: the entries to read; default: all.
-    """
-    for entry in rank_entries(folder, job, files):
-        if entry["state"] == "running" and entry["started"] >= since and _is_dead(entry):
+def record_dead_rank(folder: Path, entries: list[dict[str, Any]]) -> bool:
+    """Record a rank of this host that died without an error as the cause; return True if it is the first cause."""
+    for entry in entries:
+        if _died(entry, folder):
             crash = folder / f"rank_{entry['rank']:05}.crash"
             fault = crash.read_text(errors="replace").splitlines() if crash.exists() else []
             if fault:
                 why = f"crashed: {fault[0]} (stack: {crash})"
             else:  # any other end leaves a trace
                 why = "was killed by signal 9" + out_of_memory(entry["memory_events"], entry["kills_before"])
-            return _write_once(
-                folder / CAUSE, f"rank {entry['rank']} on host {entry['host']} {why}", job or entry["job"]
-            )
+            return _write_once(folder / CAUSE, f"rank {entry['rank']} on host {entry['host']} {why}", entry["job"])
     return False
 
 
@@ -365,33 +371,9 @@ def _is_dead(entry: dict[str, Any]) -> bool:
     return entry["system"] == system_name() and process_state(entry["pid"]) in "ZX"
 
 
-def out_of_memory(events: str, kills_before: int) -> str:
-    """Return the end of a message about a killed process, "" unless the kernel has killed more processes for memory.
-
-    Args:
-        events: the file with their number.
-    """
-    if out_of_memory_kills(events) <= kills_before:
-        return ""
-    return describe_memory(memory_limit(Path(events).parents))
-
-
-def describe_memory(limit: int | None) -> str:
-    """Return the end of a message about a process killed for memory; `limit`: its control group's, in bytes."""
-    group = f"its control group, which is limited to {limit / 1e9:,.1f} GB," if limit else "the machine"
-    return f": {group} is out of memory"
-
-
-def memory_events() -> str:
-    """Return the file that counts out-of-memory kills in this process's cgroup (v2 or v1), so that kills elsewhere on the
-    machine do not count; without cgroups, the machine's own."""
-    files = (group / name for group in control_groups("memory") for name in ("memory.events", "memory.oom_control"))
-    return str(next((file for file in files if file.exists()), "/proc/vmstat"))
-
-
-def out_of_memory_kills(events: str) -> int:
-    try:
-        match = re.search(r"^oom_kill (\d+)", Path(events).read_text(), re.MULTILINE)
-        return int(match.group(1)) if match else 0
-    except OSError:  # the cgroup is removed with its processes
-        return 0
+def _died(entry: dict[str, Any], folder: Path) -> bool:
+    """Return True if a rank has ended without recording it."""
+    if entry["state"] != "running" or not _is_dead(entry):
+        return False
+    now = rank_entries(folder, files=[folder / f"rank_{entry['rank']:05}.json"])  # it may have ended since it was read
+    return not now or (now[0]["state"], now[0]["pid"]) == ("running", entry["pid"])

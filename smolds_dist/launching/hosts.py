@@ -20,10 +20,11 @@ import psutil
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import printable, read_text
-from smolds_dist.launching.failure import describe_memory, rank_entries, report_cause
+from smolds_dist.launching.failure import rank_entries, report_cause
 from smolds_dist.launching.plan import Plan
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.ssh import read_files, run_on_hosts, unreachable
+from smolds_dist.parallel.control_groups import describe_memory
 from smolds_dist.parallel.ranks import system_name
 from smolds_dist.progress import print_line
 

@@ -16,15 +16,14 @@ from pathlib import Path
 from smolds_dist.launching.failure import (
     exit_code_of_stop,
     kill_ranks,
-    memory_events,
-    out_of_memory,
-    out_of_memory_kills,
+    rank_entries,
     read_cause,
     record_dead_rank,
     signal_ranks,
 )
 from smolds_dist.launching.hosts import HostWatch
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
+from smolds_dist.parallel.control_groups import memory_events, out_of_memory, out_of_memory_kills
 from smolds_dist.progress import print_line
 
 # Log lines of torchrun, deepspeed, srun and mpirun; ranks never print these.
@@ -209,7 +208,8 @@ def run_ranks(
         return stopped, ""
     if watch and watch.has_lost_host():
         watch.report()  # mpirun has then killed the ranks here
-    record_dead_rank(ranks, since=began)  # ranks record the cause unless they were killed
+    # Ranks record the cause unless they were killed.
+    record_dead_rank(ranks, [entry for entry in rank_entries(ranks) if entry["started"] >= began])
     if watch:
         watch.report()
         watch.kill_ranks()
@@ -220,6 +220,8 @@ def run_ranks(
     if not cause and not message and (memory := out_of_memory(events, kills)):
         cause = f"a rank was killed before it had started{memory}"  # and could write its entry
     kill_ranks(ranks, began)
+    if asked and not cause and not message:  # before the ranks could handle the signal
+        return EXIT_CODES[signal.Signals(asked[0])], ""
     if ranks.is_dir():
         (ranks / "launcher.log").write_text("".join(hidden), encoding="utf-8")
     code = code or 1

@@ -9,6 +9,7 @@ Whatever hosts could answer differently is decided here by rank 0, from what all
 import json
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -69,11 +70,11 @@ class Rendezvous:
         else:
             self.store.set(f"{name}/{rank}", json.dumps(value))
             self.store.add(f"{name}/count", 1)
-        # Rank 0 most likely finds the same error, and reports it for all.
+        # Rank 0 most likely finds the same error, and reports it for all; if it is busy, its watchdog does.
         deadline = time.monotonic() + (LOG_AFTER if error else math.inf)
         with doing("waiting for the other ranks"):
             if not self._wait(self.store, f"{name}/decision", deadline):
-                raise (RankError if self.info.local_rank == 0 else ConfigError)(f"{where}: {error}")
+                raise ConfigError(f"{where}: {error}")
         answer = json.loads(self.store.get(f"{name}/decision"))
         if "error" in answer:
             raise ConfigError(answer["error"])
@@ -178,6 +179,8 @@ def _store(info: RankInfo) -> TCPStore | None:
             socket.create_connection((host, port), timeout=1).close()
         except OSError:
             return None
+    # Slurm's warning would end the process in the store's own thread while no handler is installed.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         store = TCPStore(
             host, port, is_master=keeps, timeout=timedelta(seconds=10), wait_for_workers=False, multi_tenant=True
@@ -189,6 +192,8 @@ def _store(info: RankInfo) -> TCPStore | None:
             f"{master_address()}, the rendezvous address, is in use by another program; set MASTER_PORT to a free port, or "
             f"{single_process_hint(info)}."
         ) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if not store.check([_key(info.rank)]):
         store.set(_key(info.rank), "")
         if store.add("smolds/count", 1) == info.world_size:
