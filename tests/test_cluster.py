@@ -289,6 +289,7 @@ def test_closed_rendezvous_port_is_named(two, options):
     two.firewall(0, [22])
     tried = launched(two, [*options, "--parallel.timeout=15"], f"--master-port={PORT}")
     assert tried.returncode == 2 and f"rank 0 at 10.77.0.1:{PORT}" in tried.stderr, tried.text
+    assert "or open this port between the hosts" in tried.stderr
 
 
 # ---- Hosts that differ and train together

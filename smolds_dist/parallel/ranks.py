@@ -77,9 +77,10 @@ def single_process_hint(info: RankInfo) -> str:
 
 def waiting_message(info: RankInfo, seconds: float, missing: str) -> str:
     """Return the message of a waiting rank, printed after `LOG_AFTER` seconds and at the timeout."""
+    ports = ", or open this port between the hosts" if info.ranks_per_node < info.world_size else ""
     return (
         f"rank {info.rank} has waited {seconds:.0f} s for {missing}, because {info.size_from} sets the world size to "
-        f"{info.world_size}; {single_process_hint(info)}, or start all ranks with `smolds launch`."
+        f"{info.world_size}; {single_process_hint(info)}, or start all ranks with `smolds launch`{ports}."
     )
 
 
