@@ -138,12 +138,18 @@ def train_rank(args: list[str]) -> int:
     own = read_environment(args)  # before imports that read the environment
     on_hosts, args = own != args, own  # `smolds launch --hostfile` reads the ranks' reports, also a single one's
     from smolds_dist.config import load_config
-    from smolds_dist.parallel.ranks import join_ranks, share_cores
+    from smolds_dist.parallel.ranks import host_name, is_first_of_host, is_first_rank, join_ranks, share_cores
 
     # Slurm's warning may arrive before training handles it; it stays pending until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    config = load_config(args, prog="smolds train")  # before the slow imports, so that an error is printed immediately
-    info = join_ranks(config.parallel.timeout)
+    try:
+        config = load_config(args, prog="smolds train")  # before the slow imports: an error is printed immediately
+        info = join_ranks(config.parallel.timeout)
+    except ConfigError as error:
+        if is_first_rank(os.environ) or not is_first_of_host(os.environ) or isinstance(error, RankError):
+            raise
+        time.sleep(2 * FIRST_RANK_SECONDS)  # rank 0 most likely reports the same error, and this process is ended
+        raise RankError(f"on host {host_name()}: {error}") from None
     share_cores(info)
     report = None
     if info.world_size > 1 or on_hosts:

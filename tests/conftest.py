@@ -29,6 +29,7 @@ LONGEST = [
     f"test_{name}.py"
     for name in (
         "parity",
+        "cluster",
         "readme",
         "prefetch",
         "faults",

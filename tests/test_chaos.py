@@ -57,6 +57,7 @@ def test_job_survives_twenty_random_faults(options, tmp_path):
             print(*(line for line in lines if "smolds: " in line), sep="\n")
     print(f"{len(read_rows(run_dir / RESTARTS))} restarts")
     assert job.returncode == 0, "\n".join(lines[-80:])
+    assert read_rows(run_dir / RESTARTS)
     assert trained_rows(run_dir) == trained_rows(whole)
 
 

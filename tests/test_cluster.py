@@ -129,7 +129,7 @@ def test_hosts_train_like_one_process(options, tmp_path, count):
     with cluster(tmp_path / "hosts", count) as hosts:
         finished = launched(hosts, options)
         assert finished.returncode == 0, finished.text
-        assert f"{count} ranks over gloo on {count} nodes" in finished.stdout
+        assert f"{count} ranks over gloo on {count} nodes" in finished.stdout and "[INFO]" not in finished.stdout
         assert losses(tmp_path / "runs" / "job") == pytest.approx(single, rel=1e-5)
         if count == 3:
             assert all(one.returncode == 0 for one in torchrun(hosts, [*options, "--run.name=torchrun"]))
@@ -268,6 +268,15 @@ def test_run_folder_that_a_host_does_not_share_is_rejected(two, options, tmp_pat
 
 
 @pytest.mark.long
+def test_mistake_that_only_one_host_has_is_printed(two, options, tmp_path):
+    """Its configuration is another file."""
+    (tmp_path / "own.yaml").write_text("train:\n  lr: 0.001\n")
+    change_file(two, tmp_path / "own.yaml", "0.001", "fast")
+    tried = launched(two, ["--config", str(tmp_path / "own.yaml"), *options])
+    rejected(tried, "on host host2: ", "train.lr", "fast")
+
+
+@pytest.mark.long
 def test_closed_ports_are_named(two, options):
     for host in (0, 1):
         two.firewall(host, [22, PORT])
@@ -280,6 +289,7 @@ def test_closed_rendezvous_port_is_named(two, options):
     two.firewall(0, [22])
     tried = launched(two, [*options, "--parallel.timeout=15"], f"--master-port={PORT}")
     assert tried.returncode == 2 and f"rank 0 at 10.77.0.1:{PORT}" in tried.stderr, tried.text
+    assert "or open this port between the hosts" in tried.stderr
 
 
 # ---- Hosts that differ and train together
@@ -326,6 +336,15 @@ def test_slow_checkpoints_are_no_hang(options, tmp_path, work):
         hosts.slow_disk(1, folder, 1)
         tried = launched(hosts, options, timeout=120)
     assert tried.returncode == 0 and "smolds: " not in tried.stderr, tried.text
+
+
+@pytest.mark.long
+def test_rank_that_is_stuck_before_the_first_step_is_named(options, cache, tmp_path):
+    with cluster(tmp_path / "hosts", 2, faults=True) as hosts:
+        hosts.slow_disk(1, cache, 1000)
+        tried = launched(hosts, [*options, "--parallel.timeout=8"])
+    assert tried.returncode not in (0, 2) and tried.seconds < 60, tried.text
+    assert "rank 1 on host host2 was stuck for 8 s while preparing the data" in tried.message
 
 
 @pytest.mark.long

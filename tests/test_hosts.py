@@ -205,6 +205,19 @@ def test_host_whose_ssh_ended_is_named_and_blamed(tmp_path):
     assert faulty_hosts([Failure(1, 0.0, 1, 1, found, "")]) == ["bee"]
 
 
+def test_rank_killed_for_memory_on_another_host_is_named_with_the_limit(tmp_path, ssh):
+    (ssh / "root@b").touch()
+    (tmp_path / "memory.events").write_text("low 0\noom 3\noom_kill 3\n")
+    (tmp_path / "memory.max").write_text("2000000000\n")
+    watch = make_watch(tmp_path / "ranks")
+    write_entry(tmp_path / "ranks", 2, "b", memory_events=str(tmp_path / "memory.events"), kills_before=2)
+    watch.read("pdsh@here: b: ssh exited with exit code 247\n")
+    watch.report()
+    cause = read_cause(tmp_path / "ranks")
+    assert ": its control group, which is limited to 2.0 GB, is out of memory (ssh ended with exit code 247)" in cause
+    assert not faulty_hosts([Failure(1, 0.0, 1, 1, cause, "")])
+
+
 def test_host_without_smolds_is_named_with_its_last_line(tmp_path):
     write_entry(tmp_path, 2, "of an earlier job")
     watch = make_watch(tmp_path)
@@ -248,7 +261,7 @@ def test_launcher_ends_when_ranks_of_a_known_failure_do_not(tmp_path, ssh, monke
     begun = time.monotonic()
     code, cause = run_ranks(["sh", "-c", script], dict(os.environ), tmp_path / "run", False, make_watch(ranks))
     assert time.monotonic() - begun < 20
-    assert code == 137
+    assert code == 1
     assert cause == "rank 2 on host b was killed or lost its network (ssh ended with exit code 255)"
     assert capfd.readouterr().err == f"\nsmolds: {cause}; the other ranks stop.\n"
 

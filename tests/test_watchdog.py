@@ -17,6 +17,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.launching import failure
 from smolds_dist.launching.failure import RankReport, read_cause
 from smolds_dist.launching.hang import Answer, _cause
+from smolds_dist.launching.restarts import BLAMED
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.settings import Parallel
 
@@ -217,6 +218,20 @@ def test_activity_names_each_threads_innermost_work():
         before = ACTIVITY.last
         beat()
         assert ACTIVITY.last > before
+
+
+def test_rank_lost_on_one_of_several_hosts_blames_none(tmp_path):
+    report = RankReport(tmp_path, RankInfo(0, 0, 1), Parallel(grace=0.1))
+    report.world_size = 4
+    for rank, host in ((1, "host2"), (2, "host3")):
+        entry = report.entry | {"rank": rank, "host": host, "system": host, "pid": 1}
+        (report.folder / f"rank_{rank:05}.json").write_text(json.dumps(entry))
+    report.fail(
+        RuntimeError("Connection closed by peer [10.77.0.2]:4496. This means that the remote peer failed. GLHF!")
+    )
+    cause = "one of the hosts host2, host3 was killed or lost its network (RuntimeError: Connection closed by peer"
+    assert read_cause(report.folder).startswith(cause) and "GLHF" not in read_cause(report.folder)
+    assert not BLAMED.search(read_cause(report.folder))
 
 
 def answer(**changed) -> Answer:

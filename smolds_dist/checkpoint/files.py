@@ -224,6 +224,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and verify the manifest; raise a `DamagedCheckpointError` that names the damage."""
     try:
         content = read_bytes(path := folder / MANIFEST, FIX, JSON_BYTES)
+        beat()  # ranks read every checkpoint's
         digest = read_bytes(folder / DIGEST, FIX, JSON_BYTES)
     except ConfigError as error:
         raise _damaged(folder, error) from None

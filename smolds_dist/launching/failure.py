@@ -171,9 +171,8 @@ class RankReport:
                 time.sleep(0.2)
             gone = [e for e in self._entries() if e["state"] == "running" and e["system"] != system_name()]
             if gone:
-                word, ranks = "rank" if len(gone) == 1 else "one of the ranks", ", ".join(str(e["rank"]) for e in gone)
-                who = f"{word} {ranks} on host {gone[0]['host']}"
-                self._report(f"{who} was killed or lost its network ({last_line})")
+                reason = last_line.partition(". ")[0][:200]  # gloo's has several sentences
+                self._report(f"{_one_of(gone)} was killed or lost its network ({reason})")
                 return
         self._report(f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
@@ -344,6 +343,16 @@ class RankEntry:
     memory_events: str = ""
     kills_before: Count = 0
     code: int = 0
+
+
+def _one_of(entries: list[dict[str, Any]]) -> str:
+    """Name the rank or ranks of which one has failed. Several hosts are not named as `restarts.BLAMED` finds them, because
+    one of them at most is to blame."""
+    hosts = list(dict.fromkeys(entry["host"] for entry in entries))
+    if len(hosts) > 1:
+        return f"one of the hosts {', '.join(hosts[:8])}{', ...' if len(hosts) > 8 else ''}"
+    word = "rank" if len(entries) == 1 else "one of the ranks"
+    return f"{word} {', '.join(str(entry['rank']) for entry in entries)} on host {hosts[0]}"
 
 
 def _read(path: Path) -> str:

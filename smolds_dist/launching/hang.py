@@ -27,7 +27,7 @@ from smolds_dist.parallel.ranks import can_connect, process_state, system_name
 HANG_MARKER = "hanging"
 STACKS = "stacks.txt"
 ANSWER_SECONDS = 5.0
-# Files of the main thread's innermost calls that show that it waits for other ranks
+# Files of the main thread's calls, from this package's innermost one, that show that it waits for other ranks
 WAITING = re.compile(r"torch/distributed/|deepspeed/comm/|parallel/rendezvous\.py")
 
 
@@ -118,7 +118,7 @@ def _own_answer() -> Answer:
         passes=ACTIVITY.passes,
         doing=str(ACTIVITY),
         at=f"{ours[-1].name} ({Path(ours[-1].filename).name}:{ours[-1].lineno})",
-        waits=any(WAITING.search(frame.filename) for frame in list(main)[-12:]),
+        waits=any(WAITING.search(frame.filename) for frame in list(main)[main.index(ours[-1]) :]),
         connected=can_connect(os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))),
         stacks="\n".join(stacks),
     )

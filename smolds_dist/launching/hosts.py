@@ -23,7 +23,8 @@ from smolds_dist.inputs import printable, read_text
 from smolds_dist.launching.failure import rank_entries, report_cause
 from smolds_dist.launching.plan import Plan
 from smolds_dist.launching.signals import EXIT_CODES
-from smolds_dist.launching.ssh import run_on_hosts, unreachable
+from smolds_dist.launching.ssh import read_files, run_on_hosts, unreachable
+from smolds_dist.parallel.control_groups import describe_memory
 from smolds_dist.parallel.ranks import system_name
 from smolds_dist.progress import print_line
 
@@ -200,8 +201,12 @@ class HostWatch:
         entries = self.entries()
         return all(entries[host] for host in self._ended)
 
-    def cause(self) -> str:
-        """Return the failure of the first host whose ssh ended, "" without one, or if its ranks have reported it."""
+    def cause(self, ask: bool = False) -> str:
+        """Return the failure of the first host whose ssh ended, "" without one, or if its ranks have reported it.
+
+        Args:
+            ask: ask the host whether its memory was the reason.
+        """
         by_host = self.entries() if self._ended else {}
         for host, code in self._ended.items():
             entries = by_host[host]
@@ -210,16 +215,18 @@ class HostWatch:
             if not entries and not (code == 2 and line.startswith("smolds: ")):
                 fix = "install smolds and Python at the same paths as here"
                 return f"host {host} did not start its ranks ({reason}); {fix}"
-            running = [str(entry["rank"]) for entry in entries if entry["state"] == "running"]
-            if running:
-                word = "rank" if len(running) == 1 else "one of the ranks"
-                name = entries[0]["host"]
-                return f"{word} {', '.join(running)} on host {name} was killed or lost its network ({reason})"
+            if running := [entry for entry in entries if entry["state"] == "running"]:
+                word, ranks = (
+                    "rank" if len(running) == 1 else "one of the ranks",
+                    ", ".join(str(e["rank"]) for e in running),
+                )
+                memory = _out_of_memory(host, running[0]) if ask else ""
+                return f"{word} {ranks} on host {running[0]['host']} was killed or lost its network{memory} ({reason})"
         return ""
 
     def report(self) -> None:
         """Record and print a lost host as the cause, which ends the other ranks, unless a cause is known."""
-        if (cause := self.cause()) and self._cause_time() == self._earlier_cause:
+        if self._cause_time() == self._earlier_cause and (cause := self.cause(ask=True)):
             (self.folder / "cause.txt").unlink(missing_ok=True)  # an earlier job's
             self.folder.mkdir(parents=True, exist_ok=True)
             jobs = [entry["job"] for some in self.entries().values() for entry in some]
@@ -263,6 +270,18 @@ class HostWatch:
             self.grows = True
             text = f"{', '.join(found)} answers again; the ranks save and restart on {len(larger.hosts)} hosts."
             print_line(f"\nsmolds: {text}", sys.stderr)
+
+
+def _out_of_memory(host: str, entry: dict[str, Any]) -> str:
+    """Return the end of a message about a rank of another host, "" unless the kernel there has killed it for memory."""
+    events = Path(entry.get("memory_events", ""))
+    limits = [str(events.parent / name) for name in ("memory.max", "memory.limit_in_bytes")]
+    text = read_files(host, [str(events), *limits])
+    kills = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    if not kills or int(kills.group(1)) <= entry.get("kills_before", 0):
+        return ""
+    found = [int(line) for line in re.findall(r"^\d+$", text, re.MULTILINE)]
+    return describe_memory(min((limit for limit in found if limit < 2**60), default=None))
 
 
 def kill_command(mark: str) -> str:

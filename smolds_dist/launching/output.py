@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from smolds_dist.launching.failure import (
@@ -74,8 +75,9 @@ def run_filtered(
 ) -> tuple[int, str]:
     """Run `command`; return its exit code (-N if signal N ended it) and the text of the last `smolds: ` line.
 
-    Standard output passes unchanged. The launcher's own lines on standard error go to `hidden`. Stop signals go to
-    `forward_signal`; the launcher runs in its own session, so that the terminal does not signal it.
+    The launcher's own lines go to `hidden`: on standard error, and of several hosts also on standard output, where
+    DeepSpeed logs. Stop signals go to `forward_signal`; the launcher runs in its own session, so that the terminal does not
+    signal it.
     """
     if sys.stderr.isatty():
         # Keep a terminal for the ranks' progress bar.
@@ -84,13 +86,20 @@ def run_filtered(
     else:
         reading, writing = os.pipe()
     process = subprocess.Popen(
-        command, env=environment, stderr=writing, start_new_session=True, preexec_fn=_die_with_parent
-    )
+        command, env=environment, stdout=subprocess.PIPE if watch else None, stderr=writing, text=True, errors="replace",
+        start_new_session=True, preexec_fn=_die_with_parent,
+    )  # fmt: skip
     os.close(writing)
+    copying = threading.Thread(
+        target=_copy_output, args=(process.stdout or (), hidden), name="copy-output", daemon=True
+    )
+    copying.start()
     try:
         with handled_by(lambda number, _frame: forward_signal(process, number)):
             message = _forward_output(reading, process, hidden, watch)
-            return process.wait(), message
+            code = process.wait()
+            copying.join(5)  # ranks that outlive the launcher may keep it open
+            return code, message
     finally:
         os.close(reading)
 
@@ -99,6 +108,14 @@ def _die_with_parent() -> None:
     """Have the kernel send the launcher SIGTERM if this process is killed, so that no ranks stay behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _copy_output(lines: Iterable[str], hidden: list[str]) -> None:
+    for line in lines:
+        if NOISE.match(HOST.sub("", line)):
+            hidden.append(line)
+        else:
+            print_line(line, sys.stdout, end="")
 
 
 def _forward_output(reading: int, process: subprocess.Popen, hidden: list[str], watch: HostWatch | None) -> str:
@@ -197,7 +214,7 @@ def run_ranks(
     if watch:
         watch.report()
         watch.kill_ranks()
-        code = 2 if watch.rejected else code
+        code = 2 if watch.rejected else 1 if watch.reported else code  # not ssh's
     noted = ranks / "cause.txt"
     known = noted.exists() and noted.stat().st_mtime >= began - 1
     cause = (read_cause(ranks) if known else "") or _killed_task("".join(hidden))

@@ -29,8 +29,8 @@ MIN_PAUSE, MAX_PAUSE = 1.0, 300.0  # seconds of pause, doubled by each start wit
 TRACEBACK_LINES = 30  # of a traceback
 # Messages of `launching.failure`, `launching.hang` and `training.rank_checks`.
 SIGNS = (
-    r"was killed(?!.*out of memory)|crashed|did not answer|was stuck|lost (?:its|their) network|differs from its replicas|"
-    r"failed: .*CUDA error"
+    r"(?:was killed|lost (?:its|their) network)(?!.*out of memory)|crashed|did not answer|was stuck|"
+    r"differs from its replicas|failed: .*CUDA error"
 )
 BLAMED = re.compile(rf"([^:;(]*\bon host [^:;(]*?) (?:{SIGNS})")  # may name several hosts
 

@@ -40,6 +40,17 @@ def run_on_hosts(commands: dict[str, str], seconds: float = SECONDS) -> dict[str
         return {host: text for host, text in zip(commands, pool.map(run, commands), strict=True) if text is not None}
 
 
+def read_files(host: str, paths: Iterable[str]) -> str:
+    """Return the text of all of these files of a host that exist; "" if it does not answer."""
+    try:
+        command = ssh_command(host, f"cat {shlex.join(paths)}")
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=SECONDS
+        ).stdout
+    except subprocess.TimeoutExpired:
+        return ""
+
+
 def unreachable(hosts: Iterable[str]) -> dict[str, str]:
     """Return the hosts that do not answer, with ssh's reason."""
     return run_on_hosts(dict.fromkeys(hosts, "true"))

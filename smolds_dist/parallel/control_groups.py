@@ -35,7 +35,11 @@ def out_of_memory(events: str, kills_before: int) -> str:
     """
     if out_of_memory_kills(events) <= kills_before:
         return ""
-    limit = memory_limit(Path(events).parents)
+    return describe_memory(memory_limit(Path(events).parents))
+
+
+def describe_memory(limit: int | None) -> str:
+    """Return the end of a message about a process killed for memory; `limit`: its control group's, in bytes."""
     group = f"its control group, which is limited to {limit / 1e9:,.1f} GB," if limit else "the machine"
     return f": {group} is out of memory"
 

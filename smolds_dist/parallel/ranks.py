@@ -63,6 +63,12 @@ def is_first_rank(environment: Mapping[str, str]) -> bool:
     return size is None or environment.get((MPI_VARIABLES | SLURM_VARIABLES).get(size, "RANK"), "0") == "0"
 
 
+def is_first_of_host(environment: Mapping[str, str]) -> bool:
+    """Return True if this process is the first rank of its host, or a single one; works before the ranks have joined."""
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    return next((environment[name] for name in names if name in environment), "0") == "0"
+
+
 def single_process_hint(info: RankInfo) -> str:
     """Return the fix as part of a message."""
     variables = "RANK WORLD_SIZE" if info.size_from == "WORLD_SIZE" else info.size_from
@@ -71,9 +77,10 @@ def single_process_hint(info: RankInfo) -> str:
 
 def waiting_message(info: RankInfo, seconds: float, missing: str) -> str:
     """Return the message of a waiting rank, printed after `LOG_AFTER` seconds and at the timeout."""
+    ports = ", or open this port between the hosts" if info.ranks_per_node < info.world_size else ""
     return (
         f"rank {info.rank} has waited {seconds:.0f} s for {missing}, because {info.size_from} sets the world size to "
-        f"{info.world_size}; {single_process_hint(info)}, or start all ranks with `smolds launch`."
+        f"{info.world_size}; {single_process_hint(info)}, or start all ranks with `smolds launch`{ports}."
     )
 
 
