@@ -117,7 +117,7 @@ def test_mistake_on_one_rank_ends_the_others_with_code_2(jobs):
 
 def test_cause_and_mistake_of_another_job_end_nobody(tmp_path):
     ranks = start(tmp_path, "save(4)", "save(4)")
-    time.sleep(1.5)
+    wait_for_entry(tmp_path, 2)
     for name in (failure.CAUSE, failure.REFUSED, "hanging"):
         (tmp_path / "ranks" / name).write_text("rank 0 on host a failed\n10.0.0.1:29500:::\n")
     assert [rank.wait(60) for rank in ranks] == [0, 0]
