@@ -101,7 +101,7 @@ def test_rank_stays_silent_if_a_lost_peer_reported_a_mistake(tmp_path):
     reports = [RankReport(tmp_path, RankInfo(rank=rank), Parallel()) for rank in (0, 1)]
     reports[0].refuse(ConfigError("a mistake."))
     reports[1].fail(RuntimeError("Connection closed by peer [127.0.0.1]:4496"))
-    assert exit_code_of_stop(tmp_path / "ranks", 0.0) == 2
+    assert exit_code_of_stop(tmp_path / "ranks", rank_entries(tmp_path / "ranks")) == 2
     assert not (tmp_path / "ranks" / "cause.txt").exists()
 
 

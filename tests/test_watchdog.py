@@ -112,7 +112,7 @@ def test_mistake_on_one_rank_ends_the_others_with_code_2(jobs):
     folder, ranks, _ = jobs["mistake"]
     for rank, text in zip(ranks, ["smolds: no such file.\n", ""], strict=True):  # rank 0 prints for all
         assert rank.communicate(timeout=30)[1] == text and rank.returncode == 2
-    assert failure.exit_code_of_stop(folder / "ranks", 0.0) == 2
+    assert failure.exit_code_of_stop(folder / "ranks", failure.rank_entries(folder / "ranks")) == 2
 
 
 def test_cause_and_mistake_of_another_job_end_nobody(tmp_path):

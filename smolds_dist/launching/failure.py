@@ -292,9 +292,8 @@ def kill_ranks(folder: Path, since: float) -> None:
         time.sleep(0.1)
 
 
-def exit_code_of_stop(folder: Path, since: float) -> int | None:
+def exit_code_of_stop(folder: Path, entries: list[dict[str, Any]]) -> int | None:
     """Return the exit code of ranks stopped by a signal or a user's mistake; None if they ended in another way."""
-    entries = [entry for entry in rank_entries(folder) if entry["started"] >= since]
     if (folder / REFUSED).exists() and any(entry["state"] == "refused" for entry in entries):
         return 2
     stopped = [entry["code"] for entry in entries if entry["state"] in ("stopped", "refused")]
@@ -379,6 +378,11 @@ def rank_entries(folder: Path, job: str | None = None, files: list[Path] | None 
         if job is None or entry["job"] == job:
             entries.append(entry)
     return entries
+
+
+def identity(entry: dict[str, Any]) -> tuple[int, int, float]:
+    """Return what differs between two starts of a rank."""
+    return entry["rank"], entry["pid"], entry["started"]
 
 
 def _is_dead(entry: dict[str, Any]) -> bool:

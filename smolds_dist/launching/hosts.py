@@ -20,7 +20,7 @@ import psutil
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import printable, read_text
-from smolds_dist.launching.failure import rank_entries, report_cause
+from smolds_dist.launching.failure import identity, rank_entries, report_cause
 from smolds_dist.launching.plan import Plan
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.ssh import read_files, run_on_hosts, unreachable
@@ -117,7 +117,7 @@ class HostWatch:
         self.missing, self.choose = missing, choose
         self.grows = False  # the ranks were asked to stop, for a restart on more hosts
         self.reported = False  # the cause was printed here
-        self._earlier = {(entry["rank"], entry["pid"], entry["started"]) for entry in rank_entries(folder)}
+        self._earlier = {identity(entry) for entry in rank_entries(folder)}
         self._earlier_cause = self._cause_time()
         self._mpi_lost = False
         self._ended: dict[str, int] = {}  # exit codes of failed ssh connections, the first one first
@@ -146,7 +146,7 @@ class HostWatch:
         found: dict[str, list[dict[str, Any]]] = {host: [] for host in self.hosts}
         for entry in rank_entries(self.folder):
             index = entry["rank"] // self.per_node
-            if index < len(self.hosts) and (entry["rank"], entry["pid"], entry["started"]) not in self._earlier:
+            if index < len(self.hosts) and identity(entry) not in self._earlier:
                 found[self.hosts[index]].append(entry)
         return found
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from smolds_dist.launching.failure import (
     exit_code_of_stop,
+    identity,
     kill_ranks,
     rank_entries,
     read_cause,
@@ -190,6 +191,7 @@ def run_ranks(
     began, events = time.time(), memory_events()
     kills = out_of_memory_kills(events)
     ranks = run_dir / "ranks"
+    earlier = {identity(entry) for entry in rank_entries(ranks)}  # not by time: other hosts' clocks may differ
     hidden: list[str] = []
     asked: list[int] = []
 
@@ -204,7 +206,7 @@ def run_ranks(
     code, message = run_filtered(command, environment, hidden, forward_signal, watch)
     if code == 0 and not (watch and watch.unfinished()):
         return 0, ""
-    stopped = exit_code_of_stop(ranks, began)
+    stopped = exit_code_of_stop(ranks, [entry for entry in rank_entries(ranks) if identity(entry) not in earlier])
     if stopped is not None:
         return stopped, ""
     if watch and watch.has_lost_host():

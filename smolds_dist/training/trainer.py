@@ -311,10 +311,12 @@ def check_ranks(job: Job, training: Training, step: int) -> None:
 def save_last_step(config: RunConfig, training: Training) -> None:
     """Save the last step of a run that has no data for the next one. Collective."""
     state = training.state
-    if not (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+    if config.checkpoint.every and state.step % config.checkpoint.every == 0:
+        training.checkpoints.wait()
+    else:
         training.save(wait=True)
-        if not check_saved(training, state.step):
-            return
+    if not check_saved(training, state.step):  # no rank ends before all have written their files
+        return
     training.log.info(f"step {state.step} is saved; continue with --checkpoint.resume auto")
 
 
