@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smolds_dist.config import load_config
 from smolds_dist.data.batch import TrainingData
-from smolds_dist.parallel.process_group import end_rank
+from smolds_dist.parallel.process_group import MIN_TIMEOUT, end_rank
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.training.trainer import train
 
@@ -22,6 +22,8 @@ steps = 0
 def flip(optimizer: torch.optim.Optimizer, *_: object) -> None:
     global steps
     steps += 1
+    for group in torch.distributed.distributed_c10d._world.pg_map:  # DeepSpeed creates some without a timeout
+        assert group._get_backend(torch.device("cpu")).options._timeout >= MIN_TIMEOUT
     if part != "text" and steps == step and rank_from_environment().rank == rank:
         group = next(group for group in optimizer.param_groups if group["part"] == part)
         group["params"][0].detach().view(torch.int32).view(-1)[7] ^= 1 << 20

@@ -10,10 +10,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+import torch.distributed as dist
 import warm
 from ranks import Finished, run, smolds
 
 from smolds_dist.errors import ConfigError, RankError
+from smolds_dist.parallel.process_group import set_group_timeouts
 from smolds_dist.parallel.ranks import RankInfo, join_ranks
 from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 from smolds_dist.progress import StoppedWaitingError
@@ -80,6 +83,19 @@ def test_wait_ends_on_request(free_port):
     with pytest.raises(StoppedWaitingError):
         rendezvous(RankInfo(0, 0, 2), WaitPolicy(should_stop=lambda: time.monotonic() > begun + 0.5))
     assert time.monotonic() < begun + 5
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(600.0, 86400), (200_000.0, 200_000)])
+def test_every_process_group_gets_the_timeout(free_port, timeout, seconds):
+    """Of at least a day: the watchdog ends a job that hangs."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
+    try:
+        groups = [dist.group.WORLD, dist.new_group([0])]
+        set_group_timeouts(timeout)
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    finally:
+        dist.destroy_process_group()
+    assert [one.total_seconds() for one in timeouts] == [seconds, seconds]
 
 
 def left_over(rank: int, port: str) -> dict[str, str]:
