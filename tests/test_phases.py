@@ -74,7 +74,9 @@ def held_data(kept_run, cache, tmp_path):
         yield [f"--data.cache_dir={tmp_path / 'cache'}", "--parallel.device=cpu"], locks
 
 
-@pytest.mark.parametrize(("number", "code", "steps"), [(signal.SIGUSR1, 75, 1), (signal.SIGTERM, 143, 0)])
+@pytest.mark.parametrize(
+    ("number", "code", "steps"), [(signal.SIGUSR1, 75, 1), pytest.param(signal.SIGTERM, 143, 0, marks=pytest.mark.long)]
+)
 def test_signal_while_data_is_prepared(small_run, held_data, tmp_path, number, code, steps):
     """Slurm's warning waits for the first step; a stop ends the ranks."""
     options, locks = held_data
@@ -91,6 +93,7 @@ def test_signal_while_data_is_prepared(small_run, held_data, tmp_path, number, c
     assert len(list(run_dir.glob("checkpoints/step_*"))) == steps
 
 
+@pytest.mark.long
 def test_long_wait_for_another_jobs_files_is_no_hang(small_run, held_data, tmp_path):
     options, locks = held_data
     run_dir = tmp_path / "runs" / "waiting"
@@ -107,8 +110,8 @@ def test_long_wait_for_another_jobs_files_is_no_hang(small_run, held_data, tmp_p
     ("number", "words"),
     [
         (signal.SIGKILL, "rank 1 on host {} was killed by signal 9; the other ranks stop."),
-        (signal.SIGSTOP, "rank 1 on host {} did not answer for "),
-        (signal.SIGTERM, "the checkpoint of step "),
+        pytest.param(signal.SIGSTOP, "rank 1 on host {} did not answer for ", marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, "the checkpoint of step ", marks=pytest.mark.long),
     ],
 )
 def test_failure_on_a_full_disk_is_one_line(small_run, tmp_path, number, words):

@@ -68,7 +68,7 @@ def test_straggler_is_reported_in_one_line_and_in_the_metrics(small_run, tmp_pat
 @pytest.mark.parametrize(
     ("part", "named"),
     [
-        ("embeddings", ["rank 2 on host"]),
+        pytest.param("embeddings", ["rank 2 on host"], marks=pytest.mark.long),
         ("experts", ["rank 0 on host", "rank 2 on host"]),
         ("text", ["rank 2 on host"]),
     ],
