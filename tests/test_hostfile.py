@@ -67,6 +67,11 @@ def hosts_of(run_dir: Path) -> list[str]:
     return [entry["host"] for entry in entries(run_dir) if entry["state"] == "running"]
 
 
+def launched(hosts, options: list[str], folder: Path, timeout: float) -> subprocess.CompletedProcess:
+    start, env = command(hosts, "--", *options), warm.environment()
+    return subprocess.run(start, capture_output=True, text=True, cwd=folder, env=env, timeout=timeout)
+
+
 def wait_until(holds, job: subprocess.Popen, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -76,14 +81,7 @@ def wait_until(holds, job: subprocess.Popen, seconds: float = 240) -> None:
 
 def test_host_that_does_not_answer_is_named_before_any_start(options, hosts, tmp_path):
     hosts.link(1, up=False)
-    finished = subprocess.run(
-        command(hosts, "--", *options),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=warm.environment(),
-        timeout=120,
-    )
+    finished = launched(hosts, options, tmp_path, 120)
     assert finished.returncode == 2, finished
     assert finished.stderr.count("\n") == 1
     assert "lists hosts that do not answer: host2 (ssh: connect to host host2 port 22: " in finished.stderr
@@ -219,14 +217,7 @@ def test_host_without_smolds_or_python_is_named(options, hosts, tmp_path, missin
     for path in installed if missing == "smolds" else [Path(sys.executable).resolve()]:
         hosts.hide(1, path)
     begun = time.monotonic()
-    finished = subprocess.run(
-        command(hosts, "--", *options),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=warm.environment(),
-        timeout=240,
-    )
+    finished = launched(hosts, options, tmp_path, 240)
     print(finished, time.monotonic() - begun)
     assert finished.returncode == 2, finished
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]

@@ -20,7 +20,7 @@ import psutil
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import printable, read_text
-from smolds_dist.launching.failure import identity, rank_entries, report_cause
+from smolds_dist.launching.failure import CAUSE, identity, rank_entries, report_cause
 from smolds_dist.launching.plan import Plan
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.ssh import read_files, run_on_hosts, unreachable
@@ -184,7 +184,7 @@ class HostWatch:
 
     def _cause_time(self) -> int:
         with contextlib.suppress(OSError):
-            return (self.folder / "cause.txt").stat().st_mtime_ns
+            return (self.folder / CAUSE).stat().st_mtime_ns
         return 0
 
     def has_lost_host(self) -> bool:
@@ -227,7 +227,7 @@ class HostWatch:
     def report(self) -> None:
         """Record and print a lost host as the cause, which ends the other ranks, unless a cause is known."""
         if self._cause_time() == self._earlier_cause and (cause := self.cause(ask=True)):
-            (self.folder / "cause.txt").unlink(missing_ok=True)  # an earlier job's
+            (self.folder / CAUSE).unlink(missing_ok=True)  # an earlier job's
             self.folder.mkdir(parents=True, exist_ok=True)
             jobs = [entry["job"] for some in self.entries().values() for entry in some]
             report_cause(self.folder, cause, jobs[0] if jobs else "")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from smolds_dist.launching.failure import (
+    CAUSE,
     exit_code_of_stop,
     identity,
     kill_ranks,
@@ -206,7 +207,8 @@ def run_ranks(
     code, message = run_filtered(command, environment, hidden, forward_signal, watch)
     if code == 0 and not (watch and watch.unfinished()):
         return 0, ""
-    stopped = exit_code_of_stop(ranks, [entry for entry in rank_entries(ranks) if identity(entry) not in earlier])
+    entries = [entry for entry in rank_entries(ranks) if identity(entry) not in earlier]
+    stopped = exit_code_of_stop(ranks, entries)
     if stopped is not None:
         return stopped, ""
     if watch and watch.has_lost_host():
@@ -217,7 +219,7 @@ def run_ranks(
         watch.report()
         watch.kill_ranks()
         code = 2 if watch.rejected else 1 if watch.reported else code  # not ssh's
-    noted = ranks / "cause.txt"
+    noted = ranks / CAUSE
     known = noted.exists() and noted.stat().st_mtime >= began - 1
     cause = (read_cause(ranks) if known else "") or _killed_task("".join(hidden))
     memory = out_of_memory(events, kills)

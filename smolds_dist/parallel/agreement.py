@@ -198,7 +198,7 @@ def unreachable(facts: RankFacts, addresses: list[list[Any]]) -> list[str]:
     node, so that a thousand nodes take ten connections each."""
     if facts.address is None:
         return []
-    own = [tuple(address) for address in addresses].index(facts.address)  # from JSON on all ranks but the first
+    own = addresses.index(list(facts.address))
     found = []
     for step in (2**power for power in range(len(addresses).bit_length())):
         if step >= len(addresses):
