@@ -105,6 +105,8 @@ def test_two_nodes_equal_one_process_by_srun_and_by_launch(small_run, tmp_path, 
     assert_same(losses(tmp_path / "runs" / "launch"), expected)
     hosts = [json.loads(path.read_text())["host"] for path in sorted((tmp_path / "runs/launch/ranks").glob("*.json"))]
     assert hosts == ["n1", "n2"]
+    jobs = [json.loads(path.read_text())["job"] for path in sorted((tmp_path / "runs/launch/ranks").glob("*.json"))]
+    assert jobs[0] == jobs[1]  # else the watchdog takes each for another job's
 
 
 @needs_slurm

@@ -51,8 +51,9 @@ LOST_CONTACT = re.compile(r"connection|peer|gloo|nccl|socket|timed? ?out|broken 
 def job_token() -> str:
     """Return a string that is the same on all ranks of a job and differs between jobs."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-    loopback = re.match(r"127\.|localhost|::1", os.environ.get("MASTER_ADDR", ""))  # may be the same on another host
-    return ":".join([*(os.environ.get(name, "") for name in names), host_name() if loopback else ""])
+    loopback = re.match(r"127\.|localhost|::1", os.environ.get("MASTER_ADDR", ""))
+    alone = loopback and "SLURM_JOB_ID" not in os.environ  # another host's job may have the same address
+    return ":".join([*(os.environ.get(name, "") for name in names), host_name() if alone else ""])
 
 
 class RankReport:
