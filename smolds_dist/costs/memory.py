@@ -140,6 +140,8 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
     if layout.device == "cuda":
         gradients, coming = gpu_gradient_bytes(model, layout, activations)
         logits = max(0.0, logits - coming - gpu_bucket_bytes(layout))
+        if layout.captured:  # an evaluation's pass, beside the graphs' memory
+            buffers += logits + activations / model.num_hidden_layers
     elif layout.engine == "local" and layout.accumulation == 1:
         activations -= REUSED * min(activations, gradients)
     copy = checkpoint_bytes(model, layout) if layout.copies and layout.device != "cuda" else 0.0
@@ -165,6 +167,8 @@ def gpu_gradient_bytes(model: Any, layout: Layout, activations: float) -> tuple[
             whole += parameters * layout.element_bytes
     # Without ZeRO, DeepSpeed casts bf16 gradients to fp32 at the start of the optimizer step.
     late = layout.engine == "deepspeed" and not layout.zero and layout.element_bytes == 2
+    if layout.captured:
+        return kept + summed + whole, 0.0  # nothing reuses the activations' memory
     in_backward = whole if late else whole + summed
     in_backward -= REUSED * min(activations, in_backward)
     coming = max(in_backward, whole + summed - activations - gpu_bucket_bytes(layout))

@@ -38,7 +38,7 @@ from smolds_dist.parallel.versions import package_versions
 from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import matrix_product_peak
-from smolds_dist.training.compiling import compile_model
+from smolds_dist.training.compiling import capture_graphs, compile_model
 from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
@@ -169,20 +169,22 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         log_lr_change(log, reader.manifest, config.train)
     left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
     compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, job.compiler, log)
+    stepper = Stepper(
+        engine,
+        balancer,
+        topology,
+        config.train,
+        BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
+        end_of_text=document_separator(config.data, job.data.tokenizer),
+        should_stop=lambda: job.stop.requested is not None,
+    )
+    capture_graphs(stepper, config, log)
     return Training(
         engine=engine,
         balancer=balancer,
         state=state,
         texts=restore_unique_texts(job.data, reader) if job.main else None,
-        stepper=Stepper(
-            engine,
-            balancer,
-            topology,
-            config.train,
-            BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
-            end_of_text=document_separator(config.data, job.data.tokenizer),
-            should_stop=lambda: job.stop.requested is not None,
-        ),
+        stepper=stepper,
         guard=LossGuard(config.train, history),
         stragglers=StragglerDetector(topology),
         checkpoints=CheckpointWriter(config, topology, tensors, job.data.identity),
