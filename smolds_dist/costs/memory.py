@@ -227,7 +227,11 @@ def activation_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
         rest = saved_elements(model, swiglu, skew, layout.recompute)
         kept = rest + (kept - rest) / model.num_hidden_layers
     kept += 2 * model.hidden_size  # the last norm's input, and the loss's gradient
-    return kept * tokens * width
+    packed = 0.0
+    if layout.device == "cuda" and layout.engine == "deepspeed":  # copy of gate and up weights, `gate_up_impl: fused`
+        packed = rank_parameters(model, layout)[1][0] * 2 / 3
+        packed /= 1 if layout.recompute in ("none", "attention") else max(1, layers_of(model)[1])
+    return (kept * tokens + packed) * width
 
 
 def logits_bytes(model: Any, layout: Layout) -> float:
