@@ -113,6 +113,9 @@ def check_options(path: Path, section: dict[str, Any], topology: Topology) -> No
     for key, (value, works, needed) in needs.items():
         if section.get(key) == value and not works:
             raise ConfigError(f"{path} sets expert_parallel.{key} to {value!r}, which needs {needed}; remove it.")
+    for key, default in known_options().items():  # DeepSpeed would take "false" for true
+        if isinstance(default, bool) and not isinstance(section.get(key, default), bool):
+            raise ConfigError(f"{path} sets expert_parallel.{key} to {section[key]!r}; use true or false.")
     level = logger.level
     logger.setLevel("ERROR")  # its warnings come again when training starts
     try:
