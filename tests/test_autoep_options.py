@@ -73,11 +73,11 @@ def test_deepep_is_used_where_it_runs(deepep, monkeypatch):
     assert not has_deepep()
 
 
-@pytest.mark.parametrize("own", OWN, ids=str)
-@pytest.mark.parametrize("expert", [1, 8])
+@pytest.mark.parametrize(
+    ("own", "expert"),
+    [(own, expert) for own in OWN for expert in (1, 8) if expert > 1 or "row_weighting_impl" not in own],
+)
 def test_deepspeed_accepts_every_users_option_with_ours(deepep, own, expert):
-    if own.get("row_weighting_impl") and expert == 1:
-        pytest.skip("DeepSpeed rejects it")
     topology = replace(GPUS, expert=expert)
     section = {"enabled": True, "autoep_size": expert} | fast_paths(topology, 4096, own)
     check_options(Path("ds.json"), section, topology)
