@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from smolds_dist.costs.memory import fuses_gate_up
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.topology import Topology
 
@@ -41,20 +42,21 @@ def fixed_options(path: Path, keys: set[str]) -> dict[str, Any]:
     return {key: known[key] for key in keys - set(FREE)}
 
 
-def fast_paths(topology: Topology, tokens: int, own: dict[str, Any]) -> dict[str, Any]:
+def fast_paths(topology: Topology, model: Any, tokens: int, own: dict[str, Any]) -> dict[str, Any]:
     """Return the user's options in `own`, and the faster ones that fit them, the device and the installed DeepSpeed.
 
     On the CPU our kernel replaces the loop that runs without `use_grouped_mm`. On CUDA (untested there):
 
     - `use_grouped_mm`: one grouped matmul for all experts of a rank.
     - `gate_up_impl: fused`: one grouped matmul for gate and up projections; only with PyTorch's grouped matmul, which
-      DeepSpeed uses from compute capability 9.0. Parameters stay separate.
+      DeepSpeed uses from compute capability 9.0, and if `costs.memory.fuses_gate_up`. Parameters stay separate.
     - `combine_impl: fused_weighted_sum`: one Triton kernel restores the order of expert outputs and sums them in fp32.
     - `async_split_plan`: the copy of row counts to the host overlaps the packing of rows.
     - `comm_backend: deepep`: DeepEP's all-to-all, if the package and hardware support it (`has_deepep`), in bf16. It weights
       and sums rows itself.
 
     Args:
+        model: `DeepSeekV3Config` or `settings.Model`.
         tokens: the most tokens of one rank in a forward pass.
     """
     limit = {"comm_max_tokens_per_rank": tokens}
@@ -73,8 +75,9 @@ def fast_paths(topology: Topology, tokens: int, own: dict[str, Any]) -> dict[str
     if deepep := chosen.get("comm_backend") == "deepep":
         chosen = limit | chosen
     native = chosen.get("disable_triton_grouped_mm") or not get_accelerator().prefer_triton_grouped_mm()
+    worth = fuses_gate_up(model, tokens, topology.expert)
     faster = {
-        "gate_up_impl": "fused" if chosen["use_grouped_mm"] and native else "separate",
+        "gate_up_impl": "fused" if chosen["use_grouped_mm"] and native and worth else "separate",
         "combine_impl": "fused_weighted_sum" if fused.is_available() and not (deepep and several) else "auto",
         "async_split_plan": several and not deepep,
     }

@@ -80,7 +80,8 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
                 f'{path} sets {name} to {target[key]!r}, but the run needs {value!r}; set it to "auto", or change the run.'
             )
     merged = {key: value for key, value in settings["expert_parallel"].items() if value != "auto"}
-    merged = settings["expert_parallel"] = fast_paths(topology, topology.micro_batch * config.data.seq_len, merged)
+    tokens = topology.micro_batch * config.data.seq_len
+    merged = settings["expert_parallel"] = fast_paths(topology, model, tokens, merged)
     if asked:
         check_options(path, merged, topology)
     return settings
