@@ -232,7 +232,27 @@ def activation_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
         rest = saved_elements(model, swiglu, skew, layout.recompute)
         kept = rest + (kept - rest) / model.num_hidden_layers
     kept += 2 * model.hidden_size  # the last norm's input, and the loss's gradient
-    return kept * tokens * width
+    return kept * tokens * width + fused_weights_bytes(model, layout)
+
+
+def fused_weights_bytes(model: Any, layout: Layout) -> float:
+    """Return the bytes of the experts' gate and up weights, which AutoEP copies to fuse them and keeps until the backward
+    pass."""
+    if layout.device != "cuda" or layout.engine == "local" or not fuses_gate_up(model, layout.tokens, layout.expert):
+        return 0.0
+    at_once = 1 if layout.recompute in ("none", "attention") else max(1, layers_of(model)[1])
+    return rank_parameters(model, layout)[1][0] * 2 / 3 * layout.element_bytes / at_once
+
+
+def fuses_gate_up(model: Any, tokens: int, expert: int) -> bool:
+    """Return True if one matmul for gate and up projections, `gate_up_impl: fused`, moves less memory on a GPU.
+
+    Per expert with R rows of H elements and width I, it saves six passes over R x H: of rows read once less in the forward
+    pass and for the weights' gradient, and of the sum of two input gradients. It copies both weights, 2 I x H, and their
+    gradients: eight passes over I x H. The copy is kept until the backward pass, hence the margin.
+    """
+    rows = tokens * model.num_experts_per_tok * expert / model.num_experts
+    return rows >= 2 * model.intermediate_size
 
 
 def logits_bytes(model: Any, layout: Layout) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from smolds_dist.activity import LONG, doing
-from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
+from smolds_dist.parallel.expert_parallel import choose_accelerator, skip_shared_memory_build
 from smolds_dist.parallel.topology import Topology
 
 # The watchdog (`launching.failure`) ends a hung job. A collective must outlast what a rank may do while others wait in it.
@@ -33,9 +33,7 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
         os.environ.setdefault(name, value)
     if topology.device == "cuda":
         os.environ["LOCAL_RANK"] = str(topology.device_index)  # DeepSpeed takes it for the GPU's index
-    if topology.device == "cpu":
-        # Otherwise DeepSpeed would use an installed GPU.
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    choose_accelerator(topology)
     with doing("importing deepspeed", LONG):
         import deepspeed
 

@@ -28,8 +28,10 @@ from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.observe.rows import recent_losses
 from smolds_dist.observe.run_log import RunLog
 from smolds_dist.observe.trackers import replace_runs
+from smolds_dist.parallel.autoep_options import FREE
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.expert_parallel import deepspeed_config
 from smolds_dist.parallel.make_engine import build_engine
 from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.process_group import set_group_timeouts
@@ -215,6 +217,10 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
             log.row(step, event="restart", **failure)
     log.info(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
     log.info(job.topology.reason)
+    if job.topology.engine == "deepspeed":
+        used = deepspeed_config(config, job.topology, job.model_config)["expert_parallel"]
+        if chosen := ", ".join(f"{key} {used[key]}" for key in FREE if used.get(key)):
+            log.info(f"AutoEP: {chosen}")
     for line in epoch_summary(config, job.data):
         log.info(line)
     if log.verbose:
