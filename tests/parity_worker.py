@@ -123,7 +123,7 @@ def train_case(
             factor = float(poison)
             engine.forward = lambda *batch, forward=forward, factor=factor: forward(*batch) * factor
         first_sample = (step - 1) * config.train.global_batch
-        clock.begin(measured=True)
+        clock.begin(step)
         loss, _ = stepper.accumulate(first_sample)
         engine.forward = forward
         with clock.phase("optimizer"):

@@ -18,7 +18,7 @@ from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
-from smolds_dist.training.clock import StepClock, is_measured
+from smolds_dist.training.clock import StepClock
 from smolds_dist.training.qk_clip import QkClip
 
 
@@ -59,13 +59,12 @@ class Stepper:
         Raises:
             ConfigError, StoppedWaitingError: on all ranks, before any change, if the batch is not available.
         """
-        measured = is_measured(step)
-        self.clock.begin(measured)
+        self.clock.begin(step)
         lr = learning_rate(step, self.train)
         loss, digest = self.accumulate(first_sample)
         with self.clock.phase("optimizer"):
             logits_LN = self.qk_clip.take()
-            update = self.engine.step(lr, by_part=measured, factors=self.qk_clip.factors(logits_LN))
+            update = self.engine.step(lr, by_part=self.clock.measured, factors=self.qk_clip.factors(logits_LN))
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
             rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
             counts_LE = self.balancer.step(update.applied, rate_scale)

@@ -14,7 +14,7 @@ from smolds_dist.parallel.optim import PARTS
 from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.router_statistics import entropy_and_histogram
 from smolds_dist.training.build import Job, Training
-from smolds_dist.training.clock import PHASES, memory_in_use
+from smolds_dist.training.clock import memory_in_use
 from smolds_dist.training.step import StepOutput
 
 
@@ -33,15 +33,16 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     clock, update = training.stepper.clock, output.update
     measured, world = clock.measured, job.topology.world_size
     error = training.checkpoints.failure()
+    phases = clock.seconds if measured else {}
     if measured:
-        training.stragglers.record(clock.seconds["forward"])
+        training.stragglers.record(phases["forward"])
     mine = {
         "loss": [output.loss.item()],
         "requested": job.stop.counts(),
         "failed": [float(error is not None)],
         # Four bytes: fp32 sums each exactly over up to 65,536 ranks.
         "digest": list(map(float, output.digest.to_bytes(4, "little"))),
-        "phases": list(clock.seconds.values()) if measured else [],
+        "phases": list(phases.values()),
         "squares": [float(update.squares.get(part, 0.0)) for part in PARTS] if measured else [],
     }
     together = training.engine.sum_over_ranks(torch.tensor([value for values in mine.values() for value in values]))
@@ -65,7 +66,7 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
         row |= {"max_logit": float(f"{output.logits.max():.4g}")}
         row |= {"clipped_heads": int((output.logits > job.config.train.qk_clip).sum())}
     if measured:
-        means = {name: total / world for name, total in zip(PHASES, sums["phases"], strict=True)}
+        means = {name: total / world for name, total in zip(phases, sums["phases"], strict=True)}
         means["other"] = seconds - sum(means.values())
         row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
         details = diagnostics(job, training, output.step)
