@@ -127,8 +127,13 @@ def train_case(
         loss, _ = stepper.accumulate(first_sample)
         engine.forward = forward
         with clock.phase("optimizer"):
-            factors = clip.factors(clip.take())
-            norm, updated, squares = engine.step(learning_rate(step, config.train), by_part=True, factors=factors)
+            logits = clip.take()
+            norm, updated, squares, _ = engine.step(
+                learning_rate(step, config.train),
+                by_part=True,
+                results={} if logits is None else {"logits": logits},
+                factors=lambda read: clip.factors(read.get("logits")),
+            )
         seconds.append(clock.seconds)
         clock.lap()
         squares = engine.sum_over_ranks(torch.tensor([float(squares.get(part, 0.0)) for part in PARTS]))

@@ -1,7 +1,7 @@
 """The engine for several ranks: DeepSpeed's ZeRO and AutoEP."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.cpu_experts import patch_cpu_experts
 from smolds_dist.parallel.engine import (
+    NOTHING,
+    Factors,
     Fill,
     KindsOf,
     Update,
@@ -21,6 +23,7 @@ from smolds_dist.parallel.engine import (
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
+    read_together,
     same_shape,
     scale_rows,
     squares_by_part,
@@ -240,21 +243,30 @@ class DeepSpeedEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only increments DeepSpeed's count of micro batches
 
-    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
+    def step(
+        self,
+        lr: float,
+        by_part: bool = False,
+        results: Mapping[str, Tensor] = NOTHING,
+        factors: Factors | None = None,
+    ) -> Update:
+        read = dict(zip(results, read_together(list(results.values())), strict=True))
         self._factors.clear()
-        if factors:
+        if rows := factors(read) if factors else {}:
             flats = self._flats()
             for fragment in self.fragments():
-                if fragment.name in factors:
+                if fragment.name in rows:
                     index, _ = offset_in(flats, fragment.tensors["value"])
-                    self._factors.setdefault(id(flats[index]), []).append((fragment, factors[fragment.name]))
+                    self._factors.setdefault(id(flats[index]), []).append((fragment, rows[fragment.name]))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self._norm = float("nan")
         self._squares = {} if by_part else None
         self.engine.step()
         norm = self._norm if self.topology.zero == 0 else float(self.engine.get_global_grad_norm())
-        return Update(norm, self._applied and self.engine.was_step_applied(), self._squares or {})
+        squares = self._squares or {}
+        squares = dict(zip(squares, read_together(list(squares.values())), strict=True))
+        return Update(norm, self._applied and self.engine.was_step_applied(), squares, read)
 
     def time_all_to_all(self, on: bool) -> None:
         self._clock.run(on)

@@ -4,7 +4,8 @@ A step is `forward` and `backward` for each of `topology.accumulation` micro bat
 same losses. Training state is read and written as `Fragment`s, independent of engine and layout.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,12 @@ from smolds_dist.parallel.fragments import Fragment
 
 KindsOf = Callable[[str], Iterable[str]]
 Fill = Callable[[Fragment], None]  # writes the values of every kind of a fragment
+Factors = Callable[
+    [dict[str, Tensor]], dict[str, Tensor]
+]  # from `Update.read` to row factors by name of a logical tensor
+
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Update(NamedTuple):
@@ -22,7 +29,10 @@ class Update(NamedTuple):
     grad_norm: float  # before clipping
     applied: bool  # False on all ranks if any rank's loss or gradient is not finite
     squares: dict[str, Tensor]
-    """This rank's squared gradient norm by the parameter groups' `part`, up to a common factor; sum it over ranks."""
+    """This rank's squared gradient norm by the parameter groups' `part`, up to a common factor, on the host; sum it over
+    ranks."""
+    read: dict[str, Tensor]
+    """The step's other results on the host, in fp32."""
 
 
 def model_inputs(
@@ -54,12 +64,20 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` / accumulation to the step's."""
 
-    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
+    def step(
+        self,
+        lr: float,
+        by_part: bool = False,
+        results: Mapping[str, Tensor] = NOTHING,
+        factors: Factors | None = None,
+    ) -> Update:
         """Average the gradients over ranks, clip, update the weights and clear the gradients.
 
         Args:
             by_part: whether to fill in `Update.squares`.
-            factors: row factors by name of a logical tensor, applied after the update.
+            results: other results of the step on the device, for `Update.read`: all leave it in one copy, for which alone
+                `LocalEngine` waits.
+            factors: returns row factors to apply after the update.
         """
 
     def time_all_to_all(self, on: bool) -> None:
@@ -114,6 +132,15 @@ def scale_rows(fragment: Fragment, factors_R: Tensor) -> None:
     value = fragment.tensors["value"]
     rows = torch.arange(fragment.start, fragment.start + len(value), device=value.device) // fragment.shape[1]
     value.mul_(factors_R.to(value.device)[rows])
+
+
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of any shape from one device to the host, as fp32, in one copy and thus one wait for the device."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def nan_unless_finite(loss: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """The engine for one process: plain PyTorch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from smolds_dist.parallel.engine import (
+    NOTHING,
+    Factors,
     Fill,
     KindsOf,
     Update,
@@ -14,6 +16,7 @@ from smolds_dist.parallel.engine import (
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
+    read_together,
     same_shape,
     scale_rows,
     squares_by_part,
@@ -68,10 +71,19 @@ class LocalEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * nan_unless_finite(loss) / self.accumulation).backward()
 
-    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
+    def step(
+        self,
+        lr: float,
+        by_part: bool = False,
+        results: Mapping[str, Tensor] = NOTHING,
+        factors: Factors | None = None,
+    ) -> Update:
         squares = squares_by_part(self.optimizer)
         total = torch.stack(list(squares.values())).sum().sqrt()
-        norm = total.item()
+        first, *values = read_together([total, *squares.values(), *results.values()])  # the step's only wait
+        norm = first.item()
+        squares = dict(zip(squares, values[: len(squares)], strict=True))
+        read = dict(zip(results, values[len(squares) :], strict=True))
         applied = math.isfinite(norm)
         # Skip a pass over all gradients that would multiply by 1.
         if self.grad_clip and applied and norm > self.grad_clip:
@@ -80,16 +92,16 @@ class LocalEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            if factors:
+            if rows := factors(read) if factors else {}:
                 for fragment in self.fragments():
-                    if fragment.name in factors:
-                        scale_rows(fragment, factors[fragment.name])
+                    if fragment.name in rows:
+                        scale_rows(fragment, rows[fragment.name])
             with torch.no_grad():
                 for parameter, master in self.masters.values():
                     if parameter is not master:
                         parameter.copy_(master)
         self.optimizer.zero_grad()
-        return Update(norm, applied, squares if by_part else {})
+        return Update(norm, applied, squares if by_part else {}, read)
 
     def time_all_to_all(self, on: bool) -> None:
         pass

@@ -26,12 +26,6 @@ def is_measured(step: int) -> bool:
     return step <= 10 or step % 10 == 0
 
 
-def times_all_to_all(step: int, device: torch.device) -> bool:
-    """Return True for measured steps that also time all-to-alls. On CUDA this synchronizes around every collective, so it
-    happens only in step 10 and every hundredth."""
-    return (step == 10 or step % 100 == 0) if device.type == "cuda" else is_measured(step)
-
-
 class Stamp:
     """A point in a device's work. On CUDA an event in the stream, so that the host does not wait; untested on CUDA."""
 
@@ -66,19 +60,24 @@ class StepClock:
     A device runs asynchronously: in measured steps, phases are timed on the device and read at the end of the step.
     Forward and backward exclude their all-to-alls, where these are timed. MPS synchronizes after each phase instead, and is
     untested on Apple hardware.
+
+    Args:
+        expert: the expert-parallel size; 1 = no all-to-alls.
     """
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self.measured = self._times_all_to_all = False
+    def __init__(self, engine: Engine, expert: int = 1):
+        self._engine, self._expert = engine, expert
+        self.measured = self._complete = False
         self._spans: list[Span] = []  # of this step so far, and logging of the previous one
         self._since = time.perf_counter()
 
     def begin(self, step: int) -> None:
         """Start a step."""
         self.measured = is_measured(step)
-        self._times_all_to_all = times_all_to_all(step, self._engine.device)
-        self._engine.time_all_to_all(self._times_all_to_all)
+        # On CUDA, timing all-to-alls synchronizes around every collective.
+        rare = self._engine.device.type == "cuda" and self._expert > 1
+        self._complete = step == 10 or step % 100 == 0 if rare else self.measured
+        self._engine.time_all_to_all(self._complete and self._expert > 1)
         self._engine.all_to_all_seconds()
 
     @contextmanager
@@ -89,7 +88,7 @@ class StepClock:
             begin = Stamp(device)
             yield
             end = Stamp(device)
-        inside = self._engine.all_to_all_seconds() if self._times_all_to_all else 0.0
+        inside = self._engine.all_to_all_seconds() if self._complete else 0.0
         self._spans.append(Span(name, begin, end, inside))
 
     @property
@@ -99,14 +98,14 @@ class StepClock:
         for name, begin, end, inside in self._spans:
             found[name] += end.seconds_since(begin) - inside
             found["all_to_all"] += inside
-        if not self._times_all_to_all:
+        if not self._complete:
             del found["all_to_all"]
         return found
 
     def lap(self) -> float:
         """End a step; return the seconds since the previous one's end, without pauses."""
         self._engine.time_all_to_all(False)
-        self.measured = self._times_all_to_all = False
+        self.measured = self._complete = False
         self._spans = []
         now = time.perf_counter()
         total, self._since = now - self._since, now

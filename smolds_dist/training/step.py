@@ -28,7 +28,7 @@ class StepOutput(NamedTuple):
     step: int
     first_sample: int  # global index of its batch's first sample
     lr: float
-    loss: Tensor  # mean over this rank's samples
+    loss: Tensor  # mean over this rank's samples, on the host like all tensors here
     digest: int  # of its tokens (`data.batch.batch_digest`)
     update: Update
     counts: Tensor  # routed tokens per expert of all ranks [L, E]
@@ -49,7 +49,7 @@ class Stepper:
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
-        self.clock = StepClock(self.engine)
+        self.clock = StepClock(self.engine, self.topology.expert)
         model_config: Any = self.engine.model.config
         self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
@@ -63,12 +63,16 @@ class Stepper:
         lr = learning_rate(step, self.train)
         loss, digest = self.accumulate(first_sample)
         with self.clock.phase("optimizer"):
-            logits_LN = self.qk_clip.take()
-            update = self.engine.step(lr, by_part=self.clock.measured, factors=self.qk_clip.factors(logits_LN))
+            counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
+            results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
+            update = self.engine.step(
+                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits"))
+            )
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
             rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
-            counts_LE = self.balancer.step(update.applied, rate_scale)
-        return StepOutput(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
+            self.balancer.step(update.applied, rate_scale, counts_LE)
+        read = update.read
+        return StepOutput(step, first_sample, lr, read["loss"], digest, update, read["counts"], read.get("logits"))
 
     def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
         """Run forward and backward over this rank's samples of a global batch; return the mean loss and tokens' digest."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smolds_dist.observe.rows import is_kept, rounded
+from smolds_dist.parallel.engine import read_together
 from smolds_dist.parallel.optim import PARTS
 from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.router_statistics import entropy_and_histogram
@@ -34,7 +35,7 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     measured, world = clock.measured, job.topology.world_size
     error = training.checkpoints.failure()
     phases = clock.seconds if measured else {}
-    if measured:
+    if "all_to_all" in phases:  # else the forward pass includes waits for other ranks
         training.stragglers.record(phases["forward"])
     mine = {
         "loss": [output.loss.item()],
@@ -91,9 +92,10 @@ def diagnostics(job: Job, training: Training, step: int) -> dict:
     """Return memory, selection biases and router statistics for a measured step's row. Collective."""
     engine = training.engine
     memory = max_over_ranks(job.topology, memory_in_use(engine.device) // 10**6)
-    entropy_L, histogram = entropy_and_histogram(engine.sum_over_ranks(training.stepper.routers.take()))
-    row = {"memory_gb": memory / 1000, "router_entropy": rounded(entropy_L)}
-    row["bias"] = rounded(torch.stack(training.balancer.biases))
+    sums = engine.sum_over_ranks(training.stepper.routers.take())
+    sums, bias_LE = read_together([sums, torch.stack(training.balancer.biases)])
+    entropy_L, histogram = entropy_and_histogram(sums)
+    row = {"memory_gb": memory / 1000, "router_entropy": rounded(entropy_L), "bias": rounded(bias_LE)}
     if is_kept(step, digits=1):
         row["router_histogram"] = histogram.long().tolist()
     return row
