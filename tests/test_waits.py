@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from smolds_dist.config import load_config
 from smolds_dist.data.prefetch import BatchPrefetcher
-from smolds_dist.model import DeepSeekV3Config, device
+from smolds_dist.model import DeepSeekV3Config, causal_attention, device
 from smolds_dist.parallel import engine, local_engine
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.ranks import RankInfo
@@ -46,12 +46,12 @@ class Waits(TorchDispatchMode):
         return result
 
 
-def make_stepper(*options: str) -> Stepper:
+def make_stepper(*options: str, end_of_text: int | None = None) -> Stepper:
     config = load_config([*BASE, "--parallel.engine=local", "--run.name=run", *options])
     topology = plan_topology(config, detect_machine(), RankInfo())
     settings = config.model.architecture() | {"vocab_size": VOCAB, "initializer_range": 0.2}
     local = new_engine(DeepSeekV3Config(**settings), config, topology, None)
-    ahead = BatchPrefetcher(Shards(), config.train.global_batch)
+    ahead = BatchPrefetcher(Shards(), config.train.global_batch, topology.micro_batch, end_of_text)
     return Stepper(local, Balancer(local.model, 0.01), topology, config.train, ahead)
 
 
@@ -66,4 +66,16 @@ def test_the_host_waits_once_in_a_step_of_one_process(monkeypatch, options):
     assert output.update.applied and output.update.grad_norm > 0 and output.loss.item() > 0
     assert output.counts.sum(-1).tolist() == [8 * 32 * 2] * 2
     assert set(output.update.squares) == {"embeddings", "attention", "routers", "experts", "norms"}
+    stepper.close()
+
+
+def test_the_host_does_not_wait_for_the_bounds_of_documents(monkeypatch):
+    stepper = make_stepper("--train.dtype=bf16", end_of_text=5)
+    # In place of the kernel, which only CUDA has: its values do not matter here.
+    kernel = lambda query, key, value, *_, **__: value.repeat_interleave(query.shape[1] // value.shape[1], 1)  # noqa: E731
+    monkeypatch.setattr(causal_attention, "_varlen", lambda: (kernel, True))
+    monkeypatch.setattr(device, "family", lambda x: "cuda")
+    with Waits(monkeypatch) as waits:
+        stepper.train_step(1, 0)
+    assert (waits.found, waits.reads) == ([], 1)
     stepper.close()

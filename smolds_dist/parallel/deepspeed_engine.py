@@ -234,9 +234,14 @@ class DeepSpeedEngine:
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
+        num_labels: Tensor | None = None,
     ) -> Tensor:
-        return self.engine(**model_inputs(self.device, ids, labels, positions, num_labels)).loss
+        return self.engine(**model_inputs(self.device, ids, labels, positions, bounds, num_labels)).loss
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * nan_unless_finite(loss))

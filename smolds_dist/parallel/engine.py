@@ -36,13 +36,27 @@ class Update(NamedTuple):
 
 
 def model_inputs(
-    device: torch.device, ids: Tensor, labels: Tensor, positions: Tensor | None, num_labels: Tensor | None
+    device: torch.device,
+    ids: Tensor,
+    labels: Tensor,
+    positions: Tensor | None = None,
+    bounds: Tensor | None = None,
+    num_labels: Tensor | None = None,
 ) -> dict[str, Any]:
     """Convert `Engine.forward`'s arguments to the model's."""
-    given = {"input_ids": ids, "labels": labels, "position_ids": positions, "num_items_in_batch": num_labels}
-    pinned = device.type == "cuda"  # copied asynchronously
-    inputs = {name: value.to(device, non_blocking=pinned) for name, value in given.items() if value is not None}
+    given = {"input_ids": ids, "labels": labels, "position_ids": positions, "cu_seq_lens_q": bounds}
+    given["num_items_in_batch"] = num_labels
+    inputs = {name: to_device(value, device) for name, value in given.items() if value is not None}
     return {**inputs, "use_cache": False}
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy to CUDA through pinned memory, from which alone a copy does not wait for the device."""
+    if device.type != "cuda":
+        return value.to(device)
+    if value.device.type == "cpu" and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 class Engine(Protocol):
@@ -52,12 +66,19 @@ class Engine(Protocol):
     device: torch.device
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
+        num_labels: Tensor | None = None,
     ) -> Tensor:
         """Compute the mean loss (fp32 scalar) of ids [B, S] on this rank's device, with its graph.
 
         Args:
             positions: position ids [B, S]; default: the positions in the sequence.
+            bounds: of the documents that `positions` separates (`model.causal_attention.Documents.bounds`); default: the
+                model looks them up.
             num_labels: divisor of the summed losses; default: the number of labels in this batch.
         """
 

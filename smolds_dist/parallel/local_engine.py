@@ -64,9 +64,14 @@ class LocalEngine:
             master.grad += gradient
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
+        num_labels: Tensor | None = None,
     ) -> Tensor:
-        return self.model(**model_inputs(self.device, ids, labels, positions, num_labels)).loss
+        return self.model(**model_inputs(self.device, ids, labels, positions, bounds, num_labels)).loss
 
     def backward(self, loss: Tensor) -> None:
         (loss * nan_unless_finite(loss) / self.accumulation).backward()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolds_dist.data.batch import apply_document_mask
+from smolds_dist.data.batch import Batch
 from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine, Update
@@ -44,7 +44,6 @@ class Stepper:
     topology: Topology
     train: Train
     batches: BatchPrefetcher  # this rank's samples of each global batch
-    end_of_text: int | None = None  # the token between documents, if documents are masked from each other
     should_stop: Callable[[], bool] = lambda: False  # returns True after a stop signal
 
     def __post_init__(self) -> None:
@@ -80,31 +79,26 @@ class Stepper:
         first = first_sample + topology.rank * topology.per_rank
         total = torch.zeros((), device=self.engine.device)
         with clock.phase("data"):
-            ids, digest = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
-            micro_batches = self._micro_batches(ids)
-        for micro_batch in micro_batches:
+            batch = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
+            num_labels = self._mean_labels(batch)
+        for micro_batch in batch.micro_batches:
             with clock.phase("forward"), self.balancer.counting(), self.routers.recording(clock.measured):
-                loss = self.engine.forward(*micro_batch)
+                loss = self.engine.forward(*micro_batch, num_labels=num_labels)
             with clock.phase("backward"):
                 self.batches.prefetch_next()
                 self.engine.backward(loss)
             total += loss.detach()
-        return total / topology.accumulation, digest
+        return total / topology.accumulation, batch.digest
 
-    def _micro_batches(self, ids: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return the arguments of `Engine.forward`; if documents are masked, with positions and labels per document.
+    def _mean_labels(self, batch: Batch) -> Tensor | None:
+        """Return the mean number of labels per micro batch over the step and all ranks, if documents are masked.
 
-        Each loss is then divided by the mean number of labels per micro batch over the step and all ranks, so that their
-        mean is the mean over all labels, however these are distributed.
+        It divides the micro batches' losses, so that their mean is the mean over all labels, however these are distributed.
         """
-        parts = ids.split(self.topology.micro_batch)
-        if self.end_of_text is None:
-            return [(part, part) for part in parts]
-        masked = [apply_document_mask(part, self.end_of_text) for part in parts]
-        num_labels = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
-        labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(num_labels, dtype=torch.float32))
-        mean = labels_of_all / self.topology.world_size / len(parts)
-        return [(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)]
+        if batch.num_labels is None:
+            return None
+        labels_of_all = self.engine.sum_over_ranks(torch.tensor(float(batch.num_labels)))
+        return labels_of_all / self.topology.world_size / len(batch.micro_batches)
 
     def close(self) -> None:
         self.batches.close()
