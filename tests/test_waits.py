@@ -55,7 +55,9 @@ def make_stepper(*options: str, end_of_text: int | None = None) -> Stepper:
     return Stepper(local, Balancer(local.model, 0.01), topology, config.train, ahead)
 
 
-@pytest.mark.parametrize("options", [[], ["--train.dtype=bf16", "--train.qk_clip=0.05"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [[], ["--train.dtype=bf16", "--train.qk_clip=0.05"], ["--train.optimizer=muon"]], ids=str
+)
 def test_the_host_waits_once_in_a_step_of_one_process(monkeypatch, options):
     stepper = make_stepper(*options)
     stepper.train_step(1, 0)  # the first creates the optimizer's state

@@ -19,7 +19,6 @@ from smolds_dist.parallel.engine import (
     Fill,
     KindsOf,
     Update,
-    allocate_state,
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
@@ -45,7 +44,7 @@ from smolds_dist.parallel.fragments import (
     tensor_shapes,
 )
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_on_replicas
-from smolds_dist.parallel.optim import make_optimizer, parameter_groups
+from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, Train
 
@@ -145,7 +144,7 @@ class DeepSpeedEngine:
         known = {id(parameter) for parameter in parameters}
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
-        built = make_optimizer([group for group in groups if group["params"]], train)
+        built = make_optimizer([group for group in groups if group["params"]], train, self.topology.dtype)
         before_step = self._clip_without_zero if self.topology.zero == 0 else self._add_squares
         built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
         built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))

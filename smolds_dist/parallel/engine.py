@@ -174,12 +174,5 @@ def same_shape(state: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
     return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == parameter.shape}
 
 
-def allocate_state(optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: Iterable[str], steps: int) -> None:
-    """Allocate state as torch's optimizers do: zeros, and a step count (on the parameter's device for fused kernels)."""
-    fused = optimizer.defaults.get("fused", False)
-    count = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
-    optimizer.state[parameter] = {"step": count, **{kind: torch.zeros_like(parameter).detach() for kind in kinds}}
-
-
 def optimizer_step_count(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)

@@ -12,7 +12,6 @@ from smolds_dist.parallel.engine import (
     Fill,
     KindsOf,
     Update,
-    allocate_state,
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
@@ -22,7 +21,7 @@ from smolds_dist.parallel.engine import (
     squares_by_part,
 )
 from smolds_dist.parallel.fragments import Fragment, fill_parameters, logical_shapes, split_by_tensor, tensor_shapes
-from smolds_dist.parallel.optim import make_optimizer, parameter_groups
+from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
 
@@ -50,7 +49,7 @@ class LocalEngine:
                 # Parameters only: selection biases are buffers and stay fp32.
                 parameter.data = parameter.data.to(torch.bfloat16)
                 parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._move_grad(p, m))
-        self.optimizer = make_optimizer(groups, train)
+        self.optimizer = make_optimizer(groups, train, topology.dtype)
         # By name: the model's parameter and the optimizer's fp32 copy (the same tensor in fp32)
         self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
 
