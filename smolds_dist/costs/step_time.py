@@ -156,10 +156,10 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
 
     Over n ranks, reduce-scatter and all-gather each move (n - 1) / n of the bytes, all-reduce twice that; latencies add up
     along a tree of depth log2(n), as in NCCL's double binary trees. Dense weights are reduced over all replicas, an expert's
-    over its own. ZeRO 2 and 3 reduce in every pass; ZeRO 3 also gathers weights before the forward and the backward pass,
-    and again for recomputation.
+    over its own, at ZeRO 0 in fp32. ZeRO 2 and 3 reduce in every pass; ZeRO 3 also gathers weights before the forward and the
+    backward pass, and again for recomputation.
     """
-    width = layout.gradient_bytes or layout.element_bytes
+    width = layout.gradient_bytes or (layout.element_bytes if layout.zero else 4)
     total, passes = 0.0, layout.accumulation
     parts = zip(rank_parameters(model, layout), regathered_weights(model, layout), strict=True)
     for (parameters, replicas, near), again in parts:

@@ -118,7 +118,6 @@ class DeepSpeedEngine:
         # By id of an optimizer tensor: fragments of it and the factors to scale their rows by
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
         self._masters: dict[int, Tensor] = {}  # fp32 copies by id of the parameter (ZeRO 0)
-        self._sums: dict[nn.Parameter, Tensor] = {}  # of gradients, until the last micro batch
         self._clock = CommunicationClock("all_to_all_single")
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
@@ -162,25 +161,13 @@ class DeepSpeedEngine:
             self.engine.basic_optimizer.state.clear()
             groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
             self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
-            for parameter in self.model.parameters() if self.topology.accumulation > 1 else ():
-                parameter.register_post_accumulate_grad_hook(self._accumulate_in_fp32)
+            for parameter in self.model.parameters():
+                # DeepSpeed 0.19 without ZeRO rejects `grad_accum_dtype` fp32, but takes gradients of any dtype.
+                parameter.grad_dtype = torch.float32
         keep_routers_in_fp32(self.model)
         if fill is not None:  # the optimizer's tensors were copied from rounded weights
             for fragment in self.fragments():
                 fill(fragment.only("value"))
-
-    def _accumulate_in_fp32(self, parameter: nn.Parameter) -> None:
-        """Accumulate the micro batches' gradients in fp32, and round once, for the last one's reduction.
-
-        DeepSpeed 0.19 without ZeRO accumulates in bf16. Remove when it supports `grad_accum_dtype` fp32 there.
-        """
-        assert parameter.grad is not None
-        total = self._sums.pop(parameter, 0.0) + parameter.grad.float()
-        parameter.grad = None
-        if self.engine.is_gradient_accumulation_boundary():
-            parameter.grad = total.to(parameter.dtype)
-        else:
-            self._sums[parameter] = total
 
     def _replica_ranks(self, of_experts: bool) -> range:
         """Return the ranks that hold the same experts as this one, or the same other weights."""

@@ -70,6 +70,10 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         "data_types.grad_accum_dtype": "fp32" if topology.zero or topology.dtype == "fp32" else "bf16",
         "zero_optimization.stage": topology.zero,
     }
+    if (
+        not topology.zero
+    ):  # the sums over micro batches are fp32 (`DeepSpeedEngine`), also where "grad_accum_dtype" is bf16
+        settings.setdefault("communication_data_type", "fp32")
     known |= {f"expert_parallel.{key}": value for key, value in autoep_section(topology.expert, model).items()}
     zero.setdefault("stage", "auto")
     sizes = {
