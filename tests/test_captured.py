@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolds_dist.config import load_config
+from smolds_dist.data.batch import Batch, MicroBatch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, device
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.make_engine import make_engine
@@ -85,7 +86,8 @@ class Batches:
 
     def take(self, indices, _should_stop):
         generator = torch.Generator().manual_seed(indices.start)
-        return torch.randint(0, 97, (len(indices), 24), generator=generator), 0
+        ids = torch.randint(0, 97, (len(indices), 24), generator=generator)
+        return Batch([MicroBatch(part, part) for part in ids.split(2)], None, 0)
 
     def prefetch_next(self) -> None:
         pass

@@ -23,7 +23,7 @@ from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.clock import matrix_product_peak
+from smolds_dist.training.clock import StepClock, matrix_product_peak
 
 DEVICE = "cuda"
 pytestmark = [
@@ -173,20 +173,29 @@ def test_generation_with_a_cache_equals_the_cpus(settings):
         assert torch.equal(on_gpu.generate(ids(2, 9).to(DEVICE), use_cache=use_cache, **options).cpu(), expected)
 
 
+@pytest.mark.parametrize("documents", [False, True])
 @ATTENTION
-def test_forward_and_backward_never_synchronize(settings):
+def test_forward_and_backward_never_synchronize(settings, documents):
     config = load_config(
         ["--preset=debug", "--train.global_batch=2", f"--parallel.device={DEVICE}", "--train.dtype=bf16"]
     )
     topology = plan_topology(config, detect_machine(), RankInfo())
     engine = make_engine(pair(settings)[0], config, topology)
-    batch = ids(2, 64).to(DEVICE)
-    engine.backward(engine.forward(batch, batch))  # the first allocates what later ones reuse
+    batch = [ids(2, 64)] * 2  # on the host, as are positions and bounds
+    if documents:
+        batch += [torch.cat((torch.arange(40), torch.arange(24))).repeat(2, 1)]
+        batch += [torch.tensor([0, 40, 64, 104, 128], dtype=torch.int32)]
+    engine.backward(engine.forward(*batch))  # the first allocates what later ones reuse
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.backward(engine.forward(batch, batch))
+        clock = StepClock(engine)
+        clock.begin(1)
+        with clock.phase("forward"):
+            loss = engine.forward(*batch)
+        engine.backward(loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert clock.seconds["forward"] > 0
 
 
 def losses_of(small_run: list[str], tmp_path, name: str, *options: str) -> list[float]:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smolds_dist.architecture import LOGITS_CHUNK
 from smolds_dist.bench.common import bench_parser, parse, write_result
 from smolds_dist.config import load_config
+from smolds_dist.data.batch import Batch, MicroBatch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, device
 from smolds_dist.model.regions import compile_regions
 from smolds_dist.parallel.balancer import Balancer
@@ -212,8 +213,8 @@ class SameBatch:
 
     ids: Tensor
 
-    def take(self, *_args: Any) -> tuple[Tensor, int]:
-        return self.ids, 0
+    def take(self, *_args: Any) -> Batch:
+        return Batch([MicroBatch(self.ids, self.ids)], None, 0)
 
     def prefetch_next(self) -> None:
         pass

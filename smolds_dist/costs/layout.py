@@ -34,7 +34,7 @@ class Layout:
     offload: bool = False  # optimizer state in host memory
     copies: bool = False  # checkpoint data is copied to host memory and written in the background
     bucket: int | None = None  # elements per DeepSpeed gradient bucket; None: "auto"
-    gradient_bytes: int = 0  # per element in reductions; 0: as the weights
+    gradient_bytes: int = 0  # per element in reductions; 0: as the weights, or fp32 at ZeRO 0
     tensor: int = 1
     pipeline: int = 1
     interleave: int = 1  # virtual pipeline stages per rank
