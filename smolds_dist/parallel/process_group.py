@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from smolds_dist.activity import LONG, doing
 from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
+from smolds_dist.parallel.flight_recorder import start_recorder
 from smolds_dist.parallel.topology import Topology
 
 # The watchdog (`launching.failure`) ends a hung job. A collective must outlast what a rank may do while others wait in it.
@@ -43,6 +44,7 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
+    start_recorder()
     longest = max(MIN_TIMEOUT, timedelta(seconds=timeout))
     with doing("joining the process group"):
         deepspeed.init_distributed(dist_backend=topology.backend, verbose=False, timeout=longest)
