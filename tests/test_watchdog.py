@@ -73,8 +73,6 @@ JOIN = """
 with doing("importing", 60):
     import torch
     import torch.distributed as dist
-    from smolds_dist.parallel.flight_recorder import start_recorder
-    start_recorder()
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=rank, world_size=2)
     dist.all_reduce(torch.ones(3))
     group = dist.new_group([0, 1])

@@ -1,12 +1,10 @@
 """The collective in which this rank waits, by PyTorch's flight recorder: a ring of the last collectives of a process."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-BUFFER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # torch 2.9's name, and the earlier one
 # One recorder for NCCL, only in CUDA builds, and one for gloo.
 DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 
@@ -28,12 +26,6 @@ class Collective:
         shown = [f"{kind.lower()} {size}" for kind, size in zip(self.types[:3], self.sizes, strict=False)]
         more = [f"{len(self.sizes) - 3} more"] if len(self.sizes) > 3 else []
         return f"{self.name} {self.number} of group {self.group} ({'; '.join([f'ranks {ranks}', *shown, *more])})"
-
-
-def start_recorder() -> None:
-    """Turn the recorder on, unless the user's environment sets it. Call before the first process group."""
-    if not any(name in os.environ for name in BUFFER):
-        os.environ[BUFFER[0]] = "2000"
 
 
 def pending_collective() -> Collective | None:

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 
 from smolds_dist.activity import LONG, doing
+from smolds_dist.errors import first_line
 from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
-from smolds_dist.parallel.flight_recorder import start_recorder
+from smolds_dist.parallel.rank_environment import ALLOCATOR, EXPANDABLE
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.progress import print_line
 
 # The watchdog (`launching.failure`) ends a hung job. A collective must outlast what a rank may do while others wait in it.
 MIN_TIMEOUT = timedelta(days=1)
@@ -26,6 +28,7 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     """
     if topology.device == "cuda":
         torch.cuda.set_device(topology.device_index)
+        _check_allocator()
     if topology.engine != "deepspeed":
         return
     # One process with DeepSpeed has no launcher that sets these.
@@ -44,10 +47,23 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
-    start_recorder()
     longest = max(MIN_TIMEOUT, timedelta(seconds=timeout))
     with doing("joining the process group"):
         deepspeed.init_distributed(dist_backend=topology.backend, verbose=False, timeout=longest)
+
+
+def _check_allocator() -> None:
+    """Turn our default of expandable segments off on a GPU whose driver cannot map memory, such as some virtual GPUs.
+
+    Untested on CUDA.
+    """
+    try:
+        torch.empty(1, device="cuda")
+    except RuntimeError as error:
+        if os.environ.get(ALLOCATOR) != EXPANDABLE:
+            raise
+        print_line(f"smolds: training without {EXPANDABLE}, which this GPU rejects ({first_line(error)})", sys.stderr)
+        torch.cuda.memory._set_allocator_settings(EXPANDABLE.replace("True", "False"))
 
 
 def set_group_timeouts(timeout: float) -> None:
