@@ -98,6 +98,27 @@ def test_every_process_group_gets_the_timeout(free_port, timeout, seconds):
     assert [one.total_seconds() for one in timeouts] == [seconds, seconds]
 
 
+BIND = """
+import torch
+from dataclasses import replace
+from smolds_dist.config import load_config
+from smolds_dist.parallel import process_group
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import Machine, plan_topology
+torch.cuda.set_device = process_group._check_allocator = lambda *_: None
+topology = plan_topology(load_config(["--preset=debug"]), Machine(("cuda",), 4, True), RankInfo(1, 1, 2))
+process_group.start_process_group(replace(topology, device_index=3))
+"""
+
+
+def test_process_group_over_nccl_is_bound_to_the_ranks_gpu(free_port):
+    """By DeepSpeed. A PyTorch without CUDA has no device with this index, and names it."""
+    if torch.cuda.is_available():
+        pytest.skip("it would wait for the other rank")
+    finished = run([sys.executable, "-c", BIND], 60, **left_over(1, free_port), DS_ACCELERATOR="cuda")
+    assert "ValueError: device_id cuda:3 does not match" in finished.stderr, finished.text
+
+
 def left_over(rank: int, port: str) -> dict[str, str]:
     return {
         "RANK": str(rank),

@@ -36,7 +36,8 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if topology.device == "cuda":
-        os.environ["LOCAL_RANK"] = str(topology.device_index)  # DeepSpeed takes it for the GPU's index
+        # DeepSpeed takes it for the GPU's index, to which it binds the process group (`device_id`).
+        os.environ["LOCAL_RANK"] = str(topology.device_index)
     if topology.device == "cpu":
         # Otherwise DeepSpeed would use an installed GPU.
         os.environ["DS_ACCELERATOR"] = "cpu"
