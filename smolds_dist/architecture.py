@@ -1,8 +1,12 @@
-"""Contradictions between a model's fields, for settings (`rules`) and `model.DeepSeekV3Config`."""
+"""What settings, costs and the model share: contradictions between a model's fields, and the size of a chunk of logits."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
+
+# Tokens whose logits exist at a time in `model.kernels.linear_cross_entropy`, by device family. A GPU starts fewer kernels
+# for larger chunks.
+LOGITS_CHUNK = {"cpu": 1024, "mps": 1024, "cuda": 2048}
 
 
 def contradictions(m: Any, option: str = "") -> Iterator[str]:

@@ -35,8 +35,10 @@ def graphs() -> int:
 
 
 def compile_here(model, dtype: str, backend: str) -> None:
-    topology = SimpleNamespace(micro_batch=2, dtype=dtype, torch_device="cpu", engine="local", zero=0)
-    error = try_to_compile(SimpleNamespace(model=model), topology, 24, model.config, backend)
+    topology = SimpleNamespace(micro_batch=2, dtype=dtype, engine="local", zero=0)
+    error = try_to_compile(
+        SimpleNamespace(model=model, device=torch.device("cpu")), topology, 24, model.config, backend
+    )
     assert error is None
 
 

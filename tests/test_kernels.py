@@ -173,7 +173,7 @@ def test_gpu_branches_agree_with_the_cpus(attention, dtype, tolerance, kind, mon
     expected = loss_and_gradients()
     monkeypatch.setattr(device, "family", lambda x: asked.add(inspect.stack()[1].function) or kind)
     actual = loss_and_gradients()
-    kernels = {"row_multiple", "expert_ffn", "sort_by_expert", "_loss_and_gradients"}
+    kernels = {"row_multiple", "expert_ffn", "sort_by_expert", "linear_cross_entropy", "_loss_and_gradients"}
     assert asked == {*kernels, "_has_fast_path", "forward"}
     for ours, wanted in zip(actual, expected, strict=True):
         assert ours.isfinite().all()

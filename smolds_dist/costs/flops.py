@@ -5,8 +5,7 @@ All functions take the model's configuration: `settings.Model` with its vocabula
 
 from typing import Any
 
-# Tokens whose logits exist at a time: the chunk size of `linear_cross_entropy`.
-LOGITS_CHUNK = 1024
+from smolds_dist.architecture import LOGITS_CHUNK
 
 
 def layers_of(model: Any) -> tuple[int, int]:
@@ -89,4 +88,4 @@ def largest_products(model: Any, tokens: int) -> tuple[tuple[int, int, int], ...
     average expert's first one, and a chunk of the LM head's."""
     rows = max(1, tokens * model.num_experts_per_tok // model.num_experts)
     hidden = model.hidden_size
-    return (rows, hidden, 2 * model.intermediate_size), (min(tokens, LOGITS_CHUNK), hidden, model.vocab_size)
+    return (rows, hidden, 2 * model.intermediate_size), (min(tokens, LOGITS_CHUNK["cpu"]), hidden, model.vocab_size)

@@ -6,7 +6,8 @@ Shape letters: H hidden, N query heads, G key/value heads, D head dimension, K e
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from smolds_dist.costs.flops import LOGITS_CHUNK, layers_of, matmul_weights
+from smolds_dist.architecture import LOGITS_CHUNK
+from smolds_dist.costs.flops import layers_of, matmul_weights
 from smolds_dist.costs.layout import Layout, load_stretch
 
 # Fraction of a device's memory that a plan may use: estimates err, and other programs may use it too.
@@ -235,7 +236,7 @@ def logits_bytes(model: Any, layout: Layout) -> float:
 
     A GPU computes a chunk's softmax at a time, in fp32, with one temporary copy; in bf16 the previous chunk is still alive.
     """
-    chunk = min(LOGITS_CHUNK, layout.tokens)
+    chunk = min(LOGITS_CHUNK[layout.device], layout.tokens)
     fp32 = 0 if layout.device == "cpu" else 4 if layout.element_bytes == 4 else 12
     logits = chunk * model.vocab_size * (layout.element_bytes + fp32)
     weight = model.vocab_size * model.hidden_size

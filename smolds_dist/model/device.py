@@ -10,11 +10,23 @@ import torch
 from torch import Tensor
 
 _operators = False
+_family: str | None = None
 
 
 def family(x: Tensor) -> str:
     """Return cpu, cuda or mps."""
-    return x.device.type
+    return _family or x.device.type
+
+
+@contextmanager
+def as_family(kind: str) -> Iterator[None]:
+    """Take the branches of another kind of device."""
+    global _family
+    before, _family = _family, kind
+    try:
+        yield
+    finally:
+        _family = before
 
 
 def is_traced() -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolds_dist.architecture import LOGITS_CHUNK
 from smolds_dist.model import device
 from smolds_dist.model.regions import region
 
@@ -332,9 +333,11 @@ def _to_gradients_on_cpu(logits: Tensor, labels: Tensor, kept: Tensor, needs_gra
     return -of_label.log() * kept
 
 
-def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int = 1024) -> Tensor:
+def linear_cross_entropy(
+    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk_size: int | None = None
+) -> Tensor:
     """Return the mean of cross_entropy(hidden @ weight.T, labels) over labels >= 0, with logits of `chunk_size` tokens at
-    a time.
+    a time; default: `LOGITS_CHUNK`.
 
     Second derivatives are not supported. Statistics are fp32 for any input dtype.
 
@@ -342,6 +345,7 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor,
         An fp32 scalar; 0 if every label is negative.
     """
     hidden_TH, weight_VH = _in_autocast_dtype(hidden_TH, weight_VH)
+    chunk_size = chunk_size or LOGITS_CHUNK[device.family(hidden_TH)]
     with torch.autocast(hidden_TH.device.type, enabled=False):
         needs_grad = torch.is_grad_enabled() and (hidden_TH.requires_grad or weight_VH.requires_grad)
         if device.is_traced():

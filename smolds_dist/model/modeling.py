@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, H hidden, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
 from smolds_dist.model.selective import save_matmuls
 
+# Nothing in the model is random, and reading a GPU's random state would wait for it.
+CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
 
 class DeepSeekV3Block(GradientCheckpointingLayer):
     """Pre-norm residual block: attention, then the mixture of experts, or in the first layers one SwiGLU."""
@@ -39,20 +43,26 @@ class DeepSeekV3Block(GradientCheckpointingLayer):
         self.self_attn = DeepSeekV3Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = config.dense_intermediate_size if layer_idx < config.first_k_dense_replace else None
-        self.mlp = SwiGLU(config.hidden_size, dense) if dense else DeepSeekMoE(config)
+        self.mlp: Any = SwiGLU(config.hidden_size, dense) if dense else DeepSeekMoE(config)
 
         self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self.compiled_layer: Callable[..., tuple[Tensor, ...]] | None = None
         self.recomputed = "none"  # or attention, or experts: recomputed in the backward pass
 
     def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
+        if self.compiled_layer and self.training and attention_inputs.get("documents") is None:
+            x_BSH, *routing = self.compiled_layer(x_BSH, **attention_inputs)
+            if routing:
+                self.mlp.record(*routing)
+            return x_BSH
         attend: Callable[..., tuple[Tensor, Tensor]] = self.attend
         feed_forward: Callable[[Tensor], Tensor] = self.mlp
         if self.compiled_attend and self.training and attention_inputs.get("documents") is None:
             attend = self.compiled_attend
         if self.recomputed == "attention" and self.training:
-            attend = partial(checkpoint, attend, use_reentrant=False)
+            attend = partial(checkpoint, attend, **CHECKPOINTING)
         if self.recomputed == "experts" and self.training:
-            feed_forward = partial(checkpoint, feed_forward, use_reentrant=False)
+            feed_forward = partial(checkpoint, feed_forward, **CHECKPOINTING)
         x_BSH, normed_BSH = attend(x_BSH, **attention_inputs)
         return x_BSH + feed_forward(normed_BSH)
 
@@ -61,6 +71,14 @@ class DeepSeekV3Block(GradientCheckpointingLayer):
         attended, _ = self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
         x_BSH = x_BSH + attended
         return x_BSH, self.post_attention_layernorm(x_BSH)
+
+    def layer(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, ...]:
+        """Compute `forward` without its side effects; return its output and what `DeepSeekMoE.record` takes, if any."""
+        x_BSH, normed_BSH = self.attend(x_BSH, **attention_inputs)
+        if isinstance(self.mlp, SwiGLU):
+            return (x_BSH + self.mlp(normed_BSH),)
+        out_BSH, *routing = self.mlp.mix(normed_BSH)
+        return x_BSH + out_BSH, *routing
 
 
 class LMHead(nn.Linear):
@@ -306,4 +324,4 @@ def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, mode: str = "f
     elif mode != "none":
         # The method's name from transformers 5.23 on, and the older one.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False} | ({"context_fn": save_matmuls} if mode == "selective" else {}))
+        enable(CHECKPOINTING | ({"context_fn": save_matmuls} if mode == "selective" else {}))

@@ -4,6 +4,8 @@ Shape letters: B batch, S sequence, T = B x S tokens, K experts per token, M = T
 H hidden, E experts, I expert width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,7 +136,10 @@ def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[
         Rows of each expert, padding included [E]; the token of each row [P]; the row of each token and slot [T, K].
     """
     padded_E = (counts_E + multiple - 1) // multiple * multiple
-    order_M = chosen_TK.flatten().argsort(stable=True)
+    chosen_M = chosen_TK.flatten()
+    if device.family(chosen_TK) == "cuda" and counts_E.shape[0] <= 256:
+        chosen_M = chosen_M.to(torch.uint8)  # a radix sort passes over the rows once per byte of the keys
+    order_M = chosen_M.argsort(stable=True)
     # Offset of an expert's rows by the padding before them.
     shift_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
     shift_M = shift_E.repeat_interleave(counts_E, output_size=order_M.shape[0])
@@ -224,7 +229,8 @@ class DeepSeekMoE(nn.Module):
     """Router, experts and optional shared expert (DeepSeekMoE, arXiv 2401.06066, section 3.2) over [B, S, H].
 
     `tokens_per_expert` sums the routed rows of every forward pass; its readers decide which passes count.
-    `router_logits` collects a pass's logits [T, E] for the router losses, if the model has set it to an empty list.
+    `router_logits` collects a pass's logits [T, E] for the router losses, if the model has set it to an empty list;
+    `observe` is called with them, if set.
     """
 
     tokens_per_expert: Tensor
@@ -238,18 +244,31 @@ class DeepSeekMoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, shared_width) if shared_width else None
         self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts), persistent=False)
         self.router_logits: list[Tensor] | None = None
+        self.observe: Callable[[Tensor], None] | None = None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
+        out_BSH, counts_E, logits_TE = self.mix(x_BSH)
+        self.record(counts_E, logits_TE)
+        return out_BSH
+
+    def mix(self, x_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output [B, S, H], the routed rows of each expert [E] and the router's logits [T, E], without side
+        effects, so that a compiler can take all of it as one region."""
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         weights, chosen, logits = self.gate(x_TH)
         # Not bincount, which synchronizes with the host.
         ones = torch.ones_like(chosen).flatten()
         counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
-        if not device.is_exported():  # an exported graph has no use for counts and must not mutate state
-            self.tokens_per_expert.add_(counts)
-        if self.router_logits is not None:  # not during recomputation, whose graph would never be freed
-            self.router_logits.append(logits)
         out = self.experts(x_TH, weights, chosen, counts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_TH)
-        return out.view_as(x_BSH)
+        return out.view_as(x_BSH), counts, logits
+
+    def record(self, counts_E: Tensor, logits_TE: Tensor) -> None:
+        """Keep a pass's counts and logits for their readers."""
+        if not device.is_exported():  # an exported graph has no use for counts and must not mutate state
+            self.tokens_per_expert.add_(counts_E)
+        if self.router_logits is not None:  # not during recomputation, whose graph would never be freed
+            self.router_logits.append(logits_TE)
+        if self.observe is not None:
+            self.observe(logits_TE)

@@ -26,6 +26,7 @@ class region(Generic[Given, Result]):  # noqa: N801 - a decorator
         update_wrapper(self, function)
         self.plain = function
         self.compiled: Callable[Given, Result] | None = None
+        self.dynamic = True
         _regions.append(self)
 
     def __call__(self, *args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -33,18 +34,20 @@ class region(Generic[Given, Result]):  # noqa: N801 - a decorator
         # A single row runs eagerly: the compiler specializes on size 1.
         if self.compiled is None or device.is_traced() or tensors[0].shape[0] == 1:
             return self.plain(*args, **kwargs)
-        for tensor in tensors:
+        for tensor in tensors if self.dynamic else ():
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return self.compiled(*args, **kwargs)
 
 
-def compile_regions(backend: str = "inductor") -> None:
+def compile_regions(backend: str = "inductor", dynamic: bool = True) -> None:
     """Compile all regions of this process, each at its first call.
 
-    The number of rows is dynamic, so that changing expert loads do not recompile.
+    Args:
+        dynamic: the number of rows is dynamic, so that changing expert loads do not recompile.
     """
     for one in _regions:
-        one.compiled = torch.compile(one.plain, backend=backend)
+        one.dynamic = dynamic
+        one.compiled = torch.compile(one.plain, backend=backend, dynamic=None if dynamic else False)
 
 
 def run_regions_eagerly() -> None:

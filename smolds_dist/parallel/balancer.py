@@ -33,19 +33,19 @@ class Balancer:
         self.layers, self._names = list(named.values()), list(named)
         routers = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
         self.biases: list[Tensor] = [router.e_score_correction_bias for router in routers]
-        for layer in self.layers:
-            # An engine may have cast the buffer to bf16, where counts above 256 are inexact.
-            layer.tokens_per_expert = layer.tokens_per_expert.float()
         device = self.layers[0].tokens_per_expert.device
         self._counts = torch.zeros(len(self.layers), len(self.biases[0]), device=device)
+        # One tensor of all layers' buffers. An engine may have cast them to bf16, where counts above 256 are inexact.
+        self._of_pass = torch.zeros_like(self._counts)
+        for layer, counts_E in zip(self.layers, self._of_pass, strict=True):
+            layer.tokens_per_expert = counts_E
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Wrap a training forward pass. Evaluation, sampling and recomputation in backward must stay outside."""
-        for layer in self.layers:
-            layer.tokens_per_expert.zero_()
+        self._of_pass.zero_()
         yield
-        self._counts += torch.stack([layer.tokens_per_expert for layer in self.layers])
+        self._counts += self._of_pass
 
     @torch.no_grad()
     def step(self, applied: bool = True, rate_scale: float = 1.0) -> Tensor:

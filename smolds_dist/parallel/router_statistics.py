@@ -6,7 +6,6 @@ Shape letters: T tokens, L layers, E experts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +23,24 @@ class RouterStatistics:
     """
 
     def __init__(self, model: nn.Module):
-        layers = moe_layers(model)
-        device = next(iter(layers.values())).tokens_per_expert.device
+        layers = list(moe_layers(model).values())
         # Per layer: tokens, the sum of their entropies, and the number of probabilities in each bin.
-        self._sums = torch.zeros(len(layers), 2 + BINS, device=device)
-        self._on = False
-        for number, layer in enumerate(layers.values()):
-            router = getattr(layer, "router", None)
-            if router is None:
-                gate, scoring = layer.gate, layer.gate.config.scoring_func
-            else:  # AutoEP does not return the scores, but a hook can read the Linear's logits
-                gate, scoring = router.gate, router.score_func
-            gate.register_forward_hook(partial(self._record, number, scoring))
+        self._sums = torch.zeros(len(layers), 2 + BINS, device=layers[0].tokens_per_expert.device)
+        self._on = self._captured = False
+        self._logits: dict[int, Tensor] = {}  # of the pass, by layer
+        for number, layer in enumerate(layers):
+            if router := getattr(
+                layer, "router", None
+            ):  # AutoEP does not return the scores, but a hook can read the logits
+                self._scoring = router.score_func
+                router.gate.register_forward_hook(lambda *args, number=number: self._keep(number, args[-1]))
+            else:
+                self._scoring = layer.config.scoring_func
+                layer.observe = partial(self._keep, number)
+
+    def _keep(self, layer: int, logits_TE: Tensor) -> None:
+        if self._on:
+            self._logits[layer] = logits_TE.detach()
 
     @contextmanager
     def recording(self, on: bool = True) -> Iterator[None]:
@@ -43,18 +48,26 @@ class RouterStatistics:
         self._on = on
         yield
         self._on = False
+        if on:
+            self._add(torch.stack([self._logits[layer] for layer in sorted(self._logits)]))
+        if not self._captured:
+            self._logits.clear()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Wrap the capture of a forward pass, whose replays write the logits to the same memory."""
+        self._on = self._captured = True
+        yield
+        self._on = False
 
     @torch.no_grad()
-    def _record(self, layer: int, scoring: str, _module: Any, _inputs: Any, output: Any) -> None:
-        if not self._on:
-            return
-        logits_TE = output[2] if isinstance(output, tuple) else output
-        scores_TE = router_scores(logits_TE, scoring).float()
-        share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-        sums = self._sums[layer]
-        sums[0] += len(share_TE)
-        sums[1] += torch.special.entr(share_TE).sum()
-        sums[2:] += torch.histc(share_TE, BINS, 0, 1)
+    def _add(self, logits_LTE: Tensor) -> None:
+        scores_LTE = router_scores(logits_LTE, self._scoring).float()
+        share_LTE = scores_LTE / scores_LTE.sum(-1, keepdim=True)
+        self._sums[:, 0] += share_LTE.shape[1]
+        self._sums[:, 1] += torch.special.entr(share_LTE).sum((1, 2))
+        places = (share_LTE * BINS).long().clamp_(max=BINS - 1).flatten(1)
+        self._sums[:, 2:].scatter_add_(1, places, torch.ones_like(share_LTE).flatten(1))
 
     def take(self) -> Tensor:
         """Return and reset this rank's sums, [L, 2 + BINS]; see `entropy_and_histogram`."""

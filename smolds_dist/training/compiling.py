@@ -2,22 +2,26 @@
 
 Each block's dense part (norms, projections, rotary embedding, attention around its kernel, residual) is compiled as one, as
 are the regions inside the kernels (`model.regions`). The experts' matmuls and all-to-alls are not, because the number of
-rows per expert is known only at run time. Untested on CUDA and MPS.
+rows per expert is known only at run time; but on CUDA in one process, where rows are padded to a bound, each block is
+compiled as a whole, with all shapes fixed. Tested on the CPU, also in CUDA's branches; untested on CUDA and MPS.
 """
 
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from smolds_dist.activity import LONG, doing
+from smolds_dist.architecture import LOGITS_CHUNK
 from smolds_dist.errors import first_line
-from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.model.kernels import expert_ffn
+from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, device
+from smolds_dist.model.kernels import _to_gradients, gated, gated_gradients
+from smolds_dist.model.moe import _gradients_of_weighted_sum, _sum_of_rows, _weighted_sum, select_experts
 from smolds_dist.model.regions import compile_regions, run_regions_eagerly
 from smolds_dist.model.rotary import rotary_angles
 from smolds_dist.observe.run_log import RunLog
@@ -87,11 +91,14 @@ def try_to_compile(
         backend: torch.compile's; aot_eager traces without generating machine code.
     """
     separate_caches()
+    tokens = topology.micro_batch, seq_len
     try:
-        compile_regions(backend)
-        call_regions(model, topology)
+        # On CUDA the number of rows does not depend on the routing.
+        fixed = device.family(next(engine.model.buffers())) == "cuda"
+        compile_regions(backend, dynamic=not fixed)
+        call_regions(model, topology, engine.device, tokens if fixed else None)
         if topology.zero < 3:  # ZeRO 3's hooks gather weights module by module
-            call_dense_parts(engine, topology, seq_len, model, backend)
+            call_blocks(engine, tokens, model, backend, full=fixed and topology.engine == "local")
     except Exception as error:  # compilers may raise anything
         return first_line(error)
     return None
@@ -109,48 +116,82 @@ def separate_caches() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / capability)
 
 
-def call_regions(config: DeepSeekV3Config, topology: Topology) -> None:
-    """Run forward and backward of a model of one or two layers, which has all regions of the full one, and of experts with
-    separate gate and up weights, as in AutoEP."""
-    dense = min(1, config.first_k_dense_replace)
-    few = {"num_hidden_layers": dense + 1, "first_k_dense_replace": dense}
+@torch.enable_grad()
+def call_regions(
+    config: DeepSeekV3Config, topology: Topology, place: torch.device, tokens: tuple[int, int] | None
+) -> None:
+    """Call the regions outside `DeepSeekV3Block.layer` and `attend` with the shapes that training passes.
+
+    Args:
+        tokens: sequences of a micro batch and their length, if the number of rows never changes; else any number will do.
+    """
+    H, width, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
-    with torch.random.fork_rng(devices=[]):
-        model: Any = DeepSeekV3ForCausalLM(DeepSeekV3Config.from_dict(config.to_dict() | few))
-    model = model.to(topology.torch_device).train()
-    for parameter in model.parameters():  # only: selection biases are buffers and stay fp32
-        parameter.data = parameter.data.to(dtype)
-    ids = torch.arange(74, device=model.device).view(2, 37) % config.vocab_size
-    model(input_ids=ids, labels=ids).loss.backward()
-    if topology.engine == "deepspeed":
-        experts = model.model.layers[-1].mlp.experts
-        x_PH = model.get_input_embeddings().weight[:64]
-        counts_E = torch.tensor([64, *[0] * (config.num_experts - 1)], device=model.device)
-        expert_ffn(x_PH, counts_E, experts.gate_up_proj.chunk(2, dim=1), experts.down_proj).sum().backward()
+
+    def some(*shape: int, dtype: torch.dtype = dtype, grad: bool = False) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=place, requires_grad=grad)
+
+    T, P = (math.prod(tokens) if tokens else 74), 160  # P differs from T and T x K, as it does in training
+    dense = (config.dense_intermediate_size or 0) if config.first_k_dense_replace else 0
+    for inner in {dense, config.n_shared_experts * width} - {0} if not tokens or topology.engine == "deepspeed" else ():
+        gated(some(T, inner, grad=True), some(T, inner, grad=True)).sum().backward()
+    if tokens:
+        labels = tokens[0] * (tokens[1] - 1)
+        chunk = LOGITS_CHUNK["cuda"]
+        for rows in {min(labels, chunk), labels % chunk} - {0}:
+            _to_gradients(
+                some(rows, config.vocab_size), some(rows, 1, dtype=torch.long), some(rows, 1, dtype=torch.bool)
+            )
+        return
+    inner_PJ = [some(P, 2 * width)] if topology.engine == "local" else [some(P, width), some(P, width)]
+    with torch.no_grad():
+        gated(*inner_PJ)
+        gated_gradients(some(P, width), *inner_PJ)
+    if topology.engine == "local":
+        weights_TK, _ = select_experts(
+            some(T, config.num_experts, dtype=torch.float32, grad=True), some(config.num_experts, dtype=torch.float32),
+            config.scoring_func, K, config.norm_topk_prob, (config.n_group, config.topk_group),
+        )  # fmt: skip
+        weights_TK.sum().backward()
+        row_TK, token_P, rows_PH = some(T, K, dtype=torch.long), some(P, dtype=torch.long), some(P, H, grad=True)
+        weights_TK = weights_TK.detach().requires_grad_()
+        with torch.no_grad():
+            _sum_of_rows(some(P, H), row_TK)
+            _weighted_sum(rows_PH, weights_TK, row_TK)
+            _gradients_of_weighted_sum(some(T, H), rows_PH, weights_TK, token_P, row_TK)
 
 
-def call_dense_parts(engine: Engine, topology: Topology, seq_len: int, config: DeepSeekV3Config, backend: str) -> None:
-    """Run forward and backward of each block's dense part, without weight gradients; the others reuse the first's code."""
-    blocks = dense_parts(engine.model)
+def call_blocks(engine: Engine, tokens: tuple[int, int], config: DeepSeekV3Config, backend: str, full: bool) -> None:
+    """Run forward and backward of each block's compiled part, without weight gradients; the others reuse the first's code.
+
+    Args:
+        tokens: sequences of a micro batch, and their length.
+        full: compile blocks with their experts, unless a part of them is recomputed.
+    """
+    blocks = blocks_of(engine.model)
     weight = next(blocks[0].self_attn.parameters())
-    x = torch.zeros(topology.micro_batch, seq_len, config.hidden_size, dtype=weight.dtype, device=weight.device)
-    positions = torch.arange(seq_len, device=weight.device)[None]
+    x = torch.zeros(*tokens, config.hidden_size, dtype=weight.dtype, device=weight.device)
+    positions = torch.arange(tokens[1], device=weight.device)[None]
     rotary = rotary_angles(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
     inputs = dict(rotary=rotary, attention_mask=None, cache=None, output_attentions=False, documents=None)
     for block in blocks:
-        block.compiled_attend = attend = torch.compile(block.attend, dynamic=False, backend=backend)
+        whole = full and block.recomputed == "none"
+        part: Any = torch.compile(block.layer if whole else block.attend, dynamic=False, backend=backend)
+        block.compiled_attend, block.compiled_layer = (None, part) if whole else (part, None)
         x.requires_grad_()
-        outputs = attend(x, **inputs)
+        outputs = [one for one in part(x, **inputs) if one.requires_grad]
         torch.autograd.grad(outputs, x, [torch.zeros_like(one) for one in outputs])
         x = outputs[0].detach()
+        if full and not whole:  # its regions are compiled at their first call
+            block.mlp(outputs[1].detach().requires_grad_()).sum().backward(inputs=[])
 
 
-def dense_parts(model: nn.Module) -> list[DeepSeekV3Block]:
+def blocks_of(model: nn.Module) -> list[DeepSeekV3Block]:
     return [module for module in model.modules() if isinstance(module, DeepSeekV3Block)]
 
 
 def undo_compile(model: nn.Module) -> None:
     """Return to uncompiled code."""
     run_regions_eagerly()
-    for block in dense_parts(model):
-        block.compiled_attend = None
+    for block in blocks_of(model):
+        block.compiled_attend = block.compiled_layer = None
