@@ -61,9 +61,10 @@ def _check_allocator() -> None:
     try:
         torch.empty(1, device="cuda")
     except RuntimeError as error:
-        if os.environ.get(ALLOCATOR) != EXPANDABLE:
+        if isinstance(error, torch.OutOfMemoryError) or os.environ.get(ALLOCATOR) != EXPANDABLE:
             raise
-        print_line(f"smolds: training without {EXPANDABLE}, which this GPU rejects ({first_line(error)})", sys.stderr)
+        why = f"which this GPU rejects ({first_line(error)})"
+        print_line(f"smolds: training without expandable segments, {why}", sys.stderr)
         torch.cuda.memory._set_allocator_settings(EXPANDABLE.replace("True", "False"))
 
 
