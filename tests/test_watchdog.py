@@ -86,7 +86,8 @@ JOBS = {
     "stuck later": ["wait_for_others()", f"save({3 * TIMEOUT}); save = None; time.sleep(60)"],
     "own limit": ["wait_for_others()", 'with doing("importing", 60): time.sleep(5)'],
     "mistake": ["wait_for_others()", REFUSE],
-    "missing rank": [f"{JOIN}dist.all_reduce(torch.ones(7))", f"{JOIN}time.sleep(60)"],
+    # As with NCCL, whose waiting rank has no function of torch.distributed on its stack
+    "missing rank": [f"{JOIN}dist.all_reduce(torch.ones(7), async_op=True); time.sleep(60)", f"{JOIN}time.sleep(60)"],
     "blocked recorders": [f"{JOIN}{BLOCK}dist.all_reduce(torch.ones(7), group=group) if rank else time.sleep(60)"] * 2,
     "different collectives": [
         f"{JOIN}dist.all_reduce(torch.ones(7, 2), group=group)",

@@ -65,7 +65,7 @@ def _check_allocator() -> None:
             raise
         why = f"which this GPU rejects ({first_line(error)})"
         print_line(f"smolds: training without expandable segments, {why}", sys.stderr)
-        torch.cuda.memory._set_allocator_settings(EXPANDABLE.replace("True", "False"))
+        torch._C._accelerator_setAllocatorSettings(EXPANDABLE.replace("True", "False"))
 
 
 def set_group_timeouts(timeout: float) -> None:
