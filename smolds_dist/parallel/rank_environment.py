@@ -30,10 +30,9 @@ def set_torch_variables() -> None:
 
 
 def share_cores(info: RankInfo, on_gpu: bool, sysfs: Path = SYSFS) -> None:
-    """Bind each of a node's ranks to its own cores, with as many torch threads.
+    """Give each of a node's ranks its part of the cores: as many torch threads, bound to them if `divide` does.
 
-    An affinity set by a launcher or Slurm is kept, as is an existing OMP_NUM_THREADS. With more ranks than cores, or
-    without affinity (macOS), only threads are set.
+    An affinity set by a launcher or Slurm is kept, as is an existing OMP_NUM_THREADS. Call before torch is imported.
 
     Args:
         on_gpu: False if the rank certainly trains on a CPU.
