@@ -30,7 +30,7 @@ USAGE = """usage: smolds COMMAND [options]
   runs       list all runs, or compare two: smolds runs [--watch] | diff runs/A runs/B
   report     write a run's training log, samples and plot: smolds report runs/NAME
   board      open TensorBoard with the experts' curves pinned: smolds board [runs/NAME ...]
-  bench      compare a training step with its alternatives: smolds bench train
+  bench      compare a training step with its alternatives (train), or count its GPU kernels (launches)
   export     write a checkpoint as a model that plain transformers loads: smolds export runs/NAME --to DIR
   import     make a run of such a model, to continue its training: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT

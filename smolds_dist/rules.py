@@ -60,6 +60,11 @@ def validate(config: RunConfig) -> None:
             "--train.activation_checkpointing selective needs every operator, and --train.compile true fuses them; use "
             "attention, experts or full, or --train.compile false."
         )
+    if config.train.cuda_graphs is True and config.data.document_mask:
+        raise ConfigError(
+            "--train.cuda_graphs true needs batches of one shape, and with --data.document_mask the number of documents "
+            "changes; use auto, or unset one."
+        )
     if config.train.qk_clip and config.model.qk_norm:
         raise ConfigError(
             "--train.qk_clip has no effect with --model.qk_norm, which already bounds the logits; unset one."

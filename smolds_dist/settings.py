@@ -269,6 +269,8 @@ class Train:
     the outputs of matmuls and attention (selective); or full blocks (full)."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of the operations between matmuls; auto = for long runs if a compiler is found."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Record each micro batch's passes as CUDA graphs; auto = in one process in bf16 without a document mask."""
     eval_every: int = 500
     """Steps between evaluations; 0 = only at the end."""
     eval_sequences: int = 128

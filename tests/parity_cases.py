@@ -32,6 +32,9 @@ LAYOUTS = {
     # buffers. ZeRO 3 also has many optimizer sub-steps.
     "small_buckets": (f"--parallel.ds_config={Path(__file__).with_name('small_buckets.json')}",),
     "offload": (f"--parallel.ds_config={Path(__file__).with_name('offload.json')}",),
+    # The branches of AutoEP's own experts: its loop, and grouped matmuls with fused gate and up projections, as on GPUs.
+    "loop": (),
+    "grouped": (f"--parallel.ds_config={Path(__file__).with_name('grouped.json')}",),
     "disturbed": (),  # evaluation before every step, sampling after it
 }
 
@@ -52,6 +55,10 @@ class Case(NamedTuple):
     @property
     def disturb(self) -> bool:
         return "disturbed" in self.names
+
+    @property
+    def autoep(self) -> bool:
+        return "loop" in self.names
 
     @property
     def reference(self) -> "Case":
@@ -81,6 +88,9 @@ CASES = [
     ranks(2, 2, 1, "small_buckets"), ranks(2, 2, 3, "small_buckets"), ranks(2, 2, 1, "offload"), ranks(2, 2, 3, "offload"),
     ranks(2, 2, 0, "bf16", "every"), ranks(2, 2, 2, "bf16", "every"), ranks(2, 2, 1, "muon", "bf16"),
     ranks(2, 2, 3, "muon", "bf16"),
+    ranks(2, 2, 0, "grouped"), ranks(2, 1, 1, "grouped", "full"), ranks(2, 2, 2, "deepseek", "grouped"),
+    ranks(2, 2, 3, "grouped"), ranks(2, 2, 3, "muon", "grouped"), ranks(2, 2, 1, "bf16", "every", "grouped"),
+    ranks(2, 2, 1, "loop"),
     ranks(4, 2, 1), ranks(4, 4, 2, "deepseek"), ranks(4, 2, 0, "muon"), ranks(4, 2, 3, "muon"),
     ranks(1, 1, 1),
 ]  # fmt: skip
@@ -91,6 +101,8 @@ LONG_CASES = [
     ranks(2, 2, 3, "latent", "full", "disturbed"), ranks(2, 2, 3, "attention"), ranks(2, 2, 3, "experts"),
     ranks(2, 2, 1, "selective"), ranks(2, 2, 1, "clip"), ranks(2, 2, 2, "offload"), ranks(2, 2, 1, "qwen3"),
     ranks(2, 2, 3, "olmoe"), ranks(2, 2, 1, "aux_loss"),
+    *(ranks(2, 2, zero, "loop") for zero in (0, 2)), ranks(2, 2, 3, "deepseek", "loop"), ranks(2, 1, 3, "grouped"),
+    ranks(2, 2, 3, "bf16", "every", "grouped"), ranks(2, 2, 0, "muon", "grouped"),
     ranks(4, 4, 2), ranks(4, 2, 1, "muon"), ranks(4, 2, 1, "deepseek"),
 ]  # fmt: skip
 # (source, target) of a resume.
@@ -107,6 +119,8 @@ CHANGES = [
     (ranks(2, 1, 0, "muon"), ranks(4, 2, 3, "muon")),
     (ranks(2, 2, 3, "muon"), local("muon")),
     (ranks(2, 2, 1, "offload"), ranks(2, 2, 3, "offload")),
+    (ranks(2, 2, 3, "grouped"), ranks(2, 1, 0)),
+    (ranks(2, 1, 0), ranks(2, 2, 0, "grouped")),
 ]
 LONG_CHANGES = [
     (local(), ranks(2, 2, 3)),

@@ -5,7 +5,9 @@ Run by test_parity.py under torchrun, and in-process for the single-process refe
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -16,7 +18,9 @@ from smolds_dist.data.mixture import mixture_of
 from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.interchange.final_export import write_weights
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.parallel import deepspeed_engine
 from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.expert_parallel import autoep_layers
 from smolds_dist.parallel.fragments import tensor_shapes
 from smolds_dist.parallel.optim import PARTS, learning_rate
 from smolds_dist.parallel.process_group import end_rank, start_process_group
@@ -69,6 +73,7 @@ def train_case(
     export: str = "",
     poison: str = "",
     skip: bool = False,
+    autoep: bool = False,
 ) -> dict:
     """Train; return losses, gradient norms and counts of all steps, and the final weights and biases.
 
@@ -79,6 +84,7 @@ def train_case(
         export: folder to write the initial weights to.
         poison: the last rank's loss in step SAVE_AT, "nan" or "inf".
         skip: omit step SAVE_AT.
+        autoep: keep AutoEP's own experts, as on GPUs.
     """
     options = [*options, f"--run.dir={save or 'unused'}", "--run.name=run"]
     config = load_config([*BASE, *options, *([f"--checkpoint.resume={resume}"] if resume else [])])
@@ -91,7 +97,9 @@ def train_case(
     with torch.device("meta"):
         tensors = tensor_shapes(DeepSeekV3ForCausalLM(model_config))
     reader = open_checkpoint(config, topology)
-    engine = new_engine(model_config, config, topology, reader)
+    own = mock.patch.object(deepspeed_engine, "patch_cpu_experts") if autoep else nullcontext()
+    with own:
+        engine = new_engine(model_config, config, topology, reader)
     balancer = Balancer(engine.model, config.train.balance_rate)
     progress = restore(reader, engine, balancer, topology) if reader else TrainState()
     if export:
@@ -167,6 +175,7 @@ def train_case(
     result |= {"shares": shares, "entropies": entropies, "histograms": histograms, "seconds": seconds}
     result["biases"] = [biases[name].tolist() for name in sorted(biases)]
     result["bias_dtypes"] = sorted({str(tensor.dtype) for tensor in biases.values()})
+    result["experts"] = sorted({type(layer.experts).__name__ for layer in autoep_layers(engine.model).values()})
     result["weights"] = dict(zip(tensors, norms_of_weights, strict=True))
     return result
 

@@ -110,6 +110,20 @@ def test_failing_rank_fails_the_launch(small_run, tmp_path):
         ('{"fp16": true}', "is invalid (fp16: expected"),
         ('{"optimizer": {}}', "remove it"),
         ('{"expert_parallel": {"autoep_size": 7}}', "sets expert_parallel.autoep_size to 7, but the run needs 2"),
+        ('{"expert_parallel": {"top_k": 1}}', "sets expert_parallel.top_k to 1, but the run needs 'auto'"),
+        ('{"expert_parallel": {"comine_impl": 1}}', "sets expert_parallel.comine_impl, which the installed DeepSpeed"),
+        ('{"expert_parallel": {"gate_up_impl": "fast"}}', "expert_parallel: gate_up_impl must be one of"),
+        ('{"expert_parallel": {"gate_up_impl": "fused"}}', "use_grouped_mm=false selects the sequential expert loop."),
+        ('{"expert_parallel": {"comm_num_sm": [1]}}', "comm_num_sm must be a positive integer"),
+        (
+            '{"expert_parallel": {"async_split_plan": true}}',
+            "async_split_plan to True, which needs NVIDIA GPUs; remove it",
+        ),
+        ('{"expert_parallel": {"comm_backend": "deepep"}}', "comm_backend to 'deepep', which needs NVIDIA GPUs, "),
+        (
+            '{"expert_parallel": {"combine_impl": "fused_weighted_sum"}}',
+            "which needs NVIDIA GPUs and Triton; remove it",
+        ),
         ('{"zero_optimization": {"offload_param": "cpu"}}', "(zero_optimization.offload_param: expected"),
         ("", "is not valid JSON"),
         ('{"zero_optimization": {"offload_param": {"device": "cpu"}}}', "sets offload_param to cpu"),
@@ -124,11 +138,24 @@ def test_invalid_deepspeed_configuration_is_one_sentence(small_run, tmp_path, te
 
 
 def test_users_expert_parallel_section_is_merged(small_run, tmp_path):
-    (tmp_path / "ds.json").write_text('{"expert_parallel": {"async_split_plan": true, "enabled": true}}')
+    (tmp_path / "ds.json").write_text('{"expert_parallel": {"combine_impl": "legacy_bmm", "enabled": true}}')
     config = load_config([*small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}", "--parallel.device=cpu"])
     topology = plan_topology(config, detect_machine(), RankInfo(0, 0, 2, 2))
     found = deepspeed_config(config, topology, config.model)["expert_parallel"]
-    assert found["async_split_plan"] and found["autoep_size"] == 2 and found["router_pattern"] == "gate"
+    assert found["combine_impl"] == "legacy_bmm" and found["autoep_size"] == 2 and found["router_pattern"] == "gate"
+
+
+def test_a_run_with_options_of_autoep(small_run, tmp_path):
+    """`async_split_plan` has no effect where every rank holds all experts."""
+    options = {"async_split_plan": True, "use_grouped_mm": True, "gate_up_impl": "fused"}
+    (tmp_path / "ds.json").write_text(json.dumps({"expert_parallel": options}))
+    run = [*small_run, f"--parallel.ds_config={tmp_path / 'ds.json'}", "--parallel.device=cpu", "--train.steps=2"]
+    result = smolds("launch", "--nproc-per-node=2", "--", *run, "--parallel.expert=1", timeout=180)
+    assert result.returncode == 0, result.text
+    assert "AutoEP: use_grouped_mm True, gate_up_impl fused, async_split_plan True\n" in result.stdout
+    result = smolds("launch", "--nproc-per-node=2", "--", *run, "--parallel.expert=2")
+    assert result.returncode == 2 and "expert_parallel.async_split_plan" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_users_deepspeed_configuration_is_used(small_run, tmp_path):

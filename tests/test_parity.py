@@ -101,7 +101,7 @@ class Runs:
 
     @staticmethod
     def _job(case: Case, **more: str) -> dict:
-        return dict(options=case.options, disturb=case.disturb, **more)
+        return dict(options=case.options, disturb=case.disturb, autoep=case.autoep, **more)
 
     @staticmethod
     def _train(world: int, jobs: list[dict]) -> list[dict]:
@@ -179,6 +179,12 @@ def test_layout_matches_the_single_process(runs, case):
         assert_same_run_but_for_rounding(result, expected, tolerance_of(case))
     else:
         assert_same_run(result, expected)
+
+
+def test_autoeps_own_experts_run_where_asked(runs):
+    for case in runs.cases:
+        own = {"loop", "grouped"} & set(case.names)
+        assert runs.uninterrupted(case)["experts"] == ["GroupedExperts" if own else "CpuExperts"] * bool(case.world)
 
 
 @parametrize_cases([local("full", "disturbed"), local("deepseek", "full", "disturbed")], [])

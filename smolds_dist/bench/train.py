@@ -42,8 +42,14 @@ def bench(args: list[str]) -> None:
         ConfigError: for an unknown benchmark or option.
     """
     name, *args = args if args and args[0] not in ("-h", "--help") else ["train", "--help"]
+    if name == "launches":
+        from smolds_dist.bench.launches import bench_launches
+
+        return bench_launches(args)
     if name != "train":
-        raise ConfigError(f"smolds bench {name!r} is unknown; use train, or `python -m benchmarks` in a checkout.")
+        raise ConfigError(
+            f"smolds bench {name!r} is unknown; use train or launches, or `python -m benchmarks` in a checkout."
+        )
     parser = bench_parser("smolds bench train", __doc__)
     parser.add_argument("--sequences", type=int, default=4, help="sequences per step over all ranks")
     add_dtype(parser)

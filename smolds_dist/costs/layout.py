@@ -30,6 +30,7 @@ class Layout:
     engine: str = "deepspeed"
     recompute: str = "none"  # in the backward pass: none, attention, experts, selective or full
     optimizer: str = "adamw"
+    graphs: bool = False  # CUDA graphs, where they are possible
     offload: bool = False  # optimizer state in host memory
     copies: bool = False  # checkpoint data is copied to host memory and written in the background
     bucket: int | None = None  # elements per DeepSpeed gradient bucket; None: "auto"
@@ -55,6 +56,11 @@ class Layout:
     def tokens_per_step(self) -> int:
         """Tokens per step over all ranks."""
         return self.replicas * self.accumulation * self.tokens
+
+    @property
+    def captured(self) -> bool:
+        """True if micro batches run as CUDA graphs, which keep the memory of activations."""
+        return self.graphs and (self.device, self.engine, self.dtype) == ("cuda", "local", "bf16")
 
     @property
     def element_bytes(self) -> int:
@@ -94,6 +100,7 @@ def configured(config: Any) -> dict[str, Any]:
     fields = {
         "recompute": config.train.activation_checkpointing,
         "optimizer": config.train.optimizer,
+        "graphs": config.train.cuda_graphs is not False and not config.data.document_mask,
         "copies": bool(config.checkpoint.every and config.checkpoint.background),
     }
     if config.parallel.ds_config is None:

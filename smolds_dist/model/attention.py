@@ -5,6 +5,7 @@ P rotary dimensions, R latent (compressed key/value) rank.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -105,6 +106,13 @@ class DeepSeekV3Attention(nn.Module):
     def _grouped_query_qkv(self, x_BSH: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
         """Return query [B, N, S, D], key and value [B, G, S', D]; S' includes cached tokens."""
         per_head = (*x_BSH.shape[:-1], -1, self.qk_head_dim)
+        value = self.v_proj(x_BSH).view(per_head).transpose(1, 2)
+        if device.is_fused(x_BSH) and type(self.q_proj) is type(self.k_proj) is nn.Linear and not self.qk_norm:
+            # One matmul and one rotation, also in the backward pass.
+            both = F.linear(x_BSH, torch.cat((self.q_proj.weight, self.k_proj.weight)))
+            both = apply_rotary(both.view(per_head).transpose(1, 2), cos, sin)
+            query, key = both.split([self.config.num_attention_heads, self.config.num_key_value_heads], dim=1)
+            return query, *(cache.update(key, value, self.layer_idx) if cache is not None else (key, value))
         query, key = self.q_proj(x_BSH), self.k_proj(x_BSH)
         if self.qk_norm == "all":
             query, key = self.q_norm(query), self.k_norm(key)
@@ -112,7 +120,6 @@ class DeepSeekV3Attention(nn.Module):
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(x_BSH).view(per_head).transpose(1, 2)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)

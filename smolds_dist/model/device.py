@@ -35,6 +35,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_fused(x: Tensor) -> bool:
+    """Return True while code for CUDA is traced: plain operations that Inductor fuses are then better than few operators."""
+    return is_traced() and family(x) == "cuda"
+
+
 def calls_operators() -> bool:
     """Return True if kernels must be called as PyTorch operators, so that torch can see and save their outputs."""
     return is_traced() or _operators  # in this order, or a compiler would guard on the second

@@ -75,7 +75,11 @@ def expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_E
 
 def grouped_expert_ffn(x_PH: Tensor, counts_E: Tensor, gate_up: Sequence[Tensor], down_EHI: Tensor) -> Tensor:
     """Compute `expert_ffn` as two or three grouped matmuls."""
-    ends_E = counts_E.cumsum(0).to(torch.int32)
+    if device.is_fused(x_PH):
+        places_E = torch.arange(len(counts_E), device=x_PH.device)
+        ends_E = (counts_E * (places_E <= places_E[:, None])).sum(1).to(torch.int32)
+    else:
+        ends_E = counts_E.cumsum(0).to(torch.int32)
     inner = [F.grouped_mm(x_PH, weight.mT, offs=ends_E) for weight in gate_up]
     return F.grouped_mm(gated(*inner), down_EHI.mT, offs=ends_E)
 

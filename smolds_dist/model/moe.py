@@ -56,11 +56,27 @@ def select_experts(
     biased = scores + bias_E
     if groups[0] is not None and groups[1] is not None:
         biased = within_best_groups(biased, groups[0], groups[1])
-    chosen = biased.topk(top_k, dim=-1).indices
-    weights = scores.gather(-1, chosen)
+    if device.is_fused(logits_TE):
+        weights, chosen = _best_in_turn(scores, biased, top_k)
+    else:
+        chosen = biased.topk(top_k, dim=-1).indices
+        weights = scores.gather(-1, chosen)
     if normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights, chosen
+
+
+def _best_in_turn(scores_TE: Tensor, biased_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return scores and experts [T, K] of the `top_k` largest biased scores, whose gradients need no scatter."""
+    places_E = torch.arange(scores_TE.shape[-1], device=scores_TE.device)
+    weights, chosen = [], []
+    for _ in range(top_k):
+        best = biased_TE.argmax(-1, keepdim=True)
+        is_best = places_E == best
+        weights.append((scores_TE * is_best).sum(-1, keepdim=True))
+        chosen.append(best)
+        biased_TE = biased_TE.masked_fill(is_best, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(chosen, -1)
 
 
 def router_scores(logits_TE: Tensor, scoring_func: str) -> Tensor:
@@ -106,7 +122,8 @@ class DeepSeekExpertLayer(nn.Module):
         """Return the weighted sum over each token's selected experts, [T, H]. Dropless: no expert has a capacity."""
         if device.is_exported():
             return every_expert(x_TH, weights_TK, chosen_TK, self.gate_up_proj, self.down_proj)
-        padded_E, token_P, row_TK = sort_by_expert(chosen_TK, counts_E, row_multiple(x_TH))
+        sort = place_by_expert if device.is_fused(x_TH) else sort_by_expert
+        padded_E, token_P, row_TK = sort(chosen_TK, counts_E, row_multiple(x_TH))
         dispatch = _traced_dispatch if device.is_traced() else _Dispatch.apply
         rows_PH = expert_ffn(dispatch(x_TH, token_P, row_TK), padded_E, (self.gate_up_proj,), self.down_proj)
         if device.is_traced():
@@ -149,6 +166,24 @@ def sort_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[
     token_P = order_M.new_zeros(rows).index_copy_(0, row_M, order_M // chosen_TK.shape[1])
     row_TK = torch.empty_like(order_M).index_copy_(0, order_M, row_M).view_as(chosen_TK)
     return padded_E, token_P, row_TK
+
+
+def running_counts(chosen_TK: Tensor, experts: int) -> Tensor:
+    """Return, for each expert and routed row in the tokens' order, the expert's rows up to this one: [E, M]."""
+    places_E = torch.arange(experts, device=chosen_TK.device)
+    return (places_E[:, None] == chosen_TK.flatten()).to(torch.int32).cumsum(1, dtype=torch.int32)
+
+
+def place_by_expert(chosen_TK: Tensor, counts_E: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `sort_by_expert` with a scan in place of a sort and scatters; the token of each row is left undefined."""
+    M, E = chosen_TK.numel(), counts_E.shape[0]
+    running_EM = running_counts(chosen_TK, E)
+    padded_E = (counts_E + multiple - 1) // multiple * multiple
+    places_E = torch.arange(E, device=chosen_TK.device)
+    start_E = (padded_E * (places_E < places_E[:, None])).sum(1)  # a cumulative sum of few would be a kernel of its own
+    chosen_M = chosen_TK.flatten()
+    row_M = start_E[chosen_M] + running_EM.gather(0, chosen_M[None])[0] - 1
+    return padded_E, chosen_M.new_empty(M + E * (multiple - 1)), row_M.view_as(chosen_TK)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -256,9 +291,11 @@ class DeepSeekMoE(nn.Module):
         effects, so that a compiler can take all of it as one region."""
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         weights, chosen, logits = self.gate(x_TH)
-        # Not bincount, which synchronizes with the host.
-        ones = torch.ones_like(chosen).flatten()
-        counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
+        if device.is_fused(x_TH):
+            counts = running_counts(chosen, self.config.num_experts)[:, -1].long()
+        else:  # not bincount, which synchronizes with the host
+            ones = torch.ones_like(chosen).flatten()
+            counts = ones.new_zeros(self.config.num_experts).index_add_(0, chosen.flatten(), ones)
         out = self.experts(x_TH, weights, chosen, counts)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_TH)

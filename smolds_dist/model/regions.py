@@ -13,6 +13,7 @@ import torch
 
 from smolds_dist.model import device
 
+Backend = str | Callable[..., Any]  # torch.compile's
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 _regions: list["region[Any, Any]"] = []
@@ -39,7 +40,7 @@ class region(Generic[Given, Result]):  # noqa: N801 - a decorator
         return self.compiled(*args, **kwargs)
 
 
-def compile_regions(backend: str = "inductor", dynamic: bool = True) -> None:
+def compile_regions(backend: Backend = "inductor", dynamic: bool = True) -> None:
     """Compile all regions of this process, each at its first call.
 
     Args:

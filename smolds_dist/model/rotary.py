@@ -78,6 +78,11 @@ def _mscale(factor: float, scale: float) -> float:
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + P/2) of the last dimension of x [B, heads, S, P]; computes in fp32, returns x's dtype."""
+    if device.is_fused(x):  # in the memory's order, as a projection has written it and its gradient reads it
+        x, cos, sin = x.transpose(1, 2), cos[:, :, None], sin[:, :, None]
+        first, second = (half.float() for half in x.chunk(2, dim=-1))
+        halves = (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+        return torch.cat(halves, dim=-1).transpose(1, 2)
     cos, sin = cos[:, None], sin[:, None]
     if not device.is_traced():
         return _Rotate.apply(x, cos, sin)

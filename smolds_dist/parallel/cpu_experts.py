@@ -37,6 +37,8 @@ class CpuExperts(nn.Module):
 
 
 def patch_cpu_experts(model: nn.Module) -> None:
-    """Replace AutoEP's experts by `CpuExperts`; call after AutoEP creates its layers and before ZeRO inspects modules."""
+    """Replace AutoEP's loop over experts by `CpuExperts`; call after AutoEP creates its layers and before ZeRO inspects
+    modules. Experts with grouped matmuls, which a user's file may set, stay."""
     for layer in autoep_layers(model).values():
-        layer.experts = CpuExperts(layer.experts)
+        if not layer.experts.use_grouped_mm:
+            layer.experts = CpuExperts(layer.experts)

@@ -1,10 +1,10 @@
 """DeepSpeed and AutoEP for our model: configuration and workarounds."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from msgspec import defstruct
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smolds_dist.costs.memory import BUCKET, PREFETCHED, SUB_GROUP
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import convert, read_json
+from smolds_dist.parallel.autoep_options import check_options, fast_paths, fixed_options
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Model, RunConfig
 
@@ -46,20 +47,7 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         settings.setdefault(key, {})
     convert(settings, _Sections, path, "fix it")
     zero = settings["zero_optimization"]
-    for section in ("optimizer", "scheduler"):
-        if section in settings:
-            raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
-    if settings.pop("fp16").get("enabled", "auto") not in (False, "auto"):
-        raise ConfigError(
-            f"{path} enables fp16, but smolds computes in fp32 or bf16; remove it, and set --train.dtype."
-        )
-    for section, devices in OFFLOADED.items():
-        device = (zero.get(section) or {}).get("device", "none")
-        if device not in devices:
-            raise ConfigError(
-                f"{path} sets {section} to {device}, where checkpoints cannot restore DeepSpeed's state; use "
-                f"{' or '.join(devices)}."
-            )
+    _reject_unsupported(path, settings)
     known = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": topology.micro_batch,
@@ -70,7 +58,11 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         "data_types.grad_accum_dtype": "fp32" if topology.zero or topology.dtype == "fp32" else "bf16",
         "zero_optimization.stage": topology.zero,
     }
-    known |= {f"expert_parallel.{key}": value for key, value in autoep_section(topology.expert, model).items()}
+    autoep = autoep_section(topology.expert, model)
+    choose_accelerator(topology)
+    if asked := set(settings["expert_parallel"]) - set(autoep):
+        autoep |= fixed_options(path, asked)
+    known |= {f"expert_parallel.{key}": value for key, value in autoep.items()}
     zero.setdefault("stage", "auto")
     sizes = {
         "reduce_bucket_size": BUCKET[topology.device],
@@ -87,7 +79,30 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
             raise ConfigError(
                 f'{path} sets {name} to {target[key]!r}, but the run needs {value!r}; set it to "auto", or change the run.'
             )
+    merged = {key: value for key, value in settings["expert_parallel"].items() if value != "auto"}
+    tokens = topology.micro_batch * config.data.seq_len
+    merged = settings["expert_parallel"] = fast_paths(topology, model, tokens, merged)
+    if asked:
+        check_options(path, merged, topology)
     return settings
+
+
+def _reject_unsupported(path: Path, settings: dict[str, Any]) -> None:
+    """Raise a `ConfigError` if the user's file has sections or values that smolds cannot use; remove `fp16`."""
+    for section in ("optimizer", "scheduler"):
+        if section in settings:
+            raise ConfigError(f"{path} has the section {section!r}, which smolds builds from --train.*; remove it.")
+    if settings.pop("fp16").get("enabled", "auto") not in (False, "auto"):
+        raise ConfigError(
+            f"{path} enables fp16, but smolds computes in fp32 or bf16; remove it, and set --train.dtype."
+        )
+    for section, devices in OFFLOADED.items():
+        device = (settings["zero_optimization"].get(section) or {}).get("device", "none")
+        if device not in devices:
+            raise ConfigError(
+                f"{path} sets {section} to {device}, where checkpoints cannot restore DeepSpeed's state; use "
+                f"{' or '.join(devices)}."
+            )
 
 
 def autoep_section(expert: int, model: "DeepSeekV3Config | Model") -> dict[str, Any]:
@@ -105,7 +120,6 @@ def autoep_section(expert: int, model: "DeepSeekV3Config | Model") -> dict[str, 
         "top_k_attr": "num_experts_per_tok",
         "score_func": model.scoring_func,
         "route_norm": model.norm_topk_prob,
-        "use_grouped_mm": torch.cuda.is_available(),
     }
     shared = {"has_shared_experts": True, "shared_experts_pattern": "shared_experts"} if model.n_shared_experts else {}
     return section | shared
@@ -136,6 +150,12 @@ class CommunicationClock:
         if not self._enabled:
             self._comm.reset_log()
         return {name: self._comm.timers(name).elapsed() / 1000 for name in self._operations}
+
+
+def choose_accelerator(topology: Topology) -> None:
+    """Keep DeepSpeed from using an installed GPU in a run on the CPU; call before DeepSpeed is imported."""
+    if topology.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def skip_shared_memory_build() -> None:

@@ -1,11 +1,13 @@
 """The engine for one process: plain PyTorch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from smolds_dist.model import device
+from smolds_dist.parallel.captured import CapturedPasses, Recorder
 from smolds_dist.parallel.engine import (
     Fill,
     KindsOf,
@@ -22,6 +24,10 @@ from smolds_dist.parallel.fragments import Fragment, fill_parameters, logical_sh
 from smolds_dist.parallel.optim import make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
+
+# Elements of bf16 gradients that are copied to fp32 at a time, so that few kernels start and few gradients wait; on a CPU
+# each is copied while it is in the cache.
+GRADIENTS_AT_ONCE = {"cuda": 2**25}
 
 
 class LocalEngine:
@@ -46,27 +52,57 @@ class LocalEngine:
             for parameter, master in master_of.items():
                 # Parameters only: selection biases are buffers and stay fp32.
                 parameter.data = parameter.data.to(torch.bfloat16)
-                parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._move_grad(p, m))
+                parameter.register_post_accumulate_grad_hook(lambda p, m=master: self._collect_grad(p, m))
+        self._collected: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._elements = 0  # of the collected gradients
+        self._captured: CapturedPasses | None = None
         self.optimizer = make_optimizer(groups, train)
         # By name: the model's parameter and the optimizer's fp32 copy (the same tensor in fp32)
         self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
 
-    @staticmethod
-    def _move_grad(parameter: nn.Parameter, master: nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if master.grad is None:
-            master.grad = gradient.float()
-        else:
-            master.grad += gradient
+    def _collect_grad(self, parameter: nn.Parameter, master: nn.Parameter) -> None:
+        self._collected.append((parameter, master))
+        self._elements += parameter.numel()
+        if self._elements >= GRADIENTS_AT_ONCE.get(device.family(parameter), 0):
+            self._move_grads()
+
+    @torch.no_grad()
+    def _move_grads(self) -> None:
+        """Add the collected gradients to those of the fp32 copies."""
+        pairs, self._collected, self._elements = self._collected, [], 0
+        sums: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for parameter, master in pairs:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if master.grad is None:
+                master.grad = torch.empty_like(master)
+                sums.append(master.grad)
+                gradients.append(gradient)
+            else:
+                master.grad += gradient
+        if sums:
+            torch._foreach_copy_(sums, gradients)
 
     def forward(
         self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
     ) -> Tensor:
-        return self.model(**model_inputs(self.device, ids, labels, positions, num_labels)).loss
+        inputs = model_inputs(self.device, ids, labels, positions, num_labels)
+        if self._captured:
+            if self._captured.takes(inputs):
+                return self._captured.forward(inputs)
+            self.release_graphs()
+        return self.model(**inputs).loss
 
     def backward(self, loss: Tensor) -> None:
+        if self._captured:
+            self._captured.backward()
+        else:
+            self._run_backward(loss)
+
+    def _run_backward(self, loss: Tensor) -> None:
         (loss * nan_unless_finite(loss) / self.accumulation).backward()
+        self._move_grads()
 
     def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
         squares = squares_by_part(self.optimizer)
@@ -84,12 +120,64 @@ class LocalEngine:
                 for fragment in self.fragments():
                     if fragment.name in factors:
                         scale_rows(fragment, factors[fragment.name])
-            with torch.no_grad():
-                for parameter, master in self.masters.values():
-                    if parameter is not master:
-                        parameter.copy_(master)
-        self.optimizer.zero_grad()
+            if rounded := [pair for pair in self.masters.values() if pair[0] is not pair[1]]:
+                with torch.no_grad():
+                    torch._foreach_copy_([parameter for parameter, _ in rounded], [master for _, master in rounded])
+        if self._captured:
+            self._captured.end_step()  # its first pass overwrites the gradients
+        else:
+            self.optimizer.zero_grad()
         return Update(norm, applied, squares if by_part else {})
+
+    def capture(self, ids: Tensor, recorder: Recorder, tolerance: float = 0.01) -> None:
+        """Record the passes of micro batches like `ids` [B, S] as graphs, and use them from now on.
+
+        Args:
+            tolerance: largest relative difference of a replay's loss and gradient norm from the plain passes'.
+
+        Raises:
+            RuntimeError: if they cannot be recorded, or a replay differs; the engine then works as before.
+        """
+        inputs = {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in model_inputs(self.device, ids, ids, None, None).items()
+        }
+        several = self.accumulation > 1
+        try:
+            with recorder.warm_up():
+                for _ in range(2):
+                    self.optimizer.zero_grad()
+                    expected = self._sums_after(lambda: self._run_backward(self.model(**inputs).loss), several)
+            self.optimizer.zero_grad()
+            captured = CapturedPasses(
+                inputs, lambda inputs: self.model(**inputs).loss, self._run_backward, several, recorder
+            )
+
+            def replay() -> None:
+                captured.forward(inputs)
+                captured.backward()
+
+            actual = self._sums_after(replay, several)
+            captured.end_step()
+            if not torch.allclose(actual, expected, rtol=tolerance, atol=0.0):
+                raise RuntimeError(f"gradient norms {actual.tolist()} instead of {expected.tolist()}")
+        except Exception:
+            self.optimizer.zero_grad()
+            raise
+        self._captured = captured
+
+    def _sums_after(self, run: Callable[[], None], several: bool) -> Tensor:
+        """Return the gradient norm by part after one micro batch, and after another one if a step has several."""
+        norms: list[Tensor] = []
+        for _ in range(2 if several else 1):
+            run()
+            norms += squares_by_part(self.optimizer).values()
+        return torch.stack(norms).sqrt()
+
+    def release_graphs(self) -> None:
+        """Return to passes without graphs; at a step's begin."""
+        self._captured = None
+        self.optimizer.zero_grad()
 
     def time_all_to_all(self, on: bool) -> None:
         pass

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from smolds_dist.activity import LONG, doing
 from smolds_dist.errors import first_line
-from smolds_dist.parallel.expert_parallel import skip_shared_memory_build
+from smolds_dist.parallel.expert_parallel import choose_accelerator, skip_shared_memory_build
 from smolds_dist.parallel.rank_environment import ALLOCATOR, EXPANDABLE
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.progress import print_line
@@ -38,9 +38,7 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     if topology.device == "cuda":
         # DeepSpeed takes it for the GPU's index, to which it binds the process group (`device_id`).
         os.environ["LOCAL_RANK"] = str(topology.device_index)
-    if topology.device == "cpu":
-        # Otherwise DeepSpeed would use an installed GPU.
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    choose_accelerator(topology)
     with doing("importing deepspeed", LONG):
         import deepspeed
 

@@ -39,7 +39,10 @@ class RouterStatistics:
                 layer.observe = partial(self._keep, number)
 
     def _keep(self, layer: int, logits_TE: Tensor) -> None:
-        if self._on:
+        if self._on and self._captured:
+            with torch.no_grad():
+                self._logits.setdefault(layer, torch.empty_like(logits_TE)).copy_(logits_TE)
+        elif self._on:
             self._logits[layer] = logits_TE.detach()
 
     @contextmanager
@@ -55,10 +58,16 @@ class RouterStatistics:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Wrap the capture of a forward pass, whose replays write the logits to the same memory."""
+        """Wrap the capture of forward passes, whose replays all write the logits to the same memory."""
         self._on = self._captured = True
-        yield
-        self._on = False
+        try:
+            yield
+        except Exception:
+            self._captured = False
+            self._logits.clear()
+            raise
+        finally:
+            self._on = False
 
     @torch.no_grad()
     def _add(self, logits_LTE: Tensor) -> None:

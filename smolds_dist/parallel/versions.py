@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("smolds-dist", "torch", "deepspeed", "transformers", "safetensors")
+PACKAGES = ("smolds-dist", "torch", "deepspeed", "deep_ep", "transformers", "safetensors")
 
 
 def package_versions() -> dict[str, str]:

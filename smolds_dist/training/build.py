@@ -28,8 +28,10 @@ from smolds_dist.model import DeepSeekV3Config
 from smolds_dist.observe.rows import recent_losses
 from smolds_dist.observe.run_log import RunLog
 from smolds_dist.observe.trackers import replace_runs
+from smolds_dist.parallel.autoep_options import FREE
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.expert_parallel import deepspeed_config
 from smolds_dist.parallel.make_engine import build_engine
 from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.process_group import set_group_timeouts
@@ -38,7 +40,7 @@ from smolds_dist.parallel.versions import package_versions
 from smolds_dist.rows import RESTARTS, read_rows
 from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.clock import matrix_product_peak
-from smolds_dist.training.compiling import compile_model
+from smolds_dist.training.compiling import capture_graphs, compile_model
 from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
@@ -169,20 +171,22 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         log_lr_change(log, reader.manifest, config.train)
     left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
     compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, job.compiler, log)
+    stepper = Stepper(
+        engine,
+        balancer,
+        topology,
+        config.train,
+        BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
+        end_of_text=document_separator(config.data, job.data.tokenizer),
+        should_stop=lambda: job.stop.requested is not None,
+    )
+    capture_graphs(stepper, config, log)
     return Training(
         engine=engine,
         balancer=balancer,
         state=state,
         texts=restore_unique_texts(job.data, reader) if job.main else None,
-        stepper=Stepper(
-            engine,
-            balancer,
-            topology,
-            config.train,
-            BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
-            end_of_text=document_separator(config.data, job.data.tokenizer),
-            should_stop=lambda: job.stop.requested is not None,
-        ),
+        stepper=stepper,
         guard=LossGuard(config.train, history),
         stragglers=StragglerDetector(topology),
         checkpoints=CheckpointWriter(config, topology, tensors, job.data.identity),
@@ -213,6 +217,10 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
             log.row(step, event="restart", **failure)
     log.info(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
     log.info(job.topology.reason)
+    if job.topology.engine == "deepspeed":
+        used = deepspeed_config(config, job.topology, job.model_config)["expert_parallel"]
+        if chosen := ", ".join(f"{key} {used[key]}" for key in FREE if used.get(key)):
+            log.info(f"AutoEP: {chosen}")
     for line in epoch_summary(config, job.data):
         log.info(line)
     if log.verbose:

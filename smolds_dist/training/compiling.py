@@ -18,17 +18,20 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from smolds_dist.activity import LONG, doing
 from smolds_dist.architecture import LOGITS_CHUNK
+from smolds_dist.costs.layout import layout_of
 from smolds_dist.errors import first_line
 from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, device
 from smolds_dist.model.kernels import _to_gradients, gated, gated_gradients
 from smolds_dist.model.moe import _gradients_of_weighted_sum, _sum_of_rows, _weighted_sum, select_experts
-from smolds_dist.model.regions import compile_regions, run_regions_eagerly
+from smolds_dist.model.regions import Backend, compile_regions, run_regions_eagerly
 from smolds_dist.model.rotary import rotary_angles
 from smolds_dist.observe.run_log import RunLog
+from smolds_dist.parallel.captured import CudaRecorder
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
+from smolds_dist.training.step import Stepper
 
 # Seconds of matmuls at peak rate from which a run is long enough to regain the compile time. On a GPU matmuls are a small
 # part of a step and the compiled operations a large one.
@@ -75,6 +78,28 @@ def compile_model(
     return not failed
 
 
+def capture_graphs(stepper: Stepper, config: RunConfig, log: RunLog) -> None:
+    """Record each micro batch's passes as CUDA graphs, as `train.cuda_graphs` says. Only in one process: DeepSpeed's passes
+    wait for the host."""
+    topology, wanted = stepper.topology, config.train.cuda_graphs
+    if wanted is False:
+        return
+    if config.data.document_mask or not layout_of(config, topology).captured:
+        if wanted is True:
+            log.warning("--train.cuda_graphs needs one process on CUDA in bf16; the run continues without")
+        return
+    shape = topology.micro_batch, config.data.seq_len
+    ids = torch.randint(0, stepper.engine.model.config.vocab_size, shape)  # type: ignore[arg-type, union-attr]
+    try:
+        with doing("recording CUDA graphs", LONG):
+            stepper.capture(ids, CudaRecorder())
+        log.info("micro batches run as CUDA graphs")
+    except Exception as error:  # CUDA's and PyTorch's errors have no common class
+        log.warning(
+            f"recording CUDA graphs failed ({first_line(error)}); the run continues without (--train.cuda_graphs off)"
+        )
+
+
 def should_compile(setting: str | bool, device: str, peak_seconds: float, has_compiler: bool) -> bool:
     """Return True to compile; `auto` does if the run is long enough and a compiler is installed."""
     if isinstance(setting, bool):
@@ -83,7 +108,7 @@ def should_compile(setting: str | bool, device: str, peak_seconds: float, has_co
 
 
 def try_to_compile(
-    engine: Engine, topology: Topology, seq_len: int, model: DeepSeekV3Config, backend: str = "inductor"
+    engine: Engine, topology: Topology, seq_len: int, model: DeepSeekV3Config, backend: Backend = "inductor"
 ) -> str | None:
     """Compile everything training will call, by calling it; return the error, if any.
 
@@ -161,7 +186,9 @@ def call_regions(
             _gradients_of_weighted_sum(some(T, H), rows_PH, weights_TK, token_P, row_TK)
 
 
-def call_blocks(engine: Engine, tokens: tuple[int, int], config: DeepSeekV3Config, backend: str, full: bool) -> None:
+def call_blocks(
+    engine: Engine, tokens: tuple[int, int], config: DeepSeekV3Config, backend: Backend, full: bool
+) -> None:
     """Run forward and backward of each block's compiled part, without weight gradients; the others reuse the first's code.
 
     Args:

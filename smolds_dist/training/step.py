@@ -13,6 +13,7 @@ from torch import Tensor
 from smolds_dist.data.batch import apply_document_mask
 from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.parallel.balancer import Balancer
+from smolds_dist.parallel.captured import Recorder
 from smolds_dist.parallel.engine import Engine, Update
 from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.router_statistics import RouterStatistics
@@ -70,6 +71,19 @@ class Stepper:
             rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
             counts_LE = self.balancer.step(update.applied, rate_scale)
         return StepOutput(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
+
+    def capture(self, ids: Tensor, recorder: Recorder) -> None:
+        """Record the passes of micro batches like `ids` [B, S] as graphs. The engine is a `LocalEngine`.
+
+        Raises:
+            RuntimeError: if that fails; training then runs without.
+        """
+        engine: Any = self.engine
+        try:
+            with self.routers.capturing():
+                engine.capture(ids, recorder)
+        finally:
+            self.qk_clip.take()  # of these passes
 
     def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
         """Run forward and backward over this rank's samples of a global batch; return the mean loss and tokens' digest."""
