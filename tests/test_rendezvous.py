@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import warm
 from ranks import Finished, run, smolds
 
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel.process_group import set_group_timeouts
+from smolds_dist.parallel.process_group import _check_allocator, set_group_timeouts
 from smolds_dist.parallel.ranks import RankInfo, join_ranks
 from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 from smolds_dist.progress import StoppedWaitingError
@@ -117,6 +118,20 @@ def test_process_group_over_nccl_is_bound_to_the_ranks_gpu(free_port):
         pytest.skip("it would wait for the other rank")
     finished = run([sys.executable, "-c", BIND], 60, **left_over(1, free_port), DS_ACCELERATOR="cuda")
     assert "ValueError: device_id cuda:3 does not match" in finished.stderr, finished.text
+
+
+@pytest.mark.parametrize("setting", ["expandable_segments:True", "max_split_size_mb:64"])
+def test_gpu_that_cannot_map_memory_trains_without_expandable_segments(monkeypatch, capsys, setting):
+    """Unless the user set the allocator. The GPU is a stand-in, the allocator's setting is not."""
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
+    with nullcontext() if "expandable" in setting else pytest.raises(RuntimeError):
+        _check_allocator()
+    assert ("GPU rejects (CUDA driver error: operation not" in capsys.readouterr().err) == ("expandable" in setting)
 
 
 def left_over(rank: int, port: str) -> dict[str, str]:

@@ -45,7 +45,7 @@ def pending_collective() -> Collective | None:
     group = first["process_group"][0]
     members = (c10d.get_process_group_ranks(one) for one in list(c10d._world.pg_map) if one.group_name == group)
     return Collective(
-        name=first["profiling_name"].partition(":")[2],
+        name=first["profiling_name"].rpartition(":")[2],
         number=first["p2p_seq_id" if first["is_p2p"] else "collective_seq_id"],
         group=group,
         ranks=next(members, []),
