@@ -164,9 +164,10 @@ def call_regions(
         labels = tokens[0] * (tokens[1] - 1)
         chunk = LOGITS_CHUNK["cuda"]
         for rows in {min(labels, chunk), labels % chunk} - {0}:
-            _to_gradients(
-                some(rows, config.vocab_size), some(rows, 1, dtype=torch.long), some(rows, 1, dtype=torch.bool)
-            )
+            with torch.no_grad():
+                _to_gradients(
+                    some(rows, config.vocab_size), some(rows, 1, dtype=torch.long), some(rows, 1, dtype=torch.bool)
+                )
         return
     inner_PJ = [some(P, 2 * width)] if topology.engine == "local" else [some(P, width), some(P, width)]
     with torch.no_grad():
@@ -210,7 +211,8 @@ def call_blocks(
         torch.autograd.grad(outputs, x, [torch.zeros_like(one) for one in outputs])
         x = outputs[0].detach()
         if full and not whole:  # its regions are compiled at their first call
-            block.mlp(outputs[1].detach().requires_grad_()).sum().backward(inputs=[])
+            normed = outputs[1].detach().requires_grad_()
+            torch.autograd.grad(block.mlp(normed), normed, torch.zeros_like(normed))
 
 
 def blocks_of(model: nn.Module) -> list[DeepSeekV3Block]:
