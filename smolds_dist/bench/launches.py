@@ -288,7 +288,7 @@ def planned_kernels(stepper: Stepper, tokens: tuple[int, int]) -> dict[str, tupl
     engine = stepper.engine
     model: Any = engine.model.config
     with device.as_family("cuda"):
-        call_blocks(engine, tokens, model, backend, full=stepper.topology.engine == "local")
+        call_blocks(engine, tokens, model, backend, stepper.topology.engine == "local", documents=False)
         block = sum(plans)
         plans.clear()
         compile_regions(backend, dynamic=False)
