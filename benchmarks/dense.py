@@ -179,7 +179,7 @@ def validation_loss(shared: Shared, run: Run) -> float:
     model, config, data = run.engine.model, shared.config, shared.data
 
     def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> float:
-        return model(**model_inputs(run.engine.device, ids, labels, None, None)).loss.item()
+        return model(**model_inputs(run.engine.device, ids, labels)).loss.item()
 
     model.eval()
     losses = {

@@ -138,7 +138,8 @@ def train_rank(args: list[str]) -> int:
     own = read_environment(args)  # before imports that read the environment
     on_hosts, args = own != args, own  # `smolds launch --hostfile` reads the ranks' reports, also a single one's
     from smolds_dist.config import load_config
-    from smolds_dist.parallel.ranks import host_name, is_first_of_host, is_first_rank, join_ranks, share_cores
+    from smolds_dist.parallel.rank_environment import set_torch_variables, share_cores
+    from smolds_dist.parallel.ranks import host_name, is_first_of_host, is_first_rank, join_ranks
 
     # Slurm's warning may arrive before training handles it; it stays pending until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -150,7 +151,8 @@ def train_rank(args: list[str]) -> int:
             raise
         time.sleep(2 * FIRST_RANK_SECONDS)  # rank 0 most likely reports the same error, and this process is ended
         raise RankError(f"on host {host_name()}: {error}") from None
-    share_cores(info)
+    set_torch_variables()
+    share_cores(info, on_gpu=config.parallel.device != "cpu")
     report = None
     if info.world_size > 1 or on_hosts:
         from smolds_dist.launching.failure import RankReport

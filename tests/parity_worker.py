@@ -116,7 +116,7 @@ def train_case(
             file_bytes=MOST_IN_A_FILE * skeleton.lm_head.weight.itemsize,
         )
     shards = Shards()
-    ahead = BatchPrefetcher(shards, config.train.global_batch)
+    ahead = BatchPrefetcher(shards, config.train.global_batch, topology.micro_batch)
     stepper = Stepper(engine, balancer, topology, config.train, ahead)
     routers, clock, clip = stepper.routers, stepper.clock, stepper.qk_clip
     losses, norms, totals, applied = [], [], [], []
@@ -129,14 +129,19 @@ def train_case(
         forward = engine.forward
         if poison and step == SAVE_AT and topology.rank == topology.world_size - 1:
             factor = float(poison)
-            engine.forward = lambda *batch, forward=forward, factor=factor: forward(*batch) * factor
+            engine.forward = lambda *batch, forward=forward, factor=factor, **more: forward(*batch, **more) * factor
         first_sample = (step - 1) * config.train.global_batch
-        clock.begin(measured=True)
+        clock.begin(step)
         loss, _ = stepper.accumulate(first_sample)
         engine.forward = forward
         with clock.phase("optimizer"):
-            factors = clip.factors(clip.take())
-            norm, updated, squares = engine.step(learning_rate(step, config.train), by_part=True, factors=factors)
+            logits = clip.take()
+            norm, updated, squares, _ = engine.step(
+                learning_rate(step, config.train),
+                by_part=True,
+                results={} if logits is None else {"logits": logits},
+                factors=lambda read: clip.factors(read.get("logits")),
+            )
         seconds.append(clock.seconds)
         clock.lap()
         squares = engine.sum_over_ranks(torch.tensor([float(squares.get(part, 0.0)) for part in PARTS]))

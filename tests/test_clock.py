@@ -1,6 +1,7 @@
-"""The measured matmul peak, the reference of MFU."""
+"""Times of phases, and the measured matmul peak, the reference of MFU."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from smolds_dist.training.clock import (
     LONGEST_PRODUCT,
     PRODUCTS,
     Product,
+    StepClock,
     fastest_rate,
     matrix_product_peak,
     product_seconds,
@@ -89,3 +91,55 @@ def test_a_matmul_is_timed_in_its_own_layout(monkeypatch, transposed):
     one = Product(3, 4, 5, batch=2, transposed=transposed)
     assert product_seconds(one, torch.device("cpu"), torch.float32, 0.0) > 0
     assert seen == 2 * [((2, 3, 4), (2, 4, 5), transposed)] and one.flops == 2 * 2 * 3 * 4 * 5
+
+
+class DeviceEvent:
+    """CUDA's event on a device that runs 10 ms of work at each record, and starts only when the host waits for it."""
+
+    queue, reached = 0, 0
+
+    def __init__(self, device, enable_timing):
+        assert device.type == "cuda" and enable_timing
+
+    def record(self):
+        DeviceEvent.queue += 1
+        self.place = DeviceEvent.queue
+
+    def synchronize(self):
+        DeviceEvent.reached = max(DeviceEvent.reached, self.place)
+
+    def elapsed_time(self, end):
+        assert end.place <= DeviceEvent.reached, "read before the device has reached it"
+        return 10.0 * (end.place - self.place)
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+def test_phases_on_cuda_are_timed_by_events_and_read_once_the_device_has_reached_them(monkeypatch, expert):
+    """Simulates CUDA's events: no phase waits for the device; all-to-alls, which do, are timed in step 10 and each 100th."""
+    timed = []
+    engine = SimpleNamespace(
+        device=torch.device("cuda"),
+        time_all_to_all=timed.append,
+        all_to_all_seconds=lambda: 0.004 * (timed[-1] if timed else 0),
+    )
+    monkeypatch.setattr(torch, "Event", DeviceEvent)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: pytest.fail("a phase waited for the device"))
+    clock = StepClock(engine, expert)
+    for step in (9, 10, 11, 20, 100):
+        clock.begin(step)
+        for name in ("forward", "backward", "forward"):
+            with clock.phase(name):
+                pass
+        measured = step != 11
+        assert (DeviceEvent.queue, DeviceEvent.reached) == (6 * measured, 0)
+        if measured:
+            seconds = clock.seconds
+            assert DeviceEvent.reached == 6
+            inside = 0.004 if expert > 1 and step in (10, 100) else 0.0
+            assert seconds["forward"] == pytest.approx(2 * (0.01 - inside))
+            assert seconds["backward"] == pytest.approx(0.01 - inside)
+            assert seconds.get("all_to_all", 0.0) == pytest.approx(3 * inside)
+            assert ("all_to_all" in seconds) == (expert == 1 or step in (10, 100))
+        clock.lap()
+        DeviceEvent.queue = DeviceEvent.reached = 0
+    assert timed[::2] == [expert > 1 and step in (10, 100) for step in (9, 10, 11, 20, 100)] and not any(timed[1::2])

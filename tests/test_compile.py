@@ -10,7 +10,7 @@ from ranks import rows_without_timing, smolds
 from test_model import GQA, GQA_FAMILY, LATENT_FAMILY, build, tokens
 
 from smolds_dist.config import load_config
-from smolds_dist.model import enable_activation_checkpointing
+from smolds_dist.model import device, enable_activation_checkpointing
 from smolds_dist.parallel.topology import has_compiler
 from smolds_dist.training import build as training_build
 from smolds_dist.training import compiling
@@ -72,6 +72,39 @@ def test_gradients_equal_the_uncompiled_models(settings, dtype, recomputed, tole
     assert all(block.compiled_attend is not None for block in model.model.layers)
     for one, other in zip(actual, expected, strict=True):
         assert (one.float() - other.float()).norm() <= tolerance * other.float().norm() + 1e-7
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("settings", "recomputed", "backend"),
+    [
+        (dict(GQA_FAMILY, num_hidden_layers=2), "none", "aot_eager"),
+        (dict(LATENT_FAMILY, num_hidden_layers=2), "full", "aot_eager"),
+        (dict(GQA, num_hidden_layers=2), "attention", "aot_eager"),
+        pytest.param(dict(GQA_FAMILY, num_hidden_layers=2), "none", "inductor", marks=pytest.mark.long),
+    ],
+)
+def test_whole_blocks_compile_in_the_branches_of_cuda(settings, recomputed, backend):
+    with device.as_family("cuda"):
+        model = build(settings).train()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        enable_activation_checkpointing(model, recomputed)
+        mixtures = [block.mlp for block in model.model.layers if hasattr(block.mlp, "tokens_per_expert")]
+        expected, counts = loss_and_gradients(model), [mixture.tokens_per_expert.clone() for mixture in mixtures]
+        compile_here(model, "bf16", backend)
+        for block in model.model.layers:
+            parts = block.compiled_layer, block.compiled_attend, getattr(block.mlp, "compiled_mix", None)
+            assert [part is not None for part in parts] == ([0, 1, 1] if recomputed == "attention" else [1, 0, 0])
+        for mixture in mixtures:
+            mixture.tokens_per_expert.zero_()
+        before = graphs()
+        actual = loss_and_gradients(model)
+    assert 0 < before == graphs()
+    for one, other in zip(counts, mixtures, strict=True):
+        assert (one - other.tokens_per_expert).abs().sum() <= 0.05 * one.sum()  # rounding changes few choices
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.float() - other.float()).norm() <= 5e-2 * other.float().norm() + 1e-7
 
 
 @needs_compiler

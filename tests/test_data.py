@@ -403,14 +403,16 @@ def test_prefetched_batches_equal_requested_ones(corpus, cache):
             assembled.append(indices)
             return data.batch(indices)
 
-    ahead = BatchPrefetcher(Watched(), stride=8)
+    ahead = BatchPrefetcher(Watched(), stride=8, micro_batch=2)
     # a rank's half of consecutive batches, then of another batch after a rollback
     for start in (4, 12, 20, 60, 68):
         indices = range(start, start + 4)
-        ids, digest = ahead.take(indices)
+        batch = ahead.take(indices)
         for _ in range(2):  # like before the backward pass of each micro batch
             ahead.prefetch_next()
-        assert torch.equal(ids, data.batch(indices)) and digest == batch_digest(ids, indices)
+        ids = torch.cat([micro_batch.ids for micro_batch in batch.micro_batches])
+        assert [len(micro_batch.ids) for micro_batch in batch.micro_batches] == [2, 2]
+        assert torch.equal(ids, data.batch(indices)) and batch.digest == batch_digest(ids, indices)
     ahead.close()
     starts = [indices.start for indices in assembled]
     assert {4, 12, 20, 60, 68} <= set(starts) <= {4, 12, 20, 28, 60, 68, 76} and len(starts) == len(set(starts))
@@ -426,7 +428,7 @@ def test_error_during_prefetch_is_raised():
                 raise OSError("the disk is gone")
             return torch.zeros(len(indices), 4, dtype=torch.int64)
 
-    ahead = BatchPrefetcher(Failing(), stride=2)
+    ahead = BatchPrefetcher(Failing(), stride=2, micro_batch=2)
     ahead.take(range(2))
     ahead.prefetch_next()
     with pytest.raises(OSError, match="the disk is gone"):

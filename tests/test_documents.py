@@ -1,6 +1,7 @@
 """Documents that share a sequence are masked from each other: each has the loss and gradient that it has alone."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_model import GQA, LATENT, build
 
 from smolds_dist.config import load_config
 from smolds_dist.data.batch import apply_document_mask
+from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.evaluate import mean_loss
@@ -73,6 +75,23 @@ def test_positions_and_labels_restart_per_document():
     assert labels.tolist() == [[5, EOS, -100, 7, EOS, -100, -100], [5, 6, 7, 8, 9, 5, EOS]]
 
 
+def test_batches_have_the_bounds_of_documents_and_the_number_of_labels():
+    ids = packed([[3, 50, 20, 47], [120], [120], [120], [60, 60], [119, 1]])
+    data = SimpleNamespace(wait_for_samples=lambda samples: None, batch=lambda indices: ids[indices])
+    ahead = BatchPrefetcher(data, 6, 2, EOS)
+    batch = ahead.take(range(6))
+    ahead.close()
+    first, second, third = batch.micro_batches
+    assert first.bounds.tolist() == [0, 3, 53, 73, 120, 240] and first.bounds.dtype == torch.int32
+    assert second.positions is None and second.bounds is None  # one document per sequence
+    assert third.bounds.tolist() == [0, 60, 120, 239, 240]
+    positions, labels = apply_document_mask(ids, EOS)
+    for part, expected in ((first, slice(0, 2)), (third, slice(4, 6))):
+        assert torch.equal(part.positions, positions[expected]) and torch.equal(part.labels, labels[expected])
+        assert torch.equal(part.bounds, Documents(part.positions).bounds)
+    assert batch.num_labels == 6 * 119 - 5
+
+
 SETTINGS = {"gqa": GQA, "latent": LATENT}
 
 
@@ -100,6 +119,9 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(attention,
     assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-5
+    bounds = Documents(positions).bounds
+    given = model(input_ids=ids, labels=labels, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False).loss
+    assert given.item() == (loss / count).item()
     together = model(input_ids=ids, labels=ids, use_cache=False).loss
     assert together.item() != pytest.approx((loss / count).item(), rel=1e-4)
 

@@ -118,7 +118,8 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
         reader.read(name, "value", 0, bias)
         assert bias.any()
     expected = []
-    stepper = Stepper(engine, balancer, topology, config.train, BatchPrefetcher(data, config.train.global_batch))
+    batches = BatchPrefetcher(data, config.train.global_batch, topology.micro_batch)
+    stepper = Stepper(engine, balancer, topology, config.train, batches)
     for step in (1, 2):
         first = (step - 1) * config.train.global_batch
         loss, _ = stepper.accumulate(first)

@@ -14,7 +14,7 @@ from smolds_dist.model.kernels import (
     linear_cross_entropy,
     row_multiple,
 )
-from smolds_dist.model.moe import sort_by_expert
+from smolds_dist.model.moe import _best_in_turn, place_by_expert, running_counts, sort_by_expert
 from smolds_dist.model.rotary import apply_rotary, rotary_angles
 
 
@@ -148,6 +148,21 @@ def test_few_rows_get_little_padding_and_many_rows_few_shapes():
 
     assert {padded(rows, torch.bfloat16) for rows in range(1, 257)} == {1, 2, 4, 8, 16, 32, 64, 128, 192, 256}
     assert all(padded(rows, torch.float32) == rows for rows in range(1, 257))
+
+
+@pytest.mark.parametrize(("experts", "top_k", "multiple"), [(8, 2, 8), (5, 3, 1), (64, 8, 8)])
+def test_rows_and_choices_of_fused_code_are_the_sorts(experts, top_k, multiple):
+    """What Inductor fuses on CUDA: a scan for the sort, a maximum at a time for the best."""
+    torch.manual_seed(0)
+    scores = torch.randn(50, experts).softmax(-1)
+    biased = scores + 0.1 * torch.randn(experts)
+    weights, chosen = _best_in_turn(scores, biased, top_k)
+    assert torch.equal(chosen, biased.topk(top_k).indices) and torch.equal(weights, scores.gather(1, chosen))
+    counts = running_counts(chosen, experts)[:, -1].long()
+    assert torch.equal(counts, chosen.flatten().bincount(minlength=experts))
+    padded, _, rows = place_by_expert(chosen, counts, multiple)
+    expected = sort_by_expert(chosen, counts, multiple)
+    assert torch.equal(padded, expected[0]) and torch.equal(rows, expected[2])
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

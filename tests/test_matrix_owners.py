@@ -9,7 +9,7 @@ import ranks
 import torch
 
 from smolds_dist.parallel import matrix_owners
-from smolds_dist.parallel.matrix_owners import MatrixSlice, Plan, _in_batches, make_plan
+from smolds_dist.parallel.matrix_owners import MatrixSlice, Plan, apply_by_shape, make_plan
 
 WORLD = 4
 SHAPES = {
@@ -106,7 +106,7 @@ def test_batches_hold_one_shape_and_are_bounded(monkeypatch):
         seen.append(tuple(several.shape))
         return 3 * several
 
-    _in_batches(zip(shapes, matrices, strict=True), triple)
+    apply_by_shape(zip(shapes, matrices, strict=True), triple)
     assert sorted(seen) == [(1, 2, 8), (1, 20, 10), (2, 8, 2), (3, 2, 8)]
     assert all(torch.equal(one, other) for one, other in zip(matrices, expected, strict=True))
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from smolds_dist.costs.flops import orthogonalization_flops
@@ -48,6 +49,60 @@ def test_orthogonalize_approximates_the_polar_factor(shape):
     assert singular.max() < 1.3
     cosine = (ours * (left @ right)).sum() / ours.norm() / (left @ right).norm()
     assert cosine > 0.95
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (3, 2, 32, 32)])
+def test_orthogonalize_in_bf16_has_the_same_singular_values_up_to_rounding(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, ours = orthogonalize(matrices), orthogonalize(matrices, dtype=torch.bfloat16)
+    assert ours.dtype == torch.float32
+    singular = torch.linalg.svdvals(ours)
+    smallest = singular.min() if len(shape) == 2 else singular.median()  # a square matrix's may converge later
+    assert smallest > 0.65 and singular.max() < 1.25
+    assert 1e-4 < (ours - exact).norm() / exact.norm() < 0.06
+
+
+class Products(TorchDispatchMode):
+    """Records the shapes of matmuls."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "bmm"):
+            self.found.append((*args[0].shape, args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_computes_matrices_of_one_shape_in_one_product(dtype):
+    """With the same numbers as one after the other."""
+    torch.manual_seed(0)
+    shapes = [(6, 8), (8, 6), (6, 8), (2, 12, 8), (6, 8)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    expected = [parameter.detach().clone() for parameter in parameters]
+    groups = [{"params": parameters[:3], "muon": True}, {"params": parameters[3:4], "muon": True, "matrices": 2}]
+    groups += [{"params": parameters[4:], "muon": True, "weight_decay": 0.1}]
+    optimizer = MuonAdamW(groups, lr=0.1, betas=(0.9, 0.95), dtype=dtype)
+    momenta = [torch.zeros(shape) for shape in shapes]
+    for _ in range(2):
+        for i, one in enumerate(expected):
+            gradient = torch.randn(one.shape)
+            parameters[i].grad = gradient.clone()
+            momenta[i].lerp_(gradient, 0.05)
+            matrices = gradient.lerp(momenta[i], 0.95).view(-1, 6 if i != 1 else 8, one.shape[-1])
+            update = torch.stack([orthogonalize(matrix, dtype=dtype) for matrix in matrices])
+            update = update * (0.2 * math.sqrt(8))
+            one.mul_(1 - 0.1 * (0.1 if i == 4 else 0)).add_(update.view(one.shape), alpha=-0.1)
+        with Products() as products:
+            optimizer.step()
+        for ours, one in zip(parameters, expected, strict=True):
+            tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(ours.detach(), one, rtol=tolerance, atol=tolerance / 10)
+        batches = sorted({shape[0] for shape in products.found})
+        assert batches == [1, 2, 4] and len(products.found) == 4 * 15
+        assert {shape[-1] for shape in products.found} == {dtype}
 
 
 def test_muon_treats_gate_and_up_of_every_expert_as_its_own_matrix():

@@ -20,6 +20,7 @@ from parity_cases import (
     SAME,
     Case,
     local,
+    ranks,
     with_long,
 )
 from parity_worker import MOST_IN_A_FILE, SAVE_AT, STEPS, train_case
@@ -209,6 +210,13 @@ def test_gradient_shares_sum_to_1_and_entropies_are_in_range(runs):
 def test_attention_is_clipped(runs, case):
     free = local(*(name for name in case.names if name != "clip"))
     assert runs.local(case)["losses"][1:] != runs.local(free)["losses"][1:]
+
+
+def test_bf16_without_zero_sums_gradients_of_all_ranks_in_fp32():
+    """Otherwise the first norms differ by 1e-4: two ranks have the micro batches of one."""
+    one, two = (Runs._train(world, [Runs._job(ranks(world, 1, 0, "bf16"))])[0] for world in (1, 2))
+    assert two["norms"][0] == pytest.approx(one["norms"][0], rel=1e-6)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
 
 
 @parametrize_cases([local("bf16", "every"), local("muon", "bf16")], [])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import warm
 from ranks import Finished, run, smolds
 
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel.process_group import set_group_timeouts
+from smolds_dist.parallel.process_group import _check_allocator, set_group_timeouts
 from smolds_dist.parallel.ranks import RankInfo, join_ranks
 from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 from smolds_dist.progress import StoppedWaitingError
@@ -96,6 +97,41 @@ def test_every_process_group_gets_the_timeout(free_port, timeout, seconds):
     finally:
         dist.destroy_process_group()
     assert [one.total_seconds() for one in timeouts] == [seconds, seconds]
+
+
+BIND = """
+import torch
+from dataclasses import replace
+from smolds_dist.config import load_config
+from smolds_dist.parallel import process_group
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import Machine, plan_topology
+torch.cuda.set_device = process_group._check_allocator = lambda *_: None
+topology = plan_topology(load_config(["--preset=debug"]), Machine(("cuda",), 4, True), RankInfo(1, 1, 2))
+process_group.start_process_group(replace(topology, device_index=3))
+"""
+
+
+def test_process_group_over_nccl_is_bound_to_the_ranks_gpu(free_port):
+    """By DeepSpeed. A PyTorch without CUDA has no device with this index, and names it."""
+    if torch.cuda.is_available():
+        pytest.skip("it would wait for the other rank")
+    finished = run([sys.executable, "-c", BIND], 60, **left_over(1, free_port), DS_ACCELERATOR="cuda")
+    assert "ValueError: device_id cuda:3 does not match" in finished.stderr, finished.text
+
+
+@pytest.mark.parametrize("setting", ["expandable_segments:True", "max_split_size_mb:64"])
+def test_gpu_that_cannot_map_memory_trains_without_expandable_segments(monkeypatch, capsys, setting):
+    """Unless the user set the allocator. The GPU is a stand-in, the allocator's setting is not."""
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
+    with nullcontext() if "expandable" in setting else pytest.raises(RuntimeError):
+        _check_allocator()
+    assert ("GPU rejects (CUDA driver error: operation not" in capsys.readouterr().err) == ("expandable" in setting)
 
 
 def left_over(rank: int, port: str) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import ranks
+import torch
 
 from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import known_hardware
@@ -13,7 +15,7 @@ from smolds_dist.costs.memory import PROCESS_BYTES, rank_memory, with_vocabulary
 from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo, rank_from_environment
-from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
+from smolds_dist.parallel.topology import Machine, detect_machine, expert_sizes, plan_topology
 
 CPU = Machine(("cpu",), 4, False)
 GPUS = Machine(("cuda", "cpu"), 8, True)
@@ -36,6 +38,16 @@ def test_one_process_is_plain_pytorch_and_several_are_deepspeed():
     assert plan(CPU, 1, "--parallel.zero=2").engine == "deepspeed"
 
 
+@pytest.mark.parametrize(("major", "dtype"), [(7, "fp32"), (9, "bf16")])
+def test_bf16_is_the_default_only_on_gpus_that_do_not_emulate_it(monkeypatch, major, dtype):
+    """V100 and T4 have compute capability 7. No such GPU is in the tests' machines."""
+    gpu = SimpleNamespace(major=major, total_memory=16 * 10**9)
+    changes = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "T4"}
+    for name, value in (changes | {"get_device_properties": gpu, "_check_bf16_tensor_supported": True}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert plan(detect_machine(), 1).dtype == dtype
+
+
 def test_a_rank_that_sees_one_gpu_needs_one_of_its_own():
     config = load_config(["--preset", "debug", "--train.global_batch=48"])
     one, second = replace(GPUS, device_count=1), RankInfo(1, 1, 4, 2, gpus_on_node=2)
@@ -46,9 +58,10 @@ def test_a_rank_that_sees_one_gpu_needs_one_of_its_own():
             plan_topology(config, one, replace(second, gpus_on_node=gpus))
 
 
-def test_bf16_is_advised_against_on_cpus_without_it():
+def test_bf16_is_advised_against_without_bf16_matmuls():
     asked = "--train.dtype=bf16"
-    assert "no bf16 matmuls: omit --train.dtype" in plan(CPU, 1, asked).reason
+    for machine in (CPU, replace(GPUS, bf16=False)):
+        assert "no bf16 matmuls: omit --train.dtype" in plan(machine, 1, asked).reason
     for machine in (replace(CPU, bf16=True), GPUS):
         assert "bf16" not in plan(machine, 1, asked).reason
     assert "bf16" not in plan(CPU, 1).reason

@@ -238,6 +238,11 @@ def test_facts_are_those_of_the_last_layout():
     assert found["memory"].startswith("1.00 GB")
     assert found["experts"] == "MaxVio 1.00 over the last 7 steps, 1 of 2 without tokens in the last step"
     assert facts([*two, start("2 ranks"), step(10, {"forward": 1.0})])["speed"].startswith("90 tokens/s")
+    some = [
+        step(10, {"all_to_all": 0.25, "forward": 0.75}),
+        step(10, {"forward": 1.0}),
+    ]  # all-to-alls in some steps only
+    assert facts(some)["time of a step"] == "forward 75.0%, all-to-all 25.0%"
     assert facts([step(10, {"forwurd": 1.0}), step(10, {"forward": 1.0})])["memory"]  # a damaged row
 
 

@@ -18,6 +18,7 @@ from smolds_dist.launching import failure
 from smolds_dist.launching.failure import RankReport, read_cause
 from smolds_dist.launching.hang import Answer, _cause
 from smolds_dist.launching.restarts import BLAMED
+from smolds_dist.parallel.flight_recorder import Collective
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.settings import Parallel
 
@@ -68,10 +69,29 @@ def wait_for_entry(folder, ranks: int = 1) -> dict:
 
 
 REFUSE = 'from smolds_dist.errors import ConfigError; report.refuse(ConfigError("no such file.")); sys.exit(2)'
+JOIN = """
+with doing("importing", 60):
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=rank, world_size=2)
+    dist.all_reduce(torch.ones(3))
+    group = dist.new_group([0, 1])
+"""
+# As if a broken driver did not return, without Python's lock.
+BLOCK = """
+import ctypes
+torch._C._distributed_c10d._dump_fr_trace_json = lambda: ctypes.PyDLL(None).sleep(100)
+"""
 JOBS = {
     "stuck later": ["wait_for_others()", f"save({3 * TIMEOUT}); save = None; time.sleep(60)"],
     "own limit": ["wait_for_others()", 'with doing("importing", 60): time.sleep(5)'],
     "mistake": ["wait_for_others()", REFUSE],
+    # As with NCCL, whose waiting rank has no function of torch.distributed on its stack
+    "missing rank": [f"{JOIN}dist.all_reduce(torch.ones(7), async_op=True); time.sleep(60)", f"{JOIN}time.sleep(60)"],
+    "different collectives": [
+        f"{JOIN}dist.all_reduce(torch.ones(7, 2), group=group)",
+        f"{JOIN}dist.all_to_all_single(torch.ones(4), torch.ones(4), group=group)",
+    ],
 }
 
 
@@ -106,6 +126,30 @@ def test_work_with_a_limit_of_its_own_is_no_hang(jobs):
     assert ranks[1].wait(60) == 0
     assert json.loads((folder / "ranks" / "rank_00000.json").read_text())["doing"] == "training"
     assert ranks[0].wait(60) == 1  # and then nobody makes progress
+
+
+def test_hang_names_the_collective_that_a_rank_has_not_joined(jobs):
+    folder, ranks, _ = jobs["missing rank"]
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
+    cause = r"rank 1 on host \S+ was stuck for \d s while training, in .*; the others wait in all_reduce 2 of group 0 "
+    assert re.match(cause + r"\(ranks 0-1; float \[7\]\) \(stacks", read_cause(folder / "ranks"))
+    assert "forward passes, training in all_reduce 2 of" in (folder / "ranks" / "stacks.txt").read_text()
+
+
+def test_hang_names_each_ranks_collective_if_they_differ(jobs):
+    folder, ranks, _ = jobs["different collectives"]
+    assert [rank.wait(60) for rank in ranks] == [1, 1]
+    assert (
+        "while training in different collectives: rank 0 in all_reduce 1 of group 1 (ranks 0-1; float [7, 2]); "
+        "rank 1 in all_to_all 1 of group 1 (ranks 0-1; float [4])"
+    ) in read_cause(folder / "ranks")
+
+
+@pytest.mark.long
+def test_ranks_whose_recorders_block_end(tmp_path):
+    program = f"{JOIN}{BLOCK}dist.all_reduce(torch.ones(7), group=group) if rank else time.sleep(60)"
+    assert [rank.communicate(timeout=60) and rank.returncode for rank in start(tmp_path, program, program)] == [1, 1]
+    assert "all_reduce" in (tmp_path / "ranks" / "rank_00001.crash").read_text()
 
 
 def test_mistake_on_one_rank_ends_the_others_with_code_2(jobs):
@@ -234,6 +278,10 @@ def test_rank_lost_on_one_of_several_hosts_blames_none(tmp_path):
     assert not BLAMED.search(read_cause(report.folder))
 
 
+def in_collective(size: int, number: int = 3, ranks: list[int] | None = None) -> dict:
+    return {"collective": Collective("all_to_all", number, "2", ranks or [0, 1, 2, 3, 4], ["BFloat16"], [[size, 8]])}
+
+
 def answer(**changed) -> Answer:
     usual = {"passes": 5, "doing": "training", "at": "step (x.py:1)", "waits": True, "connected": True, "stacks": ""}
     return Answer(**usual | changed)
@@ -243,6 +291,11 @@ def answer(**changed) -> Answer:
     ("changes", "message"),
     [
         ({2: None}, "rank 2 on host host2 did not answer for 60 s: it hangs, or its host does"),
+        (
+            {0: in_collective(6, 3, [0, 2]), 2: None},
+            "rank 2 on host host2 did not answer for 60 s: it hangs, or its host does; the others wait in all_to_all 3 of "
+            "group 2 (ranks 0, 2; bfloat16 [6, 8])",
+        ),
         (
             {3: {"passes": 4}},
             "rank 3 on host host2 was stuck for 60 s while training, in step (x.py:1); the others wait",
@@ -260,6 +313,22 @@ def answer(**changed) -> Answer:
             "ranks 0, 1 on host host1 lost their network: no connection to the other hosts for 60 s",
         ),
         ({}, "the ranks have waited for each other for 60 s while training"),
+        (
+            {rank: in_collective(7) for rank in range(5)},
+            "the ranks have waited for each other for 60 s while training in all_to_all 3 of group 2 "
+            "(ranks 0-4; bfloat16 [7, 8])",
+        ),
+        (
+            {rank: in_collective(6 + rank // 4) for rank in range(5)},
+            "the ranks have waited for each other for 60 s while training with different sizes: ranks 0, 1, 2, 3 in "
+            "all_to_all 3 of group 2 (ranks 0-4; bfloat16 [6, 8]); rank 4 in all_to_all 3 of group 2 "
+            "(ranks 0-4; bfloat16 [7, 8])",
+        ),
+        (
+            {0: in_collective(6, 3, [0, 2]), 2: in_collective(6, 2, [0, 2]) | {"passes": 4}},
+            "rank 2 on host host2 was stuck for 60 s while training, in step (x.py:1), waiting in all_to_all 2 of group 2 "
+            "(ranks 0, 2; bfloat16 [6, 8]); the others wait in all_to_all 3 of group 2 (ranks 0, 2; bfloat16 [6, 8])",
+        ),
     ],
 )
 def test_stuck_rank_is_named_and_not_the_one_that_waits_for_it(changes, message):

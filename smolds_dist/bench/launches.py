@@ -4,17 +4,20 @@ A small model's step is often limited by its host, which starts every kernel. Th
 that CUDA takes, with the model's layers and experts but narrow weights, whose width changes no count, and counts PyTorch's
 operators by part of the model, and the calls that make the host wait for the GPU. Views and allocations start no kernel; an
 operator may start more than one (a sort does). "Compiled" replaces the operators of each region of `training.compiling` by
-the kernels and calls that Inductor plans for it; its plan for a GPU may differ in a few.
+the kernels and calls that Inductor plans for it; its plan for a GPU may differ in a few. "With CUDA graphs" counts what the
+host starts: the operators outside a micro batch's passes, and two graphs.
 """
 
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smolds_dist.architecture import LOGITS_CHUNK
 from smolds_dist.bench.common import bench_parser, parse, write_result
 from smolds_dist.config import load_config
+from smolds_dist.costs.flops import layers_of
+from smolds_dist.data.batch import Batch, MicroBatch
+from smolds_dist.errors import ConfigError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, device
 from smolds_dist.model.regions import compile_regions
 from smolds_dist.parallel.balancer import Balancer
@@ -41,12 +47,15 @@ PARTS = {
     "DeepSeekV3Attention.forward": "attention",
     "RMSNorm.forward": "norms",
     "TopKRouter.forward": "router",
-    "TopKRouter.gate": "router",  # AutoEP's
+    "TokenChoiceTopKRouter.forward": "router",  # AutoEP's
     "sort_by_expert": "dispatch",
     "_Dispatch.forward": "dispatch",
     "_Dispatch.backward": "dispatch",
     "expert_ffn": "experts",
     "GroupedExperts.forward": "experts",
+    "CpuExperts.forward": "experts",
+    "TokenReorderer.forward": "dispatch",
+    "AutoEPMoELayer.forward": "dispatch",
     "SwiGLU.forward": "experts",
     "_Combine.forward": "combine",
     "_Combine.backward": "combine",
@@ -62,6 +71,9 @@ REGIONS = {
     "deepspeed": {"DeepSeekV3Block.attend": "block", "_to_gradients": "loss"},
 }
 OUTSIDE = {"DeepSeekMoE.record"}  # of the block's region
+CAPTURED = {"LocalEngine.forward", "LocalEngine.backward"}
+MICRO_BATCH = "Stepper.accumulate"
+TORCH = str(Path(torch.__file__).parent) + os.sep
 # Start no kernel.
 FREE = {
     "detach", "alias", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view",
@@ -79,7 +91,8 @@ class Counts:
 
     operators: Counter[str] = field(default_factory=Counter)  # by part
     regions: Counter[str] = field(default_factory=Counter)  # operators by region
-    waits: Counter[str] = field(default_factory=Counter)  # by phase and name
+    captured: int = 0  # operators that CUDA graphs contain
+    waits: Counter[str] = field(default_factory=Counter)  # "PHASE: OPERATION in CALLER"
 
 
 class Recorder:
@@ -99,8 +112,9 @@ class Recorder:
 
     def function(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         name = getattr(function, "__name__", "")
+        place = self.place()
         if name in WAITS or (name == "to" and "cpu" in (*args[1:], *kwargs.values())):
-            self.counts.waits[f"{name} in the {self.place()[2]}"] += 1
+            self.counts.waits[f"{'micro batch' if place.in_micro_batch else 'step'}: {name} in {place.caller}"] += 1
         fused = name == "rms_norm"  # composite on the CPU
         self._inside += fused
         try:
@@ -108,45 +122,62 @@ class Recorder:
         finally:
             self._inside -= fused
         if fused:
-            self.add(*self.place()[:2])
+            self.add(place)
         for one in result if isinstance(result, tuple | list) else (result,):
             if isinstance(one, Tensor) and one.grad_fn is not None:
-                mark(one.grad_fn, (*self.place()[:2], id(one.grad_fn) if fused else 0))
+                mark(one.grad_fn, (place, id(one.grad_fn) if fused else 0))
         return result
 
     def operator(self, function: Any) -> None:
         if self._inside or function.is_view or function._schema.name.partition("::")[2] in FREE:
             return
-        part, region, _ = self.place()
+        place = self.place()
         node = torch._C._current_autograd_node()
         metadata: Any = node.metadata if node is not None else {}
-        if "part" in metadata:
-            of_node, region, once = metadata["part"]
-            part = of_node if part == "bookkeeping" else part
+        if "place" in metadata:
+            origin, once = metadata["place"]
+            part = origin.part if place.part == "bookkeeping" else place.part
+            place = place._replace(part=part, region=origin.region)
             if once in self._once:
                 return
             if once:
                 self._once.add(once)
-        self.add(part, region)
+        self.add(place)
 
-    def add(self, part: str, region: str) -> None:
-        self.counts.operators[part] += 1
-        if region:
-            self.counts.regions[region] += 1
+    def add(self, place: "Place") -> None:
+        self.counts.operators[place.part] += 1
+        self.counts.captured += place.captured
+        if place.region:
+            self.counts.regions[place.region] += 1
 
-    def place(self) -> tuple[str, str, str]:
-        """Return part, region and phase of the caller, from the stack."""
-        part = region = phase = ""
-        outside = False
-        frame: FrameType | None = sys._getframe(1)
+    def place(self) -> "Place":
+        """Return the place of the caller, from the stack."""
+        names: list[str] = []
+        caller = ""
+        frame: FrameType | None = sys._getframe(3)  # below the mode
         while frame is not None:
-            name = frame.f_code.co_qualname
-            part = part or PARTS.get(name, "")
-            outside = outside or name in OUTSIDE
-            region = self._regions.get(name, region)
-            phase = phase or {"Stepper.accumulate": "micro batch", "Stepper.train_step": "step"}.get(name, "")
+            names.append(frame.f_code.co_qualname)
+            caller = caller or ("" if frame.f_code.co_filename.startswith(TORCH) else names[-1])
             frame = frame.f_back
-        return part or "bookkeeping", "" if outside else region, phase
+        part = next((PARTS[name] for name in names if name in PARTS), "bookkeeping")
+        region = next((self._regions[name] for name in reversed(names) if name in self._regions), "")
+        return Place(
+            part,
+            region if OUTSIDE.isdisjoint(names) else "",
+            not CAPTURED.isdisjoint(names),
+            MICRO_BATCH in names,
+            caller,
+        )
+
+
+class Place(NamedTuple):
+    """Where an operator comes from."""
+
+    part: str
+    region: str  # that is compiled, "" outside of these
+    captured: bool  # by CUDA graphs
+    in_micro_batch: bool
+    caller: str  # the innermost function outside PyTorch
 
 
 class _Functions(TorchFunctionMode):
@@ -168,13 +199,13 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def mark(node: Any, part: tuple[str, str, int]) -> None:
+def mark(node: Any, origin: tuple[Place, int]) -> None:
     """Mark the backward nodes that a function has just made; those before them have a mark."""
     waiting = [node]
     while waiting:
         one = waiting.pop()
-        if one is not None and "part" not in one.metadata:
-            one.metadata["part"] = part
+        if one is not None and "place" not in one.metadata:
+            one.metadata["place"] = origin
             waiting += [before for before, _ in one.next_functions]
 
 
@@ -184,8 +215,8 @@ class SameBatch:
 
     ids: Tensor
 
-    def take(self, *_args: Any) -> tuple[Tensor, int]:
-        return self.ids, 0
+    def take(self, *_args: Any) -> Batch:
+        return Batch([MicroBatch(self.ids, self.ids)], None, 0)
 
     def prefetch_next(self) -> None:
         pass
@@ -256,17 +287,25 @@ def planned_kernels(stepper: Stepper, tokens: tuple[int, int]) -> dict[str, tupl
     def backend(graph: Any, inputs: Any) -> Any:
         return compile_fx(graph, inputs, inner_compile=plan)
 
-    engine = stepper.engine
+    engine, recompute = stepper.engine, stepper.train.activation_checkpointing
+    if recompute not in ("none", "full"):
+        raise ConfigError(f"--train.activation_checkpointing {recompute} is not counted; use none or full.")
     model: Any = engine.model.config
     with device.as_family("cuda"):
-        call_blocks(engine, tokens, model, backend, full=stepper.topology.engine == "local")
-        block = sum(plans)
+        call_blocks(engine, tokens, model, backend, stepper.topology.engine == "local", documents=False)
+        # Forward and backward pass of each kind of block, dense ones first; `full` recomputes the forward pass.
+        blocks = [
+            forward + backward + (forward if recompute == "full" else 0)
+            for forward, backward in zip(plans[::2], plans[1::2], strict=True)
+        ]
         plans.clear()
         compile_regions(backend, dynamic=False)
         call_regions(model, stepper.topology, engine.device, tokens)
         undo_compile(engine.model)
     chunks = math.ceil(tokens[0] * (tokens[1] - 1) / LOGITS_CHUNK["cuda"])
-    return {"block": (model.num_hidden_layers, block), "loss": (chunks, max(plans))}
+    dense, mixtures = layers_of(model) if len(blocks) > 1 else (0, model.num_hidden_layers)
+    found = {"block": (mixtures, blocks[-1]), "loss": (chunks, max(plans))}
+    return found | ({"dense block": (dense, blocks[0])} if dense else {})
 
 
 def bench_launches(args: list[str]) -> None:
@@ -286,12 +325,17 @@ def bench_launches(args: list[str]) -> None:
 def summarize(counts: Counts, planned: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Return the operators by part, uncompiled and compiled, and the waits."""
     uncompiled = {part: counts.operators[part] for part in ALL_PARTS}
-    outside = sum(uncompiled.values()) - sum(counts.regions.values())
-    compiled = outside + sum(calls * kernels for calls, kernels in planned.values())
+    total = sum(uncompiled.values())
+    outside = total - sum(counts.regions.values())
     return {
-        "uncompiled": uncompiled, "uncompiled_total": sum(uncompiled.values()), "outside_regions": outside,
-        "regions": planned, "compiled_total": compiled, "waits": dict(counts.waits),
-    }  # fmt: skip
+        "uncompiled": uncompiled,
+        "uncompiled_total": total,
+        "regions": planned,
+        "outside_regions": outside,
+        "compiled_total": outside + sum(calls * kernels for calls, kernels in planned.values()),
+        "with_graphs": total - counts.captured + 2 if counts.captured else None,
+        "waits": dict(counts.waits),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -305,5 +349,6 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{f'{name}: {calls} x {kernels}':24}{calls * kernels:>10,}")
     lines.append(f"{'outside of these':24}{result['outside_regions']:>10,}")
     lines += [f"{'total, compiled':24}{result['compiled_total']:>10,}", ""]
-    waits = (f"{where} {count}" for where, count in result["waits"].items())
-    return "\n".join([*lines, f"the host waits: {', '.join(waits) or 'never'}"])
+    lines += [f"{'with CUDA graphs':24}{result['with_graphs']:>10,}", ""] if result["with_graphs"] else []
+    lines.append("the host waits for the GPU")
+    return "\n".join([*lines, *(f"{count:>6} x {where}" for where, count in sorted(result["waits"].items()))])

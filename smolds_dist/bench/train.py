@@ -28,7 +28,7 @@ from smolds_dist.bench.contenders import CONTENDERS, Task
 from smolds_dist.config import load_config
 from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError
-from smolds_dist.parallel.topology import available_cores
+from smolds_dist.parallel.rank_environment import threads_per_rank
 
 # Not batched_mm, which gathers a weight for every row: 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -276,7 +276,7 @@ def run_trial(
     environment = dict(os.environ)
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-        environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // ranks))
+        environment["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
     # In the checkout: -m imports from the working directory first.
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, **pipes, text=True, env=environment, cwd=checkout)

@@ -34,7 +34,7 @@ class Layout:
     offload: bool = False  # optimizer state in host memory
     copies: bool = False  # checkpoint data is copied to host memory and written in the background
     bucket: int | None = None  # elements per DeepSpeed gradient bucket; None: "auto"
-    gradient_bytes: int = 0  # per element in reductions; 0: as the weights
+    gradient_bytes: int = 0  # per element in reductions; 0: as the weights, or fp32 at ZeRO 0
     tensor: int = 1
     pipeline: int = 1
     interleave: int = 1  # virtual pipeline stages per rank
@@ -76,6 +76,12 @@ def load_stretch(max_vio: float, num_experts: int, expert: int) -> float:
     """
     own = num_experts // expert
     return max_vio * math.sqrt((num_experts - own) / (own * (num_experts - 1))) if num_experts > 1 else 0.0
+
+
+def most_received(top_k: int, num_experts: int, expert: int) -> float:
+    """Return the most rows that a rank's experts can get, over the mean: every token selects them with as many of its K
+    slots as they have experts."""
+    return expert * min(1.0, num_experts // expert / top_k)
 
 
 def layout_of(config: Any, topology: Any) -> Layout:

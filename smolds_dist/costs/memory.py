@@ -157,6 +157,8 @@ def gpu_gradient_bytes(model: Any, layout: Layout, activations: float) -> tuple[
     one rank, both engines, ZeRO 0 to 3, fp32 and bf16, models of 120 and 330 million parameters.
     """
     kept = summed = whole = 0.0  # fp32 that outlives a step; other fp32; in the backward pass's dtype
+    # Without ZeRO, DeepSpeed copies bf16 weights' fp32 gradients to reduce them, after the backward pass (not measured).
+    late = layout.engine == "deepspeed" and not layout.zero and layout.element_bytes == 2
     for parameters, replicas, _ in rank_parameters(model, layout):
         fp32 = parameters * 4 / (replicas if layout.zero else 1)
         if layout.zero == 3 or (layout.zero == 1 and layout.element_bytes == 2) or layout.accumulation > 1:
@@ -164,12 +166,10 @@ def gpu_gradient_bytes(model: Any, layout: Layout, activations: float) -> tuple[
         else:
             summed += fp32
         if keeps_full_gradients(layout):
-            whole += parameters * layout.element_bytes
-    # Without ZeRO, DeepSpeed casts bf16 gradients to fp32 at the start of the optimizer step.
-    late = layout.engine == "deepspeed" and not layout.zero and layout.element_bytes == 2
+            whole += parameters * (4 if late else layout.element_bytes)
     if layout.captured:
         return kept + summed + whole, 0.0  # nothing reuses the activations' memory
-    in_backward = whole if late else whole + summed
+    in_backward = summed if late else whole + summed
     in_backward -= REUSED * min(activations, in_backward)
     coming = max(in_backward, whole + summed - activations - gpu_bucket_bytes(layout))
     return kept + coming, coming

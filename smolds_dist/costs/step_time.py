@@ -156,10 +156,10 @@ def gradient_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
 
     Over n ranks, reduce-scatter and all-gather each move (n - 1) / n of the bytes, all-reduce twice that; latencies add up
     along a tree of depth log2(n), as in NCCL's double binary trees. Dense weights are reduced over all replicas, an expert's
-    over its own. ZeRO 2 and 3 reduce in every pass; ZeRO 3 also gathers weights before the forward and the backward pass,
-    and again for recomputation.
+    over its own, at ZeRO 0 in fp32. ZeRO 2 and 3 reduce in every pass; ZeRO 3 also gathers weights before the forward and
+    the backward pass, and again for recomputation.
     """
-    width = layout.gradient_bytes or layout.element_bytes
+    width = layout.gradient_bytes or (layout.element_bytes if layout.zero else 4)
     total, passes = 0.0, layout.accumulation
     parts = zip(rank_parameters(model, layout), regathered_weights(model, layout), strict=True)
     for (parameters, replicas, near), again in parts:
@@ -195,8 +195,8 @@ def egress_link(near: int, ranks: int, machine: Hardware) -> tuple[float, float]
 
 
 def optimizer_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
-    """Return the time of the update: AdamW's traffic for this rank's shard over memory bandwidth; with Muon also its fp32
-    matmuls, divided among the ranks that hold the same weights or parts of them.
+    """Return the time of the update: AdamW's traffic for this rank's shard over memory bandwidth; with Muon also its
+    matmuls in the run's dtype, divided among the ranks that hold the same weights or parts of them.
 
     Read: gradient, weight, two moments; written: weight and moments; all fp32, plus a bf16 copy of bf16 weights. An
     offloaded optimizer receives gradients over the host's link, sends weights back, and runs at `HOST_BANDWIDTH`.
@@ -206,7 +206,8 @@ def optimizer_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     products = 0.0
     if layout.optimizer == "muon":
         parts = zip(orthogonalization_flops(model), rank_parameters(model, layout), (1, layout.expert), strict=True)
-        products = sum(flops / apart / replicas for flops, (_, replicas, _), apart in parts) / machine.flops("fp32")
+        flops = sum(flops / apart / replicas for flops, (_, replicas, _), apart in parts)
+        products = flops / machine.flops("fp32" if layout.dtype == "fp32" else "bf16")
     if layout.offload:
         return products + kept * (2 * layout.element_bytes / machine.host_link + width / HOST_BANDWIDTH)
     return products + kept * width / machine.bandwidth

@@ -23,6 +23,24 @@ from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import Data
 
+
+class MicroBatch(NamedTuple):
+    """Arguments of `Engine.forward`."""
+
+    ids: Tensor  # token ids [B, S]
+    labels: Tensor  # [B, S]
+    positions: Tensor | None = None  # [B, S], if documents are masked from each other and there are several
+    bounds: Tensor | None = None  # of these documents
+
+
+class Batch(NamedTuple):
+    """A rank's samples of a global batch."""
+
+    micro_batches: list[MicroBatch]
+    num_labels: int | None  # tokens predicted in them, if documents are masked from each other
+    digest: int
+
+
 LARGEST_EXACT = 2**20
 SKETCH_BITS = 14  # 2^14 registers
 

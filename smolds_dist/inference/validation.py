@@ -68,7 +68,7 @@ def evaluate_source(
             labels = labels.masked_fill(separated < 0, -100)
         for layer in layers:
             layer.tokens_per_expert.zero_()
-        loss = engine.model(**model_inputs(engine.device, ids, labels, positions, None)).loss
+        loss = engine.model(**model_inputs(engine.device, ids, labels, positions)).loss
         num_labels = (labels[:, 1:] >= 0).sum()
         total += torch.stack((loss.cpu() * num_labels, num_labels))
         if start + at_once <= num_sequences or not counts_LE.any():  # the last batch may be padded

@@ -99,7 +99,7 @@ def _probe_torch() -> dict[str, Any]:
         try:
             gpu["free"], gpu["total"] = torch.cuda.mem_get_info(index)
             with torch.cuda.device(index):
-                gpu["bf16"] = torch.cuda.is_bf16_supported()
+                gpu["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
             assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8
         except Exception as error:
             gpu["error"] = (str(error).splitlines() or [type(error).__name__])[0]

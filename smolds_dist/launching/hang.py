@@ -1,10 +1,11 @@
-"""Report hung ranks: all stacks in one file, and which rank is stuck.
+"""Report hung ranks: all stacks in one file, which rank is stuck, and the collective in which each rank waits.
 
 The first rank to time out creates a marker file; every rank that still can then writes what it does, in JSON. A rank that
 does not is most likely the cause; else one that fell behind, or that works while the others wait in a collective.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from smolds_dist.activity import ACTIVITY
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
 from smolds_dist.inputs import convert, read_json
+from smolds_dist.parallel.flight_recorder import Collective, pending_collective
 from smolds_dist.parallel.ranks import can_connect, process_state, system_name
 
 HANG_MARKER = "hanging"
@@ -41,6 +43,7 @@ class Answer:
     waits: bool  # True if the main thread waits for other ranks
     connected: bool  # True if the ranks' store can be reached
     stacks: str
+    collective: Collective | None = None  # which other ranks have not joined or not ended
 
 
 def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]], idle: float) -> str:
@@ -50,9 +53,9 @@ def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]]
         entries: of all ranks that should be running.
         idle: seconds since any rank made progress.
     """
-    mine = _own_answer()
+    mine = _own_answer(_pending(folder / f"rank_{own['rank']:05}.crash"))
     with contextlib.suppress(OSError):  # of a full disk
-        replace_text(_path(folder, own), json.dumps(mine.__dict__))
+        replace_text(_path(folder, own), json.dumps(asdict(mine)))
     deadline = time.monotonic() + ANSWER_SECONDS
     while (
         len(answers := _answers(folder, entries) | {own["rank"]: mine}) < len(entries) and time.monotonic() < deadline
@@ -60,12 +63,12 @@ def report_hang(folder: Path, own: dict[str, Any], entries: list[dict[str, Any]]
         time.sleep(0.1)
     texts = []
     for entry in entries:
-        where, answer = f"rank {entry['rank']} on host {entry['host']}", answers.get(entry["rank"])
-        texts.append(
-            f"{where}: {answer.passes} forward passes, {answer.doing}\n{answer.stacks}"
-            if answer
-            else f"{where}: no answer\n"
-        )
+        where, rank = f"rank {entry['rank']} on host {entry['host']}", entry["rank"]
+        if answer := answers.get(rank):
+            doing = f"{answer.passes} forward passes, {answer.doing}{_in_collectives({rank: answer})}"
+            texts.append(f"{where}: {doing}\n{answer.stacks}")
+        else:
+            texts.append(f"{where}: no answer\n")
     with contextlib.suppress(OSError):
         replace_text(folder / STACKS, "\n".join(texts))
     return f"{_cause(entries, answers, idle)} (stacks of all ranks: {folder / STACKS})"
@@ -76,7 +79,8 @@ def _cause(entries: list[dict[str, Any]], answers: dict[int, Answer], idle: floa
     if unresponsive:
         stopped = [e for e in unresponsive if e["system"] == system_name() and process_state(e["pid"]) == "T"]
         why = "it was stopped by a signal" if stopped else "it hangs, or its host does"
-        return f"{format_entries(unresponsive)} did not answer for {idle:.0f} s: {why}"
+        waiting = f"; the others wait{where}" if (where := _in_collectives(answers)) else ""
+        return f"{format_entries(unresponsive)} did not answer for {idle:.0f} s: {why}{waiting}"
     home = entries[0]["host"]  # of rank 0, which has the store
     others = {entry["host"] for entry in entries} - {home}
     lost = {entry["host"] for entry in entries if not answers[entry["rank"]].connected} - {home}
@@ -91,8 +95,31 @@ def _cause(entries: list[dict[str, Any]], answers: dict[int, Answer], idle: floa
     for stuck in (behind, busy):
         if 0 < len(stuck) < len(entries):
             first = answers[stuck[0]["rank"]]
-            return f"{format_entries(stuck)} was stuck for {idle:.0f} s while {first.doing}, in {first.at}; the others wait"
-    return f"the ranks have waited for each other for {idle:.0f} s while {answers[entries[0]['rank']].doing}"
+            own = f", waiting{_in_collectives({stuck[0]['rank']: first})}" if first.collective else ""
+            rest = {entry["rank"]: answers[entry["rank"]] for entry in entries if entry not in stuck}
+            return (
+                f"{format_entries(stuck)} was stuck for {idle:.0f} s while {first.doing}, in {first.at}{own}; "
+                f"the others wait{_in_collectives(rest)}"
+            )
+    doing = answers[entries[0]["rank"]].doing
+    return f"the ranks have waited for each other for {idle:.0f} s while {doing}{_in_collectives(answers)}"
+
+
+def _in_collectives(answers: dict[int, Answer]) -> str:
+    """Return the collectives in which ranks wait, as the end of a message; "" if unknown."""
+    waiting = {rank: answer.collective for rank, answer in sorted(answers.items()) if answer.collective}
+    ranks: dict[str, list[str]] = {}
+    for rank, collective in waiting.items():
+        ranks.setdefault(str(collective), []).append(str(rank))
+    if len(ranks) < 2:
+        return "".join(f" in {text}" for text in ranks)
+    same = len({(one.name, one.number, one.group) for one in waiting.values()}) == 1
+    shown = [
+        f"rank{'s' * (len(some) > 1)} {', '.join(some[:8])}{', ...' * (len(some) > 8)} in {text}"
+        for text, some in list(ranks.items())[:4]
+    ]
+    how = "with different sizes" if same else "in different collectives"
+    return f" {how}: {'; '.join(shown)}{'; ...' * (len(ranks) > 4)}"
 
 
 def kill_unresponsive(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -104,7 +131,19 @@ def kill_unresponsive(folder: Path, entries: list[dict[str, Any]]) -> None:
                 os.kill(entry["pid"], signal.SIGKILL)
 
 
-def _own_answer() -> Answer:
+def _pending(crash: Path) -> Collective | None:
+    """Return this rank's pending collective. If a broken driver blocks the question, the process ends, because it would
+    hang indefinitely; `crash` then has its stacks."""
+    with contextlib.suppress(Exception), crash.open("a") as file:  # the report must not depend on torch's internals
+        faulthandler.dump_traceback_later(ANSWER_SECONDS, exit=True, file=file)
+        try:
+            return pending_collective()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    return None
+
+
+def _own_answer(collective: Collective | None) -> Answer:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()
     main = traceback.extract_stack(frames[threading.main_thread().ident or 0])
@@ -118,9 +157,11 @@ def _own_answer() -> Answer:
         passes=ACTIVITY.passes,
         doing=str(ACTIVITY),
         at=f"{ours[-1].name} ({Path(ours[-1].filename).name}:{ours[-1].lineno})",
-        waits=any(WAITING.search(frame.filename) for frame in list(main)[main.index(ours[-1]) :]),
+        waits=collective is not None
+        or any(WAITING.search(frame.filename) for frame in list(main)[main.index(ours[-1]) :]),
         connected=can_connect(os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))),
         stacks="\n".join(stacks),
+        collective=collective,
     )
 
 

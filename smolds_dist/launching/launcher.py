@@ -35,6 +35,7 @@ from smolds_dist.launching.plan import Plan, is_valid
 from smolds_dist.launching.restarts import Failure, faulty_hosts, resume_options, run_with_restarts
 from smolds_dist.launching.signals import EXIT_CODES
 from smolds_dist.launching.ssh import run_on_hosts
+from smolds_dist.parallel.rank_environment import threads_per_rank
 from smolds_dist.parallel.ranks import RankInfo, detect_launcher
 from smolds_dist.parallel.topology import Machine, available_cores, detect_machine, plan_topology
 from smolds_dist.settings import RunConfig
@@ -161,7 +162,7 @@ class Job:
         environment = {**os.environ, **self.variables}
         if plan.launcher in ("torchrun", "deepspeed") and plan.nodes == 1:
             # torchrun's default is one thread per rank.
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // plan.procs)))
+            environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(plan.procs)))
         return environment
 
     def _largest(self, answering: list[str]) -> Plan | None:
@@ -308,8 +309,6 @@ def rank_command(plan: Plan, train_args: list[str], on_cpu: bool, first: list[st
             train_args = [f"{ENCODED}{base64.urlsafe_b64encode(json.dumps(train_args).encode()).decode()}"]
     else:
         start += ["--num_gpus", procs]
-        if shutil.which("numactl"):
-            start += ["--bind_cores_to_rank"]  # without numactl, the ranks divide the cores themselves
     return [sys.executable, *start, "--module", "smolds_dist", "train", *first, *train_args]
 
 

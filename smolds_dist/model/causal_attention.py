@@ -29,9 +29,12 @@ class Documents:
 
     Args:
         position_ids: [B, S], starting from 0 in each document.
+        bounds: as `bounds` below, if the caller knows them.
     """
 
-    def __init__(self, position_ids: Tensor):
+    def __init__(self, position_ids: Tensor, bounds: Tensor | None = None):
+        if bounds is not None:
+            self.bounds = bounds
         places_S = torch.arange(position_ids.shape[1], device=position_ids.device)
         self.first_BS = places_S - position_ids  # start of each token's document
         self._blocks: dict[torch.dtype, list[tuple[slice, slice, Tensor]]] = {}
@@ -39,7 +42,7 @@ class Documents:
     @cached_property
     def bounds(self) -> Tensor:
         """Start of each document among all B x S tokens, and the end (int32), as variable-length kernels take it.
-        Synchronizes with the host, once for all layers."""
+        Unless given, they synchronize with the host, once for all layers."""
         first = torch.arange(self.first_BS.shape[1], device=self.first_BS.device) == self.first_BS
         return F.pad(first.flatten().nonzero().flatten(), (0, 1), value=first.numel()).to(torch.int32)
 

@@ -165,10 +165,15 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """Return hidden states [B, S, H], and the outputs that transformers' `output_hidden_states`, `output_attentions`
-        and `output_router_logits` select."""
+        and `output_router_logits` select.
+
+        `cu_seq_lens_q`, as transformers' collators make it for packed documents, has the start of each document of
+        `position_ids` among all B x S tokens, and the end (int32). Without it, they are looked up: a GPU and the host wait.
+        """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -183,7 +188,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
                 f"attn_implementation={config._attn_implementation!r} has no attention weights; use 'eager'."
             )
         if position_ids is not None and attention_mask is None and cache is None and not attentions:
-            documents = self._documents(x_BSH, position_ids)
+            documents = self._documents(x_BSH, position_ids, cu_seq_lens_q)
         if documents is None:
             mask = create_causal_mask(config, x_BSH, attention_mask, cache, position_ids)
         if position_ids is None:
@@ -197,11 +202,13 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
             x_BSH = block(x_BSH, **inputs)
         return MoeModelOutputWithPast(self.norm(x_BSH), cache)
 
-    def _documents(self, x_BSH: Tensor, position_ids: Tensor) -> Documents | None:
+    def _documents(self, x_BSH: Tensor, position_ids: Tensor, bounds: Tensor | None) -> Documents | None:
         """Return the documents, whose positions each start at 0, or None if there is one or no fast path."""
         fast = supports_documents(x_BSH, self.config.widest_head) and not device.is_traced()
         if not fast or self.config._attn_implementation != "sdpa" or position_ids.shape != x_BSH.shape[:2]:
             return None
+        if bounds is not None:
+            return Documents(position_ids, bounds)
         begins = position_ids[:, 1:] == 0
         whole = (position_ids[:, 0] == 0).all() and (begins | (position_ids.diff() == 1)).all()
         return Documents(position_ids) if whole and begins.any() else None

@@ -50,7 +50,8 @@ def facts(rows: list[dict]) -> dict[str, str]:
         speed, share = (median(row[name] for row in steps) for name in ("tokens_per_s", "mfu"))
         found["speed"] = f"{speed:,.0f} tokens/s, MFU {share:.1%}"
     if measured:
-        phases = {name: median(row["seconds"].get(name, 0.0) for row in measured) for name in measured[-1]["seconds"]}
+        timed = [row["seconds"] for row in measured if "all_to_all" in row["seconds"]] or [measured[-1]["seconds"]]
+        phases = {name: median(seconds.get(name, 0.0) for seconds in timed) for name in timed[-1]}
         shares_by_phase = {name.replace("_", "-"): seconds / sum(phases.values()) for name, seconds in phases.items()}
         largest_first = sorted(shares_by_phase.items(), key=lambda item: -item[1])
         found["time of a step"] = ", ".join(f"{name} {share:.1%}" for name, share in largest_first if share)

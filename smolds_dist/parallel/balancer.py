@@ -47,28 +47,35 @@ class Balancer:
         yield
         self._counts += self._of_pass
 
+    def take(self) -> Tensor:
+        """Return and reset the step's routed tokens per expert over all ranks, [L, E] on the device. Collective."""
+        counts_LE, self._counts = self._counts, torch.zeros_like(self._counts)
+        if dist.is_initialized():
+            dist.all_reduce(counts_LE)
+        return counts_LE
+
     @torch.no_grad()
-    def step(self, applied: bool = True, rate_scale: float = 1.0) -> Tensor:
-        """End the optimizer step: b += rate * sign(mean load - load), then center b on zero (algorithm 1).
+    def step(self, applied: bool = True, rate_scale: float = 1.0, counts_LE: Tensor | None = None) -> Tensor:
+        """End the optimizer step: b += rate * sign(mean load - load), then center b on zero (algorithm 1). Does not wait for
+        the device.
 
         Args:
             applied: False for a skipped optimizer update, which leaves the biases unchanged too.
             rate_scale: factor of the rate in this step.
+            counts_LE: the step's routed tokens; default: those of `take`.
 
         Returns:
-            The step's routed tokens per expert over all ranks, [L, E] on the CPU.
+            `counts_LE`.
         """
-        if dist.is_initialized():
-            dist.all_reduce(self._counts)
+        if counts_LE is None:
+            counts_LE = self.take()
         if self.rate and applied:
-            direction = torch.sign(self._counts.mean(-1, keepdim=True) - self._counts)
-            for bias, towards in zip(self.biases, direction, strict=True):
-                bias += self.rate * rate_scale * towards.to(bias.dtype)
-                # Only differences between biases affect routing; centered, they cannot drift and lose precision.
-                bias -= bias.mean()
-        counts = self._counts.cpu()
-        self._counts = torch.zeros_like(self._counts)
-        return counts
+            bias_LE = torch.stack(self.biases)
+            bias_LE += self.rate * rate_scale * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE)
+            # Only differences between biases affect routing; centered, they cannot drift and lose precision.
+            bias_LE -= bias_LE.mean(-1, keepdim=True)
+            torch._foreach_copy_(self.biases, list(bias_LE.unbind()))
+        return counts_LE
 
     def named_biases(self) -> dict[str, Tensor]:
         """Return the selection biases [E] as live tensors, under the single-process model's names."""

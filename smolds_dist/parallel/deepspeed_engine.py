@@ -1,7 +1,7 @@
 """The engine for several ranks: DeepSpeed's ZeRO and AutoEP."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.cpu_experts import patch_cpu_experts
 from smolds_dist.parallel.engine import (
+    NOTHING,
+    Factors,
     Fill,
     KindsOf,
     Update,
-    allocate_state,
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
+    read_together,
     same_shape,
     scale_rows,
     squares_by_part,
@@ -42,7 +44,7 @@ from smolds_dist.parallel.fragments import (
     tensor_shapes,
 )
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_on_replicas
-from smolds_dist.parallel.optim import make_optimizer, parameter_groups
+from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, Train
 
@@ -116,7 +118,6 @@ class DeepSpeedEngine:
         # By id of an optimizer tensor: fragments of it and the factors to scale their rows by
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
         self._masters: dict[int, Tensor] = {}  # fp32 copies by id of the parameter (ZeRO 0)
-        self._sums: dict[nn.Parameter, Tensor] = {}  # of gradients, until the last micro batch
         self._clock = CommunicationClock("all_to_all_single")
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
@@ -142,7 +143,7 @@ class DeepSpeedEngine:
         known = {id(parameter) for parameter in parameters}
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
-        built = make_optimizer([group for group in groups if group["params"]], train)
+        built = make_optimizer([group for group in groups if group["params"]], train, self.topology.dtype)
         before_step = self._clip_without_zero if self.topology.zero == 0 else self._add_squares
         built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
         built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
@@ -160,25 +161,13 @@ class DeepSpeedEngine:
             self.engine.basic_optimizer.state.clear()
             groups = zip(self.engine.optimizer.fp16_groups, self.engine.optimizer.fp32_groups, strict=True)
             self._masters = {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
-            for parameter in self.model.parameters() if self.topology.accumulation > 1 else ():
-                parameter.register_post_accumulate_grad_hook(self._accumulate_in_fp32)
+            for parameter in self.model.parameters():
+                # DeepSpeed 0.19 without ZeRO rejects `grad_accum_dtype` fp32, but takes gradients of any dtype.
+                parameter.grad_dtype = torch.float32
         keep_routers_in_fp32(self.model)
         if fill is not None:  # the optimizer's tensors were copied from rounded weights
             for fragment in self.fragments():
                 fill(fragment.only("value"))
-
-    def _accumulate_in_fp32(self, parameter: nn.Parameter) -> None:
-        """Accumulate the micro batches' gradients in fp32, and round once, for the last one's reduction.
-
-        DeepSpeed 0.19 without ZeRO accumulates in bf16. Remove when it supports `grad_accum_dtype` fp32 there.
-        """
-        assert parameter.grad is not None
-        total = self._sums.pop(parameter, 0.0) + parameter.grad.float()
-        parameter.grad = None
-        if self.engine.is_gradient_accumulation_boundary():
-            parameter.grad = total.to(parameter.dtype)
-        else:
-            self._sums[parameter] = total
 
     def _replica_ranks(self, of_experts: bool) -> range:
         """Return the ranks that hold the same experts as this one, or the same other weights."""
@@ -231,30 +220,44 @@ class DeepSpeedEngine:
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
+        num_labels: Tensor | None = None,
     ) -> Tensor:
-        return self.engine(**model_inputs(self.device, ids, labels, positions, num_labels)).loss
+        return self.engine(**model_inputs(self.device, ids, labels, positions, bounds, num_labels)).loss
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * nan_unless_finite(loss))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only increments DeepSpeed's count of micro batches
 
-    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
+    def step(
+        self,
+        lr: float,
+        by_part: bool = False,
+        results: Mapping[str, Tensor] = NOTHING,
+        factors: Factors | None = None,
+    ) -> Update:
+        read = dict(zip(results, read_together(list(results.values())), strict=True))
         self._factors.clear()
-        if factors:
+        if rows := factors(read) if factors else {}:
             flats = self._flats()
             for fragment in self.fragments():
-                if fragment.name in factors:
+                if fragment.name in rows:
                     index, _ = offset_in(flats, fragment.tensors["value"])
-                    self._factors.setdefault(id(flats[index]), []).append((fragment, factors[fragment.name]))
+                    self._factors.setdefault(id(flats[index]), []).append((fragment, rows[fragment.name]))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self._norm = float("nan")
         self._squares = {} if by_part else None
         self.engine.step()
         norm = self._norm if self.topology.zero == 0 else float(self.engine.get_global_grad_norm())
-        return Update(norm, self._applied and self.engine.was_step_applied(), self._squares or {})
+        squares = self._squares or {}
+        squares = dict(zip(squares, read_together(list(squares.values())), strict=True))
+        return Update(norm, self._applied and self.engine.was_step_applied(), squares, read)
 
     def time_all_to_all(self, on: bool) -> None:
         self._clock.run(on)

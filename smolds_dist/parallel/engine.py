@@ -4,7 +4,8 @@ A step is `forward` and `backward` for each of `topology.accumulation` micro bat
 same losses. Training state is read and written as `Fragment`s, independent of engine and layout.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,12 @@ from smolds_dist.parallel.fragments import Fragment
 
 KindsOf = Callable[[str], Iterable[str]]
 Fill = Callable[[Fragment], None]  # writes the values of every kind of a fragment
+Factors = Callable[
+    [dict[str, Tensor]], dict[str, Tensor]
+]  # from `Update.read` to row factors by name of a logical tensor
+
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Update(NamedTuple):
@@ -22,17 +29,34 @@ class Update(NamedTuple):
     grad_norm: float  # before clipping
     applied: bool  # False on all ranks if any rank's loss or gradient is not finite
     squares: dict[str, Tensor]
-    """This rank's squared gradient norm by the parameter groups' `part`, up to a common factor; sum it over ranks."""
+    """This rank's squared gradient norm by the parameter groups' `part`, up to a common factor, on the host; sum it over
+    ranks."""
+    read: dict[str, Tensor]
+    """The step's other results on the host, in fp32."""
 
 
 def model_inputs(
-    device: torch.device, ids: Tensor, labels: Tensor, positions: Tensor | None, num_labels: Tensor | None
+    device: torch.device,
+    ids: Tensor,
+    labels: Tensor,
+    positions: Tensor | None = None,
+    bounds: Tensor | None = None,
+    num_labels: Tensor | None = None,
 ) -> dict[str, Any]:
     """Convert `Engine.forward`'s arguments to the model's."""
-    given = {"input_ids": ids, "labels": labels, "position_ids": positions, "num_items_in_batch": num_labels}
-    pinned = device.type == "cuda"  # copied asynchronously
-    inputs = {name: value.to(device, non_blocking=pinned) for name, value in given.items() if value is not None}
+    given = {"input_ids": ids, "labels": labels, "position_ids": positions, "cu_seq_lens_q": bounds}
+    given["num_items_in_batch"] = num_labels
+    inputs = {name: to_device(value, device) for name, value in given.items() if value is not None}
     return {**inputs, "use_cache": False}
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy to CUDA through pinned memory, from which alone a copy does not wait for the device."""
+    if device.type != "cuda":
+        return value.to(device)
+    if value.device.type == "cpu" and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 class Engine(Protocol):
@@ -42,24 +66,39 @@ class Engine(Protocol):
     device: torch.device
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
+        num_labels: Tensor | None = None,
     ) -> Tensor:
         """Compute the mean loss (fp32 scalar) of ids [B, S] on this rank's device, with its graph.
 
         Args:
             positions: position ids [B, S]; default: the positions in the sequence.
+            bounds: of the documents that `positions` separates (`model.causal_attention.Documents.bounds`); default: the
+                model looks them up.
             num_labels: divisor of the summed losses; default: the number of labels in this batch.
         """
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` / accumulation to the step's."""
 
-    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
+    def step(
+        self,
+        lr: float,
+        by_part: bool = False,
+        results: Mapping[str, Tensor] = NOTHING,
+        factors: Factors | None = None,
+    ) -> Update:
         """Average the gradients over ranks, clip, update the weights and clear the gradients.
 
         Args:
             by_part: whether to fill in `Update.squares`.
-            factors: row factors by name of a logical tensor, applied after the update.
+            results: other results of the step on the device, for `Update.read`: all leave it in one copy, for which alone
+                `LocalEngine` waits.
+            factors: returns row factors to apply after the update.
         """
 
     def time_all_to_all(self, on: bool) -> None:
@@ -116,6 +155,15 @@ def scale_rows(fragment: Fragment, factors_R: Tensor) -> None:
     value.mul_(factors_R.to(value.device)[rows])
 
 
+def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of any shape from one device to the host, as fp32, in one copy and thus one wait for the device."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def nan_unless_finite(loss: Tensor) -> Tensor:
     """Return 1 for a finite loss, else NaN; as a factor of the loss, it makes the gradient check cover the loss too."""
     return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -124,13 +172,6 @@ def nan_unless_finite(loss: Tensor) -> Tensor:
 def same_shape(state: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
     """Return the entries of an optimizer's state with the parameter's shape."""
     return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == parameter.shape}
-
-
-def allocate_state(optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: Iterable[str], steps: int) -> None:
-    """Allocate state as torch's optimizers do: zeros, and a step count (on the parameter's device for fused kernels)."""
-    fused = optimizer.defaults.get("fused", False)
-    count = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
-    optimizer.state[parameter] = {"step": count, **{kind: torch.zeros_like(parameter).detach() for kind in kinds}}
 
 
 def optimizer_step_count(optimizer: torch.optim.Optimizer) -> int:

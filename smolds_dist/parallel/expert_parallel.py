@@ -58,6 +58,8 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
         "data_types.grad_accum_dtype": "fp32" if topology.zero or topology.dtype == "fp32" else "bf16",
         "zero_optimization.stage": topology.zero,
     }
+    if not topology.zero:  # the sums over micro batches are fp32 (`DeepSpeedEngine`), also with "grad_accum_dtype" bf16
+        settings.setdefault("communication_data_type", "fp32")
     autoep = autoep_section(topology.expert, model)
     choose_accelerator(topology)
     if asked := set(settings["expert_parallel"]) - set(autoep):

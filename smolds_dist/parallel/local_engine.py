@@ -1,7 +1,7 @@
 """The engine for one process: plain PyTorch."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,19 +9,21 @@ from torch import Tensor, nn
 from smolds_dist.model import device
 from smolds_dist.parallel.captured import CapturedPasses, Recorder
 from smolds_dist.parallel.engine import (
+    NOTHING,
+    Factors,
     Fill,
     KindsOf,
     Update,
-    allocate_state,
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
+    read_together,
     same_shape,
     scale_rows,
     squares_by_part,
 )
 from smolds_dist.parallel.fragments import Fragment, fill_parameters, logical_shapes, split_by_tensor, tensor_shapes
-from smolds_dist.parallel.optim import make_optimizer, parameter_groups
+from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
 
@@ -56,7 +58,7 @@ class LocalEngine:
         self._collected: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._elements = 0  # of the collected gradients
         self._captured: CapturedPasses | None = None
-        self.optimizer = make_optimizer(groups, train)
+        self.optimizer = make_optimizer(groups, train, topology.dtype)
         # By name: the model's parameter and the optimizer's fp32 copy (the same tensor in fp32)
         self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
 
@@ -85,9 +87,14 @@ class LocalEngine:
             torch._foreach_copy_(sums, gradients)
 
     def forward(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None = None, num_labels: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
+        num_labels: Tensor | None = None,
     ) -> Tensor:
-        inputs = model_inputs(self.device, ids, labels, positions, num_labels)
+        inputs = model_inputs(self.device, ids, labels, positions, bounds, num_labels)
         if self._captured:
             if self._captured.takes(inputs):
                 return self._captured.forward(inputs)
@@ -104,10 +111,19 @@ class LocalEngine:
         (loss * nan_unless_finite(loss) / self.accumulation).backward()
         self._move_grads()
 
-    def step(self, lr: float, by_part: bool = False, factors: dict[str, Tensor] | None = None) -> Update:
+    def step(
+        self,
+        lr: float,
+        by_part: bool = False,
+        results: Mapping[str, Tensor] = NOTHING,
+        factors: Factors | None = None,
+    ) -> Update:
         squares = squares_by_part(self.optimizer)
         total = torch.stack(list(squares.values())).sum().sqrt()
-        norm = total.item()
+        first, *values = read_together([total, *squares.values(), *results.values()])  # the step's only wait
+        norm = first.item()
+        squares = dict(zip(squares, values[: len(squares)], strict=True))
+        read = dict(zip(results, values[len(squares) :], strict=True))
         applied = math.isfinite(norm)
         # Skip a pass over all gradients that would multiply by 1.
         if self.grad_clip and applied and norm > self.grad_clip:
@@ -116,10 +132,10 @@ class LocalEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            if factors:
+            if rows := factors(read) if factors else {}:
                 for fragment in self.fragments():
-                    if fragment.name in factors:
-                        scale_rows(fragment, factors[fragment.name])
+                    if fragment.name in rows:
+                        scale_rows(fragment, rows[fragment.name])
             if rounded := [pair for pair in self.masters.values() if pair[0] is not pair[1]]:
                 with torch.no_grad():
                     torch._foreach_copy_([parameter for parameter, _ in rounded], [master for _, master in rounded])
@@ -127,7 +143,7 @@ class LocalEngine:
             self._captured.end_step()  # its first pass overwrites the gradients
         else:
             self.optimizer.zero_grad()
-        return Update(norm, applied, squares if by_part else {})
+        return Update(norm, applied, squares if by_part else {}, read)
 
     def capture(self, ids: Tensor, recorder: Recorder, tolerance: float = 0.01) -> None:
         """Record the passes of micro batches like `ids` [B, S] as graphs, and use them from now on.
@@ -140,25 +156,21 @@ class LocalEngine:
         """
         inputs = {
             name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in model_inputs(self.device, ids, ids, None, None).items()
+            for name, value in model_inputs(self.device, ids, ids).items()
         }
         several = self.accumulation > 1
         try:
             with recorder.warm_up():
                 for _ in range(2):
-                    self.optimizer.zero_grad()
-                    expected = self._sums_after(lambda: self._run_backward(self.model(**inputs).loss), several)
-            self.optimizer.zero_grad()
+                    expected = self.gradient_norms(ids)
             captured = CapturedPasses(
                 inputs, lambda inputs: self.model(**inputs).loss, self._run_backward, several, recorder
             )
-
-            def replay() -> None:
+            for _ in range(2 if several else 1):
                 captured.forward(inputs)
                 captured.backward()
-
-            actual = self._sums_after(replay, several)
             captured.end_step()
+            actual = self._norms() / (2 if several else 1)
             if not torch.allclose(actual, expected, rtol=tolerance, atol=0.0):
                 raise RuntimeError(f"gradient norms {actual.tolist()} instead of {expected.tolist()}")
         except Exception:
@@ -166,13 +178,15 @@ class LocalEngine:
             raise
         self._captured = captured
 
-    def _sums_after(self, run: Callable[[], None], several: bool) -> Tensor:
-        """Return the gradient norm by part after one micro batch, and after another one if a step has several."""
-        norms: list[Tensor] = []
-        for _ in range(2 if several else 1):
-            run()
-            norms += squares_by_part(self.optimizer).values()
-        return torch.stack(norms).sqrt()
+    def gradient_norms(self, ids: Tensor) -> Tensor:
+        """Return the gradient norm of each part of the model for a micro batch like `ids` [B, S], without a step."""
+        self._run_backward(self.model(**model_inputs(self.device, ids, ids)).loss)
+        norms = self._norms()
+        self.optimizer.zero_grad()
+        return norms
+
+    def _norms(self) -> Tensor:
+        return torch.stack(list(squares_by_part(self.optimizer).values())).sqrt()
 
     def release_graphs(self) -> None:
         """Return to passes without graphs; at a step's begin."""

@@ -95,7 +95,7 @@ class MatrixOwners:
         Every rank must call it for the same partitions in the same order.
         """
         plan = self._plans[self._index[id(flat)]]
-        _in_batches(((s.shape, values[s.offset : s.offset + s.length]) for s in plan.local), function)
+        apply_by_shape(((s.shape, values[s.offset : s.offset + s.length]) for s in plan.local), function)
         for sent, received in plan.rounds:
             ours = [values[s.offset : s.offset + s.length] for slices in sent for s in slices]
             theirs = self._exchange(ours, sent, received)
@@ -103,7 +103,7 @@ class MatrixOwners:
             matrices = {s.matrix: theirs.new_empty(s.shape) for s in slices}
             views = [matrices[s.matrix].view(-1)[s.start : s.start + s.length] for s in slices]
             _copy_in_order(views, theirs)
-            _in_batches(((matrix.shape, matrix) for matrix in matrices.values()), function)
+            apply_by_shape(((matrix.shape, matrix) for matrix in matrices.values()), function)
             _copy_in_order(ours, self._exchange(views, received, sent))
 
     def _exchange(self, own: list[Tensor], sent: list[list[MatrixSlice]], received: list[list[MatrixSlice]]) -> Tensor:
@@ -127,7 +127,7 @@ def apply_on_replicas(ranks: range, stacks: list[Tensor], function: OnMatrices, 
         owner = min(ranks, key=loads.__getitem__)
         loads[owner] += cost
         owned[owner].append(matrix)
-    _in_batches(((matrix.shape, matrix) for matrix in owned[rank]), function)
+    apply_by_shape(((matrix.shape, matrix) for matrix in owned[rank]), function)
     sizes = {owner: sum(matrix.numel() for matrix in some) for owner, some in owned.items()}
     received = all_to_all(
         [matrix.reshape(-1) for _ in others for matrix in owned[rank]],
@@ -201,7 +201,7 @@ def _cost(shape: tuple[int, ...]) -> float:
     return float(torch.Size(shape).numel() * min(shape))
 
 
-def _in_batches(matrices: Iterable[tuple[tuple[int, ...], Tensor]], function: OnMatrices) -> None:
+def apply_by_shape(matrices: Iterable[tuple[tuple[int, ...], Tensor]], function: OnMatrices) -> None:
     """Replace each matrix by `function` of it, several of one shape at a time."""
     waiting: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
 

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from smolds_dist.parallel.fragments import full_shape
+from smolds_dist.parallel.matrix_owners import apply_by_shape
 from smolds_dist.settings import Train
 
 MUON_MOMENTUM = 0.95
 BATCH_ELEMENTS = 2**25
-"""Elements updated at a time when ranks share the work: one collective for all of them."""
+"""Elements that Muon updates at a time: if ranks share the work, with one collective."""
 PARTS = ("embeddings", "attention", "dense_layers", "routers", "experts", "shared_experts", "norms")  # of a model
 
 
@@ -59,13 +62,17 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
     return [group for group in groups.values() if group["params"]]
 
 
-def make_optimizer(groups: list[dict], train: Train) -> torch.optim.Optimizer:
-    """Make the run's optimizer over `parameter_groups`. The learning rate is 0 until the engine sets each step's."""
+def make_optimizer(groups: list[dict], train: Train, dtype: str = "fp32") -> torch.optim.Optimizer:
+    """Make the run's optimizer over `parameter_groups`. The learning rate is 0 until the engine sets each step's.
+
+    Args:
+        dtype: of the run, fp32 or bf16.
+    """
     betas = (train.beta1, train.beta2)
-    if train.optimizer == "muon":
-        return MuonAdamW(groups, lr=0.0, betas=betas)
     # PyTorch's fused kernel is several times faster than its loop, on CPU and CUDA.
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    if train.optimizer == "muon":
+        return MuonAdamW(groups, 0.0, betas, fused, torch.bfloat16 if dtype == "bf16" else torch.float32)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused)
 
 
@@ -78,86 +85,108 @@ class MuonAdamW(torch.optim.Optimizer):
     A group's `on_matrices` lets ranks share the work on several parameters. It takes the parameters, a tensor of values for
     each, and a function of matrices [N, rows, columns], and replaces the values by the function's result. The values have
     the shape of such matrices, or are flat if ZeRO has sharded the parameters.
+
+    Args:
+        fused: use PyTorch's fused kernel for AdamW.
+        dtype: of the orthogonalization's matmuls.
     """
 
-    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float = 1e-8):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, muon=False, matrices=1))
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        betas: tuple[float, float],
+        fused: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ):
+        defaults = dict(lr=lr, betas=betas, eps=1e-8, weight_decay=0.0, muon=False, matrices=1, fused=fused)
+        super().__init__(groups, defaults)
+        self._update = partial(muon_update, dtype=dtype)
 
     @torch.no_grad()
     def step(self, closure=None):
         assert closure is None, "no closure: the engine computes the gradients"
         for group in self.param_groups:
-            for some in in_batches(group):
-                if group["muon"]:
-                    updates = self._muon(some, group)
-                else:
-                    updates = [self._adam(p, p.grad, self.state[p], group) for p in some]
-                for parameter, update in zip(some, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not group["muon"]:
+                self._adamw(parameters, group)
+                continue
+            for some in in_batches(parameters):
+                updates = self._muon(some, group)
+                torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(some, updates, alpha=-group["lr"])
 
     def _muon(self, parameters: list[Any], group: dict) -> list[Tensor]:
-        values = []
         for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].lerp_(parameter.grad, 1 - MUON_MOMENTUM)
-            nesterov = parameter.grad.lerp(momentum, MUON_MOMENTUM)
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
+        values = list(torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM))  # Nesterov's
+        for i, parameter in enumerate(parameters):
             if parameter.ndim > 1:
                 rows, columns = parameter.shape[-2:]
-                nesterov = nesterov.view(-1, rows // group["matrices"], columns)
-            values.append(nesterov)
+                values[i] = values[i].view(-1, rows // group["matrices"], columns)
         if "on_matrices" in group:
-            group["on_matrices"](parameters, values, muon_update)
+            group["on_matrices"](parameters, values, self._update)
         else:
-            values = [muon_update(matrices) for matrices in values]
-        return [value.reshape(p.shape) for p, value in zip(parameters, values, strict=True)]
+            apply_by_shape(((matrix.shape, matrix) for stack in values for matrix in stack), self._update)
+        return [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
 
-    @staticmethod
-    def _adam(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> Tensor:
-        beta1, beta2 = group["betas"]
-        if not state:
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            state |= {"step": torch.tensor(0.0), **zeros}
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        step = state["step"].add_(1).item()
-        mean.lerp_(gradient, 1 - beta1)
-        square.lerp_(gradient.square(), 1 - beta2)
-        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        return mean / (1 - beta1**step) / root
+    def _adamw(self, parameters: list[Any], group: dict) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                allocate_state(self, parameter, ("exp_avg", "exp_avg_sq"), 0)
+        kinds = ("exp_avg", "exp_avg_sq", "step")
+        means, squares, steps = ([self.state[parameter][kind] for parameter in parameters] for kind in kinds)
+        gradients, (beta1, beta2) = [parameter.grad for parameter in parameters], group["betas"]
+        adamw(
+            parameters, gradients, means, squares, [], steps, fused=group["fused"], amsgrad=False, maximize=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
 
 
-def in_batches(group: dict) -> Iterator[list[Any]]:
-    """Yield a group's parameters with gradients: singly, or about `BATCH_ELEMENTS` elements if ranks share the work."""
+def allocate_state(optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: Iterable[str], steps: int) -> None:
+    """Allocate state as torch's optimizers do: zeros, and a step count (on the parameter's device for fused kernels)."""
+    fused = optimizer.defaults.get("fused", False)
+    count = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
+    optimizer.state[parameter] = {"step": count, **{kind: torch.zeros_like(parameter).detach() for kind in kinds}}
+
+
+def in_batches(parameters: list[Any]) -> Iterator[list[Any]]:
+    """Yield parameters of about `BATCH_ELEMENTS` elements at a time."""
     some: list[Any] = []
-    for parameter in group["params"]:
-        if parameter.grad is not None:
-            some.append(parameter)
-            if "on_matrices" not in group or sum(p.numel() for p in some) >= BATCH_ELEMENTS:
-                yield some
-                some = []
+    for parameter in parameters:
+        some.append(parameter)
+        if sum(p.numel() for p in some) >= BATCH_ELEMENTS:
+            yield some
+            some = []
     if some:
         yield some
 
 
-def muon_update(matrices: Tensor) -> Tensor:
+def muon_update(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Orthogonalize the momentum [..., rows, columns] and scale it to the size of AdamW's updates."""
-    return orthogonalize(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
+    return orthogonalize(matrices, dtype=dtype) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """Approximate the closest semi-orthogonal matrix of each [..., rows, columns]; singular values end in about 0.7 to 1.2.
 
     Newton-Schulz iteration with the quintic coefficients of Jordan et al., "Muon" (2024).
+
+    Args:
+        dtype: of the matmuls; the iteration corrects its own rounding, so bf16 suffices.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def learning_rate(step: int, train: Train) -> float:

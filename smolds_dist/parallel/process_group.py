@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from smolds_dist.activity import LONG, doing
-from smolds_dist.errors import ConfigError
+from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.parallel.expert_parallel import choose_accelerator, skip_shared_memory_build
+from smolds_dist.parallel.rank_environment import ALLOCATOR, EXPANDABLE
 from smolds_dist.parallel.topology import Topology
+from smolds_dist.progress import print_line
 
 # The watchdog (`launching.failure`) ends a hung job. A collective must outlast what a rank may do while others wait in it.
 MIN_TIMEOUT = timedelta(days=1)
@@ -27,6 +29,7 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     """
     if topology.device == "cuda":
         torch.cuda.set_device(topology.device_index)
+        _check_allocator()
     if topology.engine != "deepspeed":
         return
     # One process with DeepSpeed has no launcher that sets these.
@@ -34,7 +37,8 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if topology.device == "cuda":
-        os.environ["LOCAL_RANK"] = str(topology.device_index)  # DeepSpeed takes it for the GPU's index
+        # DeepSpeed takes it for the GPU's index, to which it binds the process group (`device_id`).
+        os.environ["LOCAL_RANK"] = str(topology.device_index)
     choose_accelerator(topology)
     with doing("importing deepspeed", LONG):
         import deepspeed
@@ -54,6 +58,21 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
                 "CUDA_VISIBLE_DEVICES)."
             ) from None
         raise
+
+
+def _check_allocator() -> None:
+    """Turn our default of expandable segments off on a GPU whose driver cannot map memory, such as some virtual GPUs.
+
+    Untested on CUDA.
+    """
+    try:
+        torch.empty(1, device="cuda")
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or os.environ.get(ALLOCATOR) != EXPANDABLE:
+            raise
+        why = f"which this GPU rejects ({first_line(error)})"
+        print_line(f"smolds: training without expandable segments, {why}", sys.stderr)
+        torch._C._accelerator_setAllocatorSettings(EXPANDABLE.replace("True", "False"))
 
 
 def set_group_timeouts(timeout: float) -> None:

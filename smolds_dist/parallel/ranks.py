@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smolds_dist.data.cores import SHARED
 from smolds_dist.errors import ConfigError, RankError, first_line
 
 LOG_AFTER = 10.0  # seconds of waiting for other ranks before the first message
@@ -301,26 +300,6 @@ def address_towards(host: str) -> str | None:
 def interface_towards(host: str) -> str | None:
     """Return the name of the network interface over which this host reaches `host`; None if unknown."""
     return _interfaces().get(address_towards(host) or "")
-
-
-def share_cores(info: RankInfo) -> None:
-    """Bind each of a node's ranks to its own cores, with as many torch threads. Call before torch is imported.
-
-    An affinity set by a launcher or Slurm is kept, as is an existing OMP_NUM_THREADS. With more ranks than cores, or
-    without affinity (macOS), only threads are set.
-    """
-    ranks = info.ranks_per_node
-    if ranks == 1:
-        return
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    each = max(1, len(cores) // ranks)
-    if len(cores) == os.cpu_count() and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
-        first = info.local_rank * each
-        os.sched_setaffinity(0, cores[first : first + each])
-        os.environ[SHARED] = "1"  # for processes not bound to this rank's cores
-    elif len(cores) < (os.cpu_count() or 1):
-        each = len(cores)
-    os.environ.setdefault("OMP_NUM_THREADS", str(each))
 
 
 def host_name() -> str:

@@ -84,7 +84,8 @@ def detect_machine() -> Machine:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
-        return Machine(("cuda", "cpu"), count, torch.cuda.is_bf16_supported(), total, name, has_compiler("cuda"))
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # V100 and T4 emulate it
+        return Machine(("cuda", "cpu"), count, bf16, total, name, has_compiler("cuda"))
     if torch.backends.mps.is_available():
         return Machine(("mps", "cpu"), 1, False, torch.mps.recommended_max_memory())
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
@@ -148,8 +149,9 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     keeps_memory = memory.fits(chosen) if parallel.keep_memory == "auto" else parallel.keep_memory
     if device == "cpu" and not keeps_memory:
         why += "; freed memory is returned to the system after each step, which takes time"
-    if device == "cpu" == machine.devices[0] and dtype == "bf16" and not machine.bf16:
-        why += "; fp32 would be many times as fast, because this CPU has no bf16 matmuls: omit --train.dtype"
+    if device in ("cpu", "cuda") and device == machine.devices[0] and dtype == "bf16" and not machine.bf16:
+        kind = "CPU" if device == "cpu" else "GPU"
+        why += f"; fp32 would be faster, because this {kind} has no bf16 matmuls: omit --train.dtype"
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,

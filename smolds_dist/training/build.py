@@ -176,8 +176,13 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         balancer,
         topology,
         config.train,
-        BatchPrefetcher(job.data, config.train.global_batch, pinned=topology.device == "cuda"),
-        end_of_text=document_separator(config.data, job.data.tokenizer),
+        BatchPrefetcher(
+            job.data,
+            config.train.global_batch,
+            topology.micro_batch,
+            document_separator(config.data, job.data.tokenizer),
+            pinned=topology.device == "cuda",
+        ),
         should_stop=lambda: job.stop.requested is not None,
     )
     capture_graphs(stepper, config, log)

@@ -18,54 +18,95 @@ SMALLEST_PRODUCT = 2.5e8  # FLOPs; a model's smaller matmuls do not reach the pe
 PHASES = ("data", "forward", "backward", "all_to_all", "optimizer", "logging")
 
 
+HOST = torch.device("cpu")
+
+
 def is_measured(step: int) -> bool:
     """Return True for steps with detailed timing, which are slightly slower: the first ten, and every tenth."""
     return step <= 10 or step % 10 == 0
 
 
+class Stamp:
+    """A point in a device's work. On CUDA an event in the stream, so that the host does not wait; untested on CUDA."""
+
+    def __init__(self, device: torch.device):
+        self._event = torch.Event(device, enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+        elif device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        self._time = time.perf_counter()
+
+    def seconds_since(self, earlier: "Stamp") -> float:
+        """Return the seconds since a stamp of the same device; waits until the device has reached this one."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+class Span(NamedTuple):
+    """A phase that has run once."""
+
+    name: str
+    begin: Stamp
+    end: Stamp
+    all_to_all: float  # seconds in all-to-alls
+
+
 class StepClock:
     """Times steps and their phases.
 
-    A device runs asynchronously, so separating its phases needs a synchronization after each. This, and the timing of
-    all-to-alls, happens only in measured steps. Forward and backward exclude their all-to-alls. MPS uses the same code but
-    is untested on Apple hardware.
+    A device runs asynchronously: in measured steps, phases are timed on the device and read at the end of the step.
+    Forward and backward exclude their all-to-alls, where these are timed. MPS synchronizes after each phase instead, and is
+    untested on Apple hardware.
+
+    Args:
+        expert: the expert-parallel size; 1 = no all-to-alls.
     """
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self.measured = False
-        self.seconds = dict.fromkeys(PHASES, 0.0)  # of this step so far; logging: of the previous step
+    def __init__(self, engine: Engine, expert: int = 1):
+        self._engine, self._expert = engine, expert
+        self.measured = self._complete = False
+        self._spans: list[Span] = []  # of this step so far, and logging of the previous one
         self._since = time.perf_counter()
 
-    def begin(self, measured: bool) -> None:
+    def begin(self, step: int) -> None:
         """Start a step."""
-        self.measured = measured
-        self._engine.time_all_to_all(measured)
+        self.measured = is_measured(step)
+        # On CUDA, timing all-to-alls synchronizes around every collective.
+        rare = self._engine.device.type == "cuda" and self._expert > 1
+        self._complete = step == 10 or step % 100 == 0 if rare else self.measured
+        self._engine.time_all_to_all(self._complete and self._expert > 1)
         self._engine.all_to_all_seconds()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time one of `PHASES`, which also appears under its name in a profile."""
+        device = self._engine.device if self.measured else HOST
         with record_function(name):
-            begin = self._now()
+            begin = Stamp(device)
             yield
-            seconds = self._now() - begin
-        if self.measured:
-            inside = self._engine.all_to_all_seconds()
-            self.seconds["all_to_all"] += inside
-            seconds -= inside
-        self.seconds[name] += seconds
+            end = Stamp(device)
+        inside = self._engine.all_to_all_seconds() if self._complete else 0.0
+        self._spans.append(Span(name, begin, end, inside))
 
-    def _now(self) -> float:
-        if self.measured and self._engine.device.type != "cpu":
-            torch.accelerator.synchronize(self._engine.device)
-        return time.perf_counter()
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of this step's phases so far; waits for the device. Has `all_to_all` only if this step times it."""
+        found = dict.fromkeys(PHASES, 0.0)
+        for name, begin, end, inside in self._spans:
+            found[name] += end.seconds_since(begin) - inside
+            found["all_to_all"] += inside
+        if not self._complete:
+            del found["all_to_all"]
+        return found
 
     def lap(self) -> float:
         """End a step; return the seconds since the previous one's end, without pauses."""
         self._engine.time_all_to_all(False)
-        self.measured = False
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.measured = self._complete = False
+        self._spans = []
         now = time.perf_counter()
         total, self._since = now - self._since, now
         return total

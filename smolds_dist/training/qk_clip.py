@@ -31,17 +31,21 @@ class QkClip:
             attention.largest_logits = largest_N
 
     def take(self) -> Tensor | None:
-        """Return the largest logits since the last call [L, N], fp32 on the CPU; None if off. Collective."""
+        """Return the largest logits since the last call [L, N], fp32 on the device; None if off. Collective."""
         if not self.limit:
             return None
         if dist.is_initialized():
             dist.all_reduce(self._largest_LN, dist.ReduceOp.MAX)
-        largest_LN = self._largest_LN.to("cpu", copy=True)
+        largest_LN = self._largest_LN.clone()
         self._largest_LN.fill_(-torch.inf)
         return largest_LN
 
     def factors(self, largest_LN: Tensor | None) -> dict[str, Tensor]:
-        """Return row factors for the updated weights, by logical tensor, only for tensors to scale."""
+        """Return row factors for the updated weights, by logical tensor, only for tensors to scale.
+
+        Args:
+            largest_LN: from `take`, on the host.
+        """
         if largest_LN is None:
             return {}
         found: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolds_dist.data.batch import apply_document_mask
+from smolds_dist.data.batch import Batch
 from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.captured import Recorder
@@ -19,7 +19,7 @@ from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
-from smolds_dist.training.clock import StepClock, is_measured
+from smolds_dist.training.clock import StepClock
 from smolds_dist.training.qk_clip import QkClip
 
 
@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
     step: int
     first_sample: int  # global index of its batch's first sample
     lr: float
-    loss: Tensor  # mean over this rank's samples
+    loss: Tensor  # mean over this rank's samples, on the host like all tensors here
     digest: int  # of its tokens (`data.batch.batch_digest`)
     update: Update
     counts: Tensor  # routed tokens per expert of all ranks [L, E]
@@ -45,12 +45,11 @@ class Stepper:
     topology: Topology
     train: Train
     batches: BatchPrefetcher  # this rank's samples of each global batch
-    end_of_text: int | None = None  # the token between documents, if documents are masked from each other
     should_stop: Callable[[], bool] = lambda: False  # returns True after a stop signal
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
-        self.clock = StepClock(self.engine)
+        self.clock = StepClock(self.engine, self.topology.expert)
         model_config: Any = self.engine.model.config
         self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
 
@@ -60,17 +59,20 @@ class Stepper:
         Raises:
             ConfigError, StoppedWaitingError: on all ranks, before any change, if the batch is not available.
         """
-        measured = is_measured(step)
-        self.clock.begin(measured)
+        self.clock.begin(step)
         lr = learning_rate(step, self.train)
         loss, digest = self.accumulate(first_sample)
         with self.clock.phase("optimizer"):
-            logits_LN = self.qk_clip.take()
-            update = self.engine.step(lr, by_part=measured, factors=self.qk_clip.factors(logits_LN))
+            counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
+            results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
+            update = self.engine.step(
+                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits"))
+            )
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
             rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
-            counts_LE = self.balancer.step(update.applied, rate_scale)
-        return StepOutput(step, first_sample, lr, loss, digest, update, counts_LE, logits_LN)
+            self.balancer.step(update.applied, rate_scale, counts_LE)
+        read = update.read
+        return StepOutput(step, first_sample, lr, read["loss"], digest, update, read["counts"], read.get("logits"))
 
     def capture(self, ids: Tensor, recorder: Recorder) -> None:
         """Record the passes of micro batches like `ids` [B, S] as graphs. The engine is a `LocalEngine`.
@@ -91,31 +93,26 @@ class Stepper:
         first = first_sample + topology.rank * topology.per_rank
         total = torch.zeros((), device=self.engine.device)
         with clock.phase("data"):
-            ids, digest = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
-            micro_batches = self._micro_batches(ids)
-        for micro_batch in micro_batches:
+            batch = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
+            num_labels = self._mean_labels(batch)
+        for micro_batch in batch.micro_batches:
             with clock.phase("forward"), self.balancer.counting(), self.routers.recording(clock.measured):
-                loss = self.engine.forward(*micro_batch)
+                loss = self.engine.forward(*micro_batch, num_labels=num_labels)
             with clock.phase("backward"):
                 self.batches.prefetch_next()
                 self.engine.backward(loss)
             total += loss.detach()
-        return total / topology.accumulation, digest
+        return total / topology.accumulation, batch.digest
 
-    def _micro_batches(self, ids: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return the arguments of `Engine.forward`; if documents are masked, with positions and labels per document.
+    def _mean_labels(self, batch: Batch) -> Tensor | None:
+        """Return the mean number of labels per micro batch over the step and all ranks, if documents are masked.
 
-        Each loss is then divided by the mean number of labels per micro batch over the step and all ranks, so that their
-        mean is the mean over all labels, however these are distributed.
+        It divides the micro batches' losses, so that their mean is the mean over all labels, however these are distributed.
         """
-        parts = ids.split(self.topology.micro_batch)
-        if self.end_of_text is None:
-            return [(part, part) for part in parts]
-        masked = [apply_document_mask(part, self.end_of_text) for part in parts]
-        num_labels = sum((labels[:, 1:] >= 0).sum() for _, labels in masked)
-        labels_of_all = self.engine.sum_over_ranks(torch.as_tensor(num_labels, dtype=torch.float32))
-        mean = labels_of_all / self.topology.world_size / len(parts)
-        return [(part, labels, positions, mean) for part, (positions, labels) in zip(parts, masked, strict=True)]
+        if batch.num_labels is None:
+            return None
+        labels_of_all = self.engine.sum_over_ranks(torch.tensor(float(batch.num_labels)))
+        return labels_of_all / self.topology.world_size / len(batch.micro_batches)
 
     def close(self) -> None:
         self.batches.close()

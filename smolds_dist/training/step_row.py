@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from smolds_dist.observe.rows import is_kept, rounded
+from smolds_dist.parallel.engine import read_together
 from smolds_dist.parallel.optim import PARTS
 from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.router_statistics import entropy_and_histogram
 from smolds_dist.training.build import Job, Training
-from smolds_dist.training.clock import PHASES, memory_in_use
+from smolds_dist.training.clock import memory_in_use
 from smolds_dist.training.step import StepOutput
 
 
@@ -33,15 +34,16 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     clock, update = training.stepper.clock, output.update
     measured, world = clock.measured, job.topology.world_size
     error = training.checkpoints.failure()
-    if measured:
-        training.stragglers.record(clock.seconds["forward"])
+    phases = clock.seconds if measured else {}
+    if "all_to_all" in phases:  # else the forward pass includes waits for other ranks
+        training.stragglers.record(phases["forward"])
     mine = {
         "loss": [output.loss.item()],
         "requested": job.stop.counts(),
         "failed": [float(error is not None)],
         # Four bytes: fp32 sums each exactly over up to 65,536 ranks.
         "digest": list(map(float, output.digest.to_bytes(4, "little"))),
-        "phases": list(clock.seconds.values()) if measured else [],
+        "phases": list(phases.values()),
         "squares": [float(update.squares.get(part, 0.0)) for part in PARTS] if measured else [],
     }
     together = training.engine.sum_over_ranks(torch.tensor([value for values in mine.values() for value in values]))
@@ -65,11 +67,13 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
         row |= {"max_logit": float(f"{output.logits.max():.4g}")}
         row |= {"clipped_heads": int((output.logits > job.config.train.qk_clip).sum())}
     if measured:
-        means = {name: total / world for name, total in zip(PHASES, sums["phases"], strict=True)}
+        means = {name: total / world for name, total in zip(phases, sums["phases"], strict=True)}
         means["other"] = seconds - sum(means.values())
         row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
         details = diagnostics(job, training, output.step)
         if update.applied:  # else they may be NaN, which JSON lacks
+            if job.topology.expert > 1:
+                row["max_received"] = round(max_received(output.counts, job.topology.expert), 4)
             row |= details | {"grad_norms": norms_by_part(update.grad_norm, sums["squares"])}
     counts = output.counts if update.applied else None
     return StepResult(row, counts, sums["requested"], bool(sums["failed"][0]), error)
@@ -90,12 +94,20 @@ def diagnostics(job: Job, training: Training, step: int) -> dict:
     """Return memory, selection biases and router statistics for a measured step's row. Collective."""
     engine = training.engine
     memory = max_over_ranks(job.topology, memory_in_use(engine.device) // 10**6)
-    entropy_L, histogram = entropy_and_histogram(engine.sum_over_ranks(training.stepper.routers.take()))
-    row = {"memory_gb": memory / 1000, "router_entropy": rounded(entropy_L)}
-    row["bias"] = rounded(torch.stack(training.balancer.biases))
+    sums = engine.sum_over_ranks(training.stepper.routers.take())
+    sums, bias_LE = read_together([sums, torch.stack(training.balancer.biases)])
+    entropy_L, histogram = entropy_and_histogram(sums)
+    row = {"memory_gb": memory / 1000, "router_entropy": rounded(entropy_L), "bias": rounded(bias_LE)}
     if is_kept(step, digits=1):
         row["router_histogram"] = histogram.long().tolist()
     return row
+
+
+def max_received(counts_LE: Tensor, expert: int) -> float:
+    """Return the most rows that a rank's experts got in a layer, over the mean rank's; its activations take that much more
+    memory."""
+    of_ranks = counts_LE.unflatten(-1, (expert, -1)).sum(-1)
+    return (of_ranks / of_ranks.mean(-1, keepdim=True)).max().item()
 
 
 def norms_by_part(norm: float, squares: list[float]) -> dict[str, float]:
