@@ -29,7 +29,7 @@ def run_python(arguments: list[str]) -> str:
 
 
 QUIET = ("--train.eval_every=0", "--checkpoint.every=0", "--log.sample_every=0")
-# The presets' text and tokenizers are on the Hub; speed does not depend on the text, and the vocabulary is as large as theirs.
+# The presets' text and tokenizers are on the Hub. Speed does not depend on the text; the vocabulary is as large as theirs.
 OFFLINE = ("--data.source=stdlib", "--data.tokenizer=train", "--model.vocab_size=49152")
 
 

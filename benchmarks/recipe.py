@@ -1,7 +1,7 @@
 """`python -m benchmarks recipe`: minutes that a preset's full run takes on this machine, from some measured steps.
 
-By default the local recipe: 10,000 steps of 8 x 512 tokens. Its text and tokenizer are on the Hub, so steps are measured on the
-standard library's text, with as large a vocabulary. Evaluations, samples and checkpoints are excluded; the time from the
+By default the local recipe: 10,000 steps of 8 x 512 tokens. Its text and tokenizer are on the Hub, so steps are measured on
+the standard library's text, with as large a vocabulary. Evaluations, samples and checkpoints are excluded; the time from the
 command to the first step, with compilation, is listed.
 """
 

@@ -1,7 +1,7 @@
 """Several ranks on one device. As a script: run a module (`-m NAME`) or file as one of them; start it by torchrun.
 
-NCCL rejects two ranks on one GPU of a host and takes the host's identity from NCCL_HOSTID, so each rank is a host of its own,
-with one GPU, to NCCL and to smolds; they talk over sockets of the loopback. On a CPU the same ranks use gloo.
+NCCL rejects two ranks on one GPU of a host and takes the host's identity from NCCL_HOSTID, so each rank is a host of its
+own, with one GPU, to NCCL and to smolds; they talk over sockets of the loopback. On a CPU the same ranks use gloo.
 """
 
 import contextlib

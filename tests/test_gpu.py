@@ -1,8 +1,8 @@
 """On an NVIDIA GPU: kernels compared with plain formulas, models and runs with the CPU. `pytest -m gpu` runs only these.
 
 Nothing here needs more than one GPU: ranks share it (`one_card`). docs/support.md lists what has run on one. With
-SMOLDS_TEST_DEVICE=cpu the tests run on a CPU, in the branches that CUDA takes where a test chooses them, with gloo in place of
-NCCL and a recorder of operators in place of CUDA graphs: this checks the tests, not CUDA.
+SMOLDS_TEST_DEVICE=cpu the tests run on a CPU, in the branches that CUDA takes where a test chooses them, with gloo in place
+of NCCL and a recorder of operators in place of CUDA graphs: this checks the tests, not CUDA.
 """
 
 import contextlib

@@ -36,8 +36,8 @@ class Task:
     seq_len: int
     dtype: str  # fp32 or bf16
     device: str
-    # transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; smolds and dense: "", "compile", or "graphs" (compiled, as
-    # CUDA graphs).
+    # transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; smolds and dense: "", "compile", or "graphs" (CUDA graphs
+    # of compiled code).
     variant: str = ""
     settings: tuple[str, ...] = ()  # that override the preset's
 
