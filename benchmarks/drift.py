@@ -8,6 +8,7 @@ by more than that and twice the yardsticks, or if nothing was compiled.
 """
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -68,7 +69,7 @@ def measure(options: argparse.Namespace, settings: list[str], folder: Path) -> d
         log(f"{name}, {options.steps} steps")
         shown[name] = run_python(["-m", "smolds_dist", "train", *given, *more, f"--run.name=run_{number}"])
         rows = read_rows(folder / f"run_{number}" / "metrics.jsonl")
-        losses[name] = [row["loss"] for row in rows if "lr" in row]
+        losses[name] = [math.nan if row["loss"] is None else row["loss"] for row in rows if "lr" in row]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": processor() if machine.devices[0] == "cpu" else machine.name,
@@ -87,7 +88,8 @@ def differences(expected: list[float], actual: list[float]) -> dict[str, float]:
     """Return the largest relative difference in the first steps and in all, the mean size, and the mean with its sign."""
     relative = [(ours - theirs) / theirs for ours, theirs in zip(actual, expected, strict=True)]
     sizes = [abs(one) for one in relative]
-    return {"first": max(sizes[:FIRST]), "largest": max(sizes), "mean": mean(sizes), "bias": mean(relative)}
+    first, largest = (math.nan if any(map(math.isnan, some)) else max(some) for some in (sizes[:FIRST], sizes))
+    return {"first": first, "largest": largest, "mean": mean(sizes), "bias": mean(relative)}
 
 
 def check(result: dict[str, Any]) -> str | None:

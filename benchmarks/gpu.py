@@ -254,7 +254,7 @@ def run_part(name: str, part: Part, folder: Path) -> dict[str, Any]:
     for command in part.commands:
         left = part.limit - (time.monotonic() - began)
         code = run_command(command, max(1.0, left), log, part.environment)
-        if code in (124, 137) and time.monotonic() - began >= part.limit - 1:
+        if code in (124, -signal.SIGKILL) and time.monotonic() - began >= part.limit - 1:
             result = f"exceeded {part.limit} s"
             break
         if code not in part.codes:
