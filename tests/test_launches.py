@@ -49,7 +49,8 @@ def test_no_micro_batch_waits(options):
         "smollm2-deepseek-255m", ["--data.seq_len=64", "--model.num_hidden_layers=2", *options], 2
     )
     counts = launches.count_step(stepper)
-    assert set(counts.waits) == {"step: cpu in read_together", "step: item in LocalEngine.step"}
+    assert "step: cpu in read_together" in counts.waits
+    assert not any("micro batch" in where for where in counts.waits)
     assert counts.captured > 0.7 * (sum(counts.operators.values()) - counts.operators["optimizer"])
 
 
