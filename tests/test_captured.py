@@ -29,10 +29,13 @@ class Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.recorded: list = []
+        self.most = 10**9
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise RuntimeError("operation not permitted when stream is capturing")
+        if len(self.recorded) >= self.most:
+            raise RuntimeError("operation failed due to a previous error during capture")
         out = func(*args, **(kwargs or {}))
         self.recorded.append((func, args, kwargs or {}, out))
         return out
@@ -80,6 +83,20 @@ class LazyRecorder(OperatorRecorder):
         with super().record() as operators:
             yield operators
         operators.recorded.clear()
+
+
+class BrokenBackward(OperatorRecorder):
+    """Fails after some operators of the backward pass."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    @contextmanager
+    def record(self):
+        self.graphs += 1
+        with Operators() as operators:
+            operators.most = 60 if self.graphs == 2 else operators.most
+            yield operators
 
 
 class Batches:
@@ -138,6 +155,7 @@ def test_steps_are_the_same(accumulation, options):
     [
         (LazyRecorder(), "cuda", "gradient norms"),  # a replay that differs
         (OperatorRecorder(), "cpu", "capturing"),  # rows per expert were read on the host
+        (BrokenBackward(), "cuda", "previous error"),  # while gradients are collected
     ],
 )
 def test_what_cannot_be_captured_runs_without(recorder, family, message):
