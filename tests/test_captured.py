@@ -196,3 +196,20 @@ def test_other_batches_end_the_graphs():
             engine.backward(loss)
             losses.append((loss.item(), engine.step(1e-3).grad_norm))
         assert losses[0] == losses[1]
+
+
+def test_probabilities_of_any_number_are_counted():
+    """Also of a step with NaN, whose update is skipped, and more than fp32 counts one by one."""
+    stepper = make_stepper(1)
+    router = stepper.engine.model.model.layers[1].mlp.gate.weight
+    before = router.detach().clone()
+    router.data[0, 0] = torch.nan
+    assert not stepper.train_step(10, 0).update.applied
+    router.data.copy_(before)
+    stepper.routers.take()
+    logits = torch.zeros(2**16, 32)
+    for _ in range(9):
+        with stepper.routers.recording():
+            for layer in stepper.balancer.layers:
+                layer.observe(logits)
+    assert stepper.routers.take()[:, 2:].sum(-1).tolist() == [9 * 2.0**21] * 2
