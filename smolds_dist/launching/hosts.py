@@ -20,7 +20,7 @@ import psutil
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import printable, read_text
-from smolds_dist.launching.failure import CAUSE, identity, one_of, rank_entries, report_cause
+from smolds_dist.launching.failure import CAUSE, SHARED_SECONDS, identity, one_of, rank_entries, report_cause
 from smolds_dist.launching.plan import Plan
 from smolds_dist.launching.signals import blocked
 from smolds_dist.launching.ssh import read_files, run_on_hosts, unreachable
@@ -31,7 +31,6 @@ from smolds_dist.progress import print_line
 MAX_PAUSE = 60.0  # seconds between attempts to reach a host
 LOOK_EVERY = 30.0  # seconds between attempts to reach missing hosts while ranks run
 EXIT_SECONDS = 10.0  # in which ranks exit after the cause is known and `grace` has passed
-SHARED_SECONDS = 5.0  # until a shared file system shows what another host has written
 SSH_ENDED = re.compile(r"pdsh@[\w.-]+: ([\w.-]+): ssh exited with exit code (\d+)")
 LABEL = re.compile(r"([\w.-]+): (.*\S)")  # pdsh's prefix of a host's output
 MPI_LOST = re.compile(r"ORTE (was unable to reliably start|has lost communication)")  # of Open MPI 4, without the host
