@@ -15,6 +15,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.make_engine import make_engine
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, plan_topology
+from smolds_dist.training.compiling import try_to_compile, undo_compile
 from smolds_dist.training.step import Stepper
 
 MODEL = (
@@ -146,6 +147,23 @@ def test_what_cannot_be_captured_runs_without(recorder, family, message):
             other.capture(torch.randint(0, 97, (2, 24)), recorder)
         for one, two in zip(train(plain), train(other), strict=True):
             assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_wrong_code_of_a_compiler_is_not_used():
+    """Every product of the compiled blocks is doubled."""
+
+    def backend(graph, _inputs):
+        def run(*inputs):
+            return [2 * one if one.is_floating_point() else one for one in graph.forward(*inputs)]
+
+        return run
+
+    with device.as_family("cuda"):
+        for compiler, message in (("eager", None), (backend, "gradients differ")):
+            stepper = make_stepper(1)
+            error = try_to_compile(stepper.engine, stepper.topology, 24, stepper.engine.model.config, compiler)
+            undo_compile(stepper.engine.model)
+            assert error is None if message is None else message in error
 
 
 def test_other_batches_end_the_graphs():

@@ -14,7 +14,7 @@ from ranks import ROOT, smolds
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.hardware import FILE, Hardware, Link, load_hardware
-from smolds_dist.costs.layout import Layout, load_stretch
+from smolds_dist.costs.layout import Layout, load_stretch, most_received
 from smolds_dist.costs.memory import (
     activation_bytes,
     parameter_counts,
@@ -31,6 +31,7 @@ from smolds_dist.planner.command import plan
 from smolds_dist.planner.search import RECOMPUTED, best_first, candidates
 from smolds_dist.planner.simulator import Event, run_programs, simulate_step
 from smolds_dist.settings import Model
+from smolds_dist.training.step_row import max_received
 
 MODEL = with_vocabulary(load_config(["--preset", "smollm2-deepseek-255m"]))
 H100 = load_hardware("h100")
@@ -155,6 +156,22 @@ def test_offloading_and_buckets_are_read_from_the_runs_ds_config(tmp_path, capsy
     assert found[0]["memory"]["optimizer"] > found[1]["memory"]["optimizer"] == 0
     assert found[1]["memory"]["buffers"] - found[0]["memory"]["buffers"] == pytest.approx(2 * 150e6 * 2)
     assert found[0]["seconds"]["optimizer"] < found[1]["seconds"]["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "expert", "most"), [(2, 4, 4.0), (2, 8, 4.0), (8, 2, 1.0), (3, 4, 8 / 3), (2, 1, 1.0)]
+)
+def test_plan_prints_the_received_rows_it_assumes_and_the_most_possible(capsys, top_k, expert, most):
+    # Every token selects the first K of 8 experts, so that rank 0 receives the most.
+    rows = torch.zeros(1, 8)
+    rows[:, :top_k] = 10
+    assert max_received(rows, expert) == pytest.approx(most) == most_received(top_k, 8, expert)
+    given = [f"--parallel.expert={expert}", "--model.num_experts=8", f"--model.num_experts_per_tok={top_k}"]
+    plan(["--hardware", "h100", "--max-vio", "0.5", "--", "--preset", "moe-1b-a200m", *given])
+    printed = capsys.readouterr().out
+    assumed = 1 + load_stretch(0.5, 8, expert)
+    line = f"a rank receives {assumed:.2f} times the mean rank's rows; the most possible is {most:.2f}\n"
+    assert (line in printed) == (expert > 1)
 
 
 # Time

@@ -108,6 +108,11 @@ def test_event_file_holds_the_rows_and_can_be_rebuilt_from_them(two_ranks, tmp_p
     for phase in ("data", "forward", "backward", "all_to_all", "optimizer", "logging", "other"):
         assert scalars[f"seconds/{phase}"] == [(row["step"], pytest.approx(row["seconds"][phase])) for row in measured]
     assert all(row["seconds"]["all_to_all"] > 0 for row in measured)
+    for row in rows:
+        received = [
+            2 * max(sum(layer[:4]), sum(layer[4:])) for layer in row["load"]
+        ]  # two ranks with four experts each
+        assert row.get("max_received") == (pytest.approx(max(received), abs=1e-3) if row in measured else None)
     assert {f"grad_norm/{part}" for part in ("embeddings", "attention", "routers", "experts", "norms")} <= set(scalars)
     assert {"speed/mfu", "speed/memory_gb", "speed/tokens_per_s", "balance/router_entropy"} <= set(scalars)
     assert scalars["train/perplexity"][0][1] == pytest.approx(math.exp(rows[0]["loss"]), rel=1e-4)

@@ -27,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smolds_dist.architecture import LOGITS_CHUNK
 from smolds_dist.bench.common import bench_parser, parse, write_result
 from smolds_dist.config import load_config
+from smolds_dist.costs.flops import layers_of
 from smolds_dist.data.batch import Batch, MicroBatch
+from smolds_dist.errors import ConfigError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, device
 from smolds_dist.model.regions import compile_regions
 from smolds_dist.parallel.balancer import Balancer
@@ -285,17 +287,25 @@ def planned_kernels(stepper: Stepper, tokens: tuple[int, int]) -> dict[str, tupl
     def backend(graph: Any, inputs: Any) -> Any:
         return compile_fx(graph, inputs, inner_compile=plan)
 
-    engine = stepper.engine
+    engine, recompute = stepper.engine, stepper.train.activation_checkpointing
+    if recompute not in ("none", "full"):
+        raise ConfigError(f"--train.activation_checkpointing {recompute} is not counted; use none or full.")
     model: Any = engine.model.config
     with device.as_family("cuda"):
-        call_blocks(engine, tokens, model, backend, full=stepper.topology.engine == "local")
-        block = sum(plans)
+        call_blocks(engine, tokens, model, backend, stepper.topology.engine == "local", documents=False)
+        # Forward and backward pass of each kind of block, dense ones first; `full` recomputes the forward pass.
+        blocks = [
+            forward + backward + (forward if recompute == "full" else 0)
+            for forward, backward in zip(plans[::2], plans[1::2], strict=True)
+        ]
         plans.clear()
         compile_regions(backend, dynamic=False)
         call_regions(model, stepper.topology, engine.device, tokens)
         undo_compile(engine.model)
     chunks = math.ceil(tokens[0] * (tokens[1] - 1) / LOGITS_CHUNK["cuda"])
-    return {"block": (model.num_hidden_layers, block), "loss": (chunks, max(plans))}
+    dense, mixtures = layers_of(model) if len(blocks) > 1 else (0, model.num_hidden_layers)
+    found = {"block": (mixtures, blocks[-1]), "loss": (chunks, max(plans))}
+    return found | ({"dense block": (dense, blocks[0])} if dense else {})
 
 
 def bench_launches(args: list[str]) -> None:

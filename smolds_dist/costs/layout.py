@@ -78,6 +78,12 @@ def load_stretch(max_vio: float, num_experts: int, expert: int) -> float:
     return max_vio * math.sqrt((num_experts - own) / (own * (num_experts - 1))) if num_experts > 1 else 0.0
 
 
+def most_received(top_k: int, num_experts: int, expert: int) -> float:
+    """Return the most rows that a rank's experts can get, over the mean: every token selects them with as many of its K
+    slots as they have experts."""
+    return expert * min(1.0, num_experts // expert / top_k)
+
+
 def layout_of(config: Any, topology: Any) -> Layout:
     """Return the layout of a `RunConfig` and its `Topology`."""
     return Layout(

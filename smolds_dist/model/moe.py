@@ -280,9 +280,11 @@ class DeepSeekMoE(nn.Module):
         self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts), persistent=False)
         self.router_logits: list[Tensor] | None = None
         self.observe: Callable[[Tensor], None] | None = None
+        self.compiled_mix: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        out_BSH, counts_E, logits_TE = self.mix(x_BSH)
+        mix = self.compiled_mix if self.compiled_mix and self.training else self.mix
+        out_BSH, counts_E, logits_TE = mix(x_BSH)
         self.record(counts_E, logits_TE)
         return out_BSH
 

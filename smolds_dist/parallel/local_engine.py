@@ -1,7 +1,7 @@
 """The engine for one process: plain PyTorch."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -162,19 +162,15 @@ class LocalEngine:
         try:
             with recorder.warm_up():
                 for _ in range(2):
-                    self.optimizer.zero_grad()
-                    expected = self._sums_after(lambda: self._run_backward(self.model(**inputs).loss), several)
-            self.optimizer.zero_grad()
+                    expected = self.gradient_norms(ids)
             captured = CapturedPasses(
                 inputs, lambda inputs: self.model(**inputs).loss, self._run_backward, several, recorder
             )
-
-            def replay() -> None:
+            for _ in range(2 if several else 1):
                 captured.forward(inputs)
                 captured.backward()
-
-            actual = self._sums_after(replay, several)
             captured.end_step()
+            actual = self._norms() / (2 if several else 1)
             if not torch.allclose(actual, expected, rtol=tolerance, atol=0.0):
                 raise RuntimeError(f"gradient norms {actual.tolist()} instead of {expected.tolist()}")
         except Exception:
@@ -182,13 +178,15 @@ class LocalEngine:
             raise
         self._captured = captured
 
-    def _sums_after(self, run: Callable[[], None], several: bool) -> Tensor:
-        """Return the gradient norm by part after one micro batch, and after another one if a step has several."""
-        norms: list[Tensor] = []
-        for _ in range(2 if several else 1):
-            run()
-            norms += squares_by_part(self.optimizer).values()
-        return torch.stack(norms).sqrt()
+    def gradient_norms(self, ids: Tensor) -> Tensor:
+        """Return the gradient norm of each part of the model for a micro batch like `ids` [B, S], without a step."""
+        self._run_backward(self.model(**model_inputs(self.device, ids, ids)).loss)
+        norms = self._norms()
+        self.optimizer.zero_grad()
+        return norms
+
+    def _norms(self) -> Tensor:
+        return torch.stack(list(squares_by_part(self.optimizer).values())).sqrt()
 
     def release_graphs(self) -> None:
         """Return to passes without graphs; at a step's begin."""

@@ -11,6 +11,7 @@ from typing import Any
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token, layers_of
 from smolds_dist.costs.hardware import Hardware, load_hardware
+from smolds_dist.costs.layout import load_stretch, most_received
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
 from smolds_dist.data.mixture import format_schedule, mixture_of
@@ -53,7 +54,7 @@ def plan(args: list[str]) -> None:
             f"the run takes {run.device_hours:,.1f} device hours, over --budget-gpu-hours {options.budget_gpu_hours:,.1f}; "
             f"train at most {affordable:,} tokens or a smaller model."
         )
-    print(report(config, machine, found, ranking, run, steps, options.top))
+    print(report(config, machine, found, ranking, run, steps, options.top, max_vio))
     print(f"\nstart it with\n  {command_line(best, run, train_args, options.nodes, per_node)}")
     if loads and best.layout.world > MAX_SIMULATED_RANKS:
         print(f"\nnot simulated: more than {MAX_SIMULATED_RANKS:,} ranks")
@@ -80,6 +81,7 @@ def report(
     run: RunTime,
     steps: int,
     top: int,
+    max_vio: float,
 ) -> str:
     """Format the plan as text."""
     best, model = ranking[0], with_vocabulary(config)
@@ -88,6 +90,9 @@ def report(
     shares = sorted(
         ((value / time.total, name.replace("_", " ")) for name, value in asdict(time).items()), reverse=True
     )
+    assumed = 1 + load_stretch(max_vio, model.num_experts, layout.expert)
+    most = most_received(model.num_experts_per_tok, model.num_experts, layout.expert)
+    received = f"  if a rank receives {assumed:,.2f} times the mean rank's rows; the most possible is {most:,.2f}"
     mfu = best.tokens_per_s * flops / layout.world / machine.peak[layout.dtype]
     lines = [
         f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {layout.tokens_per_step:,} tokens/step",
@@ -97,6 +102,7 @@ def report(
         "  " + ", ".join(f"{name} {share:.0%}" for share, name in shares if share >= 0.005),
         f"  memory per rank: {best.memory.total / 1e9:,.2f} of {machine.memory / 1e9:,.0f} GB: "
         + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in best.memory.parts()),
+        *([received] if layout.expert > 1 else []),
         f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected failures: "
         f"{run.expected_failures:,.2f}, costing {duration(run.failures)}; checkpoint stalls: {duration(run.checkpoints)}",
         *(f"  {line}" for line in text_needed(config, steps)),

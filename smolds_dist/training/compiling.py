@@ -22,17 +22,20 @@ from smolds_dist.costs.layout import layout_of
 from smolds_dist.errors import first_line
 from smolds_dist.model import DeepSeekV3Block, DeepSeekV3Config, device
 from smolds_dist.model.kernels import _to_gradients, gated, gated_gradients
-from smolds_dist.model.moe import _gradients_of_weighted_sum, _sum_of_rows, _weighted_sum, select_experts
+from smolds_dist.model.moe import DeepSeekMoE, _gradients_of_weighted_sum, _sum_of_rows, _weighted_sum, select_experts
 from smolds_dist.model.regions import Backend, compile_regions, run_regions_eagerly
 from smolds_dist.model.rotary import rotary_angles
 from smolds_dist.observe.run_log import RunLog
 from smolds_dist.parallel.captured import CudaRecorder
 from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.local_engine import LocalEngine
 from smolds_dist.parallel.process_group import max_over_ranks
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
 from smolds_dist.training.step import Stepper
 
+# Largest relative difference of gradient norms from the uncompiled model's: rounding changes some experts' rows.
+COMPILED_TOLERANCE = 0.1
 # Seconds of matmuls at peak rate from which a run is long enough to regain the compile time. On a GPU matmuls are a small
 # part of a step and the compiled operations a large one.
 MIN_SECONDS = {"cpu": 600, "cuda": 60}
@@ -66,7 +69,9 @@ def compile_model(
     with doing("compiling", LONG):
         for turn in (True, False):
             if turn == (topology.local_rank == 0):
-                error = try_to_compile(engine, topology, config.data.seq_len, model)
+                error = try_to_compile(
+                    engine, topology, config.data.seq_len, model, documents=config.data.document_mask
+                )
             engine.barrier()
     if failed := max_over_ranks(topology, error is not None):
         undo_compile(engine.model)
@@ -108,22 +113,33 @@ def should_compile(setting: str | bool, device: str, peak_seconds: float, has_co
 
 
 def try_to_compile(
-    engine: Engine, topology: Topology, seq_len: int, model: DeepSeekV3Config, backend: Backend = "inductor"
+    engine: Engine,
+    topology: Topology,
+    seq_len: int,
+    model: DeepSeekV3Config,
+    backend: Backend = "inductor",
+    documents: bool = False,
 ) -> str | None:
     """Compile everything training will call, by calling it; return the error, if any.
 
     Args:
         backend: torch.compile's; aot_eager traces without generating machine code.
+        documents: attention stays within documents, whose code is not compiled.
     """
     separate_caches()
     tokens = topology.micro_batch, seq_len
+    # On CUDA the number of rows does not depend on the routing.
+    fixed = device.family(next(engine.model.buffers())) == "cuda"
+    local = engine if fixed and isinstance(engine, LocalEngine) else None
     try:
-        # On CUDA the number of rows does not depend on the routing.
-        fixed = device.family(next(engine.model.buffers())) == "cuda"
+        ids = torch.randint(0, model.vocab_size, tokens)
+        expected = local.gradient_norms(ids) if local else torch.empty(0)
         compile_regions(backend, dynamic=not fixed)
         call_regions(model, topology, engine.device, tokens if fixed else None)
         if topology.zero < 3:  # ZeRO 3's hooks gather weights module by module
-            call_blocks(engine, tokens, model, backend, full=fixed and topology.engine == "local")
+            call_blocks(engine, tokens, model, backend, fixed and topology.engine == "local", documents)
+        if local and not torch.allclose(local.gradient_norms(ids), expected, rtol=COMPILED_TOLERANCE, atol=1e-6):
+            return "the compiled model's gradients differ"
     except Exception as error:  # compilers may raise anything
         return first_line(error)
     return None
@@ -188,13 +204,14 @@ def call_regions(
 
 
 def call_blocks(
-    engine: Engine, tokens: tuple[int, int], config: DeepSeekV3Config, backend: Backend, full: bool
+    engine: Engine, tokens: tuple[int, int], config: DeepSeekV3Config, backend: Backend, full: bool, documents: bool
 ) -> None:
     """Run forward and backward of each block's compiled part, without weight gradients; the others reuse the first's code.
 
     Args:
         tokens: sequences of a micro batch, and their length.
-        full: compile blocks with their experts, unless a part of them is recomputed.
+        full: compile experts too: blocks as one region, unless a part is recomputed or attention stays within documents.
+        documents: attention stays within documents.
     """
     blocks = blocks_of(engine.model)
     weight = next(blocks[0].self_attn.parameters())
@@ -203,14 +220,15 @@ def call_blocks(
     rotary = rotary_angles(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
     inputs = dict(rotary=rotary, attention_mask=None, cache=None, output_attentions=False, documents=None)
     for block in blocks:
-        whole = full and block.recomputed == "none"
+        whole = full and block.recomputed == "none" and not documents
         part: Any = torch.compile(block.layer if whole else block.attend, dynamic=False, backend=backend)
         block.compiled_attend, block.compiled_layer = (None, part) if whole else (part, None)
         x.requires_grad_()
         outputs = [one for one in part(x, **inputs) if one.requires_grad]
         torch.autograd.grad(outputs, x, [torch.zeros_like(one) for one in outputs])
         x = outputs[0].detach()
-        if full and not whole:  # its regions are compiled at their first call
+        if full and not whole and isinstance(block.mlp, DeepSeekMoE):
+            block.mlp.compiled_mix = torch.compile(block.mlp.mix, dynamic=False, backend=backend)
             normed = outputs[1].detach().requires_grad_()
             torch.autograd.grad(block.mlp(normed), normed, torch.zeros_like(normed))
 
@@ -223,4 +241,4 @@ def undo_compile(model: nn.Module) -> None:
     """Return to uncompiled code."""
     run_regions_eagerly()
     for block in blocks_of(model):
-        block.compiled_attend = block.compiled_layer = None
+        block.compiled_attend = block.compiled_layer = block.mlp.compiled_mix = None

@@ -72,6 +72,8 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
         row["seconds"] = {name: round(mean, 6) for name, mean in means.items()}
         details = diagnostics(job, training, output.step)
         if update.applied:  # else they may be NaN, which JSON lacks
+            if job.topology.expert > 1:
+                row["max_received"] = round(max_received(output.counts, job.topology.expert), 4)
             row |= details | {"grad_norms": norms_by_part(update.grad_norm, sums["squares"])}
     counts = output.counts if update.applied else None
     return StepResult(row, counts, sums["requested"], bool(sums["failed"][0]), error)
@@ -99,6 +101,13 @@ def diagnostics(job: Job, training: Training, step: int) -> dict:
     if is_kept(step, digits=1):
         row["router_histogram"] = histogram.long().tolist()
     return row
+
+
+def max_received(counts_LE: Tensor, expert: int) -> float:
+    """Return the most rows that a rank's experts got in a layer, over the mean rank's; its activations take that much more
+    memory."""
+    of_ranks = counts_LE.unflatten(-1, (expert, -1)).sum(-1)
+    return (of_ranks / of_ranks.mean(-1, keepdim=True)).max().item()
 
 
 def norms_by_part(norm: float, squares: list[float]) -> dict[str, float]:
