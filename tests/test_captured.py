@@ -29,10 +29,13 @@ class Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.recorded: list = []
+        self.most = 10**9
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise RuntimeError("operation not permitted when stream is capturing")
+        if len(self.recorded) >= self.most:
+            raise RuntimeError("operation failed due to a previous error during capture")
         out = func(*args, **(kwargs or {}))
         self.recorded.append((func, args, kwargs or {}, out))
         return out
@@ -80,6 +83,20 @@ class LazyRecorder(OperatorRecorder):
         with super().record() as operators:
             yield operators
         operators.recorded.clear()
+
+
+class BrokenBackward(OperatorRecorder):
+    """Fails after some operators of the backward pass."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    @contextmanager
+    def record(self):
+        self.graphs += 1
+        with Operators() as operators:
+            operators.most = 60 if self.graphs == 2 else operators.most
+            yield operators
 
 
 class Batches:
@@ -138,6 +155,7 @@ def test_steps_are_the_same(accumulation, options):
     [
         (LazyRecorder(), "cuda", "gradient norms"),  # a replay that differs
         (OperatorRecorder(), "cpu", "capturing"),  # rows per expert were read on the host
+        (BrokenBackward(), "cuda", "previous error"),  # while gradients are collected
     ],
 )
 def test_what_cannot_be_captured_runs_without(recorder, family, message):
@@ -178,3 +196,20 @@ def test_other_batches_end_the_graphs():
             engine.backward(loss)
             losses.append((loss.item(), engine.step(1e-3).grad_norm))
         assert losses[0] == losses[1]
+
+
+def test_probabilities_of_any_number_are_counted():
+    """Also of a step with NaN, whose update is skipped, and more than fp32 counts one by one."""
+    stepper = make_stepper(1)
+    router = stepper.engine.model.model.layers[1].mlp.gate.weight
+    before = router.detach().clone()
+    router.data[0, 0] = torch.nan
+    assert not stepper.train_step(10, 0).update.applied
+    router.data.copy_(before)
+    stepper.routers.take()
+    logits = torch.zeros(2**16, 32)
+    for _ in range(9):
+        with stepper.routers.recording():
+            for layer in stepper.balancer.layers:
+                layer.observe(logits)
+    assert stepper.routers.take()[:, 2:].sum(-1).tolist() == [9 * 2.0**21] * 2

@@ -46,7 +46,8 @@ class CudaRecorder:
     @contextmanager
     def record(self) -> Iterator[Graph]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # torch.cuda.graph leaves its own stream current if the recording fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
             yield graph
 
 

@@ -174,16 +174,23 @@ class LocalEngine:
             if not torch.allclose(actual, expected, rtol=tolerance, atol=0.0):
                 raise RuntimeError(f"gradient norms {actual.tolist()} instead of {expected.tolist()}")
         except Exception:
-            self.optimizer.zero_grad()
+            self._clear_gradients()
             raise
         self._captured = captured
 
     def gradient_norms(self, ids: Tensor) -> Tensor:
         """Return the gradient norm of each part of the model for a micro batch like `ids` [B, S], without a step."""
-        self._run_backward(self.model(**model_inputs(self.device, ids, ids)).loss)
-        norms = self._norms()
+        try:
+            self._run_backward(self.model(**model_inputs(self.device, ids, ids)).loss)
+            return self._norms()
+        finally:
+            self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        """Clear all gradients, also those that an interrupted backward pass has collected."""
+        self._collected, self._elements = [], 0
+        self.model.zero_grad()
         self.optimizer.zero_grad()
-        return norms
 
     def _norms(self) -> Tensor:
         return torch.stack(list(squares_by_part(self.optimizer).values())).sqrt()
@@ -191,7 +198,7 @@ class LocalEngine:
     def release_graphs(self) -> None:
         """Return to passes without graphs; at a step's begin."""
         self._captured = None
-        self.optimizer.zero_grad()
+        self._clear_gradients()
 
     def time_all_to_all(self, on: bool) -> None:
         pass

@@ -51,8 +51,8 @@ class RouterStatistics:
         self._on = on
         yield
         self._on = False
-        if on:
-            self._add(torch.stack([self._logits[layer] for layer in sorted(self._logits)]))
+        for layer in sorted(self._logits) if on else ():  # one at a time: all would take much memory beside activations
+            self._add(self._sums[layer], self._logits[layer])
         if not self._captured:
             self._logits.clear()
 
@@ -70,13 +70,12 @@ class RouterStatistics:
             self._on = False
 
     @torch.no_grad()
-    def _add(self, logits_LTE: Tensor) -> None:
-        scores_LTE = router_scores(logits_LTE, self._scoring).float()
-        share_LTE = scores_LTE / scores_LTE.sum(-1, keepdim=True)
-        self._sums[:, 0] += share_LTE.shape[1]
-        self._sums[:, 1] += torch.special.entr(share_LTE).sum((1, 2))
-        places = (share_LTE * BINS).long().clamp_(max=BINS - 1).flatten(1)
-        self._sums[:, 2:].scatter_add_(1, places, torch.ones_like(share_LTE).flatten(1))
+    def _add(self, sums: Tensor, logits_TE: Tensor) -> None:
+        scores_TE = router_scores(logits_TE, self._scoring).float()
+        share_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        sums[0] += len(share_TE)
+        sums[1] += torch.special.entr(share_TE).sum()
+        sums[2:] += torch.histc(share_TE, BINS, 0, 1)  # ignores NaN
 
     def take(self) -> Tensor:
         """Return and reset this rank's sums, [L, 2 + BINS]; see `entropy_and_histogram`."""

@@ -170,7 +170,6 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         log.info(f"continuing from {reader.folder}")
         log_lr_change(log, reader.manifest, config.train)
     left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
-    compile_model(engine, config, topology, job.model_config, left * job.flops_per_token / peak, job.compiler, log)
     stepper = Stepper(
         engine,
         balancer,
@@ -185,6 +184,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         ),
         should_stop=lambda: job.stop.requested is not None,
     )
+    compile_model(stepper, config, job.model_config, left * job.flops_per_token / peak, job.compiler, log)
     capture_graphs(stepper, config, log)
     return Training(
         engine=engine,

@@ -42,9 +42,8 @@ MIN_SECONDS = {"cpu": 600, "cuda": 60}
 
 
 def compile_model(
-    engine: Engine,
+    stepper: Stepper,
     config: RunConfig,
-    topology: Topology,
     model: DeepSeekV3Config,
     peak_seconds: float,
     has_compiler: bool,
@@ -59,6 +58,7 @@ def compile_model(
         peak_seconds: seconds of the rest of the run at the matmuls' peak rate.
         has_compiler: True if Inductor's compilers are installed on all hosts.
     """
+    engine, topology = stepper.engine, stepper.topology
     # Selective checkpointing intercepts every operator, so everything would be recompiled in the first step.
     selective = config.train.activation_checkpointing == "selective"
     if selective or not should_compile(config.train.compile, topology.device, peak_seconds, has_compiler):
@@ -73,6 +73,7 @@ def compile_model(
                     engine, topology, config.data.seq_len, model, documents=config.data.document_mask
                 )
             engine.barrier()
+    stepper.qk_clip.take()  # of these passes
     if failed := max_over_ranks(topology, error is not None):
         undo_compile(engine.model)
         log.warning(
