@@ -7,8 +7,10 @@ a GPU.
 """
 
 import argparse
+import configparser
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -224,6 +227,8 @@ def run(options: argparse.Namespace) -> int:
                 print(shlex.join([*(f"{key}={value}" for key, value in part.environment.items()), *command]))
         return 0
     machine = "a CPU, small settings" if options.small else gpu_name()
+    if missing := missing_packages():
+        print(f"gpu.sh: not installed: {', '.join(missing)}; parts that need them fail", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in chosen.items():
         print(f"== {name}: {part.what}", flush=True)
@@ -243,6 +248,23 @@ def gpu_name() -> str:
             "names another Python)."
         )
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of setup.cfg that this Python lacks: those of a run, of pytest and of the Trainer."""
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    extras = config["options.extras_require"]
+    wanted = f"{config['options']['install_requires']}\n{extras['bench']}\npytest"
+    names = [re.match(r"[\w-]+", line) for line in wanted.split("\n") if 'platform == "darwin"' not in line]
+    return [name[0] for name in names if name and not is_installed(name[0])]
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def run_part(name: str, part: Part, folder: Path) -> dict[str, Any]:
