@@ -463,7 +463,7 @@ def trained(one_card, request):
     fails."""
     specs = (getattr(item, "callspec", None) for item in request.session.items)
     wanted = {spec.params["case"] for spec in specs if spec and isinstance(spec.params.get("case"), Case)}
-    done: dict[int, dict[Case, dict] | AssertionError] = {}
+    done: dict[int, dict[Case, dict] | str] = {}
 
     def train_all(cases: list[Case]) -> dict[Case, dict]:
         jobs = [dict(options=[*one.options, f"--parallel.device={DEVICE}"], disturb=False) for one in cases]
@@ -476,10 +476,10 @@ def trained(one_card, request):
             try:
                 done[case.world] = train_all([one for one in ONE_CARD if one.world == case.world and one in wanted])
             except AssertionError as error:
-                done[case.world] = error
+                done[case.world] = str(error)
         results = done[case.world]
-        if isinstance(results, AssertionError):
-            raise results
+        if isinstance(results, str):
+            pytest.fail(results, pytrace=False)
         return results[case]
 
     return train_case_of
