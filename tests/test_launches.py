@@ -36,7 +36,6 @@ def test_reference_model_needs_what_is_recorded():
     assert RECORDED["compiled_total"] < 1600 and not any("micro batch" in where for where in RECORDED["waits"])
 
 
-@needs_inductor
 @pytest.mark.parametrize(
     "options",
     [
@@ -46,11 +45,13 @@ def test_reference_model_needs_what_is_recorded():
     ],
 )
 def test_no_micro_batch_waits(options):
-    """The counts of other models: nothing waits, every kernel of a block is planned, and graphs leave little to the host."""
-    found = counted("--data.seq_len=64", "--model.num_hidden_layers=2", *options)
-    assert not any("micro batch" in where for where in found["waits"])
-    assert found["compiled_total"] < found["uncompiled_total"]
-    assert found["with_graphs"] < found["compiled_total"] / 2 or "muon" in str(options)
+    stepper, _ = launches.make_stepper(
+        "smollm2-deepseek-255m", ["--data.seq_len=64", "--model.num_hidden_layers=2", *options], 2
+    )
+    counts = launches.count_step(stepper)
+    assert "step: cpu in read_together" in counts.waits
+    assert not any("micro batch" in where for where in counts.waits)
+    assert counts.captured > 0.7 * (sum(counts.operators.values()) - counts.operators["optimizer"])
 
 
 def test_a_wait_is_named(monkeypatch):
@@ -66,12 +67,3 @@ def test_a_wait_is_named(monkeypatch):
     stepper, _ = launches.make_stepper("smollm2-deepseek-255m", ["--data.seq_len=32", "--model.num_hidden_layers=2"], 2)
     waits = launches.count_step(stepper).waits
     assert waits["micro batch: item in test_a_wait_is_named.<locals>.slow_record"] == 2
-
-
-def test_command_prints_a_table(capsys, tmp_path):
-    launches.bench_launches([
-        "--data.seq_len=32", "--model.num_hidden_layers=1", "--sequences", "1", "--json", str(tmp_path / "out.json"),
-    ])  # fmt: skip
-    result = json.loads((tmp_path / "out.json").read_text())
-    printed = capsys.readouterr().out
-    assert f"{result['compiled_total']:>10,}" in printed and "x step: item in LocalEngine.step" in printed

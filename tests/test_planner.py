@@ -29,7 +29,7 @@ from smolds_dist.launching.launcher import launch
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.planner.command import plan
 from smolds_dist.planner.search import RECOMPUTED, best_first, candidates
-from smolds_dist.planner.simulator import Collective, Compute, run_programs, simulate_step
+from smolds_dist.planner.simulator import Event, run_programs, simulate_step
 from smolds_dist.settings import Model
 from smolds_dist.training.step_row import max_received
 
@@ -279,7 +279,7 @@ def test_unbalanced_loads_and_stragglers_cost_time_and_make_ranks_wait():
 
 def test_deadlocked_ranks_are_an_error():
     with pytest.raises(RuntimeError, match="deadlock"):
-        run_programs([iter([Collective((0, 2), 1.0)]), iter([Compute(1.0)])])
+        run_programs([iter([Event(1.0, (0, 2))]), iter([Event(1.0)])])
 
 
 @dataclass(frozen=True)

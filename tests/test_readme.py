@@ -150,6 +150,7 @@ CASES = [
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
     Case("smolds plan .*--plot", "", "start it with", ("plan.png",)),
     Case("smolds plan", "", "start it with"),
+    Case("smolds bench launches", " --model.num_hidden_layers=1 --data.seq_len=32 --sequences=1", "the host waits"),
     Case(
         "smolds bench train",
         " --preset debug --dtype fp32 --sequences=1 --rounds=1 --steps=1 --only smolds transformers --no-compile",

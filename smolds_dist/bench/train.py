@@ -12,7 +12,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -227,34 +226,23 @@ def run_trial(
     if ranks > 1:
         command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         environment["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
-    # In the checkout: -m imports from the working directory first.
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(command, **pipes, text=True, env=environment, cwd=checkout)
-    assert process.stdin and process.stdout and process.stderr
-    tail: list[str] = []
-    errors = threading.Thread(target=tail.extend, args=(process.stderr,), daemon=True)
-    errors.start()
-    alarm = threading.Timer(LONGEST, process.kill)
-    alarm.start()
     try:
-        for asked in (1, steps):
-            process.stdin.write(f"{asked}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise BrokenPipeError
-        return json.loads(line)
-    except BrokenPipeError:
-        errors.join(timeout=5)
-        raise ConfigError(f"{task.contender} {task.variant} failed: {tail[-1].strip() if tail else 'killed'}") from None
-    finally:
-        alarm.cancel()
-        process.stdin.close()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        # In the checkout: -m imports from the working directory first.
+        finished = subprocess.run(
+            command,
+            input=f"1\n{steps}\n",
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=checkout,
+            timeout=LONGEST,
+        )
+        answers, printed = finished.stdout.splitlines(), finished.stderr.splitlines()
+    except subprocess.TimeoutExpired:
+        answers, printed = [], []
+    if len(answers) < 2:
+        raise ConfigError(f"{task.contender} {task.variant} failed: {printed[-1].strip() if printed else 'killed'}")
+    return json.loads(answers[1])
 
 
 def table(result: dict[str, Any]) -> str:

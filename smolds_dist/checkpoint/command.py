@@ -23,15 +23,15 @@ def checkpoint(args: list[str]) -> int:
     if options.command == "ls":
         _list(folders)
     elif options.command == "verify":
-        return _verify(_select(folders, options.step) if options.step else folders)
+        return _verify(files.select(options.run, options.step) if options.step else folders)
     elif options.command == "convert":
-        (folder,) = _select(folders, [options.step] if options.step is not None else [files.step_of(folders[0])])
+        (folder,) = folders[:1] if options.step is None else files.select(options.run, [options.step])
         convert(folder, options.to, options.weights_only)
     else:
         if not options.step and options.after is None:
             raise ConfigError("smolds checkpoint rm needs --step N, or --after N for all later ones.")
         later = [f for f in folders if options.after is not None and files.step_of(f) > options.after]
-        _remove(options.run, folders, list(dict.fromkeys([*_select(folders, options.step or []), *later])))
+        _remove(options.run, folders, list(dict.fromkeys([*files.select(options.run, options.step or []), *later])))
     return 0
 
 
@@ -68,26 +68,15 @@ def _parse(args: list[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _select(folders: list[Path], steps: list[int]) -> list[Path]:
-    by_step = {files.step_of(folder): folder for folder in folders}
-    for step in steps:
-        if step not in by_step:
-            have = ", ".join(map(str, sorted(by_step)))
-            raise ConfigError(f"{folders[0].parent} has no checkpoint of step {step}; it has {have}.")
-    return [by_step[step] for step in steps]
-
-
 def _list(folders: list[Path]) -> None:
-    manifests = {
-        folder: files.read_manifest(folder) for folder in folders if not files.find_damage(folder, contents=False)
-    }
+    damage = {folder: files.find_damage(folder, contents=False) for folder in folders}
+    manifests = {folder: files.read_manifest(folder) for folder in folders if not damage[folder]}
     marked = {"newest": next(iter(manifests), None), "best": files.best_checkpoint(manifests)}
     print(f"{'step':>9}  {'saved':16}  {'size':>9}  {'val loss':>8}  layout")
     for folder in reversed(folders):
         manifest = manifests.get(folder)
         if manifest is None:
-            damage = files.find_damage(folder, contents=False)[0]
-            print(printable(f"{files.step_of(folder):>9}  damaged: {damage}"))
+            print(printable(f"{files.step_of(folder):>9}  damaged: {damage[folder][0]}"))
             continue
         size = sum(entry["bytes"] for entry in manifest.files.values()) / 1e9
         loss = "-" if manifest.val_loss is None else f"{manifest.val_loss:.4f}"

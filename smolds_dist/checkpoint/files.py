@@ -126,6 +126,16 @@ def checkpoints_in(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def select(run: Path, steps: Iterable[int]) -> list[Path]:
+    """Return a run's checkpoints of these steps; raise a `ConfigError` for a missing one."""
+    by_step = {step_of(folder): folder for folder in checkpoints_in(run / "checkpoints")}
+    for step in steps:
+        if step not in by_step:
+            have = ", ".join(map(str, sorted(by_step))) or "none"
+            raise ConfigError(f"{run} has no checkpoint of step {step}; it has {have}.")
+    return [by_step[step] for step in steps]
+
+
 # Writing
 
 

@@ -12,7 +12,7 @@ from math import floor, lcm
 
 import numpy as np
 
-from smolds_dist.settings import Data, RunConfig, Stage
+from smolds_dist.settings import RunConfig, Stage
 
 FINEST = 100_000  # denominator that weights are rounded to; weights of up to five digits stay exact
 
@@ -94,17 +94,13 @@ class Mixture:
 
 
 def mixture_of(config: RunConfig) -> Mixture:
-    """Return the mixture of a run's settings."""
-    return Mixture(list(config.data.mixed), stage_weights(config.data, config.train.steps, config.train.global_batch))
-
-
-def stage_weights(data: Data, steps: int, global_batch: int) -> list[tuple[int, dict[str, float]]]:
-    """Return for each stage its last sample (exclusive), which is the end of a step, and its weights."""
-    own = {name: one.weight for name, one in data.mixed.items()}
-    return [
-        (round(Fraction(str(stage.until)) * steps) * global_batch, own if stage.weights is None else stage.weights)
-        for stage in data.stages or [Stage(1.0)]
-    ]
+    """Return the mixture of a run's settings; each stage ends at the end of a step."""
+    own = {name: one.weight for name, one in config.data.mixed.items()}
+    stages = []
+    for stage in config.data.stages or [Stage(1.0)]:
+        last_step = round(Fraction(str(stage.until)) * config.train.steps)
+        stages.append((last_step * config.train.global_batch, own if stage.weights is None else stage.weights))
+    return Mixture(list(own), stages)
 
 
 def truncate_schedule(schedule: Schedule, samples: int) -> Schedule:

@@ -22,6 +22,7 @@ from smolds_dist.data.shards import DOCUMENT, Corpus, DocumentWriter
 from smolds_dist.data.text import Document, check_first_rows, decoded_bytes, digest, document_bytes, is_validation
 from smolds_dist.data.tokenizer import without_beginning
 from smolds_dist.errors import ConfigError
+from smolds_dist.progress import print_line
 
 FORMAT = 1  # in the key; raise it when the layout, the meaning of a file or the choice of documents changes
 # Bytes of text; for a `tokens` source, four per token.
@@ -75,10 +76,8 @@ def write_validation_set(folder: Path, corpus: Corpus, most: int) -> None:
     """
     check_first_rows(corpus.source, corpus.files, corpus.data)
     if added := without_beginning(corpus.tokenizer):
-        print(
-            f"the tokenizer adds {added} at the beginning of text; training documents do not have it",
-            file=sys.stderr,
-            flush=True,
+        print_line(
+            f"the tokenizer adds {added} at the beginning of text; training documents do not have it", sys.stderr
         )
     chunks = [chunk for shard in corpus.shards for chunk in shard]
     selector = ValidationSelector(corpus.data.val_fraction)

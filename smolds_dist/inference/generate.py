@@ -7,6 +7,7 @@ from typing import Any
 
 from smolds_dist.errors import ConfigError, OptionParser, first_line
 from smolds_dist.inputs import ROWS_BYTES, read_text
+from smolds_dist.progress import print_line
 
 
 def generate(args: list[str]) -> None:
@@ -38,11 +39,8 @@ def generate(args: list[str]) -> None:
     model, tokenizer = load_model(options.source, options.step)
     longest = max((len(tokenizer(prompt).input_ids) for prompt in prompts), default=0)
     if longest + options.max_new_tokens > (positions := model.config.max_position_embeddings):
-        print(
-            f"smolds: a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} exceed the model's "
-            f"{positions} positions; its text is likely to be worse",
-            file=sys.stderr,
-        )
+        text = f"a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} exceed the model's {positions} "
+        print_line(f"smolds: {text}positions; its text is likely to be worse", sys.stderr)
 
     from transformers import TextStreamer
 

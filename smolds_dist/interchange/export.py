@@ -19,10 +19,10 @@ from smolds_dist.checkpoint.files import (
     CheckpointReader,
     Manifest,
     batch_by_bytes,
-    checkpoint_name,
     checkpoints_in,
     find_damage,
     open_verified,
+    select,
 )
 from smolds_dist.checkpoint.new_folder import check_free, new_file, new_folder
 from smolds_dist.errors import ConfigError, OptionParser, first_line
@@ -141,13 +141,9 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
     """
     if (source / "manifest.json").is_file():
         return source.resolve()
-    folders = checkpoints_in(source / "checkpoints")
     if step is not None:
-        asked = source / "checkpoints" / checkpoint_name(step)
-        if asked not in folders:
-            have = ", ".join(folder.name for folder in reversed(folders)) or "none"
-            raise ConfigError(f"{source} has no checkpoint of step {step}; it has {have}.")
-        return asked
+        return select(source, [step])[0]
+    folders = checkpoints_in(source / "checkpoints")
     complete = next((folder for folder in folders if not find_damage(folder, contents=False)), None)
     if complete is None:
         raise ConfigError(f"{source} contains no complete checkpoint; use a run's folder, such as runs/NAME.")

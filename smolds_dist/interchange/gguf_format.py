@@ -17,6 +17,7 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 import torch
+from gguf import MODEL_ARCH as ARCH
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType
 from torch import Tensor
@@ -31,31 +32,6 @@ from smolds_dist.model import DeepSeekV3Config
 
 KINDS = {"fp32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 _TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
-# Names in the file of the modules of a layer and of the full model.
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
-}
-_EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 MODELFILE = """\
 # ollama create {name} -f {modelfile}
 # ollama run {name} "def add(first, second):"
@@ -83,7 +59,15 @@ def gguf_tensors(
     """Yield every tensor of the file; none is read yet."""
     N, D, R, E = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, config.num_experts
     # llama.cpp rotates the same pairs as the transformers classes of these architectures.
-    kind = "deepseek_v3" if config.attention == "latent" else "ernie4_5_moe"
+    is_latent = config.attention == "latent"
+    kind, architecture = ("deepseek_v3", ARCH.DEEPSEEK2) if is_latent else ("ernie4_5_moe", ARCH.ERNIE4_5_MOE)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+
+    def called(name: str) -> str:
+        """Return the name in the file of a tensor of a transformers model."""
+        found = names.get_name(name, (".weight", ".bias"))
+        assert found
+        return found
 
     def rotated(name: str) -> Tensor:
         return interleave_rotary(name, reader.read_full(name, "value"), config, kind)
@@ -98,26 +82,18 @@ def gguf_tensors(
         return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
     for name, shape in reader.manifest.tensors.items():
-        block, module = _block_and_module(name)
-        expert = re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)", module)
-        if expert and expert[1] != "0":
-            continue
-        if expert:
-            yield GGUFTensor(f"{block}{_EXPERTS[expert[2]]}.weight", (E, *shape), partial(stacked, name))
-        elif module == "self_attn.kv_b_proj":
-            yield GGUFTensor(f"{block}attn_k_b.weight", (N, R, D), partial(latent, name, keys=True))
-            yield GGUFTensor(f"{block}attn_v_b.weight", (N, shape[0] // N - D, R), partial(latent, name, keys=False))
+        if expert := re.search(r"\.experts\.(\d+)\.", name):
+            if expert[1] == "0":
+                stack = name.replace(".experts.0.", ".experts.")
+                yield GGUFTensor(called(stack), (E, *shape), partial(stacked, name))
+        elif ".kv_b_proj." in name:
+            for half, of_head in {"k_b_proj": (R, D), "v_b_proj": (shape[0] // N - D, R)}.items():
+                load = partial(latent, name, keys=half == "k_b_proj")
+                yield GGUFTensor(called(name.replace("kv_b_proj", half)), (N, *of_head), load)
         else:
-            yield GGUFTensor(f"{block}{_NAMES[module]}.weight", tuple(shape), partial(rotated, name))
+            yield GGUFTensor(called(name), tuple(shape), partial(rotated, name))
     for name, bias in biases.items():
-        yield GGUFTensor(f"{_block_and_module(name)[0]}exp_probs_b.bias", tuple(bias.shape), bias.float)
-
-
-def _block_and_module(name: str) -> tuple[str, str]:
-    """Return the file's prefix for a logical tensor's layer, and the module within the layer."""
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*?)\.(?:weight|e_score_correction_bias)", name)
-    assert match
-    return (f"blk.{match[1]}." if match[1] else ""), match[2]
+        yield GGUFTensor(called(name.replace("_bias", ".bias")), tuple(bias.shape), bias.float)
 
 
 def quantization_of(tensor: GGUFTensor, plain: Kind, quantize: Kind | None) -> Kind:

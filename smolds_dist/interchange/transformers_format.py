@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from smolds_dist.model import DeepSeekV3Config
+from smolds_dist.settings import Yarn
 
 CLASSES = {
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
@@ -37,9 +38,6 @@ _SHARED_FIELDS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads hidden_act max_position_embeddings initializer_range "
     "rms_norm_eps tie_word_embeddings pad_token_id bos_token_id eos_token_id"
 ).split()
-_YARN_FIELDS = (
-    "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate"
-).split()
 
 
 def _same(names: str) -> dict[str, str]:
@@ -47,11 +45,7 @@ def _same(names: str) -> dict[str, str]:
 
 
 _GQA = _same("num_key_value_heads head_dim num_experts_per_tok")
-_DENSE_FIRST = (
-    "ernie4_5_moe",
-    "qwen3_moe",
-    "deepseek_v3",
-)  # first layers may be dense, of `intermediate_size`
+_DENSE_FIRST = ("ernie4_5_moe", "qwen3_moe", "deepseek_v3")  # first layers may be dense, of `intermediate_size`
 # For each model type, its names of our fields.
 _FIELDS: dict[str, dict[str, str]] = {
     "ernie4_5_moe": _GQA
@@ -286,7 +280,7 @@ def _rope(theirs: Any) -> dict[str, Any]:
         raise ValueError(f"partial_rotary_factor={theirs.rope_parameters['partial_rotary_factor']} is not supported.")
     if kind == "default":
         return {"rope_theta": theta}
-    unknown = [name for name in rope if name not in _YARN_FIELDS]
+    unknown = [name for name in rope if name not in Yarn.__dataclass_fields__]
     if kind != "yarn" or unknown:
         message = f"its setting {unknown[0]!r}" if kind == "yarn" else f"rope_type {kind!r}"
         raise ValueError(f"{message} is not supported; only plain rotary embedding and YaRN are.")

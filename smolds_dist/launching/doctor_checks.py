@@ -9,12 +9,11 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 import tempfile
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,12 +313,9 @@ def check_environment() -> Iterator[Finding]:
     note = ", so a single process uses one core" if threads == "1" and (os.cpu_count() or 1) > 1 else ""
     yield Finding("ok", "threads", f"OMP_NUM_THREADS={threads}{note}" if threads else "OMP_NUM_THREADS not set")
 
-    with contextlib.suppress(ImportError):  # not on Unix
-        import resource
-
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        text = f"at most {files}" if files >= 0 else "no limit"
-        yield Finding("warn" if 0 <= files < 1024 else "ok", "open files", text, "run `ulimit -n 4096` first")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    text = f"at most {files}" if files >= 0 else "no limit"
+    yield Finding("warn" if 0 <= files < 1024 else "ok", "open files", text, "run `ulimit -n 4096` first")
     shm = Path("/dev/shm")
     if shm.is_dir():
         size = shutil.disk_usage(shm).total

@@ -173,7 +173,7 @@ class RankReport:
             gone = [e for e in self._entries() if e["state"] == "running" and e["system"] != system_name()]
             if gone:
                 reason = last_line.partition(". ")[0][:200]  # gloo's has several sentences
-                self._report(f"{_one_of(gone)} was killed or lost its network ({reason})")
+                self._report(f"{one_of(gone)} was killed or lost its network ({reason})")
                 return
         self._report(f"rank {self.rank} on host {self.entry['host']} failed: {last_line} (traceback: {log})")
 
@@ -345,7 +345,7 @@ class RankEntry:
     code: int = 0
 
 
-def _one_of(entries: list[dict[str, Any]]) -> str:
+def one_of(entries: list[dict[str, Any]]) -> str:
     """Name the rank or ranks of which one has failed. Several hosts are not named as `restarts.BLAMED` finds them, because
     one of them at most is to blame."""
     hosts = list(dict.fromkeys(entry["host"] for entry in entries))

@@ -20,9 +20,9 @@ import psutil
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import printable, read_text
-from smolds_dist.launching.failure import CAUSE, identity, rank_entries, report_cause
+from smolds_dist.launching.failure import CAUSE, SHARED_SECONDS, identity, one_of, rank_entries, report_cause
 from smolds_dist.launching.plan import Plan
-from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.signals import blocked
 from smolds_dist.launching.ssh import read_files, run_on_hosts, unreachable
 from smolds_dist.parallel.control_groups import describe_memory
 from smolds_dist.parallel.ranks import system_name
@@ -31,7 +31,6 @@ from smolds_dist.progress import print_line
 MAX_PAUSE = 60.0  # seconds between attempts to reach a host
 LOOK_EVERY = 30.0  # seconds between attempts to reach missing hosts while ranks run
 EXIT_SECONDS = 10.0  # in which ranks exit after the cause is known and `grace` has passed
-SHARED_SECONDS = 5.0  # until a shared file system shows what another host has written
 SSH_ENDED = re.compile(r"pdsh@[\w.-]+: ([\w.-]+): ssh exited with exit code (\d+)")
 LABEL = re.compile(r"([\w.-]+): (.*\S)")  # pdsh's prefix of a host's output
 MPI_LOST = re.compile(r"ORTE (was unable to reliably start|has lost communication)")  # of Open MPI 4, without the host
@@ -76,8 +75,7 @@ def wait_for_hosts(
     Returns:
         What `choose` has returned, or the exit code of a stop signal that ended the wait.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
-    try:
+    with blocked() as wait:
         pause = 1.0
         while True:
             missing = unreachable(hosts)
@@ -85,11 +83,9 @@ def wait_for_hosts(
                 return chosen
             if pause == 1.0:
                 log(f"the restart waits for {_reasons(missing)}; Ctrl-C ends the wait.")
-            if got := signal.sigtimedwait(EXIT_CODES, pause):
-                return EXIT_CODES[signal.Signals(got.si_signo)]
+            if stopped := wait(pause):
+                return stopped
             pause = min(MAX_PAUSE, 2 * pause)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _reasons(missing: dict[str, str]) -> str:
@@ -161,11 +157,8 @@ class HostWatch:
         if waited > self.grace:
             self.report()
         if waited > (self.grace if self.rejected else 2 * self.grace + EXIT_SECONDS):
-            for one in [
-                process,
-                *psutil.Process(process.pid).children(recursive=True),
-            ]:  # a parent may exit with code 0
-                with contextlib.suppress(psutil.NoSuchProcess):
+            for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):  # a parent may exit with code 0
                     one.kill()
 
     @property
@@ -216,12 +209,8 @@ class HostWatch:
                 fix = "install smolds and Python at the same paths as here"
                 return f"host {host} did not start its ranks ({reason}); {fix}"
             if running := [entry for entry in entries if entry["state"] == "running"]:
-                word, ranks = (
-                    "rank" if len(running) == 1 else "one of the ranks",
-                    ", ".join(str(e["rank"]) for e in running),
-                )
                 memory = _out_of_memory(host, running[0]) if ask else ""
-                return f"{word} {ranks} on host {running[0]['host']} was killed or lost its network{memory} ({reason})"
+                return f"{one_of(running)} was killed or lost its network{memory} ({reason})"
         return ""
 
     def report(self) -> None:

@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.signals import EXIT_CODES, blocked
 from smolds_dist.progress import print_line
 from smolds_dist.rows import RESTARTS, read_rows
 
@@ -78,8 +77,10 @@ def run_with_restarts(
             break
         pause = min(MAX_PAUSE, MIN_PAUSE * 2 ** (stuck - 1))
         log(f"restart {len(failures)} of {restarts} in {pause:.0f} s.")
-        if asked := wait(pause):
-            return EXIT_CODES[asked]
+        with blocked() as wait:
+            stopped = wait(pause)
+        if stopped:
+            return stopped
         code, cause = start(failures)
     return code
 
@@ -166,16 +167,6 @@ def resume_options(run_dir: Path, train_args: list[str], asked: str) -> list[str
     if metrics.exists():
         metrics.replace(run_dir / f"ranks-{len(read_rows(run_dir / RESTARTS))}" / metrics.name)
     return train_args
-
-
-def wait(seconds: float) -> signal.Signals | None:
-    """Wait, or until a stop signal; return the signal, if any."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
-    try:
-        got = signal.sigtimedwait(EXIT_CODES, seconds)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return signal.Signals(got.si_signo) if got else None
 
 
 def log(text: str) -> None:

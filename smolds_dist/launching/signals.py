@@ -25,6 +25,25 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
             signal.signal(number, old)
 
 
+@contextmanager
+def blocked() -> Iterator[Callable[[float], int | None]]:
+    """Keep these signals pending inside the block.
+
+    Yields:
+        A function that waits some seconds, or until a signal; it returns the signal's exit code, None without one.
+    """
+
+    def wait(seconds: float) -> int | None:
+        got = signal.sigtimedwait(EXIT_CODES, seconds)
+        return EXIT_CODES[signal.Signals(got.si_signo)] if got else None
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+    try:
+        yield wait
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopRequest(ExitStack):
     """Records the stop signal that this process received; a context manager, to be entered repeatedly, that restores the
     handlers."""

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.launching import restarts
-from smolds_dist.launching.signals import EXIT_CODES
+from smolds_dist.launching.signals import blocked
 from smolds_dist.launching.state import SUBMITTED, write_state
 from smolds_dist.parallel.ranks import RankInfo, slurm_counts
 from smolds_dist.parallel.topology import Machine, plan_topology
@@ -166,6 +165,7 @@ def _check_one_gpu(name: str, value: str) -> None:
         raise ConfigError(f"{name} is {value}, but each rank uses one GPU; use 1.")
 
 
+@blocked()
 def requeue_without(nodes: list[str], needed: int) -> bool:
     """Requeue this batch job on other nodes and log it; return True on success.
 
@@ -181,7 +181,6 @@ def requeue_without(nodes: list[str], needed: int) -> bool:
     def ask(*command: str) -> list[str]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
     try:
         listed = [names for names in ask("squeue", "--noheader", "--jobs", job, "--format", "%x") if names != "(null)"]
         away = set(nodes).union(*(ask("scontrol", "show", "hostnames", names) for names in listed))
@@ -198,8 +197,6 @@ def requeue_without(nodes: list[str], needed: int) -> bool:
         message = getattr(error, "stderr", "") or str(error)
         print(f"smolds: job {job} could not be requeued: {message.strip()}", file=sys.stderr, flush=True)
         return False
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

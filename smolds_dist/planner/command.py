@@ -55,7 +55,7 @@ def plan(args: list[str]) -> None:
             f"train at most {affordable:,} tokens or a smaller model."
         )
     print(report(config, machine, found, ranking, run, steps, options.top, max_vio))
-    print(f"\nstart it with\n  {command_line(best, config, run, train_args, options.nodes, per_node)}")
+    print(f"\nstart it with\n  {command_line(best, run, train_args, options.nodes, per_node)}")
     if loads and best.layout.world > MAX_SIMULATED_RANKS:
         print(f"\nnot simulated: more than {MAX_SIMULATED_RANKS:,} ranks")
     elif loads:
@@ -146,9 +146,7 @@ def alternatives(found: list[Candidate], best: Candidate, machine: Hardware) -> 
     return sorted(chosen.values(), key=lambda one: (not fits(one, machine), -one.tokens_per_s))
 
 
-def command_line(
-    best: Candidate, config: RunConfig, run: RunTime, train_args: list[str], nodes: int, per_node: int
-) -> str:
+def command_line(best: Candidate, run: RunTime, train_args: list[str], nodes: int, per_node: int) -> str:
     """Return the command that starts the best layout: `smolds launch` on one node, `smolds slurm` on several."""
     asked = {name for name in best.settings if any(arg.partition("=")[0] == f"--{name}" for arg in train_args)}
     settings = [option for name, option in zip(best.settings, best.options, strict=True) if name not in asked]

@@ -37,12 +37,10 @@ def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, pa
     found = best_by_ranks(config, machine, per_node, max_vio)
     if not any(found.values()):
         raise ConfigError(f"no number of ranks up to {MAX_RANKS:,} has a layout that fits {machine.name}.")
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(10, 8), sharex=True, height_ratios=(3, 2))
+    figure = Figure(figsize=(10, 8), layout="tight")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     indices = range(len(found))
     bottom = [0.0] * len(found)
     for field in fields(StepTime):
@@ -67,6 +65,4 @@ def draw(config: RunConfig, machine: Hardware, per_node: int, max_vio: float, pa
     below.set_xlabel(f"ranks; above {config.train.global_batch:,}, the global batch grows with them")
     below.set_xticks(list(indices), [f"{ranks:,}" for ranks in found], rotation=45)
     below.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from smolds_dist.costs.flops import layers_of
 from smolds_dist.costs.hardware import Hardware
@@ -28,19 +28,12 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.rows import read_rows
 
 
-@dataclass(frozen=True)
-class Compute:
-    """A rank computes."""
+class Event(NamedTuple):
+    """A rank waits for the others of `group` (its first rank and size), then takes `seconds`; it computes without waiting if
+    it is alone."""
 
     seconds: float
-
-
-@dataclass(frozen=True)
-class Collective:
-    """A rank waits for `group` (its first rank and size), then takes `seconds`."""
-
-    group: tuple[int, int]
-    seconds: float
+    group: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def simulate_step(
     return run_programs([_program(rank, model, layout, machine, loads, slow) for rank, slow in enumerate(slowness)])
 
 
-def run_programs(programs: list[Iterator[Compute | Collective]]) -> Simulation:
+def run_programs(programs: list[Iterator[Event]]) -> Simulation:
     """Run every rank's program to its end.
 
     Raises:
@@ -96,9 +89,9 @@ def run_programs(programs: list[Iterator[Compute | Collective]]) -> Simulation:
     while events:
         now, rank = heapq.heappop(events)
         event = next(programs[rank], None)
-        if isinstance(event, Compute):
+        if event and event.group is None:
             heapq.heappush(events, (now + event.seconds, rank))
-        elif event is not None:
+        elif event and event.group:
             there = present.setdefault(event.group, [])
             there.append((rank, now, event.seconds))
             if len(there) == event.group[1]:
@@ -112,7 +105,7 @@ def run_programs(programs: list[Iterator[Compute | Collective]]) -> Simulation:
 
 def _program(
     rank: int, model: Any, layout: Layout, machine: Hardware, loads: list[list[float]], slow: float
-) -> Iterator[Compute | Collective]:
+) -> Iterator[Event]:
     """Yield a rank's events of one step; forward, backward and recomputation take a pass's time as 1 : 2 : 1."""
     size, own = layout.expert, model.num_experts // layout.expert
     group, place = (rank // size * size, size), rank % size
@@ -127,13 +120,13 @@ def _program(
     for _ in range(layout.accumulation):
         for part, layers in turns:
             for layer in layers:
-                exchange = [Collective(group, exchange_seconds(model, layout, machine, max(1.0, share[layer])))]
+                exchange = [Event(exchange_seconds(model, layout, machine, max(1.0, share[layer])), group)]
                 exchange *= size > 1
-                yield Compute((dense + other) * slow * part / parts)
+                yield Event((dense + other) * slow * part / parts)
                 yield from exchange
-                yield Compute(experts * share[layer] * slow * part / parts)
+                yield Event(experts * share[layer] * slow * part / parts)
                 yield from exchange
     closed = step_time(model, layout, machine)
     if layout.world > 1:
-        yield Collective((0, layout.world), closed.gradients)
-    yield Compute(closed.optimizer)
+        yield Event(closed.gradients, (0, layout.world))
+    yield Event(closed.optimizer)
