@@ -5,7 +5,7 @@ from importlib import import_module
 
 from smolds_dist.errors import ConfigError
 
-NAMES = ("checkpoint", "data", "dense", "loss", "plan", "rendezvous", "roofline", "scale")
+NAMES = ("checkpoint", "data", "dense", "drift", "loss", "plan", "recipe", "rendezvous", "roofline", "scale")
 
 
 def main() -> None:

@@ -28,6 +28,11 @@ def run_python(arguments: list[str]) -> str:
     return finished.stdout
 
 
+QUIET = ("--train.eval_every=0", "--checkpoint.every=0", "--log.sample_every=0")
+# The presets' text and tokenizers are on the Hub. Speed does not depend on the text; the vocabulary is as large as theirs.
+OFFLINE = ("--data.source=stdlib", "--data.tokenizer=train", "--model.vocab_size=49152")
+
+
 def rows_of_training(given: list[str], run_dir: Path, ranks: int = 1) -> list[dict[str, Any]]:
     """Return the metrics rows of `smolds train` (`smolds launch` for several ranks), without saves, evaluations and samples
     during training.
@@ -37,9 +42,8 @@ def rows_of_training(given: list[str], run_dir: Path, ranks: int = 1) -> list[di
     """
     from smolds_dist.observe.rows import read_rows
 
-    quiet = ["-q", "--train.eval_every=0", "--checkpoint.every=0", "--log.sample_every=0"]
     start = ["train"] if ranks == 1 else ["launch", "--nproc-per-node", str(ranks), "--"]
-    run_python(["-m", "smolds_dist", *start, *given, *quiet])
+    run_python(["-m", "smolds_dist", *start, *given, "-q", *QUIET])
     return read_rows(run_dir / "metrics.jsonl")
 
 

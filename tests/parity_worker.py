@@ -172,7 +172,7 @@ def train_case(
     places = {name: place for place, name in enumerate(tensors)}
     for fragment in engine.fragments():
         share = fragment.share()
-        squares[places[share.name]] += share.tensors["value"].double().square().sum()
+        squares[places[share.name]] += share.tensors["value"].double().square().sum().cpu()
     norms_of_weights = engine.sum_over_ranks(squares).sqrt().tolist()
     biases = balancer.named_biases()
     engine.close()

@@ -87,9 +87,9 @@ def smolds(
     return run([sys.executable, "-m", "smolds_dist", *args], timeout, cwd, cold, **environment)
 
 
-def run_ranks(world: int, script: str, *args: str, timeout: float = 400) -> Finished:
+def run_ranks(world: int, script: str, *args: str, timeout: float = 400, **environment: str) -> Finished:
     """Run `world` ranks of a script of this folder under torchrun, on a free port."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    finished = run([*start, str(ROOT / "tests" / script), *args], timeout)
+    finished = run([*start, str(ROOT / "tests" / script), *args], timeout, **environment)
     assert finished.returncode == 0, finished.text
     return finished

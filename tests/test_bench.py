@@ -3,16 +3,23 @@
 import io
 import json
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import EXTRAS, ROOT, smolds
+from test_captured import OperatorRecorder
 
-from smolds_dist.bench.contenders import Gate, Task
+from smolds_dist.bench import train as bench_train
+from smolds_dist.bench.contenders import CONTENDERS, Gate, Task
 from smolds_dist.bench.train import bench, run_trial, variants_of
 from smolds_dist.errors import ConfigError
+from smolds_dist.model import device
+from smolds_dist.model.moe import SwiGLU
+from smolds_dist.parallel import captured, make_engine
 from smolds_dist.parallel.topology import has_compiler
+from smolds_dist.training import clock, compiling
 
 needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="Inductor needs a C++ compiler")
 SMALL = (
@@ -53,6 +60,86 @@ def test_muon_and_another_commit_have_their_own_rows(tmp_path):
     result = json.loads((tmp_path / "train.json").read_text())
     assert list(result["contenders"]) == ["smolds", "smolds, --against", "smolds, Muon"]
     assert all(one["tokens_per_s"] > 0 and one["compile_seconds"] == 0 for one in result["contenders"].values())
+
+
+class TwoSteps:
+    """A gate that ends the contender after two steps."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def before(self) -> None:
+        if self.steps == 2:
+            raise EOFError
+
+    def after(self) -> None:
+        self.steps += 1
+
+
+@pytest.mark.parametrize("variant", ["", "compile", "graphs"])
+@pytest.mark.parametrize("name", ["smolds", "dense"])
+def test_smolds_and_its_dense_counterpart_train_in_every_mode(monkeypatch, name, variant):
+    """In CUDA's branches: traced instead of compiled, with a recorder of operators for CUDA's graphs."""
+    engines = []
+    monkeypatch.setattr(captured, "CudaRecorder", OperatorRecorder)
+    monkeypatch.setattr(compiling, "try_to_compile", partial(compiling.try_to_compile, backend="aot_eager"))
+    made = make_engine.make_engine
+    monkeypatch.setattr(make_engine, "make_engine", lambda *args: engines.append(made(*args)) or engines[0])
+    gate = TwoSteps()
+    with device.as_family("cuda"), pytest.raises(EOFError):
+        CONTENDERS[name](Task(name, "debug", 64, 2, 16, "bf16", "cpu", variant, SMALL[:3]), gate)
+    (engine,) = engines
+    compiling.undo_compile(engine.model)
+    assert gate.steps == 2 and engine.optimizer_steps == 2
+    assert (engine._captured is not None) == (variant == "graphs")
+    (block,) = engine.model.model.layers
+    assert isinstance(block.mlp, SwiGLU) == (name == "dense")
+    if name == "dense":  # as wide as the two experts of a token
+        assert block.mlp.down_proj.weight.shape == (32, 2 * 16)
+
+
+def bench_without_processes(monkeypatch, tmp_path, answers, *options) -> dict:
+    """Run `smolds bench train` with `answers(task)` for the processes'; return its result."""
+    monkeypatch.setattr(clock, "matrix_product_peak", lambda *_, **__: 1e12)
+    monkeypatch.setattr(bench_train, "run_trial", lambda task, *_: answers(task))
+    given = ["train", "--preset=debug", "--dtype=bf16", f"--json={tmp_path / 'train.json'}", *options, *SMALL]
+    try:
+        bench(given)
+    finally:
+        result = json.loads((tmp_path / "train.json").read_text())
+    return result
+
+
+def test_a_contender_that_fails_drops_out_and_smolds_own_failure_ends_with_an_error(monkeypatch, tmp_path, capsys):
+    def answers(task):
+        if task.contender == "masked" or task.variant == bad:
+            raise ConfigError("CUDA out of memory.")
+        return {"seconds": [0.1], "memory": 10**9}
+
+    only = ["--only", "smolds", "dense", "masked", "transformers"]
+    only += ["--variants", "grouped_mm/bf16/compile", "--optimizers", "adamw"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    bad = "grouped_mm/bf16/compile"
+    result = bench_without_processes(monkeypatch, tmp_path, answers, *only)
+    assert list(result["contenders"]) == ["smolds, graphs", "smolds, compiled", "smolds", "dense graphs"]
+    assert result["failed"] == {"transformers grouped_mm/bf16/compile": "CUDA out of memory."}
+    assert "transformers grouped_mm/bf16/compile failed: CUDA out of memory." in capsys.readouterr().out
+    bad = "graphs"
+    with pytest.raises(ConfigError, match=r"smolds, graphs failed: CUDA out of memory\.$"):
+        bench_without_processes(monkeypatch, tmp_path, answers, *only)
+    rest = json.loads((tmp_path / "train.json").read_text())
+    assert list(rest["contenders"]) == ["smolds, compiled", "smolds", "transformers grouped_mm/bf16/compile"]
+    assert list(rest["failed"]) == ["smolds, graphs", "dense graphs"]
+
+
+def test_no_round_begins_that_would_exceed_the_minutes(monkeypatch, tmp_path):
+    now = iter(range(0, 10_000, 40))  # every look at the clock takes 40 s
+    monkeypatch.setattr(bench_train.time, "monotonic", lambda: next(now))
+    answers = {"seconds": [0.1], "memory": 10**9}
+    options = ["--only", "smolds", "--no-compile", "--optimizers", "adamw", "--rounds=9"]
+    for minutes, rounds in ((0, 9), (1, 1), (4, 3)):
+        result = bench_without_processes(monkeypatch, tmp_path, lambda _: answers, *options, f"--minutes={minutes}")
+        assert len(result["contenders"]["smolds"]["by_round"]) == rounds
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import checkpoint, data, dense, loss, plan, published, roofline, scale
+from benchmarks import checkpoint, data, dense, drift, loss, plan, published, recipe, roofline, scale
 from benchmarks.dense import ACTIVE, MIXTURE, TOTAL, counted_as, make_model, widths
 from benchmarks.published import GENERATIONS, HALVES, compare, error_factor, fit, published_runs
 from smolds_dist.costs.flops import flops_per_token
@@ -33,8 +33,10 @@ SHORTER = {
     "checkpoint": "--preset debug --repeats=1",
     "data": "--rounds=1 --megabytes=1 --steps=5",
     "dense": "--steps=2 --learning-rates 1e-3 --train.eval_sequences=4",
+    "drift": "--steps=2 --sequences=2 --model.num_hidden_layers=1 --data.seq_len=32",
     "loss": "--steps=2 --longest=1 --learning-rates 1e-3",
     "plan": "--what memory published --sizes 1 --ranks 1 --zero 0 --steps 2",
+    "recipe": "--preset debug --steps=2 --model.num_hidden_layers=1 --data.seq_len=32",
     "rendezvous": "--ranks 8 --rounds=1",
     "roofline": "--preset debug --sequences=1 --steps=1",
     "scale": "--preset debug --dtype fp32 --sequences=2 --rounds=1 --steps=1 --ranks 1 2",
@@ -51,7 +53,7 @@ def benchmark(*options, **environment):
 def test_documented_commands_run(command, cache, tmp_path):
     _, _, _, name, *options = shlex.split(command.partition("  #")[0])
     options += SHORTER[name].split()
-    if name in ("dense", "loss"):
+    if name in ("dense", "drift", "loss", "recipe"):
         options += [f"--data.cache_dir={cache}", "--data.max_tokens=300000"]
     options += [f"--json={tmp_path / 'result.json'}", *([f"--dir={tmp_path}"] if name == "checkpoint" else [])]
     if "--plot" in options:
@@ -73,8 +75,10 @@ def test_every_benchmark_is_documented():
         (dense.main, ["--learning-rates", "0"], "must all be more than 0"),
         (dense.main, ["--model.num_experts=2"], "selects every expert"),
         (dense.main, ["--data.document_mask=true"], "document_mask is not supported"),
+        (drift.main, ["--sequences=3"], "--sequences 3 is odd"),
         (loss.main, ["--ranks=0"], "--ranks 0 is out of range"),
         (plan.main, ["--sizes=9"], "between 1 and 3"),
+        (recipe.main, ["--steps=0"], "--steps 0 is out of range"),
         (roofline.main, ["--model.num_experts_per_tok=99"], "lower it"),
         (roofline.main, ["--kinds"], "--kinds"),
         (scale.main, ["--ranks", "3"], "does not divide"),

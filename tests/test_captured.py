@@ -126,13 +126,13 @@ class Batches:
         pass
 
 
-def make_stepper(accumulation: int, *options: str) -> Stepper:
+def make_stepper(accumulation: int, *options: str, device: str = "cpu") -> Stepper:
     config = load_config([
         *(f"--model.{one}" for one in MODEL.split()), "--model.vocab_size=97", "--data.seq_len=24", "--train.dtype=bf16",
-        f"--train.global_batch={2 * accumulation}", "--train.micro_batch=2", "--parallel.device=cpu", "--train.lr=1e-2",
-        *options,
+        f"--train.global_batch={2 * accumulation}", "--train.micro_batch=2", f"--parallel.device={device}",
+        "--train.lr=1e-2", *options,
     ])  # fmt: skip
-    topology = plan_topology(config, Machine(("cpu",), 1, True), RankInfo())
+    topology = plan_topology(config, Machine((device, "cpu"), 1, True), RankInfo())
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config.model.architecture(None)))
     engine = make_engine(model, config, topology)

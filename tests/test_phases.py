@@ -63,6 +63,19 @@ def test_signal_while_ranks_import_is_a_stop_and_no_failure(small_run, tmp_path,
     assert [entry["state"] for entry in rank_entries(run_dir / "ranks")] == ["stopped"] * 2
 
 
+def test_slurms_warning_while_a_process_imports_is_kept_until_the_first_step(small_run):
+    command = [sys.executable, "-m", "smolds_dist", "train", *small_run, "--parallel.device=cpu", "--run.name=warned"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=warm.environment()
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(status.read_text().partition("SigBlk:")[2].split()[0], 16) & 1 << signal.SIGUSR1 - 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    finished = end(process, timeout=60)
+    assert finished.returncode == 75 and "stopped by SIGUSR1 after step 1 (saved)" in finished.stdout, finished.text
+
+
 @pytest.fixture
 def held_data(kept_run, cache, tmp_path):
     """Return options of a run that cannot prepare its data while the locks are held, and the locks."""

@@ -1,5 +1,6 @@
 """Ranks that wait for others print so, name the variable that set the world size, and time out."""
 
+import os
 import re
 import shutil
 import signal
@@ -9,7 +10,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +21,7 @@ import warm
 from ranks import Finished, run, smolds
 
 from smolds_dist.errors import ConfigError, RankError
-from smolds_dist.parallel.process_group import _check_allocator, set_group_timeouts
+from smolds_dist.parallel.process_group import _check_allocator, set_group_timeouts, start_process_group
 from smolds_dist.parallel.ranks import RankInfo, join_ranks
 from smolds_dist.parallel.rendezvous import WaitPolicy, rendezvous
 from smolds_dist.progress import StoppedWaitingError
@@ -132,6 +136,28 @@ def test_gpu_that_cannot_map_memory_trains_without_expandable_segments(monkeypat
     with nullcontext() if "expandable" in setting else pytest.raises(RuntimeError):
         _check_allocator()
     assert ("GPU rejects (CUDA driver error: operation not" in capsys.readouterr().err) == ("expandable" in setting)
+
+
+NCCL_SAYS = """NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.28.9
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+{}"""
+
+
+def test_ranks_on_one_gpu_get_nccls_reason(monkeypatch):
+    """Its other errors keep their type, for which a job may be restarted."""
+    topology = SimpleNamespace(device="cpu", engine="deepspeed", backend="nccl")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    duplicate = "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"
+    for last, kind, message in (
+        (duplicate, ConfigError, rf"^NCCL: {duplicate}; start one rank per GPU"),
+        ("socketStartConnect: Connect to 10.0.0.7<43219> failed", torch.distributed.DistBackendError, "socketStart"),
+    ):
+        error = torch.distributed.DistBackendError(NCCL_SAYS.format("invalid usage", last))
+        monkeypatch.setattr(deepspeed, "init_distributed", Mock(side_effect=error))
+        with pytest.raises(kind, match=message):
+            start_process_group(topology)
 
 
 def left_over(rank: int, port: str) -> dict[str, str]:

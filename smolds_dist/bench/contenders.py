@@ -3,7 +3,7 @@
 Run as `python -m smolds_dist.bench.contenders JSON`, or under torchrun for several ranks. A line "N" on standard input
 requests N steps; the answer is a line of JSON with their seconds and the peak of resident (CUDA: allocated) memory. Steps
 in which `torch.compile` runs are extra and reported separately. All train the same decoder on the same tokens with AdamW
-(smolds also with Muon), in the same dtype; each uses its own weight initialization.
+(smolds also with Muon), in the same dtype; each uses its own weight initialization. "dense" has no experts: a ceiling.
 """
 
 import json
@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TextIO
@@ -35,7 +36,8 @@ class Task:
     seq_len: int
     dtype: str  # fp32 or bf16
     device: str
-    # transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; smolds: "" or "compile".
+    # transformers: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; smolds and dense: "", "compile", or "graphs" (CUDA graphs
+    # of compiled code).
     variant: str = ""
     settings: tuple[str, ...] = ()  # that override the preset's
 
@@ -129,8 +131,10 @@ def repeat(gate: Gate, step: Callable[[], object]) -> None:
 
 def smolds_engine(task: Task) -> tuple[Any, Any, Any]:
     """Return our model in its engine (plain PyTorch in one process, DeepSpeed with expert parallelism in several), its
-    balancer and its topology."""
+    balancer and its topology. The contender "dense" is the same decoder with one SwiGLU per layer, as wide as a token's
+    experts together; it has no balancer."""
     from smolds_dist.model import DeepSeekV3ForCausalLM
+    from smolds_dist.model.moe import SwiGLU as DenseLayer
     from smolds_dist.parallel.balancer import Balancer
     from smolds_dist.parallel.make_engine import make_engine
     from smolds_dist.parallel.process_group import start_process_group
@@ -145,29 +149,38 @@ def smolds_engine(task: Task) -> tuple[Any, Any, Any]:
     topology = plan_topology(config, detect_machine(), info)
     start_process_group(topology)
     torch.manual_seed(0)
-    model = DeepSeekV3ForCausalLM(task.model_config())
+    m = task.model_config()
+    model: Any = DeepSeekV3ForCausalLM(m)
+    if task.contender == "dense":
+        for block in model.model.layers[m.first_k_dense_replace :]:
+            block.mlp = DenseLayer(m.hidden_size, m.intermediate_size * (m.num_experts_per_tok + m.n_shared_experts))
+        return make_engine(model, config, topology), None, topology
     engine = make_engine(model, config, topology)
     return engine, Balancer(engine.model, config.train.balance_rate), topology
 
 
 def smolds(task: Task, gate: Gate) -> None:
-    """Train our model in its engine."""
+    """Train our model in its engine, or its dense counterpart."""
+    from smolds_dist.parallel.captured import CudaRecorder
     from smolds_dist.training.compiling import try_to_compile
 
     engine, balancer, topology = smolds_engine(task)
     ids = task.batch()
-    if task.variant == "compile" and (error := try_to_compile(engine, topology, task.seq_len, task.model_config())):
+    if task.variant and (error := try_to_compile(engine, topology, task.seq_len, task.model_config())):
         sys.exit(error)
+    if task.variant == "graphs":
+        engine.capture(ids, CudaRecorder())
     repeat(gate, partial(smolds_step, engine, balancer, ids))
 
 
 def smolds_step(engine: Any, balancer: Any, ids: Tensor) -> None:
-    """Run a training step on a micro batch `ids` [sequences, tokens]."""
-    with balancer.counting():
+    """Run a training step on a micro batch `ids` [sequences, tokens]; a dense model has no `balancer`."""
+    with balancer.counting() if balancer else nullcontext():
         loss = engine.forward(ids, ids)
     engine.backward(loss)
     engine.step(1e-4)
-    balancer.step()
+    if balancer:
+        balancer.step()
 
 
 def transformers_model(task: Task) -> tuple[Any, str, bool]:
@@ -336,6 +349,7 @@ def deepspeed_moe(task: Task, gate: Gate) -> None:
 
 CONTENDERS: dict[str, Callable[[Task, Gate], None]] = {
     "smolds": smolds,
+    "dense": smolds,
     "transformers": transformers_loop,
     "trainer": transformers_trainer,
     "deepspeed": deepspeed_moe,

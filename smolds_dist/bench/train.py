@@ -2,7 +2,8 @@
 
 Contenders (`bench.contenders`) take turns: in each round every one starts a new process, warms up, and runs some steps. Of
 transformers' experts implementations and precisions, with and without `torch.compile`, the fastest in a trial takes part;
-compile time does not count. Muon has its own row.
+compile time does not count. Muon has its own row. "dense" is a ceiling: the same decoder without experts, with one SwiGLU
+per layer as wide as a token's experts together. A contender that fails is reported and drops out.
 """
 
 import argparse
@@ -30,6 +31,14 @@ from smolds_dist.parallel.rank_environment import threads_per_rank
 
 # Not batched_mm, which gathers a weight for every row: 13 GB for a training batch.
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm")
+PRECISIONS = {"bf16": ("autocast", "bf16"), "fp32": ("fp32",)}  # by --dtype
+MODES = ("", "/compile")
+VARIANTS = [
+    f"{experts}/{precision}{mode}"
+    for experts in EXPERTS_IMPLEMENTATIONS
+    for precision in (*PRECISIONS["bf16"], *PRECISIONS["fp32"])
+    for mode in MODES
+]
 OTHER_COMMIT = "smolds, --against"
 LONGEST = 900  # timeout of a contender, in seconds
 
@@ -60,6 +69,13 @@ def bench(args: list[str]) -> None:
         "--optimizers", nargs="+", choices=("adamw", "muon"), default=("adamw", "muon"), help="smolds in one process"
     )
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile, which takes minutes")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT",
+        help="transformers' variants to try: EXPERTS/PRECISION or EXPERTS/PRECISION/compile; default: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="begin no round that would exceed these; 0 = no limit"
+    )
     parser.add_argument("--against", type=Path, help="checkout of another commit of smolds to compare with")
     options, settings = parse(parser, args)
     if any(one.startswith("--train.optimizer") for one in settings):
@@ -73,6 +89,8 @@ def bench(args: list[str]) -> None:
     result = measure(options, settings)
     write_result(options, result)
     print(table(result))
+    if own := [f"{name} failed: {text}" for name, text in result["failed"].items() if name.startswith("smolds")]:
+        raise ConfigError(f"{'; '.join(own).rstrip('.')}.")
 
 
 def make_task(options: argparse.Namespace, settings: list[str]) -> Task:
@@ -104,29 +122,46 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     from smolds_dist.costs.flops import flops_per_token, largest_products
     from smolds_dist.training.clock import matrix_product_peak
 
+    began = time.monotonic()
     task = make_task(options, settings)
     if task.config().model.force_uniform_routing and options.only != ["smolds"]:
         raise ConfigError("--model.force_uniform_routing is supported by smolds only; add --only smolds.")
     chosen = smolds_variants(task, options) if "smolds" in options.only else {}
+    if "dense" in options.only:
+        variant = fastest_mode(task, options)
+        chosen[f"dense {variant}".rstrip()] = replace(task, contender="dense", variant=variant), 1
     trials: dict[str, float] = {}
     for contender in ("transformers", "trainer", "deepspeed", "masked"):
         if contender in options.only:
-            modes = ("",) if options.no_compile else ("", "/compile")
-            best = best_variant(replace(task, contender=contender), trials, modes)
+            best = best_variant(replace(task, contender=contender), trials, options)
             if best:
                 chosen[f"{contender} {best.variant}"] = best, 1
 
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    failed: dict[str, str] = {}
     peaks = []
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     model = task.model_config()
     shapes = largest_products(model, options.sequences * task.seq_len)
     for number in range(options.rounds):
+        round_began = time.monotonic()
         peaks.append(matrix_product_peak(torch.device(task.device), dtype, 0.5, shapes))
-        for name, (wanted, ranks) in chosen.items():
+        for name in list(turns):
             log(f"round {number + 1}/{options.rounds}: {name}")
             checkout = options.against if name == OTHER_COMMIT else None
-            turns[name].append(run_trial(wanted, options.steps, ranks, checkout))
+            wanted, ranks = chosen[name]
+            try:
+                turns[name].append(run_trial(wanted, options.steps, ranks, checkout))
+            except ConfigError as error:
+                log(f"  {error}")
+                failed[name] = str(error)
+                del turns[name]
+        now = time.monotonic()
+        if options.minutes and now + (now - round_began) > began + 60 * options.minutes:
+            log(f"no other round fits into {options.minutes:g} minutes")
+            break
+    if not turns:
+        raise ConfigError(f"no contender ran; {next(iter(failed.values()), 'none is left, name others by --only.')}")
     peak = median(peaks)
     flops = flops_per_token(model, task.seq_len)
     tokens = options.sequences * task.seq_len
@@ -146,6 +181,7 @@ def measure(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         "matrix_product_peak": peak,
         "trials_tokens_per_s": trials,
         "contenders": results,
+        "failed": failed,
     }
 
 
@@ -158,6 +194,8 @@ def smolds_variants(task: Task, options: argparse.Namespace) -> dict[str, tuple[
             if optimizer == "muon":
                 ways["smolds, Muon"] = own, 1
                 continue
+            if fastest_mode(task, options) == "graphs":
+                ways["smolds, graphs"] = replace(own, variant="graphs"), 1
             if not options.no_compile:
                 ways["smolds, compiled"] = replace(own, variant="compile"), 1
             ways["smolds"] = own, 1
@@ -170,9 +208,16 @@ def smolds_variants(task: Task, options: argparse.Namespace) -> dict[str, tuple[
     return ways
 
 
+def fastest_mode(task: Task, options: argparse.Namespace) -> str:
+    """Return the fastest mode of `contenders.smolds` here: CUDA graphs of compiled code, compiled, or neither."""
+    if options.no_compile:
+        return ""
+    return "graphs" if task.device.startswith("cuda") and task.dtype == "bf16" else "compile"
+
+
 def variants_of(task: Task, trials: dict[str, float], modes: Sequence[str]) -> list[str]:
     """Return a peer's variants to try: precisions, and for transformers EXPERTS/PRECISION with mode "" or "/compile"."""
-    precisions = ("autocast", "bf16") if task.dtype == "bf16" else ("fp32",)
+    precisions = PRECISIONS[task.dtype]
     if task.contender == "deepspeed":
         precisions = (task.dtype,)  # its engine's own bf16
     if task.contender not in ("transformers", "trainer"):
@@ -191,10 +236,15 @@ def variants_of(task: Task, trials: dict[str, float], modes: Sequence[str]) -> l
     return variants
 
 
-def best_variant(task: Task, trials: dict[str, float], modes: Sequence[str]) -> Task | None:
+def best_variant(task: Task, trials: dict[str, float], options: argparse.Namespace) -> Task | None:
     """Return a peer's fastest variant in a trial of two steps, or None if none runs here. Adds its tokens/s to `trials`."""
+    variants = variants_of(task, trials, ("",) if options.no_compile else MODES)
+    if task.contender in ("transformers", "trainer"):
+        variants = [variant for variant in variants if variant in options.variants]
+    if len(variants) == 1:  # needs no trial
+        return replace(task, variant=variants[0])
     rates = {}
-    for variant in variants_of(task, trials, modes):
+    for variant in variants:
         log(f"trial of {task.contender} {variant}")
         try:
             answer = run_trial(replace(task, variant=variant), 2, 1)
@@ -260,7 +310,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{name:34}{one['tokens_per_s']:>10,.0f}{ratio:>26}{one['memory_gb']:>7.2f} GB{one['flops_utilization']:>8.1%}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{name} failed: {text}" for name, text in result["failed"].items())])
 
 
 def processor() -> str:

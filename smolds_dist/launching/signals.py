@@ -46,10 +46,13 @@ def blocked() -> Iterator[Callable[[float], int | None]]:
 
 class StopRequest(ExitStack):
     """Records the stop signal that this process received; a context manager, to be entered repeatedly, that restores the
-    handlers."""
+    handlers. A signal that came in an earlier block stays requested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self.requested: int | None = None
         self.enter_context(handled_by(self._record))
         before = signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)  # delivers one that came earlier
         self.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)

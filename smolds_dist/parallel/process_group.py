@@ -1,6 +1,7 @@
 """Join and leave the process group, and collectives that need no engine."""
 
 import os
+import re
 import sys
 import warnings
 from datetime import timedelta
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from smolds_dist.activity import LONG, doing
-from smolds_dist.errors import first_line
+from smolds_dist.errors import ConfigError, first_line
 from smolds_dist.parallel.expert_parallel import choose_accelerator, skip_shared_memory_build
 from smolds_dist.parallel.rank_environment import ALLOCATOR, EXPANDABLE
 from smolds_dist.parallel.topology import Topology
@@ -47,8 +48,16 @@ def start_process_group(topology: Topology, timeout: float = 0.0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     skip_shared_memory_build()
     longest = max(MIN_TIMEOUT, timedelta(seconds=timeout))
-    with doing("joining the process group"):
-        deepspeed.init_distributed(dist_backend=topology.backend, verbose=False, timeout=longest)
+    try:
+        with doing("joining the process group"):
+            deepspeed.init_distributed(dist_backend=topology.backend, verbose=False, timeout=longest)
+    except dist.DistBackendError as error:
+        if shared := re.search("Duplicate GPU.*", str(error)):
+            raise ConfigError(
+                f"NCCL: {shared[0].strip().rstrip('.')}; start one rank per GPU, each with its own (LOCAL_RANK, or "
+                "CUDA_VISIBLE_DEVICES)."
+            ) from None
+        raise
 
 
 def _check_allocator() -> None:

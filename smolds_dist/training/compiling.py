@@ -130,7 +130,7 @@ def try_to_compile(
     separate_caches()
     tokens = topology.micro_batch, seq_len
     # On CUDA the number of rows does not depend on the routing.
-    fixed = device.family(next(engine.model.buffers())) == "cuda"
+    fixed = device.family(next(engine.model.parameters())) == "cuda"
     local = engine if fixed and isinstance(engine, LocalEngine) else None
     try:
         ids = torch.randint(0, model.vocab_size, tokens)
