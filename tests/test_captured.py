@@ -1,6 +1,7 @@
 """Micro batches as graphs: the same losses and weights as without. A recorder of operators stands for CUDA's graphs: like
 them, it repeats what was recorded, on the same memory, without any of the model's Python."""
 
+import gc
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -73,6 +74,20 @@ class OperatorRecorder:
         with Operators() as operators:
             yield operators
         operators.poison()
+
+
+class CrowdedRecorder(OperatorRecorder):
+    """Finds the largest tensor in memory while it records."""
+
+    def __init__(self) -> None:
+        self.largest = 0
+
+    @contextmanager
+    def record(self):
+        everything = [one for one in gc.get_objects() if type(one) is Tensor and one._base is None]
+        self.largest = max(one.numel() for one in everything)
+        with super().record() as operators:
+            yield operators
 
 
 class LazyRecorder(OperatorRecorder):
@@ -213,3 +228,15 @@ def test_probabilities_of_any_number_are_counted():
             for layer in stepper.balancer.layers:
                 layer.observe(logits)
     assert stepper.routers.take()[:, 2:].sum(-1).tolist() == [9 * 2.0**21] * 2
+
+
+def test_graphs_leave_memory_for_the_moments():
+    """A new run's first step allocates them: without that memory it would end, where recording falls back."""
+    with device.as_family("cuda"):
+        stepper, recorder = make_stepper(1), CrowdedRecorder()
+        stepper.capture(torch.randint(0, 97, (2, 24)), recorder)
+        weights = sum(parameter.numel() for parameter in stepper.engine.model.parameters())
+        assert recorder.largest == 2 * weights
+        stepper.train_step(1, 0)
+        stepper.capture(torch.randint(0, 97, (2, 24)), recorder)
+    assert recorder.largest < weights

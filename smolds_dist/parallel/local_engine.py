@@ -159,6 +159,9 @@ class LocalEngine:
             for name, value in model_inputs(self.device, ids, ids).items()
         }
         several = self.accumulation > 1
+        # Memory of the moments, which the first step allocates: if graphs do not fit beside it, recording fails instead.
+        elements = 0 if self.optimizer.state else sum(2 * master.numel() for _, master in self.masters.values())
+        moments = torch.empty(elements, device=self.device)
         try:
             with recorder.warm_up():
                 for _ in range(2):
@@ -176,6 +179,8 @@ class LocalEngine:
         except Exception:
             self._clear_gradients()
             raise
+        finally:
+            del moments
         self._captured = captured
 
     def gradient_norms(self, ids: Tensor) -> Tensor:
