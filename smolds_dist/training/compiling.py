@@ -38,7 +38,7 @@ from smolds_dist.training.step import Stepper
 COMPILED_TOLERANCE = 0.1
 # Seconds of matmuls at peak rate from which a run is long enough to regain the compile time. On a GPU matmuls are a small
 # part of a step and the compiled operations a large one.
-MIN_SECONDS = {"cpu": 600, "cuda": 60}
+MIN_SECONDS = {"cpu": 600, "cuda": 20}
 
 
 def compile_model(
