@@ -99,13 +99,16 @@ class CapturedPasses:
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 self._inputs[name].copy_(value, non_blocking=True)
-        current = self._passes[min(self._next, len(self._passes) - 1)]
-        current.forward.replay()
-        return current.loss
+        self._current.forward.replay()
+        return self._current.loss
 
     def backward(self) -> None:
-        self._passes[min(self._next, len(self._passes) - 1)].backward.replay()
+        self._current.backward.replay()
         self._next += 1
+
+    @property
+    def _current(self) -> Pass:
+        return self._passes[min(self._next, len(self._passes) - 1)]
 
     def end_step(self) -> None:
         self._next = 0

@@ -149,7 +149,7 @@ class LocalEngine:
         """Record the passes of micro batches like `ids` [B, S] as graphs, and use them from now on.
 
         Args:
-            tolerance: largest relative difference of a replay's loss and gradient norm from the plain passes'.
+            tolerance: largest relative difference of a replay's gradient norms from the plain passes'.
 
         Raises:
             RuntimeError: if they cannot be recorded, or a replay differs; the engine then works as before.

@@ -90,7 +90,7 @@ def capture_graphs(stepper: Stepper, config: RunConfig, log: RunLog) -> None:
     topology, wanted = stepper.topology, config.train.cuda_graphs
     if wanted is False:
         return
-    if config.data.document_mask or not layout_of(config, topology).captured:
+    if not layout_of(config, topology).captured:
         if wanted is True:
             log.warning("--train.cuda_graphs needs one process on CUDA in bf16; the run continues without")
         return
