@@ -206,7 +206,7 @@ def test_any_range_is_read_from_any_split(tmp_path):
 
 def manifest_of(shapes: dict, files: dict):
     topology = dict(world_size=1, engine="local", zero=0, expert=1, dtype="fp32")
-    empty = dict(optimizer_steps=1, skipped_samples=0, rollbacks=0, val_loss=None, topology=topology, data={})
+    empty = dict(optimizer_steps=1, skipped_steps=0, rollbacks=0, val_loss=None, topology=topology, data={})
     tensors = {name: list(shape) for name, shape in shapes.items()}
     return Manifest(step=1, created="", versions={}, tensors=tensors, files=files, config=asdict(RunConfig()), **empty)
 

@@ -19,7 +19,7 @@ from smolds_dist import cli
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.rules import MAY_BE_EMPTY, RANGES, validate
-from smolds_dist.settings import RunConfig, Source, Yarn
+from smolds_dist.settings import RunConfig, Source, Stage, Yarn
 
 
 def exit_code(*words: str) -> int:
@@ -45,7 +45,9 @@ def test_options_that_are_not_utf8_are_errors(capsys):
 FINE = (-1, 0, 1, 2**63, "x", "/", "/nowhere/x", "[", "9" * 400)  # for some settings
 NUMBERS = [-1, 0, 1, math.nan, math.inf, 1e300, 2**63, 10**400]
 TEXTS = ["", " ", "x", "a\0b", "\ud800", "a" * 300, "/", "/nowhere/x", "[", "9" * 400]
-PARTS = {"yarn": Yarn, "source": Source} | {part.name: part.default_factory for part in fields(RunConfig)}
+PARTS = {"yarn": Yarn, "source": Source, "stage": Stage} | {
+    part.name: part.default_factory for part in fields(RunConfig)
+}
 SETTINGS = [(kind, one.name, {one.type, *get_args(one.type)}) for kind, part in PARTS.items() for one in fields(part)]
 
 

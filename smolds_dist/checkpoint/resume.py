@@ -127,13 +127,13 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
                 )
     if manifest.weights_only:
         return
-    _check_mixture(config, folder, manifest)
     if stages.samples(manifest.data_step) != manifest.samples:
         raise ConfigError(
             f"{folder} was trained on {manifest.samples:,} sequences up to step {manifest.step}, but this run's stages have "
             f"{stages.samples(manifest.data_step):,}; resume with the same --train.stages up to that step, or start a new "
             "--run.name."
         )
+    _check_mixture(config, folder, manifest)
 
 
 def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
