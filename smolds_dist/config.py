@@ -123,7 +123,7 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
 def _whole_stages(options: list[str], files: list[str]) -> list[str]:
     """Return an option with the stages that apply, each with all its fields.
 
-    jsonargparse (4.53) fills in what an element of a list leaves out from that element of an earlier file's list. Remove
+    jsonargparse (4.53) fills in what an element of a list does not set from that element of an earlier file's list. Remove
     this when a list replaces the earlier one.
     """
     found = None

@@ -206,7 +206,7 @@ def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
 
 @dataclass
 class Stage:
-    """A part of the run; what it leaves out stays as before it."""
+    """A part of the run; what it does not set stays as before it."""
 
     until: float | str | None = None
     """End: a fraction of the steps (0.8), a step (4000) or "1.5T tokens"; default: the end of the run."""
