@@ -22,6 +22,7 @@ from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, saved_sources
 
 UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
+OUTLIERS = "training.outliers"  # and of `training.guard.OutlierFilter`
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:

@@ -4,7 +4,7 @@ Shape letters: L layers, E experts, N query heads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
 from smolds_dist.training.clock import StepClock
+from smolds_dist.training.guard import OutlierFilter
 from smolds_dist.training.qk_clip import QkClip
 
 
@@ -46,6 +47,7 @@ class Stepper:
     train: Train
     batches: BatchPrefetcher  # this rank's samples of each global batch
     should_stop: Callable[[], bool] = lambda: False  # returns True after a stop signal
+    outliers: OutlierFilter = field(default_factory=OutlierFilter)
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
@@ -65,8 +67,11 @@ class Stepper:
         with self.clock.phase("optimizer"):
             counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
             results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
+            accept = self.outliers.accepts if self.outliers.limit else None
+            if accept:
+                results["mean_loss"] = self.engine.sum_over_ranks(loss.clone()) / self.topology.world_size
             update = self.engine.step(
-                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits"))
+                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits")), accept
             )
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
             rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
