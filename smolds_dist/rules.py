@@ -83,7 +83,7 @@ RANGES = ranges({
     (0, 10**12): "train.warmup_steps train.eval_every parallel.compare_every parallel.check_every checkpoint.every "
     "checkpoint.keep_every log.sample_every eval.every source.weight",
     (0, 2**62): "train.seed",
-    (0, 1e30): "train.grad_clip train.qk_clip train.spike_threshold stage.lr",
+    (0, 1e30): "train.grad_clip train.qk_clip train.skip_steps train.spike_threshold stage.lr",
     (1, 10**4): "model.num_hidden_layers",
     (1, 10**6): "model.hidden_size model.intermediate_size model.dense_intermediate_size model.num_attention_heads "
     "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.q_lora_rank "

@@ -296,6 +296,9 @@ class Train:
     """Validation sequences per evaluation."""
     nonfinite_limit: int = 10
     """Consecutive steps with a NaN or infinite loss or gradient that stop the run; each of them skips its update."""
+    skip_steps: float = 0.0
+    """Standard deviations above the last 128 steps from which a loss or gradient norm skips its update, for example 6;
+    0 = off."""
     spike_threshold: float = 0.0
     """Standard deviations above recent losses from which a loss counts as a spike, for example 8; 0 = off."""
     spike_steps: int = 3

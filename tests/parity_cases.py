@@ -152,11 +152,14 @@ LONG_SAME = [
 # The last rank's loss in step SAVE_AT.
 POISONED = [
     (local(), "nan"), (ranks(2, 2, 0), "nan"), (ranks(2, 2, 3), "inf"), (ranks(2, 2, 1, "bf16", "every"), "inf"),
-    (ranks(2, 2, 2, "bf16", "every"), "nan"),
+    (ranks(2, 2, 2, "bf16", "every"), "nan"), (local(), "1000"), (ranks(2, 2, 0), "1000"), (ranks(2, 2, 1), "1000"),
+    (ranks(2, 2, 3, "muon"), "1000"),
 ]  # fmt: skip
 LONG_POISONED = [
     (local("bf16", "every"), "inf"), (ranks(2, 2, 1), "inf"), (ranks(2, 2, 2), "nan"),
-    (ranks(2, 2, 0, "bf16", "every"), "nan"), (ranks(2, 2, 3, "bf16", "every"), "inf"),
+    (ranks(2, 2, 0, "bf16", "every"), "nan"), (ranks(2, 2, 3, "bf16", "every"), "inf"), (local("clip"), "1000"),
+    *((ranks(2, 2, zero, "bf16", "every"), "1000") for zero in (0, 2)), (ranks(2, 2, 0, "clip"), "1000"),
+    *((ranks(2, 2, zero, "offload"), "1000") for zero in (1, 3)), (ranks(2, 1, 2), "1000"), (ranks(4, 2, 3), "1000"),
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from smolds_dist.settings import RunConfig, saved_sources
 from smolds_dist.stages import resolve_stages
 
 UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
+OUTLIERS = "training.outliers"  # and of `training.guard.OutlierFilter`
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:

@@ -58,6 +58,7 @@ def _of_training(row: dict, config: dict) -> dict[str, float | None]:
             points["train/perplexity"] = _perplexity(row["loss"])
         points |= {f"grad_norm/{group}": norm for group, norm in row.get("grad_norms", {}).items()}
         points |= {f"attention/{name}": row.get(name) for name in ("max_logit", "clipped_heads")}
+        points["train/outliers"] = row.get("outliers")
         points |= {f"seconds/{phase}": seconds for phase, seconds in row.get("seconds", {}).items()}
         points |= {f"data/{name}": row.get(name) for name in ("seen_texts", "unique_texts")}
         points |= {f"epochs/{name}": epochs for name, epochs in row.get("epochs", {}).items()}

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from smolds_dist.activity import begin_pass, doing
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints_in, remove, step_of
-from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
+from smolds_dist.checkpoint.resume import OUTLIERS, UNIQUE_TEXTS, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import flops_per_token, largest_products
@@ -42,7 +42,7 @@ from smolds_dist.settings import RunConfig, Train, saved_train
 from smolds_dist.stages import Stages, StageSpan
 from smolds_dist.training.clock import matrix_product_peak
 from smolds_dist.training.compiling import capture_graphs, compile_model, undo_compile
-from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError, OutlierFilter
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
 from smolds_dist.training.rank_checks import StragglerDetector
@@ -96,6 +96,7 @@ class Training:
         if self.texts is not None:
             kind, content = self.texts.state()
             others[f"{UNIQUE_TEXTS}:{kind}:0"] = torch.from_numpy(content)
+        others |= {f"{OUTLIERS}:{kind}:0": tensor for kind, tensor in self.stepper.outliers.state().items()}
         self.checkpoints.save(self.engine, self.balancer, self.state, val_loss, others, wait=wait)
 
     def close(self, code: int = 0) -> None:
@@ -189,6 +190,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
             pinned=topology.device == "cuda",
         ),
         should_stop=lambda: job.stop.requested is not None,
+        outliers=OutlierFilter(config.train.skip_steps, reader.stored(OUTLIERS) if reader else None),
     )
     compile_model(stepper, config, seconds_left(job, state, peak), job.compiler, log)
     capture_graphs(stepper, config, log)

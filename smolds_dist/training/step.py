@@ -4,7 +4,7 @@ Shape letters: L layers, E experts, N query heads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from smolds_dist.schedule import balance_scale, learning_rate
 from smolds_dist.settings import RunConfig
 from smolds_dist.stages import resolve_stages
 from smolds_dist.training.clock import StepClock
+from smolds_dist.training.guard import OutlierFilter
 from smolds_dist.training.qk_clip import QkClip
 
 
@@ -47,6 +48,7 @@ class Stepper:
     config: RunConfig
     batches: BatchPrefetcher  # this rank's samples of each global batch
     should_stop: Callable[[], bool] = lambda: False  # returns True after a stop signal
+    outliers: OutlierFilter = field(default_factory=OutlierFilter)
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
@@ -70,8 +72,11 @@ class Stepper:
         with self.clock.phase("optimizer"):
             counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
             results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
+            accept = self.outliers.accepts if self.outliers.limit else None
+            if accept:
+                results["mean_loss"] = self.engine.sum_over_ranks(loss.clone()) / self.topology.world_size
             update = self.engine.step(
-                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits"))
+                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits")), accept
             )
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
             self.balancer.step(update.applied, balance_scale(step, self.config), counts_LE)

@@ -77,6 +77,9 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
             if job.topology.expert > 1:
                 row["max_received"] = round(max_received(output.counts, job.topology.expert), 4)
             row |= details | {"grad_norms": norms_by_part(update.grad_norm, sums["squares"])}
+    if (outliers := training.stepper.outliers).limit:
+        outliers.add(row["loss"], update.grad_norm, update.outlier)
+        row |= {"outliers": outliers.count} | ({"outlier": True} if update.outlier else {})
     counts = output.counts if update.applied else None
     return StepResult(row, counts, sums["requested"], bool(sums["failed"][0]), error)
 
