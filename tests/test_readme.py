@@ -115,6 +115,12 @@ CASES = [
     Case("smolds checkpoint ls", "", r"\n +3 .*\n +4 .*ZeRO 3"),
     Case("smolds checkpoint verify", "", "step_00000004  ok"),
     Case("smolds checkpoint convert", "", "wrote runs/archive", ("runs/archive/checkpoints/*/manifest.json",)),
+    Case(
+        "smolds checkpoint average",
+        " --steps=3,4",
+        "mean of 2 checkpoints to runs/average",
+        ("runs/average/checkpoints/*/manifest.json", "runs/average/config.yaml"),
+    ),
     Case("smolds checkpoint rm", ""),
     Case("smolds report .* --html", "", "", ("runs/*/report.html",)),
     Case("smolds report .* --rebuild", "", "", ("runs/first/tensorboard/events.*",)),

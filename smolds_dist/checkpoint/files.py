@@ -17,7 +17,7 @@ import re
 import shutil
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
@@ -126,13 +126,12 @@ def checkpoints_in(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def select(run: Path, steps: Iterable[int]) -> list[Path]:
-    """Return a run's checkpoints of these steps; raise a `ConfigError` for a missing one."""
+def select(run: Path, steps: Collection[int]) -> list[Path]:
+    """Return a run's checkpoints of these steps; raise a `ConfigError` that names missing ones."""
     by_step = {step_of(folder): folder for folder in checkpoints_in(run / "checkpoints")}
-    for step in steps:
-        if step not in by_step:
-            have = ", ".join(map(str, sorted(by_step))) or "none"
-            raise ConfigError(f"{run} has no checkpoint of step {step}; it has {have}.")
+    if missing := [str(step) for step in steps if step not in by_step]:
+        have = ", ".join(map(str, sorted(by_step))) or "none"
+        raise ConfigError(f"{run} has no checkpoint of step {', '.join(missing)}; it has {have}.")
     return [by_step[step] for step in steps]
 
 
@@ -392,6 +391,11 @@ class CheckpointReader:
         out = torch.empty(self.manifest.tensors[name])
         self.read(name, kind, 0, out.view(-1))
         return out
+
+    def selection_biases(self) -> dict[str, Tensor]:
+        """Return the routers' selection biases [E] by name."""
+        names = sorted(name for name in self._index if name.endswith(".e_score_correction_bias"))
+        return {name: self.stored(name)["value"] for name in names}
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that are not parameters, by key: selection biases, random states and data progress."""
