@@ -33,6 +33,7 @@ from smolds_dist.activity import LONG, beat, doing
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import JSON_BYTES, Count, Positive, convert, parse_json, printable, read_bytes
 from smolds_dist.parallel.fragments import Fragment
+from smolds_dist.parallel.moving_average import EMA
 from smolds_dist.settings import RunConfig
 
 FIX = "restore it from a copy"
@@ -345,6 +346,19 @@ class CheckpointReader:
     def kinds(self, name: str) -> set[str]:
         """Return the stored kinds of a logical tensor: "value", and optimizer state such as "exp_avg"."""
         return set(self._index.get(name, ()))
+
+    @property
+    def has_ema(self) -> bool:
+        """True if the weights' moving averages are stored."""
+        return all(EMA in self.kinds(name) for name in self.manifest.tensors)
+
+    def use_ema(self) -> None:
+        """Read moving averages as the values of weights and selection biases; raise a `ConfigError` if there are none."""
+        if not self.has_ema:
+            raise ConfigError(f"{self.folder} has no moving averages; train with --train.ema, or omit --weights ema.")
+        for kinds in self._index.values():
+            if EMA in kinds:
+                kinds["value"] = kinds.pop(EMA)
 
     def check_coverage(self) -> None:
         """Raise a `DamagedCheckpointError` naming the first logical tensor with missing or repeated elements in a stored

@@ -53,14 +53,14 @@ def export(args: list[str]) -> None:
     check_free(options.to)
     if options.format == "gguf" and (options.to.suffix != ".gguf" or options.to.exists()):
         raise ConfigError(f"--to {options.to} is not a new file for --format gguf; choose a name such as model.gguf.")
-    reader, config, tokenizer = open_model(folder)
+    reader, config, tokenizer = open_model(folder, options.weights)
     dtype = reader.manifest.topology["dtype"] if options.dtype == "auto" else options.dtype
     if options.format == "gguf":
         _export_gguf(folder, reader, config, tokenizer, dtype, options)
         return
     with new_folder(options.to) as unfinished:
         write(reader, config, tokenizer, unfinished, options.format, dtype, options.max_shard_bytes)
-        write_card(unfinished, folder, reader.manifest, config, options.format)
+        write_card(unfinished, folder, reader.manifest, config, options.format, options.weights == "ema")
         if options.check:
             check(reader, config, unfinished, options.format, dtype)
     print(f"exported {folder} to {options.to}{', which computes the same logits' if options.check else ''}")
@@ -94,6 +94,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "--to", type=Path, required=True, help="output folder; with --format gguf, output file NAME.gguf"
     )
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
+    parser.add_weights_option()
     parser.add_argument(
         "--format",
         choices=("transformers", "smolds", "gguf"),
@@ -150,13 +151,18 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
     return complete
 
 
-def open_model(folder: Path) -> tuple[CheckpointReader, Any, Any]:
+def open_model(folder: Path, weights: str = "trained") -> tuple[CheckpointReader, Any, Any]:
     """Return a checkpoint's verified contents, and its model's configuration and tokenizer.
 
+    Args:
+        weights: what the reader returns as the weights: "trained", or "ema", their moving averages.
+
     Raises:
-        ConfigError: if the checkpoint is damaged, or its tokenizer is missing.
+        ConfigError: if the checkpoint is damaged, or its tokenizer or the moving averages are missing.
     """
     reader = open_verified(folder)
+    if weights == "ema":
+        reader.use_ema()
     tokenizer = tokenizer_of(folder, reader.manifest)
     return reader, model_config(reader.manifest, tokenizer), tokenizer
 

@@ -154,7 +154,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         engine = new_engine(job.model_config, config, topology, reader)
     set_group_timeouts(config.parallel.timeout)
     engine.model.register_forward_pre_hook(lambda *_: begin_pass())
-    balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
+    rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
+    balancer = Balancer(engine.model, rate, config.train.ema)
     with doing("loading the optimizer"):
         state = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
@@ -169,6 +170,12 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     if reader:
         log.info(f"continuing from {reader.folder}")
         log_lr_change(log, reader.manifest, config.train)
+        if config.train.ema and not reader.has_ema:
+            log.info(
+                f"the moving averages (--train.ema {config.train.ema}) start from the weights of step {state.step}"
+            )
+        elif reader.has_ema and not config.train.ema:
+            log.info("the checkpoint's moving averages are dropped; set --train.ema to keep them")
     left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
     stepper = Stepper(
         engine,
