@@ -224,7 +224,7 @@ def _remove(run: Path, folders: list[Path], to_delete: list[Path]) -> None:
             files.remove(folder)
             print(f"removed {folder}")
         latest = folders[0].parent / "latest"
-        if not latest.exists():
+        if left and not latest.exists():
+            files.mark_latest(left[0])
+        elif not left:
             latest.unlink(missing_ok=True)
-            if left:
-                latest.symlink_to(left[0].name)

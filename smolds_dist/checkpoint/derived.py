@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smolds_dist.checkpoint.new_folder import new_folder
 from smolds_dist.config import save_config
-from smolds_dist.inputs import Count, read_json
+from smolds_dist.inputs import Count, Time, read_json
 from smolds_dist.settings import RunConfig
 
 PARENT = "parent.json"
@@ -22,6 +23,11 @@ class Parent:
 
     run: str  # the other run's folder, relative to this run's
     steps: list[Count]  # of its checkpoints; several if their weights were averaged
+    created: Time
+
+    def __str__(self) -> str:
+        first, last = self.steps[0], self.steps[-1]
+        return f"from step {first}" if first == last else f"mean of steps {first} to {last}"
 
 
 @contextmanager
@@ -40,8 +46,8 @@ def derived_run(to: Path, source: Path, config: RunConfig, steps: list[int]) -> 
         save_config(config, unfinished / "config.yaml")
         if (source / "tokenizer").is_dir():
             shutil.copytree(source / "tokenizer", unfinished / "tokenizer")
-        parent = {"run": os.path.relpath(source.resolve(), to.resolve()), "steps": steps}
-        (unfinished / PARENT).write_text(json.dumps(parent) + "\n", encoding="utf-8")
+        parent = Parent(os.path.relpath(source.resolve(), to.resolve()), steps, round(time.time(), 3))
+        (unfinished / PARENT).write_text(json.dumps(asdict(parent)) + "\n", encoding="utf-8")
         (unfinished / "checkpoints").mkdir()
         yield unfinished
 

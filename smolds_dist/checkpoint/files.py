@@ -187,12 +187,17 @@ def finalize(unfinished: Path, manifest: Manifest) -> Path:
         finished.rename(replaced)
     unfinished.rename(finished)
     shutil.rmtree(replaced, ignore_errors=True)
-    link = root / "latest.part"
-    link.unlink(missing_ok=True)
-    link.symlink_to(finished.name)
-    link.replace(root / "latest")
+    mark_latest(finished)
     _flush(root)
     return finished
+
+
+def mark_latest(folder: Path) -> None:
+    """Point the link `latest` next to a checkpoint to it."""
+    link = folder.with_name("latest.part")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(folder.with_name("latest"))
 
 
 def remove(folder: Path) -> None:

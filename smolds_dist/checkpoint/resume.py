@@ -74,7 +74,7 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
     for folder in candidates:
         if not files.find_damage(folder, contents=False):
             manifest = files.read_manifest(folder)
-            _check_compatible(config, folder, manifest)
+            check_compatible(config, folder, manifest)
             return folder, manifest
     return None
 
@@ -102,7 +102,7 @@ def _candidates(config: RunConfig) -> list[Path]:
     return [requested.resolve()]
 
 
-def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
+def check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     """Reject settings that would change the interrupted run. The layout may differ."""
     saved = manifest.config
     kept: dict[str, Iterable[str]] = {"model": saved["model"]}
@@ -192,7 +192,7 @@ def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = 
         reader, damage = _verified(folder, topology)
         if reader:
             if before is None:
-                _check_compatible(config, folder, reader.manifest)
+                check_compatible(config, folder, reader.manifest)
             return reader
         skipped.append(f"{folder} is damaged: {damage}")
         if topology.rank == 0:

@@ -169,7 +169,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
         log.info(f"continuing from {reader.folder}")
-        log_lr_change(log, reader.manifest, config.train)
+        if line := lr_change(reader.manifest, config.train):
+            log.info(line)
         if config.train.ema and not reader.has_ema:
             log.info(
                 f"the moving averages (--train.ema {config.train.ema}) start from the weights of step {state.step}"
@@ -240,19 +241,23 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
     return log
 
 
-def log_lr_change(log: RunLog, manifest: Manifest, train: Train) -> None:
-    """Log if a resumed run's next learning rate differs from that of the checkpoint's settings."""
+def lr_change(manifest: Manifest, train: Train) -> str | None:
+    """Describe how a resumed run's next and last learning rates differ from those of the checkpoint's settings."""
     if manifest.weights_only:
-        return
+        return None
     known = {f.name for f in fields(Train)}
     saved = Train(**{name: value for name, value in manifest.config["train"].items() if name in known})
     step = manifest.step + 1
     before, now = learning_rate(min(step, saved.steps), saved), learning_rate(step, train)
+    end, old_end = learning_rate(train.steps, train), learning_rate(saved.steps, saved)
+    line = f"the learning rate of step {step} is {now:.2e}"
     if not math.isclose(before, now, rel_tol=1e-6):
-        log.info(
-            f"the learning rate of step {step} is {now:.2e}, but {before:.2e} with the checkpoint's settings; see "
-            "--train.schedule to continue at the same rate"
-        )
+        line += f", but {before:.2e} with the checkpoint's settings; see --train.schedule to continue at the same rate"
+    elif train.steps == saved.steps and math.isclose(end, old_end, rel_tol=1e-6):
+        return None
+    else:
+        line += " as before"
+    return f"{line}; it ends at {end:.2e} in step {train.steps}, before at {old_end:.2e} in step {saved.steps}"
 
 
 def restore_unique_texts(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:
