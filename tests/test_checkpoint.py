@@ -207,7 +207,7 @@ def test_any_range_is_read_from_any_split(tmp_path):
 
 def manifest_of(shapes: dict, files: dict):
     topology = dict(world_size=1, engine="local", zero=0, expert=1, dtype="fp32")
-    empty = dict(optimizer_steps=1, skipped_samples=0, rollbacks=0, val_loss=None, topology=topology, data={})
+    empty = dict(optimizer_steps=1, skipped_steps=0, rollbacks=0, val_loss=None, topology=topology, data={})
     tensors = {name: list(shape) for name, shape in shapes.items()}
     return Manifest(step=1, created="", versions={}, tensors=tensors, files=files, config=asdict(RunConfig()), **empty)
 
@@ -330,9 +330,9 @@ def test_changed_learning_rate_is_logged(copied, capsys):
 )
 def test_changes_of_the_learning_rate_are_one_line_with_both_values(step, before, now, words):
     first = {"steps": 100, "warmup_steps": 1, "lr": 1.0} | before
-    saved, train_settings = Train(**first), Train(**first | now)
+    saved, settings = Train(**first), RunConfig(train=Train(**first | now))
     manifest = dataclasses.replace(manifest_of({}, {}), step=step, config=asdict(RunConfig(train=saved)))
-    line = lr_change(manifest, train_settings)
+    line = lr_change(manifest, settings)
     assert (line is None) if words is None else (re.search(words, line) and "\n" not in line), line
 
 

@@ -236,3 +236,20 @@ def test_runs_draws_the_tree_and_diff_compares_at_the_same_step(trunk, tmp_path,
     lines = capsys.readouterr().out.splitlines()[1:]
     assert sorted(line.split()[0] for line in lines) == ["again", "decay", "mean", "moved", "trunk"]
     assert any(re.match(r"again +damaged: parent.json is invalid", line) for line in lines)
+
+
+def test_stages_of_a_branch_keep_their_steps(small_run, tmp_path):
+    """Fractions of the trunk's steps would move with the branch's number of steps."""
+    stages = '[{"until": 0.5, "seq_len": 16}, {"seq_len": 32}]'
+    constant = ["--train.schedule=wsd", "--train.decay_fraction=0", "--log.tensorboard=false", "--checkpoint.every=3"]
+    train(load_config([*small_run, *constant, "--run.name=trunk", "--train.steps=4", f"--train.stages={stages}"]))
+    trunk, to = tmp_path / "runs" / "trunk", tmp_path / "runs" / "longer"
+    branch([str(trunk), "--step", "3", "--to", str(to), "--", "--train.steps=6", "--train.decay_fraction=0"])
+    resume(to)
+    own = load_config(["--config", str(to / "config.yaml")]).train.stages
+    assert [(stage.until, stage.seq_len) for stage in own] == [("2 steps", 16), (None, 32)]
+    assert list(steps_of(to)) == list(range(1, 7))
+    assert steps_of(to)[4] == steps_of(trunk)[4]
+    moved = '--train.stages=[{"until": 1, "seq_len": 16}, {"seq_len": 32}]'
+    with pytest.raises(ConfigError, match=r"step_00000003 was written with --data.seq_len 32, but this run has 16"):
+        branch([str(trunk), "--step", "3", "--to", str(tmp_path / "moved"), "--", moved])

@@ -7,6 +7,7 @@ optimizer state and position in the data are those of the step.
 import argparse
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from smolds_dist.checkpoint import files
@@ -18,7 +19,9 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.interchange.export import find_checkpoint
 from smolds_dist.observe.rows import truncate_rows
+from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig
+from smolds_dist.stages import resolve_stages
 from smolds_dist.training.build import lr_change
 
 
@@ -45,7 +48,7 @@ def branch(args: list[str]) -> None:
             rebuild(unfinished)
     how = "hard links" if linked else "a copy, because hard links are not possible there"
     print(f"{to} begins with step {manifest.step} of {run}; its checkpoint is {how}")
-    if line := lr_change(manifest, config.train):
+    if line := lr_change(manifest, config):
         print(line)
     command = "smolds train" if manifest.topology["world_size"] == 1 else "smolds launch --"
     print(f"train it with `{command} --config {to / 'config.yaml'} --checkpoint.resume auto`")
@@ -76,7 +79,10 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) -> RunConfig:
-    """Return the run's settings, changed by `settings`. If these do not set a decay, WSD's covers all steps of the branch.
+    """Return the run's settings, changed by `settings`.
+
+    Its stages keep their steps, whatever the branch's number of steps; the last one continues to the end. If neither stages
+    nor `settings` set a decay, WSD's covers all steps of the branch.
 
     Raises:
         ConfigError: if a setting is invalid, or the branch would have no steps.
@@ -87,10 +93,15 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
     if "--train.time_budget" not in named:
         base.append("--train.time_budget=null")  # it would replace the number of steps
     config = load_config([*base, *settings], prog="smolds branch")
-    steps = config.train.steps
+    if config.train.stages and "--train.stages" not in named:
+        *stages, last = resolve_stages(load_config(base)).spans[-1].config.train.stages or []
+        config.train.stages = [*stages, replace(last, until=None)]
+        validate(config)
+    steps, stages = config.train.steps, config.train.stages or []
     if steps <= manifest.step:
         raise ConfigError(f"--train.steps {steps} ends before the branch's first step {manifest.step + 1}; raise it.")
-    if config.train.schedule == "wsd" and "--train.decay_fraction" not in named:
+    staged = any(stage.lr is not None or stage.lr_shape for stage in stages)
+    if config.train.schedule == "wsd" and not staged and "--train.decay_fraction" not in named:
         config.train.decay_fraction = (steps - manifest.step) / steps
         print(f"--train.decay_fraction {config.train.decay_fraction:.6g}: the learning rate decays in all its steps")
     return config
