@@ -220,7 +220,7 @@ def test_runs_draws_the_tree_and_diff_compares_at_the_same_step(trunk, tmp_path,
     assert re.match(r"trunk +finished +6 of 6 ", tree[0])
     assert re.match(r"  decay \(from step 4\) +finished +6 of 6 ", tree[1])
     assert re.match(r"    again \(from step 4\) +not started +4 of 9 ", tree[2])
-    assert re.match(r"  mean \(mean of steps 2 to 6\) +weights only ", tree[3])
+    assert re.match(r"  mean \(mean of steps 2 to 6\) +weights only +20\d\d-", tree[3])
     assert re.match(r"moved +not started +2 of 6 ", tree[4])
 
     shown = difference(trunk, folder / "decay").splitlines()

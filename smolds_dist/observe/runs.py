@@ -125,7 +125,7 @@ def _read_run(folder: Path, now: float) -> Run:
     step = steps[-1]["step"] if steps else 0
     parent = read_parent(folder)
     if parent and not (folder / STATE).exists() and not (folder / SUBMITTED).exists():
-        state = "not started" if len(parent.steps) == 1 else "weights only"
+        state, total = ("not started", total) if len(parent.steps) == 1 else ("weights only", 0)
     else:
         state = state_of(folder, rows[-1].get("time") if rows else None, seconds, now)
     running = state.startswith("running")
