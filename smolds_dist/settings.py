@@ -269,6 +269,8 @@ class Train:
     """Decay rate of Adam's first moment, 0 to 1; momentum of Muon."""
     beta2: float = 0.95
     """Decay rate of Adam's second moment, 0 to 1."""
+    ema: float = 0.0
+    """Decay of the weights' moving average, for example 0.999: a second set of weights in checkpoints; 0 = off."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
     qk_clip: float = 0.0

@@ -126,6 +126,7 @@ def assert_same_numbers(result: dict, expected: dict, steps: slice, tolerance: f
     assert result["losses"] == pytest.approx(expected["losses"][steps], rel=tolerance)
     assert result["norms"] == pytest.approx(expected["norms"][steps], rel=10 * tolerance)
     assert result["weights"] == pytest.approx(expected["weights"], rel=10 * tolerance)
+    assert result["averages"] == pytest.approx(expected["averages"], rel=10 * tolerance, abs=1e-6)
     if tolerance == TOLERANCE:
         for ours, theirs in zip(result["biases"], expected["biases"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-6)
@@ -240,7 +241,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, case):
     result, expected = runs.continued(case.world)[case, case], runs.uninterrupted(case)
     for name in ("losses", "norms", "totals"):
         assert result[name] == expected[name][SAVE_AT:]
-    for name in ("biases", "weights"):
+    for name in ("biases", "weights", "averages"):
         assert result[name] == expected[name]
 
 
