@@ -117,9 +117,12 @@ class BrokenBackward(OperatorRecorder):
 class Batches:
     """Other tokens in every step."""
 
-    def take(self, indices, _should_stop):
-        generator = torch.Generator().manual_seed(indices.start)
-        ids = torch.randint(0, 97, (len(indices), 24), generator=generator)
+    def __init__(self, size: int):
+        self.size = size
+
+    def take(self, step, _should_stop):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 97, (self.size, 24), generator=generator)
         return Batch([MicroBatch(part, part) for part in ids.split(2)], None, 0)
 
     def prefetch_next(self) -> None:
@@ -136,7 +139,7 @@ def make_stepper(accumulation: int, *options: str, device: str = "cpu") -> Stepp
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config.model.architecture(None)))
     engine = make_engine(model, config, topology)
-    return Stepper(engine, Balancer(engine.model, 0.1), topology, config.train, Batches())
+    return Stepper(engine, Balancer(engine.model, 0.1), topology, config, Batches(config.train.global_batch))
 
 
 def train(stepper: Stepper) -> list[dict]:

@@ -16,6 +16,7 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inference.generate import load_model
 from smolds_dist.settings import RunConfig
+from smolds_dist.stages import resolve_stages
 
 
 def evaluate_model(args: list[str]) -> None:
@@ -57,7 +58,7 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
 def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
     from smolds_dist.data.batch import document_separator
 
-    config, is_validation = data_config("smolds eval", options.model, settings)
+    config, is_validation = data_config("smolds eval", options.model, options.step, settings)
     model, tokenizer = load_model(options.model, options.step)
     results, end_of_text = [], document_separator(config.data, tokenizer)
     for name, ids, num_bytes in read_sources(config, is_validation, tokenizer, options.max_tokens):
@@ -101,20 +102,24 @@ def run_of(model: Path) -> Path | None:
     return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
-def data_config(command: str, model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
-    """Return the settings, and whether to evaluate on the run's validation set.
+def data_config(command: str, model: Path, step: int | None, settings: list[str]) -> tuple[RunConfig, bool]:
+    """Return the settings of the run's stage at `step`, or its last, and whether to evaluate on its validation set.
 
     Raises:
         ConfigError: if a setting is not about data, or neither a run nor a source names the text.
     """
     run = run_of(model)
     base = ["--config", str(run / "config.yaml")] if run else ["--run.name=eval"]
+    if run:
+        config = load_config(base)
+        data = resolve_stages(config).at(step or config.train.steps).config.data
+        base += [f"--data.seq_len={data.seq_len}", f"--data.document_mask={data.document_mask}", "--train.stages=null"]
     wrong = next((s for s in settings if s.startswith("--") and not s.startswith("--data.")), None)
     if wrong:
         raise ConfigError(f"{wrong} is not an option of {command}; `{command} --help` lists them.")
     own = any(setting.partition("=")[0] in ("--data.source", "--data.sources") for setting in settings)
     if own:  # replaces the run's sources
-        base += ["--data.sources=null", "--data.stages=null", "--data.source=stdlib"]
+        base += ["--data.sources=null", "--data.source=stdlib"]
     config = load_config([*base, *settings], prog=command)
     if not own and run is None:
         raise ConfigError(f"{model} is not a run's, so it has no validation set; choose the text with --data.source.")

@@ -31,7 +31,7 @@ def experts(args: list[str]) -> None:
         ConfigError: if the model, its experts or the text is missing, or an option is out of range.
     """
     options, settings = _parse(args)
-    config, is_validation = data_config("smolds experts", options.model, settings)
+    config, is_validation = data_config("smolds experts", options.model, options.step, settings)
     to = options.json or (run_of(options.model) or options.model) / FILE
     check_writable("--json", to)
     model, tokenizer = load_own_model(options.model, options.step)

@@ -316,6 +316,15 @@ def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:
     return model
 
 
+def change_rotary(model: nn.Module, config: DeepSeekV3Config) -> None:
+    """Take the rotary embedding of `config`, for a stage of training with another base or YaRN scaling."""
+    of_model: Any = model.config
+    of_model.rope_theta, of_model.rope_scaling = config.rope_theta, config.rope_scaling
+    for module in model.modules():
+        if isinstance(module, DeepSeekV3Attention):
+            module.set_scaling(config.rope_scaling)
+
+
 def enable_activation_checkpointing(model: DeepSeekV3ForCausalLM, mode: str = "full") -> None:
     """Recompute activations in the backward pass instead of saving them.
 
