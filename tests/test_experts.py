@@ -104,6 +104,7 @@ def test_statistics_of_known_choices_are_exact():
     assert found["max_vio"] == pytest.approx(0.5)
     assert found["source_bits"] == pytest.approx(0.5)  # half of the choices name the source
     assert found["kind_bits"] == 0 and found["source_bits_shuffled"] == 0
+    assert found["context_bits"] == 0  # a token's type says its source
     zero, one, two = found["experts"]
     assert (zero["load"], one["load"], two["load"]) == (0.5, 0.25, 0.25)
     assert (zero["weight"], one["weight"]) == (0.75, 0.25)
@@ -114,6 +115,15 @@ def test_statistics_of_known_choices_are_exact():
     assert zero["tokens"] == []  # takes every token: none above chance
     assert one["shared_tokens"] == [[0, 1.0], [2, 0.0]] and zero["shared_tokens"] == [[1, 0.5], [2, 0.5]]
     assert one["same_token_types"] == [[0, pytest.approx(math.sqrt(0.5), abs=1e-5)], [2, 0.0]]
+
+
+def test_context_is_what_a_source_adds_to_the_token():
+    """Every type is in both sources, and only the source decides; then only the type decides."""
+    types_T, sources_T = np.arange(4000) % 4, np.arange(4000) // 4 % 2
+    for chosen_T, source_bits, context_bits in ((sources_T, 1, 1), (types_T % 2, 0, 0)):
+        text = text_of(sources_T, types_T, types_T)
+        found = expert_statistics.layer_statistics(text, chosen_T[:, None], np.ones(2))
+        assert (found["source_bits"], found["context_bits"]) == pytest.approx((source_bits, context_bits))
 
 
 def test_a_rare_token_does_not_win_and_chance_is_not_listed():

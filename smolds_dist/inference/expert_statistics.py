@@ -83,6 +83,10 @@ def layer_statistics(text: Text, chosen_TK: np.ndarray, weight_E: np.ndarray) ->
     rows_E = np.bincount(chosen_TK.ravel(), minlength=experts)
     result: dict[str, Any] = {"max_vio": _round(rows_E.max() / rows_E.mean() - 1)}
     shares: dict[str, np.ndarray] = {}
+    context = [
+        _beyond_type(text, other_T, chosen_TK, experts) for other_T in (text.sources.of_token, *text.sources.shuffled)
+    ]
+    result |= {"context_bits": _round(context[0]), "context_bits_shuffled": _round(np.mean(context[1:]))}
     for name, labels in (("source", text.sources), ("kind", text.kinds)):
         found = len(labels.names)
         counts_XE = shares[name] = cross_counts(labels.of_token, chosen_TK, found, experts)
@@ -116,6 +120,17 @@ def layer_statistics(text: Text, chosen_TK: np.ndarray, weight_E: np.ndarray) ->
         for e in range(experts)
     ]
     return result
+
+
+def _beyond_type(text: Text, sources_T: np.ndarray, chosen_TK: np.ndarray, experts: int) -> float:
+    """Return the bits that a choice says about the source if the type of the token is known: whether an expert takes the
+    same tokens more in one source than in another. Over frequent types, I(expert; source, type) - I(expert; type)."""
+    known, types = text.type_of_token >= 0, len(text.tokens)
+    if not known.any():
+        return 0.0
+    type_T, chosen_TK, found = text.type_of_token[known], chosen_TK[known], len(text.sources.names)
+    both_XE = cross_counts(type_T * found + sources_T[known], chosen_TK, types * found, experts)
+    return mutual_information(both_XE) - mutual_information(both_XE.reshape(types, found, experts).sum(1))
 
 
 def _top_tokens(text: Text, counts_UE: np.ndarray, usual_E: np.ndarray) -> list[list[dict[str, Any]]]:

@@ -16,12 +16,11 @@ from typing import Any
 from smolds_dist.errors import ConfigError, OptionParser, check_writable
 from smolds_dist.files import replace_text
 from smolds_dist.inference.evaluate import data_config, mean_loss, read_sources, run_of
-from smolds_dist.observe.expert_table import describe_layer, describe_layers
+from smolds_dist.observe.expert_table import FILE, describe_layer, describe_layers
 from smolds_dist.progress import ProgressBar
 from smolds_dist.settings import RunConfig
 
 FORMAT = 1
-FILE = "experts.json"
 
 
 def experts(args: list[str]) -> None:
@@ -40,7 +39,7 @@ def experts(args: list[str]) -> None:
         name: _even(ids[: options.max_tokens], config.data.seq_len)
         for name, ids, _ in read_sources(config, is_validation, tokenizer, options.max_tokens)
     }
-    result = analyze(model, tokenizer, layers, config, sources, options)
+    result: Any = analyze(model, tokenizer, layers, config, sources, options)
     replace_text(to, json.dumps(result) + "\n")
     print(describe_layers(result) if options.layer is None else describe_layer(result, options.layer))
     print(f"\nwrote {to}; `smolds report --html` draws a run's experts")
