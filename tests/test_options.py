@@ -122,6 +122,7 @@ COMMANDS = {
     **{f"data {name}": NONE for name in ("prepare", "stats", "order")},
     "runs": ["nowhere"], "runs diff": ["nowhere", "none"], "report": ["nowhere"], "board": ["nowhere"],
     "export": ["nowhere", "--to=a"], "import": ["nowhere", "--to=a"], "generate": ["nowhere"], "eval": ["nowhere"],
+    "experts": ["nowhere"],
 }  # fmt: skip
 
 
