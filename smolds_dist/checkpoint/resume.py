@@ -19,7 +19,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.settings import RunConfig, saved_sources
+from smolds_dist.settings import Model, RunConfig, saved_sources
 
 UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
 
@@ -103,7 +103,7 @@ def _candidates(config: RunConfig) -> list[Path]:
 
 def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     """Reject settings that would change the interrupted run. The layout may differ."""
-    saved = manifest.config
+    saved = manifest.config | {"model": asdict(Model(**manifest.config["model"]))}  # with settings that are newer
     kept: dict[str, Iterable[str]] = {"model": saved["model"]}
     if not manifest.weights_only:
         kept["data"] = (

@@ -186,10 +186,11 @@ def model_config(manifest: Manifest, tokenizer: Any) -> Any:
     architecture = Model(**manifest.config["model"]).architecture(tokenizer)
     vocab, hidden = (*manifest.tensors.get("model.embed_tokens.weight", ()), 0, 0)[:2]
     layers = {name.split(".")[2] for name in manifest.tensors if name.startswith("model.layers.")}
-    if hidden != architecture["hidden_size"] or len(layers) != architecture["num_hidden_layers"]:
+    described = architecture["num_hidden_layers"] + architecture["num_nextn_predict_layers"]
+    if hidden != architecture["hidden_size"] or len(layers) != described:
         raise ConfigError(
             f"the checkpoint of step {manifest.step} has {len(layers)} layers and width {hidden}, but its config says "
-            f"{architecture['num_hidden_layers']} and {architecture['hidden_size']}; restore it from a copy."
+            f"{described} and {architecture['hidden_size']}; restore it from a copy."
         )
     architecture["vocab_size"] = vocab
     return DeepSeekV3Config(**architecture)

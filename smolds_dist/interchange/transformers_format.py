@@ -167,7 +167,8 @@ def _counterpart(config: DeepSeekV3Config, kind: str, common: dict[str, Any]) ->
             raise ValueError(
                 "transformers' DeepSeek-V3 fixes the epsilon of the latent norms; only latent_norm_eps=1e-6 matches."
             )
-        theirs |= {"num_key_value_heads": config.num_attention_heads, "rope_interleave": True, "num_mtp_layers": 0}
+        theirs |= {"num_key_value_heads": config.num_attention_heads, "rope_interleave": True}
+        theirs["num_mtp_layers"] = config.num_nextn_predict_layers
         theirs |= {"n_group": config.n_group or 1, "topk_group": config.topk_group or 1}
         # transformers assumes these; other readers expect them.
         theirs |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}

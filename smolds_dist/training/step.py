@@ -29,7 +29,8 @@ class StepOutput(NamedTuple):
     step: int
     first_sample: int  # global index of its batch's first sample
     lr: float
-    loss: Tensor  # mean over this rank's samples, on the host like all tensors here
+    loss: Tensor  # mean over this rank's samples, on the host like all tensors here; without `mtp_loss`
+    mtp_loss: Tensor | None  # of multi-token prediction, if any
     digest: int  # of its tokens (`data.batch.batch_digest`)
     update: Update
     counts: Tensor  # routed tokens per expert of all ranks [L, E]
@@ -52,6 +53,10 @@ class Stepper:
         self.clock = StepClock(self.engine, self.topology.expert)
         model_config: Any = self.engine.model.config
         self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
+        self._mtp_loss: Tensor | None = None
+        if model_config.num_nextn_predict_layers:
+            model: Any = self.engine.model
+            self._mtp_loss = model.mtp_loss = torch.zeros((), device=self.engine.device)
 
     def train_step(self, step: int, first_sample: int) -> StepOutput:
         """Run a step whose batch begins with sample `first_sample` of the run.
@@ -65,6 +70,9 @@ class Stepper:
         with self.clock.phase("optimizer"):
             counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
             results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
+            if self._mtp_loss is not None:
+                results["mtp"] = self._mtp_loss / self.topology.accumulation
+                results["loss"] = loss - self.train.mtp_coef * results["mtp"]
             update = self.engine.step(
                 lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits"))
             )
@@ -72,7 +80,8 @@ class Stepper:
             rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
             self.balancer.step(update.applied, rate_scale, counts_LE)
         read = update.read
-        return StepOutput(step, first_sample, lr, read["loss"], digest, update, read["counts"], read.get("logits"))
+        losses = read["loss"], read.get("mtp")
+        return StepOutput(step, first_sample, lr, *losses, digest, update, read["counts"], read.get("logits"))
 
     def capture(self, ids: Tensor, recorder: Recorder) -> None:
         """Record the passes of micro batches like `ids` [B, S] as graphs. The engine is a `LocalEngine`.
@@ -88,10 +97,13 @@ class Stepper:
             self.qk_clip.take()  # of these passes
 
     def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
-        """Run forward and backward over this rank's samples of a global batch; return the mean loss and tokens' digest."""
+        """Run forward and backward over this rank's samples of a global batch; return the mean of the complete loss and the
+        tokens' digest."""
         topology, clock = self.topology, self.clock
         first = first_sample + topology.rank * topology.per_rank
         total = torch.zeros((), device=self.engine.device)
+        if self._mtp_loss is not None:
+            self._mtp_loss.zero_()
         with clock.phase("data"):
             batch = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
             num_labels = self._mean_labels(batch)
