@@ -1,16 +1,27 @@
 """Multi-token prediction compared with transformers' models and the paper's equations."""
 
+import json
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peer_state import transformers_state_dict
+from safetensors.torch import load_file, save_file
 from test_model import GQA, KINDS, LATENT, PEERS, build, tokens
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from smolds_dist.config import load_config
+from smolds_dist.data.tokenizer import load_tokenizer, save_tokenizer
 from smolds_dist.errors import ConfigError
+from smolds_dist.inference.drafts import DraftCounts
+from smolds_dist.inference.generate import generate
+from smolds_dist.inference.samples import continue_prompts
+from smolds_dist.interchange.export import build_model, export, open_model
+from smolds_dist.interchange.import_model import import_model
 from smolds_dist.interchange.transformers_format import transformers_config
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, enable_activation_checkpointing
 from smolds_dist.observe.rows import read_rows
@@ -189,3 +200,107 @@ def test_a_run_logs_its_loss_and_layer(small_run, tmp_path):
 def test_too_short_sequences_raise_an_error(small_run):
     with pytest.raises(ConfigError, match="needs 42 tokens"):
         load_config([*small_run, "--model.num_nextn_predict_layers=40"])
+
+
+def as_run(model: DeepSeekV3ForCausalLM, kept_run: tuple, folder: Path) -> Path:
+    """Return a run with the model's weights."""
+    model.save_pretrained(folder / "ours")
+    save_tokenizer(load_tokenizer(str(kept_run[0] / "tokenizer")), folder / "ours")
+    import_model([str(folder / "ours"), "--to", str(folder / "run"), "--data.seq_len=32"])
+    return folder / "run"
+
+
+def imported(run: Path) -> DeepSeekV3ForCausalLM:
+    reader, config, _ = open_model(run / "checkpoints" / "step_00000000")
+    return build_model(reader, config).eval()
+
+
+@torch.no_grad()
+def test_published_names_go_out_and_in(kept_run, tmp_path):
+    """transformers' class ignores the layers and computes the same; an import has all of them, or those that it finds."""
+    model = with_depths(dict(LATENT, vocab_size=320, tie_word_embeddings=False)).eval()
+    run, theirs = as_run(model, kept_run, tmp_path), tmp_path / "theirs"
+    export([str(run), "--to", str(theirs), "--no-check"])
+    assert json.loads((theirs / "config.json").read_text())["num_nextn_predict_layers"] == DEPTHS
+    stored = load_file(theirs / "model.safetensors")
+    for name in (
+        "enorm",
+        "hnorm",
+        "eh_proj",
+        "embed_tokens",
+        "shared_head.norm",
+        "shared_head.head",
+        "self_attn.o_proj",
+    ):
+        assert f"model.layers.4.{name}.weight" in stored
+    assert torch.equal(stored["model.layers.3.shared_head.head.weight"], model.lm_head.weight)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(theirs).eval(), tokens(2, 20)
+    assert type(loaded) is PEERS["latent"]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=0)
+
+    import_model([str(theirs), "--to", str(tmp_path / "again"), "--data.seq_len=32"])
+    again = imported(tmp_path / "again").state_dict()
+    assert again.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again[name], tensor, atol=0, rtol=0, msg=name)
+    save_file({n: t for n, t in stored.items() if "layers.4." not in n}, theirs / "model.safetensors", {"format": "pt"})
+    import_model([str(theirs), "--to", str(tmp_path / "fewer"), "--data.seq_len=32"])
+    assert imported(tmp_path / "fewer").config.num_nextn_predict_layers == 1
+
+
+@torch.no_grad()
+def test_formats_without_these_layers_lack_them(kept_run, tmp_path, capsys):
+    model = with_depths(dict(GQA, vocab_size=320)).eval()
+    run, ids = as_run(model, kept_run, tmp_path), tokens(2, 20)
+    export([str(run), "--to", str(tmp_path / "theirs"), "--no-check"])
+    assert "Ernie4_5_MoeForCausalLM has no layers for multi-token prediction" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=0)
+    export([str(run), "--to", str(tmp_path / "gguf" / "model.gguf"), "--format", "gguf"])
+    assert "GGUF has no layers for multi-token prediction" in capsys.readouterr().out
+    names = {name for name, _ in imported(run).named_parameters()}
+    export([str(run), "--to", str(tmp_path / "same"), "--format", "smolds", "--no-check"])
+    assert names == {n for n, _ in AutoModelForCausalLM.from_pretrained(tmp_path / "same").named_parameters()}
+
+
+@pytest.mark.parametrize("settings", [GQA, LATENT])
+@pytest.mark.parametrize(
+    "sampling", [dict(temperature=0), dict(temperature=1.5, top_k=5), dict(temperature=0.7, top_p=0.9)]
+)
+def test_text_with_drafts_is_the_same(kept_run, settings, sampling):
+    """Also where drafts are accepted: the layer predicts the rest of a repetition, as a random head does."""
+    model = with_depths(dict(settings, vocab_size=320)).eval()
+    model.lm_head.weight.data[3:] *= 0.02  # few tokens, which random layers often agree on
+    tokenizer, accepted, drafted = load_tokenizer(str(kept_run[0] / "tokenizer")), 0, 0
+    for seed, prompt in enumerate(["def add", "for "]):
+        counts = DraftCounts()
+        more = dict(tokens=20, seed=seed, stop_at_end=seed % 2 == 0, **sampling)
+        expected = continue_prompts(model, tokenizer, [prompt], **more)
+        assert continue_prompts(model, tokenizer, [prompt], drafts=counts, **more) == expected
+        assert counts.tokens <= 20 and counts.accepted <= counts.drafted
+        accepted, drafted = accepted + counts.accepted, drafted + counts.drafted
+    assert 0 < accepted < drafted
+
+
+def test_command_with_drafts_tells_speed_and_share(kept_run, tmp_path, capsys):
+    model = with_depths(dict(GQA, vocab_size=320)).eval()
+    run = str(as_run(model, kept_run, tmp_path))
+    capsys.readouterr()
+    plain, drafted = ["--prompt", "def add", "--max-new-tokens", "9"], ["--draft", "mtp"]
+    generate([run, *plain])
+    expected = capsys.readouterr().out
+    generate([run, *plain, *drafted])
+    told = capsys.readouterr()
+    assert told.out == expected and expected.startswith("def add")
+    assert re.search(r"tokens/s, \d of \d drafted tokens accepted \(\d+%\)", told.err)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def\nfor")
+    with pytest.raises(ConfigError, match="set --batch-size 1, not 16"):
+        generate([run, "--prompts", str(prompts), "--draft", "mtp"])
+    generate([run, "--prompts", str(prompts), "--draft", "mtp", "--batch-size", "1", "--max-new-tokens", "3"])
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["def", "for"]
+    with pytest.raises(ConfigError, match=r"has none; train one with --model\.num_nextn_predict_layers 1"):
+        generate([str(kept_run[0]), "--draft", "mtp"])
+    export([run, "--to", str(tmp_path / "theirs"), "--no-check"])
+    with pytest.raises(ConfigError, match="needs a model in smolds' format"):
+        generate([str(tmp_path / "theirs"), "--draft", "mtp"])
