@@ -32,7 +32,7 @@ from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.schedule import learning_rate
 from smolds_dist.settings import RunConfig
 from smolds_dist.stages import resolve_stages
-from smolds_dist.training.build import new_engine, router_losses
+from smolds_dist.training.build import loss_coefficients, new_engine
 from smolds_dist.training.guard import MIN_OUTLIER_STEPS, OutlierFilter
 from smolds_dist.training.step import Stepper
 
@@ -103,7 +103,7 @@ def train_case(
     topology = plan_topology(config, detect_machine(), info)
     if not torch.distributed.is_initialized():
         start_process_group(topology)
-    settings = config.model.architecture() | router_losses(config.train)
+    settings = config.model.architecture() | loss_coefficients(config.train)
     model_config = DeepSeekV3Config(**(settings | {"vocab_size": VOCAB, "initializer_range": 0.2}))
     with torch.device("meta"):
         tensors = tensor_shapes(DeepSeekV3ForCausalLM(model_config))

@@ -134,7 +134,7 @@ def lock_run_dir(config: RunConfig) -> Iterator[None]:
 def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
     """Return the model's configuration, with vocabulary size and special tokens from the tokenizer."""
     tokenizer = data.tokenizer
-    settings = config.model.architecture(tokenizer) | router_losses(config.train)
+    settings = config.model.architecture(tokenizer) | loss_coefficients(config.train)
     if settings["vocab_size"] is None:
         settings["vocab_size"] = len(tokenizer)
     if settings["vocab_size"] < len(tokenizer):
@@ -145,12 +145,13 @@ def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config
     return DeepSeekV3Config(**settings)
 
 
-def router_losses(train: Train) -> dict[str, float]:
-    """Return the router loss coefficients under `DeepSeekV3Config`'s names."""
+def loss_coefficients(train: Train) -> dict[str, float]:
+    """Return the coefficients of further losses under `DeepSeekV3Config`'s names."""
     return {
         "router_aux_loss_coef": train.aux_loss_coef if train.balance == "aux_loss" else 0.0,
         "sequence_balance_coef": train.sequence_balance_coef,
         "z_loss_coef": train.z_loss_coef,
+        "mtp_coef": train.mtp_coef,
     }
 
 
