@@ -36,6 +36,7 @@ USAGE = """usage: smolds COMMAND [options]
   import     make a run of such a model, to continue its training: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
   eval       compute perplexity or task scores of a model: smolds eval runs/NAME [--data.source SOURCE | --tasks TASK]
+  experts    show what each expert has learned to take: smolds experts runs/NAME [--data.source SOURCE]
 
 `smolds COMMAND --help` shows its options, `smolds --version` the version."""
 
@@ -58,6 +59,7 @@ COMMANDS = {
     "import": "interchange.import_model:import_model",
     "generate": "inference.generate:generate",
     "eval": "inference.evaluate:evaluate_model",
+    "experts": "inference.experts:experts",
 }
 
 

@@ -101,10 +101,10 @@ RANGES = ranges({
     (0, 2**62): "--seed",
     (1, 10**4): "--devices-per-node --top",
     (1, 10**6): "--nodes",
-    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --max-new-tokens --megabytes --ranks "
-    "--repeats --rounds --sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
+    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --max-new-tokens --megabytes --min-count "
+    "--ranks --repeats --rounds --sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
     (1, 1e30): "--budget-gpu-hours --target-tokens",
-    (2, 10**9): "--max-tokens",
+    (2, 10**9): "--ablate --max-tokens",
 })  # fmt: skip
 WRITTEN = ("--json", "--plot", "--calibrate")  # files written at the end of a command
 
@@ -120,7 +120,7 @@ def _check_value(option: str, value: Any) -> None:
                 f"{option} {text[:20]!r}... is not a path; the limit is 255 bytes for a name, without NUL."
             )
         if option in WRITTEN:
-            _check_writable(option, value)
+            check_writable(option, value)
 
 
 def check_range(option: str, value: float, bounds: Bounds, otherwise: str = "") -> None:
@@ -136,7 +136,8 @@ def check_range(option: str, value: float, bounds: Bounds, otherwise: str = "") 
     raise ConfigError(f"{option} {str(value)[:40]} is out of range; it must {rule}{otherwise}.")
 
 
-def _check_writable(option: str, path: Path) -> None:
+def check_writable(option: str, path: Path) -> None:
+    """Raise a `ConfigError` if the option's file cannot be written, before the work for it."""
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

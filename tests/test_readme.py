@@ -159,6 +159,12 @@ CASES = [
         "to runs/",
         ("runs/*/checkpoints/*/manifest.json", "runs/*/config.yaml"),
     ),
+    Case(
+        "smolds experts",
+        " --max-tokens=1000 --min-count=5",
+        r"By kind of token: at most \d\.\d+ bits",
+        ("**/experts.json",),
+    ),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
     Case("smolds plan .*--plot", "", "start it with", ("plan.png",)),

@@ -24,6 +24,7 @@ from smolds_dist.settings import RunConfig, saved_sources
 from smolds_dist.stages import resolve_stages
 
 UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
+OUTLIERS = "training.outliers"  # and of `training.guard.OutlierFilter`
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:
@@ -128,13 +129,13 @@ def check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> Non
                 )
     if manifest.weights_only:
         return
-    _check_mixture(config, folder, manifest)
     if stages.samples(manifest.data_step) != manifest.samples:
         raise ConfigError(
             f"{folder} was trained on {manifest.samples:,} sequences up to step {manifest.step}, but this run's stages have "
             f"{stages.samples(manifest.data_step):,}; resume with the same --train.stages up to that step, or start a new "
             "--run.name."
         )
+    _check_mixture(config, folder, manifest)
 
 
 def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:

@@ -77,6 +77,8 @@ def _export_gguf(
     description, text = modelfile(to, bool(tokenizer.chat_template))
     with new_file(to) as unfinished:
         name, biases = folder.resolve().parent.parent.name, reader.selection_biases()
+        if config.num_nextn_predict_layers:
+            report_left_out(config, "GGUF")
         write_gguf(unfinished, name, reader, biases, config, tokenizer, dtype, options.quantize, options.check)
         replace_text(description, text)
     checked = ", and compared the file with it" if options.check else ""
@@ -192,10 +194,11 @@ def model_config(manifest: Manifest, tokenizer: Any) -> Any:
     architecture = Model(**manifest.config["model"]).architecture(tokenizer)
     vocab, hidden = (*manifest.tensors.get("model.embed_tokens.weight", ()), 0, 0)[:2]
     layers = {name.split(".")[2] for name in manifest.tensors if name.startswith("model.layers.")}
-    if hidden != architecture["hidden_size"] or len(layers) != architecture["num_hidden_layers"]:
+    described = architecture["num_hidden_layers"] + architecture["num_nextn_predict_layers"]
+    if hidden != architecture["hidden_size"] or len(layers) != described:
         raise ConfigError(
             f"the checkpoint of step {manifest.step} has {len(layers)} layers and width {hidden}, but its config says "
-            f"{architecture['num_hidden_layers']} and {architecture['hidden_size']}; restore it from a copy."
+            f"{described} and {architecture['hidden_size']}; restore it from a copy."
         )
     architecture["vocab_size"] = vocab
     return DeepSeekV3Config(**architecture)
@@ -222,6 +225,8 @@ def write(
         except ValueError as error:
             raise ConfigError(f"{str(error).rstrip('.')}; use --format smolds.") from None
         tensors = _for_transformers(reader, config, written.model_type)
+        if config.num_nextn_predict_layers and written.model_type != "deepseek_v3":
+            report_left_out(config, CLASSES[written.model_type])
     else:
         tensors = _for_smolds(reader, config)
     written.architectures = [CLASSES.get(written.model_type, "DeepSeekV3ForCausalLM")]
@@ -233,8 +238,14 @@ def write(
     _write_files(tensors, folder, DTYPES[dtype], file_bytes)
 
 
+def report_left_out(config: Any, format_name: str) -> None:
+    """Print that a format has no layers for multi-token prediction."""
+    count = config.num_nextn_predict_layers
+    print(f"{format_name} has no layers for multi-token prediction; the export lacks the model's {count}")
+
+
 def _for_transformers(reader: CheckpointReader, config: Any, model_type: str) -> Iterator[tuple[str, Any]]:
-    from smolds_dist.interchange.transformers_format import to_transformers
+    from smolds_dist.interchange.transformers_format import SHARED_COPIES, to_transformers
 
     ours = ((name, reader.read_full(name, "value")) for name in reader.manifest.tensors)
     for name, tensor in chain(ours, reader.selection_biases().items()):
@@ -243,6 +254,11 @@ def _for_transformers(reader: CheckpointReader, config: Any, model_type: str) ->
     if config.tie_word_embeddings and model_type in ("deepseek_v3", "mixtral"):
         # Stored twice, because mlx-lm and vLLM expect an output weight of these classes.
         yield "lm_head.weight", reader.read_full("model.embed_tokens.weight", "value")
+    for depth in range(config.num_nextn_predict_layers if model_type == "deepseek_v3" else 0):
+        for copy, name in SHARED_COPIES.items():
+            stored = "model.embed_tokens.weight" if config.tie_word_embeddings else name
+            layer = config.num_hidden_layers + depth
+            yield f"model.layers.{layer}.{copy}.weight", reader.read_full(stored, "value")
 
 
 def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.cpu_experts import patch_cpu_experts
 from smolds_dist.parallel.engine import (
     NOTHING,
+    Accept,
     Factors,
     Fill,
     KindsOf,
@@ -114,7 +115,9 @@ class DeepSpeedEngine:
         self.grad_clip = config.train.grad_clip
         self.topology = topology
         self._norm = float("nan")
-        self._applied = True
+        self._applied, self._outlier = True, False
+        self._accept: Callable[[float], bool] | None = None  # until this step's decision
+        self._hidden: list[list[Tensor]] = []  # parameters of the optimizer's groups during a skipped update
         self._squares: dict[str, Tensor] | None = None  # this step's, if requested
         # By id of an optimizer tensor: fragments of it and the factors to scale their rows by
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
@@ -147,8 +150,7 @@ class DeepSpeedEngine:
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
         built = make_optimizer([group for group in groups if group["params"]], train, self.topology.dtype)
-        before_step = self._clip_without_zero if self.topology.zero == 0 else self._add_squares
-        built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
+        built.register_step_pre_hook(lambda optimizer, *_: self._before_update(optimizer))
         built.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
         for group in built.param_groups:
             holders = self._replica_ranks(group["part"] == "experts")
@@ -192,9 +194,31 @@ class DeepSpeedEngine:
             for part, square in squares_by_part(optimizer).items():
                 self._squares[part] = self._squares.get(part, 0.0) + square
 
+    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and hide all parameters from the optimizer if the update is skipped: it then changes nothing.
+
+        ZeRO steps one group or slice at a time, after it has clipped, and not at all if a gradient is not finite.
+        """
+        if self.topology.zero == 0:
+            self._clip_without_zero(optimizer)
+        else:
+            self._add_squares(optimizer)
+        if self._accept and self._applied:
+            norm = self._norm if self.topology.zero == 0 else float(self.engine.optimizer._global_grad_norm)
+            rejected = self.sum_over_ranks(torch.tensor(float(not self._accept(norm))))
+            self._outlier, self._accept = bool(rejected), None
+            self._applied = not self._outlier
+        if not self._applied:
+            self._hidden = [group["params"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["params"] = []
+
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale updated rows before DeepSpeed copies them to the model, and average the result; ZeRO steps one group or
         slice at a time."""
+        for group, parameters in zip(optimizer.param_groups, self._hidden, strict=False):
+            group["params"] = parameters
+        self._hidden = []
         for group in optimizer.param_groups if self._applied else ():
             for updated in group["params"]:
                 for fragment, rows in self._factors.get(id(updated), ()):
@@ -218,9 +242,7 @@ class DeepSpeedEngine:
         norm = total.sqrt()
         self._norm = norm.item()
         self._applied = math.isfinite(self._norm)
-        if not self._applied:
-            optimizer.zero_grad()  # an optimizer skips parameters without gradients
-        elif self.grad_clip:
+        if self._applied and self.grad_clip:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
 
@@ -252,6 +274,7 @@ class DeepSpeedEngine:
         by_part: bool = False,
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
+        accept: Accept | None = None,
     ) -> Update:
         read = dict(zip(results, read_together(list(results.values())), strict=True))
         self._factors.clear()
@@ -263,13 +286,14 @@ class DeepSpeedEngine:
                     self._factors.setdefault(id(flats[index]), []).append((fragment, rows[fragment.name]))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self._norm = float("nan")
+        self._norm, self._applied, self._outlier = float("nan"), True, False
+        self._accept = (lambda norm: accept(norm, read)) if accept else None
         self._squares = {} if by_part else None
         self.engine.step()
         norm = self._norm if self.topology.zero == 0 else float(self.engine.get_global_grad_norm())
         squares = self._squares or {}
         squares = dict(zip(squares, read_together(list(squares.values())), strict=True))
-        return Update(norm, self._applied and self.engine.was_step_applied(), squares, read)
+        return Update(norm, self._applied and self.engine.was_step_applied(), squares, read, self._outlier)
 
     def time_all_to_all(self, on: bool) -> None:
         self._clock.run(on)

@@ -10,6 +10,7 @@ from smolds_dist.model import device
 from smolds_dist.parallel.captured import CapturedPasses, Recorder
 from smolds_dist.parallel.engine import (
     NOTHING,
+    Accept,
     Factors,
     Fill,
     KindsOf,
@@ -119,6 +120,7 @@ class LocalEngine:
         by_part: bool = False,
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
+        accept: Accept | None = None,
     ) -> Update:
         squares = squares_by_part(self.optimizer)
         total = torch.stack(list(squares.values())).sum().sqrt()
@@ -126,7 +128,8 @@ class LocalEngine:
         norm = first.item()
         squares = dict(zip(squares, values[: len(squares)], strict=True))
         read = dict(zip(results, values[len(squares) :], strict=True))
-        applied = math.isfinite(norm)
+        outlier = math.isfinite(norm) and accept is not None and not accept(norm, read)
+        applied = math.isfinite(norm) and not outlier
         # Skip a pass over all gradients that would multiply by 1.
         if self.grad_clip and applied and norm > self.grad_clip:
             nn.utils.clip_grads_with_norm_([master for _, master in self.masters.values()], self.grad_clip, total)
@@ -146,7 +149,7 @@ class LocalEngine:
             self._captured.end_step()  # its first pass overwrites the gradients
         else:
             self.optimizer.zero_grad()
-        return Update(norm, applied, squares if by_part else {}, read)
+        return Update(norm, applied, squares if by_part else {}, read, outlier)
 
     def capture(self, ids: Tensor, recorder: Recorder, tolerance: float = 0.01) -> None:
         """Record the passes of micro batches like `ids` [B, S] as graphs, and use them from now on.

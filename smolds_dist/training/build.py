@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from smolds_dist.activity import begin_pass, doing
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints_in, remove, step_of
-from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
+from smolds_dist.checkpoint.resume import OUTLIERS, UNIQUE_TEXTS, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import flops_per_token, largest_products
@@ -42,7 +42,7 @@ from smolds_dist.settings import RunConfig, Train, saved_train
 from smolds_dist.stages import Stages, StageSpan
 from smolds_dist.training.clock import matrix_product_peak
 from smolds_dist.training.compiling import capture_graphs, compile_model, undo_compile
-from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError, OutlierFilter
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
 from smolds_dist.training.rank_checks import StragglerDetector
@@ -96,6 +96,7 @@ class Training:
         if self.texts is not None:
             kind, content = self.texts.state()
             others[f"{UNIQUE_TEXTS}:{kind}:0"] = torch.from_numpy(content)
+        others |= {f"{OUTLIERS}:{kind}:0": tensor for kind, tensor in self.stepper.outliers.state().items()}
         self.checkpoints.save(self.engine, self.balancer, self.state, val_loss, others, wait=wait)
 
     def close(self, code: int = 0) -> None:
@@ -133,7 +134,7 @@ def lock_run_dir(config: RunConfig) -> Iterator[None]:
 def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
     """Return the model's configuration, with vocabulary size and special tokens from the tokenizer."""
     tokenizer = data.tokenizer
-    settings = config.model.architecture(tokenizer) | router_losses(config.train)
+    settings = config.model.architecture(tokenizer) | loss_coefficients(config.train)
     if settings["vocab_size"] is None:
         settings["vocab_size"] = len(tokenizer)
     if settings["vocab_size"] < len(tokenizer):
@@ -144,12 +145,13 @@ def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config
     return DeepSeekV3Config(**settings)
 
 
-def router_losses(train: Train) -> dict[str, float]:
-    """Return the router loss coefficients under `DeepSeekV3Config`'s names."""
+def loss_coefficients(train: Train) -> dict[str, float]:
+    """Return the coefficients of further losses under `DeepSeekV3Config`'s names."""
     return {
         "router_aux_loss_coef": train.aux_loss_coef if train.balance == "aux_loss" else 0.0,
         "sequence_balance_coef": train.sequence_balance_coef,
         "z_loss_coef": train.z_loss_coef,
+        "mtp_coef": train.mtp_coef,
     }
 
 
@@ -197,6 +199,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
             pinned=topology.device == "cuda",
         ),
         should_stop=lambda: job.stop.requested is not None,
+        outliers=OutlierFilter(config.train.skip_steps, reader.stored(OUTLIERS) if reader else None),
     )
     compile_model(stepper, config, seconds_left(job, state, peak), job.compiler, log)
     capture_graphs(stepper, config, log)
