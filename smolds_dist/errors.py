@@ -61,6 +61,11 @@ class OptionParser(argparse.ArgumentParser):
                     _check_value(str([action.metavar or action.dest, *action.option_strings][-1]), value)
         return options, rest
 
+    def add_weights_option(self) -> None:
+        """Add the choice of a checkpoint's weights."""
+        text = "weights of the checkpoint: trained, or ema = their moving average (--train.ema)"
+        self.add_argument("--weights", choices=("trained", "ema"), default="trained", help=text)
+
     def parse_before_training(self, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Return this command's options and the training options after `--`.
 

@@ -41,6 +41,7 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
     )
     parser.add_argument("model", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the final model")
+    parser.add_weights_option()
     parser.add_argument("--max-tokens", type=int, default=1_000_000, help="tokens to evaluate per source")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch")
     parser.add_argument("--json", type=Path, help="output file for the results")
@@ -59,7 +60,7 @@ def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[
     from smolds_dist.data.batch import document_separator
 
     config, is_validation = data_config("smolds eval", options.model, options.step, settings)
-    model, tokenizer = load_model(options.model, options.step)
+    model, tokenizer = load_model(options.model, options.step, options.weights)
     results, end_of_text = [], document_separator(config.data, tokenizer)
     for name, ids, num_bytes in read_sources(config, is_validation, tokenizer, options.max_tokens):
         begin, used = time.perf_counter(), ids[: options.max_tokens]
@@ -90,7 +91,7 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
             f"{settings[0]} cannot be combined with --tasks, which have their own text; remove one of them."
         )
     tasks = load_tasks(options.tasks, options.include_path)
-    model, tokenizer = load_model(options.model, options.step)
+    model, tokenizer = load_model(options.model, options.step, options.weights)
     result, table = evaluate_tasks(model, tokenizer, tasks, options.num_fewshot, options.limit, options.batch_size)
     print(table)
     return result

@@ -81,6 +81,34 @@ class DeepSeekV3Block(GradientCheckpointingLayer):
         return x_BSH + out_BSH, *routing
 
 
+class NextTokenBlock(DeepSeekV3Block):
+    """Block of depth k of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2, equations 21 to 23), after the
+    model's last block. Its projection takes the embedding first, as in the published weights.
+
+    All hidden states are normalized: the first depth's input by the model's last norm, the others' by the norm of the depth
+    before.
+    """
+
+    def __init__(self, config: DeepSeekV3Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def forward(  # type: ignore[override]
+        self, hidden_BSH: Tensor, embedded_BSH: Tensor, **attention_inputs
+    ) -> Tensor:
+        """Return the normalized hidden states of depth k.
+
+        Args:
+            hidden_BSH: those of depth k - 1.
+            embedded_BSH: at position i, the embedding of token i + k.
+        """
+        both = torch.cat((self.enorm(embedded_BSH), self.hnorm(hidden_BSH)), dim=-1)
+        return self.shared_head["norm"](super().forward(self.eh_proj(both), **attention_inputs))
+
+
 class LMHead(nn.Linear):
     """Map hidden states to logits, or, given labels, to the loss without holding all logits.
 
@@ -102,7 +130,7 @@ class DeepSeekV3PreTrainedModel(PreTrainedModel):
     config_class = DeepSeekV3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepSeekV3Block"]
+    _no_split_modules = ["DeepSeekV3Block", "NextTokenBlock"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -150,7 +178,9 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
     def __init__(self, config: DeepSeekV3Config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DeepSeekV3Block(config, i) for i in range(config.num_hidden_layers))
+        blocks: list[nn.Module] = [DeepSeekV3Block(config, i) for i in range(config.num_hidden_layers)]
+        ahead = range(len(blocks), len(blocks) + config.num_nextn_predict_layers)
+        self.layers = nn.ModuleList([*blocks, *(NextTokenBlock(config, i) for i in ahead)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -166,6 +196,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        shared: dict[str, Any] | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """Return hidden states [B, S, H], and the outputs that transformers' `output_hidden_states`, `output_attentions`
@@ -173,6 +204,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
 
         `cu_seq_lens_q`, as transformers' collators make it for packed documents, has the start of each document of
         `position_ids` among all B x S tokens, and the end (int32). Without it, they are looked up: a GPU and the host wait.
+        `shared`, if set, receives the embeddings and the blocks' other inputs, for `NextTokenBlock`.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -198,7 +230,9 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         inputs = dict(
             rotary=rotary, attention_mask=mask, cache=cache, output_attentions=attentions, documents=documents
         )
-        for block in self.layers:
+        if shared is not None:
+            shared.update(inputs, embedded_BSH=x_BSH)
+        for block in self.layers[: config.num_hidden_layers]:
             x_BSH = block(x_BSH, **inputs)
         return MoeModelOutputWithPast(self.norm(x_BSH), cache)
 
@@ -223,6 +257,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DeepSeekV3Model(config)
         self.lm_head = LMHead(config)
+        self.mtp_loss: Tensor | None = None
+        """fp32 scalar: running sum of the loss of multi-token prediction over training's forward passes, if recorded."""
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -249,7 +285,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
 
         `num_items_in_batch`, set by transformers' Trainer, replaces the number of labels that divides the loss: the labels
         of all micro batches and ranks of a step.
-        `aux_loss` is the sum of the router losses, weighted; it is part of `loss`.
+        `aux_loss` is the sum of the router losses, weighted; it is part of `loss`, in training as is the loss of multi-token
+        prediction (`config.mtp_coef`).
         `output_hidden_states`, `output_attentions`, `output_router_logits` and `return_dict` are transformers': hidden
         states [B, S, H] of the embedding and after every layer, the last one normalized; attention weights [B, N, S, S'],
         which switch to eager attention; and router logits [B x S, E], each a tuple over layers.
@@ -258,6 +295,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         has_router_losses = labels is not None and self.training and self.config.has_router_losses
         for block in self.model.layers[self.config.first_k_dense_replace :] if has_router_losses else ():
             block.mlp.router_logits = []
+        predicts_further = labels is not None and self.training and self.config.num_nextn_predict_layers > 0
+        shared: dict[str, Any] | None = {} if predicts_further else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -266,14 +305,22 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False,  # `cache` decides
             return_dict=True,
+            shared=shared,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         loss = logits = aux_loss = None
         if labels is not None:
             loss = self.lm_head(hidden, labels)
+            num_labels = (labels[:, 1:] >= 0).sum()
             if num_items_in_batch is not None:
-                loss = loss * (labels[:, 1:] >= 0).sum() / num_items_in_batch
+                loss = loss * num_labels / num_items_in_batch
+            if shared is not None:
+                divisor = num_labels.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+                mtp_loss = self._mtp_loss(hidden, labels, position_ids, divisor, **shared)
+                if self.mtp_loss is not None:
+                    self.mtp_loss.add_(mtp_loss.detach())
+                loss = loss + self.config.mtp_coef * mtp_loss
             if has_router_losses:
                 aux_loss = self._router_losses(*labels.shape)
                 loss = loss + aux_loss
@@ -289,6 +336,29 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _mtp_loss(
+        self,
+        hidden_BSH: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None,
+        divisor: Tensor | int,
+        embedded_BSH: Tensor,
+        **attention_inputs,
+    ) -> Tensor:
+        """Return the mean over depths of the summed cross-entropy of the tokens after the next, divided by `divisor`
+        (DeepSeek-V3, arXiv 2412.19437, equations 24 and 25, without their coefficient).
+
+        Depth k predicts token i + 1 + k from position i, if both are in one document. Embeddings past the end wrap around,
+        which only positions without a label can attend to.
+        """
+        losses, places_S = [], torch.arange(labels_BS.shape[1], device=labels_BS.device)
+        for depth, block in enumerate(self.model.layers[self.config.num_hidden_layers :], 1):
+            hidden_BSH = block(hidden_BSH, embedded_BSH.roll(-depth, 1), **attention_inputs)
+            other_document = (places_S if positions_BS is None else positions_BS.minimum(places_S)) <= depth
+            labels = labels_BS.masked_fill(other_document, -100).roll(-depth, 1)
+            losses.append(self.lm_head(hidden_BSH, labels) * (labels[:, 1:] >= 0).sum() / divisor)
+        return torch.stack(losses).mean()
 
     def _router_losses(self, B: int, S: int) -> Tensor:
         """Return the mean over layers of the router losses, weighted by their coefficients."""

@@ -19,6 +19,7 @@ Fill = Callable[[Fragment], None]  # writes the values of every kind of a fragme
 Factors = Callable[
     [dict[str, Tensor]], dict[str, Tensor]
 ]  # from `Update.read` to row factors by name of a logical tensor
+Accept = Callable[[float, dict[str, Tensor]], bool]  # from a finite gradient norm and `Update.read`
 
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -28,12 +29,13 @@ class Update(NamedTuple):
     """The result of an optimizer step."""
 
     grad_norm: float  # before clipping
-    applied: bool  # False on all ranks if any rank's loss or gradient is not finite
+    applied: bool  # False on all ranks if any rank's loss or gradient is not finite, or if rejected
     squares: dict[str, Tensor]
     """This rank's squared gradient norm by the parameter groups' `part`, up to a common factor, on the host; sum it over
     ranks."""
     read: dict[str, Tensor]
     """The step's other results on the host, in fp32."""
+    outlier: bool = False  # True on all ranks if `accept` rejected the update
 
 
 def model_inputs(
@@ -92,14 +94,19 @@ class Engine(Protocol):
         by_part: bool = False,
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
+        accept: Accept | None = None,
     ) -> Update:
         """Average the gradients over ranks, clip, update the weights and clear the gradients.
+
+        A skipped update, because of a value that is not finite or one that `accept` rejects, leaves weights and optimizer
+        state unchanged.
 
         Args:
             by_part: whether to fill in `Update.squares`.
             results: other results of the step on the device, for `Update.read`: all leave it in one copy, for which alone
                 `LocalEngine` waits.
             factors: returns row factors to apply after the update.
+            accept: returns False to skip the update; one rank's answer decides for all.
         """
 
     def set_accumulation(self, topology: Topology) -> None:

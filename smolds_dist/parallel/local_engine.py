@@ -10,6 +10,7 @@ from smolds_dist.model import device
 from smolds_dist.parallel.captured import CapturedPasses, Recorder
 from smolds_dist.parallel.engine import (
     NOTHING,
+    Accept,
     Factors,
     Fill,
     KindsOf,
@@ -23,6 +24,7 @@ from smolds_dist.parallel.engine import (
     squares_by_part,
 )
 from smolds_dist.parallel.fragments import Fragment, fill_parameters, logical_shapes, split_by_tensor, tensor_shapes
+from smolds_dist.parallel.moving_average import MovingAverage
 from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
@@ -61,6 +63,7 @@ class LocalEngine:
         self.optimizer = make_optimizer(groups, train, topology.dtype)
         # By name: the model's parameter and the optimizer's fp32 copy (the same tensor in fp32)
         self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
+        self._average = MovingAverage(train.ema, master_of.values())
 
     def _collect_grad(self, parameter: nn.Parameter, master: nn.Parameter) -> None:
         self._collected.append((parameter, master))
@@ -117,6 +120,7 @@ class LocalEngine:
         by_part: bool = False,
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
+        accept: Accept | None = None,
     ) -> Update:
         squares = squares_by_part(self.optimizer)
         total = torch.stack(list(squares.values())).sum().sqrt()
@@ -124,7 +128,8 @@ class LocalEngine:
         norm = first.item()
         squares = dict(zip(squares, values[: len(squares)], strict=True))
         read = dict(zip(results, values[len(squares) :], strict=True))
-        applied = math.isfinite(norm)
+        outlier = math.isfinite(norm) and accept is not None and not accept(norm, read)
+        applied = math.isfinite(norm) and not outlier
         # Skip a pass over all gradients that would multiply by 1.
         if self.grad_clip and applied and norm > self.grad_clip:
             nn.utils.clip_grads_with_norm_([master for _, master in self.masters.values()], self.grad_clip, total)
@@ -136,6 +141,7 @@ class LocalEngine:
                 for fragment in self.fragments():
                     if fragment.name in rows:
                         scale_rows(fragment, rows[fragment.name])
+            self._average.update([master for _, master in self.masters.values()])
             if rounded := [pair for pair in self.masters.values() if pair[0] is not pair[1]]:
                 with torch.no_grad():
                     torch._foreach_copy_([parameter for parameter, _ in rounded], [master for _, master in rounded])
@@ -143,7 +149,7 @@ class LocalEngine:
             self._captured.end_step()  # its first pass overwrites the gradients
         else:
             self.optimizer.zero_grad()
-        return Update(norm, applied, squares if by_part else {}, read)
+        return Update(norm, applied, squares if by_part else {}, read, outlier)
 
     def capture(self, ids: Tensor, recorder: Recorder, tolerance: float = 0.01) -> None:
         """Record the passes of micro batches like `ids` [B, S] as graphs, and use them from now on.
@@ -220,7 +226,7 @@ class LocalEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, (parameter, master) in self.masters.items():
-            tensors = {"value": master} | same_shape(self.optimizer.state[master], master)
+            tensors = {"value": master} | same_shape(self.optimizer.state[master], master) | self._average.of(master)
             flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
             yield from split_by_tensor(logical_shapes(name, parameter.shape), 0, flat)
 
