@@ -194,7 +194,7 @@ def validation_loss(shared: Shared, run: Run) -> float:
 
 def timed_step(run: Run, ids: torch.Tensor, micro_batch: int, step: int) -> float:
     """Train on ids [global batch, S] and return the seconds."""
-    from smolds_dist.parallel.optim import learning_rate
+    from smolds_dist.schedule import learning_rate
 
     begin = now(run.engine.device)
     for part in ids.split(micro_batch):
@@ -204,7 +204,7 @@ def timed_step(run: Run, ids: torch.Tensor, micro_batch: int, step: int) -> floa
             with run.balancer.counting():
                 loss = run.engine.forward(part, part)
         run.engine.backward(loss)
-    rate = learning_rate(step, run.train)
+    rate = learning_rate(step, RunConfig(train=run.train))
     update = run.engine.step(rate)
     if run.balancer is not None:
         run.balancer.step(update.applied, 1.0 if step <= run.train.warmup_steps else rate / run.train.lr)

@@ -17,7 +17,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.files import replace_text
 from smolds_dist.inputs import read_yaml
 from smolds_dist.rules import validate
-from smolds_dist.settings import RunConfig, Source, Yarn
+from smolds_dist.settings import RunConfig, Source, Stage, Yarn
 
 # A full command line as base64 of JSON, safe to pass through shells: `--encoded=...`.
 ENCODED = "--encoded="
@@ -136,7 +136,7 @@ _SHAPES = {
     "model.rope_scaling": "set `factor` and `original_max_position_embeddings`, and optionally "
     + ", ".join(f.name for f in fields(Yarn)[2:]),
     "data.sources": "set for each name a `source`, and optionally " + ", ".join(f.name for f in fields(Source)[1:]),
-    "data.stages": "set a list, each with `until` and optionally `weights` by source",
+    "train.stages": "set a list, each with `until` and optionally " + ", ".join(f.name for f in fields(Stage)[1:]),
 }
 
 

@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 from smolds_dist.architecture import contradictions, divisors
 from smolds_dist.errors import ABOVE_0, ConfigError, check_range, ranges
-from smolds_dist.settings import Data, RunConfig, Stage
+from smolds_dist.settings import Data, RunConfig
+from smolds_dist.stages import resolve_stages
 
 SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrow", "tokens", "hf")
 TRACKERS = ("wandb", "mlflow", "trackio")
@@ -27,20 +28,20 @@ def validate(config: RunConfig) -> None:
         _check_values(getattr(config, field.name), field.name, f"--{field.name}")
     if max(config.train.beta1, config.train.beta2) == 1:
         raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
-    _check_model(config)
     if not re.fullmatch(r"[\w.+=-][\w.+= -]*", config.run.name or "") or config.run.name in (".", ".."):
         raise ConfigError(
             f"--run.name {config.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
         )
     _check_data(config.data)
+    _check_stages(config)
     if config.train.time_budget is not None and config.train.warmup_steps < 2:
         raise ConfigError(
             f"--train.time_budget measures a step during the warm-up, and --train.warmup_steps is "
             f"{config.train.warmup_steps}; set at least 2."
         )
-    if config.train.time_budget is not None and config.data.stages:
+    if config.train.time_budget is not None and config.train.stages:
         raise ConfigError(
-            "--train.time_budget changes the number of steps during the run, and data.stages are fractions of it; unset one."
+            "--train.time_budget changes the number of steps during the run, and train.stages are parts of it; unset one."
         )
     if config.profile.steps is not None:
         match = re.fullmatch(r"(\d+):(\d+)", config.profile.steps)
@@ -50,34 +51,14 @@ def validate(config: RunConfig) -> None:
                 "FIRST:LAST, such as 10:13."
             )
     trackers_in(config.log.to)
-    if config.data.seq_len > config.model.max_position_embeddings:
-        raise ConfigError(
-            f"--data.seq_len {config.data.seq_len} is longer than --model.max_position_embeddings "
-            f"{config.model.max_position_embeddings}; lower the first or raise the second."
-        )
-    if (needed := config.model.num_nextn_predict_layers + 2) > config.data.seq_len:
-        raise ConfigError(
-            f"--data.seq_len {config.data.seq_len} is too short for --model.num_nextn_predict_layers {needed - 2}, which "
-            f"needs {needed} tokens; raise the first, or lower the second."
-        )
     if config.train.activation_checkpointing == "selective" and config.train.compile is True:
         raise ConfigError(
             "--train.activation_checkpointing selective needs every operator, and --train.compile true fuses them; use "
             "attention, experts or full, or --train.compile false."
         )
-    if config.train.cuda_graphs is True and config.data.document_mask:
-        raise ConfigError(
-            "--train.cuda_graphs true needs batches of one shape, and with --data.document_mask the number of documents "
-            "changes; use auto, or unset one."
-        )
     if config.train.qk_clip and config.model.qk_norm:
         raise ConfigError(
             "--train.qk_clip has no effect with --model.qk_norm, which already bounds the logits; unset one."
-        )
-    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
-        raise ConfigError(
-            f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
-            f"{config.train.global_batch}; valid values: {divisors(config.train.global_batch)}."
         )
     if config.parallel.zero not in ("auto", 0, 1, 2, 3):
         raise ConfigError(f"--parallel.zero {config.parallel.zero} is not a ZeRO stage; use auto, 0, 1, 2 or 3.")
@@ -89,7 +70,7 @@ def validate(config: RunConfig) -> None:
 
 # Range of every numeric setting
 RANGES = ranges({
-    (ABOVE_0, 1e30): "train.lr model.rope_theta model.routed_scaling_factor data.disk_budget_gb",
+    (ABOVE_0, 1e30): "train.lr model.rope_theta stage.rope_theta model.routed_scaling_factor data.disk_budget_gb",
     (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
     (ABOVE_0, 0.5): "data.val_fraction",
     (ABOVE_0, 10**9): "source.max_epochs yarn.beta_fast yarn.beta_slow",
@@ -103,18 +84,19 @@ RANGES = ranges({
     (0, 10**12): "train.warmup_steps train.eval_every parallel.compare_every parallel.check_every checkpoint.every "
     "checkpoint.keep_every log.sample_every eval.every source.weight",
     (0, 2**62): "train.seed",
-    (0, 1e30): "train.grad_clip train.qk_clip train.spike_threshold",
+    (0, 1e30): "train.grad_clip train.qk_clip train.spike_threshold stage.lr",
     (1, 10**4): "model.num_hidden_layers",
     (1, 10**6): "model.hidden_size model.intermediate_size model.dense_intermediate_size model.num_attention_heads "
     "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.q_lora_rank "
     "model.kv_lora_rank model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.n_group model.topk_group "
     "eval.batch_size checkpoint.keep log.sample_tokens parallel.expert yarn.factor",
     (1, 10**8): "model.vocab_size data.tokenizer_vocab_size",
-    (1, 10**9): "train.global_batch train.micro_batch train.eval_sequences train.nonfinite_limit train.spike_steps "
-    "train.time_budget eval.limit model.max_position_embeddings yarn.original_max_position_embeddings",
+    (1, 10**9): "train.global_batch train.micro_batch stage.global_batch stage.micro_batch train.eval_sequences "
+    "train.nonfinite_limit train.spike_steps train.time_budget eval.limit model.max_position_embeddings "
+    "yarn.original_max_position_embeddings",
     (1, 10**12): "train.steps",
     (1, 10**15): "data.window_tokens data.max_tokens",
-    (2, 10**9): "data.seq_len",
+    (2, 10**9): "data.seq_len stage.seq_len",
 })  # fmt: skip
 MAY_BE_EMPTY = ("log.to", "log.sample_prompts", "log.final_prompts", "eval.tasks")
 
@@ -171,11 +153,6 @@ def _check_data(data: Data) -> None:
         )
     if data.sources == {}:
         raise ConfigError("data.sources is empty; name at least one source, or unset it.")
-    if data.packing == "best_fit" and not data.document_mask:
-        raise ConfigError(
-            "--data.packing best_fit pads sequences with tokens that only --data.document_mask true excludes from the loss; "
-            "set both."
-        )
     if unquoted := [name for name in data.sources or () if not isinstance(name, str)]:
         raise ConfigError(f"data.sources: YAML reads a name as {unquoted[0]!r}, not as text; quote it, as in 'no'.")
     for name, one in data.mixed.items():
@@ -194,31 +171,63 @@ def _check_data(data: Data) -> None:
                 f"{option} {one.source!r} holds tokens, and a tokenizer is trained on text; set --data.tokenizer to the one "
                 "that made them."
             )
-    _check_stages(data)
 
 
-def _check_stages(data: Data) -> None:
-    names = ", ".join(data.mixed)
-    before = 0.0
-    for number, stage in enumerate(data.stages or [], 1):
-        if not before < stage.until <= 1:
-            raise ConfigError(
-                f"data.stages: stage {number} ends at {stage.until}; until must increase from stage to stage, up to 1."
-            )
-        before = stage.until
-        for name, weight in (stage.weights or {}).items():
-            if name not in data.mixed:
-                raise ConfigError(
-                    f"data.stages: stage {number} has a weight for {name!r}, which is not a source; choose from {names}."
-                )
-            check_range(f"data.stages: stage {number}: {name}", weight, RANGES["source.weight"])
-    if data.stages is not None and before != 1:
-        raise ConfigError("data.stages must end at 1; set `until: 1.0` in the last stage.")
-    for number, stage in enumerate(data.stages or [Stage(1.0)], 1):
-        weights = stage.weights if stage.weights is not None else {n: one.weight for n, one in data.mixed.items()}
-        if not sum(weights.values()):
-            where = f"stage {number} of data.stages" if data.stages else "data.sources"
+def _check_stages(config: RunConfig) -> None:
+    """Check each stage, and the settings in it."""
+    names = ", ".join(config.data.mixed)
+    stages = config.train.stages
+    if stages == []:
+        raise ConfigError("train.stages is empty; list at least one stage, or unset it.")
+    for number, stage in enumerate(stages or (), 1):
+        name = f"train.stages: stage {number}"
+        _check_values(stage, "stage", name)
+        for source, weight in (stage.weights or {}).items():
+            if source not in config.data.mixed:
+                raise ConfigError(f"{name} has a weight for {source!r}, which is not a source; choose from {names}.")
+            check_range(f"{name}: {source}", weight, RANGES["source.weight"])
+        if stage.until is None and number < len(stages or ()):
+            raise ConfigError(f"{name} has no until; only the last stage lasts until the end of the run.")
+        if stage.lr_until is not None and stage.lr_shape not in ("warmup", "linear", "cosine"):
+            raise ConfigError(f"{name}: lr_until is for lr_shape warmup, linear and cosine; unset it.")
+    for span in resolve_stages(config).spans:
+        where = f"train.stages: stage {span.number}" if stages else "data.sources"
+        if not sum(span.weights.values()):
             raise ConfigError(f"{where} has no source with a weight; set at least one above 0.")
+        try:
+            _check_in_stage(span.config)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}" if stages else str(error)) from None
+
+
+def _check_in_stage(config: RunConfig) -> None:
+    """Check the settings that a stage can change, and what depends on them."""
+    _check_model(config)
+    if config.data.seq_len > config.model.max_position_embeddings:
+        raise ConfigError(
+            f"--data.seq_len {config.data.seq_len} is longer than --model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}; lower the first or raise the second."
+        )
+    if (needed := config.model.num_nextn_predict_layers + 2) > config.data.seq_len:
+        raise ConfigError(
+            f"--data.seq_len {config.data.seq_len} is too short for --model.num_nextn_predict_layers {needed - 2}, which "
+            f"needs {needed} tokens; raise the first, or lower the second."
+        )
+    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
+        raise ConfigError(
+            f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
+            f"{config.train.global_batch}; valid values: {divisors(config.train.global_batch)}."
+        )
+    if config.data.packing == "best_fit" and not config.data.document_mask:
+        raise ConfigError(
+            "--data.packing best_fit pads sequences with tokens that only --data.document_mask true excludes from the loss; "
+            "set both."
+        )
+    if config.train.cuda_graphs is True and config.data.document_mask:
+        raise ConfigError(
+            "--train.cuda_graphs true needs batches of one shape, and with --data.document_mask the number of documents "
+            "changes; use auto, or unset one."
+        )
 
 
 def _check_model(config: RunConfig) -> None:

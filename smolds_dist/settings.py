@@ -143,16 +143,6 @@ class Source:
 
 
 @dataclass
-class Stage:
-    """A part of the run with its own mixture weights."""
-
-    until: float
-    """End of the stage, as a fraction of the steps; 1 for the last stage."""
-    weights: dict[str, float] | None = None
-    """Weight of each source, 0 if not named; default: the sources' own weights."""
-
-
-@dataclass
 class Data:
     """Corpus, tokenizer and sequence length."""
 
@@ -160,8 +150,6 @@ class Data:
     """Dataset: stdlib | text:GLOB | jsonl:GLOB | parquet:GLOB | arrow:GLOB | tokens:GLOB | hf:NAME[:CONFIG]."""
     sources: dict[str, Source] | None = None
     """Mixture instead of source: for each name a source, weight, max_epochs, text_field and split."""
-    stages: list[Stage] | None = None
-    """Weights that change during the run: a list of until (a fraction of the steps) and weights (by source)."""
     text_field: str = "text"
     """Text column of jsonl, parquet, arrow and hf sources; doc.text is the field text of the field doc."""
     split: str = "train"
@@ -219,11 +207,42 @@ def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
 
 
 @dataclass
+class Stage:
+    """A part of the run; what it leaves out stays as before it."""
+
+    until: float | str | None = None
+    """End: a fraction of the steps (0.8), a step (4000) or "1.5T tokens"; default: the end of the run."""
+    weights: dict[str, float] | None = None
+    """Weight of each source, 0 if not named; default: the sources' own weights."""
+    seq_len: int | None = None
+    """Sequence length in tokens."""
+    global_batch: int | None = None
+    """Sequences per step over all ranks."""
+    micro_batch: int | None = None
+    """Sequences per forward pass of one rank."""
+    lr: float | None = None
+    """Learning rate, above 0: throughout (constant), at the beginning (inverse_sqrt) or at the end (other shapes)."""
+    lr_shape: Literal["warmup", "constant", "hold", "linear", "cosine", "inverse_sqrt"] | None = None
+    """Course of the learning rate from where it is, until a later stage sets another; default: constant if lr is set."""
+    lr_until: float | str | None = None
+    """End of the shape in steps or tokens, in the forms of until, if later than the next one's begin."""
+    rope_theta: float | None = None
+    """Base of the rotary embedding's wavelengths, above 0."""
+    rope_scaling: Yarn | None = None
+    """YaRN scaling, as model.rope_scaling."""
+    document_mask: bool | None = None
+    """Mask attention across documents, as data.document_mask."""
+
+
+@dataclass
 class Train:
     """Optimization."""
 
     steps: int = 10_000
     """Number of steps."""
+    stages: list[Stage] | None = None
+    """Settings that change during the run: a list of until and any of weights, seq_len, global_batch, micro_batch, lr,
+    lr_shape, lr_until, rope_theta, rope_scaling and document_mask."""
     time_budget: float | None = None
     """Seconds for all steps; after the warm-up, steps is lowered to what fits. Default: no limit."""
     seed: int = 0
@@ -285,6 +304,17 @@ class Train:
     """Standard deviations above recent losses from which a loss counts as a spike, for example 8; 0 = off."""
     spike_steps: int = 3
     """Consecutive spikes that roll the run back to its last checkpoint; samples since then are skipped. In steps."""
+
+
+def saved_train(train: dict[str, Any]) -> Train:
+    """Return a saved `train` section without settings of other versions."""
+    known = {f.name for f in dataclasses.fields(Train)}
+    found = Train(**{name: value for name, value in train.items() if name in known})
+    stages = [Stage(**one) if isinstance(one, dict) else one for one in found.stages or ()]
+    for stage in stages:
+        if isinstance(stage.rope_scaling, dict):
+            stage.rope_scaling = Yarn(**stage.rope_scaling)
+    return dataclasses.replace(found, stages=stages or None)
 
 
 @dataclass

@@ -6,7 +6,9 @@ Run by test_parity.py under torchrun, and in-process for the single-process refe
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -22,11 +24,14 @@ from smolds_dist.parallel import deepspeed_engine
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.expert_parallel import autoep_layers
 from smolds_dist.parallel.fragments import tensor_shapes
-from smolds_dist.parallel.optim import PARTS, learning_rate
+from smolds_dist.parallel.optim import PARTS
 from smolds_dist.parallel.process_group import end_rank, start_process_group
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.router_statistics import entropy_and_histogram
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.schedule import learning_rate
+from smolds_dist.settings import RunConfig
+from smolds_dist.stages import resolve_stages
 from smolds_dist.training.build import loss_coefficients, new_engine
 from smolds_dist.training.step import Stepper
 
@@ -48,7 +53,11 @@ BASE = [
 class Shards:
     """The part of TrainingData that the training loop reads: a Markov chain of tokens, which can be learned."""
 
-    def __init__(self):
+    def __init__(self, config: RunConfig | None = None, end_of_text: int | None = None):
+        config = config or RunConfig()
+        masked = replace(config.data, document_mask=end_of_text is not None)
+        self.stages = resolve_stages(replace(config, data=masked))
+        self.tokenizer = SimpleNamespace(eos_token_id=end_of_text)
         generator = torch.Generator().manual_seed(3)
         successors = torch.randint(0, VOCAB, (VOCAB, 4), generator=generator)
         choices = torch.randint(0, 4, (20_000,), generator=generator)
@@ -115,9 +124,9 @@ def train_case(
             topology,
             file_bytes=MOST_IN_A_FILE * skeleton.lm_head.weight.itemsize,
         )
-    shards = Shards()
-    ahead = BatchPrefetcher(shards, config.train.global_batch, topology.micro_batch)
-    stepper = Stepper(engine, balancer, topology, config.train, ahead)
+    shards = Shards(config)
+    ahead = BatchPrefetcher(shards, (topology.rank, topology.world_size), [topology.micro_batch])
+    stepper = Stepper(engine, balancer, topology, config, ahead)
     routers, clock, clip = stepper.routers, stepper.clock, stepper.qk_clip
     losses, norms, totals, applied = [], [], [], []
     shares, entropies, histograms, seconds = [], [], [], []
@@ -130,14 +139,13 @@ def train_case(
         if poison and step == SAVE_AT and topology.rank == topology.world_size - 1:
             factor = float(poison)
             engine.forward = lambda *batch, forward=forward, factor=factor, **more: forward(*batch, **more) * factor
-        first_sample = (step - 1) * config.train.global_batch
         clock.begin(step)
-        loss, _ = stepper.accumulate(first_sample)
+        loss, _ = stepper.accumulate(step)
         engine.forward = forward
         with clock.phase("optimizer"):
             logits = clip.take()
             norm, updated, squares, _ = engine.step(
-                learning_rate(step, config.train),
+                learning_rate(step, config),
                 by_part=True,
                 results={} if logits is None else {"logits": logits},
                 factors=lambda read: clip.factors(read.get("logits")),

@@ -117,9 +117,12 @@ class BrokenBackward(OperatorRecorder):
 class Batches:
     """Other tokens in every step."""
 
-    def take(self, indices, _should_stop):
-        generator = torch.Generator().manual_seed(indices.start)
-        ids = torch.randint(0, 97, (len(indices), 24), generator=generator)
+    def __init__(self, size: int):
+        self.size = size
+
+    def take(self, step, _should_stop):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 97, (self.size, 24), generator=generator)
         return Batch([MicroBatch(part, part) for part in ids.split(2)], None, 0)
 
     def prefetch_next(self) -> None:
@@ -136,7 +139,7 @@ def make_stepper(accumulation: int, *options: str, device: str = "cpu") -> Stepp
     torch.manual_seed(0)
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**config.model.architecture(None)))
     engine = make_engine(model, config, topology)
-    return Stepper(engine, Balancer(engine.model, 0.1), topology, config.train, Batches())
+    return Stepper(engine, Balancer(engine.model, 0.1), topology, config, Batches(config.train.global_batch))
 
 
 def train(stepper: Stepper) -> list[dict]:
@@ -146,13 +149,19 @@ def train(stepper: Stepper) -> list[dict]:
         output = stepper.train_step(step, step * 4)
         row = dict(loss=output.loss, norm=torch.tensor(output.update.grad_norm), counts=output.counts)
         row |= dict(logits=torch.zeros(()) if output.logits is None else output.logits)
-        row |= output.update.squares
+        row |= output.update.squares | ({} if output.mtp_loss is None else {"mtp_loss": output.mtp_loss})
         rows.append(row | dict(routers=stepper.routers.take()))
     return rows
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("options", [[], ["--train.activation_checkpointing=full", "--train.qk_clip=0.5"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--train.activation_checkpointing=full", "--train.qk_clip=0.5", "--model.num_nextn_predict_layers=1"],
+    ],
+)
 def test_steps_are_the_same(accumulation, options):
     with device.as_family("cuda"):
         plain, captured = (make_stepper(accumulation, *options) for _ in range(2))

@@ -22,7 +22,8 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.data.source import files_of
 from smolds_dist.data.text import ReadStats, digest, documents, is_validation
 from smolds_dist.errors import ConfigError
-from smolds_dist.settings import Source
+from smolds_dist.settings import Data, RunConfig, Source, Train
+from smolds_dist.stages import resolve_stages
 
 
 def configure(cache, *options: str):
@@ -399,15 +400,17 @@ def test_prefetched_batches_equal_requested_ones(corpus, cache):
         def wait_for_samples(self, samples: int) -> None:
             pass
 
+        stages = resolve_stages(RunConfig(data=Data(seq_len=data.stages.at(1).seq_len), train=Train(global_batch=8)))
+
         def batch(self, indices: range) -> torch.Tensor:
             assembled.append(indices)
             return data.batch(indices)
 
-    ahead = BatchPrefetcher(Watched(), stride=8, micro_batch=2)
-    # a rank's half of consecutive batches, then of another batch after a rollback
-    for start in (4, 12, 20, 60, 68):
-        indices = range(start, start + 4)
-        batch = ahead.take(indices)
+    ahead = BatchPrefetcher(Watched(), (1, 2), [2])
+    # the second rank's half of consecutive batches, then of another batch after a rollback
+    for step in (1, 2, 3, 8, 9):
+        indices = range(8 * step - 4, 8 * step)
+        batch = ahead.take(step)
         for _ in range(2):  # like before the backward pass of each micro batch
             ahead.prefetch_next()
         ids = torch.cat([micro_batch.ids for micro_batch in batch.micro_batches])
@@ -423,16 +426,18 @@ def test_error_during_prefetch_is_raised():
         def wait_for_samples(self, samples: int) -> None:
             pass
 
+        stages = resolve_stages(RunConfig(train=Train(global_batch=2)))
+
         def batch(self, indices: range) -> torch.Tensor:
             if indices.start:
                 raise OSError("the disk is gone")
             return torch.zeros(len(indices), 4, dtype=torch.int64)
 
-    ahead = BatchPrefetcher(Failing(), stride=2, micro_batch=2)
-    ahead.take(range(2))
+    ahead = BatchPrefetcher(Failing(), (0, 1), [2])
+    ahead.take(1)
     ahead.prefetch_next()
     with pytest.raises(OSError, match="the disk is gone"):
-        ahead.take(range(2, 4))
+        ahead.take(2)
     ahead.close()
 
 

@@ -20,6 +20,8 @@ from smolds_dist.model.attention import eager_attention
 from smolds_dist.model.causal_attention import Documents, causal_attention
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.fragments import fill_parameters
+from smolds_dist.settings import Data, RunConfig, Train
+from smolds_dist.stages import resolve_stages
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.trainer import train
 
@@ -77,9 +79,13 @@ def test_positions_and_labels_restart_per_document():
 
 def test_batches_have_the_bounds_of_documents_and_the_number_of_labels():
     ids = packed([[3, 50, 20, 47], [120], [120], [120], [60, 60], [119, 1]])
-    data = SimpleNamespace(wait_for_samples=lambda samples: None, batch=lambda indices: ids[indices])
-    ahead = BatchPrefetcher(data, 6, 2, EOS)
-    batch = ahead.take(range(6))
+    config = RunConfig(data=Data(document_mask=True), train=Train(global_batch=6))
+    data = SimpleNamespace(
+        wait_for_samples=lambda samples: None, batch=lambda indices: ids[indices], stages=resolve_stages(config),
+        tokenizer=SimpleNamespace(eos_token_id=EOS),
+    )  # fmt: skip
+    ahead = BatchPrefetcher(data, (0, 1), [2])
+    batch = ahead.take(1)
     ahead.close()
     first, second, third = batch.micro_batches
     assert first.bounds.tolist() == [0, 3, 53, 73, 120, 240] and first.bounds.dtype == torch.int32

@@ -31,9 +31,9 @@ from smolds_dist.interchange.import_model import import_model
 from smolds_dist.model import DeepSeekV3ForCausalLM
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.balancer import Balancer
-from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.schedule import learning_rate
 from smolds_dist.training.build import make_model_config, new_engine
 from smolds_dist.training.step import Stepper
 from smolds_dist.training.trainer import train
@@ -118,12 +118,11 @@ def test_two_steps_from_an_import_are_those_from_the_checkpoint(kept_run, export
         reader.read(name, "value", 0, bias)
         assert bias.any()
     expected = []
-    batches = BatchPrefetcher(data, config.train.global_batch, topology.micro_batch)
-    stepper = Stepper(engine, balancer, topology, config.train, batches)
+    batches = BatchPrefetcher(data, (0, 1), [topology.micro_batch])
+    stepper = Stepper(engine, balancer, topology, config, batches)
     for step in (1, 2):
-        first = (step - 1) * config.train.global_batch
-        loss, _ = stepper.accumulate(first)
-        engine.step(learning_rate(step, config.train))
+        loss, _ = stepper.accumulate(step)
+        engine.step(learning_rate(step, config))
         balancer.step()
         expected.append(loss.item())
     assert losses == pytest.approx(expected, rel=1e-6)

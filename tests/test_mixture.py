@@ -155,7 +155,7 @@ def test_changed_sources_raise_error_but_later_stages_may_add_sources(mixed, who
         "--data.sources.code.text_field=doc"
     )
     assert "then 70% code" in refused(
-        '--data.stages=[{"until": 0.1}, {"until": 1.0, "weights": {"web": 0.3, "code": 0.7}}]'
+        '--train.stages=[{"until": 0.1}, {"until": 1.0, "weights": {"web": 0.3, "code": 0.7}}]'
     )
     manifest = read_manifest(checkpoint)
     earlier = CheckpointReader(checkpoint, replace(manifest, data=manifest.data | {"order": 2}))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolds_dist.costs.flops import orthogonalization_flops
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
-from smolds_dist.parallel.optim import PARTS, MuonAdamW, learning_rate, make_optimizer, orthogonalize, parameter_groups
+from smolds_dist.parallel.optim import PARTS, MuonAdamW, make_optimizer, orthogonalize, parameter_groups
 from smolds_dist.settings import Train
 
 
@@ -160,27 +160,3 @@ def test_adamw_half_equals_pytorch():
 def test_make_optimizer_leaves_the_rate_to_the_engine():
     groups = [{"name": "matrix", "params": [nn.Parameter(torch.zeros(2, 2))], "muon": False, "matrices": 1}]
     assert make_optimizer(groups, Train()).param_groups[0]["lr"] == 0
-
-
-def test_cosine_schedule():
-    train = Train(steps=110, warmup_steps=10, lr=1.0, min_lr_fraction=0.1)
-    rates = [learning_rate(step, train) for step in range(1, 111)]
-    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
-    assert rates[59] == pytest.approx(0.55)  # half of the way from 1 to 0.1
-    assert rates[-1] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_wsd_schedule_is_flat_then_linear():
-    train = Train(steps=100, warmup_steps=10, lr=1.0, min_lr_fraction=0.0, schedule="wsd", decay_fraction=0.2)
-    rates = [learning_rate(step, train) for step in range(1, 101)]
-    assert rates[9:80] == pytest.approx([1.0] * 71)
-    assert rates[80:] == pytest.approx([1 - i / 20 for i in range(1, 21)])
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (3, 3), (2, 0), (10, 50)])
-def test_short_runs_have_finite_positive_rates(schedule, steps, warmup):
-    train = Train(steps=steps, warmup_steps=warmup, schedule=schedule, decay_fraction=0.5)
-    rates = [learning_rate(step, train) for step in range(1, steps + 1)]
-    assert all(math.isfinite(rate) and 0 < rate <= train.lr for rate in rates)

@@ -3,6 +3,7 @@
 import random
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from smolds_dist.data.mixture import Mixture, exact_shares, truncate_schedule
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, SampleOrder, TokenSpan, best_fit, permute_index
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Epoch, SampleOrder, TokenSpan, best_fit, permute_index
 from smolds_dist.data.shards import DOCUMENT, SHARD_BYTES, group_files, group_into_shards
 from smolds_dist.data.source import File
-from smolds_dist.settings import Source
+from smolds_dist.data.staged_order import StagedOrder
+from smolds_dist.settings import Data, RunConfig, Source, Train
+from smolds_dist.stages import Stages, StageSpan
 
 
 def order_of(starts: list[int], tokens: int, seq_len: int, seed: int, window_tokens: int) -> SampleOrder:
@@ -156,6 +159,16 @@ def test_memory_does_not_depend_on_number_of_samples():
     assert found.min() >= 0 and found.max() < samples
 
 
+def stages_of(parts: list[tuple[int, dict[str, float], int]]) -> Stages:
+    """Stages of one sequence per step: each one's last step, weights and sequence length."""
+    spans, first, tokens = [], 0, 0
+    for number, (end, weights, seq_len) in enumerate(parts, 1):
+        config = RunConfig(data=Data(seq_len=seq_len), train=Train(global_batch=1))
+        spans.append(StageSpan(number, first, end, first, tokens, weights, config))
+        first, tokens = end, tokens + (end - first) * seq_len
+    return Stages(spans)
+
+
 def random_stages(chance: random.Random) -> tuple[list[str], list[tuple[int, dict[str, float]]]]:
     names = [f"s{number}" for number in range(chance.randint(1, 6))]
     stages, end = [], 0
@@ -170,7 +183,7 @@ def random_stages(chance: random.Random) -> tuple[list[str], list[tuple[int, dic
 @pytest.mark.parametrize("seed", range(40))
 def test_every_prefix_has_the_shares_to_within_one_sequence(seed):
     names, stages = random_stages(random.Random(seed))
-    mixture = Mixture(names, stages)
+    mixture = Mixture(names, stages_of([(*stage, 10) for stage in stages]))
     length = stages[-1][0] + 300
     source, number = mixture.locate(np.arange(length))
     due, counts = [Fraction(0)] * len(names), [0] * len(names)
@@ -196,7 +209,7 @@ def test_shares_are_exact_as_written_or_to_a_hundred_thousandth():
 
 
 def test_far_samples_are_located_in_constant_time():
-    mixture = Mixture(["a", "b"], [(10**10, {"a": 0.7, "b": 0.3}), (2 * 10**10, {"a": 1, "b": 3})])
+    mixture = Mixture(["a", "b"], stages_of([(10**10, {"a": 0.7, "b": 0.3}, 10), (2 * 10**10, {"a": 1, "b": 3}, 10)]))
     assert mixture.totals(10**10).tolist() == [7 * 10**9, 3 * 10**9]
     assert mixture.totals(2 * 10**10).tolist() == [7 * 10**9 + 25 * 10**8, 3 * 10**9 + 75 * 10**8]
     source, number = mixture.locate(np.array([10**10 - 1, 2 * 10**10 - 1]))
@@ -205,11 +218,29 @@ def test_far_samples_are_located_in_constant_time():
 
 
 def test_schedule_joins_equal_stages():
-    mixture = Mixture(["a", "b"], [(80, {"a": 1, "b": 1}), (100, {"a": 2, "b": 2}), (200, {"b": 1})])
-    assert mixture.schedule() == [(100, {"a": 0.5, "b": 0.5}), (200, {"b": 1.0})]
-    assert truncate_schedule(mixture.schedule(), 90) == [(90, {"a": 0.5, "b": 0.5})]
-    assert truncate_schedule(mixture.schedule(), 150) == [(100, {"a": 0.5, "b": 0.5}), (150, {"b": 1.0})]
-    assert truncate_schedule(mixture.schedule(), 100) == [(100, {"a": 0.5, "b": 0.5})]
+    parts = [(80, {"a": 1, "b": 1}, 8), (100, {"a": 2, "b": 2}, 8), (200, {"b": 1}, 8), (300, {"b": 1}, 16)]
+    mixture, half = Mixture(["a", "b"], stages_of(parts)), {"a": 0.5, "b": 0.5}
+    assert mixture.schedule() == [(100, 100, half, 8), (200, 200, {"b": 1.0}, 8), (300, 300, {"b": 1.0}, 16)]
+    saved = [list(part) for part in mixture.schedule()]  # as in a manifest
+    assert truncate_schedule(saved, 90, 90) == [(90, 90, half, 8)]
+    assert truncate_schedule(saved, 150, 150) == [(100, 100, half, 8), (150, 150, {"b": 1.0}, 8)]
+    assert truncate_schedule(saved, 100, 100) == [(100, 100, half, 8)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_prefix_has_the_shares_in_tokens_where_lengths_change(seed):
+    chance = random.Random(seed)
+    names, stages = random_stages(chance)
+    mixture = Mixture(names, stages_of([(*stage, chance.choice([8, 16, 24])) for stage in stages]))
+    due, counts = [Fraction(0)] * len(names), [0] * len(names)
+    for stage in mixture.stages:
+        source, _ = mixture.locate(np.arange(stage.first, stage.end))
+        for index, taken in enumerate(source.tolist(), stage.first + 1):
+            counts[taken] += stage.seq_len
+            due = [old + share * stage.seq_len for old, share in zip(due, stage.shares.values(), strict=True)]
+            assert all(abs(d - c) < 24 + stage.seq_len for d, c in zip(due, counts, strict=True))
+            if index % 50 == 0 or index == stage.end:
+                assert mixture.tokens(index).tolist() == counts
 
 
 # Packing.
@@ -265,3 +296,102 @@ def test_packed_samples_hold_every_token_once_and_split_only_long_documents(wind
     again = packed_order(shards, 64, window)
     last = sum(map(len, seen)) - 1
     assert again.spans(np.array([last, 0, total])) == [seen[2][-1], seen[0][0], seen[1][0]]
+
+
+# Sequence lengths that change.
+
+
+def staged(
+    documents: list[list[int]], lengths: list[tuple[int, int]], packed: bool, window: int = 60, seed: int = 0
+) -> tuple[StagedOrder, Callable[[list[TokenSpan]], list[tuple[int, int]]]]:
+    """An order over shards with documents of these lengths; and a function to a sample's tokens (shard, place)."""
+    tables = []
+    for shard in documents:
+        table = np.zeros(len(shard), dtype=[("start", "<u8")])
+        table["start"] = np.cumsum([0, *shard[:-1]])
+        tables.append(table)
+
+    def spans_in(shards: np.ndarray, wait: bool) -> list[TokenSpan]:
+        return [TokenSpan(int(shards[0]), 0, sum(documents[shards[0]]))]
+
+    def make(seq_len: int, rest: tuple[int, Epoch] | None = None) -> SampleOrder:
+        pack = partial(best_fit, table=lambda shard: tables[shard], seq_len=seq_len) if packed else None
+        return SampleOrder(len(documents), spans_in, seq_len, seed, window, pack, rest)
+
+    def places(spans: list[TokenSpan]) -> list[tuple[int, int]]:
+        return [(shard, place) for shard, start, length in spans for place in range(start, start + length)]
+
+    return StagedOrder(lengths, make), places
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seed", range(30))
+def test_no_token_is_lost_or_comes_twice_where_the_length_changes(seed, packed):
+    """Until the end of the first epoch, all tokens but the few that fill no sequence come once, for changes anywhere."""
+    chance = random.Random(seed)
+    documents = [[chance.randint(1, 40) for _ in range(chance.randint(1, 9))] for _ in range(chance.randint(1, 12))]
+    total = sum(map(sum, documents))
+    lengths, first = [], 0
+    for _ in range(4):
+        lengths.append((first, chance.choice([4, 8, 16])))
+        first += chance.randint(1, max(1, total // 50))
+    order, places = staged(documents, lengths, packed, seed=seed)
+    seen: Counter[tuple[int, int]] = Counter()
+    longest = max(length for _, length in lengths)
+    number = 0
+    while True:
+        (spans,) = order.spans(np.array([number]))
+        found = places(spans)
+        if any(seen[place] for place in found):
+            break  # the second epoch
+        length = next(length for first, length in reversed(lengths) if first <= number)
+        assert len(found) == length or (packed and len(found) < length)
+        seen.update(found)
+        number += 1
+    assert total - len(seen) < (1 if packed else longest), "tokens of the first epoch were lost"
+    (again,) = order.spans(np.array([number]))
+    assert sum(seen[place] > 0 for place in places(again)) == len(places(again)), "the epoch ended early"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_staged_samples_do_not_depend_on_the_way_they_are_asked_for(packed):
+    chance = random.Random(5)
+    documents = [[chance.randint(1, 40) for _ in range(6)] for _ in range(8)]
+    lengths = [(0, 4), (20, 8), (90, 16), (100, 4)]
+    order, _ = staged(documents, lengths, packed)
+    whole = order.spans(np.arange(400))
+    assert len({tuple(map(tuple, sample)) for sample in whole}) > 300
+    for sample in (399, 95, 20, 89, 3):
+        fresh, _ = staged(documents, lengths, packed)
+        fresh.extend(chance.choice([None, 0, 50, 150]))
+        assert fresh.spans(np.array([sample])) == [whole[sample]]
+    before, _ = staged(documents, lengths[:1], packed)
+    assert before.spans(np.arange(20)) == whole[:20]  # the first stage knows nothing of the next
+
+
+def test_a_stage_in_a_later_epoch_continues_that_epoch():
+    documents = [[10] * 10, [10] * 10]
+    order, places = staged(documents, [(0, 10), (25, 20)], packed=False, window=1000)
+    second = {place for spans in order.spans(np.arange(20, 25)) for place in places(spans)}
+    rest = [place for spans in order.spans(np.arange(25, 25 + 7)) for place in places(spans)]
+    assert len(second) == 50 and len(rest) == len(set(rest)) == 140 and second.isdisjoint(rest)
+    third = [place for spans in order.spans(np.arange(32, 42)) for place in places(spans)]
+    assert len(set(third)) == 200
+
+
+def test_tokens_of_a_staged_order_are_awaited_without_blocking():
+    ready = {0}
+
+    def spans_in(shards: np.ndarray, wait: bool) -> list[TokenSpan] | None:
+        assert not wait
+        return [TokenSpan(int(shards[0]), 0, 40)] if int(shards[0]) in ready else None
+
+    order = StagedOrder(
+        [(0, 4), (12, 8)], lambda length, rest=None: SampleOrder(3, spans_in, length, 0, 40, None, rest)
+    )
+    ready |= {int(order.wanted_shards()[0])}
+    assert order.extend(9, wait=False) and not order.extend(14, wait=False)
+    known = order.num_known
+    ready |= {0, 1, 2}
+    assert order.extend(14, wait=False) and order.num_known > known
+    assert len(order.spans(np.array([14]))[0]) > 0

@@ -51,8 +51,8 @@ def make_stepper(*options: str, end_of_text: int | None = None) -> Stepper:
     topology = plan_topology(config, detect_machine(), RankInfo())
     settings = config.model.architecture() | {"vocab_size": VOCAB, "initializer_range": 0.2}
     local = new_engine(DeepSeekV3Config(**settings), config, topology, None)
-    ahead = BatchPrefetcher(Shards(), config.train.global_batch, topology.micro_batch, end_of_text)
-    return Stepper(local, Balancer(local.model, 0.01), topology, config.train, ahead)
+    ahead = BatchPrefetcher(Shards(config, end_of_text), (0, 1), [topology.micro_batch])
+    return Stepper(local, Balancer(local.model, 0.01), topology, config, ahead)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def make_stepper(*options: str, end_of_text: int | None = None) -> Stepper:
 )
 def test_the_host_waits_once_in_a_step_of_one_process(monkeypatch, options):
     stepper = make_stepper(*options)
-    stepper.train_step(1, 0)  # the first creates the optimizer's state
+    stepper.train_step(1, 1)  # the first creates the optimizer's state
     monkeypatch.setattr(device, "family", lambda x: "cuda")
     with Waits(monkeypatch) as waits:
-        output = stepper.train_step(2, 8)
+        output = stepper.train_step(2, 2)
     assert (waits.found, waits.reads) == ([], 1)
     assert output.update.applied and output.update.grad_norm > 0 and output.loss.item() > 0
     assert output.counts.sum(-1).tolist() == [8 * 32 * 2] * 2
@@ -78,6 +78,6 @@ def test_the_host_does_not_wait_for_the_bounds_of_documents(monkeypatch):
     monkeypatch.setattr(causal_attention, "_varlen", lambda: (kernel, True))
     monkeypatch.setattr(device, "family", lambda x: "cuda")
     with Waits(monkeypatch) as waits:
-        stepper.train_step(1, 0)
+        stepper.train_step(1, 1)
     assert (waits.found, waits.reads) == ([], 1)
     stepper.close()

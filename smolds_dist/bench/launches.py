@@ -236,16 +236,16 @@ def make_stepper(preset: str, settings: list[str], sequences: int) -> tuple[Step
     engine = make_engine(model, config, replace(topology, keeps_memory=False))
     ids = torch.randint(0, config.model.vocab_size or 0, (sequences, config.data.seq_len))
     batches: Any = SameBatch(ids)
-    return Stepper(engine, Balancer(engine.model, config.train.balance_rate), topology, config.train, batches), config
+    return Stepper(engine, Balancer(engine.model, config.train.balance_rate), topology, config, batches), config
 
 
 def count_step(stepper: Stepper) -> Counts:
     """Count a step after the first, with none of the measurements of every tenth."""
     with device.as_family("cuda"):
-        stepper.train_step(11, 0)
+        stepper.train_step(11, 11)
         recorder = Recorder(stepper.topology.engine)
         with recorder.recording() as counts:
-            stepper.train_step(12, 0)
+            stepper.train_step(12, 12)
     return counts
 
 
@@ -287,7 +287,7 @@ def planned_kernels(stepper: Stepper, tokens: tuple[int, int]) -> dict[str, tupl
     def backend(graph: Any, inputs: Any) -> Any:
         return compile_fx(graph, inputs, inner_compile=plan)
 
-    engine, recompute = stepper.engine, stepper.train.activation_checkpointing
+    engine, recompute = stepper.engine, stepper.config.train.activation_checkpointing
     if recompute not in ("none", "full"):
         raise ConfigError(f"--train.activation_checkpointing {recompute} is not counted; use none or full.")
     model: Any = engine.model.config

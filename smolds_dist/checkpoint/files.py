@@ -72,7 +72,7 @@ class _Layout:  # fields read from a manifest's `topology`
 class _Data:  # fields read from a manifest's `data`
     tokenizer: str = ""
     order: int = 0
-    schedule: list[tuple[Count, dict[str, float]]] = field(default_factory=list)
+    schedule: list[tuple[Count, Count, dict[str, float], Positive]] = field(default_factory=list)
     contents: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
 
@@ -84,22 +84,24 @@ class Manifest:
     step: Count
     created: str  # local time, ISO 8601
     optimizer_steps: Count  # fewer than `step` if updates were skipped
-    skipped_samples: Count  # of the token order, by rollbacks
+    skipped_steps: Count  # of the data, by rollbacks
     rollbacks: Count
     val_loss: float | None  # if this step was evaluated
-    config: dict[str, Any]
+    config: dict[str, Any]  # the settings in effect at this step
     topology: dict[str, Any]
     data: dict[str, Any]  # what the token order depends on
     versions: dict[str, str]
     tensors: dict[str, list[Count]]  # shapes of the logical tensors
     files: dict[str, dict[str, Any]]  # {"bytes": ..., "sha256": ...} by name
+    samples: Count = 0  # of the run's order, with those skipped
+    tokens: Count = 0
     weights_only: bool = False
     format: int = FORMAT
 
     @property
-    def samples(self) -> int:
-        """Number of consumed samples of the run's order, including those skipped by rollbacks."""
-        return self.skipped_samples + self.step * self.config["train"]["global_batch"]
+    def data_step(self) -> int:
+        """Step of the data that this step took."""
+        return self.step + self.skipped_steps
 
     @property
     def layout(self) -> str:

@@ -20,6 +20,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Model, RunConfig, saved_sources
+from smolds_dist.stages import resolve_stages
 
 UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
 
@@ -102,8 +103,10 @@ def _candidates(config: RunConfig) -> list[Path]:
 
 
 def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
-    """Reject settings that would change the interrupted run. The layout may differ."""
+    """Reject settings that would change the interrupted run. The layout and later stages may differ."""
     saved = manifest.config | {"model": asdict(Model(**manifest.config["model"]))}  # with settings that are newer
+    stages = resolve_stages(config)
+    in_effect = stages.at(manifest.data_step).config
     kept: dict[str, Iterable[str]] = {"model": saved["model"]}
     if not manifest.weights_only:
         kept["data"] = (
@@ -115,22 +118,30 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
         raise ConfigError(f"{folder} has weights without optimizer state; resume from a checkpoint that a run wrote.")
     for section, names in kept.items():
         for name in names:
-            now = asdict(getattr(config, section))[name]
+            now = asdict(getattr(in_effect, section))[name]
             saved_value = saved[section][name]
             if saved_value != now:
                 raise ConfigError(
                     f"{folder} was written with --{section}.{name} {saved_value}, but this run has {now}; "
                     "resume with the same value, or start a new --run.name."
                 )
-    if not manifest.weights_only:
-        _check_mixture(config, folder, manifest)
+    if manifest.weights_only:
+        return
+    _check_mixture(config, folder, manifest)
+    if stages.samples(manifest.data_step) != manifest.samples:
+        raise ConfigError(
+            f"{folder} was trained on {manifest.samples:,} sequences up to step {manifest.step}, but this run's stages have "
+            f"{stages.samples(manifest.data_step):,}; resume with the same --train.stages up to that step, or start a new "
+            "--run.name."
+        )
 
 
 def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     """Reject settings whose sources or proportions differ from the checkpoint's up to its step; later stages may differ."""
     saved = saved_sources(manifest.config["data"])
-    before = truncate_schedule(manifest.data["schedule"], manifest.samples)
-    now = truncate_schedule(mixture_of(config).schedule(), manifest.samples)
+    until = manifest.samples, manifest.data_step
+    before = truncate_schedule(manifest.data["schedule"], *until)
+    now = truncate_schedule(mixture_of(config).schedule(), *until)
     advice = "resume with the same --data options, start a new stage at this step, or start a new --run.name"
     for name in names_in(before):
         old, new = saved[name], config.data.mixed.get(name)
@@ -145,10 +156,9 @@ def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
                     f"has {getattr(new, setting)}; {advice}."
                 )
     if before != now:
-        batch = config.train.global_batch
         raise ConfigError(
-            f"{folder} was trained on {format_schedule(before, batch)}, but this run's settings are "
-            f"{format_schedule(now, batch)}; {advice}."
+            f"{folder} was trained on {format_schedule(before)}, but this run's settings are {format_schedule(now)}; "
+            f"{advice}."
         )
 
 
@@ -167,7 +177,7 @@ def check_contents(reader: CheckpointReader, data: TrainingData) -> None:
     advice = (
         "restore its files, add the new text as another source in a stage that begins now, or start a new --run.name"
     )
-    for name in names_in(truncate_schedule(saved["schedule"], reader.manifest.samples)):
+    for name in names_in(truncate_schedule(saved["schedule"], reader.manifest.samples, reader.manifest.data_step)):
         if saved["contents"][name] != identity["contents"][name]:
             raise ConfigError(
                 f"the text of the source {name!r} has changed since {reader.folder} was written; {advice}."
@@ -233,4 +243,4 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
-    return TrainState(manifest.step, manifest.skipped_samples, manifest.rollbacks)
+    return TrainState(manifest.step, manifest.skipped_steps, manifest.rollbacks)

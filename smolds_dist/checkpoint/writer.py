@@ -29,6 +29,7 @@ from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.parallel.versions import package_versions
 from smolds_dist.settings import RunConfig
+from smolds_dist.stages import resolve_stages
 
 
 @dataclass
@@ -36,7 +37,7 @@ class TrainState:
     """A run's progress, in addition to its tensors."""
 
     step: int = 0
-    skipped_samples: int = 0  # of the token order, by rollbacks
+    skipped_steps: int = 0  # of the data, by rollbacks
     rollbacks: int = 0
 
 
@@ -59,7 +60,7 @@ class CheckpointWriter:
         tensors: dict[str, tuple[int, ...]],
         identity: Callable[[int], dict[str, Any]],
     ):
-        self.config = config
+        self.config, self.stages = config, resolve_stages(config)
         self.topology = topology
         self.tensors = tensors
         self.identity = identity
@@ -111,9 +112,13 @@ class CheckpointWriter:
         tensors = self._state_tensors(engine, balancer) | (extra or {})
         background = self.config.checkpoint.background and not wait
         tensors = self._stage(tensors) if background else {key: tensor.cpu() for key, tensor in tensors.items()}
-        identity = self.identity(state.skipped_samples + state.step * self.config.train.global_batch)
-        of_step: dict[str, Any] = {"optimizer_steps": engine.optimizer_steps, "val_loss": val_loss, "files": {}}
-        manifest = new_manifest(self.config, self.topology, state, identity, self.tensors, **of_step)
+        data_step = state.step + state.skipped_steps
+        samples, tokens = self.stages.samples(data_step), self.stages.tokens(state.step)
+        of_step: dict[str, Any] = {"samples": samples, "tokens": tokens}
+        of_step |= {"optimizer_steps": engine.optimizer_steps, "val_loss": val_loss, "files": {}}
+        manifest = new_manifest(
+            self.stages.at(data_step).config, self.topology, state, self.identity(samples), self.tensors, **of_step
+        )
         self._start(self._write, unfinished, tensors, manifest)
         if not background:
             self.wait()

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.data.mixture import Mixture
-from smolds_dist.data.order import VERSION, SampleOrder, TokenSpan
+from smolds_dist.data.order import VERSION, TokenSpan
 from smolds_dist.data.sharded_source import ShardedSource
+from smolds_dist.data.staged_order import StagedOrder
 from smolds_dist.data.tokenizer import tokenizer_digest
 from smolds_dist.progress import Reporter
 from smolds_dist.settings import Data
+from smolds_dist.stages import Stages
 
 
 class MicroBatch(NamedTuple):
@@ -58,9 +60,9 @@ class TrainingData:
 
     tokenizer: PreTrainedTokenizerBase
     sources: dict[str, ShardedSource]
-    orders: dict[str, SampleOrder]
+    orders: dict[str, StagedOrder]
     mixture: Mixture
-    seq_len: int
+    stages: Stages
     limits: dict[str, int | None]  # tokens after which reading of a source stops
     reporter: Reporter  # receives progress while tokens are produced or waited for
 
@@ -87,8 +89,8 @@ class TrainingData:
         return [sample for sample in found if sample]
 
     def batch(self, indices: range) -> Tensor:
-        """Return the token ids [len(indices), seq_len] (int64) of these samples of the run."""
-        ids = np.empty((len(indices), self.seq_len), dtype=np.int64)
+        """Return the token ids [len(indices), seq_len] (int64) of these samples of the run, all of one stage."""
+        ids = np.empty((len(indices), self.stages.of_sample(indices[0]).seq_len), dtype=np.int64)
         for row, sample in zip(ids, self.samples(np.asarray(indices)), strict=True):
             at = 0
             for shard, start, length in sample.spans:
@@ -99,14 +101,14 @@ class TrainingData:
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Return how many epochs of each source the first `samples` samples take; only sources of known size."""
-        taken = self.taken(samples)
-        return {name: taken[name] / order.num_samples for name, order in self.orders.items() if order.complete}
+        tokens = dict(zip(self.sources, self.mixture.tokens(samples).tolist(), strict=True))
+        return {name: tokens[name] / order.tokens_per_epoch for name, order in self.orders.items() if order.complete}
 
     @property
     def val_weights(self) -> dict[str, float]:
         """Each source's weight in the validation loss: its proportion of the whole run, constant from step to step."""
-        taken = self.taken(self.mixture.stages[-1].end)
-        return {name: samples / sum(taken.values()) for name, samples in taken.items()}
+        tokens = self.mixture.tokens(self.mixture.stages[-1].end)
+        return dict(zip(self.sources, (tokens / tokens.sum()).tolist(), strict=True))
 
     @property
     def val_unigram_entropy(self) -> float:

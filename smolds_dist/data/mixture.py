@@ -6,19 +6,30 @@ first, as in proportionate fairness (S. Baruah et al., Algorithmica 15, 1996). T
 source can be looked up.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, lcm
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from smolds_dist.settings import RunConfig, Stage
+from smolds_dist.settings import RunConfig
+from smolds_dist.stages import Stages, resolve_stages
 
 FINEST = 100_000  # denominator that weights are rounded to; weights of up to five digits stay exact
 
 
-# The end of each stage, in samples of the run, and the proportion of each source in it.
-Schedule = list[tuple[int, dict[str, float]]]
+class Part(NamedTuple):
+    """Samples of the run with one mixture and one sequence length."""
+
+    end: int  # its last sample (exclusive)
+    step: int  # its last step
+    shares: dict[str, float]  # proportion of each source
+    seq_len: int
+
+
+Schedule = list[Part]
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class StageOrder:
 
     first: int  # sample of the run
     end: int
+    step: int  # its last step
+    seq_len: int
     shares: dict[str, Fraction]
     taken: np.ndarray  # [S] samples of each source before the stage
     source: np.ndarray  # of the stage's first samples; repeats from `repeats_from` on
@@ -47,21 +60,24 @@ class Mixture:
     """Sources by global sample index.
 
     Args:
-        stages: last sample (exclusive) and weights by source of each stage; the last stage continues indefinitely.
+        stages: of the run; the last continues indefinitely.
     """
 
-    def __init__(self, names: list[str], stages: list[tuple[int, dict[str, float]]]):
+    def __init__(self, names: list[str], stages: Stages):
         self.names = names
         self.stages: list[StageOrder] = []
-        first, taken = 0, np.zeros(len(names), dtype=np.int64)
-        due = [Fraction(0)] * len(names)  # of each source so far
-        for end, weights in stages:
-            shares = exact_shares({name: weights.get(name, 0.0) for name in names})
-            lead = [due[at] - int(taken[at]) for at in range(len(names))]
-            source, count, repeats_from, period = _pattern(list(shares.values()), lead)
-            self.stages.append(StageOrder(first, end, shares, taken, source, count, repeats_from, period))
-            due = [due[at] + share * (end - first) for at, share in enumerate(shares.values())]
-            first, taken = end, self.totals(end)
+        taken = np.zeros(len(names), dtype=np.int64)
+        lags = [Fraction(0)] * len(names)  # tokens of each source that are due
+        for span in stages.spans:
+            shares = exact_shares({name: span.weights.get(name, 0.0) for name in names})
+            first, end, length = span.samples, span.samples_until(span.last), span.seq_len
+            found = _pattern(list(shares.values()), [lag / length for lag in lags])
+            self.stages.append(StageOrder(first, end, span.last, length, shares, taken, *found))
+            before, taken = taken, self.totals(end)
+            lags = [
+                lag + length * (share * (end - first) - int(now - old))
+                for lag, share, now, old in zip(lags, shares.values(), taken, before, strict=True)
+            ]
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for global sample indices [n] each one's source, and how many samples of that source precede it."""
@@ -82,48 +98,67 @@ class Mixture:
         rest = np.bincount(stage.source[: position - turn * length], minlength=len(self.names))
         return stage.taken + rest + turn * stage.period
 
+    def tokens(self, samples: int) -> np.ndarray:
+        """Return how many tokens of the first `samples` samples come from each source [S], with padding."""
+        found = np.zeros(len(self.names), dtype=np.int64)
+        for stage in self.stages:
+            last = samples if stage is self.stages[-1] else min(samples, stage.end)
+            if last > stage.first:
+                found += stage.seq_len * (self.totals(last) - stage.taken)
+        return found
+
+    def lengths(self, name: str) -> list[tuple[int, int]]:
+        """Return the first sample of a source with each sequence length, and that length."""
+        at, found = self.names.index(name), list[tuple[int, int]]()
+        for stage in self.stages:
+            first = int(stage.taken[at])
+            if found and found[-1][0] == first:
+                found.pop()
+            if not found or found[-1][1] != stage.seq_len:
+                found.append((first, stage.seq_len))
+        return found
+
     def schedule(self) -> Schedule:
         """Return the schedule; equal neighboring stages count as one."""
-        ends: Schedule = []
+        parts: Schedule = []
         for stage in self.stages:
             shares = {name: float(share) for name, share in stage.shares.items() if share}
-            if ends and ends[-1][1] == shares:
-                ends.pop()
-            ends.append((stage.end, shares))
-        return ends
+            if parts and parts[-1][2:] == (shares, stage.seq_len):
+                parts.pop()
+            parts.append(Part(stage.end, stage.step, shares, stage.seq_len))
+        return parts
 
 
 def mixture_of(config: RunConfig) -> Mixture:
     """Return the mixture of a run's settings; each stage ends at the end of a step."""
-    own = {name: one.weight for name, one in config.data.mixed.items()}
-    stages = []
-    for stage in config.data.stages or [Stage(1.0)]:
-        last_step = round(Fraction(str(stage.until)) * config.train.steps)
-        stages.append((last_step * config.train.global_batch, own if stage.weights is None else stage.weights))
-    return Mixture(list(own), stages)
+    return Mixture(list(config.data.mixed), resolve_stages(config))
 
 
-def truncate_schedule(schedule: Schedule, samples: int) -> Schedule:
-    """Return the schedule of the run's first `samples` samples."""
-    begins = [0, *(end for end, _ in schedule)]
+def truncate_schedule(schedule: Iterable[Iterable[Any]], samples: int, step: int) -> Schedule:
+    """Return the schedule, perhaps as a manifest has it, of the run's first `samples` samples and `step` steps."""
+    parts = [Part(*one) for one in schedule]
+    begins = [0, *(part.end for part in parts)]
     return [
-        (min(end, samples), shares) for begin, (end, shares) in zip(begins, schedule, strict=False) if begin < samples
+        part._replace(end=min(part.end, samples), step=min(part.step, step))
+        for begin, part in zip(begins, parts, strict=False)
+        if begin < samples
     ]
 
 
 def names_in(schedule: Schedule) -> list[str]:
     """Return the sources that have a proportion in a schedule."""
-    return sorted({name for _, shares in schedule for name in shares})
+    return sorted({name for part in schedule for name in part.shares})
 
 
-def format_schedule(schedule: Schedule, global_batch: int) -> str:
-    """Format `Mixture.schedule` as "70% web + 30% code until step 800, then ..."."""
+def format_schedule(schedule: Schedule) -> str:
+    """Format `Mixture.schedule` as "70% web + 30% code until step 800, then ...", with sequence lengths if they differ."""
 
-    def proportions(shares: dict[str, float]) -> str:
-        largest_first = sorted(shares.items(), key=lambda item: -item[1])
-        return " + ".join(f"{100 * share:.4g}% {name}" for name, share in largest_first)
+    def proportions(part: Part) -> str:
+        largest_first = sorted(part.shares.items(), key=lambda item: -item[1])
+        mixed = " + ".join(f"{100 * share:.4g}% {name}" for name, share in largest_first)
+        return mixed if len({one.seq_len for one in schedule}) == 1 else f"{mixed} in {part.seq_len:,} tokens"
 
-    return ", then ".join(f"{proportions(shares)} until step {end // global_batch}" for end, shares in schedule)
+    return ", then ".join(f"{proportions(part)} until step {part.step}" for part in schedule)
 
 
 def exact_shares(weights: dict[str, float]) -> dict[str, Fraction]:

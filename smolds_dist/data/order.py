@@ -1,4 +1,5 @@
 """Order: which tokens the n-th sample of a source has; a pure function of the source's shards, sequence length and seed.
+`data.staged_order` continues it where the sequence length changes.
 
 A shard is the unit of tokenization: a chunk of a large file, a file, or several small files. Every epoch takes the shards
 in a new order. Their concatenated tokens are split into samples of `seq_len` tokens, or their documents are packed into
@@ -51,7 +52,10 @@ class Epoch:
     spans_until: list[int] = field(default_factory=lambda: [0])  # spans before each window, and their total
     shards_until: list[int] = field(default_factory=list)  # shards up to each window's end
     keys: list[np.ndarray] = field(default_factory=list)  # [ROUNDS] of the permutation in each window
+    sizes: list[int] = field(default_factory=list)  # `size` after each window
     pending: list[TokenSpan] = field(default_factory=list)  # spans of the next window
+    consumed: int = 0  # tokens of the epoch with another sequence length before these
+    begin: int = 0  # shards whose tokens are all among these
     complete: bool = False
     _arrays: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -69,6 +73,7 @@ class SampleOrder:
         shards: number of shards.
         window_tokens: size of a full window.
         pack: packs a window's documents into samples; if unset, its token stream is split.
+        rest: number and rest of the epoch to begin with; default: all of the first one.
     """
 
     def __init__(
@@ -79,10 +84,12 @@ class SampleOrder:
         seed: int,
         window_tokens: int,
         pack: Pack | None = None,
+        rest: tuple[int, Epoch] | None = None,
     ):
         self._shards, self._spans_in, self._pack = shards, spans_in, pack
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
-        self._first = self._new_epoch(0)
+        self._keys_of = f"length {seq_len} " if rest else ""
+        self._number, self._first = rest or (0, self._new_epoch(0))
         self._later: tuple[int, Epoch] | None = None  # the one used last
         self._ends: list[int] = []  # samples up to the end of each finished epoch, if documents are packed
         self._packed = lru_cache(PACKED_WINDOWS)(self._pack_window)
@@ -95,7 +102,7 @@ class SampleOrder:
 
     def _epoch(self, number: int, sample: int | None = None) -> Epoch:
         """Return an epoch, known up to that sample of it, or completely."""
-        if number == 0:
+        if number == self._number:
             self.extend(sample)
             return self._first
         if self._later is None or self._later[0] != number:
@@ -136,7 +143,7 @@ class SampleOrder:
         while True:
             with self._lock:
                 while not epoch.complete and (sample is None or epoch.windows[-1] <= sample):
-                    if not self._add_window(epoch, 0):
+                    if not self._add_window(epoch, self._number):
                         break
                 else:
                     return True
@@ -152,6 +159,8 @@ class SampleOrder:
     def shards_until(self, sample: int) -> np.ndarray:
         """Return the first epoch's shards up to the end of the window of that sample; for later epochs, all shards."""
         self.extend(sample)
+        if self._number:
+            return self._first.shards
         ends = self._first.windows
         window = int(np.searchsorted(ends, sample, "right")) - 1
         last = self._first.shards_until[window] if window < len(ends) - 1 else self._shards
@@ -169,14 +178,14 @@ class SampleOrder:
         with self._lock:
             epoch = self._epoch(number, 0)
             # The last shard may hold the beginning of a sample that ends in the next window.
-            return epoch.shards[: max(0, epoch.shards_until[window - 1] - 1) if window else 0]
+            return epoch.shards[: max(0, epoch.shards_until[window - 1] - 1) if window else epoch.begin]
 
     def upcoming_shards(self, sample: int) -> np.ndarray:
         """Return the known shards of that sample's window and of the next."""
         number, window = self.window_of(sample)
         with self._lock:
             epoch = self._epoch(number, 0)
-            begin = epoch.shards_until[window - 1] if window else 0
+            begin = epoch.shards_until[window - 1] if window else epoch.begin
             return epoch.shards[begin : epoch.shards_until[min(window + 1, len(epoch.shards_until) - 1)]]
 
     def _add_window(self, epoch: Epoch, number: int) -> bool:
@@ -193,7 +202,7 @@ class SampleOrder:
             for span in epoch.pending:
                 epoch.bounds.append(epoch.bounds[-1] + span.length)
             epoch.spans += epoch.pending
-            epoch.keys.append(self._round_keys(number, f"window {len(epoch.keys)}"))
+            epoch.keys.append(self._round_keys(number, f"{self._keys_of}window {len(epoch.keys)}"))
             epoch.spans_until.append(len(epoch.spans))
             if self._pack is None:
                 epoch.windows.append(epoch.bounds[-1] // self._seq_len)
@@ -201,6 +210,7 @@ class SampleOrder:
                 epoch.windows.append(epoch.windows[-1] + len(self._packed(number, len(epoch.windows) - 1, epoch)))
             epoch.shards_until.append(epoch.taken)
             epoch.pending, epoch.size = [], min(2 * epoch.size, self._window)
+            epoch.sizes.append(epoch.size)
         epoch.complete = epoch.taken == len(epoch.shards)
         return True
 
@@ -216,12 +226,7 @@ class SampleOrder:
             return positions, positions
         self.extend(int(positions.max()))
         with self._lock:
-            if self._pack:
-                epochs, within = self._packed_epochs(positions)
-            elif self.complete:
-                epochs, within = np.divmod(positions, self._first.windows[-1])
-            else:
-                epochs, within = np.zeros_like(positions), positions
+            epochs, within = self._epochs(positions)
             indices = np.empty(len(positions), np.int64)
             for number in np.unique(epochs):
                 here = epochs == number
@@ -232,11 +237,22 @@ class SampleOrder:
                 indices[here] = first + permute_index(within[here] - first, end - first, keys[window])
         return epochs, indices
 
+    def _epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return epochs and the indices in them."""
+        if self._pack:
+            return self._packed_epochs(positions)
+        if not self.complete:
+            return np.full_like(positions, self._number), positions
+        begun, full = self._first.windows[-1], (self._first.consumed + self.num_tokens) // self._seq_len
+        epochs, within = np.divmod(positions - begun, full)
+        first = positions < begun
+        return np.where(first, 0, epochs + 1) + self._number, np.where(first, positions, within)
+
     def _packed_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return epochs and the indices in them, if epochs differ in their number of samples."""
         last = int(positions.max())
         while self._ends or self.complete:
-            number = len(self._ends)
+            number = self._number + len(self._ends)
             begin = self._ends[-1] if self._ends else 0
             if last < begin:
                 break
@@ -245,7 +261,7 @@ class SampleOrder:
                 break
             self._ends.append(begin + epoch.windows[-1])
         epochs = np.searchsorted(self._ends, positions, "right")
-        return epochs, positions - np.array([0, *self._ends])[epochs]
+        return epochs + self._number, positions - np.array([0, *self._ends])[epochs]
 
     def _pack_window(self, _number: int, window: int, epoch: Epoch) -> list[list[TokenSpan]]:
         assert self._pack
@@ -256,18 +272,66 @@ class SampleOrder:
         if self._pack:
             window = bisect_right(epoch.windows, index) - 1
             return self._packed(number, window, epoch)[index - epoch.windows[window]]
-        start, end = index * self._seq_len, (index + 1) * self._seq_len
-        spans, at = [], bisect_right(epoch.bounds, start) - 1
-        while start < end:
-            last = min(end, epoch.bounds[at + 1])
-            if last > start:
-                span = epoch.spans[at]
-                spans.append(TokenSpan(span.shard, span.start + start - epoch.bounds[at], last - start))
-            start, at = last, at + 1
-        return spans
+        return spans_between(epoch, index * self._seq_len, (index + 1) * self._seq_len)
 
     def _round_keys(self, epoch: int, text: str) -> np.ndarray:
         return round_keys(f"{VERSION} {self._seed} {epoch} {text}")
+
+    def rest(self, sample: int) -> tuple[int, Epoch]:
+        """Return the number of that sample's epoch, and the tokens of it that no earlier sample of the source has.
+
+        They are, in the epoch's order, those of its window's later samples, then those of the shards after the window.
+        """
+        self.extend(sample)
+        with self._lock:
+            (number,), (within,) = (found.tolist() for found in self._epochs(np.array([sample])))
+            epoch = self._epoch(number, within)
+            window = bisect_right(epoch.windows, within) - 1
+            first, end = epoch.windows[window : window + 2]
+            later = np.arange(within - first, end - first)
+            keys = epoch.keys[window][None]
+            left = np.sort(first + permute_index(later, np.full(len(later), end - first), keys))
+            known = epoch.bounds[epoch.spans_until[window + 1]]
+            if self._pack:
+                place = {shard: at for at, shard in enumerate(epoch.shards.tolist())}
+                packed = self._packed(number, window, epoch)
+                spans = sorted((s for at in left - first for s in packed[at]), key=lambda s: (place[s.shard], s.start))
+            else:
+                runs = np.split(left, np.flatnonzero(np.diff(left) > 1) + 1) if len(left) else []
+                ranges = [(int(run[0]) * self._seq_len, (int(run[-1]) + 1) * self._seq_len) for run in runs]
+                spans = [s for begin, stop in ranges for s in spans_between(epoch, begin, stop)]
+                spans += spans_between(epoch, end * self._seq_len, known)
+            begun = epoch.shards_until[window - 1] - 1 if window else epoch.begin
+            return number, Epoch(
+                epoch.shards,
+                epoch.sizes[window],
+                epoch.shards_until[window],
+                pending=joined(spans),
+                consumed=epoch.consumed + known - sum(span.length for span in spans),
+                begin=max(0, begun),
+            )
+
+
+def spans_between(epoch: Epoch, start: int, end: int) -> list[TokenSpan]:
+    """Return the spans of an epoch's tokens from `start` to `end`."""
+    spans, at = [], bisect_right(epoch.bounds, start) - 1
+    while start < end:
+        last = min(end, epoch.bounds[at + 1])
+        if last > start:
+            span = epoch.spans[at]
+            spans.append(TokenSpan(span.shard, span.start + start - epoch.bounds[at], last - start))
+        start, at = last, at + 1
+    return spans
+
+
+def joined(spans: list[TokenSpan]) -> list[TokenSpan]:
+    """Join spans that follow each other in a shard."""
+    found: list[TokenSpan] = []
+    for span in spans:
+        if found and found[-1].shard == span.shard and found[-1].start + found[-1].length == span.start:
+            span = TokenSpan(span.shard, found[-1].start, found.pop().length + span.length)
+        found.append(span)
+    return found
 
 
 def permute_index(index_N: np.ndarray, size_N: np.ndarray, key_NR: np.ndarray) -> np.ndarray:
@@ -347,8 +411,8 @@ def best_fit(spans: list[TokenSpan], table: Callable[[int], np.ndarray], seq_len
 
 def _packing_items(span: TokenSpan, starts: np.ndarray, seq_len: int) -> list[TokenSpan]:
     """Return the documents of a span; longer ones as spans of a sample's length and a remainder."""
-    first, end = np.searchsorted(starts, np.array([span.start, span.start + span.length], dtype=np.uint64))
-    begins = starts[first:end].astype(np.int64)
+    first, end = np.searchsorted(starts, np.array([span.start + 1, span.start + span.length], dtype=np.uint64))
+    begins = np.append(span.start, starts[first:end].astype(np.int64))  # the span may begin within a document
     ends = np.append(begins[1:], span.start + span.length)
     items = []
     for begin, stop in zip(begins.tolist(), ends.tolist(), strict=True):

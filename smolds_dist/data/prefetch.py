@@ -5,7 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
-from smolds_dist.data.batch import Batch, MicroBatch, TrainingData, apply_document_mask, batch_digest
+from smolds_dist.data.batch import (
+    Batch,
+    MicroBatch,
+    TrainingData,
+    apply_document_mask,
+    batch_digest,
+    document_separator,
+)
 from smolds_dist.model.causal_attention import Documents
 from smolds_dist.progress import StoppedWaitingError
 
@@ -17,23 +24,19 @@ class BatchPrefetcher:
     """Assembles batches in the order of the run.
 
     Args:
-        stride: samples from one batch's first to the next one's: the global batch.
-        micro_batch: samples of a micro batch.
-        end_of_text: the token between documents, if they are masked from each other.
+        rank: this rank, and the number of ranks.
+        micro_batches: samples of a micro batch in each stage of the run.
         pinned: assemble into pinned memory, from which a GPU copies asynchronously.
     """
 
-    def __init__(
-        self, data: TrainingData, stride: int, micro_batch: int, end_of_text: int | None = None, pinned: bool = False
-    ):
-        self._data, self._stride, self._micro_batch = data, stride, micro_batch
-        self._end_of_text, self._pinned = end_of_text, pinned
+    def __init__(self, data: TrainingData, rank: tuple[int, int], micro_batches: Sequence[int], pinned: bool = False):
+        self._data, self._rank, self._micro_batches, self._pinned = data, rank, micro_batches, pinned
         self._pool = ThreadPoolExecutor(1, "batches")
-        self._taken = range(0)
-        self._next: tuple[range, Future | None] = range(0), None
+        self._taken = 0
+        self._next: tuple[int, Future | None] = 0, None
 
-    def take(self, indices: range, should_stop: Callable[[], bool] = lambda: False) -> Batch:
-        """Return these samples of the run.
+    def take(self, step: int, should_stop: Callable[[], bool] = lambda: False) -> Batch:
+        """Return this rank's samples of a step of the data.
 
         Args:
             should_stop: returns True once the run should stop, which ends a longer wait.
@@ -41,11 +44,11 @@ class BatchPrefetcher:
         Raises:
             StoppedWaitingError: if it ended the wait.
         """
-        self._taken = indices
+        self._taken = step
         pending, future = self._next
-        if pending != indices or future is None:
-            future = self._pool.submit(self._assemble, indices)
-            self._next = indices, future
+        if pending != step or future is None:
+            future = self._pool.submit(self._assemble, step)
+            self._next = step, future
         asked = 0
         while not wait([future], timeout=POLL_SECONDS).done:
             asked += should_stop()
@@ -58,23 +61,29 @@ class BatchPrefetcher:
 
         Call it just before the host waits: Python runs one thread at a time.
         """
-        following = range(self._taken.start + self._stride, self._taken.stop + self._stride)
+        following = self._taken + 1
         if self._next[0] != following:
             self._next = following, self._pool.submit(self._assemble, following)
 
-    def _assemble(self, indices: range) -> Batch:
+    def _assemble(self, step: int) -> Batch:
+        rank, world = self._rank
+        stages = self._data.stages
+        whole, stage = stages.batch(step), stages.at(step)
         # Waits for the global batch, so that invalid text fails on all ranks in the same step.
-        self._data.wait_for_samples((indices.start // self._stride + 1) * self._stride)
+        self._data.wait_for_samples(whole.stop)
+        indices = whole[rank * len(whole) // world : (rank + 1) * len(whole) // world]
         ids = self._data.batch(indices)
         digest = batch_digest(ids, indices)
-        if self._end_of_text is None:
-            return Batch([MicroBatch(part, part) for part in self._split(ids)], None, digest)
-        positions, labels = apply_document_mask(ids, self._end_of_text)
-        parts = map(self._separated, *map(self._split, (ids, labels, positions)))
+        size = self._micro_batches[stage.number - 1]
+        end_of_text = document_separator(stage.config.data, self._data.tokenizer)
+        if end_of_text is None:
+            return Batch([MicroBatch(part, part) for part in self._split(ids, size)], None, digest)
+        positions, labels = apply_document_mask(ids, end_of_text)
+        parts = map(self._separated, *(self._split(values, size) for values in (ids, labels, positions)))
         return Batch(list(parts), int((labels[:, 1:] >= 0).sum()), digest)
 
-    def _split(self, values: Tensor) -> Sequence[Tensor]:
-        return (values.pin_memory() if self._pinned else values).split(self._micro_batch)
+    def _split(self, values: Tensor, size: int) -> Sequence[Tensor]:
+        return (values.pin_memory() if self._pinned else values).split(size)
 
     def _separated(self, ids: Tensor, labels: Tensor, positions: Tensor) -> MicroBatch:
         if positions[:, 1:].all():  # one document per sequence

@@ -18,6 +18,7 @@ from smolds_dist.data.validation import MIN_VALIDATION_BYTES, load_validation_se
 from smolds_dist.errors import ConfigError
 from smolds_dist.progress import Reporter, print_line
 from smolds_dist.settings import Data, RunConfig, Source
+from smolds_dist.stages import Stages, resolve_stages
 
 INTERLEAVE = 16  # chunks that a tokenizer is trained on in turn
 TOKENIZER_FORMAT = 4  # raise it when training on the same text gives another tokenizer
@@ -70,25 +71,26 @@ def find_data(
         read_as[name], files[name] = resolve(one, cache)
     tokenizer = tokenizer or _tokenizer_folder(config, cache, read_as, files)
     loaded = load_tokenizer(str(tokenizer) if tokenizer else config.data.tokenizer)
+    stages = resolve_stages(config)
     mixture = mixture_of(config)
-    limits = {name: _token_limit(config, one, name, mixture) for name, one in read_as.items()} | (limits or {})
-    seq_len, seed, window = config.data.seq_len, config.train.seed, config.data.window_tokens
+    limits = {name: _token_limit(config, one, name, mixture, stages) for name, one in read_as.items()} | (limits or {})
+    seed, window, packing = config.train.seed, config.data.window_tokens, config.data.packing
     corpora = [
         Corpus(name, config.data.mixed[name].source, one, files[name], config.data, loaded)
         for name, one in read_as.items()
     ]
     sources = _open_sources(corpora, cache, limits, reporter)
-    orders = {name: one.order(seq_len, seed, window, config.data.packing) for name, one in sources.items()}
-    return TrainingData(loaded, sources, orders, mixture, seq_len, limits, reporter)
+    orders = {name: one.order(mixture.lengths(name), seed, window, packing) for name, one in sources.items()}
+    return TrainingData(loaded, sources, orders, mixture, stages, limits, reporter)
 
 
 def epoch_summary(config: RunConfig, data: TrainingData) -> list[str]:
     """Return one line per source with the tokens and epochs that the run takes of it."""
-    samples = config.train.steps * config.train.global_batch
-    totals, epochs = data.taken(samples), data.epochs(samples)
+    samples = data.stages.samples(config.train.steps)
+    totals, epochs = data.mixture.tokens(samples).tolist(), data.epochs(samples)
     lines = []
-    for name, source in data.sources.items():
-        tokens = f"{name}: {totals[name] * data.seq_len:,} tokens"
+    for (name, source), total in zip(data.sources.items(), totals, strict=True):
+        tokens = f"{name}: {total:,} tokens"
         if name in epochs:
             lines.append(f"{tokens}, {epochs[name]:.3g} epochs of {data.orders[name].num_tokens:,}")
         else:
@@ -97,21 +99,22 @@ def epoch_summary(config: RunConfig, data: TrainingData) -> list[str]:
 
 
 def _check_sizes(config: RunConfig, data: TrainingData) -> None:
+    longest = max(span.seq_len for span in data.stages.spans)
     for name, source in data.sources.items():
         order = data.orders[name]
         for split, tokens in (("training", order.num_tokens), ("validation", len(source.validation.tokens))):
-            if tokens < config.data.seq_len:
+            if tokens < longest:
                 raise ConfigError(
                     f"the {split} split of {config.data.mixed[name].source!r} has {tokens} tokens, fewer than one sequence "
-                    f"of --data.seq_len {config.data.seq_len}; use more text or shorter sequences."
+                    f"of --data.seq_len {longest}; use more text or shorter sequences."
                 )
 
 
 def _check_epochs(config: RunConfig, data: TrainingData) -> None:
-    for name, epochs in data.epochs(config.train.steps * config.train.global_batch).items():
+    for name, epochs in data.epochs(data.stages.samples(config.train.steps)).items():
         most = config.data.mixed[name].max_epochs
         if most is not None and epochs > most:
-            has = data.orders[name].num_samples * data.seq_len
+            has = data.orders[name].tokens_per_epoch
             raise ConfigError(
                 f"the run takes {epochs * has:,.0f} tokens of the source {name!r}, which has {has:,}: {epochs:.2f} epochs, "
                 f"more than its max_epochs {most:g}; add text, lower its weight, or train fewer steps."
@@ -171,9 +174,9 @@ def _open_sources(
     }
 
 
-def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture) -> int | None:
+def _token_limit(config: RunConfig, source: Source, name: str, mixture: Mixture, stages: Stages) -> int | None:
     """Return the tokens after which reading stops: for a stream, which may be endless, what the run consumes."""
     if config.data.max_tokens or not source.source.startswith("hf:"):
         return config.data.max_tokens
-    samples = mixture.totals(config.train.steps * config.train.global_batch)[mixture.names.index(name)]
-    return int(int(samples) * config.data.seq_len / (1 - config.data.val_fraction) * 1.02) + MIN_VALIDATION_BYTES
+    tokens = mixture.tokens(stages.samples(config.train.steps))[mixture.names.index(name)]
+    return int(int(tokens) / (1 - config.data.val_fraction) * 1.02) + MIN_VALIDATION_BYTES

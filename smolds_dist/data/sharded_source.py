@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from smolds_dist.data.cache import try_build
-from smolds_dist.data.order import SampleOrder, TokenSpan, best_fit
+from smolds_dist.data.order import Epoch, SampleOrder, TokenSpan, best_fit
 from smolds_dist.data.rows import rows_before
 from smolds_dist.data.shards import DOCUMENT, Corpus, ShardMeta, read_meta, shard_damage, write_shard
+from smolds_dist.data.staged_order import StagedOrder
 from smolds_dist.data.text import ReadStats
 from smolds_dist.data.validation import ValidationSet
 from smolds_dist.errors import ConfigError
@@ -224,10 +225,18 @@ class ShardedSource:
         chunk = self.shards[shard][int(row["file"])]
         return self.files[chunk.file].path, int(row["number"]) + self._rows_before(chunk)
 
-    def order(self, seq_len: int, seed: int, window_tokens: int, packing: str) -> SampleOrder:
-        """Return the order of the source's samples."""
-        pack = partial(best_fit, table=self.table, seq_len=seq_len) if packing == "best_fit" else None
-        return SampleOrder(len(self.shards), self.spans_in, seq_len, seed, window_tokens, pack)
+    def order(self, lengths: list[tuple[int, int]], seed: int, window_tokens: int, packing: str) -> StagedOrder:
+        """Return the order of the source's samples.
+
+        Args:
+            lengths: the source's first sample of each sequence length, and that length.
+        """
+
+        def make(seq_len: int, rest: tuple[int, Epoch] | None = None) -> SampleOrder:
+            pack = partial(best_fit, table=self.table, seq_len=seq_len) if packing == "best_fit" else None
+            return SampleOrder(len(self.shards), self.spans_in, seq_len, seed, window_tokens, pack, rest)
+
+        return StagedOrder(lengths, make)
 
     def _tokens(self, shard: int) -> np.ndarray:
         """Return a shard's training tokens [tokens]: concatenated documents, each ending with the end-of-text token."""

@@ -19,9 +19,9 @@ from pathlib import Path
 from smolds_dist.config import load_config, save_config
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.cores import free_cores, use_all_cores
-from smolds_dist.data.order import SampleOrder
 from smolds_dist.data.prepare import find_data
 from smolds_dist.data.sharded_source import LOOKAHEAD, ShardedSource
+from smolds_dist.data.staged_order import StagedOrder
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import file_message, replace_text
 from smolds_dist.progress import Reporter
@@ -102,7 +102,7 @@ class DiskBudget:
 
     def __init__(self, data: TrainingData, budget: float):
         self._data, self._budget = data, budget
-        self._windows: list[tuple[int, int]] = []
+        self._windows: list[tuple[int, int, int]] = []
 
     def enforce(self, samples: int) -> bool:
         """Delete the oldest consumed shards if the cache exceeds the budget.
@@ -121,7 +121,7 @@ class DiskBudget:
         return True
 
 
-def sharded_orders(data: TrainingData, samples: int) -> list[tuple[ShardedSource, SampleOrder, int]]:
+def sharded_orders(data: TrainingData, samples: int) -> list[tuple[ShardedSource, StagedOrder, int]]:
     """Return sources of several shards, their orders, and each one's last sample among the run's first `samples`."""
     taken = data.taken(samples)
     several = {name: source for name, source in data.sources.items() if len(source.shards) > 1}
@@ -141,7 +141,7 @@ def background_tokenization(config: RunConfig, data: TrainingData, ranks: int) -
         A function to call after each step with the number of consumed samples.
     """
     gigabytes = config.data.disk_budget_gb
-    if gigabytes is None and data.has_samples(config.train.steps * config.train.global_batch):
+    if gigabytes is None and data.has_samples(data.stages.samples(config.train.steps)):
         yield lambda samples: None
         return
     count = free_cores(ranks) if config.data.workers == "auto" else config.data.workers
@@ -183,7 +183,7 @@ def run_worker(args: WorkerArgs) -> None:
     reporter.on_update = lambda: exit_if_orphaned(args.parent)
     data = find_data(config, Path(args.tokenizer), args.limits, reporter)
     failed = set[tuple[str, int]]()
-    samples = config.train.steps * config.train.global_batch
+    samples = data.stages.samples(config.train.steps)
     budget = config.data.disk_budget_gb if args.background else None
     while True:
         exit_if_orphaned(args.parent)

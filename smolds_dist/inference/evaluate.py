@@ -16,6 +16,7 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inference.generate import load_model
 from smolds_dist.settings import RunConfig
+from smolds_dist.stages import resolve_stages
 
 
 def evaluate_model(args: list[str]) -> None:
@@ -57,7 +58,7 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
 def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
     from smolds_dist.data.batch import document_separator
 
-    config, is_validation = _data_config(options.model, settings)
+    config, is_validation = _data_config(options.model, options.step, settings)
     model, tokenizer = load_model(options.model, options.step)
     results, end_of_text = [], document_separator(config.data, tokenizer)
     texts = _validation_texts if is_validation else _all_texts
@@ -96,16 +97,20 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
     return result
 
 
-def _data_config(model: Path, settings: list[str]) -> tuple[RunConfig, bool]:
-    """Return the settings, and whether to evaluate on the run's validation set."""
+def _data_config(model: Path, step: int | None, settings: list[str]) -> tuple[RunConfig, bool]:
+    """Return the settings of the run's stage at `step`, or its last, and whether to evaluate on its validation set."""
     run = next((f for f in (model, model.parent, *model.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
     base = ["--config", str(run / "config.yaml")] if run else ["--run.name=eval"]
+    if run:
+        config = load_config(base)
+        data = resolve_stages(config).at(step or config.train.steps).config.data
+        base += [f"--data.seq_len={data.seq_len}", f"--data.document_mask={data.document_mask}", "--train.stages=null"]
     wrong = next((s for s in settings if s.startswith("--") and not s.startswith("--data.")), None)
     if wrong:
         raise ConfigError(f"{wrong} is not an option of smolds eval; `smolds eval --help` lists them.")
     own = any(setting.partition("=")[0] in ("--data.source", "--data.sources") for setting in settings)
     if own:  # replaces the run's sources
-        base += ["--data.sources=null", "--data.stages=null", "--data.source=stdlib"]
+        base += ["--data.sources=null", "--data.source=stdlib"]
     config = load_config([*base, *settings], prog="smolds eval")
     if not own and run is None:
         raise ConfigError(f"{model} is not a run's, so it has no validation set; choose the text with --data.source.")

@@ -14,12 +14,18 @@ from smolds_dist.parallel.balancer import max_violation, moe_layers
 from smolds_dist.parallel.engine import Engine, model_inputs
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig
+from smolds_dist.stages import StageSpan
 
 
-def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: TrainingData) -> dict[str, float]:
+def evaluate(
+    config: RunConfig, topology: Topology, engine: Engine, data: TrainingData, stage: StageSpan | None = None
+) -> dict[str, float]:
     """Return the mean loss over the first `train.eval_sequences` validation sequences of each source. Collective.
 
-    It is the same in every topology.
+    It is the same in every topology. A stage with another sequence length splits the same text into its own.
+
+    Args:
+        stage: of the run; default: the first.
 
     Returns:
         `val_loss` in nats per token; `val_bits_per_byte` of the text, which is comparable between tokenizers; and
@@ -29,10 +35,12 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
     """
     result = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
     counts_LE = torch.zeros(())
-    end_of_text = document_separator(config.data, data.tokenizer)
+    stage = stage or data.stages.spans[0]
+    tokens = config.train.eval_sequences * config.data.seq_len
+    end_of_text = document_separator(stage.config.data, data.tokenizer)
     for name, weight in data.val_weights.items():
         text = data.sources[name].validation
-        loss, of_source_LE = evaluate_source(config, topology, engine, text, end_of_text)
+        loss, of_source_LE = evaluate_source(text, tokens, stage.seq_len, topology, engine, end_of_text)
         bits = loss / math.log(2) / (text.bytes / len(text.tokens))
         result["val_loss"] += weight * loss
         result["val_bits_per_byte"] += weight * bits
@@ -46,15 +54,15 @@ def evaluate(config: RunConfig, topology: Topology, engine: Engine, data: Traini
 @torch.no_grad()
 @eager_regions()
 def evaluate_source(
-    config: RunConfig, topology: Topology, engine: Engine, text: ValidationSet, end_of_text: int | None
+    text: ValidationSet, tokens: int, seq_len: int, topology: Topology, engine: Engine, end_of_text: int | None
 ) -> tuple[float, torch.Tensor]:
     """Return the mean loss in nats per token, and the routed tokens per expert [L, E] of all ranks. Collective.
 
     Args:
+        tokens: most tokens of the text.
         end_of_text: token after which another document begins, if documents are masked from each other.
     """
-    seq_len = config.data.seq_len
-    num_sequences = min(config.train.eval_sequences, len(text.tokens) // seq_len)
+    num_sequences = max(1, min(tokens, len(text.tokens)) // seq_len)
     at_once = topology.world_size * topology.micro_batch
     total = torch.zeros(2, dtype=torch.float64 if topology.device == "cpu" else torch.float32)
     layers = moe_layers(engine.model).values()

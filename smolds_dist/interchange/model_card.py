@@ -10,6 +10,8 @@ from smolds_dist.observe.overview import parameters_of
 from smolds_dist.observe.report import figure_of
 from smolds_dist.observe.rows import load_table, read_rows
 from smolds_dist.observe.summary import facts
+from smolds_dist.settings import saved_train
+from smolds_dist.stages import format_stages
 
 PLOT = "training_metrics.png"
 
@@ -26,20 +28,27 @@ def write_card(folder: Path, checkpoint: Path, manifest: Manifest, config: Any, 
 
 def sources_table(manifest: Manifest) -> list[tuple[str, str]]:
     """Return a table row for each source of text, and the mixture."""
-    train, data = manifest.config["train"], manifest.config["data"]
+    data = manifest.config["data"]
     if not data.get("sources"):
         return [("text", f"`{data['source']}`")]
-    trained_on = truncate_schedule(manifest.data["schedule"], manifest.samples)
+    trained_on = truncate_schedule(manifest.data["schedule"], manifest.samples, manifest.data_step)
     return [
         *((f"text: {name}", f"`{one['source']}`") for name, one in data["sources"].items()),
-        ("mixture", format_schedule(trained_on, train["global_batch"])),
+        ("mixture", format_schedule(trained_on)),
     ]
+
+
+def stages_table(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return a table row for the sequence length, or for each stage that the run has begun."""
+    stages = saved_train(manifest.config["train"]).stages
+    if not stages:
+        return [("sequence length", f"{manifest.config['data']['seq_len']:,}")]
+    return [(f"stage {number}", text) for number, text in enumerate(format_stages(stages, manifest.data_step), 1)]
 
 
 def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str) -> str:
     """Return the card as Markdown, with the Hub's metadata at the top."""
-    train, data = manifest.config["train"], manifest.config["data"]
-    tokens = manifest.step * train["global_batch"] * data["seq_len"]
+    train = manifest.config["train"]
     experts = f"{config.num_experts} in each of {config.num_hidden_layers} layers"
     table: list[tuple[str, str]] = [
         ("parameters", f"{parameters_of(manifest):,}"),
@@ -47,8 +56,8 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         ("attention", "multi-head latent" if config.attention == "latent" else "grouped-query"),
         *sources_table(manifest),
         ("steps", f"{manifest.step:,}"),
-        ("tokens", f"{tokens:,}"),
-        ("sequence length", f"{data['seq_len']:,}"),
+        ("tokens", f"{manifest.tokens:,}"),
+        *stages_table(manifest),
         ("optimizer", f"{train['optimizer']}, learning rate {train['lr']:g}, {train['schedule']}"),
         ("layout", manifest.layout),
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from smolds_dist.model.modeling import (
     DeepSeekV3ForCausalLM,
     DeepSeekV3Model,
     RMSNorm,
+    change_rotary,
     empty_model,
     enable_activation_checkpointing,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "DeepSeekV3ForCausalLM",
     "RMSNorm",
     "TopKRouter",
+    "change_rotary",
     "empty_model",
     "enable_activation_checkpointing",
 ]

@@ -4,6 +4,8 @@ Shape letters: B batch, S sequence, H hidden, N query heads, G key/value heads, 
 P rotary dimensions, R latent (compressed key/value) rank.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +65,11 @@ class DeepSeekV3Attention(nn.Module):
                 self.q_norm, self.k_norm = (RMSNorm(n * config.head_dim, config.rms_norm_eps) for n in together)
         self.largest_logits: Tensor | None = None
         """[N], fp32: running maximum of each head's logits over training's forward passes, if recorded."""
-        self.scaling = self.qk_head_dim**-0.5 * (score_factor(config.rope_scaling) if self.latent else 1.0)
+        self.set_scaling(config.rope_scaling)
+
+    def set_scaling(self, yarn: dict[str, Any] | None) -> None:
+        """Set the factor of the logits for `DeepSeekV3Config.rope_scaling`."""
+        self.scaling = self.qk_head_dim**-0.5 * (score_factor(yarn) if self.latent else 1.0)
 
     def forward(
         self,

@@ -60,7 +60,7 @@ def prepare(args: list[str]) -> int:
     reporter = Reporter(shown=config.log.level != "quiet")
     data = find_data(config, reporter=reporter)
     reporter.close_bars()
-    samples = config.train.steps * config.train.global_batch
+    samples = data.stages.samples(config.train.steps)
     if not data.has_samples(samples):
         with Workers(config, data, options.workers or free_cores(0), background=False) as workers:
             watch(config, data, samples, workers)
@@ -92,12 +92,12 @@ def watch(config: RunConfig, data: TrainingData, samples: int, workers: Workers)
 def wanted_tokens(data: TrainingData, samples: int) -> int | None:
     """Return about how many tokens the run needs; None until there are some of each source."""
     total = 0.0
-    for name, needed in data.taken(samples).items():
+    for name, needed in zip(data.sources, data.mixture.tokens(samples).tolist(), strict=True):
         source = data.sources[name]
         if not source.num_found:
             return None
         all_tokens = source.tokens_found / source.num_found * len(source.shards)
-        total += max(source.tokens_found, min(all_tokens, needed * data.seq_len))
+        total += max(source.tokens_found, min(all_tokens, needed))
     return round(total)
 
 
@@ -123,10 +123,9 @@ def show(args: list[str]) -> int:
     own = config.data.tokenizer == "train"
     found = prepare_data(config, options.run / "tokenizer" if own else None, start["data"]["limits"])
 
-    batch = config.train.global_batch
-    skipped = sum(r["skipped_samples"] for r in rows if r.get("event") == "rollback" and r["step"] < options.step)
-    first = skipped + (options.step - 1) * batch
-    indices = range(first, first + batch)
+    rollbacks = [r for r in rows if r.get("event") == "rollback" and r["step"] < options.step]
+    indices = found.stages.batch(options.step + (rollbacks[-1]["skipped_steps"] if rollbacks else 0))
+    batch = len(indices)
     digest = f"{batch_digest(found.batch(indices), indices):08x}"
     if options.rank is not None:
         ranks = start.get("world_size", 1)
@@ -191,7 +190,8 @@ def order(args: list[str]) -> int:
     """Print where samples begin, as JSON lines."""
     parser = OptionParser(
         prog="smolds data order",
-        description="Print where the run's samples begin, one JSON line each: index, source, file, document, start.",
+        description="Print where the run's samples begin, one JSON line each: index, stage, seq_len, source, "
+        "file, document, start.",
         example="smolds data order --samples 0:100 -- --preset debug",
     )
     parser.add_argument("--samples", default="0:100", metavar="FIRST:END", help="range of samples, end exclusive")
@@ -204,7 +204,9 @@ def order(args: list[str]) -> int:
         indices = range(begin, min(int(end), begin + 1024))
         for index, sample in zip(indices, found.samples(np.asarray(indices)), strict=True):
             origin = origin_of(sample.source, *sample.spans[0][:2])
-            print(json.dumps({"index": index, "source": sample.source.name, **origin}))
+            stage = found.stages.of_sample(index)
+            place = {"index": index, "stage": stage.number, "seq_len": stage.seq_len, "source": sample.source.name}
+            print(json.dumps(place | origin))
     return 0
 
 
@@ -220,7 +222,7 @@ def stats(args: list[str]) -> int:
     found = prepare_data(config)
     for order in found.orders.values():
         order.extend(None)
-    epochs = found.epochs(config.train.steps * config.train.global_batch)
+    epochs = found.epochs(found.stages.samples(config.train.steps))
     for name, source in found.sources.items():
         facts = source_stats(source, found.orders[name].num_tokens)
         row = facts | packing_stats(found, name) | {"epochs": round(epochs[name], 4)}
@@ -282,7 +284,7 @@ def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
         tokens += length
     return {
         "cut_documents": round(1 - unsplit / max(1, begun), 4),
-        "padding": round(1 - tokens / (len(samples) * found.seq_len), 4),
+        "padding": round(1 - tokens / (len(samples) * found.stages.at(1).seq_len), 4),
     }
 
 

@@ -13,6 +13,7 @@ EVENTS = {
     "start": "after step {step}: started on {host}, {topology} ({versions})",
     "rollback": "step {step}: rolled back here from a loss spike in steps {spike_begin} to {spike_end}, {skipped_samples} "
     "samples skipped",
+    "stage": "step {step}: stage {number} begins, {global_batch} sequences of {seq_len} tokens per step",
     "restart": "after step {step}: restart {number}, because after step {failed_after} {cause}",
     "slow_rank": "step {step}: rank {rank} on host {host} was a straggler: {times} times the others' compute time",
     "skipped": "step {step}: loss or gradient not finite, update skipped",

@@ -27,6 +27,7 @@ from smolds_dist.observe.rows import dense_layers, load_table, read_rows, read_s
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.rules import trackers_in
 from smolds_dist.settings import Model, saved_sources
+from smolds_dist.stages import format_stages, resolve_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,11 +270,15 @@ def _sources(config: dict, rows: list[dict]) -> list[tuple]:
 
 
 def _mixture(run: Path, config: dict) -> list[str]:
-    """Describe the stages of the mixture, if there are several sources."""
-    if not config["data"].get("sources"):
+    """Describe the stages of the run, and its mixture if there are several sources."""
+    if not config["data"].get("sources") and not config["train"].get("stages"):
         return []
-    mixture = mixture_of(load_config(["--config", str(run / "config.yaml")]))
-    return [f"Mixture: {format_schedule(mixture.schedule(), config['train']['global_batch'])}."]
+    known = load_config(["--config", str(run / "config.yaml")])
+    lines = [f"Mixture: {format_schedule(mixture_of(known).schedule())}."] if known.data.sources else []
+    resolved = resolve_stages(known).at(1).config.train.stages or []
+    return lines + [
+        f"Stage {number}: {text}." for number, text in enumerate(format_stages(resolved, known.train.steps), 1)
+    ]
 
 
 def _checkpoint(manifest: Manifest) -> tuple:

@@ -77,7 +77,7 @@ def plan_together(ranks: Rendezvous, config: RunConfig, shared: bool) -> tuple[T
         plan = ranks.agree("plan", lambda: asdict(facts), partial(plan_from, config))
         ranks.agree("links", lambda: unreachable(facts, plan["addresses"]), _report_unreachable)
     own = {"rank": info.rank, "local_rank": info.local_rank, "device_index": device_index(machine, info)}
-    topology = Topology(**plan["topology"] | own)
+    topology = Topology(**plan["topology"] | own)  # lists instead of tuples
     if topology.backend == "gloo" and len(plan["addresses"]) > 1:
         # gloo's default is the interface of this host's name, often the loopback.
         (first, _), (second, _) = plan["addresses"][:2]

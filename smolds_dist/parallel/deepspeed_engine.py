@@ -219,6 +219,13 @@ class DeepSpeedEngine:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
 
+    def set_accumulation(self, topology: Topology) -> None:
+        self.engine.set_train_micro_batch_size(topology.micro_batch)
+        self.engine.set_train_batch_size(topology.per_rank * topology.world_size)
+        self.engine.micro_steps = 0  # DeepSpeed ends a step at multiples of the accumulation
+        if self.topology.zero:  # ZeRO keeps a copy (DeepSpeed 0.19)
+            self.engine.optimizer.gradient_accumulation_steps = topology.accumulation
+
     def forward(
         self,
         ids: Tensor,

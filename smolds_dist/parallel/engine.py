@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smolds_dist.parallel.fragments import Fragment
+from smolds_dist.parallel.topology import Topology
 
 KindsOf = Callable[[str], Iterable[str]]
 Fill = Callable[[Fragment], None]  # writes the values of every kind of a fragment
@@ -100,6 +101,9 @@ class Engine(Protocol):
                 `LocalEngine` waits.
             factors: returns row factors to apply after the update.
         """
+
+    def set_accumulation(self, topology: Topology) -> None:
+        """Take micro batches as a stage's `topology` has them, from the next step on."""
 
     def time_all_to_all(self, on: bool) -> None:
         """Start or stop timing all-to-alls, which synchronizes the device."""

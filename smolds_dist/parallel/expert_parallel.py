@@ -15,6 +15,7 @@ from smolds_dist.inputs import convert, read_json
 from smolds_dist.parallel.autoep_options import check_options, fast_paths, fixed_options
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Model, RunConfig
+from smolds_dist.stages import resolve_stages
 
 if TYPE_CHECKING:  # importing the model takes a second, and the launcher does not need it
     from smolds_dist.model import DeepSeekV3Config
@@ -82,7 +83,7 @@ def deepspeed_config(config: RunConfig, topology: Topology, model: "DeepSeekV3Co
                 f'{path} sets {name} to {target[key]!r}, but the run needs {value!r}; set it to "auto", or change the run.'
             )
     merged = {key: value for key, value in settings["expert_parallel"].items() if value != "auto"}
-    tokens = topology.micro_batch * config.data.seq_len
+    tokens = max(topology.at(span).micro_batch * span.seq_len for span in resolve_stages(config).spans)
     merged = settings["expert_parallel"] = fast_paths(topology, model, tokens, merged)
     if asked:
         check_options(path, merged, topology)

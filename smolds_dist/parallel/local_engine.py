@@ -205,6 +205,10 @@ class LocalEngine:
         self._captured = None
         self._clear_gradients()
 
+    def set_accumulation(self, topology: Topology) -> None:
+        self.release_graphs()
+        self.accumulation = topology.accumulation
+
     def time_all_to_all(self, on: bool) -> None:
         pass
 

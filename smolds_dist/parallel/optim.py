@@ -187,20 +187,3 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def learning_rate(step: int, train: Train) -> float:
-    """Return the learning rate of step 1, 2, ..., `train.steps`: linear warmup, then cosine, or stable and linear decay.
-
-    The latter is WSD (arXiv 2404.06395, section 4.2). Both end at `lr * min_lr_fraction`.
-    """
-    warmup = min(train.warmup_steps, train.steps)
-    if step <= warmup:
-        return train.lr * step / warmup
-    if train.schedule == "cosine":
-        done = (step - warmup) / max(1, train.steps - warmup)
-        share = 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        decay_steps = min(round(train.steps * train.decay_fraction), train.steps - warmup)
-        share = min(1.0, (train.steps - step) / decay_steps) if decay_steps else 1.0
-    return train.lr * (train.min_lr_fraction + (1 - train.min_lr_fraction) * share)

@@ -10,7 +10,8 @@ import importlib.util
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
@@ -20,7 +21,8 @@ from smolds_dist.costs.step_time import step_time
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.control_groups import memory_limit
 from smolds_dist.parallel.ranks import RankInfo
-from smolds_dist.settings import Model, Parallel, RunConfig, Train
+from smolds_dist.settings import Model, Parallel, RunConfig
+from smolds_dist.stages import StageSpan, resolve_stages
 
 # Tokens per forward pass that use the device fully without filling its memory with activations
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
@@ -51,11 +53,12 @@ class Topology:
     expert: int  # ranks that share one set of experts
     zero: int
     dtype: str  # fp32 or bf16
-    micro_batch: int  # sequences per forward pass of one rank
+    micro_batch: int  # sequences per forward pass of one rank; like the next field, of the run's first stage (`at`)
     accumulation: int  # forward passes per step of one rank
     nodes: int = 1
     device_index: int = 0  # of the rank's GPU, among those that it can access
     keeps_memory: bool = True  # on a CPU, the process keeps freed memory for reuse
+    micro_batches: Sequence[int] = ()  # of each stage, if there are several
     reason: str = ""  # the reasons for this layout in one sentence
 
     @property
@@ -66,6 +69,13 @@ class Topology:
     def per_rank(self) -> int:
         """Sequences per rank and step."""
         return self.micro_batch * self.accumulation
+
+    def at(self, stage: StageSpan) -> "Topology":
+        """Return the layout in a stage of the run."""
+        if not self.micro_batches:
+            return self
+        size = self.micro_batches[stage.number - 1]
+        return replace(self, micro_batch=size, accumulation=stage.global_batch // (self.world_size * size))
 
     def __str__(self) -> str:
         nodes = f" on {self.nodes} nodes," if self.nodes > 1 else ""
@@ -123,17 +133,25 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
     experts = config.model.num_experts
     sizes, why_expert = _expert_sizes(parallel.expert, experts, world, per_node)
     stages = _zero_stages(parallel.zero, engine)
-    batches = _micro_batches(config.train, world, TOKENS_PER_PASS[device] // config.data.seq_len)
-    settings = configured(config)
-
-    def layout(size: int, zero: int, batch: int) -> Layout:
-        accumulation, seq_len = config.train.global_batch // (world * batch), config.data.seq_len
-        return Layout(world, per_node, size, zero, batch, accumulation, seq_len, dtype, device, engine, **settings)
-
     memory = Memory(with_vocabulary(config), _memory(machine, device, per_node), PROCESS_BYTES[device])
+    spans = resolve_stages(config).spans
+
+    def layouts(span: StageSpan, size: int, zeros: list[int]) -> list[Layout]:
+        batch, seq_len, settings = span.global_batch, span.seq_len, configured(span.config)
+        sizes = _micro_batches(span.config, world, TOKENS_PER_PASS[device] // seq_len)
+        return [
+            Layout(world, per_node, size, zero, one, batch // (world * one), seq_len, dtype, device, engine, **settings)
+            for one in sizes
+            for zero in zeros
+        ]
+
+    # The stage that needs the most memory decides, by the layouts that need the least.
+    worst = (
+        max(spans, key=lambda span: min(map(memory.need, layouts(span, sizes[-1], stages)))) if spans[1:] else spans[0]
+    )
 
     def first(size: int) -> Layout:
-        return memory.first([layout(size, zero, batch) for batch in batches for zero in stages])
+        return memory.first(layouts(worst, size, stages))
 
     expert = sizes[-1]
     if len(sizes) > 1:
@@ -145,6 +163,7 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
             firsts = {size: first(size) for size in sizes}
             expert, why_expert = _fastest_layout(memory, experts, firsts, hardware.shared_by(per_node))
     chosen = first(expert)
+    batches = [memory.first(layouts(span, expert, [chosen.zero])).micro_batch for span in spans]
     why = _explain_stage(chosen, parallel.zero != "auto", memory)
     keeps_memory = memory.fits(chosen) if parallel.keep_memory == "auto" else parallel.keep_memory
     if device == "cpu" and not keeps_memory:
@@ -163,8 +182,9 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         expert=expert,
         zero=chosen.zero,
         dtype=dtype,
-        micro_batch=chosen.micro_batch,
-        accumulation=chosen.accumulation,
+        micro_batch=batches[0],
+        accumulation=spans[0].global_batch // (world * batches[0]),
+        micro_batches=tuple(batches) if batches[1:] else (),
         nodes=-(-world // per_node),
         keeps_memory=keeps_memory,
         reason=f"{why_expert}; {why}." if world > 1 else f"{why}.",
@@ -288,13 +308,13 @@ def _zero_stages(wanted: str | int, engine: str) -> list[int]:
     return [wanted]
 
 
-def _micro_batches(train: Train, world: int, most: int) -> list[int]:
+def _micro_batches(config: RunConfig, world: int, most: int) -> list[int]:
     """Return the allowed micro-batch sizes, the preferred first.
 
     Args:
         most: the largest size in sequences, unless it is set; at least 1 is allowed.
     """
-    batch, wanted = train.global_batch, train.micro_batch
+    batch, wanted = config.train.global_batch, config.train.micro_batch
     if batch % world:
         raise ConfigError(
             f"--train.global_batch {batch} is not a multiple of the world size {world}; "

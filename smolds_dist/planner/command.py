@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from smolds_dist.planner.search import Candidate, best_first, candidates, fits, 
 from smolds_dist.planner.simulator import loads_of_run, simulate_step
 from smolds_dist.progress import duration
 from smolds_dist.settings import RunConfig
+from smolds_dist.stages import format_stages
 
 MAX_SIMULATED_RANKS = 1024  # ranks, above which the simulator would take minutes
 
@@ -45,11 +47,11 @@ def plan(args: list[str]) -> None:
     best = ranking[0]
     steps = config.train.steps
     if options.target_tokens:
-        steps = -(-int(options.target_tokens) // best.layout.tokens_per_step)
+        steps = math.ceil(options.target_tokens / best.tokens_per_step)
     saved = checkpoint_bytes(with_vocabulary(config), best.layout)
     run = run_time(best.time.total, steps, best.layout, machine, config.checkpoint.every, saved)
     if options.budget_gpu_hours and run.device_hours > options.budget_gpu_hours:
-        affordable = int(options.budget_gpu_hours / run.device_hours * steps * best.layout.tokens_per_step)
+        affordable = int(options.budget_gpu_hours / run.device_hours * steps * best.tokens_per_step)
         raise ConfigError(
             f"the run takes {run.device_hours:,.1f} device hours, over --budget-gpu-hours {options.budget_gpu_hours:,.1f}; "
             f"train at most {affordable:,} tokens or a smaller model."
@@ -95,7 +97,7 @@ def report(
     received = f"  if a rank receives {assumed:,.2f} times the mean rank's rows; the most possible is {most:,.2f}"
     mfu = best.tokens_per_s * flops / layout.world / machine.peak[layout.dtype]
     lines = [
-        f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {layout.tokens_per_step:,} tokens/step",
+        f"{config.run.name} on {layout.world} x {machine.name}, {layout.dtype}, {best.tokens_per_step:,.0f} tokens/step",
         f"{len(ranking)} of {len(found)} layouts fit; best: {' '.join(best.options)}",
         "",
         f"  {best.tokens_per_s:,.0f} tokens/s, {time.total * 1e3:,.1f} ms/step, MFU {mfu:.1%}",
@@ -105,7 +107,7 @@ def report(
         *([received] if layout.expert > 1 else []),
         f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected failures: "
         f"{run.expected_failures:,.2f}, costing {duration(run.failures)}; checkpoint stalls: {duration(run.checkpoints)}",
-        *(f"  {line}" for line in text_needed(config, steps)),
+        *(f"  {line}" for line in (*stage_lines(best, machine), *text_needed(config, steps))),
         "",
         f"{'expert':>6} {'zero':>4} {'micro':>5} {'recompute':>9} {'tokens/s':>12} {'memory':>9}  verdict",
     ]
@@ -124,11 +126,20 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
     if not config.data.sources:
         return []
     mixture = mixture_of(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
-    batch, length = config.train.global_batch, config.data.seq_len
-    totals = zip(mixture.names, mixture.totals(steps * batch).tolist(), strict=True)
+    tokens = mixture.tokens(mixture.stages[-1].end).tolist()
     return [
-        f"text: {format_schedule(mixture.schedule(), batch)}",
-        "tokens: " + ", ".join(f"{total * length:,} of {name}" for name, total in totals),
+        f"text: {format_schedule(mixture.schedule())}",
+        "tokens: " + ", ".join(f"{total:,} of {name}" for name, total in zip(mixture.names, tokens, strict=True)),
+    ]
+
+
+def stage_lines(best: Candidate, machine: Hardware) -> list[str]:
+    """Return a line for each stage of the run, if it has several."""
+    texts = format_stages(best.worst.span.config.train.stages or [], sum(one.steps for one in best.stages))
+    return [
+        f"stage {one.span.number}, {text}: {one.layout.tokens_per_step / one.time.total:,.0f} tokens/s, "
+        f"{one.memory.total / 1e9:,.2f} of {machine.memory / 1e9:,.0f} GB, {duration(one.steps * one.time.total)}"
+        for one, text in zip(best.stages, texts, strict=False)
     ]
 
 

@@ -1,7 +1,10 @@
 """All layouts of a run on given nodes, with the memory and time of each, best first."""
 
+import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, get_args
 
@@ -13,9 +16,22 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, expert_sizes, plan_topology
 from smolds_dist.settings import Recomputed, RunConfig
+from smolds_dist.stages import StageSpan, resolve_stages
 
 MAX_SEQUENCES = 64  # largest micro batch tried
+TIMES = tuple(StepTime.__dataclass_fields__)
 RECOMPUTED: tuple[Recomputed, ...] = get_args(Recomputed)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Memory and time of a step in a stage of the run."""
+
+    span: StageSpan
+    steps: int
+    layout: Layout
+    memory: Memory
+    time: StepTime
 
 
 @dataclass(frozen=True)
@@ -23,14 +39,40 @@ class Candidate:
     """A layout with its settings, memory and time."""
 
     settings: dict[str, Any]  # by the option's name
-    layout: Layout
-    memory: Memory
-    time: StepTime
+    stages: list[StageCost]
+
+    @property
+    def worst(self) -> StageCost:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout in the stage that needs the most memory."""
+        return self.worst.layout
+
+    @property
+    def memory(self) -> Memory:
+        return self.worst.memory
+
+    @cached_property
+    def time(self) -> StepTime:
+        """The mean over the run's steps."""
+        return StepTime(*(self._mean([getattr(one.time, name) for one in self.stages]) for name in TIMES))
+
+    @cached_property
+    def tokens_per_step(self) -> float:
+        """The mean over the run's steps."""
+        return self._mean([one.layout.tokens_per_step for one in self.stages])
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second over all ranks."""
-        return self.layout.tokens_per_step / self.time.total
+        return self.tokens_per_step / self.time.total
+
+    def _mean(self, values: list[float]) -> float:
+        steps = [one.steps for one in self.stages]
+        return math.fsum(map(operator.mul, steps, values)) / sum(steps)
 
     @property
     def options(self) -> list[str]:
@@ -57,7 +99,7 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
     stages: list[Any] = [config.parallel.zero] if config.parallel.zero != "auto" else [0, 1, 2, 3]
     if world == 1 and config.parallel.engine != "deepspeed":
         stages = [0]
-    per_rank = config.train.global_batch // world
+    per_rank = math.gcd(*(span.global_batch // world for span in resolve_stages(config).spans))
     batches = [size for size in range(1, min(per_rank, MAX_SEQUENCES) + 1) if per_rank % size == 0]
     if config.train.micro_batch:
         batches = [config.train.micro_batch]
@@ -73,9 +115,14 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
             parallel=replace(base.parallel, expert=size, zero=zero),
             train=replace(base.train, micro_batch=batch, activation_checkpointing=recompute),
         )
-        layout = layout_of(tried, plan_topology(tried, here, rank))
-        memory = rank_memory(model, layout, machine.process, max_vio)
-        yield Candidate(settings, layout, memory, step_time(model, layout, machine, max_vio))
+        topology, total, costs = plan_topology(tried, here, rank), tried.train.steps, []
+        for span in resolve_stages(tried).spans:
+            if span.first < total:
+                layout = layout_of(span.config, topology.at(span))
+                memory = rank_memory(model, layout, machine.process, max_vio)
+                time = step_time(model, layout, machine, max_vio)
+                costs.append(StageCost(span, min(span.last, total) - span.first, layout, memory, time))
+        yield Candidate(settings, costs)
 
 
 def fits(one: Candidate, machine: Hardware) -> bool:
@@ -103,8 +150,8 @@ def rejection_reason(one: Candidate, best: Candidate, machine: Hardware) -> str:
     """Return why another layout is worse than the best, in a few words."""
     if not fits(one, machine):
         return f"needs {one.memory.total / 1e9:,.1f} GB, mostly {one.memory.largest}"
-    scale = one.layout.tokens_per_step / best.layout.tokens_per_step
-    lost = {name: getattr(one.time, name) - scale * getattr(best.time, name) for name in StepTime.__dataclass_fields__}
+    scale = one.tokens_per_step / best.tokens_per_step
+    lost = {name: getattr(one.time, name) - scale * getattr(best.time, name) for name in TIMES}
     cause = max(lost, key=lambda name: lost[name])
     slower = one.time.total / (scale * best.time.total) - 1
     if slower < 0.005:

@@ -5,7 +5,7 @@ import platform
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints
 from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState
 from smolds_dist.config import save_config
-from smolds_dist.costs.flops import largest_products
-from smolds_dist.data.batch import TrainingData, UniqueTexts, document_separator
+from smolds_dist.costs.flops import flops_per_token, largest_products
+from smolds_dist.data.batch import TrainingData, UniqueTexts
 from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.data.prepare import epoch_summary
 from smolds_dist.data.tokenizer import save_tokenizer
 from smolds_dist.errors import ConfigError, TrainingStoppedError
 from smolds_dist.launching.signals import StopRequest
-from smolds_dist.model import DeepSeekV3Config
+from smolds_dist.model import DeepSeekV3Config, change_rotary
 from smolds_dist.observe.rows import recent_losses
 from smolds_dist.observe.run_log import RunLog
 from smolds_dist.observe.trackers import replace_runs
@@ -33,14 +33,15 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.expert_parallel import deepspeed_config
 from smolds_dist.parallel.make_engine import build_engine
-from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.process_group import set_group_timeouts
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.parallel.versions import package_versions
 from smolds_dist.rows import RESTARTS, read_rows
-from smolds_dist.settings import RunConfig, Train
+from smolds_dist.schedule import learning_rate
+from smolds_dist.settings import RunConfig, Train, saved_train
+from smolds_dist.stages import Stages, StageSpan
 from smolds_dist.training.clock import matrix_product_peak
-from smolds_dist.training.compiling import capture_graphs, compile_model
+from smolds_dist.training.compiling import capture_graphs, compile_model, undo_compile
 from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
@@ -55,8 +56,8 @@ class Job:
     config: RunConfig
     topology: Topology
     data: TrainingData
-    model_config: DeepSeekV3Config
-    flops_per_token: float
+    model_config: DeepSeekV3Config  # without what stages change
+    stages: Stages
     stop: StopRequest
     compiler: bool  # True if all hosts have Inductor's compilers
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
@@ -71,6 +72,7 @@ class Job:
 class Training:
     """The parts of a run that a rollback rebuilds."""
 
+    stage: StageSpan  # of the next step
     engine: Engine
     balancer: Balancer
     state: TrainState
@@ -82,6 +84,11 @@ class Training:
     log: RunLog
     profiler: Profiler
     peak: float  # matmul FLOP/s of all ranks together
+
+    @property
+    def model_config(self) -> DeepSeekV3Config:
+        """The model's configuration in the current stage."""
+        return self.engine.model.config  # type: ignore[return-value]
 
     def save(self, val_loss: float | None = None, wait: bool = False) -> None:
         """Start writing a checkpoint; see `CheckpointWriter.save`. Collective."""
@@ -149,10 +156,11 @@ def loss_coefficients(train: Train) -> dict[str, float]:
 
 def build(job: Job, reader: CheckpointReader | None) -> Training:
     """Build the model, engine and writers, from a checkpoint if there is one. Collective."""
-    config, topology = job.config, job.topology
+    stage = job.stages.at(reader.manifest.data_step + 1 if reader else 1)
+    config, topology, model_config = stage.config, job.topology.at(stage), make_model_config(stage.config, job.data)
     torch.manual_seed(config.train.seed)
     with doing("loading the model"):
-        engine = new_engine(job.model_config, config, topology, reader)
+        engine = new_engine(model_config, config, topology, reader)
     set_group_timeouts(config.parallel.timeout)
     engine.model.register_forward_pre_hook(lambda *_: begin_pass())
     balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
@@ -160,7 +168,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         state = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
     num_parameters = sum(math.prod(shape) for shape in tensors.values())
-    shapes = largest_products(job.model_config, topology.micro_batch * config.data.seq_len)
+    shapes = largest_products(model_config, topology.micro_batch * stage.seq_len)
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
     mine = matrix_product_peak(engine.device, dtype, shapes=shapes)
     peak = engine.sum_over_ranks(torch.tensor(mine)).item()
@@ -169,25 +177,24 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
         log.info(f"continuing from {reader.folder}")
-        log_lr_change(log, reader.manifest, config.train)
-    left = (config.train.steps - state.step) * config.train.global_batch * config.data.seq_len
+        log_lr_change(log, reader.manifest, config)
     stepper = Stepper(
         engine,
         balancer,
         topology,
-        config.train,
+        job.config,
         BatchPrefetcher(
             job.data,
-            config.train.global_batch,
-            topology.micro_batch,
-            document_separator(config.data, job.data.tokenizer),
+            (topology.rank, topology.world_size),
+            [job.topology.at(span).micro_batch for span in job.stages.spans],
             pinned=topology.device == "cuda",
         ),
         should_stop=lambda: job.stop.requested is not None,
     )
-    compile_model(stepper, config, job.model_config, left * job.flops_per_token / peak, job.compiler, log)
+    compile_model(stepper, config, seconds_left(job, state, peak), job.compiler, log)
     capture_graphs(stepper, config, log)
     return Training(
+        stage=stage,
         engine=engine,
         balancer=balancer,
         state=state,
@@ -195,11 +202,46 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         stepper=stepper,
         guard=LossGuard(config.train, history),
         stragglers=StragglerDetector(topology),
-        checkpoints=CheckpointWriter(config, topology, tensors, job.data.identity),
+        checkpoints=CheckpointWriter(job.config, topology, tensors, job.data.identity),
         log=log,
         profiler=Profiler(config, topology),
         peak=peak,
     )
+
+
+def begin_stage(job: Job, training: Training, step: int) -> None:
+    """Change what the stage that begins with `step` changes: batches, rotary embedding, and code compiled for their
+    shapes. Collective."""
+    before, training.stage = training.stage, job.stages.at(step + training.state.skipped_steps)
+    stage, stepper, log = training.stage, training.stepper, training.log
+    stage_row(job, training)
+    if before.config == stage.config:
+        return
+    config, topology = stage.config, job.topology.at(stage)
+    stepper.topology = topology
+    training.engine.set_accumulation(topology)
+    change_rotary(training.engine.model, make_model_config(config, job.data))
+    undo_compile(training.engine.model)
+    compile_model(stepper, config, seconds_left(job, training.state, training.peak), job.compiler, log)
+    capture_graphs(stepper, config, log)
+
+
+def stage_row(job: Job, training: Training) -> None:
+    """Log the stage that begins."""
+    stage, step = training.stage, training.state.step
+    of = f"stage {stage.number} of {len(job.stages.spans)}"
+    training.log.row(step, event="stage", number=stage.number, seq_len=stage.seq_len, global_batch=stage.global_batch)
+    training.log.info(f"step {step + 1}: {of}, {stage}, learning rate {learning_rate(step + 1, job.config):.2e}")
+
+
+def seconds_left(job: Job, state: TrainState, peak: float) -> float:
+    """Return the seconds of the rest of the run at the matmuls' peak rate."""
+    rest = 0.0
+    for span in job.stages.spans:
+        last = job.config.train.steps if span is job.stages.spans[-1] else min(span.last, job.config.train.steps)
+        steps = max(0, last - max(span.first, state.step))
+        rest += steps * span.global_batch * span.seq_len * flops_per_token(job.model_config, span.seq_len)
+    return rest / peak
 
 
 def new_engine(
@@ -234,14 +276,13 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
     return log
 
 
-def log_lr_change(log: RunLog, manifest: Manifest, train: Train) -> None:
+def log_lr_change(log: RunLog, manifest: Manifest, config: RunConfig) -> None:
     """Log if a resumed run's next learning rate differs from that of the checkpoint's settings."""
     if manifest.weights_only:
         return
-    known = {f.name for f in fields(Train)}
-    saved = Train(**{name: value for name, value in manifest.config["train"].items() if name in known})
+    saved = replace(config, train=saved_train(manifest.config["train"]))
     step = manifest.step + 1
-    before, now = learning_rate(min(step, saved.steps), saved), learning_rate(step, train)
+    before, now = learning_rate(min(step, saved.train.steps), saved), learning_rate(step, config)
     if not math.isclose(before, now, rel_tol=1e-6):
         log.info(
             f"the learning rate of step {step} is {now:.2e}, but {before:.2e} with the checkpoint's settings; see "
@@ -303,10 +344,12 @@ def roll_back(job: Job, state: TrainState, spike: LossSpikeError) -> Training:
                 remove(newer)
         replace_runs(job.config.run_dir)
     training = build(job, reader)
-    skipped = (spike.end - reader.manifest.step) * job.config.train.global_batch
-    training.state.skipped_samples += skipped
+    training.state.skipped_steps += spike.end - reader.manifest.step
     training.state.rollbacks = state.rollbacks + 1
     step, ends = reader.manifest.step, {"spike_begin": spike.begin, "spike_end": spike.end}
-    training.log.row(step, event="rollback", **ends, skipped_samples=skipped)
+    before = job.stages.samples(reader.manifest.data_step)
+    skipped = job.stages.samples(reader.manifest.step + training.state.skipped_steps) - before
+    steps = training.state.skipped_steps
+    training.log.row(step, event="rollback", **ends, skipped_samples=skipped, skipped_steps=steps)
     training.log.info(f"{spike}; rolled back to step {step}, continuing with other samples")
     return training

@@ -44,7 +44,6 @@ MIN_SECONDS = {"cpu": 600, "cuda": 20}
 def compile_model(
     stepper: Stepper,
     config: RunConfig,
-    model: DeepSeekV3Config,
     peak_seconds: float,
     has_compiler: bool,
     log: RunLog,
@@ -55,10 +54,12 @@ def compile_model(
     If compiling fails, all ranks run uncompiled and one line logs why.
 
     Args:
+        config: the settings of the stage that begins.
         peak_seconds: seconds of the rest of the run at the matmuls' peak rate.
         has_compiler: True if Inductor's compilers are installed on all hosts.
     """
     engine, topology = stepper.engine, stepper.topology
+    model: Any = engine.model.config
     # Selective checkpointing intercepts every operator, so everything would be recompiled in the first step.
     selective = config.train.activation_checkpointing == "selective"
     if selective or not should_compile(config.train.compile, topology.device, peak_seconds, has_compiler):

@@ -15,10 +15,11 @@ from smolds_dist.data.prefetch import BatchPrefetcher
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.captured import Recorder
 from smolds_dist.parallel.engine import Engine, Update
-from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.router_statistics import RouterStatistics
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.settings import Train
+from smolds_dist.schedule import balance_scale, learning_rate
+from smolds_dist.settings import RunConfig
+from smolds_dist.stages import resolve_stages
 from smolds_dist.training.clock import StepClock
 from smolds_dist.training.qk_clip import QkClip
 
@@ -27,7 +28,7 @@ class StepOutput(NamedTuple):
     """The result of a step on this rank."""
 
     step: int
-    first_sample: int  # global index of its batch's first sample
+    samples: range  # of the run, in its global batch
     lr: float
     loss: Tensor  # mean over this rank's samples, on the host like all tensors here; without `mtp_loss`
     mtp_loss: Tensor | None  # of multi-token prediction, if any
@@ -43,45 +44,48 @@ class Stepper:
 
     engine: Engine
     balancer: Balancer
-    topology: Topology
-    train: Train
+    topology: Topology  # in the current stage
+    config: RunConfig
     batches: BatchPrefetcher  # this rank's samples of each global batch
     should_stop: Callable[[], bool] = lambda: False  # returns True after a stop signal
 
     def __post_init__(self) -> None:
         self.routers = RouterStatistics(self.engine.model)
+        self.stages = resolve_stages(self.config)
         self.clock = StepClock(self.engine, self.topology.expert)
         model_config: Any = self.engine.model.config
-        self.qk_clip = QkClip(self.engine, model_config, self.train.qk_clip)
+        self.qk_clip = QkClip(self.engine, model_config, self.config.train.qk_clip)
         self._mtp_loss: Tensor | None = None
         if model_config.num_nextn_predict_layers:
             model: Any = self.engine.model
             self._mtp_loss = model.mtp_loss = torch.zeros((), device=self.engine.device)
 
-    def train_step(self, step: int, first_sample: int) -> StepOutput:
-        """Run a step whose batch begins with sample `first_sample` of the run.
+    def train_step(self, step: int, data_step: int) -> StepOutput:
+        """Run a step.
+
+        Args:
+            data_step: step whose samples it takes, later than `step` after rollbacks.
 
         Raises:
             ConfigError, StoppedWaitingError: on all ranks, before any change, if the batch is not available.
         """
         self.clock.begin(step)
-        lr = learning_rate(step, self.train)
-        loss, digest = self.accumulate(first_sample)
+        lr = learning_rate(step, self.config)
+        loss, digest = self.accumulate(data_step)
         with self.clock.phase("optimizer"):
             counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
             results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
             if self._mtp_loss is not None:
                 results["mtp"] = self._mtp_loss / self.topology.accumulation
-                results["loss"] = loss - self.train.mtp_coef * results["mtp"]
+                results["loss"] = loss - self.config.train.mtp_coef * results["mtp"]
             update = self.engine.step(
                 lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits"))
             )
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
-            rate_scale = 1.0 if step <= self.train.warmup_steps else lr / self.train.lr
-            self.balancer.step(update.applied, rate_scale, counts_LE)
-        read = update.read
+            self.balancer.step(update.applied, balance_scale(step, self.config), counts_LE)
+        read, samples = update.read, self.stages.batch(data_step)
         losses = read["loss"], read.get("mtp")
-        return StepOutput(step, first_sample, lr, *losses, digest, update, read["counts"], read.get("logits"))
+        return StepOutput(step, samples, lr, *losses, digest, update, read["counts"], read.get("logits"))
 
     def capture(self, ids: Tensor, recorder: Recorder) -> None:
         """Record the passes of micro batches like `ids` [B, S] as graphs. The engine is a `LocalEngine`.
@@ -96,16 +100,15 @@ class Stepper:
         finally:
             self.qk_clip.take()  # of these passes
 
-    def accumulate(self, first_sample: int) -> tuple[Tensor, int]:
-        """Run forward and backward over this rank's samples of a global batch; return the mean of the complete loss and the
-        tokens' digest."""
+    def accumulate(self, data_step: int) -> tuple[Tensor, int]:
+        """Run forward and backward over this rank's samples of a step; return the mean of the complete loss and the tokens'
+        digest."""
         topology, clock = self.topology, self.clock
-        first = first_sample + topology.rank * topology.per_rank
         total = torch.zeros((), device=self.engine.device)
         if self._mtp_loss is not None:
             self._mtp_loss.zero_()
         with clock.phase("data"):
-            batch = self.batches.take(range(first, first + topology.per_rank), self.should_stop)
+            batch = self.batches.take(data_step, self.should_stop)
             num_labels = self._mean_labels(batch)
         for micro_batch in batch.micro_batches:
             with clock.phase("forward"), self.balancer.counting(), self.routers.recording(clock.measured):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.observe.rows import is_kept, rounded
 from smolds_dist.parallel.engine import read_together
 from smolds_dist.parallel.optim import PARTS
@@ -52,20 +53,21 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     sums = {name: part.tolist() for name, part in zip(mine, parts, strict=True)}
     seconds = clock.lap()
 
-    step_tokens = job.config.train.global_batch * job.config.data.seq_len
+    stage = training.stage
+    step_tokens = stage.global_batch * stage.seq_len
     row: dict[str, Any] = {
         "step": output.step,
-        "tokens": output.step * step_tokens,
+        "tokens": job.stages.tokens(output.step),
         "loss": sums["loss"][0] / world,
         "lr": output.lr,
     }
     if sums["mtp_loss"]:
         row["mtp_loss"] = sums["mtp_loss"][0] / world
     row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
-    share = job.flops_per_token * step_tokens / seconds / training.peak
+    share = flops_per_token(job.model_config, stage.seq_len) * step_tokens / seconds / training.peak
     row["mfu"] = float(f"{share:.4g}")  # significant digits: a small model's MFU on a large GPU is tiny
     digest = sum(int(byte) << 8 * place for place, byte in enumerate(sums["digest"])) % 2**32
-    row |= {"batch": f"{digest:08x}"} | data_row(job, training, output.first_sample)
+    row |= {"batch": f"{digest:08x}"} | data_row(job, training, output.samples)
     if output.logits is not None and update.applied:  # else they may be NaN, which JSON lacks
         row |= {"max_logit": float(f"{output.logits.max():.4g}")}
         row |= {"clipped_heads": int((output.logits > job.config.train.qk_clip).sum())}
@@ -82,14 +84,13 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     return StepResult(row, counts, sums["requested"], bool(sums["failed"][0]), error)
 
 
-def data_row(job: Job, training: Training, first_sample: int) -> dict:
-    """Return data progress after the batch that begins with sample `first_sample` of the run; on rank 0."""
+def data_row(job: Job, training: Training, samples: range) -> dict:
+    """Return data progress after a batch of these samples of the run; on rank 0."""
     if training.texts is None:
         return {}
-    end = first_sample + job.config.train.global_batch
     with training.stepper.clock.phase("logging"):
-        training.texts.add(range(first_sample, end))
-    epochs = {name: round(epochs, 6) for name, epochs in job.data.epochs(end).items()}
+        training.texts.add(samples)
+    epochs = {name: round(epochs, 6) for name, epochs in job.data.epochs(samples.stop).items()}
     return {"seen_texts": training.texts.seen, "unique_texts": training.texts.unique, "epochs": epochs}
 
 

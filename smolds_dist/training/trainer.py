@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from smolds_dist.activity import doing
 from smolds_dist.checkpoint.resume import check_contents, open_checkpoint, prepare_resumed
-from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.data.batch import TrainingData
 from smolds_dist.data.workers import background_tokenization
 from smolds_dist.errors import ConfigError, RankFailedError, TrainingStoppedError
@@ -34,7 +33,7 @@ from smolds_dist.parallel.topology import Machine, Topology
 from smolds_dist.progress import StoppedWaitingError
 from smolds_dist.settings import RunConfig
 from smolds_dist.training.budget import TimeBudget
-from smolds_dist.training.build import Job, Training, build, lock_run_dir, make_model_config, roll_back
+from smolds_dist.training.build import Job, Training, begin_stage, build, lock_run_dir, make_model_config, roll_back
 from smolds_dist.training.guard import LossSpikeError
 from smolds_dist.training.rank_checks import WINDOWS, find_text_mismatch, find_weight_mismatch, format_ranks, host_of
 from smolds_dist.training.step_row import summarize_step
@@ -109,7 +108,7 @@ def train_on_rank(config: RunConfig, info: RankInfo, report: RankReport | None, 
             compiler=machine.compiler,
             data=data,
             model_config=model_config,
-            flops_per_token=flops_per_token(model_config, config.data.seq_len),
+            stages=data.stages,
             stop=stop,
             tasks=load_eval_tasks(config),
             on_progress=on_progress,
@@ -188,10 +187,13 @@ def run_steps(job: Job, training: Training) -> int:
     while state.step < config.train.steps:
         step = state.step + 1
         last = step == config.train.steps
+        data_step = step + state.skipped_steps
+        if job.stages.at(data_step) is not training.stage:
+            with clock.paused():
+                begin_stage(job, training, step)
         training.profiler.begin(step)
-        first_sample = state.skipped_samples + (step - 1) * config.train.global_batch
         try:
-            output = training.stepper.train_step(step, first_sample)
+            output = training.stepper.train_step(step, data_step)
         except (ConfigError, StoppedWaitingError) as error:  # no batch, on all ranks, before the step
             job.data.reporter.stop()
             if step > begin + 1:
@@ -204,7 +206,7 @@ def run_steps(job: Job, training: Training) -> int:
             trace = training.profiler.end(step)
         state.step = step
         if job.on_progress:
-            job.on_progress(state.skipped_samples + step * config.train.global_batch)
+            job.on_progress(output.samples.stop)
         if step == begin + 1:
             with clock.paused():
                 training.checkpoints.prepare(training.engine)
@@ -261,9 +263,9 @@ def evaluate_and_sample(job: Job, training: Training, step: int, last: bool) -> 
 def finish(job: Job, training: Training) -> None:
     """Export the model and print the summary after the last step. Collective."""
     training.log.close_bar()
-    folder, model_config, tokenizer = job.config.run_dir / "export", job.model_config, job.data.tokenizer
+    folder, tokenizer = job.config.run_dir / "export", job.data.tokenizer
     with doing("exporting the model"):
-        export_model(folder, training.engine, training.balancer, job.topology, model_config, tokenizer)
+        export_model(folder, training.engine, training.balancer, job.topology, training.model_config, tokenizer)
     if training.log.shown:
         training.log.info(summary(job.config, job.data.val_unigram_entropy))
 
@@ -290,7 +292,7 @@ def check_ranks(job: Job, training: Training, step: int) -> None:
     """
     if job.topology.world_size == 1:
         return
-    samples = training.state.skipped_samples + step * job.config.train.global_batch
+    samples = job.stages.samples(step + training.state.skipped_steps)
     if ranks := find_text_mismatch(job.data.identity(samples), job.topology):
         raise TrainingStoppedError(
             f"{format_ranks(job.config.run_dir, ranks)} had another text than the others, up to step {step}; copy "
@@ -352,9 +354,9 @@ def check_saved(training: Training, step: int) -> bool:
 
 def evaluate_and_log(job: Job, training: Training, step: int) -> float:
     """Compute the validation loss after `step` and log it on rank 0. Collective."""
-    result = evaluate(job.config, job.topology, training.engine, job.data)
-    tokens = step * job.config.train.global_batch * job.config.data.seq_len
-    training.log.row(step, tokens=tokens, **result)
+    stage = training.stage
+    result = evaluate(job.config, job.topology.at(stage), training.engine, job.data, stage)
+    training.log.row(step, tokens=job.stages.tokens(step), **result)
     training.log.info(
         f"step {step}: validation loss {result['val_loss']:.4f}, {result['val_bits_per_byte']:.3f} bits per byte"
     )
