@@ -109,7 +109,7 @@ def verdict(result: Experts) -> str:
     degree = "have parted" if beyond >= 0.5 else "have partly parted" if beyond >= 0.05 else "have hardly parted"
     return (
         f"By source: at most {most['source_bits']:.3f} of {whole:.3f} bits per choice (layer {most['layer']}); shuffled "
-        f"{most['source_bits_shuffled']:.3f}: the experts {degree} by source. For the same tokens in both: "
+        f"{most['source_bits_shuffled']:.3f}: the experts {degree} by source.\nFor the same tokens in both: "
         f"{most['context_bits']:.3f}; shuffled {most['context_bits_shuffled']:.3f}.\n{by_kind}"
     )
 
