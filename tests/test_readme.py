@@ -33,6 +33,7 @@ NOT_HERE = {
     "smolds eval exported --tasks": "test_harness.py scores such a task, against a count by hand",
     "smolds doctor --hostfile": "test_doctor_hosts.py checks three hosts",
     "pdoc ": "test_examples.py runs it and reads its warnings",
+    "smolds train --config examples/recipes": "test_recipes.py trains each, with its sizes and steps divided",
     "python -m benchmarks": "run by hand; test_benchmarks.py runs each with small options",
 }
 
@@ -137,7 +138,7 @@ CASES = [
     Case("smolds runs", "", r"first +finished +3 of 3 "),
     Case("smolds data stats", TINY, "the run takes"),
     Case("smolds data prepare", TINY, r"text: (\d+) of \1 shards tokenized"),
-    Case("smolds data order", TINY, r'"index": 7, "source": "text", "file": '),
+    Case("smolds data order", TINY, r'"index": 7, "stage": 1, "seq_len": 32, "source": "text", "file": '),
     Case("smolds data show", "", r"== batch (\w{8}), recorded as \1\n"),
     Case("smolds slurm --prepare", "", "#SBATCH --array="),
     Case("smolds slurm .*--spares 1", "", "#SBATCH --nodes=3\n"),

@@ -23,6 +23,10 @@ class DraftCounts:
     drafted: int = 0
     accepted: int = 0  # of the drafted tokens
 
+    def __str__(self) -> str:
+        share = self.accepted / max(1, self.drafted)
+        return f"{self.accepted} of {self.drafted} drafted tokens accepted ({share:.0%})"
+
 
 def decode_with_drafts(
     model: Any,

@@ -71,9 +71,7 @@ def generate(args: list[str]) -> None:
                 print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
             sys.stdout.flush()
     if drafts is not None:
-        speed, share = drafts.tokens / (time.perf_counter() - began), drafts.accepted / max(1, drafts.drafted)
-        text = f"{speed:,.0f} tokens/s, {drafts.accepted} of {drafts.drafted} drafted tokens accepted ({share:.0%})"
-        print_line(f"smolds: {text}", sys.stderr)
+        print_line(f"smolds: {drafts.tokens / (time.perf_counter() - began):,.0f} tokens/s, {drafts}", sys.stderr)
 
 
 def check_drafts(source: Path, model: Any) -> None:

@@ -53,7 +53,8 @@ def continue_prompts(
     """
     device, eos = next(model.parameters()).device, tokenizer.eos_token_id
     named = model.generation_config.eos_token_id
-    ends = sorted({eos, *(named if isinstance(named, list) else [eos if named is None else named])})
+    ends = {eos, *(named if isinstance(named, list) else [eos if named is None else named])}
+    stops = sorted(ends) if stop_at_end else []
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     longest = max(len(ids) for ids, _ in encoded)
     ids_BS = torch.tensor([[eos] * (longest - len(ids)) + ids for ids, _ in encoded], device=device)
@@ -75,17 +76,15 @@ def continue_prompts(
             top_k=min(top_k, model.config.vocab_size) if temperature else None,
             top_p=top_p if temperature else None,
             max_new_tokens=tokens,
-            eos_token_id=ends if stop_at_end else None,
+            eos_token_id=stops or None,
             pad_token_id=eos,
             streamer=streamer,
-            custom_generate=None if drafts is None else partial(decode_with_drafts, counts=drafts, streamer=streamer),
+            custom_generate=drafts and partial(decode_with_drafts, counts=drafts, streamer=streamer),
             remove_invalid_values=True,  # of a diverged model, which is reported elsewhere
         )
     model.train(was_training)
-    added = [row[longest:] for row in output.tolist()]
-    if stop_at_end:
-        added = [list(takewhile(lambda token: token not in ends, new)) for new in added]
-    complete = [ids + new for (ids, _), new in zip(encoded, added, strict=True)]
+    added = [takewhile(lambda token: token not in stops, row[longest:]) for row in output.tolist()]
+    complete = [[*ids, *new] for (ids, _), new in zip(encoded, added, strict=True)]
     return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(complete)]
 
 

@@ -3,110 +3,29 @@
 Shape letters: B batch, S sequence, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from smolds_dist.model import device
 from smolds_dist.model.attention import DeepSeekV3Attention
+from smolds_dist.model.blocks import CHECKPOINTING, DeepSeekV3Block, NextTokenBlock
 from smolds_dist.model.causal_attention import Documents, supports_documents
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.kernels import linear_cross_entropy
-from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopKRouter, balance_loss, z_loss
+from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter, balance_loss, z_loss
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
 from smolds_dist.model.selective import save_matmuls
-
-# Nothing in the model is random, and reading a GPU's random state would wait for it.
-CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-
-
-class DeepSeekV3Block(GradientCheckpointingLayer):
-    """Pre-norm residual block: attention, then the mixture of experts, or in the first layers one SwiGLU."""
-
-    def __init__(self, config: DeepSeekV3Config, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DeepSeekV3Attention(config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = config.dense_intermediate_size if layer_idx < config.first_k_dense_replace else None
-        self.mlp: Any = SwiGLU(config.hidden_size, dense) if dense else DeepSeekMoE(config)
-
-        self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self.compiled_layer: Callable[..., tuple[Tensor, ...]] | None = None
-        self.recomputed = "none"  # or attention, or experts: recomputed in the backward pass
-
-    def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
-        if self.compiled_layer and self.training and attention_inputs.get("documents") is None:
-            x_BSH, *routing = self.compiled_layer(x_BSH, **attention_inputs)
-            if routing:
-                self.mlp.record(*routing)
-            return x_BSH
-        attend: Callable[..., tuple[Tensor, Tensor]] = self.attend
-        feed_forward: Callable[[Tensor], Tensor] = self.mlp
-        if self.compiled_attend and self.training and attention_inputs.get("documents") is None:
-            attend = self.compiled_attend
-        if self.recomputed == "attention" and self.training:
-            attend = partial(checkpoint, attend, **CHECKPOINTING)
-        if self.recomputed == "experts" and self.training:
-            feed_forward = partial(checkpoint, feed_forward, **CHECKPOINTING)
-        x_BSH, normed_BSH = attend(x_BSH, **attention_inputs)
-        return x_BSH + feed_forward(normed_BSH)
-
-    def attend(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, Tensor]:
-        """Run the block up to its feed-forward layer; return the residual stream and the layer's input."""
-        attended, _ = self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
-        x_BSH = x_BSH + attended
-        return x_BSH, self.post_attention_layernorm(x_BSH)
-
-    def layer(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, ...]:
-        """Compute `forward` without its side effects; return its output and what `DeepSeekMoE.record` takes, if any."""
-        x_BSH, normed_BSH = self.attend(x_BSH, **attention_inputs)
-        if isinstance(self.mlp, SwiGLU):
-            return (x_BSH + self.mlp(normed_BSH),)
-        out_BSH, *routing = self.mlp.mix(normed_BSH)
-        return x_BSH + out_BSH, *routing
-
-
-class NextTokenBlock(DeepSeekV3Block):
-    """Block of depth k of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2, equations 21 to 23), after the
-    model's last block. Its projection takes the embedding first, as in the published weights.
-
-    All hidden states are normalized: the first depth's input by the model's last norm, the others' by the norm of the depth
-    before.
-    """
-
-    def __init__(self, config: DeepSeekV3Config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-
-    def forward(  # type: ignore[override]
-        self, hidden_BSH: Tensor, embedded_BSH: Tensor, **attention_inputs
-    ) -> Tensor:
-        """Return the normalized hidden states of depth k.
-
-        Args:
-            hidden_BSH: those of depth k - 1.
-            embedded_BSH: at position i, the embedding of token i + k.
-        """
-        both = torch.cat((self.enorm(embedded_BSH), self.hnorm(hidden_BSH)), dim=-1)
-        return self.shared_head["norm"](super().forward(self.eh_proj(both), **attention_inputs))
 
 
 class LMHead(nn.Linear):
@@ -311,19 +230,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = aux_loss = None
         if labels is not None:
-            loss = self.lm_head(hidden, labels)
-            num_labels = (labels[:, 1:] >= 0).sum()
-            if num_items_in_batch is not None:
-                loss = loss * num_labels / num_items_in_batch
-            if shared is not None:
-                divisor = num_labels.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-                mtp_loss = self._mtp_loss(hidden, labels, position_ids, divisor, **shared)
-                if self.mtp_loss is not None:
-                    self.mtp_loss.add_(mtp_loss.detach())
-                loss = loss + self.config.mtp_coef * mtp_loss
-            if has_router_losses:
-                aux_loss = self._router_losses(*labels.shape)
-                loss = loss + aux_loss
+            loss, aux_loss = self._losses(hidden, labels, position_ids, num_items_in_batch, shared)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -336,6 +243,29 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _losses(
+        self,
+        hidden_BSH: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None,
+        num_items: int | Tensor | None,
+        shared: dict[str, Any] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the complete loss, and the part of it that is the routers', if any."""
+        loss, num_labels = self.lm_head(hidden_BSH, labels_BS), (labels_BS[:, 1:] >= 0).sum()
+        if num_items is not None:
+            loss = loss * num_labels / num_items
+        if shared is not None:
+            divisor = num_labels.clamp(min=1) if num_items is None else num_items
+            mtp_loss = self._mtp_loss(hidden_BSH, labels_BS, positions_BS, divisor, **shared)
+            if self.mtp_loss is not None:
+                self.mtp_loss.add_(mtp_loss.detach())
+            loss = loss + self.config.mtp_coef * mtp_loss
+        if not (self.training and self.config.has_router_losses):
+            return loss, None
+        aux_loss = self._router_losses(*labels_BS.shape)
+        return loss + aux_loss, aux_loss
 
     def _mtp_loss(
         self,
