@@ -234,7 +234,7 @@ def test_two_sources_part_where_the_tokens_do(corpus, cache, tmp_path, capsys):
     options = [option for option in options if not option.startswith("--data.source=")]
     sources = {name: {"source": f"text:{tmp_path}/{name}/*.txt"} for name in ("digits", "words")}
     (tmp_path / "mix.yaml").write_text(json.dumps({"data": {"sources": sources}}))
-    quick = ["--train.steps=20", "--train.lr=0.01", "--run.name=two", "--checkpoint.every=20"]
+    quick = ["--train.steps=20", "--train.lr=0.01", "--run.name=two", "--checkpoint.every=20", "--train.ema=0.9"]
     train(load_config([*options, "--config", str(tmp_path / "mix.yaml"), *quick]))
     capsys.readouterr()
     experts([str(tmp_path / "runs" / "two"), "--layer=1", "--ablate=200"])
@@ -243,6 +243,8 @@ def test_two_sources_part_where_the_tokens_do(corpus, cache, tmp_path, capsys):
     result = json.loads((tmp_path / "runs" / "two" / "experts.json").read_text())
     assert max(layer["source_bits"] for layer in result["layers"]) > 0.05
     assert all(layer["source_bits_shuffled"] < 0.02 for layer in result["layers"])
+    averaged = result_of(tmp_path / "runs" / "two", "--weights=ema")
+    assert averaged["sources"]["words"]["loss"] > result["sources"]["words"]["loss"] + 0.01  # behind the fast training
     for expert in result["layers"][0]["experts"]:
         parts = expert["ablation_sources"]
         assert parts.keys() == {"digits", "words"} and min(*parts.values()) - 1e-4 <= expert["ablation"]
@@ -272,6 +274,7 @@ def test_mistakes_raise_errors(run, tmp_path):
         ([str(run), "--json", str(tmp_path)], "cannot be written"),
         ([str(tmp_path)], "--data.source"),
         ([str(tmp_path), "--data.source=stdlib"], "contains no complete checkpoint"),
+        ([str(tmp_path / "none"), "--data.source=stdlib"], "none contains no complete checkpoint"),
     ):
         with pytest.raises(ConfigError, match=words):
             experts(args)

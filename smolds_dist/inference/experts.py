@@ -32,8 +32,8 @@ def experts(args: list[str]) -> None:
     options, settings = _parse(args)
     config, is_validation = data_config("smolds experts", options.model, options.step, settings)
     to = options.json or (run_of(options.model) or options.model) / FILE
-    check_writable("--json", to)
     model, tokenizer = load_own_model(options.model, options.step, options.weights)
+    check_writable("--json", to)
     layers = routed_layers(model, options)
     sources = {
         name: _even(ids[: options.max_tokens], config.data.seq_len)
