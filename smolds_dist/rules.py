@@ -28,6 +28,8 @@ def validate(config: RunConfig) -> None:
         _check_values(getattr(config, field.name), field.name, f"--{field.name}")
     if max(config.train.beta1, config.train.beta2) == 1:
         raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
+    if config.train.ema == 1:
+        raise ConfigError("--train.ema 1 would keep the initial weights; use a value below 1, usually 0.999.")
     if not re.fullmatch(r"[\w.+=-][\w.+= -]*", config.run.name or "") or config.run.name in (".", ".."):
         raise ConfigError(
             f"--run.name {config.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
@@ -74,9 +76,10 @@ RANGES = ranges({
     (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
     (ABOVE_0, 0.5): "data.val_fraction",
     (ABOVE_0, 10**9): "source.max_epochs yarn.beta_fast yarn.beta_slow",
-    (0, 1): "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2",
+    (0, 1): "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 train.ema",
+    (0, 100): "model.num_nextn_predict_layers",
     (0, 4096): "data.workers",
-    (0, 10**6): "train.balance_rate train.aux_loss_coef train.sequence_balance_coef train.z_loss_coef "
+    (0, 10**6): "train.balance_rate train.aux_loss_coef train.sequence_balance_coef train.z_loss_coef train.mtp_coef "
     "train.weight_decay model.initializer_range model.n_shared_experts model.first_k_dense_replace eval.num_fewshot "
     "yarn.mscale yarn.mscale_all_dim yarn.attention_factor",
     (0, 10**9): "parallel.grace parallel.timeout log.every log.sample_temperature",
@@ -206,6 +209,11 @@ def _check_in_stage(config: RunConfig) -> None:
         raise ConfigError(
             f"--data.seq_len {config.data.seq_len} is longer than --model.max_position_embeddings "
             f"{config.model.max_position_embeddings}; lower the first or raise the second."
+        )
+    if (needed := config.model.num_nextn_predict_layers + 2) > config.data.seq_len:
+        raise ConfigError(
+            f"--data.seq_len {config.data.seq_len} is too short for --model.num_nextn_predict_layers {needed - 2}, which "
+            f"needs {needed} tokens; raise the first, or lower the second."
         )
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         raise ConfigError(

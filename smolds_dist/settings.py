@@ -86,6 +86,8 @@ class Model:
     """Number of leading layers with a dense SwiGLU of dense_intermediate_size instead of experts."""
     dense_intermediate_size: int | None = None
     """Width of the dense SwiGLU in channels."""
+    num_nextn_predict_layers: int = 0
+    """Layers after the last one that predict the token after the next, and so on, in training (multi-token prediction)."""
     n_group: int | None = None
     """Number of expert groups; a token's experts come from its best topk_group groups. Default: no groups."""
     topk_group: int | None = None
@@ -206,7 +208,7 @@ def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
 
 @dataclass
 class Stage:
-    """A part of the run; what it leaves out stays as before it."""
+    """A part of the run; what it does not set stays as before it."""
 
     until: float | str | None = None
     """End: a fraction of the steps (0.8), a step (4000) or "1.5T tokens"; default: the end of the run."""
@@ -269,6 +271,8 @@ class Train:
     """Decay rate of Adam's first moment, 0 to 1; momentum of Muon."""
     beta2: float = 0.95
     """Decay rate of Adam's second moment, 0 to 1."""
+    ema: float = 0.0
+    """Decay of the weights' moving average, for example 0.999: a second set of weights in checkpoints; 0 = off."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
     qk_clip: float = 0.0
@@ -283,6 +287,8 @@ class Train:
     """Coefficient of the balance loss within each sequence (1e-4 in DeepSeek-V3, with the bias); 0 = off."""
     z_loss_coef: float = 0.0
     """Coefficient of the routers' z-loss, which keeps logits small (usually 1e-3); 0 = off."""
+    mtp_coef: float = 0.3
+    """Coefficient of the loss of multi-token prediction (model.num_nextn_predict_layers)."""
     activation_checkpointing: Recomputed = "none"
     """Activations to recompute in the backward pass: attention with its norms; experts, or the dense SwiGLU; all except
     the outputs of matmuls and attention (selective); or full blocks (full)."""

@@ -32,7 +32,7 @@ from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.schedule import learning_rate
 from smolds_dist.settings import RunConfig
 from smolds_dist.stages import resolve_stages
-from smolds_dist.training.build import new_engine, router_losses
+from smolds_dist.training.build import loss_coefficients, new_engine
 from smolds_dist.training.guard import MIN_OUTLIER_STEPS, OutlierFilter
 from smolds_dist.training.step import Stepper
 
@@ -103,7 +103,7 @@ def train_case(
     topology = plan_topology(config, detect_machine(), info)
     if not torch.distributed.is_initialized():
         start_process_group(topology)
-    settings = config.model.architecture() | router_losses(config.train)
+    settings = config.model.architecture() | loss_coefficients(config.train)
     model_config = DeepSeekV3Config(**(settings | {"vocab_size": VOCAB, "initializer_range": 0.2}))
     with torch.device("meta"):
         tensors = tensor_shapes(DeepSeekV3ForCausalLM(model_config))
@@ -111,7 +111,7 @@ def train_case(
     own = mock.patch.object(deepspeed_engine, "patch_cpu_experts") if autoep else nullcontext()
     with own:
         engine = new_engine(model_config, config, topology, reader)
-    balancer = Balancer(engine.model, config.train.balance_rate)
+    balancer = Balancer(engine.model, config.train.balance_rate, config.train.ema)
     progress = restore(reader, engine, balancer, topology) if reader else TrainState()
     if export:
         with torch.device("meta"):
@@ -184,21 +184,27 @@ def train_case(
         writer.wait()
         assert writer.failure() is None
         engine.barrier()  # rank 0 is done
-    squares = torch.zeros(len(tensors), dtype=torch.float64)
-    places = {name: place for place, name in enumerate(tensors)}
-    for fragment in engine.fragments():
-        share = fragment.share()
-        squares[places[share.name]] += share.tensors["value"].double().square().sum().cpu()
-    norms_of_weights = engine.sum_over_ranks(squares).sqrt().tolist()
-    biases = balancer.named_biases()
+    weights = weight_norms(engine, tensors, "value")
+    averages = weight_norms(engine, tensors, "ema") if config.train.ema else {}
+    biases, state = balancer.named_biases(), balancer.state()
+    averages |= {f"{name} {number}": x for name in biases for number, x in enumerate(state.get((name, "ema"), []))}
     engine.close()
     result = {"options": options, "losses": losses, "norms": norms, "totals": totals, "applied": applied}
     result |= {"shares": shares, "entropies": entropies, "histograms": histograms, "seconds": seconds}
     result["biases"] = [biases[name].tolist() for name in sorted(biases)]
     result["bias_dtypes"] = sorted({str(tensor.dtype) for tensor in biases.values()})
     result["experts"] = sorted({type(layer.experts).__name__ for layer in autoep_layers(engine.model).values()})
-    result["weights"] = dict(zip(tensors, norms_of_weights, strict=True))
-    return result
+    return result | {"weights": weights, "averages": {name: float(x) for name, x in averages.items()}}
+
+
+def weight_norms(engine, tensors: dict[str, tuple[int, ...]], kind: str) -> dict[str, float]:
+    """Return the norm of each logical tensor's values or averages, over all ranks."""
+    squares = torch.zeros(len(tensors), dtype=torch.float64)
+    places = {name: place for place, name in enumerate(tensors)}
+    for fragment in engine.fragments():
+        share = fragment.share()
+        squares[places[share.name]] += share.tensors[kind].double().square().sum().cpu()
+    return dict(zip(tensors, engine.sum_over_ranks(squares).sqrt().tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -149,13 +149,19 @@ def train(stepper: Stepper) -> list[dict]:
         output = stepper.train_step(step, step * 4)
         row = dict(loss=output.loss, norm=torch.tensor(output.update.grad_norm), counts=output.counts)
         row |= dict(logits=torch.zeros(()) if output.logits is None else output.logits)
-        row |= output.update.squares
+        row |= output.update.squares | ({} if output.mtp_loss is None else {"mtp_loss": output.mtp_loss})
         rows.append(row | dict(routers=stepper.routers.take()))
     return rows
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("options", [[], ["--train.activation_checkpointing=full", "--train.qk_clip=0.5"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--train.activation_checkpointing=full", "--train.qk_clip=0.5", "--model.num_nextn_predict_layers=1"],
+    ],
+)
 def test_steps_are_the_same(accumulation, options):
     with device.as_family("cuda"):
         plain, captured = (make_stepper(accumulation, *options) for _ in range(2))

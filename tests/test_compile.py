@@ -52,7 +52,7 @@ def loss_and_gradients(model) -> list[torch.Tensor]:
     ("settings", "dtype", "recomputed", "tolerance", "backend"),
     [
         (dict(GQA_FAMILY, num_hidden_layers=2), "fp32", "none", 1e-5, "aot_eager"),
-        (dict(LATENT_FAMILY, num_hidden_layers=2), "fp32", "full", 1e-5, "aot_eager"),
+        (dict(LATENT_FAMILY, num_hidden_layers=2, num_nextn_predict_layers=1), "fp32", "full", 1e-5, "aot_eager"),
         (dict(GQA, num_hidden_layers=1), "fp32", "attention", 1e-5, "aot_eager"),
         (dict(GQA, num_hidden_layers=1), "fp32", "experts", 1e-5, "aot_eager"),
         pytest.param(dict(GQA, num_hidden_layers=1), "bf16", "none", 3e-2, "inductor", marks=pytest.mark.long),
@@ -78,7 +78,7 @@ def test_gradients_equal_the_uncompiled_models(settings, dtype, recomputed, tole
 @pytest.mark.parametrize(
     ("settings", "recomputed", "backend"),
     [
-        (dict(GQA_FAMILY, num_hidden_layers=2), "none", "aot_eager"),
+        (dict(GQA_FAMILY, num_hidden_layers=2, num_nextn_predict_layers=1), "none", "aot_eager"),
         (dict(LATENT_FAMILY, num_hidden_layers=2), "full", "aot_eager"),
         (dict(GQA, num_hidden_layers=2), "attention", "aot_eager"),
         pytest.param(dict(GQA_FAMILY, num_hidden_layers=2), "none", "inductor", marks=pytest.mark.long),

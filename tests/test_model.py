@@ -87,7 +87,10 @@ def test_reference_model_has_254_896_512_parameters():
     assert sum(p.numel() for p in model.parameters()) == 254_896_512
 
 
-@pytest.mark.parametrize("settings", [*KINDS.values(), dict(LATENT, q_lora_rank=None)])
+@pytest.mark.parametrize(
+    "settings",
+    [*KINDS.values(), dict(LATENT, q_lora_rank=None), dict(GQA_FAMILY, num_nextn_predict_layers=2)],
+)
 def test_flops_match_pytorchs_counter(settings):
     model = build(settings).train()
     B, S, config = 2, 24, model.config
@@ -99,8 +102,9 @@ def test_flops_match_pytorchs_counter(settings):
     dims = config.v_head_dim + config.qk_nope_head_dim + config.qk_rope_head_dim if latent else 2 * config.head_dim
     # Plain attention also computes masked scores, and a sequence's last token has no label.
     hidden_keys = S * S - S * (S + 1) / 2
-    masked = 6 * B * config.num_hidden_layers * config.num_attention_heads * dims * hidden_keys
-    last_tokens = 6 * B * config.hidden_size * config.vocab_size
+    depths = config.num_nextn_predict_layers
+    masked = 6 * B * (config.num_hidden_layers + depths) * config.num_attention_heads * dims * hidden_keys
+    last_tokens = 6 * B * config.hidden_size * config.vocab_size * (1 + depths)
     assert counter.get_total_flops() == B * S * flops_per_token(config, S) + masked - last_tokens
 
 

@@ -47,7 +47,13 @@ LATENT = dict(
 # Memory
 
 
-@pytest.mark.parametrize("settings", [GQA, LATENT, GQA | {"first_k_dense_replace": 2, "dense_intermediate_size": 160}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GQA, LATENT, GQA | {"first_k_dense_replace": 2, "dense_intermediate_size": 160},
+        GQA | {"num_nextn_predict_layers": 2},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("recompute", RECOMPUTED)
 def test_activations_match_what_autograd_saves(settings, recompute):
     model = DeepSeekV3ForCausalLM(DeepSeekV3Config(**settings)).train()
@@ -67,7 +73,8 @@ def test_activations_match_what_autograd_saves(settings, recompute):
     for tensor in model.parameters():
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     assert loss.requires_grad
-    vocabulary = 512 * 96 * 4  # the LM head's gradient, counted with the logits
+    losses = 1 + model.config.num_nextn_predict_layers
+    vocabulary = losses * 512 * 96 * 4  # the LM head's gradients, counted with the logits
     layout = Layout(1, 1, 1, 0, 4, 1, 256, "fp32", device="cpu", engine="local", recompute=recompute)
     predicted = activation_bytes(Model(**settings), layout)
     # Of recomputed activations, one block's exist at a time, later, in the backward pass.
@@ -112,7 +119,7 @@ DENSE = ("--model.first_k_dense_replace=2", "--model.dense_intermediate_size=100
     [
         (), ("--model.attention=latent", "--model.n_shared_experts=1", "--model.q_lora_rank=24"), DENSE,
         (*DENSE, "--model.qk_norm=head"), (*DENSE, "--model.qk_norm=all", "--model.n_shared_experts=2"),
-        ("--model.num_experts=1", "--model.num_experts_per_tok=1"),
+        ("--model.num_experts=1", "--model.num_experts_per_tok=1"), (*DENSE, "--model.num_nextn_predict_layers=2"),
     ],
 )  # fmt: skip
 def test_parameter_counts_match_the_model(options):

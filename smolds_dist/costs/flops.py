@@ -9,23 +9,32 @@ from smolds_dist.architecture import LOGITS_CHUNK
 
 
 def layers_of(model: Any) -> tuple[int, int]:
-    """Return the number of dense layers, with one SwiGLU, and of the mixture-of-experts layers after them."""
-    return model.first_k_dense_replace, model.num_hidden_layers - model.first_k_dense_replace
+    """Return the number of dense layers, with one SwiGLU, and of the mixture-of-experts layers after them, of which the last
+    `num_nextn_predict_layers` run in training only."""
+    dense = model.first_k_dense_replace
+    return dense, model.num_hidden_layers + model.num_nextn_predict_layers - dense
 
 
 def matmul_weights(model: Any) -> tuple[int, int]:
-    """Return the matmul weights that one token uses: outside the routed experts, and in its selected experts."""
+    """Return the matmul weights that one token uses in training: outside the routed experts, and in its selected experts.
+    Each depth of multi-token prediction uses the head again."""
     hidden = model.hidden_size
     expert = 3 * hidden * model.intermediate_size
     dense, mixtures = layers_of(model)
     outside = attention_weights(model) + mixtures * (hidden * model.num_experts + model.n_shared_experts * expert)
-    outside += dense * 3 * hidden * (model.dense_intermediate_size or 0) + hidden * model.vocab_size
+    outside += dense * 3 * hidden * (model.dense_intermediate_size or 0) + head_weights(model)
+    outside += model.num_nextn_predict_layers * 2 * hidden**2
     return outside, mixtures * model.num_experts_per_tok * expert
+
+
+def head_weights(model: Any) -> int:
+    """Return the weights of the LM head, times its uses in training."""
+    return (1 + model.num_nextn_predict_layers) * model.hidden_size * model.vocab_size
 
 
 def attention_weights(model: Any) -> int:
     """Return the number of weights in all layers' attention projections."""
-    return model.num_hidden_layers * sum(rows * columns for rows, columns in attention_matrices(model))
+    return sum(layers_of(model)) * sum(rows * columns for rows, columns in attention_matrices(model))
 
 
 def attention_matrices(model: Any) -> list[tuple[int, int]]:
@@ -52,7 +61,7 @@ def attention_flops(model: Any, seq_len: int) -> float:
         dims = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     else:
         dims = 2 * model.head_dim
-    return model.num_hidden_layers * 2 * model.num_attention_heads * dims * (seq_len + 1) / 2
+    return sum(layers_of(model)) * 2 * model.num_attention_heads * dims * (seq_len + 1) / 2
 
 
 def flops_per_token(model: Any, seq_len: int) -> float:
@@ -78,7 +87,8 @@ def orthogonalization_flops(model: Any) -> tuple[float, float]:
     hidden = model.hidden_size
     dense, mixtures = layers_of(model)
     swiglu = flops((model.intermediate_size, hidden)) * 3
-    outside = model.num_hidden_layers * flops(*attention_matrices(model)) + mixtures * model.n_shared_experts * swiglu
+    outside = (dense + mixtures) * flops(*attention_matrices(model)) + mixtures * model.n_shared_experts * swiglu
+    outside += model.num_nextn_predict_layers * flops((hidden, 2 * hidden))
     outside += dense * flops((model.dense_intermediate_size or 0, hidden)) * 3
     return outside, mixtures * model.num_experts * swiglu
 

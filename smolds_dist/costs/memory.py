@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from smolds_dist.architecture import LOGITS_CHUNK
-from smolds_dist.costs.flops import layers_of, matmul_weights
+from smolds_dist.costs.flops import head_weights, layers_of, matmul_weights
 from smolds_dist.costs.layout import Layout, load_stretch
 
 # Fraction of a device's memory that a plan may use: estimates err, and other programs may use it too.
@@ -39,9 +39,9 @@ def parameter_counts(model: Any) -> tuple[int, int]:
         norms = m.head_dim * {None: 0, "head": 2, "all": m.num_attention_heads + m.num_key_value_heads}[m.qk_norm]
     else:
         norms = (m.q_lora_rank or 0) + m.kv_lora_rank
-    outside = matmul_weights(m)[0]  # the vocabulary once
-    outside += m.hidden_size + m.num_hidden_layers * (norms + 2 * m.hidden_size)
-    untied = 0 if m.tie_word_embeddings else m.vocab_size * m.hidden_size
+    outside = matmul_weights(m)[0] - head_weights(m)
+    outside += m.hidden_size * (1 + 3 * m.num_nextn_predict_layers) + sum(layers_of(m)) * (norms + 2 * m.hidden_size)
+    untied = m.vocab_size * m.hidden_size * (1 if m.tie_word_embeddings else 2)
     return outside + untied, layers_of(m)[1] * m.num_experts * 3 * m.hidden_size * m.intermediate_size
 
 
@@ -69,9 +69,12 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
     m = model
     H, K, width = m.hidden_size, m.num_experts_per_tok, m.intermediate_size
     dense, mixtures = layers_of(m)
+    layers = dense + mixtures
+    # Embeddings and hidden states before and after their norms, and those after the depth's last norm.
+    ahead = m.num_nextn_predict_layers * 6 * H
     N, key, value = m.num_attention_heads, m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
     if recompute == "full":
-        return m.num_hidden_layers * H
+        return layers * H + ahead
     if recompute == "selective":  # results of matmuls
         if m.attention == "latent":
             projected = (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim
@@ -82,7 +85,7 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
         experts += (H + 2 * m.n_shared_experts * width) if m.n_shared_experts else 0
         feed_forward = mixtures * experts + dense * (H + 2 * (m.dense_intermediate_size or 0))
         # A block's input, and attention's output.
-        return m.num_hidden_layers * (2 * H + projected) + feed_forward
+        return layers * (2 * H + projected) + feed_forward + ahead
     if m.attention == "latent":
         attention = 2 * (m.q_lora_rank or 0) + 2 * m.kv_lora_rank + N * (2 * key + 3 * value)
     else:
@@ -92,10 +95,10 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
     experts = skew * K * (2 * H + swiglu * width) + m.n_shared_experts * 4 * width
     feed_forward = mixtures * experts + dense * 4 * (m.dense_intermediate_size or 0)
     if recompute == "attention":
-        return m.num_hidden_layers * 2 * H + feed_forward  # a block's input, and its feed-forward layer's
+        return layers * 2 * H + feed_forward + ahead  # a block's input, and its feed-forward layer's
     if recompute == "experts":
         feed_forward = 0
-    return m.num_hidden_layers * (4 * H + attention) + feed_forward  # two norms' inputs and outputs
+    return layers * (4 * H + attention) + feed_forward + ahead  # two norms' inputs and outputs
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Memory:
     process: float  # without a model
     weights: float
     gradients: float
-    optimizer: float  # moments, and the fp32 copy of bf16 weights
+    optimizer: float  # moments, the fp32 copy of bf16 weights, moving averages
     activations: float
     logits: float  # of a chunk of tokens, and the LM head's gradient
     buffers: float  # for reductions, gathers and all-to-all
@@ -141,7 +144,7 @@ def rank_memory(model: Any, layout: Layout, process: float = 0.0, max_vio: float
         gradients, coming = gpu_gradient_bytes(model, layout, activations)
         logits = max(0.0, logits - coming - gpu_bucket_bytes(layout))
         if layout.captured:  # an evaluation's pass, beside the graphs' memory
-            buffers += logits + activations / model.num_hidden_layers
+            buffers += logits + activations / sum(layers_of(model))
     elif layout.engine == "local" and layout.accumulation == 1:
         activations -= REUSED * min(activations, gradients)
     copy = checkpoint_bytes(model, layout) if layout.copies and layout.device != "cuda" else 0.0
@@ -184,15 +187,16 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
     """Return the bytes of weights, gradients and optimizer state (ZeRO, arXiv 1910.02054, section 5).
 
     Per parameter: the weight; its gradient, accumulated in fp32; for Adam two moments, for Muon one on matrices; in bf16
-    also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too. ZeRO 1 shards the optimizer state over the
-    replicas, 2 also the gradients, 3 all. Offloading moves the optimizer state to the host.
+    also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too; with `ema` the moving average in fp32. ZeRO 1
+    shards the optimizer state over the replicas, 2 also the gradients, 3 all. Offloading moves the optimizer state to the
+    host.
     """
     weight = layout.element_bytes
     moments = 8.0
     if layout.optimizer == "muon":
         embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
         moments = 4 + 4 * embeddings / sum(parameter_counts(model))
-    optimizer = moments + (4 if weight == 2 or layout.zero else 0)
+    optimizer = moments + (4 if weight == 2 or layout.zero else 0) + (4 if layout.ema else 0)
     found = [0.0, 0.0, 0.0]
     for parameters, replicas, _ in rank_parameters(model, layout):
         found[0] += parameters * weight / (replicas if layout.zero >= 3 else 1)
@@ -230,7 +234,7 @@ def activation_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
         kept += layers_of(model)[1] * model.hidden_size * 2  # the router reads an fp32 copy
     if layout.recompute != "none":
         rest = saved_elements(model, swiglu, skew, layout.recompute)
-        kept = rest + (kept - rest) / model.num_hidden_layers
+        kept = rest + (kept - rest) / sum(layers_of(model))
     kept += 2 * model.hidden_size  # the last norm's input, and the loss's gradient
     return kept * tokens * width + fused_weights_bytes(model, layout)
 
@@ -256,15 +260,15 @@ def fuses_gate_up(model: Any, tokens: int, expert: int) -> bool:
 
 
 def logits_bytes(model: Any, layout: Layout) -> float:
-    """Return the bytes of a chunk's logits, of its gradient of the LM head, and, with several chunks, of their fp32 sum.
+    """Return the bytes of a chunk's logits, of each loss's gradient of the LM head, and, with several chunks, of their fp32
+    sum.
 
     A GPU computes a chunk's softmax at a time, in fp32, with one temporary copy; in bf16 the previous chunk is still alive.
     """
     chunk = min(LOGITS_CHUNK[layout.device], layout.tokens)
     fp32 = 0 if layout.device == "cpu" else 4 if layout.element_bytes == 4 else 12
     logits = chunk * model.vocab_size * (layout.element_bytes + fp32)
-    weight = model.vocab_size * model.hidden_size
-    return logits + weight * (layout.element_bytes + (4 if layout.tokens > chunk else 0))
+    return logits + head_weights(model) * (layout.element_bytes + (4 if layout.tokens > chunk else 0))
 
 
 def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
@@ -297,8 +301,9 @@ def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
 
 
 def checkpoint_bytes(model: Any, layout: Layout) -> float:
-    """Return the bytes that a rank writes into a checkpoint: its shard of fp32 weights and optimizer state."""
-    return sum(parameters * 12 / replicas for parameters, replicas, _ in rank_parameters(model, layout))
+    """Return the bytes that a rank writes into a checkpoint: its shard of fp32 weights, optimizer state and averages."""
+    each = 16 if layout.ema else 12
+    return sum(parameters * each / replicas for parameters, replicas, _ in rank_parameters(model, layout))
 
 
 def with_vocabulary(config: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from smolds_dist.costs.flops import (
     attention_flops,
     attention_weights,
+    head_weights,
     layers_of,
     matmul_weights,
     orthogonalization_flops,
@@ -89,7 +90,7 @@ def recomputed(layout: Layout) -> tuple[bool, bool]:
 def overhead_seconds(model: Any, layout: Layout, machine: Hardware) -> float:
     """Return the overhead of a pass: a fixed cost per layer, a third of it in the forward pass."""
     again = 1 / 3 if layout.recompute == "selective" else sum(recomputed(layout)) / 6
-    return model.num_hidden_layers / layout.pipeline * machine.overhead * (1 + again)
+    return sum(layers_of(model)) / layout.pipeline * machine.overhead * (1 + again)
 
 
 def matmul_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[float, float]:
@@ -101,7 +102,7 @@ def matmul_seconds(model: Any, layout: Layout, machine: Hardware) -> tuple[float
     2412.19437, section 3.3.1).
     """
     dense, experts = matmul_weights(model)
-    head, attention = model.hidden_size * model.vocab_size, attention_weights(model)
+    head, attention = head_weights(model), attention_weights(model)
     tokens = layout.tokens / (layout.tensor * layout.pipeline)
     flops, wide = machine.flops(layout.dtype), machine.flops("bf16" if layout.dtype == "fp8" else layout.dtype)
     in_attention, in_experts = (3 + again for again in recomputed(layout))

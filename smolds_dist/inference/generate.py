@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def generate(args: list[str]) -> None:
     )
     parser.add_argument("source", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the final model")
+    parser.add_weights_option()
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--prompts", type=Path, help="file with one prompt per line; prints JSON lines")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="maximum number of tokens to add")
@@ -31,12 +33,21 @@ def generate(args: list[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts of a file per batch")
+    parser.add_argument(
+        "--draft",
+        choices=("mtp",),
+        help="speculative decoding with the model's layer of multi-token prediction: the same text",
+    )
     options = parser.parse_args(args)
+    if options.draft and options.prompts and options.batch_size != 1:
+        raise ConfigError(f"--draft mtp continues one prompt at a time; set --batch-size 1, not {options.batch_size}.")
     prompts = [options.prompt]
     if options.prompts is not None:
         text = read_text(options.prompts, "use a UTF-8 text file", ROWS_BYTES)
         prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-    model, tokenizer = load_model(options.source, options.step)
+    model, tokenizer = load_model(options.source, options.step, options.weights)
+    if options.draft:
+        check_drafts(options.source, model)
     longest = max((len(tokenizer(prompt).input_ids) for prompt in prompts), default=0)
     if longest + options.max_new_tokens > (positions := model.config.max_position_embeddings):
         text = f"a prompt of {longest} tokens and --max-new-tokens {options.max_new_tokens} exceed the model's {positions} "
@@ -44,31 +55,54 @@ def generate(args: list[str]) -> None:
 
     from transformers import TextStreamer
 
+    from smolds_dist.inference.drafts import DraftCounts
     from smolds_dist.inference.samples import continue_prompts
 
+    drafts, began = DraftCounts() if options.draft else None, time.perf_counter()
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
         streamer = None if options.prompts else TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
         texts = continue_prompts(
             model, tokenizer, batch, options.max_new_tokens, options.seed, options.temperature, options.top_k, options.top_p,
-            streamer=streamer,
+            streamer=streamer, drafts=drafts,
         )  # fmt: skip
         if options.prompts:
             for prompt, text in zip(batch, texts, strict=True):
                 print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
             sys.stdout.flush()
+    if drafts is not None:
+        print_line(f"smolds: {drafts.tokens / (time.perf_counter() - began):,.0f} tokens/s, {drafts}", sys.stderr)
 
 
-def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
+def check_drafts(source: Path, model: Any) -> None:
+    """Raise a `ConfigError` if the model has no layer of multi-token prediction that smolds can run."""
+    from smolds_dist.model import DeepSeekV3ForCausalLM
+
+    if not isinstance(model, DeepSeekV3ForCausalLM):
+        raise ConfigError(f"--draft mtp needs a model in smolds' format, and {source} is not; use its run's folder.")
+    if not model.config.num_nextn_predict_layers:
+        raise ConfigError(
+            f"--draft mtp needs a layer of multi-token prediction, and the model in {source} has none; train one with "
+            "--model.num_nextn_predict_layers 1, or unset --draft."
+        )
+
+
+def load_model(source: Path, step: int | None = None, weights: str = "trained") -> tuple[Any, Any]:
     """Return model, on the fastest local device, and tokenizer of a run, a checkpoint or an export; of a finished run, its
-    export.
+    export, unless a step or averaged weights are requested.
+
+    Args:
+        weights: "trained" or "ema", as in `open_model`.
 
     Raises:
         ConfigError: if there is none.
     """
     folder = source / "export" if (source / "export" / "config.json").is_file() else source
-    is_export = (folder / "config.json").is_file() and step is None
+    exists = (folder / "config.json").is_file()
+    is_export = exists and step is None and weights == "trained"
     if not is_export and not (source / "checkpoints").is_dir() and not (source / "manifest.json").is_file():
+        if exists:
+            raise ConfigError(f"{source} is an export, without steps or moving averages; name its run or a checkpoint.")
         raise ConfigError(f"{source} contains no model; use the folder of a run, a checkpoint or an exported model.")
 
     if is_export:
@@ -95,7 +129,7 @@ def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
     else:
         from smolds_dist.interchange.export import build_model, find_checkpoint, open_model
 
-        reader, config, tokenizer = open_model(find_checkpoint(source, step))
+        reader, config, tokenizer = open_model(find_checkpoint(source, step), weights)
         model = build_model(reader, config)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

@@ -3,6 +3,7 @@
 Shape letters: B prompts, S tokens of the longest prompt, V vocabulary.
 """
 
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from smolds_dist.inference.drafts import DraftCounts, decode_with_drafts
 from smolds_dist.inputs import printable
 from smolds_dist.model.regions import eager_regions
 
@@ -34,6 +36,7 @@ def continue_prompts(
     top_p: float = 1.0,
     stop_at_end: bool = True,
     streamer: Any = None,
+    drafts: DraftCounts | None = None,
 ) -> list[str]:
     """Return each prompt with its continuation, computed as one batch. Collective.
 
@@ -46,10 +49,12 @@ def continue_prompts(
         top_p: probability of the smallest set of tokens to sample from.
         stop_at_end: stop at an end-of-text token of the tokenizer or the model.
         streamer: transformers streamer for the tokens of a single prompt.
+        drafts: if set, a single prompt is continued by speculative decoding, which these count.
     """
     device, eos = next(model.parameters()).device, tokenizer.eos_token_id
     named = model.generation_config.eos_token_id
-    ends = sorted({eos, *(named if isinstance(named, list) else [eos if named is None else named])})
+    ends = {eos, *(named if isinstance(named, list) else [eos if named is None else named])}
+    stops = sorted(ends) if stop_at_end else []
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     longest = max(len(ids) for ids, _ in encoded)
     ids_BS = torch.tensor([[eos] * (longest - len(ids)) + ids for ids, _ in encoded], device=device)
@@ -71,16 +76,15 @@ def continue_prompts(
             top_k=min(top_k, model.config.vocab_size) if temperature else None,
             top_p=top_p if temperature else None,
             max_new_tokens=tokens,
-            eos_token_id=ends if stop_at_end else None,
+            eos_token_id=stops or None,
             pad_token_id=eos,
             streamer=streamer,
+            custom_generate=drafts and partial(decode_with_drafts, counts=drafts, streamer=streamer),
             remove_invalid_values=True,  # of a diverged model, which is reported elsewhere
         )
     model.train(was_training)
-    added = [row[longest:] for row in output.tolist()]
-    if stop_at_end:
-        added = [list(takewhile(lambda token: token not in ends, new)) for new in added]
-    complete = [ids + new for (ids, _), new in zip(encoded, added, strict=True)]
+    added = [takewhile(lambda token: token not in stops, row[longest:]) for row in output.tolist()]
+    complete = [[*ids, *new] for (ids, _), new in zip(encoded, added, strict=True)]
     return [str(text).removeprefix(tokenizer.eos_token) for text in tokenizer.batch_decode(complete)]
 
 

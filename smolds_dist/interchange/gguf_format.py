@@ -27,7 +27,7 @@ from smolds_dist.checkpoint.files import CheckpointReader
 from smolds_dist.errors import ConfigError
 from smolds_dist.interchange.gguf_settings import hyperparameters, llama_architecture
 from smolds_dist.interchange.gguf_tokenizer import Vocabulary, check_vocabulary, vocabulary, write_vocabulary
-from smolds_dist.interchange.transformers_format import interleave_rotary
+from smolds_dist.interchange.transformers_format import interleave_rotary, layer_of
 from smolds_dist.model import DeepSeekV3Config
 
 KINDS = {"fp32": Kind.F32, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
@@ -81,7 +81,10 @@ def gguf_tensors(
         heads = reader.read_full(name, "value").view(N, -1, R)
         return heads[:, :D].transpose(1, 2) if keys else heads[:, D:]
 
+    layers = config.num_hidden_layers  # without those of multi-token prediction, which llama.cpp has for others only
     for name, shape in reader.manifest.tensors.items():
+        if layer_of(name) >= layers:
+            continue
         if expert := re.search(r"\.experts\.(\d+)\.", name):
             if expert[1] == "0":
                 stack = name.replace(".experts.0.", ".experts.")
@@ -93,7 +96,8 @@ def gguf_tensors(
         else:
             yield GGUFTensor(called(name), tuple(shape), partial(rotated, name))
     for name, bias in biases.items():
-        yield GGUFTensor(called(name.replace("_bias", ".bias")), tuple(bias.shape), bias.float)
+        if layer_of(name) < layers:
+            yield GGUFTensor(called(name.replace("_bias", ".bias")), tuple(bias.shape), bias.float)
 
 
 def quantization_of(tensor: GGUFTensor, plain: Kind, quantize: Kind | None) -> Kind:

@@ -16,7 +16,7 @@ from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError, OptionParser, first_line
 from smolds_dist.interchange import upcycle
-from smolds_dist.interchange.model_folder import check_settings, check_sizes, weight_files
+from smolds_dist.interchange.model_folder import check_settings, check_sizes, stored_layers, weight_files
 from smolds_dist.rules import validate
 from smolds_dist.settings import Model, RunConfig, Yarn
 
@@ -36,6 +36,9 @@ def import_model(args: list[str]) -> None:
     theirs, ours = read_config(folder)
     tokenizer = read_tokenizer(folder, ours.vocab_size)
     check_sizes(folder, check_settings(folder))
+    if theirs.model_type == "deepseek_v3":  # some folders have the field without the layers
+        further = stored_layers(folder) - ours.num_hidden_layers
+        ours.num_nextn_predict_layers = min(theirs.num_nextn_predict_layers or 0, further)
     requested, config.model = config.model, model_settings(ours)
     tensors = logical_tensors(folder, ours, theirs)
     if options.upcycle:
@@ -253,9 +256,10 @@ def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str,
     """
     from safetensors import SafetensorError, safe_open
 
-    from smolds_dist.interchange.transformers_format import CLASSES, from_transformers
+    from smolds_dist.interchange.transformers_format import CLASSES, from_transformers, layer_of
     from smolds_dist.parallel.fragments import logical_shapes
 
+    layers = ours.num_hidden_layers + ours.num_nextn_predict_layers
     further = 0
     for path in weight_files(folder):
         try:
@@ -265,7 +269,7 @@ def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str,
                     if theirs.model_type in CLASSES:
                         renamed = from_transformers(key, tensor, ours, theirs)
                         if renamed is None:
-                            further += key.startswith("model.layers.")
+                            further += layer_of(key) >= layers
                             continue
                         key, tensor = renamed
                     flat = tensor.flatten()
@@ -276,4 +280,29 @@ def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str,
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path} is damaged ({error}); download it again.") from None
     if further:
-        print(f"{further} tensors of multi-token prediction layers (num_nextn_predict_layers) skipped")
+        print(f"{further} tensors of multi-token prediction layers skipped")
+
+
+def read_model(folder: Path) -> tuple[Any, Any]:
+    """Return smolds' model, in fp32 on the CPU, and the tokenizer of a folder in Hugging Face format.
+
+    Raises:
+        ConfigError: if the model has no counterpart here, or its files do not match its configuration.
+    """
+    import torch
+
+    from smolds_dist.model import empty_model
+    from smolds_dist.parallel.fragments import fill_parameters, tensor_shapes
+
+    check_sizes(folder, check_settings(folder))
+    theirs, ours = read_config(folder)
+    tokenizer = read_tokenizer(folder, ours.vocab_size)
+    model = empty_model(ours)
+    views = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    shapes = tensor_shapes(model) | {name: tuple(bias.shape) for name, bias in views.items()}
+    fill_parameters(model, lambda fragment: views.update({fragment.name: fragment.tensors["value"]}))
+    given = logical_tensors(folder, ours, theirs)
+    with torch.no_grad():
+        for name, tensor in check_tensors(folder, theirs.model_type, given, ours, shapes):
+            views[name].copy_(tensor.flatten())
+    return model, tokenizer

@@ -32,6 +32,7 @@ class ModelFile:
     num_local_experts: OrNone = None
     n_routed_experts: OrNone = None
     moe_num_experts: OrNone = None
+    num_nextn_predict_layers: OrNone = None
 
     @property
     def experts(self) -> int:
@@ -79,9 +80,11 @@ def check_settings(folder: Path) -> ModelFile:
 def check_sizes(folder: Path, sizes: ModelFile) -> None:
     """Raise a `ConfigError` if the settings describe a larger model than the weight files hold, before it is allocated."""
     layers, numbers = _stored(folder)
+    own = sizes.model_type == "smolds_deepseek_v3"  # other classes load without layers for multi-token prediction
+    described = sizes.num_hidden_layers + (sizes.num_nextn_predict_layers or 0) * own
     width, hidden = sizes.moe_intermediate_size or sizes.intermediate_size or 1, sizes.hidden_size
     checks = {
-        f"{sizes.num_hidden_layers:,} layers": sizes.num_hidden_layers > layers,
+        f"{described:,} layers": described > layers,
         f"a vocabulary of {sizes.vocab_size:,} and a width of {hidden:,}": sizes.vocab_size * hidden > numbers,
         f"{sizes.experts:,} experts of width {width:,}": sizes.experts * width * hidden > numbers,
     }
@@ -90,6 +93,11 @@ def check_sizes(folder: Path, sizes: ModelFile) -> None:
         raise ConfigError(
             f"{folder / 'config.json'} specifies {more}, more than its weight files contain ({held}); {FIX}."
         )
+
+
+def stored_layers(folder: Path) -> int:
+    """Return the number of layers in the folder's weight files; reads only headers."""
+    return _stored(folder)[0]
 
 
 def weight_files(folder: Path) -> list[Path]:

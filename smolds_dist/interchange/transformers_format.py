@@ -32,6 +32,8 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+# In DeepSeek-V3's files, copies of the embedding and the head in each layer of multi-token prediction
+SHARED_COPIES = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
 UNBIASED = ("mixtral", "qwen3_moe", "olmoe")  # without selection biases
 LATENT_NORM_EPS = 1e-6  # fixed in DeepSeek-V3's class
 _SHARED_FIELDS = (
@@ -167,7 +169,8 @@ def _counterpart(config: DeepSeekV3Config, kind: str, common: dict[str, Any]) ->
             raise ValueError(
                 "transformers' DeepSeek-V3 fixes the epsilon of the latent norms; only latent_norm_eps=1e-6 matches."
             )
-        theirs |= {"num_key_value_heads": config.num_attention_heads, "rope_interleave": True, "num_mtp_layers": 0}
+        theirs |= {"num_key_value_heads": config.num_attention_heads, "rope_interleave": True}
+        theirs["num_mtp_layers"] = config.num_nextn_predict_layers
         theirs |= {"n_group": config.n_group or 1, "topk_group": config.topk_group or 1}
         # transformers assumes these; other readers expect them.
         theirs |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
@@ -177,6 +180,8 @@ def _counterpart(config: DeepSeekV3Config, kind: str, common: dict[str, Any]) ->
 def to_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, kind: str) -> tuple[str, Tensor] | None:
     """Return a logical tensor or selection bias of ours (`parallel.fragments`) with its name and row order in transformers'
     files, which also store every matrix of every expert separately. None if there is no such tensor."""
+    if kind != "deepseek_v3" and layer_of(name) >= config.num_hidden_layers:
+        return None
     tensor = interleave_rotary(name, tensor, config, kind)
     if name.endswith(".gate.e_score_correction_bias"):
         if kind == "ernie4_5_moe":
@@ -197,10 +202,11 @@ _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, theirs: Any) -> tuple[str, Tensor] | None:
     """Invert `to_transformers` for a model with the configuration `theirs`; stacked experts stay stacked. None for a tensor
     that does not change what the model computes."""
-    kind = theirs.model_type
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if name.endswith("rotary_emb.inv_freq") or (layer and int(layer[1]) >= config.num_hidden_layers):
-        return None  # recomputed; layers after the last are for multi-token prediction (DeepSeek-V3, section 2.2)
+    kind, layer = theirs.model_type, layer_of(name)
+    copies = tuple(f".{copy}.weight" for copy in SHARED_COPIES) if layer >= config.num_hidden_layers else ()
+    beyond = layer >= config.num_hidden_layers + config.num_nextn_predict_layers
+    if name.endswith(("rotary_emb.inv_freq", *copies)) or beyond:
+        return None
     pairs = kind == "ernie4_5_moe" or getattr(theirs, "rope_interleave", False)
     if pairs and (rotary := _rotary_rows(name, config, kind)):
         return name, _reordered(tensor, *rotary, (rotary[1] // 2, 2))
@@ -213,6 +219,12 @@ def from_transformers(name: str, tensor: Tensor, config: DeepSeekV3Config, their
         for ours, called in _MIXTRAL.items():
             name = name.replace(f".{called}.weight", f".{ours}.weight")
     return name, tensor
+
+
+def layer_of(name: str) -> int:
+    """Return a tensor's layer; -1 outside layers."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(layer[1]) if layer else -1
 
 
 def _rotary_rows(name: str, config: DeepSeekV3Config, kind: str) -> tuple[int, int] | None:

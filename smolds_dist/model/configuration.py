@@ -20,6 +20,9 @@ class DeepSeekV3Config(PreTrainedConfig):
     (Qwen3), or "all" of a token's heads together (OLMoE). `rope_scaling` holds YaRN's settings under transformers' names
     (arXiv 2309.00071). `router_aux_loss_coef`, `sequence_balance_coef` and `z_loss_coef` weight the routers' losses.
 
+    `num_nextn_predict_layers` blocks after the last layer predict further tokens in training (DeepSeek-V3, section 2.2);
+    `mtp_coef` weights their loss.
+
     Raises:
         ValueError: if two fields contradict each other.
     """
@@ -47,6 +50,7 @@ class DeepSeekV3Config(PreTrainedConfig):
     num_experts_per_tok: int = 2
     n_shared_experts: int = 0
     first_k_dense_replace: int = 0
+    num_nextn_predict_layers: int = 0
     dense_intermediate_size: int | None = None
     n_group: int | None = None
     topk_group: int | None = None
@@ -56,6 +60,7 @@ class DeepSeekV3Config(PreTrainedConfig):
     router_aux_loss_coef: float = 0.0
     sequence_balance_coef: float = 0.0
     z_loss_coef: float = 0.0
+    mtp_coef: float = 0.3
     output_router_logits: bool = False
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192

@@ -3,82 +3,29 @@
 Shape letters: B batch, S sequence, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from smolds_dist.model import device
 from smolds_dist.model.attention import DeepSeekV3Attention
+from smolds_dist.model.blocks import CHECKPOINTING, DeepSeekV3Block, NextTokenBlock
 from smolds_dist.model.causal_attention import Documents, supports_documents
 from smolds_dist.model.configuration import DeepSeekV3Config
 from smolds_dist.model.kernels import linear_cross_entropy
-from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, SwiGLU, TopKRouter, balance_loss, z_loss
+from smolds_dist.model.moe import DeepSeekExpertLayer, DeepSeekMoE, TopKRouter, balance_loss, z_loss
 from smolds_dist.model.norm import RMSNorm
 from smolds_dist.model.rotary import rotary_angles
 from smolds_dist.model.selective import save_matmuls
-
-# Nothing in the model is random, and reading a GPU's random state would wait for it.
-CHECKPOINTING: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-
-
-class DeepSeekV3Block(GradientCheckpointingLayer):
-    """Pre-norm residual block: attention, then the mixture of experts, or in the first layers one SwiGLU."""
-
-    def __init__(self, config: DeepSeekV3Config, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DeepSeekV3Attention(config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = config.dense_intermediate_size if layer_idx < config.first_k_dense_replace else None
-        self.mlp: Any = SwiGLU(config.hidden_size, dense) if dense else DeepSeekMoE(config)
-
-        self.compiled_attend: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self.compiled_layer: Callable[..., tuple[Tensor, ...]] | None = None
-        self.recomputed = "none"  # or attention, or experts: recomputed in the backward pass
-
-    def forward(self, x_BSH: Tensor, **attention_inputs) -> Tensor:
-        if self.compiled_layer and self.training and attention_inputs.get("documents") is None:
-            x_BSH, *routing = self.compiled_layer(x_BSH, **attention_inputs)
-            if routing:
-                self.mlp.record(*routing)
-            return x_BSH
-        attend: Callable[..., tuple[Tensor, Tensor]] = self.attend
-        feed_forward: Callable[[Tensor], Tensor] = self.mlp
-        if self.compiled_attend and self.training and attention_inputs.get("documents") is None:
-            attend = self.compiled_attend
-        if self.recomputed == "attention" and self.training:
-            attend = partial(checkpoint, attend, **CHECKPOINTING)
-        if self.recomputed == "experts" and self.training:
-            feed_forward = partial(checkpoint, feed_forward, **CHECKPOINTING)
-        x_BSH, normed_BSH = attend(x_BSH, **attention_inputs)
-        return x_BSH + feed_forward(normed_BSH)
-
-    def attend(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, Tensor]:
-        """Run the block up to its feed-forward layer; return the residual stream and the layer's input."""
-        attended, _ = self.self_attn(self.input_layernorm(x_BSH), **attention_inputs)
-        x_BSH = x_BSH + attended
-        return x_BSH, self.post_attention_layernorm(x_BSH)
-
-    def layer(self, x_BSH: Tensor, **attention_inputs) -> tuple[Tensor, ...]:
-        """Compute `forward` without its side effects; return its output and what `DeepSeekMoE.record` takes, if any."""
-        x_BSH, normed_BSH = self.attend(x_BSH, **attention_inputs)
-        if isinstance(self.mlp, SwiGLU):
-            return (x_BSH + self.mlp(normed_BSH),)
-        out_BSH, *routing = self.mlp.mix(normed_BSH)
-        return x_BSH + out_BSH, *routing
 
 
 class LMHead(nn.Linear):
@@ -102,7 +49,7 @@ class DeepSeekV3PreTrainedModel(PreTrainedModel):
     config_class = DeepSeekV3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepSeekV3Block"]
+    _no_split_modules = ["DeepSeekV3Block", "NextTokenBlock"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -150,7 +97,9 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
     def __init__(self, config: DeepSeekV3Config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DeepSeekV3Block(config, i) for i in range(config.num_hidden_layers))
+        blocks: list[nn.Module] = [DeepSeekV3Block(config, i) for i in range(config.num_hidden_layers)]
+        ahead = range(len(blocks), len(blocks) + config.num_nextn_predict_layers)
+        self.layers = nn.ModuleList([*blocks, *(NextTokenBlock(config, i) for i in ahead)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -166,6 +115,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        shared: dict[str, Any] | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """Return hidden states [B, S, H], and the outputs that transformers' `output_hidden_states`, `output_attentions`
@@ -173,6 +123,7 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
 
         `cu_seq_lens_q`, as transformers' collators make it for packed documents, has the start of each document of
         `position_ids` among all B x S tokens, and the end (int32). Without it, they are looked up: a GPU and the host wait.
+        `shared`, if set, receives the embeddings and the blocks' other inputs, for `NextTokenBlock`.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -198,7 +149,9 @@ class DeepSeekV3Model(DeepSeekV3PreTrainedModel):
         inputs = dict(
             rotary=rotary, attention_mask=mask, cache=cache, output_attentions=attentions, documents=documents
         )
-        for block in self.layers:
+        if shared is not None:
+            shared.update(inputs, embedded_BSH=x_BSH)
+        for block in self.layers[: config.num_hidden_layers]:
             x_BSH = block(x_BSH, **inputs)
         return MoeModelOutputWithPast(self.norm(x_BSH), cache)
 
@@ -223,6 +176,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DeepSeekV3Model(config)
         self.lm_head = LMHead(config)
+        self.mtp_loss: Tensor | None = None
+        """fp32 scalar: running sum of the loss of multi-token prediction over training's forward passes, if recorded."""
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -249,7 +204,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
 
         `num_items_in_batch`, set by transformers' Trainer, replaces the number of labels that divides the loss: the labels
         of all micro batches and ranks of a step.
-        `aux_loss` is the sum of the router losses, weighted; it is part of `loss`.
+        `aux_loss` is the sum of the router losses, weighted; it is part of `loss`, in training as is the loss of multi-token
+        prediction (`config.mtp_coef`).
         `output_hidden_states`, `output_attentions`, `output_router_logits` and `return_dict` are transformers': hidden
         states [B, S, H] of the embedding and after every layer, the last one normalized; attention weights [B, N, S, S'],
         which switch to eager attention; and router logits [B x S, E], each a tuple over layers.
@@ -258,6 +214,8 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         has_router_losses = labels is not None and self.training and self.config.has_router_losses
         for block in self.model.layers[self.config.first_k_dense_replace :] if has_router_losses else ():
             block.mlp.router_logits = []
+        predicts_further = labels is not None and self.training and self.config.num_nextn_predict_layers > 0
+        shared: dict[str, Any] | None = {} if predicts_further else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -266,17 +224,13 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False,  # `cache` decides
             return_dict=True,
+            shared=shared,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         loss = logits = aux_loss = None
         if labels is not None:
-            loss = self.lm_head(hidden, labels)
-            if num_items_in_batch is not None:
-                loss = loss * (labels[:, 1:] >= 0).sum() / num_items_in_batch
-            if has_router_losses:
-                aux_loss = self._router_losses(*labels.shape)
-                loss = loss + aux_loss
+            loss, aux_loss = self._losses(hidden, labels, position_ids, num_items_in_batch, shared)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -289,6 +243,52 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _losses(
+        self,
+        hidden_BSH: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None,
+        num_items: int | Tensor | None,
+        shared: dict[str, Any] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the complete loss, and the part of it that is the routers', if any."""
+        loss, num_labels = self.lm_head(hidden_BSH, labels_BS), (labels_BS[:, 1:] >= 0).sum()
+        if num_items is not None:
+            loss = loss * num_labels / num_items
+        if shared is not None:
+            divisor = num_labels.clamp(min=1) if num_items is None else num_items
+            mtp_loss = self._mtp_loss(hidden_BSH, labels_BS, positions_BS, divisor, **shared)
+            if self.mtp_loss is not None:
+                self.mtp_loss.add_(mtp_loss.detach())
+            loss = loss + self.config.mtp_coef * mtp_loss
+        if not (self.training and self.config.has_router_losses):
+            return loss, None
+        aux_loss = self._router_losses(*labels_BS.shape)
+        return loss + aux_loss, aux_loss
+
+    def _mtp_loss(
+        self,
+        hidden_BSH: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None,
+        divisor: Tensor | int,
+        embedded_BSH: Tensor,
+        **attention_inputs,
+    ) -> Tensor:
+        """Return the mean over depths of the summed cross-entropy of the tokens after the next, divided by `divisor`
+        (DeepSeek-V3, arXiv 2412.19437, equations 24 and 25, without their coefficient).
+
+        Depth k predicts token i + 1 + k from position i, if both are in one document. Embeddings past the end wrap around,
+        which only positions without a label can attend to.
+        """
+        losses, places_S = [], torch.arange(labels_BS.shape[1], device=labels_BS.device)
+        for depth, block in enumerate(self.model.layers[self.config.num_hidden_layers :], 1):
+            hidden_BSH = block(hidden_BSH, embedded_BSH.roll(-depth, 1), **attention_inputs)
+            other_document = (places_S if positions_BS is None else positions_BS.minimum(places_S)) <= depth
+            labels = labels_BS.masked_fill(other_document, -100).roll(-depth, 1)
+            losses.append(self.lm_head(hidden_BSH, labels) * (labels[:, 1:] >= 0).sum() / divisor)
+        return torch.stack(losses).mean()
 
     def _router_losses(self, B: int, S: int) -> Tensor:
         """Return the mean over layers of the router losses, weighted by their coefficients."""

@@ -7,6 +7,7 @@ from smolds_dist.observe.rows import is_kept
 # Labels of metrics in `smolds runs diff` and `smolds report --html`, by their names in metrics.jsonl
 CURVES = {
     "loss": "Loss, nats per token",
+    "mtp_loss": "Loss of multi-token prediction, nats per token",
     "val_loss": "Validation loss, nats per token",
     "val_bits_per_byte": "Validation bits per byte",
     "max_vio": "Expert imbalance (MaxVio of a batch)",
@@ -18,7 +19,7 @@ CURVES = {
     "unique_texts": "Unique documents trained on",
     "memory_gb": "Memory of the largest rank, GB",
 }
-TRAIN = ("loss", "lr", "grad_norm")
+TRAIN = ("loss", "mtp_loss", "lr", "grad_norm")
 SPEED = ("tokens_per_s", "mfu", "memory_gb")
 
 
@@ -52,7 +53,7 @@ def _of_evaluation(row: dict) -> dict[str, float | None]:
 def _of_training(row: dict, config: dict) -> dict[str, float | None]:
     step, points = row["step"], dict[str, float | None]()
     if is_kept(step, digits=4) or step == config["train"]["steps"]:
-        points |= {f"train/{name}": row[name] for name in TRAIN}
+        points |= {f"train/{name}": row.get(name) for name in TRAIN}
         points |= {f"speed/{name}": row.get(name) for name in SPEED}
         if row["loss"] is not None:
             points["train/perplexity"] = _perplexity(row["loss"])

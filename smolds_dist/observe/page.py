@@ -1,6 +1,7 @@
 """`smolds report --html`: a self-contained page.
 
-Curves can be zoomed; each expert's load is shown over time with a slider. Plotly draws them; its code is in the page.
+Curves can be zoomed; each expert's load is shown over time with a slider. Plotly draws them; its code is in the page. What
+each expert takes comes from `smolds experts` and needs no script (`expert_map`).
 Everything that runs have written, names and samples included, is escaped text that a browser does not execute.
 """
 
@@ -19,6 +20,8 @@ import yaml
 
 from smolds_dist.checkpoint.files import manifests_of
 from smolds_dist.observe.curves import CURVES, over_layers, statistics_of
+from smolds_dist.observe.expert_map import draw_experts, style_of
+from smolds_dist.observe.expert_table import read_experts
 from smolds_dist.observe.overview import column_of, events, overview, smooth
 from smolds_dist.observe.rows import dense_layers, read_rows, read_settings
 from smolds_dist.observe.runs import differing_settings
@@ -56,6 +59,9 @@ def html_page(runs: list[Path]) -> str:
         if loads := draw_loads(rows[run]):
             drawn.append(_chart(loads))
             sections += [f"<h2>Load of every expert{_of(run, runs)}</h2>", drawn[-1]]
+    experts = {run: found for run in runs if (found := read_experts(run))}
+    for number, (run, found) in enumerate(experts.items()):
+        sections += [f"<h2>Experts{_of(run, runs)}</h2>", draw_experts(found, f"experts{number}")]
     for run in runs:
         if charts := draw_statistics([row for row in rows[run] if row.get("event") == "statistics"]):
             drawn += (of_run := [_chart(chart) for chart in charts])
@@ -81,7 +87,7 @@ def html_page(runs: list[Path]) -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src 'unsafe-eval' "
     policy += " ".join(f"'sha256-{digest}'" for digest in hashes)
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    head += f"<title>{_text(title)}</title><style>{STYLE}</style>"
+    head += f"<title>{_text(title)}</title><style>{STYLE}{style_of(list(experts.values()))}</style>"
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
 
 

@@ -114,7 +114,8 @@ def heatmap(load_LE: torch.Tensor) -> torch.Tensor:
 def layout(config: dict) -> dict[str, dict[str, list]]:
     """Return the tabs of the custom scalars as tab -> chart -> kind and tags; the experts' tab comes first."""
     model = config["model"]
-    layers, experts = range(first_mixture(config), model["num_hidden_layers"]), range(model["num_experts"])
+    last = model["num_hidden_layers"] + model.get("num_nextn_predict_layers", 0)
+    layers, experts = range(first_mixture(config), last), range(model["num_experts"])
 
     def lines(*tags: str) -> list:
         return ["Multiline", list(tags)]
@@ -135,7 +136,7 @@ def layout(config: dict) -> dict[str, dict[str, list]]:
             **of_experts("bias"),
         },
         "Learning": {
-            "loss": lines("train/loss", "validation/loss"),
+            "loss": lines("train/loss", "validation/loss", "train/mtp_loss"),
             "perplexity": lines("train/perplexity", "validation/perplexity"),
             "bits per byte": lines("validation/bits_per_byte"),
             "learning rate": lines("train/lr"),

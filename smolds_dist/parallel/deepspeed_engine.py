@@ -47,6 +47,7 @@ from smolds_dist.parallel.fragments import (
     tensor_shapes,
 )
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_on_replicas
+from smolds_dist.parallel.moving_average import MovingAverage
 from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, Train
@@ -125,6 +126,7 @@ class DeepSpeedEngine:
         # By id of an optimizer tensor: fragments of it and the factors to scale their rows by
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
         self._masters: dict[int, Tensor] = {}  # fp32 copies by id of the parameter (ZeRO 0)
+        self._average = MovingAverage()  # DeepSpeed may step the optimizer while it is built
         self._clock = CommunicationClock("all_to_all_single")
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
@@ -134,6 +136,7 @@ class DeepSpeedEngine:
             self._owners = MatrixOwners(self.fragments(), self._flats(), self.tensor_shapes(), self.device)
         if topology.dtype == "bf16":
             self._finish_bf16(fill)
+        self._average = MovingAverage(config.train.ema, self._flats())
         if model.config.has_router_losses:
             keep_router_logits(self.model)
 
@@ -223,7 +226,8 @@ class DeepSpeedEngine:
                 group["params"] = []
 
     def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scale updated rows before DeepSpeed copies them to the model; ZeRO steps one group or slice at a time."""
+        """Scale updated rows before DeepSpeed copies them to the model, and average the result; ZeRO steps one group or
+        slice at a time."""
         for group, parameters in zip(optimizer.param_groups, self._hidden, strict=False):
             group["params"] = parameters
         self._hidden = []
@@ -231,6 +235,7 @@ class DeepSpeedEngine:
             for updated in group["params"]:
                 for fragment, rows in self._factors.get(id(updated), ()):
                     scale_rows(fragment, rows)
+            self._average.update(group["params"])
         if self._watch and self._applied:
             self._watch.after_update()
 
@@ -351,7 +356,7 @@ class DeepSpeedEngine:
             index, begin, length = self._offsets[id(parameter)]
             flat = self._flats()[index]
             start, part = parameter.ds_zero_partition_rank * length, slice(begin, begin + length)
-        tensors = {"value": flat} | same_shape(self.engine.basic_optimizer.state[flat], flat)
+        tensors = {"value": flat} | same_shape(self.engine.basic_optimizer.state[flat], flat) | self._average.of(flat)
         return start, {kind: tensor.detach().view(-1)[part] for kind, tensor in tensors.items()}
 
     def _flats(self) -> list[Tensor]:

@@ -26,6 +26,7 @@ from smolds_dist.parallel.engine import (
     squares_by_part,
 )
 from smolds_dist.parallel.fragments import Fragment, fill_parameters, logical_shapes, split_by_tensor, tensor_shapes
+from smolds_dist.parallel.moving_average import MovingAverage
 from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
@@ -65,6 +66,7 @@ class LocalEngine:
         self.optimizer = make_optimizer(groups, train, topology.dtype)
         # By name: the model's parameter and the optimizer's fp32 copy (the same tensor in fp32)
         self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
+        self._average = MovingAverage(train.ema, master_of.values())
 
     def _collect_grad(self, parameter: nn.Parameter, master: nn.Parameter) -> None:
         self._collected.append((parameter, master))
@@ -145,6 +147,7 @@ class LocalEngine:
                 for fragment in self.fragments():
                     if fragment.name in rows:
                         scale_rows(fragment, rows[fragment.name])
+            self._average.update([master for _, master in self.masters.values()])
             if watch:
                 watch.after_update()
             if rounded := [pair for pair in self.masters.values() if pair[0] is not pair[1]]:
@@ -244,7 +247,7 @@ class LocalEngine:
 
     def _fragments(self, gradients: bool = False) -> Iterator[Fragment]:
         for name, (parameter, master) in self.masters.items():
-            tensors = {"value": master} | same_shape(self.optimizer.state[master], master)
+            tensors = {"value": master} | same_shape(self.optimizer.state[master], master) | self._average.of(master)
             if gradients:
                 tensors["gradient"] = torch.zeros_like(master) if master.grad is None else master.grad
             flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}

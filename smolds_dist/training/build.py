@@ -134,7 +134,7 @@ def lock_run_dir(config: RunConfig) -> Iterator[None]:
 def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config:
     """Return the model's configuration, with vocabulary size and special tokens from the tokenizer."""
     tokenizer = data.tokenizer
-    settings = config.model.architecture(tokenizer) | router_losses(config.train)
+    settings = config.model.architecture(tokenizer) | loss_coefficients(config.train)
     if settings["vocab_size"] is None:
         settings["vocab_size"] = len(tokenizer)
     if settings["vocab_size"] < len(tokenizer):
@@ -145,12 +145,13 @@ def make_model_config(config: RunConfig, data: TrainingData) -> DeepSeekV3Config
     return DeepSeekV3Config(**settings)
 
 
-def router_losses(train: Train) -> dict[str, float]:
-    """Return the router loss coefficients under `DeepSeekV3Config`'s names."""
+def loss_coefficients(train: Train) -> dict[str, float]:
+    """Return the coefficients of further losses under `DeepSeekV3Config`'s names."""
     return {
         "router_aux_loss_coef": train.aux_loss_coef if train.balance == "aux_loss" else 0.0,
         "sequence_balance_coef": train.sequence_balance_coef,
         "z_loss_coef": train.z_loss_coef,
+        "mtp_coef": train.mtp_coef,
     }
 
 
@@ -163,7 +164,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         engine = new_engine(model_config, config, topology, reader)
     set_group_timeouts(config.parallel.timeout)
     engine.model.register_forward_pre_hook(lambda *_: begin_pass())
-    balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
+    rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
+    balancer = Balancer(engine.model, rate, config.train.ema)
     with doing("loading the optimizer"):
         state = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
@@ -177,7 +179,14 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
         log.info(f"continuing from {reader.folder}")
-        log_lr_change(log, reader.manifest, config)
+        if line := lr_change(reader.manifest, job.config):
+            log.info(line)
+        if config.train.ema and not reader.has_ema:
+            log.info(
+                f"the moving averages (--train.ema {config.train.ema}) start from the weights of step {state.step}"
+            )
+        elif reader.has_ema and not config.train.ema:
+            log.info("the checkpoint's moving averages are dropped; set --train.ema to keep them")
     stepper = Stepper(
         engine,
         balancer,
@@ -277,18 +286,22 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
     return log
 
 
-def log_lr_change(log: RunLog, manifest: Manifest, config: RunConfig) -> None:
-    """Log if a resumed run's next learning rate differs from that of the checkpoint's settings."""
+def lr_change(manifest: Manifest, config: RunConfig) -> str | None:
+    """Describe how a resumed run's next and last learning rates differ from those of the checkpoint's settings."""
     if manifest.weights_only:
-        return
+        return None
     saved = replace(config, train=saved_train(manifest.config["train"]))
-    step = manifest.step + 1
-    before, now = learning_rate(min(step, saved.train.steps), saved), learning_rate(step, config)
+    step, steps, old_steps = manifest.step + 1, config.train.steps, saved.train.steps
+    before, now = learning_rate(min(step, old_steps), saved), learning_rate(step, config)
+    end, old_end = learning_rate(steps, config), learning_rate(old_steps, saved)
+    line = f"the learning rate of step {step} is {now:.2e}"
     if not math.isclose(before, now, rel_tol=1e-6):
-        log.info(
-            f"the learning rate of step {step} is {now:.2e}, but {before:.2e} with the checkpoint's settings; see "
-            "--train.schedule to continue at the same rate"
-        )
+        line += f", but {before:.2e} with the checkpoint's settings; see --train.schedule to continue at the same rate"
+    elif steps == old_steps and math.isclose(end, old_end, rel_tol=1e-6):
+        return None
+    else:
+        line += " as before"
+    return f"{line}; it ends at {end:.2e} in step {steps}, before at {old_end:.2e} in step {old_steps}"
 
 
 def restore_unique_texts(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:

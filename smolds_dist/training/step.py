@@ -33,7 +33,8 @@ class StepOutput(NamedTuple):
     step: int
     samples: range  # of the run, in its global batch
     lr: float
-    loss: Tensor  # mean over this rank's samples, on the host like all tensors here
+    loss: Tensor  # mean over this rank's samples, on the host like all tensors here; without `mtp_loss`
+    mtp_loss: Tensor | None  # of multi-token prediction, if any
     digest: int  # of its tokens (`data.batch.batch_digest`)
     update: Update
     counts: Tensor  # routed tokens per expert of all ranks [L, E]
@@ -61,6 +62,10 @@ class Stepper:
         self.qk_clip = QkClip(self.engine, model_config, train.qk_clip)
         every = self.config.log.statistics_every
         self.statistics = Statistics(self.engine, self.qk_clip, every, train.grad_clip)
+        self._mtp_loss: Tensor | None = None
+        if model_config.num_nextn_predict_layers:
+            model: Any = self.engine.model
+            self._mtp_loss = model.mtp_loss = torch.zeros((), device=self.engine.device)
 
     def train_step(self, step: int, data_step: int) -> StepOutput:
         """Run a step.
@@ -80,8 +85,11 @@ class Stepper:
             counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
             results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
             accept = self.outliers.accepts if self.outliers.limit else None
+            if self._mtp_loss is not None:
+                results["mtp"] = self._mtp_loss / self.topology.accumulation
+                results["loss"] = loss - self.config.train.mtp_coef * results["mtp"]
             if accept:
-                results["mean_loss"] = self.engine.sum_over_ranks(loss.clone()) / self.topology.world_size
+                results["mean_loss"] = self.engine.sum_over_ranks(results["loss"].clone()) / self.topology.world_size
             update = self.engine.step(
                 lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits")), accept, watch
             )
@@ -90,7 +98,8 @@ class Stepper:
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
             self.balancer.step(update.applied, balance_scale(step, self.config), counts_LE)
         read, samples = update.read, self.stages.batch(data_step)
-        return StepOutput(step, samples, lr, read["loss"], digest, update, read["counts"], read.get("logits"))
+        losses = read["loss"], read.get("mtp")
+        return StepOutput(step, samples, lr, *losses, digest, update, read["counts"], read.get("logits"))
 
     def capture(self, ids: Tensor, recorder: Recorder) -> None:
         """Record the passes of micro batches like `ids` [B, S] as graphs. The engine is a `LocalEngine`.
@@ -106,9 +115,12 @@ class Stepper:
             self.qk_clip.take()  # of these passes
 
     def accumulate(self, data_step: int) -> tuple[Tensor, int]:
-        """Run forward and backward over this rank's samples of a step; return the mean loss and tokens' digest."""
+        """Run forward and backward over this rank's samples of a step; return the mean of the complete loss and the tokens'
+        digest."""
         topology, clock = self.topology, self.clock
         total = torch.zeros((), device=self.engine.device)
+        if self._mtp_loss is not None:
+            self._mtp_loss.zero_()
         with clock.phase("data"):
             batch = self.batches.take(data_step, self.should_stop)
             num_labels = self._mean_labels(batch)

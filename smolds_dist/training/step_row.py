@@ -40,6 +40,7 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
         training.stragglers.record(phases["forward"])
     mine = {
         "loss": [output.loss.item()],
+        "mtp_loss": [] if output.mtp_loss is None else [output.mtp_loss.item()],
         "requested": job.stop.counts(),
         "failed": [float(error is not None)],
         # Four bytes: fp32 sums each exactly over up to 65,536 ranks.
@@ -60,6 +61,8 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
         "loss": sums["loss"][0] / world,
         "lr": output.lr,
     }
+    if sums["mtp_loss"]:
+        row["mtp_loss"] = sums["mtp_loss"][0] / world
     row |= {"grad_norm": update.grad_norm, "tokens_per_s": round(step_tokens / seconds, 1)}
     share = flops_per_token(job.model_config, stage.seq_len) * step_tokens / seconds / training.peak
     row["mfu"] = float(f"{share:.4g}")  # significant digits: a small model's MFU on a large GPU is tiny
