@@ -17,7 +17,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.process_group import end_rank, start_process_group
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.build import new_engine, router_losses
+from smolds_dist.training.build import new_engine, loss_coefficients
 from smolds_dist.training.step import Stepper
 
 STEPS = 3
@@ -28,7 +28,7 @@ def statistics_of_run(options: list[str], before_last: Callable[[Stepper], Any] 
     config = load_config([*BASE, f"--log.statistics_every={STEPS}", *options])
     topology = plan_topology(config, detect_machine(), rank_from_environment())
     start_process_group(topology)
-    settings = config.model.architecture() | router_losses(config.train)
+    settings = config.model.architecture() | loss_coefficients(config.train)
     model_config = DeepSeekV3Config(**(settings | {"vocab_size": VOCAB, "initializer_range": 0.2}))
     engine = new_engine(model_config, config, topology, None)
     batches = BatchPrefetcher(Shards(config), (topology.rank, topology.world_size), [topology.micro_batch])

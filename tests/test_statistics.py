@@ -61,7 +61,7 @@ def assert_close(ours: dict, theirs: dict) -> None:
                 assert one == (None if other is None else pytest.approx(other, rel=tolerance)), (kind, part)
 
 
-@pytest.mark.parametrize("names", [(), ("deepseek",), ("muon",), ("clip",)], ids=str)
+@pytest.mark.parametrize("names", [(), ("deepseek",), ("muon",), ("clip",), ("mtp",)], ids=str)
 def test_statistics_equal_plain_sums(names):
     options = [option for name in names for option in MODELS[name]]
     models: list[DeepSeekV3ForCausalLM] = []
