@@ -25,7 +25,8 @@ USAGE = """usage: smolds COMMAND [options]
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
   plan       estimate memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
   doctor     check this machine, or all hosts of a hostfile: smolds doctor [--hostfile FILE]
-  checkpoint list, verify, convert or remove checkpoints: smolds checkpoint ls runs/NAME
+  branch     make a run that continues another's checkpoint: smolds branch RUN --step N --to DIR -- TRAIN-OPTIONS
+  checkpoint list, verify, convert, average or remove checkpoints: smolds checkpoint ls runs/NAME
   data       show what a run is trained on: smolds data show RUN --step N | stats | order -- TRAIN-OPTIONS
   runs       list all runs, or compare two: smolds runs [--watch] | diff runs/A runs/B
   report     write a run's training log, samples and plot: smolds report runs/NAME
@@ -35,6 +36,7 @@ USAGE = """usage: smolds COMMAND [options]
   import     make a run of such a model, to continue its training: smolds import DIR --to runs/NAME
   generate   continue a prompt with a trained model: smolds generate runs/NAME --prompt TEXT
   eval       compute perplexity or task scores of a model: smolds eval runs/NAME [--data.source SOURCE | --tasks TASK]
+  experts    show what each expert has learned to take: smolds experts runs/NAME [--data.source SOURCE]
 
 `smolds COMMAND --help` shows its options, `smolds --version` the version."""
 
@@ -46,6 +48,7 @@ COMMANDS = {
     "slurm": "launching.slurm:slurm",
     "plan": "planner.command:plan",
     "doctor": "launching.doctor:doctor",
+    "branch": "training.branch:branch",
     "checkpoint": "checkpoint.command:checkpoint",
     "data": "observe.data_command:data",
     "runs": "observe.runs:runs",
@@ -56,6 +59,7 @@ COMMANDS = {
     "import": "interchange.import_model:import_model",
     "generate": "inference.generate:generate",
     "eval": "inference.evaluate:evaluate_model",
+    "experts": "inference.experts:experts",
 }
 
 

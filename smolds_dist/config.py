@@ -1,12 +1,14 @@
 """Load a `RunConfig` from a preset, YAML files and dotted options, each overriding the previous."""
 
 import base64
+import contextlib
 import dataclasses
 import difflib
 import glob
 import json
 import re
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
         for word in rest
     ):
         raise ConfigError("class_path is not a setting; remove it: settings are plain values.")
+    rest += _whole_stages(rest, base_files)
     if base.level:
         rest.append(f"--log.level={base.level}")
 
@@ -115,6 +118,26 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
     return preset, ([str(PRESET_DIR / f"{preset}.yaml")] if preset else []) + (
         [glob.escape(str(config))] if config else []  # jsonargparse treats it as a pattern
     )
+
+
+def _whole_stages(options: list[str], files: list[str]) -> list[str]:
+    """Return an option with the stages that apply, each with all its fields.
+
+    jsonargparse (4.53) fills in what an element of a list does not set from that element of an earlier file's list. Remove
+    this when a list replaces the earlier one.
+    """
+    found = None
+    for file in files:
+        section = (read_yaml(Path(glob.glob(file)[0]), "fix it", dict[Any, Any])).get("train")
+        found = section["stages"] if isinstance(section, dict) and "stages" in section else found
+    for word, following in pairwise([*options, ""]):
+        if word.partition("=")[0] == "--train.stages":
+            with contextlib.suppress(yaml.YAMLError):
+                found = yaml.safe_load(word.partition("=")[2] if "=" in word else following)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        return []  # none, or an invalid value
+    empty = {field.name: None for field in fields(Stage)}
+    return [f"--train.stages={json.dumps([empty | one for one in found])}"]
 
 
 def _has_class_path(value: object) -> bool:

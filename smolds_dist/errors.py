@@ -61,6 +61,11 @@ class OptionParser(argparse.ArgumentParser):
                     _check_value(str([action.metavar or action.dest, *action.option_strings][-1]), value)
         return options, rest
 
+    def add_weights_option(self) -> None:
+        """Add the choice of a checkpoint's weights."""
+        text = "weights of the checkpoint: trained, or ema = their moving average (--train.ema)"
+        self.add_argument("--weights", choices=("trained", "ema"), default="trained", help=text)
+
     def parse_before_training(self, args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Return this command's options and the training options after `--`.
 
@@ -96,10 +101,10 @@ RANGES = ranges({
     (0, 2**62): "--seed",
     (1, 10**4): "--devices-per-node --top",
     (1, 10**6): "--nodes",
-    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --max-new-tokens --megabytes --ranks "
-    "--repeats --rounds --sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
+    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --max-new-tokens --megabytes --min-count "
+    "--ranks --repeats --rounds --sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
     (1, 1e30): "--budget-gpu-hours --target-tokens",
-    (2, 10**9): "--max-tokens",
+    (2, 10**9): "--ablate --max-tokens",
 })  # fmt: skip
 WRITTEN = ("--json", "--plot", "--calibrate")  # files written at the end of a command
 
@@ -115,7 +120,7 @@ def _check_value(option: str, value: Any) -> None:
                 f"{option} {text[:20]!r}... is not a path; the limit is 255 bytes for a name, without NUL."
             )
         if option in WRITTEN:
-            _check_writable(option, value)
+            check_writable(option, value)
 
 
 def check_range(option: str, value: float, bounds: Bounds, otherwise: str = "") -> None:
@@ -131,7 +136,8 @@ def check_range(option: str, value: float, bounds: Bounds, otherwise: str = "") 
     raise ConfigError(f"{option} {str(value)[:40]} is out of range; it must {rule}{otherwise}.")
 
 
-def _check_writable(option: str, path: Path) -> None:
+def check_writable(option: str, path: Path) -> None:
+    """Raise a `ConfigError` if the option's file cannot be written, before the work for it."""
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -28,6 +28,8 @@ def validate(config: RunConfig) -> None:
         _check_values(getattr(config, field.name), field.name, f"--{field.name}")
     if max(config.train.beta1, config.train.beta2) == 1:
         raise ConfigError("--train.beta1 and --train.beta2 must be less than 1; the usual values are 0.9 and 0.95.")
+    if config.train.ema == 1:
+        raise ConfigError("--train.ema 1 would keep the initial weights; use a value below 1, usually 0.999.")
     if not re.fullmatch(r"[\w.+=-][\w.+= -]*", config.run.name or "") or config.run.name in (".", ".."):
         raise ConfigError(
             f"--run.name {config.run.name!r} cannot be a folder name; use letters, digits, '.', '-', '_', '+' and '='."
@@ -74,7 +76,7 @@ RANGES = ranges({
     (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
     (ABOVE_0, 0.5): "data.val_fraction",
     (ABOVE_0, 10**9): "source.max_epochs yarn.beta_fast yarn.beta_slow",
-    (0, 1): "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2",
+    (0, 1): "train.decay_fraction train.min_lr_fraction train.beta1 train.beta2 train.ema",
     (0, 100): "model.num_nextn_predict_layers",
     (0, 4096): "data.workers",
     (0, 10**6): "train.balance_rate train.aux_loss_coef train.sequence_balance_coef train.z_loss_coef train.mtp_coef "
@@ -82,9 +84,9 @@ RANGES = ranges({
     "yarn.mscale yarn.mscale_all_dim yarn.attention_factor",
     (0, 10**9): "parallel.grace parallel.timeout log.every log.sample_temperature",
     (0, 10**12): "train.warmup_steps train.eval_every parallel.compare_every parallel.check_every checkpoint.every "
-    "checkpoint.keep_every log.sample_every eval.every source.weight",
+    "checkpoint.keep_every log.sample_every log.statistics_every eval.every source.weight",
     (0, 2**62): "train.seed",
-    (0, 1e30): "train.grad_clip train.qk_clip train.spike_threshold stage.lr",
+    (0, 1e30): "train.grad_clip train.qk_clip train.skip_steps train.spike_threshold stage.lr",
     (1, 10**4): "model.num_hidden_layers",
     (1, 10**6): "model.hidden_size model.intermediate_size model.dense_intermediate_size model.num_attention_heads "
     "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.q_lora_rank "

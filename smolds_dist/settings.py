@@ -208,7 +208,7 @@ def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
 
 @dataclass
 class Stage:
-    """A part of the run; what it leaves out stays as before it."""
+    """A part of the run; what it does not set stays as before it."""
 
     until: float | str | None = None
     """End: a fraction of the steps (0.8), a step (4000) or "1.5T tokens"; default: the end of the run."""
@@ -271,6 +271,8 @@ class Train:
     """Decay rate of Adam's first moment, 0 to 1; momentum of Muon."""
     beta2: float = 0.95
     """Decay rate of Adam's second moment, 0 to 1."""
+    ema: float = 0.0
+    """Decay of the weights' moving average, for example 0.999: a second set of weights in checkpoints; 0 = off."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
     qk_clip: float = 0.0
@@ -300,6 +302,9 @@ class Train:
     """Validation sequences per evaluation."""
     nonfinite_limit: int = 10
     """Consecutive steps with a NaN or infinite loss or gradient that stop the run; each of them skips its update."""
+    skip_steps: float = 0.0
+    """Standard deviations above the last 128 steps from which a loss or gradient norm skips its update, for example 6;
+    0 = off."""
     spike_threshold: float = 0.0
     """Standard deviations above recent losses from which a loss counts as a spike, for example 8; 0 = off."""
     spike_steps: int = 3
@@ -377,6 +382,8 @@ class Log:
     """Length of a sample in tokens."""
     sample_temperature: float = 0.6
     """Sampling temperature, 0 or more; 0 = greedy."""
+    statistics_every: int = 0
+    """Steps between statistics of weights, gradients, updates, activations and attention logits; 0 = off."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     to: str = ""

@@ -100,7 +100,7 @@ def resolve_stages(config: RunConfig) -> Stages:
         batch = effective.train.global_batch
         size = batch * effective.data.seq_len
         name = f"train.stages: stage {number}"
-        last = step_of(stage.until, total, (first, tokens, size), name)
+        last = step_of(stage.until, total, (first, tokens, size), f"{name}: until")
         if last <= first:
             raise ConfigError(f"{name} ends at step {last}, and begins after step {first}; raise until.")
         spans.append(StageSpan(number, first, last, samples, tokens, weights, effective))
@@ -122,7 +122,7 @@ def _resolved(spans: list[StageSpan], given: list[Stage]) -> list[StageSpan]:
         end = stage.lr_until
         if end is not None:
             begin = span.first, span.tokens, span.global_batch * span.seq_len
-            end = f"{step_of(end, spans[-1].last, begin, f'train.stages: stage {span.number}')} steps"
+            end = f"{step_of(end, spans[-1].last, begin, f'train.stages: stage {span.number}: lr_until')} steps"
         stages.append(replace(stage, **values, until=f"{span.last} steps", weights=span.weights, lr_until=end))
     return [
         replace(span, config=replace(span.config, train=replace(span.config.train, stages=stages))) for span in spans
@@ -135,7 +135,7 @@ def step_of(end: float | str | None, total: int, begin: tuple[int, int, int], na
     Args:
         total: steps of the run.
         begin: steps and tokens before the stage, and tokens per step in it, with which tokens are converted.
-        name: of the stage in messages.
+        name: of the setting in messages.
 
     Raises:
         ConfigError: if `end` has another form.
@@ -151,7 +151,7 @@ def step_of(end: float | str | None, total: int, begin: tuple[int, int, int], na
             found = None
     if amount is None or isinstance(end, bool) or not 0 < amount < 1e18 or (not found and 1 < amount != int(amount)):
         raise ConfigError(
-            f"{name}: {end!r} is not an end; set a fraction of the steps (0.8), a step (4000) or tokens ('1.5T tokens')."
+            f"{name} {end!r} is not an end; set a fraction of the steps (0.8), a step (4000) or tokens ('1.5T tokens')."
         )
     if found and found[3] == "tokens":
         first, tokens, size = begin

@@ -22,6 +22,7 @@ MODELS = {
     "aux_loss": ("--train.balance=aux_loss", "--train.aux_loss_coef=0.05"),
     "clip": ("--train.qk_clip=0.5",),  # low enough to clip heads in every step
     "muon": ("--train.optimizer=muon",),
+    "ema": ("--train.ema=0.7",),
     "mtp": ("--model.num_nextn_predict_layers=2", "--train.mtp_coef=0.5"),
     "bf16": ("--train.dtype=bf16",),
     "every": ("--model.num_experts_per_tok=8",),  # expert for each token, so that rounding cannot change the selection
@@ -89,6 +90,8 @@ CASES = [
     ranks(2, 2, 1, "small_buckets"), ranks(2, 2, 3, "small_buckets"), ranks(2, 2, 1, "offload"), ranks(2, 2, 3, "offload"),
     ranks(2, 2, 0, "bf16", "every"), ranks(2, 2, 2, "bf16", "every"), ranks(2, 2, 1, "muon", "bf16"),
     ranks(2, 2, 3, "muon", "bf16"),
+    ranks(2, 1, 0, "ema", "bf16", "every"), ranks(2, 2, 1, "ema", "clip"), ranks(2, 1, 2, "ema", "muon"),
+    ranks(4, 2, 3, "ema"),
     ranks(2, 2, 0, "grouped"), ranks(2, 1, 1, "grouped", "full"), ranks(2, 2, 2, "deepseek", "grouped"),
     ranks(2, 2, 3, "grouped"), ranks(2, 2, 3, "muon", "grouped"), ranks(2, 2, 1, "bf16", "every", "grouped"),
     ranks(2, 2, 1, "loop"),
@@ -108,6 +111,8 @@ LONG_CASES = [
     ranks(2, 2, 3, "bf16", "every", "grouped"), ranks(2, 2, 0, "muon", "grouped"),
     *(ranks(2, expert, zero, "deepseek", "mtp") for expert in (1, 2) for zero in range(4)),
     ranks(4, 4, 2), ranks(4, 2, 1, "muon"), ranks(4, 2, 1, "deepseek"),
+    *(ranks(2, 2, zero, "ema") for zero in range(4)), ranks(2, 2, 3, "offload", "ema"),
+    ranks(2, 2, 1, "ema", "bf16", "every"),
 ]  # fmt: skip
 # (source, target) of a resume.
 CHANGES = [
@@ -124,6 +129,8 @@ CHANGES = [
     (ranks(2, 2, 3, "muon"), local("muon")),
     (ranks(2, 2, 1, "offload"), ranks(2, 2, 3, "offload")),
     (ranks(2, 2, 3, "grouped"), ranks(2, 1, 0)),
+    (local("ema"), ranks(4, 2, 3, "ema")),
+    (ranks(4, 2, 3, "ema"), local("ema")),
     (ranks(2, 1, 0), ranks(2, 2, 0, "grouped")),
     (ranks(2, 2, 3, "mtp", "full", "disturbed"), local("mtp")),
     (ranks(2, 1, 0, "mtp"), ranks(4, 2, 3, "mtp")),
@@ -145,12 +152,14 @@ LONG_CHANGES = [
     (ranks(2, 2, 3, "muon"), ranks(2, 2, 1, "muon")),
     (ranks(2, 2, 2, "muon"), local("muon")),
     (local("deepseek"), ranks(2, 2, 3, "deepseek")),
+    *((ranks(2, 2, zero, "ema"), ranks(2, 2, (zero + 1) % 4, "ema")) for zero in range(4)),
     (ranks(2, 2, 3, "deepseek"), ranks(4, 4, 2, "deepseek")),
 ]
 # Layouts in which a resumed run equals the uninterrupted one bit for bit.
 SAME = [
     local(), ranks(2, 2, 1, "full", "disturbed"), ranks(2, 2, 3, "selective"),
     ranks(2, 2, 0, "bf16", "every"), ranks(2, 2, 3, "muon", "bf16"), ranks(2, 2, 3, "offload"), ranks(4, 2, 1),
+    ranks(4, 2, 3, "ema"),
 ]  # fmt: skip
 LONG_SAME = [
     local("bf16"), *(ranks(2, 2, zero) for zero in range(4)), *(ranks(2, 2, zero, "bf16") for zero in (1, 2, 3)),
@@ -158,12 +167,15 @@ LONG_SAME = [
 ]  # fmt: skip
 # The last rank's loss in step SAVE_AT.
 POISONED = [
-    (local(), "nan"), (ranks(2, 2, 0), "nan"), (ranks(2, 2, 3), "inf"), (ranks(2, 2, 1, "bf16", "every"), "inf"),
-    (ranks(2, 2, 2, "bf16", "every"), "nan"),
+    (local("ema"), "nan"), (ranks(2, 2, 0), "nan"), (ranks(4, 2, 3, "ema"), "nan"), (ranks(2, 2, 3), "inf"),
+    (ranks(2, 2, 1, "bf16", "every"), "inf"), (ranks(2, 2, 2, "bf16", "every"), "nan"),
+    (local("ema"), "1000"), (ranks(2, 2, 0), "1000"), (ranks(2, 2, 1, "ema"), "1000"), (ranks(2, 2, 3, "muon"), "1000"),
 ]  # fmt: skip
 LONG_POISONED = [
     (local("bf16", "every"), "inf"), (ranks(2, 2, 1), "inf"), (ranks(2, 2, 2), "nan"),
-    (ranks(2, 2, 0, "bf16", "every"), "nan"), (ranks(2, 2, 3, "bf16", "every"), "inf"),
+    (ranks(2, 2, 0, "bf16", "every"), "nan"), (ranks(2, 2, 3, "bf16", "every"), "inf"), (local("clip"), "1000"),
+    *((ranks(2, 2, zero, "bf16", "every"), "1000") for zero in (0, 2)), (ranks(2, 2, 0, "clip"), "1000"),
+    *((ranks(2, 2, zero, "offload"), "1000") for zero in (1, 3)), (ranks(2, 1, 2), "1000"), (ranks(4, 2, 3), "1000"),
 ]  # fmt: skip
 
 

@@ -33,11 +33,13 @@ from smolds_dist.schedule import learning_rate
 from smolds_dist.settings import RunConfig
 from smolds_dist.stages import resolve_stages
 from smolds_dist.training.build import loss_coefficients, new_engine
+from smolds_dist.training.guard import MIN_OUTLIER_STEPS, OutlierFilter
 from smolds_dist.training.step import Stepper
 
 VOCAB = 96
 STEPS = 8
 SAVE_AT = 4
+USUAL = 50.0  # more than any loss and gradient norm here
 MOST_IN_A_FILE = 25_000  # elements per export file: more than any tensor, fewer than any model
 BASE = [
     # With some seeds, and more of them at larger learning rates, a token's second and third expert have equal scores up to
@@ -91,7 +93,7 @@ def train_case(
         save: run folder to write a checkpoint to after step SAVE_AT.
         resume: checkpoint to resume from.
         export: folder to write the initial weights to.
-        poison: the last rank's loss in step SAVE_AT, "nan" or "inf".
+        poison: factor of the last rank's loss in step SAVE_AT: "nan", "inf", or "1000", which makes it an outlier.
         skip: omit step SAVE_AT.
         autoep: keep AutoEP's own experts, as on GPUs.
     """
@@ -109,7 +111,7 @@ def train_case(
     own = mock.patch.object(deepspeed_engine, "patch_cpu_experts") if autoep else nullcontext()
     with own:
         engine = new_engine(model_config, config, topology, reader)
-    balancer = Balancer(engine.model, config.train.balance_rate)
+    balancer = Balancer(engine.model, config.train.balance_rate, config.train.ema)
     progress = restore(reader, engine, balancer, topology) if reader else TrainState()
     if export:
         with torch.device("meta"):
@@ -127,6 +129,9 @@ def train_case(
     shards = Shards(config)
     ahead = BatchPrefetcher(shards, (topology.rank, topology.world_size), [topology.micro_batch])
     stepper = Stepper(engine, balancer, topology, config, ahead)
+    outliers = OutlierFilter(6.0)
+    for _ in range(MIN_OUTLIER_STEPS):
+        outliers.add(USUAL, USUAL)
     routers, clock, clip = stepper.routers, stepper.clock, stepper.qk_clip
     losses, norms, totals, applied = [], [], [], []
     shares, entropies, histograms, seconds = [], [], [], []
@@ -144,12 +149,15 @@ def train_case(
         engine.forward = forward
         with clock.phase("optimizer"):
             logits = clip.take()
-            norm, updated, squares, _ = engine.step(
+            results = {"mean_loss": engine.sum_over_ranks(loss.clone()) / topology.world_size}
+            norm, updated, squares, _, outlier = engine.step(
                 learning_rate(step, config),
                 by_part=True,
-                results={} if logits is None else {"logits": logits},
+                results=results | ({} if logits is None else {"logits": logits}),
                 factors=lambda read: clip.factors(read.get("logits")),
+                accept=outliers.accepts,
             )
+            assert outlier == (poison == "1000" and step == SAVE_AT)
         seconds.append(clock.seconds)
         clock.lap()
         squares = engine.sum_over_ranks(torch.tensor([float(squares.get(part, 0.0)) for part in PARTS]))
@@ -176,21 +184,27 @@ def train_case(
         writer.wait()
         assert writer.failure() is None
         engine.barrier()  # rank 0 is done
-    squares = torch.zeros(len(tensors), dtype=torch.float64)
-    places = {name: place for place, name in enumerate(tensors)}
-    for fragment in engine.fragments():
-        share = fragment.share()
-        squares[places[share.name]] += share.tensors["value"].double().square().sum().cpu()
-    norms_of_weights = engine.sum_over_ranks(squares).sqrt().tolist()
-    biases = balancer.named_biases()
+    weights = weight_norms(engine, tensors, "value")
+    averages = weight_norms(engine, tensors, "ema") if config.train.ema else {}
+    biases, state = balancer.named_biases(), balancer.state()
+    averages |= {f"{name} {number}": x for name in biases for number, x in enumerate(state.get((name, "ema"), []))}
     engine.close()
     result = {"options": options, "losses": losses, "norms": norms, "totals": totals, "applied": applied}
     result |= {"shares": shares, "entropies": entropies, "histograms": histograms, "seconds": seconds}
     result["biases"] = [biases[name].tolist() for name in sorted(biases)]
     result["bias_dtypes"] = sorted({str(tensor.dtype) for tensor in biases.values()})
     result["experts"] = sorted({type(layer.experts).__name__ for layer in autoep_layers(engine.model).values()})
-    result["weights"] = dict(zip(tensors, norms_of_weights, strict=True))
-    return result
+    return result | {"weights": weights, "averages": {name: float(x) for name, x in averages.items()}}
+
+
+def weight_norms(engine, tensors: dict[str, tuple[int, ...]], kind: str) -> dict[str, float]:
+    """Return the norm of each logical tensor's values or averages, over all ranks."""
+    squares = torch.zeros(len(tensors), dtype=torch.float64)
+    places = {name: place for place, name in enumerate(tensors)}
+    for fragment in engine.fragments():
+        share = fragment.share()
+        squares[places[share.name]] += share.tensors[kind].double().square().sum().cpu()
+    return dict(zip(tensors, engine.sum_over_ranks(squares).sqrt().tolist(), strict=True))
 
 
 @torch.no_grad()

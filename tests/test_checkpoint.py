@@ -41,7 +41,8 @@ from smolds_dist.observe.rows import read_rows
 from smolds_dist.parallel.fragments import Fragment, logical_shapes, split_by_tensor
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.settings import RunConfig
+from smolds_dist.settings import RunConfig, Train
+from smolds_dist.training.build import lr_change
 from smolds_dist.training.trainer import train
 
 FILES = ["rank_00000.safetensors", "manifest.json", "manifest.json.sha256"]
@@ -206,7 +207,7 @@ def test_any_range_is_read_from_any_split(tmp_path):
 
 def manifest_of(shapes: dict, files: dict):
     topology = dict(world_size=1, engine="local", zero=0, expert=1, dtype="fp32")
-    empty = dict(optimizer_steps=1, skipped_samples=0, rollbacks=0, val_loss=None, topology=topology, data={})
+    empty = dict(optimizer_steps=1, skipped_steps=0, rollbacks=0, val_loss=None, topology=topology, data={})
     tensors = {name: list(shape) for name, shape in shapes.items()}
     return Manifest(step=1, created="", versions={}, tensors=tensors, files=files, config=asdict(RunConfig()), **empty)
 
@@ -288,6 +289,51 @@ def test_changed_learning_rate_is_logged(copied, capsys):
     words = r"the learning rate of step 7 is (\S+), but (\S+) with the checkpoint's settings; see --train.schedule"
     ((now, before),) = re.findall(words, capsys.readouterr().out)
     assert float(now) == pytest.approx(0.1 * float(before))
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "now", "words"),
+    [
+        (
+            50,
+            {},
+            {"steps": 200},
+            r"of step 51 is 8.\d\de-01, but 5.\d\de-01 with .*; it ends at 1.00e-01 in step 200, before at",
+        ),
+        (
+            50,
+            {"schedule": "wsd"},
+            {"steps": 200},
+            r"of step 51 is 1.00e\+00 as before; it ends at 1.00e-01 in step 200, ",
+        ),
+        (
+            90,
+            {"schedule": "wsd"},
+            {"steps": 200},
+            r"of step 91 is 1.00e\+00, but 5.05e-01 with the checkpoint's settings; see",
+        ),
+        (
+            5,
+            {"warmup_steps": 10},
+            {"steps": 50},
+            r"of step 6 is 6.00e-01 as before; .* in step 50, before at .* in step 100$",
+        ),
+        (5, {"warmup_steps": 10}, {"warmup_steps": 20}, r"of step 6 is 3.00e-01, but 6.00e-01 with the checkpoint's"),
+        (
+            100,
+            {},
+            {"steps": 110, "schedule": "wsd", "decay_fraction": 0},
+            r"1.00e\+00, but 1.00e-01 .* ends at 1.00e\+00 in",
+        ),
+        (50, {}, {"beta1": 0.8, "steps": 100}, None),
+    ],
+)
+def test_changes_of_the_learning_rate_are_one_line_with_both_values(step, before, now, words):
+    first = {"steps": 100, "warmup_steps": 1, "lr": 1.0} | before
+    saved, settings = Train(**first), RunConfig(train=Train(**first | now))
+    manifest = dataclasses.replace(manifest_of({}, {}), step=step, config=asdict(RunConfig(train=saved)))
+    line = lr_change(manifest, settings)
+    assert (line is None) if words is None else (re.search(words, line) and "\n" not in line), line
 
 
 def test_converted_checkpoint_resumes_but_weights_only_does_not(copied, tmp_path):

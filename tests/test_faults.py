@@ -1,6 +1,7 @@
 """Faults in runs of real processes: kills, full and read-only disks, hangs, divergence."""
 
 import json
+import math
 import os
 import random
 import shlex
@@ -10,8 +11,10 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
+import torch
 import warm
 from filelock import FileLock
 from ranks import ROOT, rows_without_timing, run, smolds
@@ -30,7 +33,15 @@ from smolds_dist.parallel.topology import detect_machine, plan_topology
 from smolds_dist.settings import Parallel
 from smolds_dist.training import build as training_build
 from smolds_dist.training import trainer
-from smolds_dist.training.guard import MIN_STEPS, WINDOW, LossGuard, LossSpikeError
+from smolds_dist.training.guard import (
+    MIN_OUTLIER_STEPS,
+    MIN_STEPS,
+    OUTLIER_WINDOW,
+    WINDOW,
+    LossGuard,
+    LossSpikeError,
+    OutlierFilter,
+)
 
 # Of each part: runs, ranks, seed.
 FEW, TWENTY = [(2, 1, 1), (1, 2, 3)], [(8, 1, 1), (8, 1, 2), (4, 2, 3)]
@@ -352,6 +363,59 @@ def test_ranks_roll_back_together(spiky, tmp_path):
     finished = smolds("launch", "--nproc-per-node=2", "--", *spiky, timeout=120)
     assert finished.returncode == 0, finished.text
     assert_rolled_back(tmp_path / "runs" / "spiky", spiky)
+
+
+def test_outliers_are_skipped_and_a_resumed_run_skips_the_same(spiky, tmp_path, capfd):
+    options = [*spiky, "--train.spike_threshold=0", "--train.skip_steps=3", "--checkpoint.keep=30", "--train.steps=90"]
+    assert trainer.train(load_config(options)) == 0
+    run_dir = tmp_path / "runs" / "spiky"
+    rows = rows_without_timing(run_dir)
+    steps = [row for row in rows if "loss" in row]
+    outliers = [row["step"] for row in steps if "outlier" in row]
+    assert outliers and all(row["skipped"] and "load" not in row for row in steps if "outlier" in row)
+    assert [row["outliers"] for row in steps] == [sum(one <= row["step"] for one in outliers) for row in steps]
+    out = capfd.readouterr()
+    assert f"step {outliers[0]} of 90" in out.err and "update skipped: outlier 1 of the run" in out.err
+    # Judged by plain Python: the window holds all steps before, outliers included.
+    for place, row in enumerate(steps):
+        recent = steps[max(0, place - OUTLIER_WINDOW) : place]
+        limits = {
+            name: mean(one[name] for one in recent) + 3 * stdev(one[name] for one in recent)
+            for name in ("loss", "grad_norm") * (place >= MIN_OUTLIER_STEPS)
+        }
+        assert ("outlier" in row) == any(row[name] > limit for name, limit in limits.items())
+    before = (outliers[0] - 1) // 10 * 10
+    checkpoint = run_dir / "checkpoints" / f"step_{before:08}"
+    resumed = [f"--checkpoint.resume={checkpoint}", "--checkpoint.every=0"]
+    assert trainer.train(load_config([*options, *resumed, "--run.name=one"])) == 0
+    finished = smolds("launch", "--nproc-per-node=2", "--", *options, *resumed, "--run.name=two", timeout=120)
+    assert finished.returncode == 0, finished.text
+    for name, tolerance in {"one": 0.0, "two": 1e-5}.items():
+        again = [row for row in rows_without_timing(tmp_path / "runs" / name) if "loss" in row]
+        assert [row["step"] for row in again if "outlier" in row] == outliers
+        assert again[-1]["outliers"] == len(outliers)
+        losses = [row["loss"] for row in steps[before:]]
+        assert [row["loss"] for row in again] == pytest.approx(losses, rel=tolerance, abs=0)
+
+
+def test_outlier_filter_compares_with_recent_steps():
+    usual = [(3 + 0.1 * (step % 3), 1 + 0.1 * (step % 5)) for step in range(OUTLIER_WINDOW)]
+
+    def accepts(steps: list[tuple[float, float]], loss: float, norm: float) -> bool:
+        outliers = OutlierFilter(6.0)
+        for one in steps:
+            outliers.add(*one)
+        again = OutlierFilter(6.0, outliers.state())
+        results = {one.accepts(norm, {"mean_loss": torch.tensor(loss)}) for one in (outliers, again)}
+        assert len(results) == 1
+        return results.pop()
+
+    assert accepts(usual, 3.5, 1.5) and accepts(usual, 0.1, 0.01)
+    assert not accepts(usual, 4.0, 1.2) and not accepts(usual, 3.1, 2.5)
+    few = [*usual[: MIN_OUTLIER_STEPS - 1], *[(math.nan, math.inf)] * OUTLIER_WINDOW]
+    assert accepts(few, 100.0, 100.0) and not accepts([*few, usual[0]], 100.0, 100.0)
+    after_a_jump = [*usual, *[(9.0, 5.0)] * 4]
+    assert not accepts(after_a_jump[:-3], 9.0, 5.0) and accepts(after_a_jump, 9.0, 5.0)
 
 
 def guard(**settings) -> LossGuard:

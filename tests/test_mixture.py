@@ -49,7 +49,6 @@ def mixed(tmp_path_factory):
                 "web": {"source": f"jsonl:{folder}/web/*.jsonl", "weight": 0.7},
                 "code": {"source": f"jsonl:{folder}/code.jsonl", "text_field": "doc.content", "weight": 0.3},
             },
-            "stages": [{"until": 0.8}, {"until": 1.0, "weights": {"web": 0.3, "code": 0.7}}],
             "seq_len": 32, "tokenizer_vocab_size": 300, "val_fraction": 0.1, "cache_dir": str(folder / "cache"),
         },
         "model": {
@@ -59,7 +58,7 @@ def mixed(tmp_path_factory):
         "train": {
             "steps": STEPS, "global_batch": BATCH, "micro_batch": 4, "dtype": "fp32", "eval_every": 25,
             "eval_sequences": 6, "warmup_steps": 10, "lr": 1e-3,
-            "seed": 1,
+            "seed": 1, "stages": [{"until": 0.8}, {"until": 1.0, "weights": {"web": 0.3, "code": 0.7}}],
         },
         "parallel": {"device": "cpu"},
         "checkpoint": {"every": 20, "keep": 9},
@@ -166,7 +165,7 @@ def test_changed_sources_raise_error_but_later_stages_may_add_sources(mixed, who
     new = mixed / "new.jsonl"
     new.write_text("".join(json.dumps({"text": f"row {n} of new text " * 9}) + "\n" for n in range(60)))
     settings["data"]["sources"]["new"] = {"source": f"jsonl:{new}", "weight": 0}
-    settings["data"]["stages"] = [{"until": 0.4}, {"until": 1.0, "weights": {"new": 1}}]
+    settings["train"]["stages"] = [{"until": 0.4}, {"until": 1.0, "weights": {"new": 1}}]
     settings["data"]["tokenizer"] = "train"
     (tmp_path / "later.yaml").write_text(yaml.safe_dump(settings))
     train(load_config(["--config", str(tmp_path / "later.yaml"), *given[2:]]))
@@ -390,7 +389,7 @@ def test_order_is_printed_as_positions(mixed, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["index"] for line in lines] == list(range(10, 30))
     assert {line["source"] for line in lines} == {"web", "code"}
-    assert all(set(line) == {"index", "source", "file", "document", "start"} for line in lines)
+    assert all(set(line) == {"index", "stage", "seq_len", "source", "file", "document", "start"} for line in lines)
     with pytest.raises(ConfigError, match="not a range"):
         data_command(["order", "--samples", "9:3", "--", *options_of(mixed)])
 

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from dataclasses import fields
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from fuzz import cases
@@ -19,7 +19,7 @@ from smolds_dist import cli
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.rules import MAY_BE_EMPTY, RANGES, validate
-from smolds_dist.settings import RunConfig, Source, Yarn
+from smolds_dist.settings import RunConfig, Source, Stage, Yarn
 
 
 def exit_code(*words: str) -> int:
@@ -45,13 +45,19 @@ def test_options_that_are_not_utf8_are_errors(capsys):
 FINE = (-1, 0, 1, 2**63, "x", "/", "/nowhere/x", "[", "9" * 400)  # for some settings
 NUMBERS = [-1, 0, 1, math.nan, math.inf, 1e300, 2**63, 10**400]
 TEXTS = ["", " ", "x", "a\0b", "\ud800", "a" * 300, "/", "/nowhere/x", "[", "9" * 400]
-PARTS = {"yarn": Yarn, "source": Source} | {part.name: part.default_factory for part in fields(RunConfig)}
+PARTS = {"yarn": Yarn, "source": Source, "stage": Stage} | {
+    part.name: part.default_factory for part in fields(RunConfig)
+}
 SETTINGS = [(kind, one.name, {one.type, *get_args(one.type)}) for kind, part in PARTS.items() for one in fields(part)]
 
 
 def test_every_number_has_a_range():
     numbers = {f"{kind}.{name}" for kind, name, types in SETTINGS if {int, float} & types}
-    assert numbers == {*RANGES, "parallel.zero"}
+    assert numbers == {*RANGES, "parallel.zero", "stage.until", "stage.lr_until"}
+
+
+def own_part(config: RunConfig, kind: str) -> Any:
+    return {"yarn": Yarn(2.0, 64), "source": Source("stdlib"), "stage": Stage()}.get(kind) or getattr(config, kind)
 
 
 def test_odd_values_of_settings_are_accepted_or_errors():
@@ -62,8 +68,9 @@ def test_odd_values_of_settings_are_accepted_or_errors():
             *(TEXTS if str in types and f"{kind}.{name}" not in MAY_BE_EMPTY else ()),
         ]:
             config = copy.deepcopy(base)
-            part = {"yarn": Yarn(2.0, 64), "source": Source("stdlib")}.get(kind) or getattr(config, kind)
+            part = own_part(config, kind)
             config.data.sources = {"stdlib": part} if kind == "source" else None
+            config.train.stages = [part] if kind == "stage" else None
             config.model.rope_scaling = part if kind == "yarn" else None
             setattr(part, name, value)
             with (
@@ -86,7 +93,8 @@ def test_any_value_of_a_setting_is_accepted_or_an_error(data):
     config = copy.deepcopy(debug_preset())
     for _ in range(2):
         kind, name, types = data.draw(st.sampled_from([one for one in SETTINGS if ANY.keys() & one[2]]))
-        part = {"yarn": Yarn(2.0, 64), "source": Source("stdlib")}.get(kind) or getattr(config, kind)
+        part = own_part(config, kind)
+        config.train.stages = [part] if kind == "stage" else config.train.stages
         config.data.sources = {"stdlib": part} if kind == "source" else config.data.sources
         config.model.rope_scaling = part if kind == "yarn" else config.model.rope_scaling
         setattr(part, name, data.draw(st.one_of(*(ANY[one] for one in ANY if one in types))))
@@ -114,6 +122,7 @@ COMMANDS = {
     **{f"data {name}": NONE for name in ("prepare", "stats", "order")},
     "runs": ["nowhere"], "runs diff": ["nowhere", "none"], "report": ["nowhere"], "board": ["nowhere"],
     "export": ["nowhere", "--to=a"], "import": ["nowhere", "--to=a"], "generate": ["nowhere"], "eval": ["nowhere"],
+    "experts": ["nowhere"],
 }  # fmt: skip
 
 

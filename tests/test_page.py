@@ -8,6 +8,7 @@ import pytest
 from ranks import smolds
 from test_tensorboard import CHROMIUM, SCREENSHOTS
 
+from smolds_dist.errors import ConfigError
 from smolds_dist.observe.curves import CURVES
 from smolds_dist.observe.page import FRAMES, POINTS, draw_curve, draw_loads, html_page
 from smolds_dist.observe.rows import read_rows
@@ -95,3 +96,70 @@ def test_browser_draws_the_curves_and_moves_the_slider(copied):
         browser.close()
     assert not complaints
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+EXPERT = {
+    "load": 0.5, "weight": 0.25, "sources": {"code": 0.75, HOSTILE: 0.25}, "kinds": {"word": {"share": 1, "lift": 1.0}},
+    "tokens": [{"text": HOSTILE, "count": 30, "lift": 1.5, "lift_at_least": 1.2}], "shared_tokens": [[1, 0.5]],
+    "same_token_types": [], "similar_weights": [[1, 0.125]], "ablation": 0.02, "ablation_sources": {"code": 0.03},
+}  # fmt: skip
+BITS = dict.fromkeys(("source_bits", "context_bits", "kind_bits"), 0.4)
+BITS |= {f"{name}_shuffled": 0.01 for name in BITS}
+EXPERTS = {
+    "sources": {"code": {"tokens": 10, "loss": 2.0}, HOSTILE: {"tokens": 10, "loss": 3.0}}, "source_entropy_bits": 1.0,
+    "kinds": {"word": 20}, "layers": [
+        {"layer": layer, "max_vio": 0.5, **BITS, "experts": [EXPERT, {**EXPERT, "load": 0.125, "weight": None}]}
+        for layer in (1, 2)
+    ],
+}  # fmt: skip
+
+
+def test_page_has_the_map_of_experts_as_a_table_of_escaped_text(copied):
+    assert "class=map" not in html_page([copied])
+    (copied / "experts.json").write_text(json.dumps(EXPERTS))
+    page = html_page([copied])
+    assert HOSTILE not in page and "&quot;&lt;script&gt;document.title" in page
+    assert re.findall(r"<th scope=row>(layer \d)</th>", page) == ["layer 1", "layer 2"]
+    cells = re.findall(r'<td style="([^"]*)"><a href="#experts0-2-(\d)">(.*?)</a></td>', page)
+    assert [expert for _, expert, _ in cells] == ["0", "1"]
+    assert re.findall(r">([^<]+)</span>", cells[0][2]) == ["1.00", "1.50", "0.50", "1.00", "0.25", "+0.020"]
+    assert re.findall(r">([^<]+)</span>", cells[1][2])[:2] == ["0.25", "6.00"] and cells[1][2].count(">-<") == 1
+    assert cells[0][0].startswith("--c0:#ffffff;--c1:#f3") and cells[1][0].startswith("--c0:#4393c3;--c1:#d6604d")
+    assert page.count('<section class=expert id="experts0-') == 4
+    both = html_page([copied, copied])
+    assert both.count('id="experts0-1-1"') == 1
+    (copied / "experts.json").write_text(json.dumps(EXPERTS | {"layers": []}))
+    with pytest.raises(ConfigError, match=r"experts.json is invalid \(layers: .* write it again with"):
+        html_page([copied])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: .ci/install_system_packages.sh installs it")
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no_scripts"])
+def test_browser_colors_the_map_and_opens_an_expert_by_keyboard(copied, scripts):
+    from playwright.sync_api import expect, sync_playwright
+
+    (copied / "experts.json").write_text(json.dumps(EXPERTS))
+    (copied / "report.html").write_text(html_page([copied]))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_context(java_script_enabled=scripts, viewport={"width": 1280, "height": 900}).new_page()
+        page.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)
+        page.goto((copied / "report.html").as_uri())
+        cell = page.locator(".map tbody td").nth(1)
+        expect(cell).to_have_css("background-color", "rgb(67, 147, 195)")
+        expect(cell.locator("span:visible")).to_have_text(["0.25"])
+        page.get_by_label("share of code, relative to load").check()
+        expect(cell).to_have_css("background-color", "rgb(214, 96, 77)")
+        expect(cell.locator("span:visible")).to_have_text(["6.00"])
+        expect(page.locator(".expert:visible")).to_have_count(0)
+        page.locator(".map tbody a").nth(3).focus()
+        page.keyboard.press("Enter")
+        expect(page.locator(".expert:visible h3")).to_have_text(["Layer 2, expert 1"])
+        expect(page.locator(".expert:visible")).to_contain_text(HOSTILE)
+        page.locator(".expert:visible").get_by_role("link", name="1", exact=True).first.click()
+        expect(page.locator(".expert:visible h3")).to_have_text(["Layer 2, expert 1"])
+        page.locator(".map tbody a").first.click()
+        expect(page.locator(".expert:visible h3")).to_have_text(["Layer 1, expert 0"])
+        assert page.title() == "one"
+        browser.close()

@@ -1,17 +1,22 @@
-"""`smolds checkpoint ls|verify|convert|rm RUN`: list, verify, convert and remove a run's checkpoints."""
+"""`smolds checkpoint ls|verify|convert|average|rm RUN`: list, verify, convert, average and remove a run's checkpoints."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from smolds_dist.checkpoint import files
+from smolds_dist.checkpoint.derived import derived_run
 from smolds_dist.checkpoint.new_folder import check_free, new_folder
 from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.inputs import convert as convert_values
 from smolds_dist.inputs import printable
+from smolds_dist.settings import RunConfig
 
 
 def checkpoint(args: list[str]) -> int:
@@ -27,6 +32,8 @@ def checkpoint(args: list[str]) -> int:
     elif options.command == "convert":
         (folder,) = folders[:1] if options.step is None else files.select(options.run, [options.step])
         convert(folder, options.to, options.weights_only)
+    elif options.command == "average":
+        average(options.run, files.select(options.run, options.steps), options.to)
     else:
         if not options.step and options.after is None:
             raise ConfigError("smolds checkpoint rm needs --step N, or --after N for all later ones.")
@@ -38,7 +45,7 @@ def checkpoint(args: list[str]) -> int:
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="smolds checkpoint",
-        description="List, verify, convert or remove a run's checkpoints.",
+        description="List, verify, convert, average or remove a run's checkpoints.",
         example="smolds checkpoint ls runs/first",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -46,9 +53,14 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "ls": "list checkpoints: step, date, size, validation loss, layout",
         "verify": "compare every file with the manifest",
         "convert": "copy a checkpoint with every tensor in one piece, to archive, move or resume from",
+        "average": "make a run of the mean of several checkpoints' weights, to evaluate, sample and export",
         "rm": "remove checkpoints, but never the last complete one",
     }
-    more = {"convert": " --to runs/kept", "rm": " --step 100"}
+    more = {
+        "convert": " --to runs/kept",
+        "average": " --steps 600:1000:100 --to runs/averaged",
+        "rm": " --step 100",
+    }
     for name, text in texts.items():
         example = f"smolds checkpoint {name} runs/first{more.get(name, '')}"
         command = commands.add_parser(name, help=text, description=text, example=example, allow_abbrev=False)
@@ -65,7 +77,27 @@ def _parse(args: list[str]) -> argparse.Namespace:
                 "--to", type=Path, required=True, help="run folder to write the checkpoint to, such as runs/OTHER"
             )
             command.add_argument("--weights-only", action="store_true", help="omit the optimizer state")
+        if name == "average":
+            text = "steps of the checkpoints, comma-separated; FIRST:LAST:EVERY for a range"
+            command.add_argument("--steps", type=_steps, required=True, help=text)
+            command.add_argument("--to", type=Path, required=True, help="folder of the new run, such as runs/NAME")
     return parser.parse_args(args)
+
+
+def _steps(text: str) -> list[int]:
+    """Return the steps of `--steps`, in increasing order: comma-separated numbers and inclusive ranges FIRST:LAST:EVERY."""
+    found: set[int] = set()
+    for one in text.split(","):
+        match = re.fullmatch(r"(\d{1,12})(?::(\d{1,12}):([1-9]\d{0,11}))?", one.strip())
+        first, last, every = (int(number or match[1]) for number in match.groups()) if match else (0, 0, 1)
+        if not match or last < first or (last - first) // every >= 10_000:
+            raise ConfigError(
+                f"--steps {printable(one)!r} is not a step or a range; write 600:1000:100, or 600,800,1000."
+            )
+        found |= {*range(first, last + 1, every)}
+    if len(found) < 2:
+        raise ConfigError(f"--steps {printable(text)} names one step; name at least two to average.")
+    return sorted(found)
 
 
 def _list(folders: list[Path]) -> None:
@@ -127,6 +159,54 @@ def convert(folder: Path, run: Path, weights_only: bool) -> Path:
     return written
 
 
+@torch.no_grad()
+def average(run: Path, folders: list[Path], to: Path) -> None:
+    """Make the run `to` of the mean, in fp32, of several checkpoints' weights and selection biases (arXiv 2203.05482).
+
+    The checkpoints may have different layouts. Tensors are read one by one, so memory is bounded by one output file.
+
+    Raises:
+        ConfigError: if one is damaged or of another model, or `to` exists.
+    """
+    check_free(to)
+    readers = [files.open_verified(folder) for folder in folders]
+    last, biases = readers[-1].manifest, [reader.selection_biases() for reader in readers]
+    for reader, own in zip(readers, biases, strict=True):
+        other = reader.manifest
+        same_text = other.data.get("tokenizer") == last.data.get("tokenizer")
+        if not same_text or (other.config["model"], other.tensors, *own) != (
+            last.config["model"], last.tensors, *biases[-1]
+        ):  # fmt: skip
+            raise ConfigError(
+                f"{reader.folder} and {folders[-1]} have different models or tokenizers; average checkpoints of one model."
+            )
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in last.tensors:
+            yield (
+                f"{name}:value:0",
+                _mean((reader.read_full(name, "value") for reader in readers), len(readers)).view(-1),
+            )
+        for name in biases[-1]:
+            yield f"{name}:value:0", _mean((own[name].clone() for own in biases), len(readers))
+
+    config = convert_values(last.config, RunConfig, folders[-1] / files.MANIFEST, files.FIX)
+    with derived_run(to, run, config, [files.step_of(folder) for folder in folders]) as unfinished:
+        part = unfinished / "checkpoints" / f"unfinished_{folders[-1].name}"
+        part.mkdir()
+        entries = files.write_tensor_files(part, tensors())
+        files.finalize(part, replace(last, files=entries, weights_only=True, val_loss=None))
+    print(f"wrote the mean of {len(folders)} checkpoints to {to}")
+
+
+def _mean(tensors: Iterator[Tensor], count: int) -> Tensor:
+    """Return the mean of `count` tensors; the first one is overwritten."""
+    total = next(tensors)
+    for tensor in tensors:
+        total += tensor
+    return total / count
+
+
 def _remove(run: Path, folders: list[Path], to_delete: list[Path]) -> None:
     lock = FileLock(run / "lock")
     try:
@@ -144,7 +224,7 @@ def _remove(run: Path, folders: list[Path], to_delete: list[Path]) -> None:
             files.remove(folder)
             print(f"removed {folder}")
         latest = folders[0].parent / "latest"
-        if not latest.exists():
+        if left and not latest.exists():
+            files.mark_latest(left[0])
+        elif not left:
             latest.unlink(missing_ok=True)
-            if left:
-                latest.symlink_to(left[0].name)

@@ -17,7 +17,7 @@ import re
 import shutil
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +33,7 @@ from smolds_dist.activity import LONG, beat, doing
 from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import JSON_BYTES, Count, Positive, convert, parse_json, printable, read_bytes
 from smolds_dist.parallel.fragments import Fragment
+from smolds_dist.parallel.moving_average import EMA
 from smolds_dist.settings import RunConfig
 
 FIX = "restore it from a copy"
@@ -128,13 +129,12 @@ def checkpoints_in(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def select(run: Path, steps: Iterable[int]) -> list[Path]:
-    """Return a run's checkpoints of these steps; raise a `ConfigError` for a missing one."""
+def select(run: Path, steps: Collection[int]) -> list[Path]:
+    """Return a run's checkpoints of these steps; raise a `ConfigError` that names missing ones."""
     by_step = {step_of(folder): folder for folder in checkpoints_in(run / "checkpoints")}
-    for step in steps:
-        if step not in by_step:
-            have = ", ".join(map(str, sorted(by_step))) or "none"
-            raise ConfigError(f"{run} has no checkpoint of step {step}; it has {have}.")
+    if missing := [str(step) for step in steps if step not in by_step]:
+        have = ", ".join(map(str, sorted(by_step))) or "none"
+        raise ConfigError(f"{run} has no checkpoint of step {', '.join(missing)}; it has {have}.")
     return [by_step[step] for step in steps]
 
 
@@ -189,12 +189,17 @@ def finalize(unfinished: Path, manifest: Manifest) -> Path:
         finished.rename(replaced)
     unfinished.rename(finished)
     shutil.rmtree(replaced, ignore_errors=True)
-    link = root / "latest.part"
-    link.unlink(missing_ok=True)
-    link.symlink_to(finished.name)
-    link.replace(root / "latest")
+    mark_latest(finished)
     _flush(root)
     return finished
+
+
+def mark_latest(folder: Path) -> None:
+    """Point the link `latest` next to a checkpoint to it."""
+    link = folder.with_name("latest.part")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(folder.with_name("latest"))
 
 
 def remove(folder: Path) -> None:
@@ -349,6 +354,19 @@ class CheckpointReader:
         """Return the stored kinds of a logical tensor: "value", and optimizer state such as "exp_avg"."""
         return set(self._index.get(name, ()))
 
+    @property
+    def has_ema(self) -> bool:
+        """True if the weights' moving averages are stored."""
+        return all(EMA in self.kinds(name) for name in self.manifest.tensors)
+
+    def use_ema(self) -> None:
+        """Read moving averages as the values of weights and selection biases; raise a `ConfigError` if there are none."""
+        if not self.has_ema:
+            raise ConfigError(f"{self.folder} has no moving averages; train with --train.ema, or omit --weights ema.")
+        for kinds in self._index.values():
+            if EMA in kinds:
+                kinds["value"] = kinds.pop(EMA)
+
     def check_coverage(self) -> None:
         """Raise a `DamagedCheckpointError` naming the first logical tensor with missing or repeated elements in a stored
         kind."""
@@ -394,6 +412,11 @@ class CheckpointReader:
         out = torch.empty(self.manifest.tensors[name])
         self.read(name, kind, 0, out.view(-1))
         return out
+
+    def selection_biases(self) -> dict[str, Tensor]:
+        """Return the routers' selection biases [E] by name."""
+        names = sorted(name for name in self._index if name.endswith(".e_score_correction_bias"))
+        return {name: self.stored(name)["value"] for name in names}
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that are not parameters, by key: selection biases, random states and data progress."""

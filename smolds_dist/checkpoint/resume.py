@@ -18,11 +18,13 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
+from smolds_dist.parallel.moving_average import EMA
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.settings import Model, RunConfig, saved_sources
+from smolds_dist.settings import RunConfig, saved_sources
 from smolds_dist.stages import resolve_stages
 
 UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
+OUTLIERS = "training.outliers"  # and of `training.guard.OutlierFilter`
 
 
 def prepare_resumed(config: RunConfig) -> TrainingData:
@@ -74,7 +76,7 @@ def check_resumable(config: RunConfig) -> tuple[Path, Manifest] | None:
     for folder in candidates:
         if not files.find_damage(folder, contents=False):
             manifest = files.read_manifest(folder)
-            _check_compatible(config, folder, manifest)
+            check_compatible(config, folder, manifest)
             return folder, manifest
     return None
 
@@ -102,9 +104,9 @@ def _candidates(config: RunConfig) -> list[Path]:
     return [requested.resolve()]
 
 
-def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
+def check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     """Reject settings that would change the interrupted run. The layout and later stages may differ."""
-    saved = manifest.config | {"model": asdict(Model(**manifest.config["model"]))}  # with settings that are newer
+    saved = manifest.config
     stages = resolve_stages(config)
     in_effect = stages.at(manifest.data_step).config
     kept: dict[str, Iterable[str]] = {"model": saved["model"]}
@@ -127,13 +129,13 @@ def _check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> No
                 )
     if manifest.weights_only:
         return
-    _check_mixture(config, folder, manifest)
     if stages.samples(manifest.data_step) != manifest.samples:
         raise ConfigError(
             f"{folder} was trained on {manifest.samples:,} sequences up to step {manifest.step}, but this run's stages have "
             f"{stages.samples(manifest.data_step):,}; resume with the same --train.stages up to that step, or start a new "
             "--run.name."
         )
+    _check_mixture(config, folder, manifest)
 
 
 def _check_mixture(config: RunConfig, folder: Path, manifest: Manifest) -> None:
@@ -201,7 +203,7 @@ def open_checkpoint(config: RunConfig, topology: Topology, before: int | None = 
         reader, damage = _verified(folder, topology)
         if reader:
             if before is None:
-                _check_compatible(config, folder, reader.manifest)
+                check_compatible(config, folder, reader.manifest)
             return reader
         skipped.append(f"{folder} is damaged: {damage}")
         if topology.rank == 0:
@@ -228,15 +230,18 @@ def _verified(folder: Path, topology: Topology) -> tuple[CheckpointReader | None
 def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topology: Topology) -> TrainState:
     """Load optimizer state, selection biases and random states in this layout; return the run's progress.
 
-    The engine already has the weights, filled by `reader.fill`.
+    The engine already has the weights, filled by `reader.fill`. Moving averages that the checkpoint lacks start from them.
     """
     manifest = reader.manifest
     if manifest.optimizer_steps:  # else there are only weights
-        engine.allocate_optimizer_state(lambda name: sorted(reader.kinds(name) - {"value"}), manifest.optimizer_steps)
+        engine.allocate_optimizer_state(
+            lambda name: sorted(reader.kinds(name) - {"value", EMA}), manifest.optimizer_steps
+        )
+        done = {"value"} if reader.has_ema else {"value", EMA}
         for fragment in engine.fragments():
-            reader.fill(fragment.only(*fragment.tensors.keys() - {"value"}))
-    for name, bias in balancer.named_biases().items():
-        reader.read(name, "value", 0, bias)
+            reader.fill(fragment.only(*fragment.tensors.keys() - done))
+    for (name, kind), tensor in balancer.state().items():
+        reader.read(name, kind if kind in reader.kinds(name) else "value", 0, tensor)
     # A rank new in this layout keeps its own states.
     states = reader.stored(f"{files.RANDOM}rank_{topology.rank:05}")
     if "cpu" in states:

@@ -142,7 +142,7 @@ class CheckpointWriter:
             if len(share.tensors["value"]):
                 tensors |= {f"{share.name}:{kind}:{share.start}": t for kind, t in share.tensors.items()}
         if self.topology.rank == 0 and balancer is not None:
-            tensors |= {f"{name}:value:0": bias for name, bias in balancer.named_biases().items()}
+            tensors |= {f"{name}:{kind}:0": tensor for (name, kind), tensor in balancer.state().items()}
         # Training does not use torch's generators once the model is built.
         states = {"cpu": torch.get_rng_state()}
         if self.topology.device == "cuda":

@@ -30,6 +30,7 @@ class Layout:
     engine: str = "deepspeed"
     recompute: str = "none"  # in the backward pass: none, attention, experts, selective or full
     optimizer: str = "adamw"
+    ema: bool = False  # moving averages of the weights
     graphs: bool = False  # CUDA graphs, where they are possible
     offload: bool = False  # optimizer state in host memory
     copies: bool = False  # checkpoint data is copied to host memory and written in the background
@@ -106,6 +107,7 @@ def configured(config: Any) -> dict[str, Any]:
     fields = {
         "recompute": config.train.activation_checkpointing,
         "optimizer": config.train.optimizer,
+        "ema": bool(config.train.ema),
         "graphs": config.train.cuda_graphs is not False and not config.data.document_mask,
         "copies": bool(config.checkpoint.every and config.checkpoint.background),
     }

@@ -109,7 +109,7 @@ class Memory:
     process: float  # without a model
     weights: float
     gradients: float
-    optimizer: float  # moments, and the fp32 copy of bf16 weights
+    optimizer: float  # moments, the fp32 copy of bf16 weights, moving averages
     activations: float
     logits: float  # of a chunk of tokens, and the LM head's gradient
     buffers: float  # for reductions, gathers and all-to-all
@@ -188,15 +188,16 @@ def state_bytes(model: Any, layout: Layout) -> tuple[float, float, float]:
     """Return the bytes of weights, gradients and optimizer state (ZeRO, arXiv 1910.02054, section 5).
 
     Per parameter: the weight; its gradient, accumulated in fp32; for Adam two moments, for Muon one on matrices; in bf16
-    also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too. ZeRO 1 shards the optimizer state over the
-    replicas, 2 also the gradients, 3 all. Offloading moves the optimizer state to the host.
+    also an fp32 copy, which DeepSpeed's ZeRO keeps of fp32 weights too; with `ema` the moving average in fp32. ZeRO 1
+    shards the optimizer state over the replicas, 2 also the gradients, 3 all. Offloading moves the optimizer state to the
+    host.
     """
     weight = layout.element_bytes
     moments = 8.0
     if layout.optimizer == "muon":
         embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
         moments = 4 + 4 * embeddings / sum(parameter_counts(model))
-    optimizer = moments + (4 if weight == 2 or layout.zero else 0)
+    optimizer = moments + (4 if weight == 2 or layout.zero else 0) + (4 if layout.ema else 0)
     found = [0.0, 0.0, 0.0]
     for parameters, replicas, _ in rank_parameters(model, layout):
         found[0] += parameters * weight / (replicas if layout.zero >= 3 else 1)
@@ -301,8 +302,9 @@ def buffer_bytes(model: Any, layout: Layout, skew: float = 1.0) -> float:
 
 
 def checkpoint_bytes(model: Any, layout: Layout) -> float:
-    """Return the bytes that a rank writes into a checkpoint: its shard of fp32 weights and optimizer state."""
-    return sum(parameters * 12 / replicas for parameters, replicas, _ in rank_parameters(model, layout))
+    """Return the bytes that a rank writes into a checkpoint: its shard of fp32 weights, optimizer state and averages."""
+    each = 16 if layout.ema else 12
+    return sum(parameters * each / replicas for parameters, replicas, _ in rank_parameters(model, layout))
 
 
 def with_vocabulary(config: Any) -> Any:

@@ -11,7 +11,6 @@ from smolds_dist.data.batch import (
     TrainingData,
     apply_document_mask,
     batch_digest,
-    document_separator,
 )
 from smolds_dist.model.causal_attention import Documents
 from smolds_dist.progress import StoppedWaitingError
@@ -75,10 +74,9 @@ class BatchPrefetcher:
         ids = self._data.batch(indices)
         digest = batch_digest(ids, indices)
         size = self._micro_batches[stage.number - 1]
-        end_of_text = document_separator(stage.config.data, self._data.tokenizer)
-        if end_of_text is None:
+        if not stage.config.data.document_mask:
             return Batch([MicroBatch(part, part) for part in self._split(ids, size)], None, digest)
-        positions, labels = apply_document_mask(ids, end_of_text)
+        positions, labels = apply_document_mask(ids, self._data.tokenizer.eos_token_id)
         parts = map(self._separated, *(self._split(values, size) for values in (ids, labels, positions)))
         return Batch(list(parts), int((labels[:, 1:] >= 0).sum()), digest)
 

@@ -1,4 +1,4 @@
-"""The order of a source whose sequence length changes during the run: where it does, the rest of the epoch is split anew.
+"""The order of a source whose sequence length changes during the run: where it does, the rest of the epoch is split again.
 
 No token is lost or comes twice: the new samples hold the tokens of the epoch that no earlier sample has, and the next
 epoch begins when they are used up. A change in the middle of a window shuffles what is left of it with the next one.

@@ -41,6 +41,7 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
     )
     parser.add_argument("model", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the final model")
+    parser.add_weights_option()
     parser.add_argument("--max-tokens", type=int, default=1_000_000, help="tokens to evaluate per source")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch")
     parser.add_argument("--json", type=Path, help="output file for the results")
@@ -58,15 +59,14 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
 def _evaluate_texts(options: Any, settings: list[str]) -> dict[str, Any] | list[dict[str, Any]]:
     from smolds_dist.data.batch import document_separator
 
-    config, is_validation = _data_config(options.model, options.step, settings)
-    model, tokenizer = load_model(options.model, options.step)
+    config, is_validation = data_config("smolds eval", options.model, options.step, settings)
+    model, tokenizer = load_model(options.model, options.step, options.weights)
     results, end_of_text = [], document_separator(config.data, tokenizer)
-    texts = _validation_texts if is_validation else _all_texts
-    for source, ids, num_bytes in texts(config, tokenizer, options.max_tokens):
+    for name, ids, num_bytes in read_sources(config, is_validation, tokenizer, options.max_tokens):
         begin, used = time.perf_counter(), ids[: options.max_tokens]
         loss, counted = mean_loss(model, used, config.data.seq_len, options.batch_size, end_of_text)
         result = {
-            "text": f"{source}{', validation set' if is_validation else ''}",
+            "text": f"{config.data.mixed[name].source}{', validation set' if is_validation else ''}",
             "tokens": counted,
             "sequence_length": config.data.seq_len,
             "loss": loss,
@@ -91,15 +91,25 @@ def _evaluate_tasks(options: Any, settings: list[str]) -> dict[str, Any]:
             f"{settings[0]} cannot be combined with --tasks, which have their own text; remove one of them."
         )
     tasks = load_tasks(options.tasks, options.include_path)
-    model, tokenizer = load_model(options.model, options.step)
+    model, tokenizer = load_model(options.model, options.step, options.weights)
     result, table = evaluate_tasks(model, tokenizer, tasks, options.num_fewshot, options.limit, options.batch_size)
     print(table)
     return result
 
 
-def _data_config(model: Path, step: int | None, settings: list[str]) -> tuple[RunConfig, bool]:
-    """Return the settings of the run's stage at `step`, or its last, and whether to evaluate on its validation set."""
-    run = next((f for f in (model, model.parent, *model.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
+def run_of(model: Path) -> Path | None:
+    """Return the run that a folder is, or to which this checkpoint or export belongs."""
+    folders = (model, model.parent, *model.resolve().parents[:2])
+    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def data_config(command: str, model: Path, step: int | None, settings: list[str]) -> tuple[RunConfig, bool]:
+    """Return the settings of the run's stage at `step`, or its last, and whether to evaluate on its validation set.
+
+    Raises:
+        ConfigError: if a setting is not about data, or neither a run nor a source names the text.
+    """
+    run = run_of(model)
     base = ["--config", str(run / "config.yaml")] if run else ["--run.name=eval"]
     if run:
         config = load_config(base)
@@ -107,18 +117,29 @@ def _data_config(model: Path, step: int | None, settings: list[str]) -> tuple[Ru
         base += [f"--data.seq_len={data.seq_len}", f"--data.document_mask={data.document_mask}", "--train.stages=null"]
     wrong = next((s for s in settings if s.startswith("--") and not s.startswith("--data.")), None)
     if wrong:
-        raise ConfigError(f"{wrong} is not an option of smolds eval; `smolds eval --help` lists them.")
+        raise ConfigError(f"{wrong} is not an option of {command}; `{command} --help` lists them.")
     own = any(setting.partition("=")[0] in ("--data.source", "--data.sources") for setting in settings)
     if own:  # replaces the run's sources
         base += ["--data.sources=null", "--data.source=stdlib"]
-    config = load_config([*base, *settings], prog="smolds eval")
+    config = load_config([*base, *settings], prog=command)
     if not own and run is None:
         raise ConfigError(f"{model} is not a run's, so it has no validation set; choose the text with --data.source.")
     return config, not own
 
 
-def _validation_texts(config: RunConfig, tokenizer: Any, _limit: int) -> Iterator[tuple[str, Any, int]]:
-    """Yield each source's name, validation tokens, and the bytes of their text."""
+def read_sources(config: RunConfig, is_validation: bool, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
+    """Yield each source's name, tokens of whole documents and the bytes of their text.
+
+    Args:
+        is_validation: read the run's validation sets; else the sources, up to the document with their token `limit`.
+
+    Raises:
+        ConfigError: if a file cannot be read, a source has too little text, or the run's tokenizer is another.
+    """
+    return _validation_tokens(config, tokenizer) if is_validation else _all_tokens(config, tokenizer, limit)
+
+
+def _validation_tokens(config: RunConfig, tokenizer: Any) -> Iterator[tuple[str, Any, int]]:
     from smolds_dist.data.prepare import prepare_data
     from smolds_dist.data.tokenizer import tokenizer_digest
 
@@ -126,11 +147,10 @@ def _validation_texts(config: RunConfig, tokenizer: Any, _limit: int) -> Iterato
     if tokenizer_digest(data.tokenizer) != tokenizer_digest(tokenizer):
         raise ConfigError("the run's corpus and so its tokenizer have changed; choose the text with --data.source.")
     for name, source in data.sources.items():
-        yield config.data.mixed[name].source, source.validation.tokens, source.validation.bytes
+        yield name, source.validation.tokens, source.validation.bytes
 
 
-def _all_texts(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
-    """Yield each source's name, its tokens up to `limit` with end-of-text tokens, and the bytes of their text."""
+def _all_tokens(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[str, Any, int]]:
     import numpy as np
 
     from smolds_dist.data.shards import Corpus
@@ -153,7 +173,7 @@ def _all_texts(config: RunConfig, tokenizer: Any, limit: int) -> Iterator[tuple[
             print(line, file=sys.stderr)
         if count < 2:
             raise ConfigError(f"{source.source!r} has too little text to evaluate on; choose a larger source.")
-        yield source.source, np.concatenate(chunks), num_bytes
+        yield name, np.concatenate(chunks), num_bytes
 
 
 def mean_loss(model: Any, ids: Any, length: int, batch: int, end_of_text: int | None = None) -> tuple[float, int]:

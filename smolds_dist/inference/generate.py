@@ -20,6 +20,7 @@ def generate(args: list[str]) -> None:
     )
     parser.add_argument("source", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the final model")
+    parser.add_weights_option()
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--prompts", type=Path, help="file with one prompt per line; prints JSON lines")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="maximum number of tokens to add")
@@ -44,7 +45,7 @@ def generate(args: list[str]) -> None:
     if options.prompts is not None:
         text = read_text(options.prompts, "use a UTF-8 text file", ROWS_BYTES)
         prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-    model, tokenizer = load_model(options.source, options.step)
+    model, tokenizer = load_model(options.source, options.step, options.weights)
     if options.draft:
         check_drafts(options.source, model)
     longest = max((len(tokenizer(prompt).input_ids) for prompt in prompts), default=0)
@@ -86,16 +87,22 @@ def check_drafts(source: Path, model: Any) -> None:
         )
 
 
-def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
+def load_model(source: Path, step: int | None = None, weights: str = "trained") -> tuple[Any, Any]:
     """Return model, on the fastest local device, and tokenizer of a run, a checkpoint or an export; of a finished run, its
-    export.
+    export, unless a step or averaged weights are requested.
+
+    Args:
+        weights: "trained" or "ema", as in `open_model`.
 
     Raises:
         ConfigError: if there is none.
     """
     folder = source / "export" if (source / "export" / "config.json").is_file() else source
-    is_export = (folder / "config.json").is_file() and step is None
+    exists = (folder / "config.json").is_file()
+    is_export = exists and step is None and weights == "trained"
     if not is_export and not (source / "checkpoints").is_dir() and not (source / "manifest.json").is_file():
+        if exists:
+            raise ConfigError(f"{source} is an export, without steps or moving averages; name its run or a checkpoint.")
         raise ConfigError(f"{source} contains no model; use the folder of a run, a checkpoint or an exported model.")
 
     if is_export:
@@ -122,7 +129,7 @@ def load_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
     else:
         from smolds_dist.interchange.export import build_model, find_checkpoint, open_model
 
-        reader, config, tokenizer = open_model(find_checkpoint(source, step))
+        reader, config, tokenizer = open_model(find_checkpoint(source, step), weights)
         model = build_model(reader, config)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), tokenizer

@@ -53,14 +53,14 @@ def export(args: list[str]) -> None:
     check_free(options.to)
     if options.format == "gguf" and (options.to.suffix != ".gguf" or options.to.exists()):
         raise ConfigError(f"--to {options.to} is not a new file for --format gguf; choose a name such as model.gguf.")
-    reader, config, tokenizer = open_model(folder)
+    reader, config, tokenizer = open_model(folder, options.weights)
     dtype = reader.manifest.topology["dtype"] if options.dtype == "auto" else options.dtype
     if options.format == "gguf":
         _export_gguf(folder, reader, config, tokenizer, dtype, options)
         return
     with new_folder(options.to) as unfinished:
         write(reader, config, tokenizer, unfinished, options.format, dtype, options.max_shard_bytes)
-        write_card(unfinished, folder, reader.manifest, config, options.format)
+        write_card(unfinished, folder, reader.manifest, config, options.format, options.weights == "ema")
         if options.check:
             check(reader, config, unfinished, options.format, dtype)
     print(f"exported {folder} to {options.to}{', which computes the same logits' if options.check else ''}")
@@ -76,7 +76,7 @@ def _export_gguf(
     to = options.to
     description, text = modelfile(to, bool(tokenizer.chat_template))
     with new_file(to) as unfinished:
-        name, biases = folder.resolve().parent.parent.name, dict(_selection_biases(reader))
+        name, biases = folder.resolve().parent.parent.name, reader.selection_biases()
         if config.num_nextn_predict_layers:
             report_left_out(config, "GGUF")
         write_gguf(unfinished, name, reader, biases, config, tokenizer, dtype, options.quantize, options.check)
@@ -96,6 +96,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "--to", type=Path, required=True, help="output folder; with --format gguf, output file NAME.gguf"
     )
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
+    parser.add_weights_option()
     parser.add_argument(
         "--format",
         choices=("transformers", "smolds", "gguf"),
@@ -152,13 +153,18 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
     return complete
 
 
-def open_model(folder: Path) -> tuple[CheckpointReader, Any, Any]:
+def open_model(folder: Path, weights: str = "trained") -> tuple[CheckpointReader, Any, Any]:
     """Return a checkpoint's verified contents, and its model's configuration and tokenizer.
 
+    Args:
+        weights: what the reader returns as the weights: "trained", or "ema", their moving averages.
+
     Raises:
-        ConfigError: if the checkpoint is damaged, or its tokenizer is missing.
+        ConfigError: if the checkpoint is damaged, or its tokenizer or the moving averages are missing.
     """
     reader = open_verified(folder)
+    if weights == "ema":
+        reader.use_ema()
     tokenizer = tokenizer_of(folder, reader.manifest)
     return reader, model_config(reader.manifest, tokenizer), tokenizer
 
@@ -213,7 +219,7 @@ def write(
 
     written = config
     if kind == "transformers":
-        biased = any(bool(bias.any()) for _, bias in _selection_biases(reader))
+        biased = any(bool(bias.any()) for bias in reader.selection_biases().values())
         try:
             written = transformers_config(config, biased)
         except ValueError as error:
@@ -242,7 +248,7 @@ def _for_transformers(reader: CheckpointReader, config: Any, model_type: str) ->
     from smolds_dist.interchange.transformers_format import SHARED_COPIES, to_transformers
 
     ours = ((name, reader.read_full(name, "value")) for name in reader.manifest.tensors)
-    for name, tensor in chain(ours, _selection_biases(reader)):
+    for name, tensor in chain(ours, reader.selection_biases().items()):
         if renamed := to_transformers(name, tensor, config, model_type):
             yield renamed
     if config.tie_word_embeddings and model_type in ("deepseek_v3", "mixtral"):
@@ -269,7 +275,7 @@ def _for_smolds(reader: CheckpointReader, config: Any) -> Iterator[tuple[str, An
         for fragment in split_by_tensor(logical_shapes(name, parameter.shape), 0, {"value": tensor.view(-1)}):
             reader.fill(fragment)
         yield name, tensor
-    yield from _selection_biases(reader)
+    yield from reader.selection_biases().items()
 
 
 def build_model(reader: CheckpointReader, config: Any) -> Any:
@@ -285,16 +291,9 @@ def build_model(reader: CheckpointReader, config: Any) -> Any:
         raise ConfigError(f"{reader.folder} has tensors that do not match its config; restore it from a copy.")
     model = empty_model(config)
     fill_parameters(model, reader.fill)
-    for name, bias in _selection_biases(reader):
+    for name, bias in reader.selection_biases().items():
         model.get_buffer(name).copy_(bias)
     return model
-
-
-def _selection_biases(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
-    """Yield name and tensor [E] of each selection bias."""
-    for key, tensor in reader.extra_tensors().items():
-        if ".e_score_correction_bias:" in key:
-            yield key.split(":")[0], tensor
 
 
 def _write_files(tensors: Iterator[tuple[str, Any]], folder: Path, dtype: str, file_bytes: int) -> None:

@@ -281,3 +281,28 @@ def logical_tensors(folder: Path, ours: Any, theirs: Any) -> Iterator[tuple[str,
             raise ConfigError(f"{path} is damaged ({error}); download it again.") from None
     if further:
         print(f"{further} tensors of multi-token prediction layers skipped")
+
+
+def read_model(folder: Path) -> tuple[Any, Any]:
+    """Return smolds' model, in fp32 on the CPU, and the tokenizer of a folder in Hugging Face format.
+
+    Raises:
+        ConfigError: if the model has no counterpart here, or its files do not match its configuration.
+    """
+    import torch
+
+    from smolds_dist.model import empty_model
+    from smolds_dist.parallel.fragments import fill_parameters, tensor_shapes
+
+    check_sizes(folder, check_settings(folder))
+    theirs, ours = read_config(folder)
+    tokenizer = read_tokenizer(folder, ours.vocab_size)
+    model = empty_model(ours)
+    views = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    shapes = tensor_shapes(model) | {name: tuple(bias.shape) for name, bias in views.items()}
+    fill_parameters(model, lambda fragment: views.update({fragment.name: fragment.tensors["value"]}))
+    given = logical_tensors(folder, ours, theirs)
+    with torch.no_grad():
+        for name, tensor in check_tensors(folder, theirs.model_type, given, ours, shapes):
+            views[name].copy_(tensor.flatten())
+    return model, tokenizer

@@ -16,14 +16,22 @@ from smolds_dist.stages import format_stages
 PLOT = "training_metrics.png"
 
 
-def write_card(folder: Path, checkpoint: Path, manifest: Manifest, config: Any, kind: str) -> None:
-    """Write README.md, and the plot of the run if the checkpoint is in its run's folder."""
+def write_card(
+    folder: Path, checkpoint: Path, manifest: Manifest, config: Any, kind: str, averaged: bool = False
+) -> None:
+    """Write README.md, and the plot of the run if the checkpoint is in its run's folder.
+
+    Args:
+        averaged: True for moving averages of the weights, which training does not evaluate.
+    """
     run = checkpoint.parent.parent
     rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= manifest.step]
     steps = [row for row in rows if "loss" in row]
     if steps:
         figure_of([run]).savefig(folder / PLOT)
-    (folder / "README.md").write_text(card(run.resolve().name, rows, manifest, config, kind), encoding="utf-8")
+    (folder / "README.md").write_text(
+        card(run.resolve().name, rows, manifest, config, kind, averaged), encoding="utf-8"
+    )
 
 
 def sources_table(manifest: Manifest) -> list[tuple[str, str]]:
@@ -46,7 +54,7 @@ def stages_table(manifest: Manifest) -> list[tuple[str, str]]:
     return [(f"stage {number}", text) for number, text in enumerate(format_stages(stages, manifest.data_step), 1)]
 
 
-def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str) -> str:
+def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str, averaged: bool = False) -> str:
     """Return the card as Markdown, with the Hub's metadata at the top."""
     train = manifest.config["train"]
     experts = f"{config.num_experts} in each of {config.num_hidden_layers} layers"
@@ -61,7 +69,9 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         ("optimizer", f"{train['optimizer']}, learning rate {train['lr']:g}, {train['schedule']}"),
         ("layout", manifest.layout),
     ]  # fmt: skip
-    evaluation = next((row for row in reversed(rows) if "val_loss" in row), None)
+    if averaged:
+        table.append(("weights", f"moving average, decay {train['ema']:g}"))
+    evaluation = None if averaged else next((row for row in reversed(rows) if "val_loss" in row), None)
     if evaluation:
         line = f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte"
         table.append(("validation loss", f"{line} (step {evaluation['step']:,})"))

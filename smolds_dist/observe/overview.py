@@ -17,6 +17,7 @@ EVENTS = {
     "restart": "after step {step}: restart {number}, because after step {failed_after} {cause}",
     "slow_rank": "step {step}: rank {rank} on host {host} was a straggler: {times} times the others' compute time",
     "skipped": "step {step}: loss or gradient not finite, update skipped",
+    "outlier": "step {step}: loss or gradient norm far above those of the steps before, update skipped",
 }
 
 
@@ -64,7 +65,7 @@ def events(rows: list[dict]) -> list[str]:
     """Return a line for each event of a run."""
     lines = []
     for row in rows:
-        kind = "skipped" if row.get("skipped") else row.get("event")
+        kind = next((name for name in ("outlier", "skipped") if row.get(name)), row.get("event"))
         if kind in EVENTS:
             known = defaultdict(lambda: "?", row | {"versions": format_versions(row.get("versions", {}))})
             lines.append(EVENTS[kind].format_map(known))

@@ -71,7 +71,7 @@ class RunLog:
         `max_vio` is of the batch, `max_vio_window` of the last `WINDOW` batches together; both are means over the layers.
 
         Args:
-            counts_LE: None for a step whose update was skipped because of values that are not finite.
+            counts_LE: None for a step whose update was skipped, because of values that are not finite, or as an outlier.
         """
         if not self._main:
             return
@@ -82,18 +82,20 @@ class RunLog:
         text = f"loss {loss}, {row['tokens_per_s']:,.0f} tokens/s"
         if counts_LE is None:
             row["skipped"] = True
-            text += ", update skipped: not finite"
+            why = f"outlier {row['outliers']} of the run" if "outlier" in row else "not finite"
+            text += f", update skipped: {why}"
         else:
             row["max_vio"] = round(max_violation(counts_LE).mean().item(), 5)
             row["load"] = rounded(counts_LE / counts_LE.sum(-1, keepdim=True))
             self._recent.append(torch.tensor(row["load"]))
             row["max_vio_window"] = round(max_violation(torch.stack(list(self._recent)).mean(0)).mean().item(), 5)
             text += f", MaxVio {row['max_vio']:.2f}"
-        if self.verbose:
+        shown = self.verbose or (self.shown and "outlier" in row)
+        if shown:
             norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
             text += f", gradient norm {norm}, learning rate {row['lr']:.2e}, MFU {row['mfu']:.1%}"
         self.row(**row)
-        self._bar.show(row["step"], text, line=self.verbose)
+        self._bar.show(row["step"], text, line=shown)
 
     def row(self, step: int, **values: object) -> None:
         """Write a row of metrics: a training step, an evaluation (see `inference.validation`), or an `event`."""

@@ -4,17 +4,19 @@ Everything is read from the runs' folders, so it works on any host that can acce
 was killed on another host is recognized by its missing rows.
 """
 
+import contextlib
 import shutil
 import sys
 import time
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from smolds_dist.checkpoint.derived import Parent, read_parent
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inputs import printable
 from smolds_dist.launching.failure import CAUSE, read_cause
@@ -51,7 +53,8 @@ def runs(args: list[str]) -> None:
     parser = OptionParser(
         prog="smolds runs",
         usage="smolds runs [DIR] [--watch] | smolds runs diff RUN RUN",
-        description="List the runs in a folder: state, step, loss, speed. `diff` compares two runs.",
+        description="List the runs in a folder: state, step, loss, speed; branches and averages below the run they come "
+        "from. `diff` compares two runs.",
         example="smolds runs --watch",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="folder of runs")
@@ -61,7 +64,7 @@ def runs(args: list[str]) -> None:
     if not options.folder.is_dir():
         raise ConfigError(f"{options.folder} is not a folder; use the one that --run.dir names.")
     while True:
-        shown = table(read_run(folder) for folder in find_runs(options.folder))
+        shown = table(replace(read_run(run), name=name) for run, name in tree(find_runs(options.folder)))
         if not options.watch:
             print(shown)
             return
@@ -75,6 +78,33 @@ def find_runs(folder: Path) -> list[Path]:
     """Return the runs in a folder, newest last: every folder that training or `smolds slurm --submit` has written to."""
     found = [path for path in folder.iterdir() if any((path / name).exists() for name in ("config.yaml", SUBMITTED))]
     return sorted(found, key=lambda path: (_started(path) or 0.0, path.name))
+
+
+def tree(found: list[Path]) -> list[tuple[Path, str]]:
+    """Return runs and their indented names, each followed by the runs made from its checkpoints (`checkpoint.derived`)."""
+    at = {run.resolve(): run for run in found}
+    children: dict[Path | None, list[tuple[Path, str]]] = {}
+    for run in found:
+        parent = _parent(run)
+        above = at.get((run / parent.run).resolve()) if parent else None
+        children.setdefault(above, []).append((run, f"{run.name} ({parent})" if parent and above else run.name))
+    lines: list[tuple[Path, str]] = []
+
+    def add(run: Path | None, depth: int) -> None:
+        for child, name in children.pop(run, ()):
+            lines.append((child, "  " * depth + name))
+            add(child, depth + 1)
+
+    add(None, 0)
+    for left in list(children):  # only damaged files make a run its own ancestor
+        add(left, 0)
+    return lines
+
+
+def _parent(run: Path) -> Parent | None:
+    with contextlib.suppress(ConfigError):  # shown as the run's state
+        return read_parent(run)
+    return None
 
 
 def read_run(folder: Path, now: float | None = None) -> Run:
@@ -93,7 +123,11 @@ def _read_run(folder: Path, now: float) -> Run:
     config = _config(folder)
     total = config.get("train", {}).get("steps", 0)
     step = steps[-1]["step"] if steps else 0
-    state = state_of(folder, rows[-1].get("time") if rows else None, seconds, now)
+    parent = read_parent(folder)
+    if parent and not (folder / STATE).exists() and not (folder / SUBMITTED).exists():
+        state, total = ("not started", total) if len(parent.steps) == 1 else ("weights only", 0)
+    else:
+        state = state_of(folder, rows[-1].get("time") if rows else None, seconds, now)
     running = state.startswith("running")
     return Run(
         folder.name,
@@ -194,14 +228,24 @@ def _parse_diff(args: list[str]) -> tuple[Path, Path]:
 
 
 def difference(first: Path, second: Path) -> str:
-    """Return a table of three columns: settings that differ, then each curve's last value."""
-    lines: list[tuple[str, ...]] = [("", first.name, second.name), *differing_settings([first, second])]
+    """Return a table of three columns: parents, settings that differ, each curve's last value, and losses of the last step
+    that both have, after a branch of one from the other."""
+    lines: list[tuple[str, ...]] = [("", first.name, second.name)]
+    parents = [read_parent(run) for run in (first, second)]
+    if any(parents):
+        lines.append(("parent", *(f"{Path(one.run).name} {one}" if one else "" for one in parents)))
+    lines += differing_settings([first, second])
     rows = [read_rows(run / "metrics.jsonl") for run in (first, second)]
     lines.append(("last step", *(str(max((row["step"] for row in own), default=0)) for own in rows)))
     for name in CURVES:
         values = [next((row[name] for row in reversed(own) if row.get(name) is not None), None) for own in rows]
         if values != [None, None]:
             lines.append((name, *(_short(value) for value in values)))
+    shared = max((one.steps[-1] for one in parents if one), default=0)
+    for name in ("loss", "val_loss"):
+        values_at = [{row["step"]: row[name] for row in own if row.get(name) is not None} for own in rows]
+        if step := max((step for step in values_at[0].keys() & values_at[1].keys() if step > shared), default=0):
+            lines.append((f"{name} at step {step}", *(_short(values[step]) for values in values_at)))
     return _aligned(lines)
 
 
@@ -233,7 +277,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _started(folder: Path) -> float | None:
-    """Return when the run first started, in seconds since 1970."""
+    """Return when the run first started, or was made from another, in seconds since 1970."""
+    if parent := _parent(folder):
+        return parent.created
     path = folder / "metrics.jsonl"
     if path.is_file():
         with path.open("rb") as file:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smolds_dist.parallel.moving_average import MovingAverage
+
 
 def moe_layers(model: nn.Module) -> dict[str, Any]:
     """Return the MoE layers by name: our `DeepSeekMoE`, or DeepSpeed's AutoEP layer that replaces it."""
@@ -25,14 +27,16 @@ class Balancer:
 
     Args:
         rate: change of a bias per step; 0 = count only.
+        ema: decay of the biases' moving averages; 0 = none.
     """
 
-    def __init__(self, model: nn.Module, rate: float):
+    def __init__(self, model: nn.Module, rate: float, ema: float = 0.0):
         self.rate = rate
         named = moe_layers(model)
         self.layers, self._names = list(named.values()), list(named)
         routers = [getattr(layer, "router", None) or layer.gate for layer in self.layers]
         self.biases: list[Tensor] = [router.e_score_correction_bias for router in routers]
+        self._average = MovingAverage(ema, self.biases)
         device = self.layers[0].tokens_per_expert.device
         self._counts = torch.zeros(len(self.layers), len(self.biases[0]), device=device)
         # One tensor of all layers' buffers. An engine may have cast them to bf16, where counts above 256 are inexact.
@@ -75,12 +79,21 @@ class Balancer:
             # Only differences between biases affect routing; centered, they cannot drift and lose precision.
             bias_LE -= bias_LE.mean(-1, keepdim=True)
             torch._foreach_copy_(self.biases, list(bias_LE.unbind()))
+        if applied:
+            self._average.update(self.biases)
         return counts_LE
 
     def named_biases(self) -> dict[str, Tensor]:
         """Return the selection biases [E] as live tensors, under the single-process model's names."""
         named = zip(self._names, self.biases, strict=True)
         return {f"{name}.gate.e_score_correction_bias": bias for name, bias in named}
+
+    def state(self) -> dict[tuple[str, str], Tensor]:
+        """Return what checkpoints store, as live tensors [E] by name and kind: biases ("value"), and averages ("ema")."""
+        named = self.named_biases().items()
+        return {
+            (name, kind): t for name, bias in named for kind, t in ({"value": bias} | self._average.of(bias)).items()
+        }
 
 
 def max_violation(counts_LE: Tensor) -> Tensor:

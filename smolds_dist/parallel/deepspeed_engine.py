@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.parallel.cpu_experts import patch_cpu_experts
 from smolds_dist.parallel.engine import (
     NOTHING,
+    Accept,
     Factors,
     Fill,
     KindsOf,
     Update,
+    Watch,
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
@@ -44,6 +47,7 @@ from smolds_dist.parallel.fragments import (
     tensor_shapes,
 )
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_on_replicas
+from smolds_dist.parallel.moving_average import MovingAverage
 from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, Train
@@ -113,11 +117,16 @@ class DeepSpeedEngine:
         self.grad_clip = config.train.grad_clip
         self.topology = topology
         self._norm = float("nan")
-        self._applied = True
+        self._applied, self._outlier = True, False
+        self._accept: Callable[[float], bool] | None = None  # until this step's decision
+        self._watch: Watch | None = None
+        self._watched: dict[int, list[tuple[Fragment, int]]] = {}
+        self._hidden: list[list[Tensor]] = []  # parameters of the optimizer's groups during a skipped update
         self._squares: dict[str, Tensor] | None = None  # this step's, if requested
         # By id of an optimizer tensor: fragments of it and the factors to scale their rows by
         self._factors: dict[int, list[tuple[Fragment, Tensor]]] = {}
         self._masters: dict[int, Tensor] = {}  # fp32 copies by id of the parameter (ZeRO 0)
+        self._average = MovingAverage()  # DeepSpeed may step the optimizer while it is built
         self._clock = CommunicationClock("all_to_all_single")
         self.engine = initialize(model, config, topology, partial(self._make_optimizer, model, config.train, fill))
         self.model = self.engine.module
@@ -127,6 +136,7 @@ class DeepSpeedEngine:
             self._owners = MatrixOwners(self.fragments(), self._flats(), self.tensor_shapes(), self.device)
         if topology.dtype == "bf16":
             self._finish_bf16(fill)
+        self._average = MovingAverage(config.train.ema, self._flats())
         if model.config.has_router_losses:
             keep_router_logits(self.model)
 
@@ -144,9 +154,8 @@ class DeepSpeedEngine:
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
         built = make_optimizer([group for group in groups if group["params"]], train, self.topology.dtype)
-        before_step = self._clip_without_zero if self.topology.zero == 0 else self._add_squares
-        built.register_step_pre_hook(lambda optimizer, *_: before_step(optimizer))
-        built.register_step_post_hook(lambda optimizer, *_: self._scale_updated(optimizer))
+        built.register_step_pre_hook(lambda optimizer, *_: self._before_update(optimizer))
+        built.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
         for group in built.param_groups:
             holders = self._replica_ranks(group["part"] == "experts")
             if group["muon"] and (self.topology.zero or len(holders) > 1):
@@ -189,12 +198,46 @@ class DeepSpeedEngine:
             for part, square in squares_by_part(optimizer).items():
                 self._squares[part] = self._squares.get(part, 0.0) + square
 
-    def _scale_updated(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scale updated rows before DeepSpeed copies them to the model; ZeRO steps one group or slice at a time."""
+    def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and hide all parameters from the optimizer if the update is skipped: it then changes nothing.
+
+        ZeRO steps one group or slice at a time, after it has clipped, and not at all if a gradient is not finite.
+        """
+        if self.topology.zero == 0:
+            self._clip_without_zero(optimizer)
+        else:
+            self._add_squares(optimizer)
+        if self._accept and self._applied:
+            norm = self._norm if self.topology.zero == 0 else float(self.engine.optimizer._global_grad_norm)
+            rejected = self.sum_over_ranks(torch.tensor(float(not self._accept(norm))))
+            self._outlier, self._accept = bool(rejected), None
+            self._applied = not self._outlier
+        if self._watch and self._applied:
+            self._watch.before_update([
+                replace(fragment, tensors={"value": value, "gradient": updated.grad.view(-1)[start : start + len(value)]})
+                for group in optimizer.param_groups
+                for updated in group["params"]
+                for fragment, start in self._watched.get(id(updated), ())
+                for value in [fragment.tensors["value"]]
+            ])  # fmt: skip
+        if not self._applied:
+            self._hidden = [group["params"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["params"] = []
+
+    def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale updated rows before DeepSpeed copies them to the model, and average the result; ZeRO steps one group or
+        slice at a time."""
+        for group, parameters in zip(optimizer.param_groups, self._hidden, strict=False):
+            group["params"] = parameters
+        self._hidden = []
         for group in optimizer.param_groups if self._applied else ():
             for updated in group["params"]:
                 for fragment, rows in self._factors.get(id(updated), ()):
                     scale_rows(fragment, rows)
+            self._average.update(group["params"])
+        if self._watch and self._applied:
+            self._watch.after_update()
 
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip by the norm over all experts, including those on other ranks.
@@ -213,9 +256,7 @@ class DeepSpeedEngine:
         norm = total.sqrt()
         self._norm = norm.item()
         self._applied = math.isfinite(self._norm)
-        if not self._applied:
-            optimizer.zero_grad()  # an optimizer skips parameters without gradients
-        elif self.grad_clip:
+        if self._applied and self.grad_clip:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
 
@@ -247,24 +288,32 @@ class DeepSpeedEngine:
         by_part: bool = False,
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
+        accept: Accept | None = None,
+        watch: Watch | None = None,
     ) -> Update:
         read = dict(zip(results, read_together(list(results.values())), strict=True))
-        self._factors.clear()
-        if rows := factors(read) if factors else {}:
-            flats = self._flats()
-            for fragment in self.fragments():
+        rows = factors(read) if factors else {}
+        self._factors, self._watch, self._watched = {}, watch, {}
+        flats = self._flats() if rows or watch else []
+        for fragment in self.fragments() if flats else ():
+            if watch or fragment.name in rows:
+                index, start = offset_in(flats, fragment.tensors["value"])
+                self._watched.setdefault(id(flats[index]), []).append((fragment, start))
                 if fragment.name in rows:
-                    index, _ = offset_in(flats, fragment.tensors["value"])
                     self._factors.setdefault(id(flats[index]), []).append((fragment, rows[fragment.name]))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self._norm = float("nan")
+        self._norm, self._applied, self._outlier = float("nan"), True, False
+        self._accept = (lambda norm: accept(norm, read)) if accept else None
         self._squares = {} if by_part else None
         self.engine.step()
         norm = self._norm if self.topology.zero == 0 else float(self.engine.get_global_grad_norm())
         squares = self._squares or {}
         squares = dict(zip(squares, read_together(list(squares.values())), strict=True))
-        return Update(norm, self._applied and self.engine.was_step_applied(), squares, read)
+        return Update(norm, self._applied and self.engine.was_step_applied(), squares, read, self._outlier)
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        return nullcontext()  # has none
 
     def time_all_to_all(self, on: bool) -> None:
         self._clock.run(on)
@@ -307,7 +356,7 @@ class DeepSpeedEngine:
             index, begin, length = self._offsets[id(parameter)]
             flat = self._flats()[index]
             start, part = parameter.ds_zero_partition_rank * length, slice(begin, begin + length)
-        tensors = {"value": flat} | same_shape(self.engine.basic_optimizer.state[flat], flat)
+        tensors = {"value": flat} | same_shape(self.engine.basic_optimizer.state[flat], flat) | self._average.of(flat)
         return start, {kind: tensor.detach().view(-1)[part] for kind, tensor in tensors.items()}
 
     def _flats(self) -> list[Tensor]:

@@ -5,6 +5,7 @@ same losses. Training state is read and written as `Fragment`s, independent of e
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ Fill = Callable[[Fragment], None]  # writes the values of every kind of a fragme
 Factors = Callable[
     [dict[str, Tensor]], dict[str, Tensor]
 ]  # from `Update.read` to row factors by name of a logical tensor
+Accept = Callable[[float, dict[str, Tensor]], bool]  # from a finite gradient norm and `Update.read`
 
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -28,12 +30,13 @@ class Update(NamedTuple):
     """The result of an optimizer step."""
 
     grad_norm: float  # before clipping
-    applied: bool  # False on all ranks if any rank's loss or gradient is not finite
+    applied: bool  # False on all ranks if any rank's loss or gradient is not finite, or if rejected
     squares: dict[str, Tensor]
     """This rank's squared gradient norm by the parameter groups' `part`, up to a common factor, on the host; sum it over
     ranks."""
     read: dict[str, Tensor]
     """The step's other results on the host, in fp32."""
+    outlier: bool = False  # True on all ranks if `accept` rejected the update
 
 
 def model_inputs(
@@ -58,6 +61,16 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
     if value.device.type == "cpu" and not value.is_pinned():
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
+
+
+class Watch(Protocol):
+    """Measures an update; an engine may make it in several parts."""
+
+    def before_update(self, fragments: Sequence[Fragment]) -> None:
+        """Called with the slices to be updated: "value", and the clipped gradient as "gradient"."""
+
+    def after_update(self) -> None:
+        """Called when these slices are updated."""
 
 
 class Engine(Protocol):
@@ -92,18 +105,28 @@ class Engine(Protocol):
         by_part: bool = False,
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
+        accept: Accept | None = None,
+        watch: Watch | None = None,
     ) -> Update:
         """Average the gradients over ranks, clip, update the weights and clear the gradients.
+
+        A skipped update, because of a value that is not finite or one that `accept` rejects, leaves weights and optimizer
+        state unchanged.
 
         Args:
             by_part: whether to fill in `Update.squares`.
             results: other results of the step on the device, for `Update.read`: all leave it in one copy, for which alone
                 `LocalEngine` waits.
             factors: returns row factors to apply after the update.
+            accept: returns False to skip the update; one rank's answer decides for all.
+            watch: called around the update, if it is not skipped.
         """
 
     def set_accumulation(self, topology: Topology) -> None:
         """Take micro batches as a stage's `topology` has them, from the next step on."""
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """Run the passes of a step without recorded graphs, so that hooks are called."""
 
     def time_all_to_all(self, on: bool) -> None:
         """Start or stop timing all-to-alls, which synchronizes the device."""

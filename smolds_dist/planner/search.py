@@ -99,10 +99,10 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
     stages: list[Any] = [config.parallel.zero] if config.parallel.zero != "auto" else [0, 1, 2, 3]
     if world == 1 and config.parallel.engine != "deepspeed":
         stages = [0]
-    per_rank = math.gcd(*(span.global_batch // world for span in resolve_stages(config).spans))
-    batches = [size for size in range(1, min(per_rank, MAX_SEQUENCES) + 1) if per_rank % size == 0]
-    if config.train.micro_batch:
-        batches = [config.train.micro_batch]
+    per_rank = config.train.global_batch // world
+    batches: list[Any] = [size for size in range(1, min(per_rank, MAX_SEQUENCES) + 1) if per_rank % size == 0]
+    if config.train.micro_batch or len(resolve_stages(config).spans) > 1:
+        batches = [config.train.micro_batch]  # unset, each stage has its own
     asked = config.train.activation_checkpointing
     recomputed = RECOMPUTED if asked == "none" else (asked,)
     for size, zero, batch, recompute in product(sizes, stages, batches, recomputed):
@@ -110,6 +110,8 @@ def candidates(config: RunConfig, machine: Hardware, nodes: int, per_node: int, 
             "parallel.expert": size, "parallel.zero": zero, "train.micro_batch": batch,
             "train.activation_checkpointing": recompute,
         }  # fmt: skip
+        if batch is None:
+            del settings["train.micro_batch"]
         tried = replace(
             base,
             parallel=replace(base.parallel, expert=size, zero=zero),

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from smolds_dist.activity import begin_pass, doing
 from smolds_dist.checkpoint.files import CheckpointReader, Manifest, checkpoints_in, remove, step_of
-from smolds_dist.checkpoint.resume import UNIQUE_TEXTS, open_checkpoint, restore
+from smolds_dist.checkpoint.resume import OUTLIERS, UNIQUE_TEXTS, open_checkpoint, restore
 from smolds_dist.checkpoint.writer import CheckpointWriter, TrainState
 from smolds_dist.config import save_config
 from smolds_dist.costs.flops import flops_per_token, largest_products
@@ -42,7 +42,7 @@ from smolds_dist.settings import RunConfig, Train, saved_train
 from smolds_dist.stages import Stages, StageSpan
 from smolds_dist.training.clock import matrix_product_peak
 from smolds_dist.training.compiling import capture_graphs, compile_model, undo_compile
-from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError
+from smolds_dist.training.guard import MAX_ROLLBACKS, LossGuard, LossSpikeError, OutlierFilter
 from smolds_dist.training.initial_values import InitialValues
 from smolds_dist.training.profiling import Profiler
 from smolds_dist.training.rank_checks import StragglerDetector
@@ -96,6 +96,7 @@ class Training:
         if self.texts is not None:
             kind, content = self.texts.state()
             others[f"{UNIQUE_TEXTS}:{kind}:0"] = torch.from_numpy(content)
+        others |= {f"{OUTLIERS}:{kind}:0": tensor for kind, tensor in self.stepper.outliers.state().items()}
         self.checkpoints.save(self.engine, self.balancer, self.state, val_loss, others, wait=wait)
 
     def close(self, code: int = 0) -> None:
@@ -163,7 +164,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
         engine = new_engine(model_config, config, topology, reader)
     set_group_timeouts(config.parallel.timeout)
     engine.model.register_forward_pre_hook(lambda *_: begin_pass())
-    balancer = Balancer(engine.model, config.train.balance_rate if config.train.balance == "bias" else 0.0)
+    rate = config.train.balance_rate if config.train.balance == "bias" else 0.0
+    balancer = Balancer(engine.model, rate, config.train.ema)
     with doing("loading the optimizer"):
         state = restore(reader, engine, balancer, topology) if reader else TrainState()
     tensors = engine.tensor_shapes()
@@ -177,7 +179,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
         log.info(f"continuing from {reader.folder}")
-        log_lr_change(log, reader.manifest, config)
+        for line in filter(None, (lr_change(reader.manifest, job.config), ema_change(reader, config.train.ema))):
+            log.info(line)
     stepper = Stepper(
         engine,
         balancer,
@@ -190,6 +193,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
             pinned=topology.device == "cuda",
         ),
         should_stop=lambda: job.stop.requested is not None,
+        outliers=OutlierFilter(config.train.skip_steps, reader.stored(OUTLIERS) if reader else None),
     )
     compile_model(stepper, config, seconds_left(job, state, peak), job.compiler, log)
     capture_graphs(stepper, config, log)
@@ -276,18 +280,30 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
     return log
 
 
-def log_lr_change(log: RunLog, manifest: Manifest, config: RunConfig) -> None:
-    """Log if a resumed run's next learning rate differs from that of the checkpoint's settings."""
+def ema_change(reader: CheckpointReader, ema: float) -> str | None:
+    """Describe moving averages that a resumed run begins or ends, with its decay `ema`."""
+    if ema and not reader.has_ema:
+        return f"the moving averages (--train.ema {ema}) start from the weights of step {reader.manifest.step}"
+    dropped = reader.has_ema and not ema
+    return "the checkpoint's moving averages are dropped; set --train.ema to keep them" if dropped else None
+
+
+def lr_change(manifest: Manifest, config: RunConfig) -> str | None:
+    """Describe how a resumed run's next and last learning rates differ from those of the checkpoint's settings."""
     if manifest.weights_only:
-        return
+        return None
     saved = replace(config, train=saved_train(manifest.config["train"]))
-    step = manifest.step + 1
-    before, now = learning_rate(min(step, saved.train.steps), saved), learning_rate(step, config)
+    step, steps, old_steps = manifest.step + 1, config.train.steps, saved.train.steps
+    before, now = learning_rate(min(step, old_steps), saved), learning_rate(step, config)
+    end, old_end = learning_rate(steps, config), learning_rate(old_steps, saved)
+    line = f"the learning rate of step {step} is {now:.2e}"
     if not math.isclose(before, now, rel_tol=1e-6):
-        log.info(
-            f"the learning rate of step {step} is {now:.2e}, but {before:.2e} with the checkpoint's settings; see "
-            "--train.schedule to continue at the same rate"
-        )
+        line += f", but {before:.2e} with the checkpoint's settings; see --train.schedule to continue at the same rate"
+    elif steps == old_steps and math.isclose(end, old_end, rel_tol=1e-6):
+        return None
+    else:
+        line += " as before"
+    return f"{line}; it ends at {end:.2e} in step {steps}, before at {old_end:.2e} in step {old_steps}"
 
 
 def restore_unique_texts(data: TrainingData, reader: CheckpointReader | None) -> UniqueTexts:

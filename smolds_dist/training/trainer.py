@@ -216,7 +216,7 @@ def run_steps(job: Job, training: Training) -> int:
             training.log.info(trace)
         if result.failed:
             handle_checkpoint_error(config, training, result.error)
-        training.guard.check(step, result.row["loss"], result.counts is not None)
+        training.guard.check(step, result.row["loss"], result.counts is not None or "outlier" in result.row)
         report_stragglers(job, training, step)
         budget.after_step(job, training, step)
 

@@ -1,0 +1,249 @@
+"""Stages: settings that change during the run give the same losses in every topology, and after a kill in any stage."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SENTENCES
+from ranks import ROOT, smolds
+
+from smolds_dist.checkpoint.files import read_manifest
+from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.inference.generate import load_model
+from smolds_dist.observe.data_command import data as data_command
+from smolds_dist.observe.report import training_log
+from smolds_dist.observe.rows import read_rows
+from smolds_dist.settings import RunConfig, Stage, Train
+from smolds_dist.stages import resolve_stages
+from smolds_dist.training.trainer import train
+
+STEPS = 16
+STAGES = [
+    {"until": 0.25},
+    {"until": 8, "seq_len": 128, "lr": 2e-3, "lr_shape": "constant"},
+    {"until": 12, "global_batch": 16, "weights": {"a": 0.25, "b": 0.75}, "document_mask": True, "rope_theta": 50000.0},
+    {"lr": 0.0, "lr_shape": "linear",
+     "rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 128}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A folder with two corpora and the YAML of a run of four stages."""
+    folder = tmp_path_factory.mktemp("staged")
+    for name, texts in (("a", SENTENCES[:2]), ("b", SENTENCES[2:])):
+        rows = [f"{n} {texts[n % 2]} {n * n} {texts[n * 7 % 2]}. " * (1 + n % 5) for n in range(150)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    settings = {
+        "preset": "debug",
+        "data": {
+            "sources": {
+                name: {"source": f"jsonl:{folder}/{name}.jsonl", "weight": weight}
+                for name, weight in (("a", 0.7), ("b", 0.3))
+            },
+            "seq_len": 64, "tokenizer_vocab_size": 300, "val_fraction": 0.1, "cache_dir": str(folder / "cache"),
+        },
+        "model": {
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 16,
+        },
+        "train": {
+            "steps": STEPS, "global_batch": 8, "dtype": "fp32", "eval_every": 4, "eval_sequences": 8,
+            "warmup_steps": 2, "lr": 1e-3, "seed": 1, "stages": STAGES,
+        },
+        "parallel": {"device": "cpu", "check_every": 3},
+        "checkpoint": {"every": 1, "keep": STEPS},
+        "log": {"tensorboard": False, "sample_every": 0, "level": "quiet"},
+        "run": {"dir": str(folder / "runs")},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return folder
+
+
+def options_of(staged: Path, name: str, *more: str) -> list[str]:
+    return ["--config", str(staged / "run.yaml"), f"--run.name={name}", *more]
+
+
+def steps_of(run: Path) -> dict[int, dict]:
+    return {row["step"]: row for row in read_rows(run / "metrics.jsonl") if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def whole(staged) -> Path:
+    """The undisturbed run in one process."""
+    assert train(load_config(options_of(staged, "whole"))) == 0
+    return staged / "runs" / "whole"
+
+
+def check_same(run: Path, whole: Path, first: int = 1) -> None:
+    """The run's rows from step `first` on, and its validation losses, are those of the undisturbed one."""
+    found, expected = steps_of(run), steps_of(whole)
+    assert sorted(found) == list(range(first, STEPS + 1))
+    for step, row in found.items():
+        for number in ("batch", "tokens", "epochs", "unique_texts", "lr"):
+            assert row[number] == expected[step][number], (step, number)
+        assert row["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5), step
+    validation = [
+        {row["step"]: row["val_loss"] for row in read_rows(one / "metrics.jsonl") if "val_loss" in row}
+        for one in (run, whole)
+    ]
+    assert all(loss == pytest.approx(validation[1][step], rel=1e-5) for step, loss in validation[0].items())
+
+
+@pytest.mark.parametrize(("world", "settings"), [(2, ["zero=1", "expert=1"]), (4, ["zero=3", "expert=2"])])
+def test_stages_are_the_same_in_several_ranks(staged, whole, world, settings):
+    name = f"ranks{world}"
+    given = options_of(staged, name, *(f"--parallel.{one}" for one in settings))
+    ran = smolds("launch", f"--nproc-per-node={world}", "--", *given, timeout=300)
+    assert ran.returncode == 0, ran.text
+    check_same(staged / "runs" / name, whole)
+
+
+@pytest.mark.parametrize(
+    ("step", "world", "settings"),
+    [
+        (2, 2, ["zero=3"]),
+        pytest.param(6, 4, ["zero=1", "expert=4"], marks=pytest.mark.long),
+        pytest.param(8, 2, ["zero=2", "expert=2"], marks=pytest.mark.long),  # a stage's last step
+        (10, 2, ["zero=2", "expert=1"]),
+        pytest.param(14, 4, ["zero=3", "expert=2"], marks=pytest.mark.long),
+    ],
+)
+def test_a_stage_is_resumed_in_another_topology(staged, whole, step, world, settings):
+    checkpoint = whole / "checkpoints" / f"step_{step:08}"
+    name = f"resumed{step}"
+    given = options_of(staged, name, f"--checkpoint.resume={checkpoint}", *(f"--parallel.{one}" for one in settings))
+    ran = smolds("launch", f"--nproc-per-node={world}", "--", *given, timeout=300)
+    assert ran.returncode == 0, ran.text
+    check_same(staged / "runs" / name, whole, step + 1)
+
+
+def test_a_killed_run_continues_in_its_stage(staged, whole):
+    """Killed once in each stage, as soon as the run's rows show it there."""
+    run = staged / "runs" / "killed"
+    given = options_of(staged, "killed", "--checkpoint.resume=auto")
+    stages = resolve_stages(load_config(given))
+    for stage in stages.spans:
+        process = subprocess.Popen([sys.executable, "-m", "smolds_dist", "train", *given], cwd=ROOT)
+        until = time.monotonic() + 120
+        while time.monotonic() < until and process.poll() is None:
+            if (run / "metrics.jsonl").exists() and max(steps_of(run), default=0) > stage.first:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert train(load_config(given)) == 0
+    check_same(run, whole)
+
+
+def test_stages_change_what_they_say(staged, whole):
+    rows = steps_of(whole)
+    tokens = [rows[step]["tokens"] for step in range(1, STEPS + 1)]
+    assert tokens == [*range(512, 4 * 512 + 1, 512), *range(3072, 6145, 1024), *range(8192, 22529, 2048)]
+    assert [rows[step]["lr"] for step in (1, 2, 5, 8, 12, 13, 16)] == pytest.approx(
+        [5e-4, 1e-3, 2e-3, 2e-3, 2e-3, 1.5e-3, 0.0], abs=1e-9
+    )
+    events = [row for row in read_rows(whole / "metrics.jsonl") if row.get("event") == "stage"]
+    assert [(e["step"], e["number"], e["seq_len"], e["global_batch"]) for e in events] == [
+        (4, 2, 128, 8), (8, 3, 128, 16), (12, 4, 128, 16),
+    ]  # fmt: skip
+    manifests = {step: read_manifest(whole / "checkpoints" / f"step_{step:08}") for step in (4, 5, 9, 16)}
+    assert [one.config["data"]["seq_len"] for one in manifests.values()] == [64, 128, 128, 128]
+    assert [one.config["train"]["global_batch"] for one in manifests.values()] == [8, 8, 16, 16]
+    assert [one.samples for one in manifests.values()] == [32, 40, 80, 192]
+    assert [one.tokens for one in manifests.values()] == [tokens[step - 1] for step in manifests]
+
+
+def test_a_checkpoint_has_the_rotary_embedding_of_its_stage(whole):
+    found = {step: load_model(whole, step)[0].config for step in (4, 9, 16)}
+    assert [one.rope_theta for one in found.values()] == [100000.0, 50000.0, 50000.0]
+    assert found[9].rope_scaling is None and found[16].rope_scaling["factor"] == 2.0
+    exported, _ = load_model(whole)
+    assert exported.config.rope_scaling["factor"] == 2.0 and exported.config.rope_theta == 50000.0
+    ids = torch.arange(3, 100)[None]
+    last, _ = load_model(whole, STEPS)
+    assert torch.equal(exported(ids, use_cache=False).logits, last(ids, use_cache=False).logits)
+
+
+def test_eval_takes_the_length_of_the_checkpoints_stage(whole):
+    for options, length in (([], 128), (["--step=3"], 64), (["--data.seq_len=32"], 32)):
+        told = smolds("eval", str(whole), *options)
+        assert told.returncode == 0 and f"in sequences of {length}" in told.text, told.text
+
+
+def test_order_and_steps_are_shown_by_stage(staged, whole, capsys):
+    given = options_of(staged, "whole")
+    assert data_command(["order", "--samples", "28:68", "--", *given]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["stage"], line["seq_len"]) for line in lines] == [(1, 64)] * 4 + [(2, 128)] * 32 + [(3, 128)] * 4
+    assert smolds("data", "show", str(whole), "--step=10").returncode == 0  # compares with the batch trained on
+    shown = smolds("data", "show", str(whole), "--step=10", "--json").stdout.splitlines()
+    assert [json.loads(line)["index"] for line in shown] == list(range(80, 96))
+
+
+def test_plan_and_log_show_the_stages(staged, whole):
+    planned = smolds("plan", "--hardware", "h100", "--", *options_of(staged, "planned", "--parallel.device=auto"))
+    assert planned.returncode == 0, planned.text
+    lines = [line.strip() for line in planned.stdout.splitlines() if line.strip().startswith("stage ")]
+    assert [line.split(":")[0] for line in lines] == [
+        "stage 1, steps 1 to 4", "stage 2, steps 5 to 8", "stage 3, steps 9 to 12", "stage 4, steps 13 to 16",
+    ]  # fmt: skip
+    assert "16 sequences of 128 tokens, 0.25 a + 0.75 b, rope_theta 50000.0, document_mask True: " in lines[2]
+    assert "learning rate linear 0, YaRN factor 2: " in lines[3]
+    log = training_log(whole)
+    assert "Stage 4: steps 13 to 16: 16 sequences of 128 tokens" in log and "stage 2 begins" in log
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"global_batch": 4}, "was trained on 80 sequences up to step 9, but this run's stages have 64"),
+        ({"seq_len": 32}, "was written with --data.seq_len 128, but this run has 32"),
+        ({"weights": {"b": 1}}, "then 70% a + 30% b in 128 tokens until step 8, then 75% b"),
+    ],
+)
+def test_past_stages_cannot_change_at_a_resume(staged, whole, change, words):
+    given = options_of(staged, "other", f"--checkpoint.resume={whole / 'checkpoints' / 'step_00000009'}")
+    stages = [STAGES[0], STAGES[1] | change, *STAGES[2:]]
+    with pytest.raises(ConfigError) as error:
+        train(load_config([*given, f"--train.stages={json.dumps(stages)}"]))
+    assert words in str(error.value)
+
+
+def test_the_stage_in_progress_must_match_and_later_ones_may_change(staged, whole):
+    given = options_of(staged, "later", f"--checkpoint.resume={whole / 'checkpoints' / 'step_00000009'}")
+    other = [*STAGES[:2], {name: value for name, value in STAGES[2].items() if name != "rope_theta"}, STAGES[3]]
+    with pytest.raises(ConfigError) as error:
+        train(load_config([*given, f"--train.stages={json.dumps(other)}"]))
+    assert "was written with --model.rope_theta 50000.0, but this run has 100000.0" in str(error.value)
+    later = [*STAGES[:3], {"seq_len": 64, "global_batch": 8, "document_mask": False}]
+    train(load_config([*given, "--train.steps=14", f"--train.stages={json.dumps(later)}"]))
+    rows = steps_of(staged / "runs" / "later")
+    assert sorted(rows) == list(range(10, 15)) and rows[14]["tokens"] - rows[13]["tokens"] == 8 * 64
+    expected = steps_of(whole)
+    assert [rows[step]["batch"] for step in (10, 11, 12)] == [expected[step]["batch"] for step in (10, 11, 12)]
+
+
+@pytest.mark.parametrize(
+    ("until", "last"), [(0.5, 50), (40, 40), ("40 steps", 40), ("0.4M tokens", 49), ("1e5 tokens", 12), (None, 100)]
+)
+def test_ends_of_stages(until, last):
+    config = RunConfig(train=Train(steps=100, global_batch=8, stages=[Stage(until), *([Stage()] if until else [])]))
+    spans = resolve_stages(config).spans
+    assert spans[0].last == last and spans[-1].last == 100
+    resolved = resolve_stages(spans[-1].config)
+    assert [(one.first, one.last, one.tokens) for one in resolved.spans] == [(s.first, s.last, s.tokens) for s in spans]
+
+
+def test_a_short_run_keeps_later_stages_where_they_are():
+    stages = [Stage(40, seq_len=64), Stage(80, seq_len=128), Stage(seq_len=256)]
+    short, full = (resolve_stages(RunConfig(train=Train(steps=steps, stages=stages))) for steps in (50, 100))
+    assert [one.first for one in short.spans] == [one.first for one in full.spans] == [0, 40, 80]
+    assert short.tokens(50) == full.tokens(50)
