@@ -17,7 +17,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.process_group import end_rank, start_process_group
 from smolds_dist.parallel.ranks import rank_from_environment
 from smolds_dist.parallel.topology import detect_machine, plan_topology
-from smolds_dist.training.build import new_engine, loss_coefficients
+from smolds_dist.training.build import loss_coefficients, new_engine
 from smolds_dist.training.step import Stepper
 
 STEPS = 3
