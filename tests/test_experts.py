@@ -255,6 +255,7 @@ def test_kinds_of_tokens(run):
         " the": "word", "ing": "letters inside a word", "1984": "digits", " \n": "whitespace", "->": "punctuation",
         "_name": "identifier", " getName": "identifier", "x1": "identifier", "(self": "mixed", " мир": "cyrillic",
         "漢字": "cjk", "ひ": "hiragana", "é": "letters inside a word", "²": "digits", "__": "identifier",
+        "一": "cjk", "ा": "devanagari", "❤\ufe0f": "punctuation", "\x00": "punctuation",
     }  # fmt: skip
     assert {text: kind_of(text) for text in kinds} == kinds
     tokenizer = load_own_model(run)[1]
