@@ -200,10 +200,12 @@ def test_the_command_counts_as_the_run_does(run):
     assert tokenizer.eos_token in token_texts(tokenizer, list(range(len(tokenizer))))[0]
 
 
-def test_an_export_has_the_same_experts_as_its_run(run):
+def test_an_export_has_the_same_experts_as_its_run(run, capsys):
     of_run = result_of(run, "--max-tokens", "400")
     (run / "link.json").symlink_to(run / "other.json")
+    assert "`smolds report --html` draws it" in capsys.readouterr().out
     experts([str(run / "export"), "--max-tokens", "400", "--json", str(run / "link.json")])
+    assert "draws it" not in capsys.readouterr().out
     assert (run / "link.json").is_symlink()  # as /dev/stdout is
     of_export = json.loads((run / "other.json").read_text())
     assert of_run["layers"] == of_export["layers"] and of_run["sources"] == of_export["sources"]

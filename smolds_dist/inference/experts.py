@@ -31,7 +31,8 @@ def experts(args: list[str]) -> None:
     """
     options, settings = _parse(args)
     config, is_validation = data_config("smolds experts", options.model, options.step, settings)
-    to = options.json or (run_of(options.model) or options.model) / FILE
+    run = run_of(options.model)
+    to = options.json or (run or options.model) / FILE
     model, tokenizer = load_own_model(options.model, options.step, options.weights)
     check_writable("--json", to)
     layers = routed_layers(model, options)
@@ -43,7 +44,8 @@ def experts(args: list[str]) -> None:
     text = json.dumps(result) + "\n"
     to.write_text(text) if options.json else replace_text(to, text)  # --json may be a device or a link
     print(describe_layers(result) if options.layer is None else describe_layer(result, options.layer))
-    print(f"\nwrote {to}; `smolds report --html` draws a run's experts")
+    drawn = "; `smolds report --html` draws it" if run and not options.json else ""
+    print(f"\nwrote {to}{drawn}")
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
