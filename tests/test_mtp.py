@@ -255,6 +255,8 @@ def test_formats_without_these_layers_lack_them(kept_run, tmp_path, capsys):
     export([str(run), "--to", str(tmp_path / "theirs"), "--no-check"])
     assert "Ernie4_5_MoeForCausalLM has no layers for multi-token prediction" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    count = sum(p.numel() for name, p in loaded.named_parameters() if "e_score_correction_bias" not in name)
+    assert f"| parameters | {count:,} |" in (tmp_path / "theirs" / "README.md").read_text()
     torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=0)
     export([str(run), "--to", str(tmp_path / "gguf" / "model.gguf"), "--format", "gguf"])
     assert "GGUF has no layers for multi-token prediction" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from typing import Any
 
 from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.data.mixture import format_schedule, truncate_schedule
+from smolds_dist.interchange.transformers_format import layer_of
 from smolds_dist.observe import markdown
 from smolds_dist.observe.overview import parameters_of
 from smolds_dist.observe.report import figure_of
@@ -58,8 +59,10 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
     """Return the card as Markdown, with the Hub's metadata at the top."""
     train = manifest.config["train"]
     experts = f"{config.num_experts} in each of {config.num_hidden_layers} layers"
+    everything = kind == "smolds" or config.attention == "latent"  # other classes have no multi-token prediction
+    stored = {n: s for n, s in manifest.tensors.items() if everything or layer_of(n) < config.num_hidden_layers}
     table: list[tuple[str, str]] = [
-        ("parameters", f"{parameters_of(manifest):,}"),
+        ("parameters", f"{parameters_of(stored):,}"),
         ("experts", f"{experts}, {config.num_experts_per_tok} per token"),
         ("attention", "multi-head latent" if config.attention == "latent" else "grouped-query"),
         *sources_table(manifest),

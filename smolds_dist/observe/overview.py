@@ -52,7 +52,7 @@ def overview(rows: list[dict], manifests: list[Manifest]) -> list[tuple]:
         table.append(("best validation loss", f"{best['val_loss']:.4f} at step {best['step']}"))
     table += facts(rows).items()
     if manifests:
-        table.append(("parameters", f"{parameters_of(manifests[-1]):,}"))
+        table.append(("parameters", f"{parameters_of(manifests[-1].tensors):,}"))
         table.append(("versions", format_versions(manifests[-1].versions)))
     return table
 
@@ -72,5 +72,5 @@ def events(rows: list[dict]) -> list[str]:
     return lines
 
 
-def parameters_of(manifest: Manifest) -> int:
-    return sum(math.prod(shape) for shape in manifest.tensors.values())
+def parameters_of(shapes: dict[str, list[int]]) -> int:
+    return sum(map(math.prod, shapes.values()))
