@@ -131,13 +131,20 @@ def _whole_stages(options: list[str], files: list[str]) -> list[str]:
         section = (read_yaml(Path(glob.glob(file)[0]), "fix it", dict[Any, Any])).get("train")
         found = section["stages"] if isinstance(section, dict) and "stages" in section else found
     for word, following in pairwise([*options, ""]):
-        if word.partition("=")[0] == "--train.stages":
+        if (name := word.partition("=")[0]).startswith(("--train.stages.", "--train.stages+")):
+            raise ConfigError(f"{name} is not an option; set all: --train.stages '[{{until: 0.8}}, {{lr: 1e-4}}]'.")
+        if name == "--train.stages":
             with contextlib.suppress(yaml.YAMLError):
                 found = yaml.safe_load(word.partition("=")[2] if "=" in word else following)
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         return []  # none, or an invalid value
     empty = {field.name: None for field in fields(Stage)}
-    return [f"--train.stages={json.dumps([empty | one for one in found])}"]
+    unset = {field.name: field.default for field in fields(Yarn) if field.default is not dataclasses.MISSING}
+    stages = [empty | one for one in found]
+    for one in stages:
+        if isinstance(one["rope_scaling"], dict):
+            one["rope_scaling"] = unset | one["rope_scaling"]
+    return [f"--train.stages={json.dumps(stages)}"]
 
 
 def _has_class_path(value: object) -> bool:
@@ -187,4 +194,10 @@ def _format_parser_error(message: str, parser: jsonargparse.ArgumentParser) -> s
         )
     if match := re.match(r'Parser key "([^"]+)":\s*Exceeds the limit', message):
         return f"--{match[1]} has too many digits; set a smaller number."
+    if match := re.match(r"Option '(\w+)' is not accepted", message):
+        defaults = vars(RunConfig())
+        under = next((name for name, section in defaults.items() if hasattr(section, match[1])), None)
+        return f"{match[1]} is not a section; " + (
+            f"write it under {under}." if under else f"use {', '.join(defaults)}."
+        )
     return " ".join(message.split()) + "."

@@ -111,10 +111,10 @@ def resolve_stages(config: RunConfig) -> Stages:
             f"train.stages end at step {first:,} of --train.steps {total:,}; omit until in the last stage, or lower "
             "--train.steps."
         )
-    return Stages(_resolved(spans, given))
+    return Stages(_resolved(spans, given, total))
 
 
-def _resolved(spans: list[StageSpan], given: list[Stage]) -> list[StageSpan]:
+def _resolved(spans: list[StageSpan], given: list[Stage], total: int) -> list[StageSpan]:
     """Give every span's settings stages that name all values, and ends in steps."""
     stages = []
     for span, stage in zip(spans, given, strict=True):
@@ -122,7 +122,7 @@ def _resolved(spans: list[StageSpan], given: list[Stage]) -> list[StageSpan]:
         end = stage.lr_until
         if end is not None:
             begin = span.first, span.tokens, span.global_batch * span.seq_len
-            end = f"{step_of(end, spans[-1].last, begin, f'train.stages: stage {span.number}: lr_until')} steps"
+            end = f"{step_of(end, total, begin, f'train.stages: stage {span.number}: lr_until')} steps"
         stages.append(replace(stage, **values, until=f"{span.last} steps", weights=span.weights, lr_until=end))
     return [
         replace(span, config=replace(span.config, train=replace(span.config.train, stages=stages))) for span in spans
@@ -143,7 +143,7 @@ def step_of(end: float | str | None, total: int, begin: tuple[int, int, int], na
     if end is None:
         return max(total, begin[0] + 1)
     amount: float | None = end if isinstance(end, int | float) else None
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?) ?([KMBT]?) (steps|tokens)", end) if isinstance(end, str) else None
+    found = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?) ?([KMBT]?) (steps?|tokens)", end) if isinstance(end, str) else None
     if found:
         try:
             amount = float(found[1]) * UNITS[found[2]]
