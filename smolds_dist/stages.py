@@ -7,6 +7,8 @@ A step here is a step of the data: after rollbacks, which skip samples, it is ah
 import dataclasses
 import re
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +47,16 @@ class StageSpan:
     def samples_until(self, step: int) -> int:
         """Return the samples of the run up to a step of this stage."""
         return self.samples + (step - self.first) * self.global_batch
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Name the stage in errors, if the run has stages."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(
+                f"train.stages: stage {self.number}: {error}" if self.config.train.stages else str(error)
+            ) from None
 
     def __str__(self) -> str:
         return f"{self.global_batch:,} sequences of {self.seq_len:,} tokens per step"
@@ -102,7 +114,9 @@ def resolve_stages(config: RunConfig) -> Stages:
         name = f"train.stages: stage {number}"
         last = step_of(stage.until, total, (first, tokens, size), f"{name}: until")
         if last <= first:
-            raise ConfigError(f"{name} ends at step {last}, and begins after step {first}; raise until.")
+            raise ConfigError(
+                f"{name} ends at step {last}, and begins after step {first}; raise until, or lower it before."
+            )
         spans.append(StageSpan(number, first, last, samples, tokens, weights, effective))
         steps = last - first
         first, samples, tokens = last, samples + steps * batch, tokens + steps * size
