@@ -207,10 +207,8 @@ def _check_stages(config: RunConfig) -> None:
         where = f"train.stages: stage {span.number}" if stages else "data.sources"
         if not sum(span.weights.values()):
             raise ConfigError(f"{where} has no source with a weight; set at least one above 0.")
-        try:
+        with span.named_in_errors():
             _check_in_stage(span.config)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}" if stages else str(error)) from None
 
 
 def _check_in_stage(config: RunConfig) -> None:
