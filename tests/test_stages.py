@@ -23,6 +23,9 @@ from smolds_dist.inference.generate import load_model
 from smolds_dist.observe.data_command import data as data_command
 from smolds_dist.observe.report import training_log
 from smolds_dist.observe.rows import read_rows
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import Machine, plan_topology
+from smolds_dist.planner.command import text_needed
 from smolds_dist.settings import Data, RunConfig, Source, Stage, Train, Yarn
 from smolds_dist.stages import resolve_stages
 from smolds_dist.training.trainer import train
@@ -219,6 +222,56 @@ def test_past_stages_cannot_change_at_a_resume(staged, whole, change, words):
     with pytest.raises(ConfigError) as error:
         train(load_config([*given, f"--train.stages={json.dumps(stages)}"]))
     assert words in str(error.value)
+
+
+def test_fractions_that_more_steps_would_move_are_named(staged, whole):
+    ends = (0.25, 0.5, 0.75, None)
+    stages = json.dumps([stage | {"until": end} for stage, end in zip(STAGES, ends, strict=True)])
+    resume = f"--checkpoint.resume={whole / 'checkpoints' / 'step_00000006'}"
+    given = options_of(staged, "more", resume, "--train.steps=64", f"--train.stages={stages}")
+    with pytest.raises(ConfigError) as error:
+        train(load_config(given))
+    assert "--train.steps 64, before 16, moves the ends" in str(error.value)
+    assert "set until to '4 steps', '8 steps', '12 steps': " in str(error.value)
+
+
+def test_a_world_size_that_does_not_divide_a_batch_is_rejected_with_its_stage(staged):
+    stages = '[{"until": 4}, {"global_batch": 6}]'
+    config = load_config(options_of(staged, "uneven", f"--train.stages={stages}"))
+    with pytest.raises(ConfigError) as error:
+        plan_topology(config, Machine(("cpu",), 4, False), RankInfo(0, 0, 4, 4))
+    assert str(error.value).startswith(
+        "train.stages: stage 2: --train.global_batch 6 is not a multiple of the world size 4"
+    )
+
+
+def test_plan_counts_the_text_of_the_steps_alone(staged):
+    """Not that of stages which a short run does not reach."""
+    config = load_config(
+        options_of(
+            staged, "short", "--train.stages=[{until: 10}, {until: 400, weights: {b: 1}}, {}]", "--train.steps=12"
+        )
+    )
+    assert text_needed(config, 12) == [
+        "text: 70% a + 30% b until step 10, then 100% b until step 12",
+        "tokens: 3,584 of a, 2,560 of b",
+    ]
+
+
+@pytest.mark.long
+def test_code_is_compiled_again_only_for_other_shapes(staged, capsys):
+    stages = (
+        '[{"until": 2, "micro_batch": 4}, {"until": 4, "global_batch": 16}, {"until": 6, "lr": 1e-3}, {"seq_len": 32}]'
+    )
+    given = options_of(
+        staged, "compiled", f"--train.stages={stages}", "--train.compile=true", "--log.level=normal", "--train.steps=8"
+    )
+    assert train(load_config(given)) == 0
+    assert capsys.readouterr().out.count("compiled in ") == 2
+    plain = options_of(staged, "plain", f"--train.stages={stages}", "--train.compile=false", "--train.steps=8")
+    assert train(load_config(plain)) == 0
+    losses = [[row["loss"] for row in steps_of(staged / "runs" / name).values()] for name in ("compiled", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_stage_in_progress_must_match_and_later_ones_may_change(staged, whole):

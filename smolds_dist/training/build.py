@@ -232,9 +232,16 @@ def begin_stage(job: Job, training: Training, step: int) -> None:
     stepper.topology = topology
     training.engine.set_accumulation(topology)
     change_rotary(training.engine.model, make_model_config(config, job.data))
-    undo_compile(training.engine.model)
-    compile_model(stepper, config, seconds_left(job, training.state, training.peak), job.compiler, log)
+    if compiled_for(job, before) != compiled_for(job, stage):
+        undo_compile(training.engine.model)
+        compile_model(stepper, config, seconds_left(job, training.state, training.peak), job.compiler, log)
     capture_graphs(stepper, config, log)
+
+
+def compiled_for(job: Job, stage: StageSpan) -> tuple:
+    """Return what compiled code depends on."""
+    data = stage.config.data
+    return job.topology.at(stage).micro_batch, data.seq_len, data.document_mask, stage.config.model.rope_scaling
 
 
 def stage_losses(job: Job, state: TrainState, stage: StageSpan) -> list[float]:
