@@ -23,11 +23,13 @@ from smolds_dist.inference.generate import load_model
 from smolds_dist.observe.data_command import data as data_command
 from smolds_dist.observe.report import training_log
 from smolds_dist.observe.rows import read_rows
+from smolds_dist.observe.runs import differing_settings
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import Machine, plan_topology
 from smolds_dist.planner.command import text_needed
 from smolds_dist.settings import Data, RunConfig, Source, Stage, Train, Yarn
 from smolds_dist.stages import resolve_stages
+from smolds_dist.training.branch import branch
 from smolds_dist.training.trainer import train
 
 STEPS = 16
@@ -190,6 +192,9 @@ def test_order_and_steps_are_shown_by_stage(staged, whole, capsys):
     assert data_command(["order", "--samples", "28:68", "--", *given]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["stage"], line["seq_len"]) for line in lines] == [(1, 64)] * 4 + [(2, 128)] * 32 + [(3, 128)] * 4
+    assert data_command(["stats", "--json", "--", *given]) == 0
+    stats = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["padding"] for one in stats] == [0, 0]
     assert smolds("data", "show", str(whole), "--step=10").returncode == 0  # compares with the batch trained on
     shown = smolds("data", "show", str(whole), "--step=10", "--json").stdout.splitlines()
     assert [json.loads(line)["index"] for line in shown] == list(range(80, 96))
@@ -256,6 +261,16 @@ def test_plan_counts_the_text_of_the_steps_alone(staged):
         "text: 70% a + 30% b until step 10, then 100% b until step 12",
         "tokens: 3,584 of a, 2,560 of b",
     ]
+
+
+def test_a_branch_keeps_the_stages_and_differs_in_its_end(staged, whole):
+    to = staged / "runs" / "branch"
+    with pytest.raises(ConfigError, match="global_batch would have no effect"):
+        branch([str(whole), "--step=6", f"--to={to}", "--", "--train.global_batch", "4"])
+    branch([str(whole), "--step=6", f"--to={to}", "--", "--train.steps", "20"])
+    assert differing_settings([whole, to]) == [
+        ("train.steps", "16", "20"), ("train.stages.4.until", "16 steps", "20 steps"),
+    ]  # fmt: skip
 
 
 @pytest.mark.long
