@@ -21,7 +21,7 @@ from smolds_dist.interchange.export import find_checkpoint
 from smolds_dist.observe.rows import truncate_rows
 from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig
-from smolds_dist.stages import resolve_stages
+from smolds_dist.stages import CHANGING, resolve_stages
 from smolds_dist.training.build import lr_change
 
 
@@ -94,6 +94,11 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
         base.append("--train.time_budget=null")  # it would replace the number of steps
     config = load_config([*base, *settings], prog="smolds branch")
     if config.train.stages and "--train.stages" not in named:
+        changing = (f"--{section}.{name}" for section, names in CHANGING.items() for name in names)
+        if ignored := next((name for name in changing if name in named), None):
+            raise ConfigError(
+                f"{ignored} would have no effect: {run} has stages, which set it; set --train.stages instead."
+            )
         *stages, last = resolve_stages(load_config(base)).spans[-1].config.train.stages or []
         config.train.stages = [*stages, replace(last, until=None)]
         validate(config)
