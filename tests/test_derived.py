@@ -22,6 +22,7 @@ from smolds_dist.inference.generate import generate
 from smolds_dist.interchange.export import export
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.observe.runs import difference, runs
+from smolds_dist.stages import resolve_stages
 from smolds_dist.training.branch import branch
 from smolds_dist.training.trainer import train
 
@@ -250,6 +251,10 @@ def test_stages_of_a_branch_keep_their_steps(small_run, tmp_path):
     assert [(stage.until, stage.seq_len) for stage in own] == [("2 steps", 16), (None, 32)]
     assert list(steps_of(to)) == list(range(1, 7))
     assert steps_of(to)[4] == steps_of(trunk)[4]
+    settings = ["--train.steps=6", "--train.micro_batch=1"]
+    branch([str(trunk), "--step", "3", "--to", str(tmp_path / "micro"), "--", *settings])
+    spans = resolve_stages(load_config(["--config", str(tmp_path / "micro" / "config.yaml")])).spans
+    assert [span.config.train.micro_batch for span in spans] == [1, 1]
     moved = '--train.stages=[{"until": 1, "seq_len": 16}, {"seq_len": 32}]'
     with pytest.raises(ConfigError, match=r"step_00000003 was written with --data.seq_len 32, but this run has 16"):
         branch([str(trunk), "--step", "3", "--to", str(tmp_path / "moved"), "--", moved])

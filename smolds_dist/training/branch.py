@@ -81,8 +81,8 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) -> RunConfig:
     """Return the run's settings, changed by `settings`.
 
-    Its stages keep their steps, whatever the branch's number of steps; the last one continues to the end. If neither stages
-    nor `settings` set a decay, WSD's covers all steps of the branch.
+    Its stages keep their steps, whatever the branch's number of steps; the last one continues to the end. What a stage omits
+    is `settings`' value. If neither stages nor `settings` set a decay, WSD's covers all steps of the branch.
 
     Raises:
         ConfigError: if a setting is invalid, or the branch would have no steps.
@@ -94,8 +94,12 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
         base.append("--train.time_budget=null")  # it would replace the number of steps
     config = load_config([*base, *settings], prog="smolds branch")
     if config.train.stages and "--train.stages" not in named:
-        *stages, last = resolve_stages(load_config(base)).spans[-1].config.train.stages or []
-        config.train.stages = [*stages, replace(last, until=None)]
+        resolved = resolve_stages(load_config(base)).spans[-1].config.train.stages or []
+        config.train.stages = [
+            replace(own, until=stage.until, lr_until=stage.lr_until)
+            for own, stage in zip(config.train.stages, resolved, strict=True)
+        ]
+        config.train.stages[-1].until = None
         validate(config)
     steps, stages = config.train.steps, config.train.stages or []
     if steps <= manifest.step:
