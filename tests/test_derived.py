@@ -206,6 +206,28 @@ def test_branch_of_a_damaged_checkpoint_or_into_a_run_is_an_error(trunk, tmp_pat
         branch([str(tmp_path / "nowhere"), "--step", "4", "--to", str(tmp_path / "new")])
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".", r"--run.name is empty; set a value"),
+        ("a:b", r"--run.name 'a:b' cannot be a folder name"),
+        ("trunk/checkpoints/step_00000009", r"is inside the run .*trunk; choose a folder outside, such as .*trunk-2"),
+    ],
+)
+def test_a_new_run_has_a_runs_name_and_lies_outside_its_parent(trunk, tmp_path, monkeypatch, name, words):
+    (empty := tmp_path / "empty").mkdir()
+    monkeypatch.chdir(empty)
+    to = name if name == "." else str(trunk.parent / name)
+    for make in (
+        lambda: checkpoint(["average", str(trunk), "--steps", "2,4", "--to", to]),
+        lambda: branch([str(trunk), "--step", "4", "--to", to]),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make()
+    assert [run.name for run in trunk.parent.iterdir()] == ["trunk"] and len(steps_of(trunk)) == 6
+    assert len(checkpoints_in(trunk / "checkpoints")) == 3 and not any(empty.iterdir())
+
+
 def test_runs_draws_the_tree_and_diff_compares_at_the_same_step(trunk, tmp_path, capsys):
     folder = trunk.parent
     branch([str(trunk), "--step", "4", "--to", str(folder / "decay"), "--", "--train.lr=0.01"])

@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.derived import derived_run
@@ -19,7 +20,6 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.interchange.export import find_checkpoint
 from smolds_dist.observe.rows import truncate_rows
-from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig
 from smolds_dist.stages import resolve_stages
 from smolds_dist.training.build import lr_change
@@ -51,7 +51,7 @@ def branch(args: list[str]) -> None:
     if line := lr_change(manifest, config):
         print(line)
     command = "smolds train" if manifest.topology["world_size"] == 1 else "smolds launch --"
-    print(f"train it with `{command} --config {to / 'config.yaml'} --checkpoint.resume auto`")
+    print(f"train it with `{command} --config {quote(str(to / 'config.yaml'))} --checkpoint.resume auto`")
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -100,7 +100,6 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
             for own, stage in zip(config.train.stages, resolved, strict=True)
         ]
         config.train.stages[-1].until = None
-        validate(config)
     steps, stages = config.train.steps, config.train.stages or []
     if steps <= manifest.step:
         raise ConfigError(f"--train.steps {steps} ends before the branch's first step {manifest.step + 1}; raise it.")
