@@ -24,7 +24,8 @@ _FIELDS: tuple[tuple[Any, str], ...] = (
     (dict[str, float], "epochs seconds grad_norms tasks"),
     (dict[str, str], "versions"),
     (dict[str, Any], "data"),
-    (list[float], "router_entropy"),
+    (list[float], "router_entropy max_activation max_logits"),
+    (dict[str, list[float | None]], "weight gradient update"),
     (list[list[float]], "load bias router_histogram"),
 )
 _OPTIONAL = [(name, kind, None) for kind, names in _FIELDS for name in names.split()]

@@ -85,7 +85,7 @@ RANGES = ranges({
     "yarn.mscale yarn.mscale_all_dim yarn.attention_factor",
     (0, 10**9): "parallel.grace parallel.timeout log.every log.sample_temperature",
     (0, 10**12): "train.warmup_steps train.eval_every parallel.compare_every parallel.check_every checkpoint.every "
-    "checkpoint.keep_every log.sample_every eval.every source.weight",
+    "checkpoint.keep_every log.sample_every log.statistics_every eval.every source.weight",
     (0, 2**62): "train.seed",
     (0, 1e30): "train.grad_clip train.qk_clip train.skip_steps train.spike_threshold stage.lr",
     (1, 10**4): "model.num_hidden_layers",

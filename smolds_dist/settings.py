@@ -382,6 +382,8 @@ class Log:
     """Length of a sample in tokens."""
     sample_temperature: float = 0.6
     """Sampling temperature, 0 or more; 0 = greedy."""
+    statistics_every: int = 0
+    """Steps between statistics of weights, gradients, updates, activations and attention logits; 0 = off."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     to: str = ""

@@ -22,6 +22,7 @@ from smolds_dist.inference.generate import generate
 from smolds_dist.interchange.export import export
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.observe.runs import difference, runs
+from smolds_dist.stages import resolve_stages
 from smolds_dist.training.branch import branch
 from smolds_dist.training.trainer import train
 
@@ -205,6 +206,28 @@ def test_branch_of_a_damaged_checkpoint_or_into_a_run_is_an_error(trunk, tmp_pat
         branch([str(tmp_path / "nowhere"), "--step", "4", "--to", str(tmp_path / "new")])
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".", r"--run.name is empty; set a value"),
+        ("a:b", r"--run.name 'a:b' cannot be a folder name"),
+        ("trunk/checkpoints/step_00000009", r"is inside the run .*trunk; choose a folder outside, such as .*trunk-2"),
+    ],
+)
+def test_a_new_run_has_a_runs_name_and_lies_outside_its_parent(trunk, tmp_path, monkeypatch, name, words):
+    (empty := tmp_path / "empty").mkdir()
+    monkeypatch.chdir(empty)
+    to = name if name == "." else str(trunk.parent / name)
+    for make in (
+        lambda: checkpoint(["average", str(trunk), "--steps", "2,4", "--to", to]),
+        lambda: branch([str(trunk), "--step", "4", "--to", to]),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make()
+    assert [run.name for run in trunk.parent.iterdir()] == ["trunk"] and len(steps_of(trunk)) == 6
+    assert len(checkpoints_in(trunk / "checkpoints")) == 3 and not any(empty.iterdir())
+
+
 def test_runs_draws_the_tree_and_diff_compares_at_the_same_step(trunk, tmp_path, capsys):
     folder = trunk.parent
     branch([str(trunk), "--step", "4", "--to", str(folder / "decay"), "--", "--train.lr=0.01"])
@@ -250,6 +273,10 @@ def test_stages_of_a_branch_keep_their_steps(small_run, tmp_path):
     assert [(stage.until, stage.seq_len) for stage in own] == [("2 steps", 16), (None, 32)]
     assert list(steps_of(to)) == list(range(1, 7))
     assert steps_of(to)[4] == steps_of(trunk)[4]
-    moved = '--train.stages=[{"until": 1, "seq_len": 16}, {"seq_len": 32}]'
+    settings = ["--train.steps=6", "--train.micro_batch=1"]
+    branch([str(trunk), "--step", "3", "--to", str(tmp_path / "micro"), "--", *settings])
+    spans = resolve_stages(load_config(["--config", str(tmp_path / "micro" / "config.yaml")])).spans
+    assert [span.config.train.micro_batch for span in spans] == [1, 1]
+    moved = '--train.stages=[{"until": 0.75, "seq_len": 16}, {"seq_len": 32}]'
     with pytest.raises(ConfigError, match=r"step_00000003 was written with --data.seq_len 32, but this run has 16"):
         branch([str(trunk), "--step", "3", "--to", str(tmp_path / "moved"), "--", moved])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import options_of_small_run
+from test_mtp import LATENT, as_run, with_depths
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
@@ -16,6 +17,7 @@ from smolds_dist.inference.evaluate import mean_loss
 from smolds_dist.inference.experts import experts, load_own_model, recorded, routed_layers, without_expert
 from smolds_dist.inference.generate import load_model
 from smolds_dist.inference.token_kinds import kind_of, token_texts
+from smolds_dist.interchange.export import export
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
@@ -67,7 +69,7 @@ def model_by_ids(**changed) -> DeepSeekV3ForCausalLM:
     [
         {}, {"scoring_func": "sigmoid"}, {"n_shared_experts": 1}, {"attention": "latent"},
         {"num_hidden_layers": 3, "first_k_dense_replace": 1, "dense_intermediate_size": 16},
-        {"n_group": 2, "topk_group": 1},
+        {"n_group": 2, "topk_group": 1}, {"num_nextn_predict_layers": 1},
     ],
     ids=lambda changed: next(iter(changed), "plain"),
 )  # fmt: skip
@@ -183,7 +185,7 @@ def test_the_command_counts_as_the_run_does(run):
         layer["max_vio"] for layer in result_of(run, "--max-tokens", str(4 * 32))["layers"]
     ]  # a fifth one is padded
     assert np.mean(vios) == pytest.approx(evaluated["val_max_vio"], abs=2e-5)
-    model, tokenizer = load_own_model(run, None)
+    model, tokenizer = load_own_model(run)
     assert sum(result["kinds"].values()) == 160
     for number, layer in enumerate(result["layers"]):
         assert len(layer["experts"]) == 8 and layer["layer"] == number
@@ -200,15 +202,26 @@ def test_the_command_counts_as_the_run_does(run):
 
 def test_an_export_has_the_same_experts_as_its_run(run):
     of_run = result_of(run, "--max-tokens", "400")
-    experts([str(run / "export"), "--max-tokens", "400", "--json", str(run / "other.json")])
+    (run / "link.json").symlink_to(run / "other.json")
+    experts([str(run / "export"), "--max-tokens", "400", "--json", str(run / "link.json")])
+    assert (run / "link.json").is_symlink()  # as /dev/stdout is
     of_export = json.loads((run / "other.json").read_text())
     assert of_run["layers"] == of_export["layers"] and of_run["sources"] == of_export["sources"]
-    ours, theirs = load_own_model(run / "export", None)[0], load_model(run / "export")[0]
+    ours, theirs = load_own_model(run / "export")[0], load_model(run / "export")[0]
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.allclose(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-4)
     shutil.rmtree(run / "checkpoints")  # the run's export is left
     assert result_of(run, "--max-tokens", "400")["layers"] == of_run["layers"]
+
+
+def test_published_folder_with_more_layers_computes_the_same(kept_run, tmp_path):
+    """DeepSeek-V3's format, with latent attention and layers of multi-token prediction."""
+    model = with_depths(dict(LATENT, vocab_size=320)).eval()
+    export([str(as_run(model, kept_run, tmp_path)), "--to", str(tmp_path / "published"), "--no-check"])
+    loaded, ids = load_own_model(tmp_path / "published")[0], torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
 
 
 def test_two_sources_part_where_the_tokens_do(corpus, cache, tmp_path, capsys):
@@ -223,7 +236,7 @@ def test_two_sources_part_where_the_tokens_do(corpus, cache, tmp_path, capsys):
     options = [option for option in options if not option.startswith("--data.source=")]
     sources = {name: {"source": f"text:{tmp_path}/{name}/*.txt"} for name in ("digits", "words")}
     (tmp_path / "mix.yaml").write_text(json.dumps({"data": {"sources": sources}}))
-    quick = ["--train.steps=20", "--train.lr=0.01", "--run.name=two", "--checkpoint.every=20"]
+    quick = ["--train.steps=20", "--train.lr=0.01", "--run.name=two", "--checkpoint.every=20", "--train.ema=0.9"]
     train(load_config([*options, "--config", str(tmp_path / "mix.yaml"), *quick]))
     capsys.readouterr()
     experts([str(tmp_path / "runs" / "two"), "--layer=1", "--ablate=200"])
@@ -232,6 +245,8 @@ def test_two_sources_part_where_the_tokens_do(corpus, cache, tmp_path, capsys):
     result = json.loads((tmp_path / "runs" / "two" / "experts.json").read_text())
     assert max(layer["source_bits"] for layer in result["layers"]) > 0.05
     assert all(layer["source_bits_shuffled"] < 0.02 for layer in result["layers"])
+    averaged = result_of(tmp_path / "runs" / "two", "--weights=ema")
+    assert averaged["sources"]["words"]["loss"] > result["sources"]["words"]["loss"] + 0.01  # behind the fast training
     for expert in result["layers"][0]["experts"]:
         parts = expert["ablation_sources"]
         assert parts.keys() == {"digits", "words"} and min(*parts.values()) - 1e-4 <= expert["ablation"]
@@ -242,9 +257,10 @@ def test_kinds_of_tokens(run):
         " the": "word", "ing": "letters inside a word", "1984": "digits", " \n": "whitespace", "->": "punctuation",
         "_name": "identifier", " getName": "identifier", "x1": "identifier", "(self": "mixed", " мир": "cyrillic",
         "漢字": "cjk", "ひ": "hiragana", "é": "letters inside a word", "²": "digits", "__": "identifier",
+        "一": "cjk", "ा": "devanagari", "❤\ufe0f": "punctuation", "\x00": "punctuation",
     }  # fmt: skip
     assert {text: kind_of(text) for text in kinds} == kinds
-    tokenizer = load_own_model(run, None)[1]
+    tokenizer = load_own_model(run)[1]
     ids = [*tokenizer("é", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     assert token_texts(tokenizer, ids) == (
         ["\\xc3", "\\xa9", tokenizer.eos_token],
@@ -261,6 +277,7 @@ def test_mistakes_raise_errors(run, tmp_path):
         ([str(run), "--json", str(tmp_path)], "cannot be written"),
         ([str(tmp_path)], "--data.source"),
         ([str(tmp_path), "--data.source=stdlib"], "contains no complete checkpoint"),
+        ([str(tmp_path / "none"), "--data.source=stdlib"], "none contains no complete checkpoint"),
     ):
         with pytest.raises(ConfigError, match=words):
             experts(args)

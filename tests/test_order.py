@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from smolds_dist.data.mixture import Mixture, exact_shares, truncate_schedule
-from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Epoch, SampleOrder, TokenSpan, best_fit, permute_index
+from smolds_dist.data.order import FIRST_WINDOW, ROUNDS, Epoch, SampleOrder, TokenSpan, permute_index
+from smolds_dist.data.packing import best_fit
 from smolds_dist.data.shards import DOCUMENT, SHARD_BYTES, group_files, group_into_shards
 from smolds_dist.data.source import File
 from smolds_dist.data.staged_order import StagedOrder

@@ -39,7 +39,7 @@ from smolds_dist.settings import RunConfig
 FIX = "restore it from a copy"
 # The settings required for reading
 _READ = (("train", "global_batch"), ("train", "steps"), ("data", "tokenizer"), ("model", "hidden_size"))
-FORMAT = 1  # increase when the layout or the meaning of a file changes
+FORMAT = 2  # increase when the layout or the meaning of a file changes
 MANIFEST = "manifest.json"
 DIGEST = "manifest.json.sha256"
 HASH_BYTES = 2**20  # read at once

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from smolds_dist.data.cache import try_build
-from smolds_dist.data.order import Epoch, SampleOrder, TokenSpan, best_fit
+from smolds_dist.data.order import Epoch, SampleOrder, TokenSpan
+from smolds_dist.data.packing import best_fit
 from smolds_dist.data.rows import rows_before
 from smolds_dist.data.shards import DOCUMENT, Corpus, ShardMeta, read_meta, shard_damage, write_shard
 from smolds_dist.data.staged_order import StagedOrder

@@ -32,15 +32,16 @@ def experts(args: list[str]) -> None:
     options, settings = _parse(args)
     config, is_validation = data_config("smolds experts", options.model, options.step, settings)
     to = options.json or (run_of(options.model) or options.model) / FILE
+    model, tokenizer = load_own_model(options.model, options.step, options.weights)
     check_writable("--json", to)
-    model, tokenizer = load_own_model(options.model, options.step)
     layers = routed_layers(model, options)
     sources = {
         name: _even(ids[: options.max_tokens], config.data.seq_len)
         for name, ids, _ in read_sources(config, is_validation, tokenizer, options.max_tokens)
     }
     result: Any = analyze(model, tokenizer, layers, config, sources, options)
-    replace_text(to, json.dumps(result) + "\n")
+    text = json.dumps(result) + "\n"
+    to.write_text(text) if options.json else replace_text(to, text)  # --json may be a device or a link
     print(describe_layers(result) if options.layer is None else describe_layer(result, options.layer))
     print(f"\nwrote {to}; `smolds report --html` draws a run's experts")
 
@@ -56,6 +57,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("model", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
+    parser.add_weights_option()
     parser.add_argument("--max-tokens", type=int, default=100_000, help="tokens to read per source")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch")
     parser.add_argument(
@@ -72,8 +74,11 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(args)
 
 
-def load_own_model(source: Path, step: int | None) -> tuple[Any, Any]:
+def load_own_model(source: Path, step: int | None = None, weights: str = "trained") -> tuple[Any, Any]:
     """Return smolds' own model, on the fastest local device, and tokenizer of a run, a checkpoint or an export.
+
+    Args:
+        weights: "trained" or "ema", as in `open_model`.
 
     Raises:
         ConfigError: if there is none, or its architecture has no counterpart here.
@@ -84,12 +89,16 @@ def load_own_model(source: Path, step: int | None) -> tuple[Any, Any]:
     from smolds_dist.interchange.export import build_model, find_checkpoint, open_model
     from smolds_dist.interchange.import_model import read_model
 
-    is_export = step is None and not (source / "manifest.json").is_file() and not checkpoints_in(source / "checkpoints")
+    is_export = (
+        (step, weights) == (None, "trained")
+        and not (source / "manifest.json").is_file()
+        and not checkpoints_in(source / "checkpoints")
+    )
     folder = next((f for f in (source, source / "export") if is_export and (f / "config.json").is_file()), None)
     if folder:
         model, tokenizer = read_model(folder)
     else:
-        reader, config, tokenizer = open_model(find_checkpoint(source, step))
+        reader, config, tokenizer = open_model(find_checkpoint(source, step), weights)
         model = build_model(reader, config)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
@@ -103,7 +112,8 @@ def routed_layers(model: Any, options: argparse.Namespace) -> dict[int, Any]:
     """
     from smolds_dist.model.moe import DeepSeekMoE
 
-    config, found = model.config, enumerate(model.model.layers)
+    config = model.config
+    found = enumerate(model.model.layers[: config.num_hidden_layers])  # those of multi-token prediction come after
     layers = {number: block.mlp for number, block in found if isinstance(block.mlp, DeepSeekMoE)}
     if not layers or config.num_experts < 2:
         raise ConfigError(f"{options.model} has no layer with several experts; use a mixture-of-experts model.")
@@ -136,8 +146,8 @@ def analyze(
         losses = {name: mean_loss(model, ids, *how)[0] for name, ids in sources.items()}
     text = _labeled(sources, tokenizer, config.data.seq_len, options.min_count)
     result: dict[str, Any] = {
-        "format": FORMAT, "model": str(options.model), "step": options.step, "sequence_length": how[0],
-        "experts_per_token": model.config.num_experts_per_tok, "min_count": options.min_count,
+        "format": FORMAT, "model": str(options.model), "step": options.step, "weights": options.weights,
+        "sequence_length": how[0], "experts_per_token": model.config.num_experts_per_tok, "min_count": options.min_count,
         "sources": {name: {"tokens": len(ids), "loss": round(losses[name], 5)} for name, ids in sources.items()},
         "source_entropy_bits": round(entropy(_counts(text.sources)), 5),
         "kinds": dict(zip(text.kinds.names, _counts(text.kinds).tolist(), strict=True)),

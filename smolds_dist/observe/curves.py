@@ -35,7 +35,7 @@ def curves_of(row: dict, config: dict) -> dict[str, float]:
     and the last step.
     """
     if "event" in row:
-        return {}
+        return _of_statistics(row) if row["event"] == "statistics" else {}
     if "tasks" in row:
         return {f"tasks/{name}": score for name, score in row["tasks"].items()}
     points = _of_evaluation(row) if "val_loss" in row else _of_training(row, config)
@@ -79,6 +79,35 @@ def _of_training(row: dict, config: dict) -> dict[str, float | None]:
         entropies = enumerate(row.get("router_entropy", ()), first)
         points |= {f"router_entropy/layer_{layer:02}": entropy for layer, entropy in entropies}
     return points
+
+
+def statistics_of(row: dict) -> dict[str, dict[str, list[float | None]]]:
+    """Return a statistics row's values by kind and part, a list over layers (None for a layer without the part): root mean
+    squares of weights, gradients and updates, and those of updates relative to those of the weights ("ratio")."""
+    found = {kind: row[kind] for kind in ("weight", "gradient", "update") if isinstance(row.get(kind), dict)}
+    pairs = {part: zip(row["update"][part], values, strict=True) for part, values in found.get("weight", {}).items()}
+    found["ratio"] = {part: [u / w if w else None for u, w in both] for part, both in pairs.items()}
+    return found
+
+
+def _of_statistics(row: dict) -> dict[str, float]:
+    """Return a statistics row's points: parts over all layers under one heading, each layer under its own."""
+    points: dict[str, float] = {}
+    for kind, parts in statistics_of(row).items():
+        for part, values in parts.items():
+            points[f"statistics/{kind}/{part}"] = over_layers(values)
+            named = {f"statistics_layer_{layer:02}/{kind}/{part}": one for layer, one in enumerate(values)}
+            points |= {name: one for name, one in named.items() if one is not None and len(values) > 1}
+    for name in ("max_activation", "max_logits"):
+        points[f"statistics/{name}"] = max(row[name])
+        points |= {f"statistics_layer_{layer:02}/{name}": one for layer, one in enumerate(row[name])}
+    return points
+
+
+def over_layers(values: list[float | None]) -> float:
+    """Return the root mean square over layers with equal numbers of elements."""
+    known = [value for value in values if value is not None]
+    return math.sqrt(sum(value * value for value in known) / max(1, len(known)))
 
 
 def _perplexity(loss: float) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from smolds_dist.checkpoint.files import manifests_of
-from smolds_dist.observe.curves import CURVES
+from smolds_dist.observe.curves import CURVES, over_layers, statistics_of
 from smolds_dist.observe.expert_map import draw_experts, style_of
 from smolds_dist.observe.expert_table import read_experts
 from smolds_dist.observe.overview import column_of, events, overview, smooth
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FRAMES = 60  # positions of the slider
 POINTS = 2000  # of a curve
+STATISTICS = {"ratio": "Update relative to weights", "update": "Update", "weight": "Weights", "gradient": "Gradient"}
 SMOOTHED = ("loss", "max_vio", "tokens_per_s")
 ENVIRONMENT = ("host", "system", "device", "threads", "topology", "reason", "parameters", "versions")
 STYLE = """
@@ -61,6 +62,10 @@ def html_page(runs: list[Path]) -> str:
     experts = {run: found for run in runs if (found := read_experts(run))}
     for number, (run, found) in enumerate(experts.items()):
         sections += [f"<h2>Experts{_of(run, runs)}</h2>", draw_experts(found, f"experts{number}")]
+    for run in runs:
+        if charts := draw_statistics([row for row in rows[run] if row.get("event") == "statistics"]):
+            drawn += (of_run := [_chart(chart) for chart in charts])
+            sections += [f"<h2>Statistics{_of(run, runs)}</h2>", '<div class="curves">', *of_run, "</div>"]
     for run in runs:
         sections += [f"<h2>Samples{_of(run, runs)}</h2>", *_samples(read_rows(run / "samples.jsonl"))]
     sections += ["<h2>Settings</h2>"]
@@ -117,6 +122,37 @@ def draw_curve(rows: dict[Path, list[dict]], name: str) -> "Figure | None":
     if name == "lr":
         figure.update_yaxes(tickformat=".1e")
     return figure
+
+
+def draw_statistics(rows: list[dict]) -> list["Figure"]:
+    """Draw a run's statistics rows: a chart by part for each kind, then charts by layer, each with a line per layer."""
+    if not rows:
+        return []
+    by_kind = [statistics_of(row) for row in rows]
+    steps, charts = [row["step"] for row in rows], []
+
+    def draw(title: str, lines: dict[str, Any], scale: str) -> None:
+        from plotly.graph_objects import Figure, Scattergl
+
+        figure = Figure([Scattergl(x=steps, y=line, name=_text(name)) for name, line in lines.items()])
+        _lay_out(figure, title, 340)
+        figure.update_xaxes(title="step")
+        figure.update_yaxes(type=scale)
+        charts.append(figure)
+
+    for kind, title in STATISTICS.items():
+        lines: dict[str, Any] = {part: [over_layers(one[kind][part]) for one in by_kind] for part in by_kind[-1][kind]}
+        draw(f"{title} by part", lines, "log")
+    layers = range(len(rows[-1]["max_activation"]))
+    largest = {"max_activation": "Largest activation", "max_logits": "Largest attention logit"}
+    for name, title in largest.items():
+        draw(f"{title} by layer", {f"layer {n}": [row[name][n] for row in rows] for n in layers}, "linear")
+    for part, values in by_kind[-1]["ratio"].items():
+        known = [n for n, value in enumerate(values) if value is not None]
+        if len(known) > 1:
+            lines = {f"layer {n}": [one["ratio"][part][n] for one in by_kind] for n in known}
+            draw(f"{STATISTICS['ratio']} by layer: {part}", lines, "log")
+    return charts
 
 
 def draw_loads(rows: list[dict]) -> "Figure | None":

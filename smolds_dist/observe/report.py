@@ -93,7 +93,7 @@ def report(args: list[str]) -> None:
 
 NEEDED = {
     "loss": ("tokens", "tokens_per_s"), "val_loss": ("val_bits_per_byte",), "load": ("max_vio", "max_vio_window"),
-    "seen_texts": ("unique_texts", "epochs"),
+    "seen_texts": ("unique_texts", "epochs"), "weight": ("gradient", "update", "max_activation", "max_logits"),
 }  # fmt: skip
 
 

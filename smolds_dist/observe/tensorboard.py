@@ -61,7 +61,7 @@ class Board:
     def show(self, row: dict) -> None:
         """Add a row of `metrics.jsonl`."""
         step, when = row["step"], row.get("time")
-        if "event" in row:
+        if row.get("event", "statistics") != "statistics":
             name = "environment" if row["event"] == "start" else "events"
             self._add(text(name, _as_yaml(row)), step, when)
             return

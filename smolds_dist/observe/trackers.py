@@ -150,7 +150,7 @@ class Feed:
             note = self._read_note()
             tracker = CLASSES[self.name](self._run_dir, self._config, note)
             while not isinstance(row := self._waiting.get(), int):
-                kind = next(name for name in ("val_loss", "tasks", "step") if name in row)
+                kind = next(name for name in ("val_loss", "tasks", "event", "step") if name in row)
                 points = curves_of(row, self._config)
                 if not points or row["step"] <= note.get(kind, 0):
                     continue

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from smolds_dist.parallel.engine import (
     Fill,
     KindsOf,
     Update,
+    Watch,
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
@@ -117,6 +119,8 @@ class DeepSpeedEngine:
         self._norm = float("nan")
         self._applied, self._outlier = True, False
         self._accept: Callable[[float], bool] | None = None  # until this step's decision
+        self._watch: Watch | None = None
+        self._watched: dict[int, list[tuple[Fragment, int]]] = {}
         self._hidden: list[list[Tensor]] = []  # parameters of the optimizer's groups during a skipped update
         self._squares: dict[str, Tensor] | None = None  # this step's, if requested
         # By id of an optimizer tensor: fragments of it and the factors to scale their rows by
@@ -208,6 +212,14 @@ class DeepSpeedEngine:
             rejected = self.sum_over_ranks(torch.tensor(float(not self._accept(norm))))
             self._outlier, self._accept = bool(rejected), None
             self._applied = not self._outlier
+        if self._watch and self._applied:
+            self._watch.before_update([
+                replace(fragment, tensors={"value": value, "gradient": updated.grad.view(-1)[start : start + len(value)]})
+                for group in optimizer.param_groups
+                for updated in group["params"]
+                for fragment, start in self._watched.get(id(updated), ())
+                for value in [fragment.tensors["value"]]
+            ])  # fmt: skip
         if not self._applied:
             self._hidden = [group["params"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
@@ -224,6 +236,8 @@ class DeepSpeedEngine:
                 for fragment, rows in self._factors.get(id(updated), ()):
                     scale_rows(fragment, rows)
             self._average.update(group["params"])
+        if self._watch and self._applied:
+            self._watch.after_update()
 
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip by the norm over all experts, including those on other ranks.
@@ -275,14 +289,17 @@ class DeepSpeedEngine:
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
         accept: Accept | None = None,
+        watch: Watch | None = None,
     ) -> Update:
         read = dict(zip(results, read_together(list(results.values())), strict=True))
-        self._factors.clear()
-        if rows := factors(read) if factors else {}:
-            flats = self._flats()
-            for fragment in self.fragments():
+        rows = factors(read) if factors else {}
+        self._factors, self._watch, self._watched = {}, watch, {}
+        flats = self._flats() if rows or watch else []
+        for fragment in self.fragments() if flats else ():
+            if watch or fragment.name in rows:
+                index, start = offset_in(flats, fragment.tensors["value"])
+                self._watched.setdefault(id(flats[index]), []).append((fragment, start))
                 if fragment.name in rows:
-                    index, _ = offset_in(flats, fragment.tensors["value"])
                     self._factors.setdefault(id(flats[index]), []).append((fragment, rows[fragment.name]))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -294,6 +311,9 @@ class DeepSpeedEngine:
         squares = self._squares or {}
         squares = dict(zip(squares, read_together(list(squares.values())), strict=True))
         return Update(norm, self._applied and self.engine.was_step_applied(), squares, read, self._outlier)
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        return nullcontext()  # has none
 
     def time_all_to_all(self, on: bool) -> None:
         self._clock.run(on)

@@ -5,6 +5,7 @@ same losses. Training state is read and written as `Fragment`s, independent of e
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -62,6 +63,16 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, non_blocking=True)
 
 
+class Watch(Protocol):
+    """Measures an update; an engine may make it in several parts."""
+
+    def before_update(self, fragments: Sequence[Fragment]) -> None:
+        """Called with the slices to be updated: "value", and the clipped gradient as "gradient"."""
+
+    def after_update(self) -> None:
+        """Called when these slices are updated."""
+
+
 class Engine(Protocol):
     """The interface that the training loop uses."""
 
@@ -95,6 +106,7 @@ class Engine(Protocol):
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
         accept: Accept | None = None,
+        watch: Watch | None = None,
     ) -> Update:
         """Average the gradients over ranks, clip, update the weights and clear the gradients.
 
@@ -107,10 +119,14 @@ class Engine(Protocol):
                 `LocalEngine` waits.
             factors: returns row factors to apply after the update.
             accept: returns False to skip the update; one rank's answer decides for all.
+            watch: called around the update, if it is not skipped.
         """
 
     def set_accumulation(self, topology: Topology) -> None:
         """Take micro batches as a stage's `topology` has them, from the next step on."""
+
+    def without_graphs(self) -> AbstractContextManager[None]:
+        """Run the passes of a step without recorded graphs, so that hooks are called."""
 
     def time_all_to_all(self, on: bool) -> None:
         """Start or stop timing all-to-alls, which synchronizes the device."""

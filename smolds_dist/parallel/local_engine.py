@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from smolds_dist.parallel.engine import (
     Fill,
     KindsOf,
     Update,
+    Watch,
     model_inputs,
     nan_unless_finite,
     optimizer_step_count,
@@ -60,6 +62,7 @@ class LocalEngine:
         self._collected: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._elements = 0  # of the collected gradients
         self._captured: CapturedPasses | None = None
+        self._plain = False  # run without the graphs
         self.optimizer = make_optimizer(groups, train, topology.dtype)
         # By name: the model's parameter and the optimizer's fp32 copy (the same tensor in fp32)
         self.masters = {name: (parameter, master_of[parameter]) for name, parameter in model.named_parameters()}
@@ -98,14 +101,14 @@ class LocalEngine:
         num_labels: Tensor | None = None,
     ) -> Tensor:
         inputs = model_inputs(self.device, ids, labels, positions, bounds, num_labels)
-        if self._captured:
+        if self._captured and not self._plain:
             if self._captured.takes(inputs):
                 return self._captured.forward(inputs)
             self.release_graphs()
         return self.model(**inputs).loss
 
     def backward(self, loss: Tensor) -> None:
-        if self._captured:
+        if self._captured and not self._plain:
             self._captured.backward()
         else:
             self._run_backward(loss)
@@ -121,6 +124,7 @@ class LocalEngine:
         results: Mapping[str, Tensor] = NOTHING,
         factors: Factors | None = None,
         accept: Accept | None = None,
+        watch: Watch | None = None,
     ) -> Update:
         squares = squares_by_part(self.optimizer)
         total = torch.stack(list(squares.values())).sum().sqrt()
@@ -136,12 +140,16 @@ class LocalEngine:
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            if watch:
+                watch.before_update(list(self._fragments(gradients=True)))
             self.optimizer.step()
             if rows := factors(read) if factors else {}:
                 for fragment in self.fragments():
                     if fragment.name in rows:
                         scale_rows(fragment, rows[fragment.name])
             self._average.update([master for _, master in self.masters.values()])
+            if watch:
+                watch.after_update()
             if rounded := [pair for pair in self.masters.values() if pair[0] is not pair[1]]:
                 with torch.no_grad():
                     torch._foreach_copy_([parameter for parameter, _ in rounded], [master for _, master in rounded])
@@ -215,6 +223,16 @@ class LocalEngine:
         self.release_graphs()
         self.accumulation = topology.accumulation
 
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        if self._captured:  # whose first pass would overwrite the last step's gradients, in memory that stays
+            self.optimizer.zero_grad(set_to_none=False)
+        self._plain = True
+        try:
+            yield
+        finally:
+            self._plain = False
+
     def time_all_to_all(self, on: bool) -> None:
         pass
 
@@ -225,8 +243,13 @@ class LocalEngine:
         return values
 
     def fragments(self) -> Iterator[Fragment]:
+        return self._fragments()
+
+    def _fragments(self, gradients: bool = False) -> Iterator[Fragment]:
         for name, (parameter, master) in self.masters.items():
             tensors = {"value": master} | same_shape(self.optimizer.state[master], master) | self._average.of(master)
+            if gradients:
+                tensors["gradient"] = torch.zeros_like(master) if master.grad is None else master.grad
             flat = {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()}
             yield from split_by_tensor(logical_shapes(name, parameter.shape), 0, flat)
 

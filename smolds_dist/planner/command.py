@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolds_dist.config import load_config
-from smolds_dist.costs.flops import flops_per_token, layers_of
+from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.layout import load_stretch, most_received
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
@@ -18,12 +18,10 @@ from smolds_dist.costs.step_time import RunTime, run_time
 from smolds_dist.data.mixture import format_schedule, mixture_of, truncate_schedule
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, rejection_reason
-from smolds_dist.planner.simulator import loads_of_run, simulate_step
 from smolds_dist.progress import duration
+from smolds_dist.rows import read_rows
 from smolds_dist.settings import RunConfig
 from smolds_dist.stages import format_stages, resolve_stages
-
-MAX_SIMULATED_RANKS = 1024  # ranks, above which the simulator would take minutes
 
 
 def plan(args: list[str]) -> None:
@@ -38,10 +36,7 @@ def plan(args: list[str]) -> None:
     machine = load_hardware(options.hardware)
     per_node = options.devices_per_node or machine.per_node
     machine = machine.shared_by(per_node)
-    loads = loads_of_run(options.loads) if options.loads else None
-    max_vio = options.max_vio
-    if loads:  # MaxVio, mean over layers
-        max_vio = sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
+    max_vio = max_vio_of_run(options.loads, config) if options.loads else options.max_vio
     found = list(candidates(config, machine, options.nodes, per_node, max_vio))
     ranking = best_first(found, machine)
     best = ranking[0]
@@ -58,15 +53,6 @@ def plan(args: list[str]) -> None:
         )
     print(report(config, machine, found, ranking, run, steps, options.top, max_vio))
     print(f"\nstart it with\n  {command_line(best, run, train_args, options.nodes, per_node)}")
-    if loads and best.layout.world > MAX_SIMULATED_RANKS:
-        print(f"\nnot simulated: more than {MAX_SIMULATED_RANKS:,} ranks")
-    elif loads:
-        fitted = _fit(loads, config)
-        simulated = simulate_step(with_vocabulary(config), best.layout, machine, fitted, options.straggling)
-        print(
-            f"\nsimulated with the loads of {options.loads}: {simulated.seconds:,.3f} s/step; ranks wait "
-            f"{sum(simulated.waiting) / len(simulated.waiting) / simulated.seconds:.1%} of it"
-        )
     if options.json:
         options.json.write_text(json.dumps(as_json(machine, ranking, run, steps), indent=1) + "\n")
     if options.plot:
@@ -187,16 +173,20 @@ def as_json(machine: Hardware, ranking: list[Candidate], run: RunTime, steps: in
     }
 
 
-def _fit(loads: list[list[float]], config: RunConfig) -> list[list[float]]:
-    """Adapt a run's loads to the model's depth by cycling through the run's layers.
+def max_vio_of_run(run: Path, config: RunConfig) -> float:
+    """Return MaxVio, the mean over layers, of the last step that a run recorded.
 
     Raises:
-        ConfigError: if the run has another number of experts.
+        ConfigError: if the run recorded none, or has another number of experts.
     """
-    experts = config.model.num_experts
-    if len(loads[0]) != experts:
-        raise ConfigError(f"--loads has {len(loads[0])} experts, the model {experts}; name a run with the same number.")
-    return [loads[i % len(loads)] for i in range(layers_of(config.model)[1])]
+    loads = next((row["load"] for row in reversed(read_rows(run / "metrics.jsonl")) if "load" in row), None)
+    if loads is None:
+        raise ConfigError(f"{run} has no recorded expert loads; name the folder of a run that has trained a step.")
+    if len(loads[0]) != config.model.num_experts:
+        raise ConfigError(
+            f"--loads has {len(loads[0])} experts, the model {config.model.num_experts}; name a run with the same number."
+        )
+    return sum(max(layer) * len(layer) - 1 for layer in loads) / len(loads)
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -212,9 +202,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
     parser.add_argument("--devices-per-node", type=int, help="devices per node; default: the hardware's")
     parser.add_argument("--max-vio", type=float, default=0.1, help="most loaded expert's load over the mean, minus 1")
-    loads = "run folder whose recorded expert loads replace --max-vio and are simulated"
-    parser.add_argument("--loads", type=Path, help=loads)
-    parser.add_argument("--straggling", type=float, default=0.0, help="simulated ranks' slowdown: standard deviation")
+    parser.add_argument("--loads", type=Path, help="run folder whose recorded expert loads replace --max-vio")
     parser.add_argument("--target-tokens", type=float, help="tokens to train on, instead of --train.steps")
     parser.add_argument("--budget-gpu-hours", type=float, help="device hours; a run that takes more is an error")
     parser.add_argument("--top", type=int, default=8, help="number of other layouts to list")

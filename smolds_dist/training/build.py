@@ -179,14 +179,8 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
         log.info(f"continuing from {reader.folder}")
-        if line := lr_change(reader.manifest, job.config):
+        for line in filter(None, (lr_change(reader.manifest, job.config), ema_change(reader, config.train.ema))):
             log.info(line)
-        if config.train.ema and not reader.has_ema:
-            log.info(
-                f"the moving averages (--train.ema {config.train.ema}) start from the weights of step {state.step}"
-            )
-        elif reader.has_ema and not config.train.ema:
-            log.info("the checkpoint's moving averages are dropped; set --train.ema to keep them")
     stepper = Stepper(
         engine,
         balancer,
@@ -297,6 +291,14 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
     if log.verbose:
         log.info((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
     return log
+
+
+def ema_change(reader: CheckpointReader, ema: float) -> str | None:
+    """Describe moving averages that a resumed run begins or ends, with its decay `ema`."""
+    if ema and not reader.has_ema:
+        return f"the moving averages (--train.ema {ema}) start from the weights of step {reader.manifest.step}"
+    dropped = reader.has_ema and not ema
+    return "the checkpoint's moving averages are dropped; set --train.ema to keep them" if dropped else None
 
 
 def lr_change(manifest: Manifest, config: RunConfig) -> str | None:

@@ -16,23 +16,25 @@ class QkClip:
     """Tracks every head's largest attention logit in a step's forward passes, over all ranks and micro batches.
 
     Args:
-        limit: maximum of a head's logits; 0 = off.
+        limit: maximum of a head's logits; 0 = off: logits are tracked only on request.
     """
 
     def __init__(self, engine: Engine, config: DeepSeekV3Config, limit: float):
         self.config, self.limit = config, limit
-        self.attentions: list[DeepSeekV3Attention] = []
-        if not limit:
-            return
         self.attentions = [module for module in engine.model.modules() if isinstance(module, DeepSeekV3Attention)]
         self._largest_LN = torch.empty(len(self.attentions), config.num_attention_heads, device=engine.device)
         self._largest_LN.fill_(-torch.inf)
+        self.record(bool(limit))
+
+    def record(self, on: bool) -> None:
+        """Track logits, or end that if there is no limit."""
+        self._recording = on or bool(self.limit)
         for attention, largest_N in zip(self.attentions, self._largest_LN, strict=True):
-            attention.largest_logits = largest_N
+            attention.largest_logits = largest_N if self._recording else None
 
     def take(self) -> Tensor | None:
-        """Return the largest logits since the last call [L, N], fp32 on the device; None if off. Collective."""
-        if not self.limit:
+        """Return the largest logits since the last call [L, N], fp32 on the device; None if untracked. Collective."""
+        if not self._recording:
             return None
         if dist.is_initialized():
             dist.all_reduce(self._largest_LN, dist.ReduceOp.MAX)
@@ -46,7 +48,7 @@ class QkClip:
         Args:
             largest_LN: from `take`, on the host.
         """
-        if largest_LN is None:
+        if largest_LN is None or not self.limit:
             return {}
         found: dict[str, Tensor] = {}
         for layer, largest_N in enumerate(largest_LN):

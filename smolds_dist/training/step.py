@@ -4,6 +4,7 @@ Shape letters: L layers, E experts, N query heads.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from smolds_dist.stages import resolve_stages
 from smolds_dist.training.clock import StepClock
 from smolds_dist.training.guard import OutlierFilter
 from smolds_dist.training.qk_clip import QkClip
+from smolds_dist.training.statistics import Statistics
 
 
 class StepOutput(NamedTuple):
@@ -36,7 +38,7 @@ class StepOutput(NamedTuple):
     digest: int  # of its tokens (`data.batch.batch_digest`)
     update: Update
     counts: Tensor  # routed tokens per expert of all ranks [L, E]
-    logits: Tensor | None  # largest attention logits of all ranks [L, N], with a limit
+    logits: Tensor | None  # largest attention logits of all ranks [L, N], if tracked
 
 
 @dataclass
@@ -56,7 +58,10 @@ class Stepper:
         self.stages = resolve_stages(self.config)
         self.clock = StepClock(self.engine, self.topology.expert)
         model_config: Any = self.engine.model.config
-        self.qk_clip = QkClip(self.engine, model_config, self.config.train.qk_clip)
+        train = self.config.train
+        self.qk_clip = QkClip(self.engine, model_config, train.qk_clip)
+        every = self.config.log.statistics_every
+        self.statistics = Statistics(self.engine, self.qk_clip, every, train.grad_clip)
         self._mtp_loss: Tensor | None = None
         if model_config.num_nextn_predict_layers:
             model: Any = self.engine.model
@@ -73,19 +78,23 @@ class Stepper:
         """
         self.clock.begin(step)
         lr = learning_rate(step, self.config)
-        loss, digest = self.accumulate(data_step)
+        watch = self.statistics if self.statistics.is_due(step) else None
+        with watch.measuring() if watch else nullcontext():
+            loss, digest = self.accumulate(data_step)
         with self.clock.phase("optimizer"):
             counts_LE, logits_LN = self.balancer.take(), self.qk_clip.take()
             results = {"loss": loss, "counts": counts_LE} | ({} if logits_LN is None else {"logits": logits_LN})
             accept = self.outliers.accepts if self.outliers.limit else None
-            if accept:
-                results["mean_loss"] = self.engine.sum_over_ranks(loss.clone()) / self.topology.world_size
             if self._mtp_loss is not None:
                 results["mtp"] = self._mtp_loss / self.topology.accumulation
                 results["loss"] = loss - self.config.train.mtp_coef * results["mtp"]
+            if accept:
+                results["mean_loss"] = self.engine.sum_over_ranks(results["loss"].clone()) / self.topology.world_size
             update = self.engine.step(
-                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits")), accept
+                lr, self.clock.measured, results, lambda read: self.qk_clip.factors(read.get("logits")), accept, watch
             )
+            if watch:
+                self.qk_clip.record(False)
             # Decay the bias rate with the learning rate: a jump in the last step would affect the final model.
             self.balancer.step(update.applied, balance_scale(step, self.config), counts_LE)
         read, samples = update.read, self.stages.batch(data_step)

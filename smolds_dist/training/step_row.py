@@ -68,7 +68,9 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     row["mfu"] = float(f"{share:.4g}")  # significant digits: a small model's MFU on a large GPU is tiny
     digest = sum(int(byte) << 8 * place for place, byte in enumerate(sums["digest"])) % 2**32
     row |= {"batch": f"{digest:08x}"} | data_row(job, training, output.samples)
-    if output.logits is not None and update.applied:  # else they may be NaN, which JSON lacks
+    if (
+        job.config.train.qk_clip and output.logits is not None and update.applied
+    ):  # else they may be NaN, which JSON lacks
         row |= {"max_logit": float(f"{output.logits.max():.4g}")}
         row |= {"clipped_heads": int((output.logits > job.config.train.qk_clip).sum())}
     if measured:
@@ -83,6 +85,9 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     if (outliers := training.stepper.outliers).limit:
         outliers.add(row["loss"], update.grad_norm, update.outlier)
         row |= {"outliers": outliers.count} | ({"outlier": True} if update.outlier else {})
+    if training.stepper.statistics.is_due(output.step) and update.applied and output.logits is not None:
+        statistics = training.stepper.statistics.row(update.grad_norm, output.logits)
+        training.log.row(output.step, event="statistics", **statistics)
     counts = output.counts if update.applied else None
     return StepResult(row, counts, sums["requested"], bool(sums["failed"][0]), error)
 
