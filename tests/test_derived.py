@@ -55,6 +55,7 @@ def test_average_is_the_mean_of_the_exported_weights(kept_run, tmp_path, capsys)
         source = [str(to)] if step == "mean" else [str(run_dir), "--step", str(step)]
         export([*source, "--to", str(folder), "--format", "smolds", "--no-check"])
     mean, *others = (load_file(folders[name] / "model.safetensors") for name in ("mean", 2, 4, 6))
+    assert "| weights | mean of steps 2 to 6 |" in (folders["mean"] / "README.md").read_text()
     assert any("bias" in name and tensor.any() for name, tensor in mean.items())
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, torch.stack([other[name] for other in others]).mean(0))
