@@ -184,6 +184,7 @@ def test_a_branch_on_another_file_system_has_a_copy(trunk, tmp_path, capsys):
         (["--step", "6"], r"--train.steps 6 ends before the branch's first step 7; raise it"),
         (["--step", "4", "--", "--train.steps=4"], r"--train.steps 4 ends before the branch's first step 5"),
         (["--step", "4", "--", "--train.seed=9"], r"was written with --train.seed 0, but this run has 9"),
+        (["--step", "4", "--", "--train.time_budget=60"], r"--train.time_budget is measured .*; set --train.steps\.$"),
         (["--step", "4", "--", "--run.name=x"], r"--run.name cannot be set for a branch"),
         (["--step", "4", "--", "--preset", "debug"], r"--preset cannot be set for a branch"),
         (["--step", "4", "--train.steps=9"], r"does not know '--train.steps=9'.*after `--`"),
