@@ -164,6 +164,19 @@ def test_branch_continues_the_data_and_neither_run_changes_the_others_files(trun
     assert steps_of(second) == steps_of(kept_run[0])
 
 
+def test_a_moved_branch_does_not_start_from_the_beginning(trunk, tmp_path):
+    to, moved = tmp_path / "runs" / "decay", tmp_path / "runs" / "moved"
+    branch([str(trunk), "--step", "4", "--to", str(to)])
+    given = ["--config", str(to / "config.yaml"), "--checkpoint.resume=auto"]
+    assert load_config(given).run_dir == to
+    to.rename(moved)
+    given[1] = str(moved / "config.yaml")
+    with pytest.raises(ConfigError, match=rf"names the run {to}, but is in the run {moved}; .* --run.name moved\.$"):
+        load_config(given)
+    assert load_config([*given, "--run.name=new"]).run_dir == tmp_path / "runs" / "new"
+    assert load_config(["--config", str(moved / "config.yaml")]).run_dir == to  # settings of a new run
+
+
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system")
 def test_a_branch_on_another_file_system_has_a_copy(trunk, tmp_path, capsys):
     to = Path("/dev/shm") / f"smolds-{os.getpid()}"
