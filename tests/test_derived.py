@@ -292,6 +292,6 @@ def test_stages_of_a_branch_keep_their_steps(small_run, tmp_path):
     branch([str(trunk), "--step", "3", "--to", str(tmp_path / "micro"), "--", *settings])
     spans = resolve_stages(load_config(["--config", str(tmp_path / "micro" / "config.yaml")])).spans
     assert [span.config.train.micro_batch for span in spans] == [1, 1]
-    moved = '--train.stages=[{"until": 1, "seq_len": 16}, {"seq_len": 32}]'
+    moved = '--train.stages=[{"until": 0.75, "seq_len": 16}, {"seq_len": 32}]'
     with pytest.raises(ConfigError, match=r"step_00000003 was written with --data.seq_len 32, but this run has 16"):
         branch([str(trunk), "--step", "3", "--to", str(tmp_path / "moved"), "--", moved])

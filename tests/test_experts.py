@@ -202,7 +202,9 @@ def test_the_command_counts_as_the_run_does(run):
 
 def test_an_export_has_the_same_experts_as_its_run(run):
     of_run = result_of(run, "--max-tokens", "400")
-    experts([str(run / "export"), "--max-tokens", "400", "--json", str(run / "other.json")])
+    (run / "link.json").symlink_to(run / "other.json")
+    experts([str(run / "export"), "--max-tokens", "400", "--json", str(run / "link.json")])
+    assert (run / "link.json").is_symlink()  # as /dev/stdout is
     of_export = json.loads((run / "other.json").read_text())
     assert of_run["layers"] == of_export["layers"] and of_run["sources"] == of_export["sources"]
     ours, theirs = load_own_model(run / "export")[0], load_model(run / "export")[0]
@@ -255,6 +257,7 @@ def test_kinds_of_tokens(run):
         " the": "word", "ing": "letters inside a word", "1984": "digits", " \n": "whitespace", "->": "punctuation",
         "_name": "identifier", " getName": "identifier", "x1": "identifier", "(self": "mixed", " мир": "cyrillic",
         "漢字": "cjk", "ひ": "hiragana", "é": "letters inside a word", "²": "digits", "__": "identifier",
+        "一": "cjk", "ा": "devanagari", "❤\ufe0f": "punctuation", "\x00": "punctuation",
     }  # fmt: skip
     assert {text: kind_of(text) for text in kinds} == kinds
     tokenizer = load_own_model(run)[1]

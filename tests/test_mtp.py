@@ -263,6 +263,19 @@ def test_formats_without_these_layers_lack_them(kept_run, tmp_path, capsys):
     assert names == {n for n, _ in AutoModelForCausalLM.from_pretrained(tmp_path / "same").named_parameters()}
 
 
+@torch.no_grad()
+def test_a_dense_model_with_these_layers_is_upcycled(kept_run, tmp_path):
+    """The mixture computes the same in all its layers."""
+    dense = dict(GQA, vocab_size=320, num_experts=1, num_experts_per_tok=1, n_shared_experts=0, first_k_dense_replace=0)
+    model, ids, ours = with_depths(dense), tokens(2, 20), tmp_path / "ours"
+    as_run(model, kept_run, tmp_path)
+    mixture = ["--model.num_experts=4", "--model.num_experts_per_tok=2", "--data.seq_len=32"]
+    import_model([str(ours), "--upcycle", "--to", str(tmp_path / "upcycled"), *mixture])
+    upcycled = imported(tmp_path / "upcycled").train()
+    assert len(upcycled.model.layers[-1].mlp.experts.down_proj) == 4
+    torch.testing.assert_close(upcycled(input_ids=ids, labels=ids).loss, model(input_ids=ids, labels=ids).loss)
+
+
 @pytest.mark.parametrize("settings", [GQA, LATENT])
 @pytest.mark.parametrize(
     "sampling", [dict(temperature=0), dict(temperature=1.5, top_k=5), dict(temperature=0.7, top_p=0.9)]

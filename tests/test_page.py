@@ -128,6 +128,9 @@ def test_page_has_the_map_of_experts_as_a_table_of_escaped_text(copied):
     assert page.count('<section class=expert id="experts0-') == 4
     both = html_page([copied, copied])
     assert both.count('id="experts0-1-1"') == 1
+    layer = EXPERTS["layers"][0]
+    (copied / "experts.json").write_text(json.dumps(EXPERTS | {"layers": [layer | {"experts": [EXPERT]}, layer]}))
+    assert html_page([copied]).count("Layer 1, expert") == 3
     (copied / "experts.json").write_text(json.dumps(EXPERTS | {"layers": []}))
     with pytest.raises(ConfigError, match=r"experts.json is invalid \(layers: .* write it again with"):
         html_page([copied])

@@ -70,8 +70,9 @@ def saved_elements(model: Any, swiglu: int, skew: float = 1.0, recompute: str = 
     H, K, width = m.hidden_size, m.num_experts_per_tok, m.intermediate_size
     dense, mixtures = layers_of(m)
     layers = dense + mixtures
-    # Embeddings and hidden states before and after their norms, and those after the depth's last norm.
-    ahead = m.num_nextn_predict_layers * 6 * H
+    # Of a depth: embeddings and hidden states before and after their norms, the input of its last norm and the loss's
+    # gradient. Recomputed, embeddings and the gradient; selective also keeps the projection.
+    ahead = m.num_nextn_predict_layers * {"full": 2, "selective": 3}.get(recompute, 6) * H
     N, key, value = m.num_attention_heads, m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
     if recompute == "full":
         return layers * H + ahead

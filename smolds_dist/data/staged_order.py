@@ -40,6 +40,10 @@ class StagedOrder:
                     self._orders.append(self._make(self._lengths[known], rest))
         return self._orders[number], sample - self._begins[number]
 
+    def lengths_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return the sequence lengths of these samples of the source [n]."""
+        return np.array(self._lengths)[np.searchsorted(self._begins, positions, "right") - 1]
+
     @property
     def complete(self) -> bool:
         """True if the number of tokens per epoch is known."""

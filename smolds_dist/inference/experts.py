@@ -40,7 +40,8 @@ def experts(args: list[str]) -> None:
         for name, ids, _ in read_sources(config, is_validation, tokenizer, options.max_tokens)
     }
     result: Any = analyze(model, tokenizer, layers, config, sources, options)
-    replace_text(to, json.dumps(result) + "\n")
+    text = json.dumps(result) + "\n"
+    to.write_text(text) if options.json else replace_text(to, text)  # --json may be a device or a link
     print(describe_layers(result) if options.layer is None else describe_layer(result, options.layer))
     print(f"\nwrote {to}; `smolds report --html` draws a run's experts")
 

@@ -36,11 +36,13 @@ def kind_of(text: str) -> str:
     core = text.strip()
     if not core:
         return SPACE
-    if core.isnumeric():
+    categories = [unicodedata.category(c)[0] for c in core]
+    if set(categories) == {"N"}:
         return DIGITS
-    if not any(c.isalnum() or c == "_" for c in core):
+    # Vowel signs are marks; that which selects an emoji's look belongs to no script.
+    letters = [c for c, category in zip(core, categories, strict=True) if category in "LM" and c != "\ufe0f"]
+    if not letters and "N" not in categories and "_" not in core:
         return PUNCTUATION
-    letters = [c for c in core if c.isalpha()]
     script = unicodedata.name(letters[0], "unknown").split()[0].lower() if letters else "latin"
     if script != "latin":
         return script

@@ -83,14 +83,15 @@ def upcycled(tensors: Iterable[tuple[str, Tensor]], model: Model, how: Upcycling
         model: the mixture's settings from `upcycled_model`.
     """
     copies = model.num_experts // how.granularity
-    for layer in range(model.num_hidden_layers):  # its router [experts, H], the same row for all experts of a copy
+    # Each layer's router [experts, H] has the same row for all experts of a copy.
+    for layer in range(model.num_hidden_layers + model.num_nextn_predict_layers):
         name = f"model.layers.{layer}.mlp.gate.weight"
         rows = torch.randn(copies, model.hidden_size, generator=_chance(name, how)) * LOGITS / model.hidden_size**0.5
         yield name, rows.repeat_interleave(how.granularity, 0)
     for name, tensor in tensors:
         if ".mlp.experts.0." in name:
             yield from _experts_of(name, tensor.float(), model, how)
-        else:
+        elif ".mlp.gate." not in name:  # the unused router of one expert, in smolds' format
             yield name, tensor
 
 

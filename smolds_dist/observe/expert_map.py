@@ -58,7 +58,7 @@ def draw_experts(result: Experts, name: str) -> str:
         for layer in result["layers"]
     )
     sections = "".join(
-        _section(result, name, layer["layer"], e) for layer in result["layers"] for e, _ in enumerate(layer["experts"])
+        _section(name, layer["layer"], e, expert) for layer in result["layers"] for e, expert in enumerate(layer["experts"])
     )
     bits = (
         "source_bits", "source_bits_shuffled", "context_bits", "context_bits_shuffled", "kind_bits", "kind_bits_shuffled"
@@ -139,9 +139,8 @@ def _cell(target: str, expert: Expert, quantities: list[Quantity]) -> str:
     return f'<td style="{colors}"><a href="#{target}">{numbers}</a></td>'
 
 
-def _section(result: Experts, name: str, layer: int, number: int) -> str:
+def _section(name: str, layer: int, number: int, expert: Expert) -> str:
     """Return what one expert takes, hidden until a link leads to it."""
-    expert = next(one for one in result["layers"] if one["layer"] == layer)["experts"][number]
     ablation, by_source = expert.get("ablation"), expert.get("ablation_sources", {})
     facts = [
         ("load", f"{expert['load']:.1%}"),

@@ -138,7 +138,8 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
 
     def layouts(span: StageSpan, size: int, zeros: list[int]) -> list[Layout]:
         batch, seq_len, settings = span.global_batch, span.seq_len, configured(span.config)
-        sizes = _micro_batches(span.config, world, TOKENS_PER_PASS[device] // seq_len)
+        with span.named_in_errors():
+            sizes = _micro_batches(span.config, world, TOKENS_PER_PASS[device] // seq_len)
         return [
             Layout(world, per_node, size, zero, one, batch // (world * one), seq_len, dtype, device, engine, **settings)
             for one in sizes

@@ -21,7 +21,7 @@ from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.interchange.export import find_checkpoint
 from smolds_dist.observe.rows import truncate_rows
 from smolds_dist.settings import RunConfig
-from smolds_dist.stages import resolve_stages
+from smolds_dist.stages import CHANGING, resolve_stages
 from smolds_dist.training.build import lr_change
 
 
@@ -95,6 +95,12 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
     if config.train.time_budget:
         raise ConfigError("--train.time_budget is measured in a run's first steps, not in a branch; set --train.steps.")
     if config.train.stages and "--train.stages" not in named:
+        changing = ((f"--{section}.{name}", name) for section, names in CHANGING.items() for name in names)
+        for option, name in changing:
+            if option in named and any(getattr(stage, name) is not None for stage in config.train.stages):
+                raise ConfigError(
+                    f"{option} would have no effect: {run} has stages, which set it; set --train.stages instead."
+                )
         resolved = resolve_stages(load_config(base)).spans[-1].config.train.stages or []
         config.train.stages = [
             replace(own, until=stage.until, lr_until=stage.lr_until)
