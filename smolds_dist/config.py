@@ -85,11 +85,24 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     if config.run.name is None:
         config.run.name = preset or "run"
     validate(config)
+    if base.config and config.checkpoint.resume == "auto":
+        _check_names_own_run(base.config, config, rest)
     if config.model.force_uniform_routing and not benchmark:
         raise ConfigError(
             "--model.force_uniform_routing ignores the router, which then learns nothing; use it only in smolds bench."
         )
     return config
+
+
+def _check_names_own_run(file: Path, config: RunConfig, options: list[str]) -> None:
+    """Raise a `ConfigError` if `file` is a moved or copied run's, with which another run would be resumed or begun."""
+    own, named = file.resolve().parent, {word.partition("=")[0] for word in options}
+    if named & {"--run.dir", "--run.name"} or own == config.run_dir.resolve() or not (own / "checkpoints").is_dir():
+        return
+    raise ConfigError(
+        f"--config {file} names the run {config.run_dir}, but is in the run {own}; to continue that one, add "
+        f"--run.dir {own.parent} --run.name {own.name}."
+    )
 
 
 def save_config(config: RunConfig, path: Path) -> None:

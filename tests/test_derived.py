@@ -55,6 +55,7 @@ def test_average_is_the_mean_of_the_exported_weights(kept_run, tmp_path, capsys)
         source = [str(to)] if step == "mean" else [str(run_dir), "--step", str(step)]
         export([*source, "--to", str(folder), "--format", "smolds", "--no-check"])
     mean, *others = (load_file(folders[name] / "model.safetensors") for name in ("mean", 2, 4, 6))
+    assert "| weights | mean of steps 2 to 6 |" in (folders["mean"] / "README.md").read_text()
     assert any("bias" in name and tensor.any() for name, tensor in mean.items())
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, torch.stack([other[name] for other in others]).mean(0))
@@ -163,6 +164,19 @@ def test_branch_continues_the_data_and_neither_run_changes_the_others_files(trun
     assert steps_of(second) == steps_of(kept_run[0])
 
 
+def test_a_moved_branch_does_not_start_from_the_beginning(trunk, tmp_path):
+    to, moved = tmp_path / "runs" / "decay", tmp_path / "runs" / "moved"
+    branch([str(trunk), "--step", "4", "--to", str(to)])
+    given = ["--config", str(to / "config.yaml"), "--checkpoint.resume=auto"]
+    assert load_config(given).run_dir == to
+    to.rename(moved)
+    given[1] = str(moved / "config.yaml")
+    with pytest.raises(ConfigError, match=rf"names the run {to}, but is in the run {moved}; .* --run.name moved\.$"):
+        load_config(given)
+    assert load_config([*given, "--run.name=new"]).run_dir == tmp_path / "runs" / "new"
+    assert load_config(["--config", str(moved / "config.yaml")]).run_dir == to  # settings of a new run
+
+
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system")
 def test_a_branch_on_another_file_system_has_a_copy(trunk, tmp_path, capsys):
     to = Path("/dev/shm") / f"smolds-{os.getpid()}"
@@ -183,6 +197,7 @@ def test_a_branch_on_another_file_system_has_a_copy(trunk, tmp_path, capsys):
         (["--step", "6"], r"--train.steps 6 ends before the branch's first step 7; raise it"),
         (["--step", "4", "--", "--train.steps=4"], r"--train.steps 4 ends before the branch's first step 5"),
         (["--step", "4", "--", "--train.seed=9"], r"was written with --train.seed 0, but this run has 9"),
+        (["--step", "4", "--", "--train.time_budget=60"], r"--train.time_budget is measured .*; set --train.steps\.$"),
         (["--step", "4", "--", "--run.name=x"], r"--run.name cannot be set for a branch"),
         (["--step", "4", "--", "--preset", "debug"], r"--preset cannot be set for a branch"),
         (["--step", "4", "--train.steps=9"], r"does not know '--train.steps=9'.*after `--`"),

@@ -90,9 +90,10 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
     names = [f"--run.dir={to.parent}", f"--run.name={to.name}", "--checkpoint.resume=never"]
     base = ["--config", str(run / "config.yaml"), *names]
     named = {setting.partition("=")[0] for setting in settings}
-    if "--train.time_budget" not in named:
-        base.append("--train.time_budget=null")  # it would replace the number of steps
+    base.append("--train.time_budget=null")  # it would replace the number of steps by the checkpoint's
     config = load_config([*base, *settings], prog="smolds branch")
+    if config.train.time_budget:
+        raise ConfigError("--train.time_budget is measured in a run's first steps, not in a branch; set --train.steps.")
     if config.train.stages and "--train.stages" not in named:
         changing = ((f"--{section}.{name}", name) for section, names in CHANGING.items() for name in names)
         for option, name in changing:
