@@ -8,7 +8,6 @@ import glob
 import json
 import re
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
         for word in rest
     ):
         raise ConfigError("class_path is not a setting; remove it: settings are plain values.")
-    rest += _whole_stages(rest, base_files)
+    rest = _with_whole_stages(rest, base_files)
     if base.level:
         rest.append(f"--log.level={base.level}")
 
@@ -86,11 +85,24 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     if config.run.name is None:
         config.run.name = preset or "run"
     validate(config)
+    if base.config and config.checkpoint.resume == "auto":
+        _check_names_own_run(base.config, config, rest)
     if config.model.force_uniform_routing and not benchmark:
         raise ConfigError(
             "--model.force_uniform_routing ignores the router, which then learns nothing; use it only in smolds bench."
         )
     return config
+
+
+def _check_names_own_run(file: Path, config: RunConfig, options: list[str]) -> None:
+    """Raise a `ConfigError` if `file` is a moved or copied run's, with which another run would be resumed or begun."""
+    own, named = file.resolve().parent, {word.partition("=")[0] for word in options}
+    if named & {"--run.dir", "--run.name"} or own == config.run_dir.resolve() or not (own / "checkpoints").is_dir():
+        return
+    raise ConfigError(
+        f"--config {file} names the run {config.run_dir}, but is in the run {own}; to continue that one, add "
+        f"--run.dir {own.parent} --run.name {own.name}."
+    )
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -120,24 +132,34 @@ def _base(preset: str | None, config: Path | None) -> tuple[str | None, list[str
     )
 
 
-def _whole_stages(options: list[str], files: list[str]) -> list[str]:
-    """Return an option with the stages that apply, each with all its fields.
+def _with_whole_stages(options: list[str], files: list[str]) -> list[str]:
+    """Return the options, with the stages that apply as one of them, each with all its fields.
 
-    jsonargparse (4.53) fills in what an element of a list does not set from that element of an earlier file's list. Remove
-    this when a list replaces the earlier one.
+    jsonargparse (4.53) fills in what an element of a list does not set from that element of an earlier file's list, and
+    rejects an empty one. Remove this when a list replaces the earlier one.
     """
-    found = None
+    found, others, words = None, [], iter(options)
     for file in files:
         section = (read_yaml(Path(glob.glob(file)[0]), "fix it", dict[Any, Any])).get("train")
         found = section["stages"] if isinstance(section, dict) and "stages" in section else found
-    for word, following in pairwise([*options, ""]):
-        if word.partition("=")[0] == "--train.stages":
+    for word in words:
+        name, given, value = word.partition("=")
+        if name.startswith(("--train.stages.", "--train.stages+")):
+            raise ConfigError(f"{name} is not an option; set all: --train.stages '[{{until: 0.8}}, {{lr: 1e-4}}]'.")
+        if name == "--train.stages":
             with contextlib.suppress(yaml.YAMLError):
-                found = yaml.safe_load(word.partition("=")[2] if "=" in word else following)
+                found = yaml.safe_load(value if given else next(words, ""))
+        else:
+            others.append(word)
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        return []  # none, or an invalid value
+        return options  # none, or an invalid value
     empty = {field.name: None for field in fields(Stage)}
-    return [f"--train.stages={json.dumps([empty | one for one in found])}"]
+    unset = {field.name: field.default for field in fields(Yarn) if field.default is not dataclasses.MISSING}
+    stages = [empty | one for one in found]
+    for one in stages:
+        if isinstance(one["rope_scaling"], dict):
+            one["rope_scaling"] = unset | one["rope_scaling"]
+    return [*others, f"--train.stages={json.dumps(stages)}"]
 
 
 def _has_class_path(value: object) -> bool:
@@ -187,4 +209,10 @@ def _format_parser_error(message: str, parser: jsonargparse.ArgumentParser) -> s
         )
     if match := re.match(r'Parser key "([^"]+)":\s*Exceeds the limit', message):
         return f"--{match[1]} has too many digits; set a smaller number."
+    if match := re.match(r"Option '(\w+)' is not accepted", message):
+        defaults = vars(RunConfig())
+        under = next((name for name, section in defaults.items() if hasattr(section, match[1])), None)
+        return f"{match[1]} is not a section; " + (
+            f"write it under {under}." if under else f"use {', '.join(defaults)}."
+        )
     return " ".join(message.split()) + "."

@@ -15,6 +15,7 @@ from smolds_dist.settings import Data, RunConfig
 from smolds_dist.stages import resolve_stages
 
 SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrow", "tokens", "hf")
+UNSCALED = (None, "constant", "inverse_sqrt", "warmup")  # shapes of the learning rate that 0 makes useless
 TRACKERS = ("wandb", "mlflow", "trackio")
 
 
@@ -190,16 +191,24 @@ def _check_stages(config: RunConfig) -> None:
             check_range(f"{name}: {source}", weight, RANGES["source.weight"])
         if stage.until is None and number < len(stages or ()):
             raise ConfigError(f"{name} has no until; only the last stage lasts until the end of the run.")
+        if stage.until == 1 and number < len(stages or ()):
+            raise ConfigError(
+                f"{name}: until 1 is the end of the run, before the next stage; write '1 step' for a step."
+            )
+        if stage.lr is not None and (stage.lr_shape == "hold" or (not stage.lr and stage.lr_shape in UNSCALED)):
+            effect = "holds the rate that it finds" if stage.lr_shape == "hold" else "would train nothing"
+            raise ConfigError(
+                f"{name}: lr {stage.lr:g} with lr_shape {stage.lr_shape or 'constant'} {effect}; set lr_shape linear or "
+                "cosine to reach it, or unset lr."
+            )
         if stage.lr_until is not None and stage.lr_shape not in ("warmup", "linear", "cosine"):
             raise ConfigError(f"{name}: lr_until is for lr_shape warmup, linear and cosine; unset it.")
     for span in resolve_stages(config).spans:
         where = f"train.stages: stage {span.number}" if stages else "data.sources"
         if not sum(span.weights.values()):
             raise ConfigError(f"{where} has no source with a weight; set at least one above 0.")
-        try:
+        with span.named_in_errors():
             _check_in_stage(span.config)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}" if stages else str(error)) from None
 
 
 def _check_in_stage(config: RunConfig) -> None:

@@ -7,6 +7,8 @@ A step here is a step of the data: after rollbacks, which skip samples, it is ah
 import dataclasses
 import re
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +47,16 @@ class StageSpan:
     def samples_until(self, step: int) -> int:
         """Return the samples of the run up to a step of this stage."""
         return self.samples + (step - self.first) * self.global_batch
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Name the stage in errors, if the run has stages."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(
+                f"train.stages: stage {self.number}: {error}" if self.config.train.stages else str(error)
+            ) from None
 
     def __str__(self) -> str:
         return f"{self.global_batch:,} sequences of {self.seq_len:,} tokens per step"
@@ -102,7 +114,9 @@ def resolve_stages(config: RunConfig) -> Stages:
         name = f"train.stages: stage {number}"
         last = step_of(stage.until, total, (first, tokens, size), f"{name}: until")
         if last <= first:
-            raise ConfigError(f"{name} ends at step {last}, and begins after step {first}; raise until.")
+            raise ConfigError(
+                f"{name} ends at step {last}, and begins after step {first}; raise until, or lower it before."
+            )
         spans.append(StageSpan(number, first, last, samples, tokens, weights, effective))
         steps = last - first
         first, samples, tokens = last, samples + steps * batch, tokens + steps * size
@@ -111,10 +125,10 @@ def resolve_stages(config: RunConfig) -> Stages:
             f"train.stages end at step {first:,} of --train.steps {total:,}; omit until in the last stage, or lower "
             "--train.steps."
         )
-    return Stages(_resolved(spans, given))
+    return Stages(_resolved(spans, given, total))
 
 
-def _resolved(spans: list[StageSpan], given: list[Stage]) -> list[StageSpan]:
+def _resolved(spans: list[StageSpan], given: list[Stage], total: int) -> list[StageSpan]:
     """Give every span's settings stages that name all values, and ends in steps."""
     stages = []
     for span, stage in zip(spans, given, strict=True):
@@ -122,7 +136,7 @@ def _resolved(spans: list[StageSpan], given: list[Stage]) -> list[StageSpan]:
         end = stage.lr_until
         if end is not None:
             begin = span.first, span.tokens, span.global_batch * span.seq_len
-            end = f"{step_of(end, spans[-1].last, begin, f'train.stages: stage {span.number}: lr_until')} steps"
+            end = f"{step_of(end, total, begin, f'train.stages: stage {span.number}: lr_until')} steps"
         stages.append(replace(stage, **values, until=f"{span.last} steps", weights=span.weights, lr_until=end))
     return [
         replace(span, config=replace(span.config, train=replace(span.config.train, stages=stages))) for span in spans
@@ -143,7 +157,7 @@ def step_of(end: float | str | None, total: int, begin: tuple[int, int, int], na
     if end is None:
         return max(total, begin[0] + 1)
     amount: float | None = end if isinstance(end, int | float) else None
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?) ?([KMBT]?) (steps|tokens)", end) if isinstance(end, str) else None
+    found = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?) ?([KMBT]?) (steps?|tokens)", end) if isinstance(end, str) else None
     if found:
         try:
             amount = float(found[1]) * UNITS[found[2]]

@@ -22,6 +22,7 @@ from smolds_dist.inference.generate import generate
 from smolds_dist.interchange.export import export
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.observe.runs import difference, runs
+from smolds_dist.stages import resolve_stages
 from smolds_dist.training.branch import branch
 from smolds_dist.training.trainer import train
 
@@ -54,6 +55,7 @@ def test_average_is_the_mean_of_the_exported_weights(kept_run, tmp_path, capsys)
         source = [str(to)] if step == "mean" else [str(run_dir), "--step", str(step)]
         export([*source, "--to", str(folder), "--format", "smolds", "--no-check"])
     mean, *others = (load_file(folders[name] / "model.safetensors") for name in ("mean", 2, 4, 6))
+    assert "| weights | mean of steps 2 to 6 |" in (folders["mean"] / "README.md").read_text()
     assert any("bias" in name and tensor.any() for name, tensor in mean.items())
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, torch.stack([other[name] for other in others]).mean(0))
@@ -162,6 +164,19 @@ def test_branch_continues_the_data_and_neither_run_changes_the_others_files(trun
     assert steps_of(second) == steps_of(kept_run[0])
 
 
+def test_a_moved_branch_does_not_start_from_the_beginning(trunk, tmp_path):
+    to, moved = tmp_path / "runs" / "decay", tmp_path / "runs" / "moved"
+    branch([str(trunk), "--step", "4", "--to", str(to)])
+    given = ["--config", str(to / "config.yaml"), "--checkpoint.resume=auto"]
+    assert load_config(given).run_dir == to
+    to.rename(moved)
+    given[1] = str(moved / "config.yaml")
+    with pytest.raises(ConfigError, match=rf"names the run {to}, but is in the run {moved}; .* --run.name moved\.$"):
+        load_config(given)
+    assert load_config([*given, "--run.name=new"]).run_dir == tmp_path / "runs" / "new"
+    assert load_config(["--config", str(moved / "config.yaml")]).run_dir == to  # settings of a new run
+
+
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system")
 def test_a_branch_on_another_file_system_has_a_copy(trunk, tmp_path, capsys):
     to = Path("/dev/shm") / f"smolds-{os.getpid()}"
@@ -182,6 +197,7 @@ def test_a_branch_on_another_file_system_has_a_copy(trunk, tmp_path, capsys):
         (["--step", "6"], r"--train.steps 6 ends before the branch's first step 7; raise it"),
         (["--step", "4", "--", "--train.steps=4"], r"--train.steps 4 ends before the branch's first step 5"),
         (["--step", "4", "--", "--train.seed=9"], r"was written with --train.seed 0, but this run has 9"),
+        (["--step", "4", "--", "--train.time_budget=60"], r"--train.time_budget is measured .*; set --train.steps\.$"),
         (["--step", "4", "--", "--run.name=x"], r"--run.name cannot be set for a branch"),
         (["--step", "4", "--", "--preset", "debug"], r"--preset cannot be set for a branch"),
         (["--step", "4", "--train.steps=9"], r"does not know '--train.steps=9'.*after `--`"),
@@ -203,6 +219,28 @@ def test_branch_of_a_damaged_checkpoint_or_into_a_run_is_an_error(trunk, tmp_pat
         branch([str(trunk), "--step", "4", "--to", str(tmp_path / "new")])
     with pytest.raises(ConfigError, match=r"nowhere is not a run"):
         branch([str(tmp_path / "nowhere"), "--step", "4", "--to", str(tmp_path / "new")])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".", r"--run.name is empty; set a value"),
+        ("a:b", r"--run.name 'a:b' cannot be a folder name"),
+        ("trunk/checkpoints/step_00000009", r"is inside the run .*trunk; choose a folder outside, such as .*trunk-2"),
+    ],
+)
+def test_a_new_run_has_a_runs_name_and_lies_outside_its_parent(trunk, tmp_path, monkeypatch, name, words):
+    (empty := tmp_path / "empty").mkdir()
+    monkeypatch.chdir(empty)
+    to = name if name == "." else str(trunk.parent / name)
+    for make in (
+        lambda: checkpoint(["average", str(trunk), "--steps", "2,4", "--to", to]),
+        lambda: branch([str(trunk), "--step", "4", "--to", to]),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make()
+    assert [run.name for run in trunk.parent.iterdir()] == ["trunk"] and len(steps_of(trunk)) == 6
+    assert len(checkpoints_in(trunk / "checkpoints")) == 3 and not any(empty.iterdir())
 
 
 def test_runs_draws_the_tree_and_diff_compares_at_the_same_step(trunk, tmp_path, capsys):
@@ -250,6 +288,10 @@ def test_stages_of_a_branch_keep_their_steps(small_run, tmp_path):
     assert [(stage.until, stage.seq_len) for stage in own] == [("2 steps", 16), (None, 32)]
     assert list(steps_of(to)) == list(range(1, 7))
     assert steps_of(to)[4] == steps_of(trunk)[4]
-    moved = '--train.stages=[{"until": 1, "seq_len": 16}, {"seq_len": 32}]'
+    settings = ["--train.steps=6", "--train.micro_batch=1"]
+    branch([str(trunk), "--step", "3", "--to", str(tmp_path / "micro"), "--", *settings])
+    spans = resolve_stages(load_config(["--config", str(tmp_path / "micro" / "config.yaml")])).spans
+    assert [span.config.train.micro_batch for span in spans] == [1, 1]
+    moved = '--train.stages=[{"until": 0.75, "seq_len": 16}, {"seq_len": 32}]'
     with pytest.raises(ConfigError, match=r"step_00000003 was written with --data.seq_len 32, but this run has 16"):
         branch([str(trunk), "--step", "3", "--to", str(tmp_path / "moved"), "--", moved])

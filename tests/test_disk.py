@@ -42,6 +42,8 @@ COMMANDS = {  # R: a run; T: a folder that holds nothing; of each, bytes that a 
     "export": (30_000, "export R --to T/new/exported --no-check"),
     "gguf": (50_000, "export R --to T/new/model.gguf --format gguf --no-check"),
     "convert": (50_000, "checkpoint convert R --to T/new/run"),
+    "average": (50_000, "checkpoint average R --steps 2:6:2 --to T/new/run"),
+    "branch": (1_000, "branch R --step 4 --to T/new/run"),
     "import": (50_000, "import R/export --to T/new/run"),
     "report": (9_000, "report R"),
     "html": (60_000, "report R --html"),

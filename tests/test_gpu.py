@@ -236,7 +236,7 @@ def test_the_host_never_waits_in_a_micro_batch_of_a_step():
     """With counting, router statistics and sums, as in training."""
     with in_cuda_branches():
         stepper = make_stepper(2, device=DEVICE)
-        stepper.train_step(11, 0)
+        stepper.train_step(11, 11)
         with no_host_waits():
             loss, _ = stepper.accumulate(4)
     assert loss.isfinite()

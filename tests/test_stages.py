@@ -1,12 +1,14 @@
 """Stages: settings that change during the run give the same losses in every topology, and after a kill in any stage."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,20 +17,27 @@ from ranks import ROOT, smolds
 
 from smolds_dist.checkpoint.files import read_manifest
 from smolds_dist.config import load_config
+from smolds_dist.data.mixture import mixture_of
 from smolds_dist.errors import ConfigError
 from smolds_dist.inference.generate import load_model
 from smolds_dist.observe.data_command import data as data_command
 from smolds_dist.observe.report import training_log
 from smolds_dist.observe.rows import read_rows
-from smolds_dist.settings import RunConfig, Stage, Train
+from smolds_dist.observe.runs import differing_settings
+from smolds_dist.parallel.ranks import RankInfo
+from smolds_dist.parallel.topology import Machine, plan_topology
+from smolds_dist.planner.command import text_needed
+from smolds_dist.settings import Data, RunConfig, Source, Stage, Train, Yarn
 from smolds_dist.stages import resolve_stages
+from smolds_dist.training.branch import branch
 from smolds_dist.training.trainer import train
 
 STEPS = 16
 STAGES = [
     {"until": 0.25},
     {"until": 8, "seq_len": 128, "lr": 2e-3, "lr_shape": "constant"},
-    {"until": 12, "global_batch": 16, "weights": {"a": 0.25, "b": 0.75}, "document_mask": True, "rope_theta": 50000.0},
+    {"until": 12, "global_batch": 16, "micro_batch": 2, "weights": {"a": 0.25, "b": 0.75}, "document_mask": True,
+     "rope_theta": 50000.0},
     {"lr": 0.0, "lr_shape": "linear",
      "rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 128}},
 ]  # fmt: skip
@@ -183,6 +192,9 @@ def test_order_and_steps_are_shown_by_stage(staged, whole, capsys):
     assert data_command(["order", "--samples", "28:68", "--", *given]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["stage"], line["seq_len"]) for line in lines] == [(1, 64)] * 4 + [(2, 128)] * 32 + [(3, 128)] * 4
+    assert data_command(["stats", "--json", "--", *given]) == 0
+    stats = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["padding"] for one in stats] == [0, 0]
     assert smolds("data", "show", str(whole), "--step=10").returncode == 0  # compares with the batch trained on
     shown = smolds("data", "show", str(whole), "--step=10", "--json").stdout.splitlines()
     assert [json.loads(line)["index"] for line in shown] == list(range(80, 96))
@@ -217,6 +229,66 @@ def test_past_stages_cannot_change_at_a_resume(staged, whole, change, words):
     assert words in str(error.value)
 
 
+def test_fractions_that_more_steps_would_move_are_named(staged, whole):
+    ends = (0.25, 0.5, 0.75, None)
+    stages = json.dumps([stage | {"until": end} for stage, end in zip(STAGES, ends, strict=True)])
+    resume = f"--checkpoint.resume={whole / 'checkpoints' / 'step_00000006'}"
+    given = options_of(staged, "more", resume, "--train.steps=64", f"--train.stages={stages}")
+    with pytest.raises(ConfigError) as error:
+        train(load_config(given))
+    assert "--train.steps 64, before 16, moves the ends" in str(error.value)
+    assert "set until to '4 steps', '8 steps', '12 steps': " in str(error.value)
+
+
+def test_a_world_size_that_does_not_divide_a_batch_is_rejected_with_its_stage(staged):
+    stages = '[{"until": 4}, {"global_batch": 6}]'
+    config = load_config(options_of(staged, "uneven", f"--train.stages={stages}"))
+    with pytest.raises(ConfigError) as error:
+        plan_topology(config, Machine(("cpu",), 4, False), RankInfo(0, 0, 4, 4))
+    assert str(error.value).startswith(
+        "train.stages: stage 2: --train.global_batch 6 is not a multiple of the world size 4"
+    )
+
+
+def test_plan_counts_the_text_of_the_steps_alone(staged):
+    """Not that of stages which a short run does not reach."""
+    config = load_config(
+        options_of(
+            staged, "short", "--train.stages=[{until: 10}, {until: 400, weights: {b: 1}}, {}]", "--train.steps=12"
+        )
+    )
+    assert text_needed(config, 12) == [
+        "text: 70% a + 30% b until step 10, then 100% b until step 12",
+        "tokens: 3,584 of a, 2,560 of b",
+    ]
+
+
+def test_a_branch_keeps_the_stages_and_differs_in_its_end(staged, whole):
+    to = staged / "runs" / "branch"
+    with pytest.raises(ConfigError, match="global_batch would have no effect"):
+        branch([str(whole), "--step=6", f"--to={to}", "--", "--train.global_batch", "4"])
+    branch([str(whole), "--step=6", f"--to={to}", "--", "--train.steps", "20"])
+    assert differing_settings([whole, to]) == [
+        ("train.steps", "16", "20"), ("train.stages.4.until", "16 steps", "20 steps"),
+    ]  # fmt: skip
+
+
+@pytest.mark.long
+def test_code_is_compiled_again_only_for_other_shapes(staged, capsys):
+    stages = (
+        '[{"until": 2, "micro_batch": 4}, {"until": 4, "global_batch": 16}, {"until": 6, "lr": 1e-3}, {"seq_len": 32}]'
+    )
+    given = options_of(
+        staged, "compiled", f"--train.stages={stages}", "--train.compile=true", "--log.level=normal", "--train.steps=8"
+    )
+    assert train(load_config(given)) == 0
+    assert capsys.readouterr().out.count("compiled in ") == 2
+    plain = options_of(staged, "plain", f"--train.stages={stages}", "--train.compile=false", "--train.steps=8")
+    assert train(load_config(plain)) == 0
+    losses = [[row["loss"] for row in steps_of(staged / "runs" / name).values()] for name in ("compiled", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_the_stage_in_progress_must_match_and_later_ones_may_change(staged, whole):
     given = options_of(staged, "later", f"--checkpoint.resume={whole / 'checkpoints' / 'step_00000009'}")
     other = [*STAGES[:2], {name: value for name, value in STAGES[2].items() if name != "rope_theta"}, STAGES[3]]
@@ -232,7 +304,8 @@ def test_the_stage_in_progress_must_match_and_later_ones_may_change(staged, whol
 
 
 @pytest.mark.parametrize(
-    ("until", "last"), [(0.5, 50), (40, 40), ("40 steps", 40), ("0.4M tokens", 49), ("1e5 tokens", 12), (None, 100)]
+    ("until", "last"),
+    [(0.5, 50), (40, 40), ("1 step", 1), ("40 steps", 40), ("0.4M tokens", 49), ("1e+5 tokens", 12), (None, 100)],
 )
 def test_ends_of_stages(until, last):
     config = RunConfig(train=Train(steps=100, global_batch=8, stages=[Stage(until), *([Stage()] if until else [])]))
@@ -240,6 +313,75 @@ def test_ends_of_stages(until, last):
     assert spans[0].last == last and spans[-1].last == 100
     resolved = resolve_stages(spans[-1].config)
     assert [(one.first, one.last, one.tokens) for one in resolved.spans] == [(s.first, s.last, s.tokens) for s in spans]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (['--train.stages=[{"until": 1}, {"seq_len": 64}]'], "stage 1: until 1 is the end of the run"),
+        (["--train.stages=[{until: 0.5}, {lr: 0}]"], "stage 2: lr 0 with lr_shape constant would train nothing"),
+        (["--train.stages=[{until: 0.5}, {lr: 1e-5, lr_shape: hold}]"], "lr 1e-05 with lr_shape hold holds the rate"),
+        (["--train.stages.seq_len=32"], "--train.stages.seq_len is not an option; set all: --train.stages"),
+        (["--train.stages.0.seq_len", "32"], "--train.stages.0.seq_len is not an option"),
+    ],
+)
+def test_stages_that_do_nothing_are_rejected(options, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(["--preset", "debug", *options])
+    assert words in str(error.value)
+
+
+def test_a_section_in_the_wrong_place_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: debug\nstages: [{until: 0.5}, {seq_len: 64}]\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(["--config", str(tmp_path / "run.yaml")])
+    assert str(error.value) == "stages is not a section; write it under train."
+
+
+def test_stages_of_an_option_replace_those_of_a_file(tmp_path):
+    yarn = {"factor": 2.0, "original_max_position_embeddings": 128, "mscale": 1.0}
+    stages = [{"until": 0.5}, {"rope_scaling": yarn, "weights": {"stdlib": 2.0}}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"preset": "debug", "train": {"stages": stages}}))
+    other = [{"until": 5}, {"rope_scaling": yarn | {"mscale": None, "factor": 4.0}}]
+    del other[1]["rope_scaling"]["mscale"]
+    found = load_config(["--config", str(tmp_path / "run.yaml"), f"--train.stages={json.dumps(other)}"]).train.stages
+    assert found == [Stage(5.0), Stage(rope_scaling=Yarn(4.0, 128))]
+
+
+def test_lr_until_is_a_fraction_of_the_runs_steps():
+    stages = [Stage(10), Stage(80, lr=0.0, lr_shape="linear", lr_until=0.5), Stage(seq_len=64)]
+    resolved = resolve_stages(RunConfig(train=Train(steps=40, stages=stages))).spans[0].config.train.stages
+    assert resolved[1].lr_until == "20 steps"
+
+
+def test_a_stage_takes_only_sources_with_a_weight():
+    """Also if another source lags by more than a sample of the new length."""
+    sources = {name: Source("stdlib", 0.5) for name in "ab"}
+    stages = [Stage("1 step"), Stage(seq_len=32, weights={"a": 1.0})]
+    config = RunConfig(data=Data(seq_len=128, sources=sources), train=Train(steps=8, global_batch=3, stages=stages))
+    source, _ = mixture_of(config).locate(np.arange(3, 24))
+    assert not source.any()
+
+
+def test_other_text_of_a_stage_is_not_a_loss_spike(staged, tmp_path):
+    """Its loss is far above that of the text before, also after a resume in the stage."""
+    chance = random.Random(0)
+    rows = {"a": [f"{n} one two three. " * 20 for n in range(200)]}
+    rows["b"] = [f"{chance.getrandbits(1600):x}" for _ in range(200)]
+    for name, texts in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    given = options_of(
+        staged, "noise", "--train.stages=[{until: 60}, {weights: {b: 1.0}}]", "--train.global_batch=4",
+        "--train.spike_threshold=4", "--train.spike_steps=2", "--train.lr=1e-2", "--checkpoint.every=10",
+        "--train.eval_every=0",
+        *(f"--data.sources.{name}.source=jsonl:{tmp_path}/{name}.jsonl" for name in "ab"), "--data.sources.b.weight=0",
+    )  # fmt: skip
+    assert train(load_config([*given, "--train.steps=63"])) == 0
+    assert train(load_config([*given, "--train.steps=66", "--checkpoint.resume=auto"])) == 0
+    rows = read_rows(staged / "runs" / "noise" / "metrics.jsonl")
+    assert not [row for row in rows if row.get("event") == "rollback"]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert losses[61] > 2 * losses[60]
 
 
 def test_a_short_run_keeps_later_stages_where_they_are():

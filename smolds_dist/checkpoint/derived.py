@@ -11,7 +11,9 @@ from pathlib import Path
 
 from smolds_dist.checkpoint.new_folder import new_folder
 from smolds_dist.config import save_config
+from smolds_dist.errors import ConfigError
 from smolds_dist.inputs import Count, Time, read_json
+from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig
 
 PARENT = "parent.json"
@@ -39,9 +41,12 @@ def derived_run(to: Path, source: Path, config: RunConfig, steps: list[int]) -> 
         config: settings; their `run` section is set to `to`.
 
     Raises:
-        ConfigError: if `to` cannot be created.
+        ConfigError: if a setting is invalid, or `to` cannot be created or is inside `source`.
     """
+    if to.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"--to {to} is inside the run {source}; choose a folder outside, such as {source}-2.")
     config.run.dir, config.run.name = str(to.parent), to.name
+    validate(config)
     with new_folder(to) as unfinished:
         save_config(config, unfinished / "config.yaml")
         if (source / "tokenizer").is_dir():

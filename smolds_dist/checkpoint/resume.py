@@ -20,7 +20,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.moving_average import EMA
 from smolds_dist.parallel.topology import Topology
-from smolds_dist.settings import RunConfig, saved_sources
+from smolds_dist.settings import RunConfig, saved_sources, saved_train
 from smolds_dist.stages import resolve_stages
 
 UNIQUE_TEXTS = "data.unique_texts"  # a checkpoint's name of `data.batch.UniqueTexts`
@@ -106,6 +106,23 @@ def _candidates(config: RunConfig) -> list[Path]:
 
 def check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     """Reject settings that would change the interrupted run. The layout and later stages may differ."""
+    try:
+        _check_settings(config, folder, manifest)
+    except ConfigError as error:
+        train, steps = saved_train(manifest.config["train"]), config.train.steps
+        shares = [
+            one.until for one in config.train.stages or () if isinstance(one.until, int | float) and one.until < 1
+        ]
+        if steps == train.steps or not shares:
+            raise
+        ends = ", ".join(f"'{one.until}'" for one in (train.stages or [])[:-1])
+        raise ConfigError(
+            f"--train.steps {steps}, before {train.steps}, moves the ends of train.stages that are fractions; to keep them, "
+            f"set until to {ends}: {error}"
+        ) from None
+
+
+def _check_settings(config: RunConfig, folder: Path, manifest: Manifest) -> None:
     saved = manifest.config
     stages = resolve_stages(config)
     in_effect = stages.at(manifest.data_step).config
@@ -248,4 +265,4 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
-    return TrainState(manifest.step, manifest.skipped_steps, manifest.rollbacks)
+    return TrainState(manifest.step, manifest.skipped_steps, manifest.rollbacks, manifest.tokens)

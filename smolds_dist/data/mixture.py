@@ -195,8 +195,8 @@ def _pattern(shares: list[Fraction], behind: list[Fraction]) -> tuple[np.ndarray
             due = [source for source, rate in enumerate(rates) if rate and short[source] > 0]
             if due:  # the deadline, rounded up
                 best = min(due, key=lambda source: -((lags[source] - (taken[source] + 1) * scale) // rates[source]))
-            else:
-                best = short.index(max(short))
+            else:  # those with a weight may all be ahead of their proportions, by what others lag from before
+                best = max(filter(rates.__getitem__, range(len(rates))), key=short.__getitem__)
             order.append(best)
             counts.append(taken[best])
             taken[best] += 1

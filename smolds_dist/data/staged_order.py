@@ -40,10 +40,17 @@ class StagedOrder:
                     self._orders.append(self._make(self._lengths[known], rest))
         return self._orders[number], sample - self._begins[number]
 
+    def lengths_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return the sequence lengths of these samples of the source [n]."""
+        return np.array(self._lengths)[np.searchsorted(self._begins, positions, "right") - 1]
+
     @property
     def complete(self) -> bool:
         """True if the number of tokens per epoch is known."""
-        return self._orders[0].complete
+        first = self._orders[0]
+        if len(self._orders) > 1 and not first.packs:  # no sample extends it any more; packing would take long
+            first.extend(None, wait=False)
+        return first.complete
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.checkpoint.derived import read_parent
 from smolds_dist.checkpoint.files import Manifest
 from smolds_dist.data.mixture import format_schedule, truncate_schedule
 from smolds_dist.interchange.transformers_format import layer_of
@@ -27,12 +28,14 @@ def write_card(
     """
     run = checkpoint.parent.parent
     rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= manifest.step]
-    steps = [row for row in rows if "loss" in row]
-    if steps:
+    if any("loss" in row for row in rows):
         figure_of([run]).savefig(folder / PLOT)
-    (folder / "README.md").write_text(
-        card(run.resolve().name, rows, manifest, config, kind, averaged), encoding="utf-8"
-    )
+    parent = read_parent(run)
+    weights = str(parent) if parent and len(parent.steps) > 1 else ""
+    if averaged:
+        weights = f"moving average, decay {manifest.config['train']['ema']:g}"
+    text = card(run.resolve().name, rows, manifest, config, kind, weights)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def sources_table(manifest: Manifest) -> list[tuple[str, str]]:
@@ -55,8 +58,12 @@ def stages_table(manifest: Manifest) -> list[tuple[str, str]]:
     return [(f"stage {number}", text) for number, text in enumerate(format_stages(stages, manifest.data_step), 1)]
 
 
-def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str, averaged: bool = False) -> str:
-    """Return the card as Markdown, with the Hub's metadata at the top."""
+def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str, weights: str = "") -> str:
+    """Return the card as Markdown, with the Hub's metadata at the top.
+
+    Args:
+        weights: what they are an average of, if they are one.
+    """
     train = manifest.config["train"]
     experts = f"{config.num_experts} in each of {config.num_hidden_layers} layers"
     everything = kind == "smolds" or config.attention == "latent"  # other classes have no multi-token prediction
@@ -72,9 +79,9 @@ def card(name: str, rows: list[dict], manifest: Manifest, config: Any, kind: str
         ("optimizer", f"{train['optimizer']}, learning rate {train['lr']:g}, {train['schedule']}"),
         ("layout", manifest.layout),
     ]  # fmt: skip
-    if averaged:
-        table.append(("weights", f"moving average, decay {train['ema']:g}"))
-    evaluation = None if averaged else next((row for row in reversed(rows) if "val_loss" in row), None)
+    if weights:
+        table.append(("weights", weights))
+    evaluation = None if weights else next((row for row in reversed(rows) if "val_loss" in row), None)
     if evaluation:
         line = f"{evaluation['val_loss']:.4f} nats per token, {evaluation['val_bits_per_byte']:.3f} bits per byte"
         table.append(("validation loss", f"{line} (step {evaluation['step']:,})"))

@@ -253,11 +253,11 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
         shared: dict[str, Any] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the complete loss, and the part of it that is the routers', if any."""
-        loss, num_labels = self.lm_head(hidden_BSH, labels_BS), (labels_BS[:, 1:] >= 0).sum()
+        loss = self.lm_head(hidden_BSH, labels_BS)
         if num_items is not None:
-            loss = loss * num_labels / num_items
+            loss = loss * num_labels_of(labels_BS) / num_items
         if shared is not None:
-            divisor = num_labels.clamp(min=1) if num_items is None else num_items
+            divisor = num_labels_of(labels_BS).clamp(min=1) if num_items is None else num_items
             mtp_loss = self._mtp_loss(hidden_BSH, labels_BS, positions_BS, divisor, **shared)
             if self.mtp_loss is not None:
                 self.mtp_loss.add_(mtp_loss.detach())
@@ -287,7 +287,7 @@ class DeepSeekV3ForCausalLM(DeepSeekV3PreTrainedModel, GenerationMixin):
             hidden_BSH = block(hidden_BSH, embedded_BSH.roll(-depth, 1), **attention_inputs)
             other_document = (places_S if positions_BS is None else positions_BS.minimum(places_S)) <= depth
             labels = labels_BS.masked_fill(other_document, -100).roll(-depth, 1)
-            losses.append(self.lm_head(hidden_BSH, labels) * (labels[:, 1:] >= 0).sum() / divisor)
+            losses.append(self.lm_head(hidden_BSH, labels) * num_labels_of(labels) / divisor)
         return torch.stack(losses).mean()
 
     def _router_losses(self, B: int, S: int) -> Tensor:
@@ -314,6 +314,10 @@ def empty_model(config: DeepSeekV3Config) -> DeepSeekV3ForCausalLM:
         model = DeepSeekV3ForCausalLM(config)
     model.tie_weights()  # skipped together with the initialization
     return model
+
+
+def num_labels_of(labels_BS: Tensor) -> Tensor:
+    return (labels_BS[:, 1:] >= 0).sum()
 
 
 def change_rotary(model: nn.Module, config: DeepSeekV3Config) -> None:

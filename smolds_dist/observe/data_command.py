@@ -273,7 +273,8 @@ def source_stats(source: ShardedSource, train_tokens: int) -> dict[str, Any]:
 def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
     """Return the shares of split documents and of padding in a source's samples, from at most `MAX_SAMPLES`."""
     source, order = found.sources[name], found.orders[name]
-    samples = order.spans(np.arange(min(order.num_samples, MAX_SAMPLES)))
+    numbers = np.arange(min(order.num_samples, MAX_SAMPLES))
+    samples = order.spans(numbers)
     begun = unsplit = tokens = 0
     for shard, start, length in (span for sample in samples for span in sample):
         table = source.table(shard)
@@ -284,7 +285,7 @@ def packing_stats(found: TrainingData, name: str) -> dict[str, Any]:
         tokens += length
     return {
         "cut_documents": round(1 - unsplit / max(1, begun), 4),
-        "padding": round(1 - tokens / (len(samples) * found.stages.at(1).seq_len), 4),
+        "padding": round(1 - tokens / int(order.lengths_of(numbers).sum()), 4),
     }
 
 

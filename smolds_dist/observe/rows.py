@@ -50,9 +50,9 @@ def truncate_rows(path: Path, last_step: int) -> list[dict]:
     return kept
 
 
-def recent_losses(path: Path, last_step: int) -> list[float]:
-    """Return the losses of the steps up to `last_step` that were trained on."""
-    return [row["loss"] for row in read_rows(path) if row["step"] <= last_step and row.get("loss") is not None]
+def recent_losses(path: Path, before: int, last_step: int) -> list[float]:
+    """Return the losses of the steps after `before` and up to `last_step` that were trained on."""
+    return [row["loss"] for row in read_rows(path) if before < row["step"] <= last_step and row.get("loss") is not None]
 
 
 def dense_layers(rows: list[dict]) -> int:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from smolds_dist.checkpoint.derived import Parent, read_parent
+from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.inputs import printable
 from smolds_dist.launching.failure import CAUSE, read_cause
@@ -25,6 +26,7 @@ from smolds_dist.observe.curves import CURVES
 from smolds_dist.observe.rows import read_settings
 from smolds_dist.parallel.ranks import process_state, system_name
 from smolds_dist.rows import RESTARTS, parse_row, read_rows
+from smolds_dist.stages import resolve_stages
 
 TAIL = 1 << 18  # bytes read from the end of a metrics.jsonl
 SILENT_SECONDS = 120.0  # without a row, and the time of `STEPS` steps, until a run on another host counts as silent
@@ -251,10 +253,19 @@ def difference(first: Path, second: Path) -> str:
 
 def differing_settings(found: list[Path]) -> list[tuple[str, ...]]:
     """Return the settings that differ between runs, each with every run's value."""
-    settings = [_flat(_config(run)) for run in found]
+    settings = [_flat(_with_stages(run, _config(run))) for run in found]
     names = dict.fromkeys(name for one in settings for name in one if name != "run.name")
     values = {name: [one.get(name) for one in settings] for name in names}
     return [(name, *map(_short, several)) for name, several in values.items() if any(v != several[0] for v in several)]
+
+
+def _with_stages(run: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with each stage's own, in effect, by its number."""
+    if not config.get("train", {}).get("stages"):
+        return config
+    resolved = resolve_stages(load_config(["--config", str(run / "config.yaml")])).at(1).config.train.stages or []
+    stages = {str(number): asdict(stage) for number, stage in enumerate(resolved, 1)}
+    return config | {"train": config["train"] | {"stages": stages}}
 
 
 def _flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:

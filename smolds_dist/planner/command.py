@@ -15,13 +15,13 @@ from smolds_dist.costs.hardware import Hardware, load_hardware
 from smolds_dist.costs.layout import load_stretch, most_received
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
-from smolds_dist.data.mixture import format_schedule, mixture_of
+from smolds_dist.data.mixture import format_schedule, mixture_of, truncate_schedule
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, rejection_reason
 from smolds_dist.progress import duration
 from smolds_dist.rows import read_rows
 from smolds_dist.settings import RunConfig
-from smolds_dist.stages import format_stages
+from smolds_dist.stages import format_stages, resolve_stages
 
 
 def plan(args: list[str]) -> None:
@@ -111,10 +111,11 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
     """Return lines with the run's schedule and tokens per source, if there are several sources."""
     if not config.data.sources:
         return []
-    mixture = mixture_of(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
-    tokens = mixture.tokens(mixture.stages[-1].end).tolist()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    mixture, samples = mixture_of(config), resolve_stages(config).samples(steps)
+    tokens = mixture.tokens(samples).tolist()
     return [
-        f"text: {format_schedule(mixture.schedule())}",
+        f"text: {format_schedule(truncate_schedule(mixture.schedule(), samples, steps))}",
         "tokens: " + ", ".join(f"{total:,} of {name}" for name, total in zip(mixture.names, tokens, strict=True)),
     ]
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from smolds_dist.checkpoint import files
 from smolds_dist.checkpoint.derived import derived_run
@@ -19,9 +20,8 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.interchange.export import find_checkpoint
 from smolds_dist.observe.rows import truncate_rows
-from smolds_dist.rules import validate
 from smolds_dist.settings import RunConfig
-from smolds_dist.stages import resolve_stages
+from smolds_dist.stages import CHANGING, resolve_stages
 from smolds_dist.training.build import lr_change
 
 
@@ -51,7 +51,7 @@ def branch(args: list[str]) -> None:
     if line := lr_change(manifest, config):
         print(line)
     command = "smolds train" if manifest.topology["world_size"] == 1 else "smolds launch --"
-    print(f"train it with `{command} --config {to / 'config.yaml'} --checkpoint.resume auto`")
+    print(f"train it with `{command} --config {quote(str(to / 'config.yaml'))} --checkpoint.resume auto`")
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -81,8 +81,8 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) -> RunConfig:
     """Return the run's settings, changed by `settings`.
 
-    Its stages keep their steps, whatever the branch's number of steps; the last one continues to the end. If neither stages
-    nor `settings` set a decay, WSD's covers all steps of the branch.
+    Its stages keep their steps, whatever the branch's number of steps; the last one continues to the end. What a stage omits
+    is `settings`' value. If neither stages nor `settings` set a decay, WSD's covers all steps of the branch.
 
     Raises:
         ConfigError: if a setting is invalid, or the branch would have no steps.
@@ -90,13 +90,23 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
     names = [f"--run.dir={to.parent}", f"--run.name={to.name}", "--checkpoint.resume=never"]
     base = ["--config", str(run / "config.yaml"), *names]
     named = {setting.partition("=")[0] for setting in settings}
-    if "--train.time_budget" not in named:
-        base.append("--train.time_budget=null")  # it would replace the number of steps
+    base.append("--train.time_budget=null")  # it would replace the number of steps by the checkpoint's
     config = load_config([*base, *settings], prog="smolds branch")
+    if config.train.time_budget:
+        raise ConfigError("--train.time_budget is measured in a run's first steps, not in a branch; set --train.steps.")
     if config.train.stages and "--train.stages" not in named:
-        *stages, last = resolve_stages(load_config(base)).spans[-1].config.train.stages or []
-        config.train.stages = [*stages, replace(last, until=None)]
-        validate(config)
+        changing = ((f"--{section}.{name}", name) for section, names in CHANGING.items() for name in names)
+        for option, name in changing:
+            if option in named and any(getattr(stage, name) is not None for stage in config.train.stages):
+                raise ConfigError(
+                    f"{option} would have no effect: {run} has stages, which set it; set --train.stages instead."
+                )
+        resolved = resolve_stages(load_config(base)).spans[-1].config.train.stages or []
+        config.train.stages = [
+            replace(own, until=stage.until, lr_until=stage.lr_until)
+            for own, stage in zip(config.train.stages, resolved, strict=True)
+        ]
+        config.train.stages[-1].until = None
     steps, stages = config.train.steps, config.train.stages or []
     if steps <= manifest.step:
         raise ConfigError(f"--train.steps {steps} ends before the branch's first step {manifest.step + 1}; raise it.")

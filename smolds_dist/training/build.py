@@ -174,7 +174,7 @@ def build(job: Job, reader: CheckpointReader | None) -> Training:
     dtype = torch.bfloat16 if topology.dtype == "bf16" else torch.float32
     mine = matrix_product_peak(engine.device, dtype, shapes=shapes)
     peak = engine.sum_over_ranks(torch.tensor(mine)).item()
-    history = recent_losses(config.run_dir / "metrics.jsonl", state.step) if config.train.spike_threshold else ()
+    history = stage_losses(job, state, stage) if config.train.spike_threshold else ()
 
     log = start_log(job, state.step, environment(job, num_parameters, peak))
     if reader:
@@ -219,15 +219,28 @@ def begin_stage(job: Job, training: Training, step: int) -> None:
     before, training.stage = training.stage, job.stages.at(step + training.state.skipped_steps)
     stage, stepper, log = training.stage, training.stepper, training.log
     stage_row(job, training)
+    training.guard = LossGuard(job.config.train)  # other text or lengths have another loss, which is not a spike
     if before.config == stage.config:
         return
     config, topology = stage.config, job.topology.at(stage)
     stepper.topology = topology
     training.engine.set_accumulation(topology)
     change_rotary(training.engine.model, make_model_config(config, job.data))
-    undo_compile(training.engine.model)
-    compile_model(stepper, config, seconds_left(job, training.state, training.peak), job.compiler, log)
+    if compiled_for(job, before) != compiled_for(job, stage):
+        undo_compile(training.engine.model)
+        compile_model(stepper, config, seconds_left(job, training.state, training.peak), job.compiler, log)
     capture_graphs(stepper, config, log)
+
+
+def compiled_for(job: Job, stage: StageSpan) -> tuple:
+    """Return what compiled code depends on."""
+    data = stage.config.data
+    return job.topology.at(stage).micro_batch, data.seq_len, data.document_mask, stage.config.model.rope_scaling
+
+
+def stage_losses(job: Job, state: TrainState, stage: StageSpan) -> list[float]:
+    """Return the losses of the stage's steps so far."""
+    return recent_losses(job.config.run_dir / "metrics.jsonl", stage.first - state.skipped_steps, state.step)
 
 
 def stage_row(job: Job, training: Training) -> None:

@@ -69,7 +69,7 @@ class LossGuard:
     """Checks every step's loss, which is the same on all ranks, so that all make the same decision.
 
     Args:
-        history: losses of the steps before the first checked one.
+        history: losses of the steps before the first checked one, in the same stage of the run.
     """
 
     def __init__(self, train: Train, history: Iterable[float] = ()):
