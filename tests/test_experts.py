@@ -19,6 +19,7 @@ from smolds_dist.inference.generate import load_model
 from smolds_dist.inference.token_kinds import kind_of, token_texts
 from smolds_dist.interchange.export import export
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM
+from smolds_dist.observe.expert_table import verdict
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
@@ -151,6 +152,18 @@ def test_shuffled_sources_keep_sequences_together():
     for other_T in expert_statistics.shuffled(labels_T, groups_T):
         blocks = other_T.reshape(16, 8)
         assert (blocks == blocks[:, :1]).all() and blocks[:, 0].sum() == 8
+
+
+@pytest.mark.parametrize(("sequences", "told"), [(1, "too few sequences"), (8, "have parted by source")])
+def test_one_sequence_per_source_says_nothing_about_sources(sequences, told):
+    """Shuffled labels of two sequences carry as much information, whatever the experts do."""
+    sources_T = np.repeat([0, 1], 64 * sequences)
+    labels = expert_statistics.Labels(
+        ["code", "prose"], sources_T, expert_statistics.shuffled(sources_T, np.arange(len(sources_T)) // 64)
+    )
+    text = expert_statistics.Text(labels, labels, ["t"], sources_T * 0, np.array([len(sources_T)]))
+    found = expert_statistics.layer_statistics(text, sources_T[:, None], np.ones(2)) | {"layer": 0}
+    assert told in verdict({"layers": [found], "sources": {"code": {}, "prose": {}}, "source_entropy_bits": 1.0})
 
 
 @pytest.mark.parametrize("changed", [{}, {"num_experts_per_tok": 2, "scoring_func": "sigmoid"}], ids=["top1", "top2"])

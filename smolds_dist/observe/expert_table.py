@@ -105,11 +105,15 @@ def verdict(result: Experts) -> str:
     if len(result["sources"]) < 2:
         return by_kind
     most = max(layers, key=lambda layer: layer["source_bits"])
-    beyond = (most["source_bits"] - most["source_bits_shuffled"]) / whole
+    by_chance = most["source_bits_shuffled"] / whole
+    beyond = most["source_bits"] / whole - by_chance
     degree = "have parted" if beyond >= 0.5 else "have partly parted" if beyond >= 0.05 else "have hardly parted"
+    found = f"the experts {degree} by source"
+    if by_chance >= 0.05 > beyond:
+        found = "too few sequences to tell whether the experts have parted"
     return (
         f"By source: at most {most['source_bits']:.3f} of {whole:.3f} bits per choice (layer {most['layer']}); shuffled "
-        f"{most['source_bits_shuffled']:.3f}: the experts {degree} by source.\nFor the same tokens in both: "
+        f"{most['source_bits_shuffled']:.3f}: {found}.\nFor the same tokens in both: "
         f"{most['context_bits']:.3f}; shuffled {most['context_bits_shuffled']:.3f}.\n{by_kind}"
     )
 
