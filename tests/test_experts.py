@@ -154,8 +154,8 @@ def test_shuffled_sources_keep_sequences_together():
         assert (blocks == blocks[:, :1]).all() and blocks[:, 0].sum() == 8
 
 
-@pytest.mark.parametrize(("sequences", "told"), [(1, "too few sequences"), (8, "have parted by source")])
-def test_one_sequence_per_source_says_nothing_about_sources(sequences, told):
+@pytest.mark.parametrize(("sequences", "words"), [(1, "too few sequences"), (8, "have parted by source")])
+def test_one_sequence_per_source_shows_nothing_about_sources(sequences, words):
     """Shuffled labels of two sequences carry as much information, whatever the experts do."""
     sources_T = np.repeat([0, 1], 64 * sequences)
     labels = expert_statistics.Labels(
@@ -163,7 +163,7 @@ def test_one_sequence_per_source_says_nothing_about_sources(sequences, told):
     )
     text = expert_statistics.Text(labels, labels, ["t"], sources_T * 0, np.array([len(sources_T)]))
     found = expert_statistics.layer_statistics(text, sources_T[:, None], np.ones(2)) | {"layer": 0}
-    assert told in verdict({"layers": [found], "sources": {"code": {}, "prose": {}}, "source_entropy_bits": 1.0})
+    assert words in verdict({"layers": [found], "sources": {"code": {}, "prose": {}}, "source_entropy_bits": 1.0})
 
 
 @pytest.mark.parametrize("changed", [{}, {"num_experts_per_tok": 2, "scoring_func": "sigmoid"}], ids=["top1", "top2"])

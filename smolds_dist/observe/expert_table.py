@@ -110,7 +110,7 @@ def verdict(result: Experts) -> str:
     degree = "have parted" if beyond >= 0.5 else "have partly parted" if beyond >= 0.05 else "have hardly parted"
     found = f"the experts {degree} by source"
     if by_chance >= 0.05 > beyond:
-        found = "too few sequences to tell whether the experts have parted"
+        found = "too few sequences to show whether the experts have parted"
     return (
         f"By source: at most {most['source_bits']:.3f} of {whole:.3f} bits per choice (layer {most['layer']}); shuffled "
         f"{most['source_bits_shuffled']:.3f}: {found}.\nFor the same tokens in both: "
