@@ -213,7 +213,7 @@ class Stage:
     until: float | str | None = None
     """End: a fraction of the steps (0.8), a step (4000) or "1.5T tokens"; default: the end of the run."""
     weights: dict[str, float] | None = None
-    """Weight of each source, 0 if not named; default: the sources' own weights."""
+    """Weight of each source, 0 if not named; default: as before, at first the sources' own weights."""
     seq_len: int | None = None
     """Sequence length in tokens."""
     global_batch: int | None = None
@@ -221,7 +221,7 @@ class Stage:
     micro_batch: int | None = None
     """Sequences per forward pass of one rank."""
     lr: float | None = None
-    """Learning rate, above 0: throughout (constant), at the beginning (inverse_sqrt) or at the end (other shapes)."""
+    """Learning rate: throughout (constant), at the beginning (inverse_sqrt) or at the end (warmup, linear, cosine)."""
     lr_shape: Literal["warmup", "constant", "hold", "linear", "cosine", "inverse_sqrt"] | None = None
     """Course of the learning rate from where it is, until a later stage sets another; default: constant if lr is set."""
     lr_until: float | str | None = None

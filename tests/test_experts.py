@@ -281,6 +281,9 @@ def test_mistakes_raise_errors(run, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             experts(args)
-    model = DeepSeekV3ForCausalLM(config_of(num_experts=2, num_experts_per_tok=2))
-    with pytest.raises(ConfigError, match="each token takes all 2"):
-        routed_layers(model, type("Options", (Options,), {"ablate": 10}))
+    for changed, words in (
+        ({"num_experts": 2, "num_experts_per_tok": 2}, "each token takes all 2"),
+        ({"n_group": 2, "topk_group": 1}, "groups of more than 2"),  # would lose its other expert too
+    ):
+        with pytest.raises(ConfigError, match=words):
+            routed_layers(DeepSeekV3ForCausalLM(config_of(**changed)), type("Options", (Options,), {"ablate": 10}))

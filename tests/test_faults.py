@@ -21,7 +21,7 @@ from ranks import ROOT, rows_without_timing, run, smolds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launchers import end, start_launch
 
-from smolds_dist.checkpoint.files import checkpoints_in, find_damage
+from smolds_dist.checkpoint.files import checkpoints_in, find_damage, read_manifest
 from smolds_dist.checkpoint.writer import CheckpointWriter, PeerError
 from smolds_dist.config import load_config
 from smolds_dist.data.text import digest, is_validation
@@ -356,6 +356,21 @@ def test_spike_rolls_back_and_skips_the_samples(spiky, tmp_path, monkeypatch, ca
     assert trainer.train(load_config(spiky)) == 0
     assert len(before) > 1 and "with other samples" in capsys.readouterr().out
     assert_rolled_back(tmp_path / "runs" / "spiky", spiky)
+
+
+@pytest.mark.long
+def test_tokens_after_a_rollback_are_those_trained_on(spiky, tmp_path):
+    """A later stage of larger batches begins earlier, by the skipped steps of the data."""
+    options = [*spiky, "--train.stages=[{until: 230}, {global_batch: 4}]"]
+    config = load_config(options)
+    assert trainer.train(config) == 0
+    rows = read_rows(tmp_path / "runs" / "spiky" / "metrics.jsonl")
+    skipped = max(row["skipped_steps"] for row in rows if row.get("event") == "rollback")
+    begun = next(row["step"] for row in rows if row.get("event") == "stage")
+    assert begun == 230 - skipped
+    expected = config.data.seq_len * (2 * begun + 4 * (240 - begun))
+    assert [row["tokens"] for row in rows if "loss" in row][-1] == expected
+    assert read_manifest(tmp_path / "runs" / "spiky" / "checkpoints" / "step_00000240").tokens == expected
 
 
 @pytest.mark.long

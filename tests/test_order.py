@@ -325,6 +325,14 @@ def staged(
     return StagedOrder(lengths, make), places
 
 
+def test_the_size_of_an_epoch_is_known_after_a_change_of_length_within_it():
+    order, _ = staged([[10, 20]] * 10, [(0, 10), (3, 20)], packed=False)
+    order.spans(np.arange(3))
+    assert not order.complete
+    order.spans(np.arange(3, 6))
+    assert order.complete and order.tokens_per_epoch == 300
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seed", range(30))
 def test_no_token_is_lost_or_comes_twice_where_the_length_changes(seed, packed):

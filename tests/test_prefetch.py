@@ -237,13 +237,21 @@ def test_invalid_text_stops_the_run_after_the_previous_step_is_saved(corpus, tmp
     assert f"continuing from {tmp_path}/runs/one/checkpoints/step_{saved:08}" in ended.stdout
 
 
-def test_budget_deletes_consumed_shards_and_tokenizes_them_again(corpus, prepared, tmp_path):
+@pytest.mark.parametrize(
+    "stages",
+    [
+        "null",
+        pytest.param("[{until: 50}, {until: 85, seq_len: 256}, {seq_len: 64}]", marks=pytest.mark.long),
+    ],
+)
+def test_budget_deletes_consumed_shards_and_tokenizes_them_again(corpus, prepared, tmp_path, stages):
     """In 150 steps the run takes just over one epoch; the budget has room for less than half of the corpus."""
     options = [
         *options_of(corpus, tmp_path),
         "--train.steps=150",
         "--data.window_tokens=33_000",
         "--train.eval_every=0",
+        f"--train.stages={stages}",
     ]
     options.append(f"--data.tokenizer={prepared[0] / 'runs' / 'one' / 'tokenizer'}")
     process = start_job(["launch", "--nproc-per-node=2", "--", *options, "--data.disk_budget_gb=0.00018"], tmp_path)
@@ -259,7 +267,7 @@ def test_budget_deletes_consumed_shards_and_tokenizes_them_again(corpus, prepare
     assert len(rows) == 150 and rows[150]["epochs"]["jsonl"] > 1.05
     kept = prepare_data(load_config([*options, f"--data.cache_dir={prepared[0]}/cache", "-q"]))
     for step, row in rows.items():
-        batch = range((step - 1) * BATCH, step * BATCH)
+        batch = kept.stages.batch(step)
         assert row["batch"] == f"{batch_digest(kept.batch(batch), batch):08x}"
 
 

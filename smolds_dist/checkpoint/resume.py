@@ -265,4 +265,4 @@ def restore(reader: CheckpointReader, engine: Engine, balancer: Balancer, topolo
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and topology.device == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
-    return TrainState(manifest.step, manifest.skipped_steps, manifest.rollbacks)
+    return TrainState(manifest.step, manifest.skipped_steps, manifest.rollbacks, manifest.tokens)

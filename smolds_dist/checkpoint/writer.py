@@ -39,6 +39,7 @@ class TrainState:
     step: int = 0
     skipped_steps: int = 0  # of the data, by rollbacks
     rollbacks: int = 0
+    tokens: int = 0  # trained on
 
 
 class PeerError(Exception):
@@ -113,9 +114,9 @@ class CheckpointWriter:
         background = self.config.checkpoint.background and not wait
         tensors = self._stage(tensors) if background else {key: tensor.cpu() for key, tensor in tensors.items()}
         data_step = state.step + state.skipped_steps
-        samples, tokens = self.stages.samples(data_step), self.stages.tokens(state.step)
-        of_step: dict[str, Any] = {"samples": samples, "tokens": tokens}
-        of_step |= {"optimizer_steps": engine.optimizer_steps, "val_loss": val_loss, "files": {}}
+        samples = self.stages.samples(data_step)
+        of_step: dict[str, Any] = {"samples": samples, "optimizer_steps": engine.optimizer_steps, "files": {}}
+        of_step["val_loss"] = val_loss
         manifest = new_manifest(
             self.stages.at(data_step).config, self.topology, state, self.identity(samples), self.tensors, **of_step
         )

@@ -86,7 +86,7 @@ class SampleOrder:
         pack: Pack | None = None,
         rest: tuple[int, Epoch] | None = None,
     ):
-        self._shards, self._spans_in, self._pack = shards, spans_in, pack
+        self._shards, self._spans_in, self._pack, self.packs = shards, spans_in, pack, pack is not None
         self._seq_len, self._seed, self._window = seq_len, seed, window_tokens
         self._keys_of = f"length {seq_len} " if rest else ""
         self._number, self._first = rest or (0, self._new_epoch(0))

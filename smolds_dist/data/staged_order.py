@@ -47,7 +47,10 @@ class StagedOrder:
     @property
     def complete(self) -> bool:
         """True if the number of tokens per epoch is known."""
-        return self._orders[0].complete
+        first = self._orders[0]
+        if len(self._orders) > 1 and not first.packs:  # no sample extends it any more; packing would take long
+            first.extend(None, wait=False)
+        return first.complete
 
     @property
     def num_tokens(self) -> int:

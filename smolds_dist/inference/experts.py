@@ -120,7 +120,12 @@ def routed_layers(model: Any, options: argparse.Namespace) -> dict[int, Any]:
     if options.layer is not None and options.layer not in layers:
         wanted = f"--layer {options.layer} is not a layer with experts"
         raise ConfigError(f"{wanted}; choose from {min(layers)} to {max(layers)}.")
-    reachable = config.num_experts // (config.n_group or 1) * (config.topk_group or 1)
+    group = config.num_experts // (config.n_group or 1)
+    if options.ablate and config.n_group and group == 2:
+        raise ConfigError(
+            "--ablate needs groups of more than 2 experts, since a group is chosen by its two best; remove --ablate."
+        )
+    reachable = group * (config.topk_group or 1)
     if options.ablate and reachable <= config.num_experts_per_tok:
         raise ConfigError(
             f"--ablate needs an expert that can replace the one removed, but each token takes all {reachable} that it can "

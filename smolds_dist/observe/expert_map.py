@@ -58,7 +58,9 @@ def draw_experts(result: Experts, name: str) -> str:
         for layer in result["layers"]
     )
     sections = "".join(
-        _section(name, layer["layer"], e, expert) for layer in result["layers"] for e, expert in enumerate(layer["experts"])
+        _section(name, layer["layer"], e, expert)
+        for layer in result["layers"]
+        for e, expert in enumerate(layer["experts"])
     )
     bits = (
         "source_bits", "source_bits_shuffled", "context_bits", "context_bits_shuffled", "kind_bits", "kind_bits_shuffled"

@@ -124,8 +124,8 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         ConfigError: if a setting cannot work at this world size or on this machine, with the valid values.
     """
     parallel, world, per_node = config.parallel, rank.world_size, rank.ranks_per_node
-    hardware = load_hardware(parallel.hardware) if parallel.hardware else None
     device = choose_device(parallel.device, machine, rank)
+    hardware = _hardware(parallel, machine, device)
     engine = _engine(parallel, world)
     dtype: str = config.train.dtype
     if dtype == "auto":
@@ -156,8 +156,6 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
 
     expert = sizes[-1]
     if len(sizes) > 1:
-        if hardware is None and machine.name is not None:
-            hardware = known_hardware("cpu" if device == "cpu" else machine.name)
         if hardware is None:
             why_expert += ", without this machine's specs, which smolds plan --calibrate measures"
         else:
@@ -165,13 +163,8 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
             expert, why_expert = _fastest_layout(memory, experts, firsts, hardware.shared_by(per_node))
     chosen = first(expert)
     batches = [memory.first(layouts(span, expert, [chosen.zero])).micro_batch for span in spans]
-    why = _explain_stage(chosen, parallel.zero != "auto", memory)
     keeps_memory = memory.fits(chosen) if parallel.keep_memory == "auto" else parallel.keep_memory
-    if device == "cpu" and not keeps_memory:
-        why += "; freed memory is returned to the system after each step, which takes time"
-    if device in ("cpu", "cuda") and device == machine.devices[0] and dtype == "bf16" and not machine.bf16:
-        kind = "CPU" if device == "cpu" else "GPU"
-        why += f"; fp32 would be faster, because this {kind} has no bf16 matmuls: omit --train.dtype"
+    why = _explain_stage(chosen, parallel.zero != "auto", memory) + _warnings(machine, device, dtype, keeps_memory)
     return Topology(
         rank=rank.rank,
         local_rank=rank.local_rank,
@@ -190,6 +183,23 @@ def plan_topology(config: RunConfig, machine: Machine, rank: RankInfo) -> Topolo
         keeps_memory=keeps_memory,
         reason=f"{why_expert}; {why}." if world > 1 else f"{why}.",
     )
+
+
+def _hardware(parallel: Parallel, machine: Machine, device: str) -> Hardware | None:
+    """Return the specs that the planner's formulas take, if known."""
+    if parallel.hardware:
+        return load_hardware(parallel.hardware)
+    return None if machine.name is None else known_hardware("cpu" if device == "cpu" else machine.name)
+
+
+def _warnings(machine: Machine, device: str, dtype: str, keeps_memory: bool) -> str:
+    text = ""
+    if device == "cpu" and not keeps_memory:
+        text += "; freed memory is returned to the system after each step, which takes time"
+    if device in ("cpu", "cuda") and device == machine.devices[0] and dtype == "bf16" and not machine.bf16:
+        kind = "CPU" if device == "cpu" else "GPU"
+        text += f"; fp32 would be faster, because this {kind} has no bf16 matmuls: omit --train.dtype"
+    return text
 
 
 def choose_device(wanted: str, machine: Machine, rank: RankInfo) -> str:

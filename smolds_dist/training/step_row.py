@@ -57,7 +57,7 @@ def summarize_step(job: Job, training: Training, output: StepOutput) -> StepResu
     step_tokens = stage.global_batch * stage.seq_len
     row: dict[str, Any] = {
         "step": output.step,
-        "tokens": job.stages.tokens(output.step),
+        "tokens": training.state.tokens + step_tokens,
         "loss": sums["loss"][0] / world,
         "lr": output.lr,
     }

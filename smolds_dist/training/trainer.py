@@ -204,7 +204,7 @@ def run_steps(job: Job, training: Training) -> int:
         result = summarize_step(job, training, output)
         with clock.paused():
             trace = training.profiler.end(step)
-        state.step = step
+        state.step, state.tokens = step, result.row["tokens"]
         if job.on_progress:
             job.on_progress(output.samples.stop)
         if step == begin + 1:
@@ -356,7 +356,7 @@ def evaluate_and_log(job: Job, training: Training, step: int) -> float:
     """Compute the validation loss after `step` and log it on rank 0. Collective."""
     stage = training.stage
     result = evaluate(job.config, job.topology.at(stage), training.engine, job.data, stage)
-    training.log.row(step, tokens=job.stages.tokens(step), **result)
+    training.log.row(step, tokens=training.state.tokens, **result)
     training.log.info(
         f"step {step}: validation loss {result['val_loss']:.4f}, {result['val_bits_per_byte']:.3f} bits per byte"
     )
