@@ -86,7 +86,7 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
         config.run.name = preset or "run"
     validate(config)
     if base.config and config.checkpoint.resume == "auto":
-        _check_names_own_run(base.config, config, rest)
+        _check_names_own_run(base.config, config, {word.partition("=")[0] for word in rest})
     if config.model.force_uniform_routing and not benchmark:
         raise ConfigError(
             "--model.force_uniform_routing ignores the router, which then learns nothing; use it only in smolds bench."
@@ -94,10 +94,15 @@ def load_config(args: list[str], prog: str = "smolds train", benchmark: bool = F
     return config
 
 
-def _check_names_own_run(file: Path, config: RunConfig, options: list[str]) -> None:
-    """Raise a `ConfigError` if `file` is a moved or copied run's, with which another run would be resumed or begun."""
-    own, named = file.resolve().parent, {word.partition("=")[0] for word in options}
-    if named & {"--run.dir", "--run.name"} or own == config.run_dir.resolve() or not (own / "checkpoints").is_dir():
+def _check_names_own_run(file: Path, config: RunConfig, given: set[str]) -> None:
+    """Raise a `ConfigError` if `file` is a moved or copied run's, with which another run would be resumed or begun.
+
+    Args:
+        given: names of the command line's options; without --checkpoint.resume the settings may be only read.
+    """
+    own = file.resolve().parent
+    other = "--checkpoint.resume" not in given or given & {"--run.dir", "--run.name"}
+    if other or own == config.run_dir.resolve() or not (own / "checkpoints").is_dir():
         return
     raise ConfigError(
         f"--config {file} names the run {config.run_dir}, but is in the run {own}; to continue that one, add "

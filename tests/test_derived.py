@@ -174,7 +174,10 @@ def test_a_moved_branch_does_not_start_from_the_beginning(trunk, tmp_path):
     with pytest.raises(ConfigError, match=rf"names the run {to}, but is in the run {moved}; .* --run.name moved\.$"):
         load_config(given)
     assert load_config([*given, "--run.name=new"]).run_dir == tmp_path / "runs" / "new"
-    assert load_config(["--config", str(moved / "config.yaml")]).run_dir == to  # settings of a new run
+    text = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(text.replace("resume: never", "resume: auto"))  # as in a resumed run
+    read = load_config(["--config", str(moved / "config.yaml")])  # by commands that only read it
+    assert (read.run_dir, read.checkpoint.resume) == (to, "auto")
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system")
