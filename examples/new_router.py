@@ -16,9 +16,9 @@ from smolds_dist.data.prepare import prepare_data
 from smolds_dist.model import TopKRouter
 from smolds_dist.parallel.balancer import Balancer, max_violation
 from smolds_dist.parallel.make_engine import make_engine
-from smolds_dist.parallel.optim import learning_rate
 from smolds_dist.parallel.ranks import RankInfo
 from smolds_dist.parallel.topology import detect_machine, plan_topology
+from smolds_dist.schedule import learning_rate
 from smolds_dist.training.build import make_model_config
 
 JITTER = 0.01
@@ -54,7 +54,7 @@ def main(args: list[str]) -> None:
             with balancer.counting():
                 loss = engine.forward(ids, ids)
             engine.backward(loss)
-        engine.step(learning_rate(step, config.train))
+        engine.step(learning_rate(step, config))
         counts_LE = balancer.step()
         if step % 10 == 0 or step == config.train.steps:
             print(f"step {step}: loss {loss.item():.3f}, MaxVio {max_violation(counts_LE).mean():.2f}", flush=True)

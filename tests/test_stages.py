@@ -121,7 +121,7 @@ def test_stages_are_the_same_in_several_ranks(staged, whole, world, settings):
         (2, 2, ["zero=3"]),
         pytest.param(6, 4, ["zero=1", "expert=4"], marks=pytest.mark.long),
         pytest.param(8, 2, ["zero=2", "expert=2"], marks=pytest.mark.long),  # a stage's last step
-        (10, 2, ["zero=2", "expert=1"]),
+        pytest.param(10, 2, ["zero=2", "expert=1"], marks=pytest.mark.long),
         pytest.param(14, 4, ["zero=3", "expert=2"], marks=pytest.mark.long),
     ],
 )
