@@ -38,6 +38,9 @@ from smolds_dist.training.guard import LossSpikeError
 from smolds_dist.training.rank_checks import WINDOWS, find_text_mismatch, find_weight_mismatch, format_ranks, host_of
 from smolds_dist.training.step_row import summarize_step
 
+# Seconds after `parallel.timeout` in which the wait for the other ranks can report its end, before the watchdog does
+WAIT_MARGIN = 30.0
+
 
 def train(config: RunConfig, info: RankInfo | None = None, report: RankReport | None = None) -> int:
     """Train `config` on this rank, from a new model or a checkpoint of any layout, to the exported model.
@@ -128,7 +131,7 @@ def join(
     if report is None or info.world_size == 1:
         return (ranks := Rendezvous(info)), *plan_together(ranks, config, shared=True)
     wait_policy = WaitPolicy(config.parallel.timeout or math.inf, lambda: stop.requested is not None)
-    with doing("waiting for the other ranks"):
+    with doing("waiting for the other ranks", WAIT_MARGIN):
         ranks = rendezvous(info, wait_policy)
         token = ranks.first("token", report.make_token)
         shared = report.has_token(token)
