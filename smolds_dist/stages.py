@@ -4,7 +4,6 @@ A step here is a step of the data: after rollbacks, which skip samples, it is ah
 (`skipped_steps`). So every stage begins with the same sample in every run.
 """
 
-import dataclasses
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -15,12 +14,11 @@ from typing import Any
 from smolds_dist.errors import ConfigError
 from smolds_dist.settings import RunConfig, Stage, Yarn
 
-# Settings that a stage can change, by section
+# The section of each setting that a stage can change
 CHANGING = {
-    "data": ("seq_len", "document_mask"),
-    "train": ("global_batch", "micro_batch"),
-    "model": ("rope_theta", "rope_scaling"),
-}
+    "seq_len": "data", "document_mask": "data", "global_batch": "train", "micro_batch": "train", "rope_theta": "model",
+    "rope_scaling": "model",
+}  # fmt: skip
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -106,7 +104,7 @@ def resolve_stages(config: RunConfig) -> Stages:
     weights = {name: one.weight for name, one in config.data.mixed.items()}
     first = samples = tokens = 0
     for number, stage in enumerate(given, 1):
-        values |= {name: value for name in _changing() if (value := getattr(stage, name)) is not None}
+        values |= {name: value for name in CHANGING if (value := getattr(stage, name)) is not None}
         weights = weights if stage.weights is None else stage.weights
         effective = _with_values(config, values)
         batch = effective.train.global_batch
@@ -132,7 +130,7 @@ def _resolved(spans: list[StageSpan], given: list[Stage], total: int) -> list[St
     """Give every span's settings stages that name all values, and ends in steps."""
     stages = []
     for span, stage in zip(spans, given, strict=True):
-        values = {name: getattr(getattr(span.config, section), name) for name, section in _changing().items()}
+        values = {name: getattr(getattr(span.config, section), name) for name, section in CHANGING.items()}
         end = stage.lr_until
         if end is not None:
             begin = span.first, span.tokens, span.global_batch * span.seq_len
@@ -173,18 +171,11 @@ def step_of(end: float | str | None, total: int, begin: tuple[int, int, int], na
     return round(amount * total) if not found and amount <= 1 else int(amount)
 
 
-def _changing() -> dict[str, str]:
-    """Return the section of each setting that a stage can change."""
-    return {name: section for section, names in CHANGING.items() for name in names}
-
-
 def _with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """Return a copy of the settings with a stage's values."""
     sections = {
-        section: dataclasses.replace(
-            getattr(config, section), **{name: values[name] for name in names if name in values}
-        )
-        for section, names in CHANGING.items()
+        section: replace(getattr(config, section), **{n: v for n, v in values.items() if CHANGING[n] == section})
+        for section in CHANGING.values()
     }
     return replace(config, **sections)
 

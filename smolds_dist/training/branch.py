@@ -95,8 +95,8 @@ def branch_config(run: Path, manifest: Manifest, to: Path, settings: list[str]) 
     if config.train.time_budget:
         raise ConfigError("--train.time_budget is measured in a run's first steps, not in a branch; set --train.steps.")
     if config.train.stages and "--train.stages" not in named:
-        changing = ((f"--{section}.{name}", name) for section, names in CHANGING.items() for name in names)
-        for option, name in changing:
+        for name, section in CHANGING.items():
+            option = f"--{section}.{name}"
             if option in named and any(getattr(stage, name) is not None for stage in config.train.stages):
                 raise ConfigError(
                     f"{option} would have no effect: {run} has stages, which set it; set --train.stages instead."
