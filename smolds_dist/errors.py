@@ -61,8 +61,13 @@ class OptionParser(argparse.ArgumentParser):
                     _check_value(str([action.metavar or action.dest, *action.option_strings][-1]), value)
         return options, rest
 
-    def add_weights_option(self) -> None:
-        """Add the choice of a checkpoint's weights."""
+    def add_checkpoint_options(self, default: str) -> None:
+        """Add the choice of a run's checkpoint and of its weights.
+
+        Args:
+            default: what is read without `--step`.
+        """
+        self.add_argument("--step", type=int, help=f"step of the run's checkpoint; default: {default}")
         text = "weights of the checkpoint: trained, or ema = their moving average (--train.ema)"
         self.add_argument("--weights", choices=("trained", "ema"), default="trained", help=text)
 

@@ -40,8 +40,7 @@ def _parse(args: list[str]) -> tuple[Any, list[str]]:
         example="smolds eval runs/first --data.source text:'corpus/*.txt' --max-tokens 100000",
     )
     parser.add_argument("model", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
-    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the final model")
-    parser.add_weights_option()
+    parser.add_checkpoint_options(default="the final model")
     parser.add_argument("--max-tokens", type=int, default=1_000_000, help="tokens to evaluate per source")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch")
     parser.add_argument("--json", type=Path, help="output file for the results")

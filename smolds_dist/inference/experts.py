@@ -58,8 +58,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         example="smolds experts runs/first --layer 2 --ablate 10000",
     )
     parser.add_argument("model", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
-    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
-    parser.add_weights_option()
+    parser.add_checkpoint_options(default="the newest")
     parser.add_argument("--max-tokens", type=int, default=100_000, help="tokens to read per source")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch")
     parser.add_argument(
@@ -85,9 +84,8 @@ def load_own_model(source: Path, step: int | None = None, weights: str = "traine
     Raises:
         ConfigError: if there is none, or its architecture has no counterpart here.
     """
-    import torch
-
     from smolds_dist.checkpoint.files import checkpoints_in
+    from smolds_dist.inference.generate import for_inference
     from smolds_dist.interchange.export import build_model, find_checkpoint, open_model
     from smolds_dist.interchange.import_model import read_model
 
@@ -102,8 +100,7 @@ def load_own_model(source: Path, step: int | None = None, weights: str = "traine
     else:
         reader, config, tokenizer = open_model(find_checkpoint(source, step), weights)
         model = build_model(reader, config)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer
+    return for_inference(model), tokenizer
 
 
 def routed_layers(model: Any, options: argparse.Namespace) -> dict[int, Any]:

@@ -19,8 +19,7 @@ def generate(args: list[str]) -> None:
         example="smolds generate runs/first --prompt 'def ' --max-new-tokens 50 --temperature 0.7",
     )
     parser.add_argument("source", type=Path, help="folder of a run (runs/NAME), a checkpoint or an exported model")
-    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the final model")
-    parser.add_weights_option()
+    parser.add_checkpoint_options(default="the final model")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--prompts", type=Path, help="file with one prompt per line; prints JSON lines")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="maximum number of tokens to add")
@@ -110,7 +109,6 @@ def load_model(source: Path, step: int | None = None, weights: str = "trained") 
 
         check_sizes(folder, check_settings(folder))
 
-    import torch
     import transformers
 
     import smolds_dist.model  # noqa: F401  registers the architecture
@@ -131,5 +129,12 @@ def load_model(source: Path, step: int | None = None, weights: str = "trained") 
 
         reader, config, tokenizer = open_model(find_checkpoint(source, step), weights)
         model = build_model(reader, config)
+    return for_inference(model), tokenizer
+
+
+def for_inference(model: Any) -> Any:
+    """Return the model in evaluation mode on the fastest local device."""
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()

@@ -95,8 +95,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--to", type=Path, required=True, help="output folder; with --format gguf, output file NAME.gguf"
     )
-    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
-    parser.add_weights_option()
+    parser.add_checkpoint_options(default="the newest")
     parser.add_argument(
         "--format",
         choices=("transformers", "smolds", "gguf"),
