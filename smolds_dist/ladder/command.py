@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 
 from smolds_dist.checkpoint.new_folder import check_free
-from smolds_dist.costs.hardware import load_hardware
+from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.ladder.plan import make_ladder, table, write_ladder
-from smolds_dist.ladder.run import run_ladder
+from smolds_dist.ladder.plan import Ladder, make_ladder, table, write_ladder
+from smolds_dist.parallel.topology import detect_machine
 from smolds_dist.planner.family import parse_size
 
 PARTS = ("plan", "run")
@@ -47,11 +47,12 @@ def plan(args: list[str]) -> int:
     )
     parser.add_argument("--experts", default="", help="numbers of experts of further rungs, comma-separated")
     parser.add_argument("--dense-twins", action="store_true", help="add a dense model with each size's active weights")
-    parser.add_argument("--hardware", default="cpu-2", help="of the costs: key in costs/hardware.yaml, or a file")
+    parser.add_argument(
+        "--hardware", help="of the costs: key in costs/hardware.yaml, or a file; default: this machine's"
+    )
     parser.add_argument("--devices-per-node", type=int, default=1, help="devices of each run (default: 1)")
     options, train_args = parser.parse_before_training(args)
     check_free(options.to)
-    machine = load_hardware(options.hardware)
     sizes = [parse_size(word, "--sizes") for word in (options.sizes or "").split(",") if word]
     try:
         experts = [int(word) for word in options.experts.split(",") if word]
@@ -61,11 +62,18 @@ def plan(args: list[str]) -> int:
         train_args, sizes, parse_size(options.hold_out, "--hold-out") if options.hold_out else None, options.tokens,
         options.rates, options.hold_out_rates, [*experts, *([1] if options.dense_twins else [])],
     )  # fmt: skip
-    print(table(made, machine, options.devices_per_node))
+    print(table(made, hardware_of(made, options.hardware), options.devices_per_node))
     options.to.mkdir(parents=True, exist_ok=True)
     write_ladder(made, options.to, f"smolds ladder plan {shlex.join(args)}")
     print(f"\nplanned in {options.to}/ladder.yaml; train it with `smolds ladder run {shlex.quote(str(options.to))}`")
     return 0
+
+
+def hardware_of(made: Ladder, name: str | None) -> Hardware:
+    """Return the specs of the asked machine, or of this one: typical ones if it is unknown."""
+    if name := name or made.config.parallel.hardware:
+        return load_hardware(name)
+    return known_hardware(detect_machine().name or "cpu") or load_hardware("cpu-2")
 
 
 def run(args: list[str]) -> int:
@@ -82,6 +90,8 @@ def run(args: list[str]) -> int:
     parser.add_argument("--only", metavar="RUNG", help="train one rung, after the learning rates; or only `rates`")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run (default: 1)")
     options = parser.parse_args(args)
+    from smolds_dist.ladder.run import run_ladder  # imports torch
+
     return run_ladder(options.ladder, max(1, options.jobs), options.only, max(1, options.nproc_per_node))
 
 

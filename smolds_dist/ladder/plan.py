@@ -21,11 +21,12 @@ from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
-from smolds_dist.inputs import Positive, printable, read_yaml
+from smolds_dist.inputs import Positive, convert, printable, read_yaml
 from smolds_dist.planner.family import Size, sized, weights
 from smolds_dist.planner.search import best_first, candidates
 from smolds_dist.progress import duration
-from smolds_dist.settings import Model, RunConfig
+from smolds_dist.rules import validate
+from smolds_dist.settings import Model, RunConfig, Train
 from smolds_dist.stages import UNITS
 
 PLAN = "ladder.yaml"
@@ -64,7 +65,19 @@ class Ladder:
         return load_config(self.options, prog="smolds ladder")
 
     def config_of(self, rung: Rung) -> RunConfig:
-        return load_config([*self.options, *options_of(rung.settings)], prog="smolds ladder")
+        """Return a rung's settings; raise a `ConfigError` that names the rung if they are invalid."""
+        values = asdict(self.config)
+        for name, value in rung.settings.items():
+            section, _, key = name.partition(".")
+            if key not in values.get(section, {}):
+                raise ConfigError(f"{PLAN}: rung {rung.name}: {name} is not a setting; remove it.")
+            values[section][key] = value
+        config = convert(values, RunConfig, Path(f"{PLAN}: rung {rung.name}"), "set values as in a run's config.yaml")
+        try:
+            validate(config)
+        except ConfigError as error:
+            raise ConfigError(f"rung {rung.name}: {error}") from None
+        return config
 
     @property
     def step_tokens(self) -> int:
@@ -73,7 +86,7 @@ class Ladder:
 
 @dataclass(frozen=True)
 class LadderRun:
-    """One run of a ladder; its name tells what determines it, so that an edited plan trains other runs."""
+    """One run of a ladder; its name has what determines it, so that an edited plan trains other runs."""
 
     rung: Rung
     steps: int
@@ -171,7 +184,7 @@ def make_ladder(
     warmup = min(config.train.warmup_steps, ladder.rungs[0].steps[0] // 10)
     for rung in ladder.rungs:
         rung.every = max(n for n in range(1, min(most, rung.every) + 1) if rung.every % n == 0)
-        rung.settings |= {"train.warmup_steps": warmup} | transfer(config, by_cost[0])
+        rung.settings |= {"train.warmup_steps": warmup} | transfer(options, by_cost[0])
     last = ladder.rungs[-1]
     last.held_out, last.steps, last.every = True, last.steps[-1:], min(most, last.steps[-1])
     middle = held_out_rates // 2
@@ -182,11 +195,14 @@ def make_ladder(
     return ladder
 
 
-def transfer(config: RunConfig, smallest: Size) -> dict[str, Any]:
-    """Return the settings with which the smallest rung's best learning rate is the others'."""
-    if "mup" not in {one.name for one in fields(config.train)}:
+def transfer(options: list[str], smallest: Size) -> dict[str, Any]:
+    """Return the settings with which the smallest rung's best learning rate is the others', unless the options set
+    train.mup."""
+    if "mup" not in {one.name for one in fields(Train)}:
         return {}
-    return {"train.mup": True, "train.mup_base_width": smallest.width, "train.mup_base_depth": smallest.depth}
+    base = {"train.mup_base_width": smallest.width, "train.mup_base_depth": smallest.depth}
+    asked = any(word.partition("=")[0] == "--train.mup" for word in options)
+    return base if asked else {"train.mup": True} | base
 
 
 def _check_options(options: list[str], config: RunConfig) -> None:
