@@ -57,7 +57,7 @@ class Ladder:
     """The contents of `PLAN`."""
 
     options: list[str]  # of every run
-    rates: list[float]  # tried on the first rung at its fewest steps; one: used by all runs
+    rates: list[float]  # tried on the first rung at its most steps; one: used by all runs
     rungs: list[Rung]
 
     @cached_property
@@ -129,9 +129,9 @@ def runs_of(rung: Rung, best: float) -> list[LadderRun]:
 
 
 def sweep_of(ladder: Ladder, rates: list[float]) -> list[LadderRun]:
-    """Return the runs of the first rung that find the best rate."""
+    """Return the runs of the first rung that find the best rate, which falls with the number of tokens: hence at its most."""
     rung = ladder.rungs[0]
-    return [LadderRun(rung, rung.steps[0], rate) for rate in rates]
+    return [LadderRun(rung, rung.steps[-1], rate) for rate in rates]
 
 
 def significant(rate: float) -> float:
