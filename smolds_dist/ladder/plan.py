@@ -129,7 +129,7 @@ def runs_of(rung: Rung, best: float) -> list[LadderRun]:
 
 
 def sweep_of(ladder: Ladder, rates: list[float]) -> list[LadderRun]:
-    """Return the runs of the first rung that find the best rate, which falls with the number of tokens: hence at its most."""
+    """Return the runs of the first rung that find the best rate; at its most tokens, as the rate falls with them."""
     rung = ladder.rungs[0]
     return [LadderRun(rung, rung.steps[-1], rate) for rate in rates]
 
