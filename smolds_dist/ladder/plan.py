@@ -64,7 +64,7 @@ class Ladder:
     """The contents of `PLAN`."""
 
     options: list[str]  # of every run
-    rates: list[float]  # tried on the first rung at its fewest steps; one: used by all runs
+    rates: list[float]  # tried on the first rung at its most steps; one: used by all runs
     rungs: list[Rung]
 
     @cached_property
@@ -134,9 +134,9 @@ def runs_of(rung: Rung, best: float) -> list[LadderRun]:
 
 
 def sweep_of(ladder: Ladder, rates: list[float]) -> list[LadderRun]:
-    """Return the runs of the first rung that find the best rate."""
+    """Return the runs of the first rung that find the best rate; at its most tokens, as the rate falls with them."""
     rung = ladder.rungs[0]
-    return [LadderRun(rung, rung.steps[0], rate) for rate in rates]
+    return [LadderRun(rung, rung.steps[-1], rate) for rate in rates]
 
 
 def significant(rate: float) -> float:
