@@ -73,7 +73,7 @@ def validate(config: RunConfig) -> None:
 
 # Range of every numeric setting
 RANGES = ranges({
-    (ABOVE_0, 1e30): "train.lr model.rope_theta stage.rope_theta model.routed_scaling_factor data.disk_budget_gb",
+    (ABOVE_0, 1e30): "train.lr model.rope_theta stage.rope_theta model.routed_scaling_factor",
     (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
     (ABOVE_0, 0.5): "data.val_fraction",
     (ABOVE_0, 10**9): "source.max_epochs yarn.beta_fast yarn.beta_slow",

@@ -3,7 +3,7 @@
 import math
 import platform
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,7 +62,6 @@ class Job:
     stop: StopRequest
     compiler: bool  # True if all hosts have Inductor's compilers
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
-    on_progress: Callable[[int], None] | None = None  # called after each step with the number of consumed samples
 
     @property
     def main(self) -> bool:
