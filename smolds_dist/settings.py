@@ -390,8 +390,8 @@ class Log:
     """Steps between statistics of weights, gradients, updates, activations and attention logits; 0 = off."""
     tensorboard: bool = True
     """Write TensorBoard events."""
-    to: str = ""
-    """Trackers in addition to TensorBoard, comma-separated: wandb, mlflow, trackio."""
+    to: Literal["", "wandb"] = ""
+    """Tracker in addition to TensorBoard."""
     every: float = 15.0
     """Seconds between progress lines if there is no terminal."""
     level: Literal["quiet", "normal", "verbose"] = "normal"
