@@ -5,19 +5,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
-from smolds_dist.planner.scaling_law import INTERVAL, NAMES, FittedLaw, Law, Point, distinct, fit_all
+from smolds_dist.inputs import read_json
+from smolds_dist.planner.scaling_law import INTERVAL, NAMES, RESAMPLES, FittedLaw, Law, Point, distinct, fit_all
 
 RESULTS, FIT, PLOT = "results.json", "fit.json", "fit.png"
 FIXED = {"sparsity": "no two sizes differ in total weights alone", "g": "all runs have the same granularity"}
 
 
-def fit_ladder(folder: Path) -> FittedLaw:
+def fit_ladder(folder: Path, resamples: int = RESAMPLES) -> FittedLaw:
     """Fit the law of a ladder's results, and write `FIT` and `PLOT` beside them.
 
     Raises:
@@ -25,39 +27,23 @@ def fit_ladder(folder: Path) -> FittedLaw:
     """
     from smolds_dist.planner.ladder_plot import draw
 
-    fitted = fit_all(read_points(folder))
+    fitted = fit_all(read_points(folder), resamples)
     replace_text(folder / FIT, json.dumps(fitted.to_json()) + "\n")
     draw(fitted, folder / PLOT)
     return fitted
 
 
-def read_fit(folder: Path) -> FittedLaw:
-    """Return the law that `fit_ladder` wrote."""
-    return FittedLaw.from_json(_read(folder / FIT, f"smolds ladder fit {folder}"))
-
-
 def read_points(folder: Path) -> list[Point]:
     """Return the runs of `RESULTS` that the law is fitted to or compared with."""
-    results = _read(folder / RESULTS, f"smolds ladder run {folder}")
+    results = read_json(folder / RESULTS, f"train the ladder with `smolds ladder run {folder}`", dict[str, Any])
     names = {one.name for one in fields(Point)}
-    return [
-        Point(**{key: math.nan if value is None else value for key, value in run.items() if key in names})
-        for run in results["runs"]
-        if run["run"] in results["points"]
-    ]
-
-
-def _read(path: Path, command: str) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; write it with `{command}`.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); write it again with `{command}`.") from None
+    runs = [run for run in results["runs"] if run["run"] in results["points"]]
+    known: list[dict[str, Any]] = [{key: one for key, one in run.items() if key in names} for run in runs]
+    return [Point(**one | {"loss": math.nan if one["loss"] is None else one["loss"]}) for one in known]
 
 
 def report(fitted: FittedLaw) -> str:
-    """Format the constants, the check by held-out runs, compute-optimal models, and multipliers over dense twins."""
+    """Format the constants, checks, compute-optimal models, and multipliers over dense twins."""
     used = fitted.fitted
     sizes, tokens = (distinct([getattr(point, name) for point in used]) for name in ("active", "tokens"))
     lines = [
@@ -102,7 +88,7 @@ def _checks(fitted: FittedLaw) -> Iterator[str]:
             inside = "yes" if low <= point.loss <= high else "no"
             values = f"{point.loss:.4f}", f"{loss:.4f}", f"{low:.4f}", f"{high:.4f}", f"{loss / point.loss - 1:+.2%}"
             rows.append((point.run, f"{point.flops:.3g}", *values, inside))
-    yield from table("held out  FLOPs  loss  predicted  low  high  error  inside", rows)
+    yield from table("hold-out  FLOPs  loss  predicted  low  high  error  inside", rows)
 
 
 def _optima(fitted: FittedLaw) -> Iterator[str]:
@@ -177,7 +163,7 @@ def _multipliers(fitted: FittedLaw) -> Iterator[str]:
     rows = []
     for one in multipliers(fitted):
         point, compute = one.point, (f"{value:.2f}" for value in one.compute)
-        name = point.run + (" (held out)" if point.held_out else "")
+        name = point.run + (" (hold-out)" if point.held_out else "")
         rows.append((name, f"{point.active:,.0f}", f"{point.tokens:,.0f}", *compute, f"{one.time:.2f}"))
     yield "multipliers: cost of the mixture's loss for a dense model with as many tokens per weight, over the mixture's"
     yield from table("mixture  active weights  tokens  FLOPs  low  high  time", rows)

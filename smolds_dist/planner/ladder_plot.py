@@ -40,7 +40,7 @@ def _draw_runs(fitted: FittedLaw, axis) -> None:
         runs = sorted((p for p in fitted.points if (p.active, p.total) == model), key=lambda point: point.tokens)
         color = f"C{index % 10}"
         for marker, chosen in (("o", [p for p in runs if not p.held_out]), ("*", [p for p in runs if p.held_out])):
-            label = f"{model[0]:.2e} of {model[1]:.2e}" + (" (held out)" if marker == "*" else "")
+            label = f"{model[0]:.2e} of {model[1]:.2e}" + (" (hold-out)" if marker == "*" else "")
             size = 6 if marker == "o" else 13
             if chosen:
                 axis.plot(
@@ -81,7 +81,7 @@ def _draw_errors(fitted: FittedLaw, axis) -> None:
         measured = np.array([point.loss for point in points])
         error = (losses / measured - 1) * 100
         bars = np.array([losses - lows, highs - losses]) / measured * 100
-        label = "held out" if held_out else "fitted"
+        label = "hold-out" if held_out else "fitted"
         axis.errorbar(
             [p.flops for p in points], error, bars, fmt=marker, color=color, lw=1, ms=9 if held_out else 4, label=label
         )

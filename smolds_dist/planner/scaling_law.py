@@ -140,7 +140,7 @@ class FittedLaw:
 
 
 def fit(points: Sequence[Point]) -> Law:
-    """Return the law of the points that are not held out: Huber loss of log(loss), by L-BFGS from the best of a grid.
+    """Return the law of the points outside the check: Huber loss of log(loss), by L-BFGS from the best of a grid.
 
     Raises:
         ConfigError: if the runs cannot determine the constants, or one has diverged.
@@ -150,7 +150,7 @@ def fit(points: Sequence[Point]) -> Law:
 
 
 def fit_all(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> FittedLaw:
-    """Fit the law of all points that are not held out, and of each source; dense twins of mixtures have their own law.
+    """Fit the law of all points outside the check, and of each source; dense twins of mixtures have their own law.
 
     Intervals: `resamples` times, random errors are added to the predicted losses, and the law is fitted to them. Resampling
     the runs themselves would leave too few sizes for the constants, since a ladder is a small grid. Runs of one size share
