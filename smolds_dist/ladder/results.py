@@ -92,13 +92,12 @@ def result_of(ladder: Ladder, folder: Path, run: LadderRun, loss: float) -> dict
     end: dict[str, Any] = next((row for row in reversed(rows) if "val_loss" in row), {})
     tokens, active = resolve_stages(config).tokens(run.steps), weights(config)
     seconds = sum(ladder.step_tokens / row["tokens_per_s"] for row in steps)
-    noise = [row["noise_scale"] for row in steps if row.get("noise_scale")]
     return {
         "run": run.name, "rung": run.rung.name, "held_out": run.rung.held_out, "lr": run.lr, "steps": run.steps,
         "own_steps": run.steps - run.first, "active": active[0], "total": active[1],
         "granularity": granularity(config), "tokens": tokens, "loss": loss if math.isfinite(loss) else None,
         "losses": {name.partition("/")[2]: value for name, value in end.items() if name.startswith("val_loss/")},
-        "max_vio": end.get("val_max_vio"), "noise_scale": median(noise) if noise else None,
+        "max_vio": end.get("val_max_vio"),
         "flops": flops_per_token(with_vocabulary(config), config.data.seq_len) * tokens,
         "seconds": round(seconds, 3), "tokens_per_s": median(row["tokens_per_s"] for row in steps) if steps else None,
     }  # fmt: skip
