@@ -111,7 +111,7 @@ RANGES = ranges({
     (1, 1e30): "--budget-gpu-hours --target-tokens",
     (2, 10**9): "--ablate --max-tokens",
 })  # fmt: skip
-WRITTEN = ("--json", "--plot", "--calibrate")  # files written at the end of a command
+WRITTEN = ("--json", "--calibrate")  # files written at the end of a command
 
 
 def _check_value(option: str, value: Any) -> None:

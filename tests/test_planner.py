@@ -310,8 +310,7 @@ def test_every_hardware_entry_is_complete_and_has_sources():
 
 def test_plan_prints_the_best_layout_and_a_command_that_launch_accepts(tmp_path, capsys):
     result = tmp_path / "plan.json"
-    picture = tmp_path / "plan.png"
-    options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result), "--plot", str(picture)]
+    options = ["--hardware", "h100", "--devices-per-node", "4", "--json", str(result)]
     plan([*options, "--", "--preset", "debug", "--parallel.device=cpu"])
     text = capsys.readouterr().out
     found = json.loads(result.read_text())
@@ -319,7 +318,6 @@ def test_plan_prints_the_best_layout_and_a_command_that_launch_accepts(tmp_path,
     assert rates == sorted(rates, reverse=True) and len(rates) > 10
     best = found["layouts"][0]["settings"]
     assert f"--parallel.expert={best['parallel.expert']}" in text and "verdict" in text
-    assert picture.read_bytes().startswith(b"\x89PNG")
     line = text.strip().splitlines()[-1].split()
     assert line[:2] == ["smolds", "launch"]
     assert launch([*line[2:4], "--dry-run", *line[4:]]) == 0

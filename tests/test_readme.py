@@ -168,7 +168,6 @@ CASES = [
     ),
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
-    Case("smolds plan .*--plot", "", "start it with", ("plan.png",)),
     Case("smolds plan", "", "start it with"),
     Case("smolds bench launches", " --model.num_hidden_layers=1 --data.seq_len=32 --sequences=1", "the host waits"),
     Case(

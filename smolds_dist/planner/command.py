@@ -25,7 +25,7 @@ from smolds_dist.stages import format_stages, resolve_stages
 
 
 def plan(args: list[str]) -> None:
-    """Print the plan and write --json and --plot; with --calibrate measure this machine instead."""
+    """Print the plan and write --json; with --calibrate measure this machine instead."""
     options, train_args = _parse(args)
     if options.calibrate:
         from smolds_dist.bench.calibrate import calibrate
@@ -55,10 +55,6 @@ def plan(args: list[str]) -> None:
     print(f"\nstart it with\n  {command_line(best, run, train_args, options.nodes, per_node)}")
     if options.json:
         options.json.write_text(json.dumps(as_json(machine, ranking, run, steps), indent=1) + "\n")
-    if options.plot:
-        from smolds_dist.planner.plot import draw
-
-        draw(config, machine, per_node, max_vio, options.plot)
 
 
 def report(
@@ -207,6 +203,5 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--budget-gpu-hours", type=float, help="device hours; a run that takes more is an error")
     parser.add_argument("--top", type=int, default=8, help="number of other layouts to list")
     parser.add_argument("--json", type=Path, help="output file for all layouts that fit")
-    parser.add_argument("--plot", type=Path, help="output file for a plot of time per token, 1 to 16,384 ranks")
     parser.add_argument("--calibrate", type=Path, help="measure this machine and write a file for --hardware")
     return parser.parse_before_training(args)
