@@ -24,6 +24,7 @@ USAGE = """usage: smolds COMMAND [options]
   launch     start the ranks that fit this machine or allocation: smolds launch -- TRAIN-OPTIONS
   slurm      write or submit a batch script: smolds slurm --nodes N --time LIMIT [--submit] -- TRAIN-OPTIONS
   plan       estimate memory, time and best layout on any machines: smolds plan --hardware h100 --nodes 8 -- TRAIN-OPTIONS
+  ladder     predict losses from small runs: smolds ladder plan --to DIR -- TRAIN-OPTIONS | run DIR
   doctor     check this machine, or all hosts of a hostfile: smolds doctor [--hostfile FILE]
   branch     make a run that continues another's checkpoint: smolds branch RUN --step N --to DIR -- TRAIN-OPTIONS
   checkpoint list, verify, convert, average or remove checkpoints: smolds checkpoint ls runs/NAME
@@ -47,6 +48,7 @@ COMMANDS = {
     "launch": "launching.launcher:launch",
     "slurm": "launching.slurm:slurm",
     "plan": "planner.command:plan",
+    "ladder": "ladder.command:ladder",
     "doctor": "launching.doctor:doctor",
     "branch": "training.branch:branch",
     "checkpoint": "checkpoint.command:checkpoint",

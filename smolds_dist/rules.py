@@ -88,11 +88,11 @@ RANGES = ranges({
     "checkpoint.keep_every log.sample_every log.statistics_every eval.every source.weight",
     (0, 2**62): "train.seed",
     (0, 1e30): "train.grad_clip train.qk_clip train.skip_steps train.spike_threshold stage.lr",
-    (1, 10**4): "model.num_hidden_layers",
+    (1, 10**4): "model.num_hidden_layers train.mup_base_depth",
     (1, 10**6): "model.hidden_size model.intermediate_size model.dense_intermediate_size model.num_attention_heads "
     "model.num_key_value_heads model.head_dim model.num_experts model.num_experts_per_tok model.q_lora_rank "
     "model.kv_lora_rank model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.n_group model.topk_group "
-    "eval.batch_size checkpoint.keep log.sample_tokens parallel.expert yarn.factor",
+    "eval.batch_size checkpoint.keep log.sample_tokens parallel.expert yarn.factor train.mup_base_width",
     (1, 10**8): "model.vocab_size data.tokenizer_vocab_size",
     (1, 10**9): "train.global_batch train.micro_batch stage.global_batch stage.micro_batch train.eval_sequences "
     "train.nonfinite_limit train.spike_steps train.time_budget eval.limit model.max_position_embeddings "

@@ -256,6 +256,12 @@ class Train:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     """Peak learning rate, above 0."""
+    mup: bool = False
+    """Scale learning rates and initial weights with width and depth (muP), so that lr suits models of all sizes."""
+    mup_base_width: int = 384
+    """Hidden size to which lr and model.initializer_range refer (mup)."""
+    mup_base_depth: int = 24
+    """Layers to which lr refers (mup)."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning-rate schedule, which ends at lr * min_lr_fraction. Cosine depends on steps: to continue a finished run
     without a jump, set wsd, decay_fraction 0 (or the fraction to decay in) and the last learning rate as lr."""

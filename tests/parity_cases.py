@@ -23,6 +23,7 @@ MODELS = {
     "clip": ("--train.qk_clip=0.5",),  # low enough to clip heads in every step
     "muon": ("--train.optimizer=muon",),
     "ema": ("--train.ema=0.7",),
+    "mup": ("--train.mup=true", "--train.mup_base_width=16", "--train.mup_base_depth=1"),
     "mtp": ("--model.num_nextn_predict_layers=2", "--train.mtp_coef=0.5"),
     "bf16": ("--train.dtype=bf16",),
     "every": ("--model.num_experts_per_tok=8",),  # expert for each token, so that rounding cannot change the selection
@@ -91,6 +92,7 @@ CASES = [
     ranks(2, 2, 0, "bf16", "every"), ranks(2, 2, 2, "bf16", "every"), ranks(2, 2, 1, "muon", "bf16"),
     ranks(2, 2, 3, "muon", "bf16"),
     ranks(2, 2, 1, "ema", "clip"), ranks(2, 1, 2, "ema", "muon"), ranks(4, 2, 3, "ema"),
+    ranks(2, 2, 1, "mup", "grouped"), ranks(2, 2, 3, "mup", "muon"),
     ranks(2, 2, 0, "grouped"), ranks(2, 1, 1, "grouped", "full"), ranks(2, 2, 2, "deepseek", "grouped"),
     ranks(2, 2, 3, "grouped"), ranks(2, 2, 3, "muon", "grouped"), ranks(2, 2, 1, "bf16", "every", "grouped"),
     ranks(2, 2, 1, "loop"),
@@ -111,7 +113,7 @@ LONG_CASES = [
     ranks(4, 4, 2), ranks(4, 2, 1, "muon"), ranks(4, 2, 1, "deepseek"),
     *(ranks(2, 2, zero, "ema") for zero in range(4)), ranks(2, 2, 3, "offload", "ema"),
     ranks(2, 2, 1, "ema", "bf16", "every"), ranks(2, 1, 0, "ema", "bf16", "every"),
-    ranks(2, 1, 2, "mtp", "muon"), ranks(4, 2, 3, "mtp"),
+    ranks(2, 1, 0, "mup", "muon"), ranks(2, 1, 2, "mup"), ranks(2, 1, 2, "mtp", "muon"), ranks(4, 2, 3, "mtp"),
 ]  # fmt: skip
 # (source, target) of a resume.
 CHANGES = [
@@ -129,6 +131,7 @@ CHANGES = [
     (ranks(2, 2, 1, "offload"), ranks(2, 2, 3, "offload")),
     (ranks(2, 2, 3, "grouped"), ranks(2, 1, 0)),
     (ranks(4, 2, 3, "ema"), local("ema")),
+    (ranks(2, 2, 3, "mup", "muon"), local("mup", "muon")),
     (ranks(2, 1, 0), ranks(2, 2, 0, "grouped")),
     (ranks(2, 2, 3, "mtp", "full", "disturbed"), local("mtp")),
     (local("deepseek", "mtp"), ranks(2, 2, 1, "deepseek", "mtp")),

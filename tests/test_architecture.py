@@ -11,6 +11,7 @@ PACKAGE = ROOT / "smolds_dist"
 LAYERS = (
     ("__main__",),
     ("cli", "__init__"),
+    ("ladder",),
     ("planner",),
     ("bench",),
     ("training",),

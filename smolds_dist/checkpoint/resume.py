@@ -132,13 +132,13 @@ def _check_settings(config: RunConfig, folder: Path, manifest: Manifest) -> None
             "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens", "window_tokens",
             "allow_control_tokens", "document_mask", "packing",
         )  # fmt: skip
-        kept["train"] = ("seed", "global_batch", "optimizer")
+        kept["train"] = ("seed", "global_batch", "optimizer", "mup", "mup_base_width", "mup_base_depth")
     elif manifest.step:
         raise ConfigError(f"{folder} has weights without optimizer state; resume from a checkpoint that a run wrote.")
     for section, names in kept.items():
         for name in names:
             now = asdict(getattr(in_effect, section))[name]
-            saved_value = saved[section][name]
+            saved_value = saved[section].get(name, now)
             if saved_value != now:
                 raise ConfigError(
                     f"{folder} was written with --{section}.{name} {saved_value}, but this run has {now}; "

@@ -89,7 +89,7 @@ def run_filtered(
         reading, writing = os.pipe()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE if watch else None, stderr=writing, text=True, errors="replace",
-        start_new_session=True, preexec_fn=_die_with_parent,
+        start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
     os.close(writing)
     copying = threading.Thread(
@@ -106,7 +106,7 @@ def run_filtered(
         os.close(reading)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel send the launcher SIGTERM if this process is killed, so that no ranks stay behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

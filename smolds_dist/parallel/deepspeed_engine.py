@@ -48,6 +48,7 @@ from smolds_dist.parallel.fragments import (
 )
 from smolds_dist.parallel.matrix_owners import MatrixOwners, OnMatrices, apply_on_replicas
 from smolds_dist.parallel.moving_average import MovingAverage
+from smolds_dist.parallel.mup import mup_of
 from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import RunConfig, Train
@@ -152,7 +153,9 @@ class DeepSpeedEngine:
             patch_cpu_experts(model)
         known = {id(parameter) for parameter in parameters}
         named = [(name, p) for name, p in model.named_parameters() if id(p) in known]
-        groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(named, train))
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            parameter_groups(named, train, mup_of(train, model.config))
+        )
         built = make_optimizer([group for group in groups if group["params"]], train, self.topology.dtype)
         built.register_step_pre_hook(lambda optimizer, *_: self._before_update(optimizer))
         built.register_step_post_hook(lambda optimizer, *_: self._after_update(optimizer))
@@ -302,7 +305,7 @@ class DeepSpeedEngine:
                 if fragment.name in rows:
                     self._factors.setdefault(id(flats[index]), []).append((fragment, rows[fragment.name]))
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self._norm, self._applied, self._outlier = float("nan"), True, False
         self._accept = (lambda norm: accept(norm, read)) if accept else None
         self._squares = {} if by_part else None

@@ -27,6 +27,7 @@ from smolds_dist.parallel.engine import (
 )
 from smolds_dist.parallel.fragments import Fragment, fill_parameters, logical_shapes, split_by_tensor, tensor_shapes
 from smolds_dist.parallel.moving_average import MovingAverage
+from smolds_dist.parallel.mup import mup_of
 from smolds_dist.parallel.optim import allocate_state, make_optimizer, parameter_groups
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.settings import Train
@@ -50,7 +51,7 @@ class LocalEngine:
         self.model = model.to(self.device).train()
         self.accumulation = topology.accumulation
         self.grad_clip = train.grad_clip
-        groups = parameter_groups(model.named_parameters(), train)
+        groups = parameter_groups(model.named_parameters(), train, mup_of(train, model.config))
         master_of = {parameter: parameter for parameter in model.parameters()}
         if topology.dtype == "bf16":
             master_of = {p: nn.Parameter(p.detach().float().clone()) for p in model.parameters()}
@@ -139,7 +140,7 @@ class LocalEngine:
             nn.utils.clip_grads_with_norm_([master for _, master in self.masters.values()], self.grad_clip, total)
         if applied:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["rate"]
             if watch:
                 watch.before_update(list(self._fragments(gradients=True)))
             self.optimizer.step()

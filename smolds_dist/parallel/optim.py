@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from smolds_dist.parallel.fragments import full_shape
+from smolds_dist.parallel.fragments import full_shape, logical_shapes
 from smolds_dist.parallel.matrix_owners import apply_by_shape
+from smolds_dist.parallel.mup import MuP
 from smolds_dist.settings import Train
 
 MUON_MOMENTUM = 0.95
@@ -19,16 +20,19 @@ BATCH_ELEMENTS = 2**25
 PARTS = ("embeddings", "attention", "dense_layers", "routers", "experts", "shared_experts", "norms")  # of a model
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> list[dict]:
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], train: Train, mup: MuP | None = None
+) -> list[dict]:
     """Group parameters for `make_optimizer` by part of the model: norms have no weight decay, some matrices use Muon.
 
     A group's `part` is the name its gradient norm is reported under; `matrices` is the number of matrices stacked along
-    each parameter's rows, for Muon.
+    each parameter's rows, for Muon. `rate` is the ratio of the learning rate to the run's; `mup` splits groups by it. Weight
+    decay, which a step multiplies by the learning rate, does not depend on it.
     """
     muon = train.optimizer == "muon"
     groups: dict[str, dict] = {
         name: {
-            "name": name, "part": name.partition("/")[0], "params": [], "matrices": matrices,
+            "name": name, "part": name.partition("/")[0], "params": [], "matrices": matrices, "rate": 1.0,
             "weight_decay": 0.0 if name == "norms" else train.weight_decay, "muon": takes_muon,
         }
         for name, takes_muon, matrices in (
@@ -58,7 +62,13 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], train
             kind = "dense_layers"
         else:
             kind = "attention"
-        groups[kind]["params"].append(parameter)
+        group = groups[kind]
+        if mup:
+            tensor, shape = next(iter(logical_shapes(name, full_shape(parameter)).items()))
+            rate = mup.rate(tensor, shape, group["muon"])
+            scaled = {"name": f"{kind} x {rate:.6g}", "rate": rate, "weight_decay": group["weight_decay"] / rate}
+            group = groups.setdefault(scaled["name"], group | scaled | {"params": []})
+        group["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from smolds_dist.costs.flops import matmul_weights
 from smolds_dist.costs.memory import with_vocabulary
@@ -64,6 +65,9 @@ def sized(config: RunConfig, size: Size) -> RunConfig:
             return width
         return max(MULTIPLE, round(width * size.width / m.hidden_size / MULTIPLE) * MULTIPLE)
 
+    latents: dict[str, Any] = {}
+    if m.attention == "latent":
+        latents = {"q_lora_rank": m.q_lora_rank and scaled(m.q_lora_rank), "kv_lora_rank": scaled(m.kv_lora_rank)}
     model = replace(
         m,
         hidden_size=size.width,
@@ -72,8 +76,7 @@ def sized(config: RunConfig, size: Size) -> RunConfig:
         num_key_value_heads=min(divisors, key=lambda n: abs(n - wanted)),
         intermediate_size=scaled(m.intermediate_size),
         dense_intermediate_size=m.dense_intermediate_size and scaled(m.dense_intermediate_size),
-        q_lora_rank=m.q_lora_rank and scaled(m.q_lora_rank),
-        kv_lora_rank=scaled(m.kv_lora_rank),
+        **latents,
     )
     if size.experts == 1:
         together = (m.num_experts_per_tok + m.n_shared_experts) * model.intermediate_size

@@ -33,6 +33,7 @@ from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
 from smolds_dist.parallel.expert_parallel import deepspeed_config
 from smolds_dist.parallel.make_engine import build_engine
+from smolds_dist.parallel.mup import mup_of
 from smolds_dist.parallel.process_group import set_group_timeouts
 from smolds_dist.parallel.topology import Topology
 from smolds_dist.parallel.versions import package_versions
@@ -266,7 +267,8 @@ def new_engine(
 ) -> Engine:
     """Create the run's engine around a model with initial weights or a checkpoint's; each rank makes or reads only its
     slices."""
-    initial = InitialValues(config.train.seed, model_config.initializer_range)
+    mup = mup_of(config.train, model_config)
+    initial = InitialValues(config.train.seed, model_config.initializer_range, mup)
     return build_engine(model_config, config, topology, reader.fill if reader else initial.fill)
 
 

@@ -1,0 +1,99 @@
+"""`smolds ladder`: plan | run."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from smolds_dist.checkpoint.new_folder import check_free
+from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
+from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.ladder.plan import Ladder, make_ladder, table, write_ladder
+from smolds_dist.parallel.topology import detect_machine
+from smolds_dist.planner.family import parse_size
+
+PARTS = ("plan", "run")
+
+
+def ladder(args: list[str]) -> int:
+    """Plan a ladder, or train what is missing of one; return the exit code."""
+    if args[:1] == ["plan"]:
+        return plan(args[1:])
+    if args[:1] == ["run"]:
+        return run(args[1:])
+    if args[:1] in (["-h"], ["--help"]):
+        print(f"usage: smolds ladder {' | '.join(PARTS)}; each has --help")
+        return 0
+    raise ConfigError(f"smolds ladder {' '.join(args[:1])!r} is not a part of the command; use {', '.join(PARTS)}.")
+
+
+def plan(args: list[str]) -> int:
+    """Write the plan and print its costs."""
+    parser = OptionParser(
+        prog="smolds ladder plan",
+        usage="smolds ladder plan --to DIR [options] -- TRAIN-OPTIONS",
+        description="Plan small runs of several sizes and numbers of tokens, to predict the loss of large ones.",
+        example="smolds ladder plan --to runs/ladder --sizes 64x2,96x3,128x4 --hold-out 256x6 -- --preset debug",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder of the ladder")
+    parser.add_argument("--sizes", help="WIDTHxDEPTH, comma-separated; default: five below the options' model")
+    parser.add_argument("--hold-out", help="size to compare with the prediction; default: the largest of --sizes")
+    parser.add_argument(
+        "--tokens", default="10,20,40", help="tokens of each size: per active weight, or in total such as 4M,8M"
+    )
+    parser.add_argument("--rates", type=int, default=5, help="learning rates tried on the smallest size (default: 5)")
+    parser.add_argument(
+        "--hold-out-rates", type=int, default=1, help="learning rates tried on the hold-out size (default: 1, the best)"
+    )
+    parser.add_argument("--experts", default="", help="numbers of experts of further rungs, comma-separated")
+    parser.add_argument("--dense-twins", action="store_true", help="add a dense model with each size's active weights")
+    parser.add_argument(
+        "--hardware", help="of the costs: key in costs/hardware.yaml, or a file; default: this machine's"
+    )
+    parser.add_argument("--devices-per-node", type=int, default=1, help="devices of each run (default: 1)")
+    options, train_args = parser.parse_before_training(args)
+    check_free(options.to)
+    sizes = [parse_size(word, "--sizes") for word in (options.sizes or "").split(",") if word]
+    try:
+        experts = [int(word) for word in options.experts.split(",") if word]
+    except ValueError:
+        raise ConfigError(f"--experts {options.experts!r} is not a list of numbers; write 8,16.") from None
+    made = make_ladder(
+        train_args, sizes, parse_size(options.hold_out, "--hold-out") if options.hold_out else None, options.tokens,
+        options.rates, options.hold_out_rates, [*experts, *([1] if options.dense_twins else [])],
+    )  # fmt: skip
+    print(table(made, hardware_of(made, options.hardware), options.devices_per_node))
+    options.to.mkdir(parents=True, exist_ok=True)
+    write_ladder(made, options.to, f"smolds ladder plan {shlex.join(args)}")
+    print(f"\nplanned in {options.to}/ladder.yaml; train it with `smolds ladder run {shlex.quote(str(options.to))}`")
+    return 0
+
+
+def hardware_of(made: Ladder, name: str | None) -> Hardware:
+    """Return the specs of the asked machine, or of this one: typical ones if it is unknown."""
+    if name := name or made.config.parallel.hardware:
+        return load_hardware(name)
+    return known_hardware(detect_machine().name or "cpu") or load_hardware("cpu-2")
+
+
+def run(args: list[str]) -> int:
+    """Train what is missing."""
+    parser = OptionParser(
+        prog="smolds ladder run",
+        usage="smolds ladder run DIR [--jobs N] [--only RUNG]",
+        description="Train the runs of a ladder that are not finished: first the learning rates, then every rung.",
+        example="smolds ladder run runs/ladder --jobs 2",
+        allow_abbrev=False,
+    )
+    _add_folder(parser)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine (default: 1)")
+    parser.add_argument("--only", metavar="RUNG", help="train one rung, after the learning rates; or only `rates`")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run (default: 1)")
+    options = parser.parse_args(args)
+    from smolds_dist.ladder.run import run_ladder  # imports torch
+
+    return run_ladder(options.ladder, max(1, options.jobs), options.only, max(1, options.nproc_per_node))
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ladder", type=Path, metavar="DIR", help="folder of the ladder")

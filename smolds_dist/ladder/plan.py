@@ -1,0 +1,381 @@
+"""A ladder's plan: sizes, steps and learning rates of its runs, in `ladder.yaml`.
+
+Each rung is one size. Its trunk trains at a constant rate up to 80 % of the largest number of tokens and then decays (WSD,
+arXiv 2404.06395, section 4.2). For each smaller number a branch continues the trunk's checkpoint at 80 % of it with a decay,
+so that every point of the ladder is the end of a complete schedule.
+"""
+
+import math
+import re
+import shlex
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolds_dist.config import load_config
+from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.costs.hardware import Hardware
+from smolds_dist.costs.memory import with_vocabulary
+from smolds_dist.errors import ConfigError
+from smolds_dist.files import replace_text
+from smolds_dist.inputs import Positive, convert, printable, read_yaml
+from smolds_dist.planner.family import Size, sized, weights
+from smolds_dist.planner.search import best_first, candidates
+from smolds_dist.progress import duration
+from smolds_dist.rules import validate
+from smolds_dist.settings import Model, RunConfig, Train
+from smolds_dist.stages import UNITS
+
+PLAN = "ladder.yaml"
+DECAY = 5  # a decay is the last fifth of a run, so steps are multiples of 5
+# Defaults of all runs: only the last validation loss is needed.
+OPTIONS = ["--train.eval_every=0", "--log.sample_every=0", "--log.sample_prompts=[]", "--log.tensorboard=false"]
+OWN = (
+    "run.dir run.name train.steps train.schedule train.decay_fraction train.stages train.time_budget checkpoint.keep "
+    "checkpoint.keep_every checkpoint.keep_best checkpoint.resume train.mup_base_width train.mup_base_depth"
+).split()
+NUMBER_OF_SIZES = 5
+
+
+@dataclass
+class Rung:
+    """One size, and what is trained of it."""
+
+    name: str
+    steps: list[Positive]  # a run for each, ascending; multiples of the first
+    every: Positive  # steps between checkpoints
+    settings: dict[str, Any]  # by their dotted names
+    held_out: bool = False  # not fitted, but compared with the prediction
+    factors: list[float] = field(default_factory=list)  # further rates at its last steps, as multiples of the best
+
+
+@dataclass
+class Ladder:
+    """The contents of `PLAN`."""
+
+    options: list[str]  # of every run
+    rates: list[float]  # tried on the first rung at its most steps; one: used by all runs
+    rungs: list[Rung]
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return load_config(self.options, prog="smolds ladder")
+
+    def config_of(self, rung: Rung) -> RunConfig:
+        """Return a rung's settings; raise a `ConfigError` that names the rung if they are invalid."""
+        values = asdict(self.config)
+        for name, value in rung.settings.items():
+            section, _, key = name.partition(".")
+            if key not in values.get(section, {}):
+                raise ConfigError(f"{PLAN}: rung {rung.name}: {name} is not a setting; remove it.")
+            values[section][key] = value
+        config = convert(values, RunConfig, Path(f"{PLAN}: rung {rung.name}"), "set values as in a run's config.yaml")
+        try:
+            validate(config)
+        except ConfigError as error:
+            raise ConfigError(f"rung {rung.name}: {error}") from None
+        return config
+
+    @property
+    def step_tokens(self) -> int:
+        return self.config.train.global_batch * self.config.data.seq_len
+
+
+@dataclass(frozen=True)
+class LadderRun:
+    """One run of a ladder; its name has what determines it, so that an edited plan trains other runs."""
+
+    rung: Rung
+    steps: int
+    lr: float
+    trunk: "LadderRun | None" = None  # that it branches from
+
+    @property
+    def name(self) -> str:
+        return f"{self.rung.name}-{self.steps}-lr{self.lr:g}"
+
+    @property
+    def first(self) -> int:
+        """Steps that it takes from the trunk."""
+        return self.steps // DECAY * (DECAY - 1) if self.trunk else 0
+
+    def options(self, folder: Path) -> list[str]:
+        """Return its training options after the ladder's; a branch's, in addition to the trunk's."""
+        kept = self.rung.steps[0] // DECAY * (DECAY - 1) if len(self.rung.steps) > 1 and not self.trunk else 0
+        own: dict[str, Any] = {
+            "train.steps": self.steps, "checkpoint.every": self.rung.every, "checkpoint.keep": 1,
+            "checkpoint.keep_every": kept, "checkpoint.keep_best": False,
+        }  # fmt: skip
+        if self.trunk is None:
+            own |= self.rung.settings | {
+                "train.schedule": "wsd", "train.decay_fraction": 1 / DECAY, "train.lr": self.lr, "run.dir": folder,
+                "run.name": self.name,
+            }  # fmt: skip
+        return options_of(own)
+
+
+def options_of(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={'null' if value is None else value}" for name, value in settings.items()]
+
+
+def runs_of(rung: Rung, best: float) -> list[LadderRun]:
+    """Return the runs of a rung at the best rate, the trunk first, and at multiples of it."""
+    trunk = LadderRun(rung, rung.steps[-1], best)
+    branches = [LadderRun(rung, steps, best, trunk) for steps in rung.steps[:-1]]
+    return [trunk, *branches, *(replace(trunk, lr=significant(best * factor)) for factor in rung.factors)]
+
+
+def sweep_of(ladder: Ladder, rates: list[float]) -> list[LadderRun]:
+    """Return the runs of the first rung that find the best rate; at its most tokens, as the rate falls with them."""
+    rung = ladder.rungs[0]
+    return [LadderRun(rung, rung.steps[-1], rate) for rate in rates]
+
+
+def significant(rate: float) -> float:
+    """Round a rate to the digits that run names have."""
+    return float(f"{rate:.4g}")
+
+
+def make_ladder(
+    options: list[str],
+    sizes: list[Size],
+    held_out: Size | None,
+    tokens: str,
+    rates: int,
+    held_out_rates: int,
+    experts: list[int],
+) -> Ladder:
+    """Return the plan of a ladder.
+
+    Args:
+        options: training options.
+        sizes: default: `NUMBER_OF_SIZES` below the options' model.
+        held_out: default: the largest of `sizes`.
+        tokens: comma-separated multiples of the smallest number: per active weight, or absolute such as 4M.
+        rates: number of learning rates to try on the smallest rung, each twice the one before, around train.lr.
+        held_out_rates: the same for the hold-out rung, around the best.
+        experts: numbers of experts of further rungs of each fitted size; 1: a dense twin.
+
+    Raises:
+        ConfigError: if a size, number of tokens or option does not fit.
+    """
+    ladder = Ladder([*OPTIONS, *options], [], [])
+    config = ladder.config
+    _check_options(options, config)
+    sizes = sizes or default_sizes(config)
+    by_cost = sorted(sizes, key=lambda size: weights(sized(config, size))[0])
+    held_out = held_out or by_cost[-1]
+    by_cost = [size for size in dict.fromkeys(by_cost) if size != held_out]
+    if len(by_cost) < 2:
+        raise ConfigError(f"--sizes leaves {len(by_cost)} sizes without the hold-out {held_out}; name at least two.")
+    asked = parse_tokens(tokens)
+    counts = [count for count in dict.fromkeys(experts) if count != config.model.num_experts]
+    others = [replace(size, experts=count) for size in by_cost for count in counts]
+    for size in [*by_cost, *others, held_out]:
+        same = replace(size, experts=None)  # rungs of one size see the same tokens
+        steps = steps_of([amount.tokens(weights(sized(config, same))[0]) for amount in asked], ladder.step_tokens)
+        few = steps[0] // DECAY * (DECAY - 1)
+        settings = size_settings(config, sized(config, size).model)
+        ladder.rungs.append(Rung(str(size), steps, few, settings))
+    most = max(1, config.checkpoint.every)
+    warmup = min(config.train.warmup_steps, ladder.rungs[0].steps[0] // 10)
+    for rung in ladder.rungs:
+        rung.every = max(n for n in range(1, min(most, rung.every) + 1) if rung.every % n == 0)
+        rung.settings |= {"train.warmup_steps": warmup} | transfer(options, by_cost[0])
+    last = ladder.rungs[-1]
+    last.held_out, last.steps, last.every = True, last.steps[-1:], min(most, last.steps[-1])
+    middle = held_out_rates // 2
+    last.factors = [2.0 ** (n - middle) for n in range(held_out_rates) if n != middle]
+    ladder.rates = [significant(config.train.lr * 2.0 ** (n - rates // 2)) for n in range(max(1, rates))]
+    for rung in ladder.rungs:
+        ladder.config_of(rung)  # rejects what does not fit together
+    return ladder
+
+
+def transfer(options: list[str], smallest: Size) -> dict[str, Any]:
+    """Return the settings with which the smallest rung's best learning rate is the others', unless the options set
+    train.mup."""
+    if "mup" not in {one.name for one in fields(Train)}:
+        return {}
+    base = {"train.mup_base_width": smallest.width, "train.mup_base_depth": smallest.depth}
+    asked = any(word.partition("=")[0] == "--train.mup" for word in options)
+    return base if asked else {"train.mup": True} | base
+
+
+def _check_options(options: list[str], config: RunConfig) -> None:
+    for word in options:
+        if (name := word.partition("=")[0].removeprefix("--")) in OWN:
+            raise ConfigError(f"--{name} is set by the ladder for each of its runs; remove it.")
+    if config.train.stages:
+        raise ConfigError("train.stages cannot be part of a ladder, whose runs have stages of their own; unset it.")
+    if config.train.time_budget:
+        raise ConfigError("--train.time_budget changes the number of tokens that a ladder compares; unset it.")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A number of tokens, absolute or per active weight."""
+
+    number: float
+    per_weight: bool
+
+    def tokens(self, active: int) -> float:
+        return self.number * active if self.per_weight else self.number
+
+
+def parse_tokens(text: str) -> list[Amount]:
+    """Return the numbers of tokens, ascending.
+
+    Raises:
+        ConfigError: for another form, or if one is not a multiple of the smallest.
+    """
+    found = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", word.strip())
+        if not match or not 0 < float(match[1]) < 1e15:
+            raise ConfigError(f"--tokens {word!r} is not a number; write 20 for each active weight, or 4M in total.")
+        found.append(Amount(float(match[1]) * UNITS[match[2]], not match[2]))
+    found.sort(key=lambda one: one.number)
+    if len({one.per_weight for one in found}) > 1:
+        raise ConfigError(f"--tokens {text} has numbers per weight and in total; write all in one form.")
+    for one in found:
+        if not (one.number / found[0].number).is_integer():
+            raise ConfigError(
+                f"--tokens {text}: {one.number:g} is not a multiple of {found[0].number:g}, the smallest, at whose "
+                "checkpoints the others branch; use multiples such as 10,20,40."
+            )
+    return list(dict.fromkeys(found))
+
+
+def steps_of(tokens: list[float], step_tokens: int) -> list[int]:
+    """Return the steps that train on these multiples of the first number of tokens, rounded once: multiples of `DECAY`."""
+    first = max(1, round(tokens[0] / step_tokens / DECAY)) * DECAY
+    return [first * round(amount / tokens[0]) for amount in tokens]
+
+
+def default_sizes(config: RunConfig) -> list[Size]:
+    """Return sizes below the model's, with about its ratio of width to depth, evenly spaced in the logarithm of weights."""
+    m = config.model
+    step = m.hidden_size // math.gcd(m.hidden_size, m.num_attention_heads)
+    least = m.first_k_dense_replace + 1
+    depths = {
+        width: max(least, round(m.num_hidden_layers * width / m.hidden_size))
+        for width in range(step, m.hidden_size, step)
+    }
+    found = {size: math.log(weights(sized(config, size))[0]) for size in (Size(*one) for one in depths.items())}
+    if len(found) < 3:
+        raise ConfigError(
+            f"a model of {m.num_attention_heads} heads has {len(found)} smaller widths with whole heads, and a ladder needs "
+            "3; set --sizes, such as 64x2,64x4,128x4."
+        )
+    logs = sorted(found.values())
+    count = min(NUMBER_OF_SIZES, len(found))
+    goals = [logs[0] + (logs[-1] - logs[0]) * n / (count - 1) for n in range(count)]
+    return sorted({min(found, key=lambda size: abs(found[size] - goal)) for goal in goals})
+
+
+def size_settings(config: RunConfig, model: Model) -> dict[str, Any]:
+    """Return the model's settings that differ from the ladder's."""
+    own, base = asdict(model), asdict(config.model)
+    return {f"model.{name}": value for name, value in own.items() if value != base[name]}
+
+
+def write_ladder(ladder: Ladder, folder: Path, command: str) -> None:
+    """Write the plan with comments, to be read and edited."""
+    text = yaml.safe_dump(asdict(ladder), sort_keys=False, default_flow_style=None, width=120)
+    replace_text(
+        folder / PLAN,
+        f"# {printable(command)}\n# After an edit, `smolds ladder run {shlex.quote(str(folder))}` trains what is missing.\n"
+        "# rates: learning rates tried on the first rung, for the first number of its steps.\n"
+        f"# steps: of the runs of a rung; multiples of {DECAY} and of the first.\n{text}",
+    )
+
+
+def read_ladder(folder: Path) -> Ladder:
+    """Read and check a plan.
+
+    Raises:
+        ConfigError: if there is none, or an edit made it invalid.
+    """
+    path = folder / PLAN
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no {PLAN}; make it with `smolds ladder plan --to {folder}`.")
+    ladder = read_yaml(path, "undo the last edit, or plan again", Ladder)
+    if not ladder.rungs or not ladder.rates or min(ladder.rates) <= 0:
+        raise ConfigError(f"{path} needs at least one rung and one rate above 0; add them.")
+    names = [rung.name for rung in ladder.rungs]
+    for rung in ladder.rungs:
+        if not re.fullmatch(r"[\w.+=-]+", rung.name) or names.count(rung.name) > 1:
+            raise ConfigError(f"{path}: the rung's name {rung.name!r} is not a unique folder name; choose another.")
+        first = rung.steps[0] if rung.steps else 0
+        if not first or rung.steps != sorted(set(rung.steps)) or any(n % first or n % DECAY for n in rung.steps):
+            raise ConfigError(
+                f"{path}: steps {rung.steps} of {rung.name} are not ascending multiples of {DECAY} and of the first; change "
+                "them."
+            )
+        if len(rung.steps) > 1 and first // DECAY * (DECAY - 1) % rung.every:
+            raise ConfigError(
+                f"{path}: every {rung.every} of {rung.name} does not divide {first // DECAY * (DECAY - 1)}, the step at "
+                "which its first branch begins; lower it."
+            )
+        if min(rung.factors, default=1) <= 0:
+            raise ConfigError(f"{path}: factors {rung.factors} of {rung.name} are not above 0; raise them.")
+        ladder.config_of(rung)
+    return ladder
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training costs."""
+
+    steps: int
+    flops: float
+    seconds: float  # on one device, by the planner
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.steps + other.steps, self.flops + other.flops, self.seconds + other.seconds)
+
+
+def cost_of(config: RunConfig, steps: int, step_tokens: int, machine: Hardware, devices: int) -> Cost:
+    """Return the cost of `steps` steps, with the fastest layout on `devices` devices of one node."""
+    machine = machine.shared_by(devices)
+    best = best_first(list(candidates(config, machine, 1, devices, 0.1)), machine)[0]
+    flops = flops_per_token(with_vocabulary(config), config.data.seq_len) * steps * step_tokens
+    return Cost(steps, flops, steps * best.time.total)
+
+
+def table(ladder: Ladder, machine: Hardware, devices: int) -> str:
+    """Return a table of the rungs with their costs, and the sum.
+
+    Raises:
+        ConfigError: if a rung does not fit on the devices.
+    """
+    rows: list[tuple[str, ...]] = [("rung", "active", "total", "runs", "tokens", "FLOPs", "time", "device hours")]
+    total = Cost(0, 0.0, 0.0)
+    step_tokens, runs = ladder.step_tokens, 0
+    entries = [(rung, f"{rung.name}{', hold-out' * rung.held_out}", runs_of(rung, 1.0)) for rung in ladder.rungs]
+    if len(ladder.rates) > 1:
+        entries.insert(0, (ladder.rungs[0], f"{ladder.rungs[0].name}, rates", sweep_of(ladder, ladder.rates)))
+    for rung, name, own in entries:
+        config = ladder.config_of(rung)
+        cost = cost_of(config, sum(run.steps - run.first for run in own), step_tokens, machine, devices)
+        lengths = " ".join(short(steps * step_tokens) for steps in sorted({run.steps for run in own}))
+        rows.append((name, *map(short, weights(config)), str(len(own)), lengths, *_costs(cost, devices)))
+        total, runs = total + cost, runs + len(own)
+    rows.append(("sum", "", "", str(runs), short(total.steps * step_tokens), *_costs(total, devices)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join(lines)
+
+
+def _costs(cost: Cost, devices: int) -> tuple[str, str, str]:
+    return f"{cost.flops:.2g}", duration(cost.seconds), f"{cost.seconds * devices / 3600:,.2f}"
+
+
+def short(number: float) -> str:
+    """Return a number such as 1.23M."""
+    unit = next((unit for unit in "TBMK" if number >= UNITS[unit]), "")
+    return f"{number / UNITS[unit]:.3g}{unit}"

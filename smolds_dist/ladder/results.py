@@ -1,0 +1,122 @@
+"""What a ladder's runs have reached, from their folders: the best learning rate, and `results.json`."""
+
+import json
+import math
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from smolds_dist.costs.flops import flops_per_token
+from smolds_dist.costs.memory import with_vocabulary
+from smolds_dist.errors import ConfigError
+from smolds_dist.files import replace_text
+from smolds_dist.ladder.plan import Ladder, LadderRun, runs_of, significant, sweep_of
+from smolds_dist.launching.state import read_state
+from smolds_dist.observe.runs import last_rows
+from smolds_dist.planner.family import granularity, weights
+from smolds_dist.rows import read_rows
+from smolds_dist.stages import resolve_stages
+
+RESULTS = "results.json"
+EXTENSIONS = 2  # most rates added to a sweep whose best one is at its border
+DIVERGED = "NaN or infinite"  # in the cause of a failed run
+
+
+def final_loss(folder: Path, run: LadderRun) -> float | None:
+    """Return the validation loss after a run's last step; infinity if it diverged, None while it is not finished."""
+    state = read_state(folder / run.name)
+    if state.get("state") == "failed" and DIVERGED in state.get("why", ""):
+        return math.inf
+    if state.get("state") != "finished":
+        return None
+    row = next((row for row in reversed(last_rows(folder / run.name / "metrics.jsonl")) if "val_loss" in row), None)
+    if row is None or row["step"] != run.steps:
+        return None
+    return math.inf if row["val_loss"] is None else row["val_loss"]
+
+
+def sweep(ladder: Ladder, folder: Path) -> tuple[list[LadderRun], float | None]:
+    """Return the runs that find the best learning rate, as far as known, and the rate once they are done.
+
+    If the best rate is at the border, one more is tried there, at most `EXTENSIONS` times.
+
+    Raises:
+        ConfigError: if all rates diverged.
+    """
+    rates = sorted({significant(rate) for rate in ladder.rates})
+    if len(rates) == 1:
+        return [], rates[0]
+    for left in range(EXTENSIONS, -1, -1):
+        runs = sweep_of(ladder, rates)
+        losses = [final_loss(folder, run) for run in runs]
+        found = [loss for loss in losses if loss is not None]
+        if len(found) < len(runs):
+            return runs, None
+        if min(found) == math.inf:
+            raise ConfigError(f"all runs with rates {rates} diverged; lower `rates` in {folder}/ladder.yaml.")
+        best = found.index(min(found))
+        if 0 < best < len(rates) - 1 or not left:
+            break
+        rates = [significant(rates[0] / 2), *rates] if best == 0 else [*rates, significant(rates[-1] * 2)]
+    return runs, best_rate(rates, found)
+
+
+def best_rate(rates: list[float], losses: list[float]) -> float:
+    """Return the minimum of the parabola through the lowest loss and its neighbors, over the logarithm of the rate; without
+    two finite neighbors, the rate with the lowest loss."""
+    at = losses.index(min(losses))
+    near = losses[at - 1 : at + 2] if at else []
+    if len(near) < 3 or not all(map(math.isfinite, near)) or max(near) == min(near):
+        return rates[at]
+    x = np.log(rates[at - 1 : at + 2])
+    square, linear, _ = np.polyfit(x - x[1], np.array(near) - near[1], 2)
+    return significant(float(np.exp(x[1] - linear / (2 * square))))
+
+
+def all_runs(ladder: Ladder, folder: Path) -> list[LadderRun]:
+    """Return the runs that are known: the sweep's, and once it is done those of the rungs, each once."""
+    runs, best = sweep(ladder, folder)
+    if best is not None:
+        runs = runs + [run for rung in ladder.rungs for run in runs_of(rung, best)]
+    return list({run.name: run for run in reversed(runs)}.values())[::-1]
+
+
+def result_of(ladder: Ladder, folder: Path, run: LadderRun, loss: float) -> dict[str, Any]:
+    """Return a finished run's entry in `RESULTS`: losses in nats per token; seconds of all its steps without evaluation and
+    checkpoints, a branch's with those of its trunk."""
+    config = ladder.config_of(run.rung)
+    rows = read_rows(folder / run.name / "metrics.jsonl")
+    steps = [row for row in rows if row.get("tokens_per_s")]
+    end: dict[str, Any] = next((row for row in reversed(rows) if "val_loss" in row), {})
+    tokens, active = resolve_stages(config).tokens(run.steps), weights(config)
+    seconds = sum(ladder.step_tokens / row["tokens_per_s"] for row in steps)
+    noise = [row["noise_scale"] for row in steps if row.get("noise_scale")]
+    return {
+        "run": run.name, "rung": run.rung.name, "held_out": run.rung.held_out, "lr": run.lr, "steps": run.steps,
+        "own_steps": run.steps - run.first, "active": active[0], "total": active[1],
+        "granularity": granularity(config), "tokens": tokens, "loss": loss if math.isfinite(loss) else None,
+        "losses": {name.partition("/")[2]: value for name, value in end.items() if name.startswith("val_loss/")},
+        "max_vio": end.get("val_max_vio"), "noise_scale": median(noise) if noise else None,
+        "flops": flops_per_token(with_vocabulary(config), config.data.seq_len) * tokens,
+        "seconds": round(seconds, 3), "tokens_per_s": median(row["tokens_per_s"] for row in steps) if steps else None,
+    }  # fmt: skip
+
+
+def gather(ladder: Ladder, folder: Path) -> dict[str, Any]:
+    """Write `RESULTS` and return its contents.
+
+    `best_rate` is None until the sweep is done. `runs` has an entry for every finished run (`result_of`); `points` names
+    those at the best rate, which a law is fitted to or, for the hold-out rung, compared with.
+    """
+    sweep_runs, best = sweep(ladder, folder)
+    done = {run.name: (run, loss) for run in all_runs(ladder, folder) if (loss := final_loss(folder, run)) is not None}
+    results = {
+        "best_rate": best,
+        "sweep": [{"lr": run.lr, "run": run.name} for run in sweep_runs],
+        "points": [name for name, (run, _) in done.items() if run.lr == best],
+        "runs": [result_of(ladder, folder, run, loss) for run, loss in done.values()],
+    }
+    replace_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
