@@ -195,8 +195,8 @@ def search_coarsely(family: Family, record: Record, cluster: Cluster) -> dict[in
     if not any(one.steps for one in found.values()):
         step = found[0].layout.time.total * found[0].layout.layout.world / 3600
         raise ConfigError(
-            f"--budget-gpu-hours {cluster.hours:g} buys no step of {found[0].size}, which takes {step:.2g} device hours; raise "
-            "it, or lower --train.global_batch."
+            f"--budget-gpu-hours {cluster.hours:g} buys no step of {found[0].size}, which takes {step:.2g} device hours; "
+            "raise it, or lower --train.global_batch."
         )
     return found
 
