@@ -1,9 +1,22 @@
 """Ladders: sizes of a family, the plan's arithmetic, and a ladder of two tiny rungs from plan to results."""
 
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
+import warm
+from ranks import PATIENCE, rows_without_timing
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
+from smolds_dist.ladder import command
+from smolds_dist.ladder.plan import parse_tokens, read_ladder, runs_of, steps_of
+from smolds_dist.ladder.results import best_rate
 from smolds_dist.planner.family import Size, granularity, parse_size, sized, weights
 
 # Sizes of a family
@@ -45,3 +58,197 @@ def test_weights_count_every_expert_in_the_total_and_a_dense_twin_has_the_active
     assert weights(sparse)[1] - weights(mixture)[1] == 2 * 8 * (64 + expert)
     assert (granularity(mixture), granularity(dense)) == (3, 1)
     assert [str(parse_size(text, "")) for text in ("64x2", "64x2x16")] == ["64x2", "64x2x16"]
+
+
+# Plan
+
+
+def planned(tmp_path, *options, train=("--preset", "debug")):
+    """Plan a ladder in `tmp_path`/ladder and return it."""
+    command.ladder(["plan", "--to", str(tmp_path / "ladder"), "--hardware=cpu-2", *options, "--", *train])
+    return read_ladder(tmp_path / "ladder")
+
+
+def test_steps_are_multiples_of_the_smallest_and_checkpoints_fall_where_decays_begin():
+    assert steps_of([97.3, 194.6, 389.2], most=1000) == ([95, 190, 380], 76)
+    assert steps_of([0.2], most=100) == ([5], 4)
+    for amount, most in ((9050.0, 1000), (905.0, 180), (517.0, 7), (100.0, 0)):
+        (first, last), every = steps_of([amount, 3 * amount], most)
+        assert last == 3 * first and first == pytest.approx(amount, rel=0.03)
+        assert first % 5 == 0 and (first * 4 // 5) % every == 0
+        assert every <= max(1.1 * most, 100) or not most
+    assert [one.tokens(1000) for one in parse_tokens("40,10,20")] == [10_000, 20_000, 40_000]
+    assert [one.tokens(1000) for one in parse_tokens("4M,1.5B")] == [4e6, 1.5e9]
+    for text, error in (
+        ("10,25", "25 is not a multiple of 10"), ("10,4M", "write all in one form"), ("10,", "'' is not a number"),
+        ("20000", "write a total with K"), ("0", "'0' is not a number"), ("-5", "'-5' is not a number"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=error):
+            parse_tokens(text)
+
+
+def test_a_plan_has_the_sizes_steps_and_rates_of_its_options(tmp_path, capsys):
+    ladder = planned(
+        tmp_path, "--sizes=96x3,64x2", "--hold-out=256x6", "--experts=8,16", "--dense-twins", "--hold-out-rates=3"
+    )
+    rungs = {rung.name: rung for rung in ladder.rungs}
+    assert list(rungs) == ["64x2", "96x3", "64x2x16", "64x2x1", "96x3x16", "96x3x1", "256x6"]
+    assert ladder.rates == [0.00075, 0.0015, 0.003, 0.006, 0.012]
+    active = weights(sized(ladder.config, Size(96, 3)))[0]
+    assert rungs["96x3"].steps[0] == pytest.approx(10 * active / (8 * 256), rel=0.02)
+    assert [steps / rungs["96x3"].steps[0] for steps in rungs["96x3"].steps] == [1, 2, 4]
+    assert rungs["96x3"].steps == rungs["96x3x16"].steps == rungs["96x3x1"].steps
+    assert len(rungs["256x6"].steps) == 1 and rungs["256x6"].held_out and rungs["256x6"].factors == [0.5, 2]
+    assert ladder.config_of(rungs["96x3"]).model == sized(ladder.config, Size(96, 3)).model
+    trunk, short, middle = runs_of(rungs["64x2"], 0.003)
+    assert [run.steps for run in (trunk, short, middle)] == [rungs["64x2"].steps[n] for n in (2, 0, 1)]
+    assert short.first == short.steps * 4 // 5 and short.first % rungs["64x2"].every == 0
+    assert [run.lr for run in runs_of(rungs["256x6"], 0.003)] == [0.003, 0.0015, 0.006]
+    shown = capsys.readouterr().out
+    assert shown.startswith("rung ") and "64x2, rates" in shown and "256x6, hold-out" in shown and "sum " in shown
+    with pytest.raises(ConfigError, match="exists; choose another"):
+        planned(tmp_path)
+    with pytest.raises(ConfigError, match=r"rung \d+x\d+: no layout fits"):
+        planned(tmp_path / "large", "--hold-out=1536x18", train=["--preset", "moe-1b-a200m"])
+
+
+def test_unset_sizes_are_five_below_the_presets_and_the_largest_is_held_out(tmp_path):
+    ladder = planned(tmp_path, "--hardware=h100", train=("--preset", "moe-1b-a200m"))
+    sizes = [parse_size(rung.name, "") for rung in ladder.rungs]
+    active = [weights(sized(ladder.config, size))[0] for size in sizes]
+    assert (
+        len(sizes) == 5
+        and active == sorted(active)
+        and [rung.held_out for rung in ladder.rungs] == [False] * 4 + [True]
+    )
+    assert sizes[-1].width < ladder.config.model.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "error"),
+    [
+        (["--sizes=64x2"], [], "leaves 0 sizes without the hold-out 64x2"),
+        (["--sizes=64x2,96x2,100x2"], [], "use 96 or 128"),
+        (["--experts=x"], [], "'x' is not a list of numbers"),
+        ([], ["--train.steps=7"], "--train.steps is set by the ladder"),
+        ([], ["--train.time_budget=7"], "--train.time_budget is set by the ladder"),
+        ([], ["--train.stages=[{lr: 1e-3}]"], "--train.stages is set by the ladder"),
+        (["--sizes=64x2,96x2,128x2", "--tokens=10,15"], [], "15 is not a multiple of 10"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_an_error_and_writes_nothing(options, train, error, tmp_path):
+    with pytest.raises(ConfigError, match=error):
+        planned(tmp_path, *options, train=["--preset", "debug", *train])
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.fixture(scope="module")
+def plan_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    planned(folder, "--sizes=64x2,96x3", "--hold-out=128x4")
+    return (folder / "ladder" / "ladder.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("steps: [", "steps: [7, ", "not ascending multiples of 5"),
+        ("every: ", "every: 1", "does not divide"),
+        ("name: 96x3", "name: 64x2", "is not a unique folder name"),
+        ("model.hidden_size: 64", "model.hidden_sise: 64", "model.hidden_sise is not a setting"),
+        ("model.hidden_size: 64", "model.hidden_size: big", "rung 64x2 is invalid .*hidden_size: expected"),
+        ("model.num_hidden_layers: 2", "model.num_hidden_layers: 0", "rung 64x2: --model.num_hidden_layers 0 is out of"),
+        ("rates: [", "rates: [0, ", "one rate above 0"),
+        ("rungs:", "rings:", "is invalid"),
+    ],
+)  # fmt: skip
+def test_an_edit_that_makes_a_plan_invalid_is_an_error(old, new, error, plan_text, tmp_path):
+    (tmp_path / "ladder.yaml").write_text(plan_text.replace(old, new))
+    with pytest.raises(ConfigError, match=error):
+        read_ladder(tmp_path)
+
+
+def test_the_best_rate_is_the_parabolas_minimum_over_the_rates_logarithm():
+    rates = [0.001 * 2**n for n in range(5)]
+    losses = [3 + (math.log2(rate / 0.005)) ** 2 / 10 for rate in rates]
+    assert best_rate(rates, losses) == pytest.approx(0.005, rel=1e-3)
+    assert best_rate(rates, [1, 2, 3, 4, 5]) == 0.001  # at the border there is no parabola
+    assert best_rate(rates, [5, 4, 3, 2.9, math.inf]) == 0.008  # nor next to a run that diverged
+
+
+# Runs
+
+TIMES = ("seconds", "tokens_per_s")
+
+
+def plan_tiny(folder: Path, small_run: list[str], *options: str) -> Path:
+    """Plan two rungs and a hold-out of a second each, at one rate."""
+    own = "--run.dir --train.steps --model.hidden_size --model.num_attention_heads --checkpoint.every".split()
+    train = [word for word in small_run if word.partition("=")[0] not in own]
+    train += ["--model.hidden_size=64", "--model.num_attention_heads=4", "--train.lr=0.02", "--log.level=quiet"]
+    sizes = ["--sizes=32x1,48x2", "--hold-out=64x2", "--tokens=2.56K,5.12K", "--rates=1", "--hardware=cpu-2"]
+    assert command.ladder(["plan", "--to", str(folder), *sizes, *options, "--", *train]) == 0
+    return folder
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Runs start from a Python that has imported everything."""
+    monkeypatch.setattr(sys, "executable", warm.python())
+    monkeypatch.setenv("PYTHONPATH", warm.environment()["PYTHONPATH"])
+
+
+def results(folder: Path) -> dict:
+    found = json.loads((folder / "results.json").read_text())
+    for run in found["runs"]:
+        assert all(run.pop(name) > 0 for name in TIMES)
+    return found
+
+
+def started(*words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [warm.python(), "-c", "import sys; sys.executable = sys.argv.pop(1); from smolds_dist.cli import main; main()",
+         warm.python(), "ladder", *words],
+        env=warm.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(run: Path, step: int) -> list[psutil.Process]:
+    """Wait until a run has trained a step; return the processes of all runs."""
+    deadline = time.monotonic() + 60 * PATIENCE
+    while not any(row["step"] >= step for row in rows_without_timing(run) if "loss" in row):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return [one for one in psutil.process_iter(["cmdline"]) if str(run.parent) in " ".join(one.info["cmdline"] or ())]
+
+
+def test_a_killed_ladder_continues_to_the_same_results(small_run, tmp_path, fast, capsys):
+    whole, killed = (plan_tiny(tmp_path / name, small_run) for name in ("whole", "killed"))
+    assert command.ladder(["run", str(whole), "--jobs=2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("validation loss") == 5 and "5 runs finished, 5 of them at the best rate" in shown
+    expected = results(whole)
+    assert expected["best_rate"] == 0.02 and len(expected["points"]) == 5
+    assert [run["held_out"] for run in expected["runs"]] == [False] * 4 + [True]
+    by_name = {run["run"]: run for run in expected["runs"]}
+    long, short = by_name["32x1-20-lr0.02"], by_name["32x1-10-lr0.02"]
+    assert (long["tokens"], short["tokens"], short["own_steps"]) == (20 * 8 * 32, 10 * 8 * 32, 2)
+    # A branch is the run that it would have been by itself.
+    rates = [[row["lr"] for row in rows_without_timing(whole / run["run"]) if "lr" in row] for run in (long, short)]
+    assert rates[0][:8] == rates[1][:8] and rates[1][-1] == pytest.approx(0.1 * 0.02)
+    assert [run["loss"] for run in (long, short)] == [
+        [row["val_loss"] for row in rows_without_timing(whole / run["run"]) if "val_loss" in row][-1]
+        for run in (long, short)
+    ]
+
+    only = ["run", str(killed), "--only=48x2"]
+    process = started(*only)
+    for one in wait_for_step(killed / "48x2-20-lr0.02", 9):
+        one.kill()
+    process.communicate(timeout=60)
+    assert not (killed / "results.json").exists()
+    assert command.ladder([*only, "--jobs=2"]) == 0
+    assert capsys.readouterr().out.count("validation loss") == 2
+    assert results(killed)["runs"] == [run for run in expected["runs"] if run["rung"] == "48x2"]
+    assert command.ladder(only) == 0
+    assert "validation loss" not in capsys.readouterr().out

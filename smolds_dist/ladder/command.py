@@ -7,7 +7,8 @@ from pathlib import Path
 from smolds_dist.checkpoint.new_folder import check_free
 from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.errors import ConfigError, OptionParser
-from smolds_dist.ladder.plan import Ladder, make_ladder, table, write_ladder
+from smolds_dist.ladder.costs import table
+from smolds_dist.ladder.plan import Ladder, make_ladder, write_ladder
 from smolds_dist.parallel.topology import detect_machine
 from smolds_dist.planner.family import parse_size
 

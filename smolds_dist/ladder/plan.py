@@ -8,6 +8,8 @@ so that every point of the ladder is the end of a complete schedule.
 import math
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +18,10 @@ from typing import Any
 import yaml
 
 from smolds_dist.config import load_config
-from smolds_dist.costs.flops import flops_per_token
-from smolds_dist.costs.hardware import Hardware
-from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
 from smolds_dist.inputs import Positive, convert, printable, read_yaml
 from smolds_dist.planner.family import Size, sized, weights
-from smolds_dist.planner.search import best_first, candidates
-from smolds_dist.progress import duration
 from smolds_dist.rules import validate
 from smolds_dist.settings import Model, RunConfig, Train
 from smolds_dist.stages import UNITS
@@ -38,6 +35,7 @@ OWN = (
     "checkpoint.keep_every checkpoint.keep_best checkpoint.resume train.mup_base_width train.mup_base_depth"
 ).split()
 NUMBER_OF_SIZES = 5
+MOST_PER_WEIGHT = 10_000  # tokens for each active weight
 
 
 @dataclass
@@ -50,6 +48,15 @@ class Rung:
     settings: dict[str, Any]  # by their dotted names
     held_out: bool = False  # not fitted, but compared with the prediction
     factors: list[float] = field(default_factory=list)  # further rates at its last steps, as multiples of the best
+
+
+@contextmanager
+def named(rung: Rung) -> Iterator[None]:
+    """Name the rung in errors."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"rung {rung.name}: {error}") from None
 
 
 @dataclass
@@ -73,10 +80,8 @@ class Ladder:
                 raise ConfigError(f"{PLAN}: rung {rung.name}: {name} is not a setting; remove it.")
             values[section][key] = value
         config = convert(values, RunConfig, Path(f"{PLAN}: rung {rung.name}"), "set values as in a run's config.yaml")
-        try:
+        with named(rung):
             validate(config)
-        except ConfigError as error:
-            raise ConfigError(f"rung {rung.name}: {error}") from None
         return config
 
     @property
@@ -176,17 +181,14 @@ def make_ladder(
     others = [replace(size, experts=count) for size in by_cost for count in counts]
     for size in [*by_cost, *others, held_out]:
         same = replace(size, experts=None)  # rungs of one size see the same tokens
-        steps = steps_of([amount.tokens(weights(sized(config, same))[0]) for amount in asked], ladder.step_tokens)
-        few = steps[0] // DECAY * (DECAY - 1)
-        settings = size_settings(config, sized(config, size).model)
-        ladder.rungs.append(Rung(str(size), steps, few, settings))
-    most = max(1, config.checkpoint.every)
+        amounts = [amount.tokens(weights(sized(config, same))[0]) / ladder.step_tokens for amount in asked]
+        steps, every = steps_of(amounts, config.checkpoint.every)
+        ladder.rungs.append(Rung(str(size), steps, every, size_settings(config, sized(config, size).model)))
     warmup = min(config.train.warmup_steps, ladder.rungs[0].steps[0] // 10)
     for rung in ladder.rungs:
-        rung.every = max(n for n in range(1, min(most, rung.every) + 1) if rung.every % n == 0)
         rung.settings |= {"train.warmup_steps": warmup} | transfer(options, by_cost[0])
     last = ladder.rungs[-1]
-    last.held_out, last.steps, last.every = True, last.steps[-1:], min(most, last.steps[-1])
+    last.held_out, last.steps = True, last.steps[-1:]
     middle = held_out_rates // 2
     last.factors = [2.0 ** (n - middle) for n in range(held_out_rates) if n != middle]
     ladder.rates = [significant(config.train.lr * 2.0 ** (n - rates // 2)) for n in range(max(1, rates))]
@@ -238,6 +240,10 @@ def parse_tokens(text: str) -> list[Amount]:
         if not match or not 0 < float(match[1]) < 1e15:
             raise ConfigError(f"--tokens {word!r} is not a number; write 20 for each active weight, or 4M in total.")
         found.append(Amount(float(match[1]) * UNITS[match[2]], not match[2]))
+        if found[-1].per_weight and found[-1].number > MOST_PER_WEIGHT:
+            raise ConfigError(
+                f"--tokens {word} for each active weight exceeds {MOST_PER_WEIGHT:,}; write a total with K, M or B."
+            )
     found.sort(key=lambda one: one.number)
     if len({one.per_weight for one in found}) > 1:
         raise ConfigError(f"--tokens {text} has numbers per weight and in total; write all in one form.")
@@ -250,10 +256,13 @@ def parse_tokens(text: str) -> list[Amount]:
     return list(dict.fromkeys(found))
 
 
-def steps_of(tokens: list[float], step_tokens: int) -> list[int]:
-    """Return the steps that train on these multiples of the first number of tokens, rounded once: multiples of `DECAY`."""
-    first = max(1, round(tokens[0] / step_tokens / DECAY)) * DECAY
-    return [first * round(amount / tokens[0]) for amount in tokens]
+def steps_of(amounts: list[float], most: int) -> tuple[list[int], int]:
+    """Return steps in the ratios of `amounts`, rounded once, and the steps between checkpoints: about `most` or fewer (0: no
+    limit), but no more than one checkpoint in 100 steps; they divide the step at which the first one's decay begins."""
+    wanted = math.ceil(amounts[0] * (DECAY - 1) / DECAY / most) if most else 1
+    parts = max(1, min(wanted, int(amounts[0] / 100)))
+    first = max(1, round(amounts[0] / DECAY / parts)) * DECAY * parts
+    return [first * round(amount / amounts[0]) for amount in amounts], first // DECAY * (DECAY - 1) // parts
 
 
 def default_sizes(config: RunConfig) -> list[Size]:
@@ -325,57 +334,3 @@ def read_ladder(folder: Path) -> Ladder:
             raise ConfigError(f"{path}: factors {rung.factors} of {rung.name} are not above 0; raise them.")
         ladder.config_of(rung)
     return ladder
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What training costs."""
-
-    steps: int
-    flops: float
-    seconds: float  # on one device, by the planner
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.steps + other.steps, self.flops + other.flops, self.seconds + other.seconds)
-
-
-def cost_of(config: RunConfig, steps: int, step_tokens: int, machine: Hardware, devices: int) -> Cost:
-    """Return the cost of `steps` steps, with the fastest layout on `devices` devices of one node."""
-    machine = machine.shared_by(devices)
-    best = best_first(list(candidates(config, machine, 1, devices, 0.1)), machine)[0]
-    flops = flops_per_token(with_vocabulary(config), config.data.seq_len) * steps * step_tokens
-    return Cost(steps, flops, steps * best.time.total)
-
-
-def table(ladder: Ladder, machine: Hardware, devices: int) -> str:
-    """Return a table of the rungs with their costs, and the sum.
-
-    Raises:
-        ConfigError: if a rung does not fit on the devices.
-    """
-    rows: list[tuple[str, ...]] = [("rung", "active", "total", "runs", "tokens", "FLOPs", "time", "device hours")]
-    total = Cost(0, 0.0, 0.0)
-    step_tokens, runs = ladder.step_tokens, 0
-    entries = [(rung, f"{rung.name}{', hold-out' * rung.held_out}", runs_of(rung, 1.0)) for rung in ladder.rungs]
-    if len(ladder.rates) > 1:
-        entries.insert(0, (ladder.rungs[0], f"{ladder.rungs[0].name}, rates", sweep_of(ladder, ladder.rates)))
-    for rung, name, own in entries:
-        config = ladder.config_of(rung)
-        cost = cost_of(config, sum(run.steps - run.first for run in own), step_tokens, machine, devices)
-        lengths = " ".join(short(steps * step_tokens) for steps in sorted({run.steps for run in own}))
-        rows.append((name, *map(short, weights(config)), str(len(own)), lengths, *_costs(cost, devices)))
-        total, runs = total + cost, runs + len(own)
-    rows.append(("sum", "", "", str(runs), short(total.steps * step_tokens), *_costs(total, devices)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join(lines)
-
-
-def _costs(cost: Cost, devices: int) -> tuple[str, str, str]:
-    return f"{cost.flops:.2g}", duration(cost.seconds), f"{cost.seconds * devices / 3600:,.2f}"
-
-
-def short(number: float) -> str:
-    """Return a number such as 1.23M."""
-    unit = next((unit for unit in "TBMK" if number >= UNITS[unit]), "")
-    return f"{number / UNITS[unit]:.3g}{unit}"

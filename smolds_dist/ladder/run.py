@@ -13,7 +13,8 @@ from types import FrameType
 
 from smolds_dist.checkpoint.files import MANIFEST, checkpoint_name
 from smolds_dist.errors import ConfigError
-from smolds_dist.ladder.plan import Ladder, LadderRun, read_ladder, short
+from smolds_dist.ladder.costs import short
+from smolds_dist.ladder.plan import Ladder, LadderRun, read_ladder
 from smolds_dist.ladder.results import all_runs, final_loss, gather, sweep
 from smolds_dist.launching.output import die_with_parent
 from smolds_dist.launching.signals import EXIT_CODES, handled_by

@@ -140,18 +140,17 @@ class FittedLaw:
 
 
 def fit(points: Sequence[Point]) -> Law:
-    """Return the law with the smallest Huber loss of log(loss), by L-BFGS from the best of a grid of exponents.
+    """Return the law of the points outside the check: Huber loss of log(loss), by L-BFGS from the best of a grid.
 
     Raises:
         ConfigError: if the runs cannot determine the constants, or one has diverged.
     """
-    check(points)
-    design = _Design(points)
+    design = _Design(checked(points))
     return design.law(design.solve(design.losses, design.starts(design.losses)[:STARTS]))
 
 
 def fit_all(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) -> FittedLaw:
-    """Fit the law of all points that are not held out, and of each source; dense twins of mixtures have their own law.
+    """Fit the law of all points outside the check, and of each source; dense twins of mixtures have their own law.
 
     Intervals: `resamples` times, random errors are added to the predicted losses, and the law is fitted to them. Resampling
     the runs themselves would leave too few sizes for the constants, since a ladder is a small grid. Runs of one size share
@@ -163,20 +162,24 @@ def fit_all(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) 
     """
     mixtures = [point for point in points if not point.dense] or list(points)
     twins = [point for point in points if point.dense] if len(mixtures) < len(points) else []
-    sources = sorted(set.intersection(*(set(point.losses) for point in mixtures))) if mixtures else []
+    whole = _fit_series(mixtures, resamples, seed)
+    sources = sorted(set.intersection(*(set(point.losses) for point in mixtures)))
+    try:
+        dense = fit_all(twins, resamples, seed) if twins else None
+    except ConfigError as error:
+        raise ConfigError(f"dense twins: {error}") from None
     return replace(
-        _fit_series(mixtures, resamples, seed),
+        whole,
         sources={
             name: _fit_series([replace(one, loss=one.losses[name], losses={}) for one in mixtures], resamples, seed)
             for name in sources
         },
-        dense=fit_all(twins, resamples, seed) if twins else None,
+        dense=dense,
     )
 
 
 def _fit_series(points: list[Point], resamples: int, seed: int) -> FittedLaw:
-    fitted = [point for point in points if not point.held_out]
-    check(fitted)
+    fitted = checked(points)
     design = _Design(fitted)
     best = design.solve(design.losses, design.starts(design.losses)[:STARTS])
     predicted, slopes = design.log_loss(best)
@@ -199,7 +202,7 @@ def _fit_series(points: list[Point], resamples: int, seed: int) -> FittedLaw:
 def distinct(values: Sequence[float]) -> int:
     """Return the number of values that differ by more than 2 %."""
     logs = np.sort(np.log(values))
-    return 1 + int((np.diff(logs) > ALIKE).sum())
+    return min(len(logs), 1) + int((np.diff(logs) > ALIKE).sum())
 
 
 def free_constants(points: Sequence[Point]) -> list[str]:
@@ -214,16 +217,17 @@ def free_constants(points: Sequence[Point]) -> list[str]:
     return names
 
 
-def check(points: Sequence[Point]) -> None:
-    """Raise ConfigError if the points cannot determine the law."""
+def checked(points: Sequence[Point]) -> list[Point]:
+    """Return the points to fit; raise ConfigError if they cannot determine the law."""
     for point in points:
         if not (math.isfinite(point.loss) and point.loss > 0):
             raise ConfigError(
                 f"{point.run or 'a run'} has loss {point.loss}, and a law needs finite ones; train it again with a lower "
                 "rate, or remove it from the ladder."
             )
-    sizes, tokens = (distinct([getattr(p, name) for p in points]) if points else 0 for name in ("active", "tokens"))
-    constants = free_constants(points) if points else ["E", "A", "B", "alpha", "beta"]
+    points = [point for point in points if not point.held_out]
+    sizes, tokens = (distinct([getattr(point, name) for point in points]) for name in ("active", "tokens"))
+    constants = free_constants(points)
     granularities = distinct([point.granularity for point in points]) if "g" in constants else 3
     wanted = [
         f"{3 - number} more {what}"
@@ -239,6 +243,7 @@ def check(points: Sequence[Point]) -> None:
             f"a law of {len(constants)} constants cannot be fitted to {len(points)} runs of {sizes} sizes and {tokens} "
             f"numbers of tokens; add {' and '.join(wanted)}."
         )
+    return points
 
 
 class _Design:
@@ -287,7 +292,7 @@ class _Design:
             grid.get(name, (0.0,)) if low < high else (low,)
             for name, (low, high) in zip(NAMES, self.bounds, strict=True)
         ]
-        found = []
+        found: list[tuple[float, int, np.ndarray]] = []
         linear = [index for index in np.flatnonzero(~EXPONENTS) if self.bounds[index][0] > NONE]
         for values in product(*choices):
             theta = np.array(values)
