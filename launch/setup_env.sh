@@ -75,8 +75,8 @@ install_extras() {
     # slow it down.
     echo "  accelerate, PEFT and lm-evaluation-harness"
     install_beside extras "accelerate>=1.1,<2" "peft>=0.17,<1" "lm_eval[hf]>=0.4.9,<0.5"
-    echo "  Weights & Biases, MLflow and Trackio"
-    install_beside trackers "wandb>=0.20,<1" "mlflow-skinny>=3,<4" "sqlalchemy>=2,<3" "alembic<2" "trackio>=0.20,<1"
+    echo "  Weights & Biases"
+    install_beside trackers "wandb>=0.20,<1"
     echo "  transformers 4, which must read exports"
     install_beside transformers4 "transformers>=4.57,<4.58"
     if [ "$(uname)" = Linux ]; then

@@ -16,7 +16,6 @@ from smolds_dist.stages import resolve_stages
 
 SOURCE_KINDS = ("stdlib", "text", "jsonl", "parquet", "arrow", "tokens", "hf")
 UNSCALED = (None, "constant", "inverse_sqrt", "warmup")  # shapes of the learning rate that 0 makes useless
-TRACKERS = ("wandb", "mlflow", "trackio")
 
 
 def validate(config: RunConfig) -> None:
@@ -53,7 +52,7 @@ def validate(config: RunConfig) -> None:
                 f"--profile.steps {config.profile.steps!r} is not a range of this run's {config.train.steps} steps; write "
                 "FIRST:LAST, such as 10:13."
             )
-    trackers_in(config.log.to)
+    check_tracker(config.log.to, "--log.to")
     if config.train.activation_checkpointing == "selective" and config.train.compile is True:
         raise ConfigError(
             "--train.activation_checkpointing selective needs every operator, and --train.compile true fuses them; use "
@@ -73,7 +72,7 @@ def validate(config: RunConfig) -> None:
 
 # Range of every numeric setting
 RANGES = ranges({
-    (ABOVE_0, 1e30): "train.lr model.rope_theta stage.rope_theta model.routed_scaling_factor data.disk_budget_gb",
+    (ABOVE_0, 1e30): "train.lr model.rope_theta stage.rope_theta model.routed_scaling_factor",
     (ABOVE_0, 1): "model.latent_norm_eps model.rms_norm_eps",
     (ABOVE_0, 0.5): "data.val_fraction",
     (ABOVE_0, 10**9): "source.max_epochs yarn.beta_fast yarn.beta_slow",
@@ -104,21 +103,10 @@ RANGES = ranges({
 MAY_BE_EMPTY = ("log.to", "log.sample_prompts", "log.final_prompts", "eval.tasks")
 
 
-def trackers_in(names: str, option: str = "--log.to") -> list[str]:
-    """Return the trackers in a comma-separated list.
-
-    Raises:
-        ConfigError: for an unknown tracker, or one whose package is not installed.
-    """
-    found = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
-    for name in found:
-        if name not in TRACKERS:
-            raise ConfigError(
-                f"{option} {name!r} is not a tracker; choose from {', '.join(TRACKERS)} (comma-separated)."
-            )
-        if find_spec(name) is None:
-            raise ConfigError(f"{option} {name} needs its package; pip install 'smolds-dist[{name}]'.")
-    return list(found)
+def check_tracker(name: str, option: str) -> None:
+    """Raise a `ConfigError` if the tracker's package is not installed."""
+    if name and find_spec(name) is None:
+        raise ConfigError(f"{option} {name} needs its package; pip install 'smolds-dist[{name}]'.")
 
 
 def _check_values(part: Any, kind: str, option: str) -> None:

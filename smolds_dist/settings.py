@@ -180,8 +180,6 @@ class Data:
     """Action on a row that is unreadable or whose text is not a string; skipped rows are listed in bad_rows.jsonl."""
     workers: Literal["auto"] | int = "auto"
     """Tokenizer processes per machine during training; auto = the cores that the ranks leave free, 1 to 16."""
-    disk_budget_gb: float | None = None
-    """Cached tokens in GB above which consumed shards are deleted (tokenized again if needed); default: no limit."""
     cache_dir: str = "~/.cache/smolds"
     """Folder of token shards, tokenizers and file lists."""
 
@@ -392,8 +390,8 @@ class Log:
     """Steps between statistics of weights, gradients, updates, activations and attention logits; 0 = off."""
     tensorboard: bool = True
     """Write TensorBoard events."""
-    to: str = ""
-    """Trackers in addition to TensorBoard, comma-separated: wandb, mlflow, trackio."""
+    to: Literal["", "wandb"] = ""
+    """Tracker in addition to TensorBoard."""
     every: float = 15.0
     """Seconds between progress lines if there is no terminal."""
     level: Literal["quiet", "normal", "verbose"] = "normal"

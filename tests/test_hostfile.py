@@ -190,8 +190,12 @@ def test_variables_reach_all_hosts_without_secrets_in_their_process_lists(option
     run_dir, port = tmp_path / "runs" / "pair", free_port()
     launch = [f"--launcher={launcher}", "--export=MINE", f"--master-port={port}", "--", *options]
     launch += ["--run.name=pair", "--train.steps=10000", "--checkpoint.every=0"]
-    secrets = {"MINE": "secret-1", "HF_TOKEN": "secret-2", "MLFLOW_TRACKING_PASSWORD": "secret-3"}
-    secrets |= {"WANDB_API_KEY": "secret-4", "AWS_SECRET_ACCESS_KEY": "secret-5"}
+    secrets = {
+        "MINE": "secret-1",
+        "HF_TOKEN": "secret-2",
+        "WANDB_API_KEY": "secret-3",
+        "AWS_SECRET_ACCESS_KEY": "secret-4",
+    }
     job = start(hosts, tmp_path, launch, run_dir, TORCH_CPP_LOG_LEVEL="INFO", **secrets)
     file = run_dir / "environment.json"
     assert file.stat().st_mode & 0o777 == 0o600

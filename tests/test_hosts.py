@@ -51,9 +51,9 @@ def ssh(tmp_path, monkeypatch):
 
 
 def test_variables_of_the_list_and_of_export_are_passed_on():
-    listed = """AWS_SECRET_ACCESS_KEY CUDA_LAUNCH_BLOCKING GLOO_SOCKET_IFNAME HF_TOKEN HTTPS_PROXY MLFLOW_TRACKING_PASSWORD
+    listed = """AWS_SECRET_ACCESS_KEY CUDA_LAUNCH_BLOCKING GLOO_SOCKET_IFNAME HF_TOKEN HTTPS_PROXY
         NCCL_DEBUG OMP_NUM_THREADS PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF TORCHINDUCTOR_CACHE_DIR TORCH_FR_BUFFER_SIZE
-        TORCH_LOGS TRACKIO_SPACE_ID WANDB_API_KEY no_proxy""".split()
+        TORCH_LOGS WANDB_API_KEY no_proxy""".split()
     own = "CUDA_VISIBLE_DEVICES HOME MASTER_PORT PATH RANK TORCHELASTIC_RUN_ID".split()
     environment = dict.fromkeys([*listed, *own, "MINE"], "x")
     assert [*passed_on(environment, [])] == sorted(listed)

@@ -20,7 +20,6 @@ from ranks import is_running, smolds
 from test_remote import Server
 
 from smolds_dist.config import load_config
-from smolds_dist.data.batch import batch_digest
 from smolds_dist.data.prepare import prepare_data
 from smolds_dist.observe.rows import read_rows
 
@@ -235,40 +234,6 @@ def test_invalid_text_stops_the_run_after_the_previous_step_is_saved(corpus, tmp
     assert ended.returncode == 0, ended.text
     assert sorted(rows_by_step(tmp_path)) == list(range(1, STEPS + 1))
     assert f"continuing from {tmp_path}/runs/one/checkpoints/step_{saved:08}" in ended.stdout
-
-
-@pytest.mark.parametrize(
-    "stages",
-    [
-        "null",
-        pytest.param("[{until: 50}, {until: 85, seq_len: 256}, {seq_len: 64}]", marks=pytest.mark.long),
-    ],
-)
-def test_budget_deletes_consumed_shards_and_tokenizes_them_again(corpus, prepared, tmp_path, stages):
-    """In 150 steps the run takes just over one epoch; the budget has room for less than half of the corpus."""
-    options = [
-        *options_of(corpus, tmp_path),
-        "--train.steps=150",
-        "--data.window_tokens=33_000",
-        "--train.eval_every=0",
-        f"--train.stages={stages}",
-    ]
-    options.append(f"--data.tokenizer={prepared[0] / 'runs' / 'one' / 'tokenizer'}")
-    process = start_job(["launch", "--nproc-per-node=2", "--", *options, "--data.disk_budget_gb=0.00018"], tmp_path)
-    there = []
-    while process.poll() is None:
-        found = (tmp_path / "cache" / "units").glob("*/*/tokens.bin")
-        there.append(len([path for path in found if not path.parent.suffix]))
-        time.sleep(0.05)
-    assert process.returncode == 0, (tmp_path / "out").read_text()
-    assert max(there) <= 5 and min(there[-20:]) >= 1
-    assert len(list((tmp_path / "cache" / "units").glob("*/*.known"))) >= 3
-    rows = rows_by_step(tmp_path)
-    assert len(rows) == 150 and rows[150]["epochs"]["jsonl"] > 1.05
-    kept = prepare_data(load_config([*options, f"--data.cache_dir={prepared[0]}/cache", "-q"]))
-    for step, row in rows.items():
-        batch = kept.stages.batch(step)
-        assert row["batch"] == f"{batch_digest(kept.batch(batch), batch):08x}"
 
 
 def test_signal_stops_a_run_that_waits_for_text_and_saves_the_previous_step(corpus, prepared, tmp_path):

@@ -89,7 +89,7 @@ def _steps(text: str) -> list[int]:
     found: set[int] = set()
     for one in text.split(","):
         match = re.fullmatch(r"(\d{1,12})(?::(\d{1,12}):([1-9]\d{0,11}))?", one.strip())
-        first, last, every = (int(number or match[1]) for number in match.groups()) if match else (0, 0, 1)
+        first, last, every = (int(match[1]), int(match[2] or match[1]), int(match[3] or 1)) if match else (0, 0, 1)
         if not match or last < first or (last - first) // every >= 10_000:
             raise ConfigError(
                 f"--steps {printable(one)!r} is not a step or a range; write 600:1000:100, or 600,800,1000."

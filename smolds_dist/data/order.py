@@ -166,28 +166,6 @@ class SampleOrder:
         last = self._first.shards_until[window] if window < len(ends) - 1 else self._shards
         return self._first.shards[:last]
 
-    def window_of(self, sample: int) -> tuple[int, int]:
-        """Return the epoch of a sample of the source, and its window in that epoch."""
-        (number,), (index,) = (found.tolist() for found in self.locate(np.array([sample])))
-        with self._lock:
-            return number, bisect_right(self._epoch(number, index).windows, index) - 1
-
-    def consumed_shards(self, sample: int) -> np.ndarray:
-        """Return the shards of the windows before that sample's, in its epoch."""
-        number, window = self.window_of(sample)
-        with self._lock:
-            epoch = self._epoch(number, 0)
-            # The last shard may hold the beginning of a sample that ends in the next window.
-            return epoch.shards[: max(0, epoch.shards_until[window - 1] - 1) if window else epoch.begin]
-
-    def upcoming_shards(self, sample: int) -> np.ndarray:
-        """Return the known shards of that sample's window and of the next."""
-        number, window = self.window_of(sample)
-        with self._lock:
-            epoch = self._epoch(number, 0)
-            begin = epoch.shards_until[window - 1] if window else epoch.begin
-            return epoch.shards[begin : epoch.shards_until[min(window + 1, len(epoch.shards_until) - 1)]]
-
     def _add_window(self, epoch: Epoch, number: int) -> bool:
         """Add the next window; return False if one of its shards is missing."""
         size = sum(span.length for span in epoch.pending)

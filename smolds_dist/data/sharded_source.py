@@ -3,11 +3,8 @@ process that needs them."""
 
 import contextlib
 import hashlib
-import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -91,47 +88,12 @@ class ShardedSource:
         self._wait_until_ready(np.array([shard]))
 
     def has_meta(self, shard: int) -> bool:
-        """Return True if a shard's metadata is known, because its tokens are or were in the cache."""
-        if shard not in self._found:
-            for folder in (self.folders[shard], self._meta_folder(shard)):
-                if folder.is_dir() and not shard_damage(folder, content=False):
-                    self._found[shard] = read_meta(folder)
-                    self.tokens_found += self._found[shard].all_tokens
-                    break
+        """Return True if a shard's metadata is known, because its tokens are in the cache."""
+        folder = self.folders[shard]
+        if shard not in self._found and folder.is_dir() and not shard_damage(folder, content=False):
+            self._found[shard] = read_meta(folder)
+            self.tokens_found += self._found[shard].all_tokens
         return shard in self._found
-
-    def has_tokens(self, shard: int) -> bool:
-        """Return True if a shard's tokens are in the cache."""
-        return self.has_meta(shard) and (self.folders[shard] / "tokens.bin").exists()
-
-    def _meta_folder(self, shard: int) -> Path:
-        """Return where the metadata of a shard stays after its tokens were deleted."""
-        return self.folders[shard].with_suffix(".known")
-
-    def remove(self, shard: int) -> int:
-        """Delete a shard's tokens, keep its metadata, and return the number of bytes freed."""
-        if not self.has_tokens(shard):
-            return 0
-        folder, known, meta = self.folders[shard], self._meta_folder(shard), self._found[shard]
-        if not known.is_dir():
-            unfinished = Path(tempfile.mkdtemp(prefix=f"{known.name}.writing-", dir=known.parent))
-            for name in ("documents", "meta.json"):
-                shutil.copy(folder / name, unfinished / name)
-            with contextlib.suppress(OSError):  # another process was faster
-                unfinished.rename(known)
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.tokens.cache_clear()
-        self.table.cache_clear()
-        gone = folder.with_suffix(".gone")
-        with contextlib.suppress(OSError):
-            folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-        return meta.token_bytes
-
-    def cached_bytes(self) -> int:
-        """Return the bytes of all cached tokens."""
-        cached = (meta for shard, meta in self._found.items() if (self.folders[shard] / "tokens.bin").exists())
-        return sum(meta.token_bytes for meta in cached)
 
     def tokenize_shard(self, shard: int) -> bool:
         """Tokenize a shard unless another process is doing so; return True if its tokens are now in the cache.
@@ -175,16 +137,11 @@ class ShardedSource:
             self._spans[shard] = [TokenSpan(shard, start, end - start) for start, end in ends.tolist()]
         return self._spans[shard]
 
-    def _wait_until_ready(self, following: np.ndarray, is_ready: Callable[[int], bool] | None = None) -> None:
-        """Wait for the first of these shards and tokenize any that no other process is tokenizing.
-
-        Args:
-            is_ready: default: `has_meta`.
-        """
+    def _wait_until_ready(self, following: np.ndarray) -> None:
+        """Wait for the first of these shards and tokenize any that no other process is tokenizing."""
         shard = int(following[0])
-        lookahead = 1 if self._corpus.data.disk_budget_gb else LOOKAHEAD
-        while not (is_ready or self.has_meta)(shard):
-            if not self.tokenize_shard(shard) and not self._tokenize_any(following[1:lookahead].tolist()):
+        while not self.has_meta(shard):
+            if not self.tokenize_shard(shard) and not self._tokenize_any(following[1:LOOKAHEAD].tolist()):
                 time.sleep(0.05)
             self._report(0)
 
@@ -241,29 +198,20 @@ class ShardedSource:
 
     def _tokens(self, shard: int) -> np.ndarray:
         """Return a shard's training tokens [tokens]: concatenated documents, each ending with the end-of-text token."""
-        if not self.has_tokens(shard):
-            self._wait_until_ready(np.array([shard]), self.has_tokens)
         self._check(shard)
         meta = self._found[shard]
         return _memmap(self.folders[shard] / "tokens.bin", np.dtype(meta.dtype), meta.tokens)
 
     def _check(self, shard: int) -> None:
         """Tokenize a shard again if its cached files are damaged; each process checks it once."""
-        while shard not in self._checked:
-            known = self._meta_folder(shard)
-            if not self.folders[shard].is_dir() and not shard_damage(known):
-                self._checked.add(shard)
-            elif self.tokenize_shard(shard):
-                shutil.rmtree(known, ignore_errors=True)
-                self._checked.add(shard)
-            else:
-                time.sleep(0.05)
+        while shard not in self._checked and not self.tokenize_shard(shard):
+            time.sleep(0.05)
+        self._checked.add(shard)
 
     def _table(self, shard: int) -> np.ndarray:
         """Return a shard's document table [documents] of `DOCUMENT`, in token order."""
         self._check(shard)
-        folder = self.folders[shard] if self.folders[shard].is_dir() else self._meta_folder(shard)
-        return _memmap(folder / "documents", DOCUMENT, self._found[shard].texts)
+        return _memmap(self.folders[shard] / "documents", DOCUMENT, self._found[shard].texts)
 
     def content(self, shards: np.ndarray) -> str:
         """Return a digest of the training documents of these shards."""

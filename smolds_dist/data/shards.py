@@ -169,8 +169,7 @@ def shard_damage(folder: Path, content: bool = True) -> str | None:
 
     def sizes_of(described: dict) -> dict[str, int]:
         meta = ShardMeta(**described)
-        known = {"documents": meta.texts * DOCUMENT.itemsize}
-        return known if folder.suffix == ".known" else known | {"tokens.bin": meta.token_bytes}
+        return {"documents": meta.texts * DOCUMENT.itemsize, "tokens.bin": meta.token_bytes}
 
     return file_damage(folder, sizes_of, content)
 

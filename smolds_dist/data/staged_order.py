@@ -99,21 +99,6 @@ class StagedOrder:
         order, number = self._at(sample)
         return order.shards_until(number)
 
-    def window_of(self, sample: int) -> tuple[int, int, int]:
-        """Return which sequence length a sample of the source has, its epoch, and its window in that epoch."""
-        order, number = self._at(sample)
-        return self._orders.index(order), *order.window_of(number)
-
-    def consumed_shards(self, sample: int) -> np.ndarray:
-        """Return the shards of the windows before that sample's, in its epoch."""
-        order, number = self._at(sample)
-        return order.consumed_shards(number)
-
-    def upcoming_shards(self, sample: int) -> np.ndarray:
-        """Return the known shards of that sample's window and of the next."""
-        order, number = self._at(sample)
-        return order.upcoming_shards(number)
-
     def spans(self, positions: np.ndarray) -> list[list[TokenSpan]]:
         """Return the token spans of these samples of the source [n]."""
         found: list[list[TokenSpan]] = [[]] * len(positions)

@@ -11,12 +11,11 @@ import os
 import secrets
 import signal
 import socket
-import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from smolds_dist.launching.doctor_probes import ANSWER, PROBE_LIMITS, Probe, pro
 from smolds_dist.parallel.versions import package_versions, source_digest
 
 LIFETIME = 120  # seconds without a request
-CONNECT_SECONDS, LINK_SECONDS = 3.0, 10.0  # limits of connecting, and of each read and write of a measurement
-PINGS = 50
+CONNECT_SECONDS = 3.0
 
 
 def facts() -> dict[str, Any]:
@@ -52,10 +50,6 @@ def compare_folder(folder: str, name: str, content: str) -> str:
     return ""
 
 
-# Connections. Every one begins with the server's token; after PINGS bytes, which it echoes, the server counts what it
-# receives and sends the number at the end.
-
-
 def listen(address: str, master_port: int | None) -> tuple[dict[str, int], str, str]:
     """Answer the other hosts' probes on a free port and on the master port, if it is set and free.
 
@@ -72,72 +66,33 @@ def listen(address: str, master_port: int | None) -> tuple[dict[str, int], str, 
             if port is not None:
                 listener = socket.create_server(("", port), family=family, backlog=1024)
                 ports[kind] = listener.getsockname()[1]
-                threading.Thread(target=_accept, args=(listener, token.encode()), daemon=True).start()
+                threading.Thread(target=_greet, args=(listener, token.encode()), daemon=True).start()
         except OSError as problem:
             error = os.strerror(problem.errno or 0)
     return ports, token, error
 
 
-def _accept(listener: socket.socket, token: bytes) -> None:
+def _greet(listener: socket.socket, token: bytes) -> None:
+    """Send the token to everyone who connects."""
     while True:
-        threading.Thread(target=_serve, args=(listener.accept()[0], token), daemon=True).start()
-
-
-def _serve(connection: socket.socket, token: bytes) -> None:
-    with connection, contextlib.suppress(OSError):
-        connection.settimeout(LINK_SECONDS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(token)
-        buffer, received = bytearray(1 << 18), 0
-        while size := connection.recv_into(buffer):
-            received += size
-            if received <= PINGS:
-                connection.sendall(b".")
-        connection.sendall(received.to_bytes(8, "big"))
-
-
-@contextlib.contextmanager
-def _connection(address: str, port: int, token: str) -> Iterator[socket.socket]:
-    with socket.create_connection((address, port), CONNECT_SECONDS) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if connection.recv(len(token), socket.MSG_WAITALL).decode(errors="replace") != token:
-            raise OSError(0, "another program answers")
-        connection.settimeout(LINK_SECONDS)
-        yield connection
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.sendall(token)
 
 
 def connect(others: list[tuple[str, int, str]]) -> list[str]:
     """Connect to addresses, ports and tokens in parallel; return "" or the error of each."""
 
     def attempt(other: tuple[str, int, str]) -> str:
+        address, port, token = other
         try:
-            with _connection(*other):
-                return ""
+            with socket.create_connection((address, port), CONNECT_SECONDS) as connection:
+                known = connection.recv(len(token), socket.MSG_WAITALL).decode(errors="replace") == token
+                return "" if known else "another program answers"
         except OSError as error:
             return error.strerror or str(error)
 
     with ThreadPoolExecutor(max(1, len(others))) as threads:
         return list(threads.map(attempt, others))
-
-
-def measure(address: str, port: int, token: str, seconds: float) -> list[float] | str:
-    """Return the bandwidth of one TCP stream (bytes/s) and the median round trip (s), or the error."""
-    try:
-        with _connection(address, port, token) as connection:
-            trips = []
-            for _ in range(PINGS):
-                begin = time.perf_counter()
-                connection.sendall(b".")
-                connection.recv(1)
-                trips.append(time.perf_counter() - begin)
-            chunk, begin = bytes(1 << 18), time.perf_counter()
-            while time.perf_counter() < begin + seconds:
-                connection.sendall(chunk)
-            connection.shutdown(socket.SHUT_WR)
-            received = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big") - PINGS
-            return [received / (time.perf_counter() - begin), statistics.median(trips)]
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def main() -> None:
@@ -150,7 +105,6 @@ def main() -> None:
             "folder": compare_folder,
             "listen": listen,
             "connect": connect,
-            "measure": measure,
         }
         for line in sys.stdin:
             signal.alarm(LIFETIME)

@@ -1,4 +1,4 @@
-"""`smolds doctor --hostfile`: check all hosts in parallel and print what differs, what is closed and what is slow.
+"""`smolds doctor --hostfile`: check all hosts in parallel and print what differs and what is closed.
 
 Each host runs a probe (`doctor_host_probe`) over one ssh connection. A host that does not answer a request within its
 limit is reported and asked nothing more, so it costs one limit.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,13 @@ from smolds_dist.launching.ssh import ssh_command
 
 START_SECONDS, ANSWER_SECONDS = 30, 15  # limits of ssh with Python's start, and of a request
 CLOCK_SECONDS = 1.0  # largest difference without a warning
-LINKS_SECONDS = 30.0  # of all bandwidth measurements together
-SHOWN_LINKS = 16
-SLOW_LINK = 0.1  # of the fastest bandwidth
 
 
 class Host:
     """A host of the hostfile and the connection to its probe; `problem` says why it no longer answers."""
 
-    def __init__(self, number: int, name: str, slots: int):
-        self.number, self.name, self.slots, self.problem = number, name, slots, ""
+    def __init__(self, name: str, slots: int):
+        self.name, self.slots, self.problem = name, slots, ""
         self.facts: dict[str, Any] = {}
         self.clock = 0.0  # seconds ahead of this host
         self.torch: dict[str, Any] = {"gpus": []}
@@ -112,20 +109,16 @@ def ask(hosts: list[Host], what: str, request: Callable[[Host], list], limit: fl
 
 
 def report_hosts(hostfile: Path, device: str, folder: Path, port: int | None) -> Iterator[str | Finding]:
-    """Yield the table of hosts, the table of links, and one finding per problem."""
+    """Yield the table of hosts, and one finding per problem."""
     slots = read_hostfile(hostfile)
     with contextlib.ExitStack() as stack:
-        hosts = [stack.enter_context(Host(number, *one)) for number, one in enumerate(slots.items())]
+        hosts = [stack.enter_context(Host(*one)) for one in slots.items()]
         findings = [*_facts(hosts, device), *_shared_folder(hosts, folder)]
         closed = _connections(hosts, port)
-        links = _links(hosts, closed["random"])
     lost = [Finding("fail", host.name, host.problem, _advice(host)) for host in hosts if host.problem]
     yield from _table([HEADER, *(_row(host, hosts) for host in hosts)])
-    if links:
-        yield ""
-        yield from _link_table(links)
     yield ""
-    findings = [*lost, *findings, *_port_findings(hosts, closed, port), *_slow_links(links)]
+    findings = [*lost, *findings, *_port_findings(hosts, closed, port)]
     yield from findings or [Finding("ok", "hosts", f"{len(hosts)} hosts agree and reach each other")]
 
 
@@ -241,49 +234,6 @@ def _port_findings(hosts: list[Host], closed: dict[str, dict[Pair, str]], port: 
             yield Finding("fail", target.name, f"{where} did not answer {', '.join(sources[:3])}{others}: {error}", fix)
 
 
-def rounds(hosts: list[Host]) -> Iterator[list[Pair]]:
-    """Yield rounds of pairs that share no host, until every pair has been in one."""
-    ring: list[Host | None] = [*hosts, *[None] * (len(hosts) % 2)]
-    half = len(ring) // 2
-    for _ in range(len(ring) - 1):
-        yield [(a, b) for a, b in zip(ring[:half], reversed(ring[half:]), strict=True) if a and b]
-        ring[1:] = [ring[-1], *ring[1:-1]]
-
-
-def _links(hosts: list[Host], closed: dict[Pair, str]) -> dict[Pair, tuple[float, float]]:
-    """Measure bandwidth and round trip of each pair of hosts, in both directions simultaneously as in an all-to-all."""
-    alive = [host for host in hosts if host.token and not host.problem]
-    seconds = min(0.5, LINKS_SECONDS / max(1, len(alive)))
-    links: dict[Pair, tuple[float, float]] = {}
-    for pairs in rounds(alive):
-        both = [pair for pair in pairs if not any(host.problem for host in pair)]
-        partner = {a: b for pair in both for a, b in (pair, pair[::-1]) if (a, b) not in closed}
-
-        def request(host: Host, partner: dict[Host, Host] = partner) -> list:
-            other = partner[host]
-            return [other.facts["address"], other.ports["random"], other.token, seconds]
-
-        for host, answer in ask(list(partner), "measure", request, 3 * ANSWER_SECONDS).items():
-            links[host, partner[host]] = (0.0, 0.0) if isinstance(answer, str) else (answer[0], answer[1])
-            if isinstance(answer, str):
-                closed[host, partner[host]] = answer
-    return links
-
-
-def _slow_links(links: dict[Pair, tuple[float, float]]) -> Iterator[Finding]:
-    """Name the fewest hosts that explain all slow links."""
-    fastest = max([bandwidth for bandwidth, _ in links.values()], default=0.0)
-    slow = {pair: bandwidth for pair, (bandwidth, _) in links.items() if 0 < bandwidth < SLOW_LINK * fastest}
-    while slow:
-        host = Counter(host for pair in slow for host in pair).most_common(1)[0][0]
-        own = [pair for pair in slow if host in pair]
-        source, target = min(own, key=slow.__getitem__)
-        text = f"{len(own)} of its links are slow: {_rate(slow[source, target])} from {source.name} to {target.name}"
-        text += f", against {_rate(fastest)} of the fastest"
-        yield Finding("warn", host.name, text, "check its cable and its port of the switch")
-        slow = {pair: bandwidth for pair, bandwidth in slow.items() if pair not in own}
-
-
 # Tables
 
 HEADER = "host ssh slots smolds source python torch deepspeed devices cores memory clock shared".split()
@@ -302,19 +252,6 @@ def _row(host: Host, hosts: list[Host]) -> list[str]:
         row.append(value + "*" * (value != others.get(name, "missing")))
     row += [host.devices + "*" * (host.devices != first.devices), f"{host.facts['cores']:g}"]
     return [*row, f"{host.facts['memory'] / GB:.1f} GB", f"{round(host.clock, 1) + 0.0:+.1f} s", shared]
-
-
-def _link_table(links: dict[Pair, tuple[float, float]]) -> Iterator[str]:
-    shown = sorted(links, key=lambda pair: links[pair][0])[:SHOWN_LINKS]
-    if len(shown) < len(links):
-        yield f"the {len(shown)} slowest of {len(links)} links"
-    shown.sort(key=lambda pair: (pair[0].number, pair[1].number))
-    rows = [[a.name, b.name, _rate(links[a, b][0]), f"{links[a, b][1] * 1e3:.2f} ms"] for a, b in shown]
-    yield from _table([["from", "to", "bandwidth", "round trip"], *rows])
-
-
-def _rate(bandwidth: float) -> str:
-    return f"{bandwidth / GB:.2f} GB/s" if bandwidth >= GB else f"{bandwidth / 1e6:.1f} MB/s"
 
 
 def _table(rows: list[list[str]]) -> Iterator[str]:

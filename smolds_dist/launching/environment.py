@@ -18,7 +18,7 @@ from smolds_dist.parallel.ranks import host_name
 
 OPTION = "--environment="  # first option of a rank: the file's path
 PASSED_ON = re.compile(
-    r"(AWS|AZURE|CUDA|FSSPEC|GCSFS|GLOO|GOOGLE|HF|HUGGINGFACE|KMP|MKL|MLFLOW|NCCL|PYTORCH|TORCH|TORCHINDUCTOR|TRACKIO|TRITON|WANDB)"
+    r"(AWS|AZURE|CUDA|FSSPEC|GCSFS|GLOO|GOOGLE|HF|HUGGINGFACE|KMP|MKL|NCCL|PYTORCH|TORCH|TORCHINDUCTOR|TRITON|WANDB)"
     r"_\w+|OMP_NUM_THREADS|(?i:(all|ftp|http|https|no)_proxy)"
 )
 # Each host has its own values of these, from the launcher of its ranks.

@@ -25,7 +25,7 @@ from smolds_dist.observe.markdown import fenced, inline, table
 from smolds_dist.observe.overview import column_of, events, overview, smooth
 from smolds_dist.observe.rows import dense_layers, load_table, read_rows, read_settings
 from smolds_dist.observe.trackers import Feed
-from smolds_dist.rules import trackers_in
+from smolds_dist.rules import check_tracker
 from smolds_dist.settings import Model, saved_sources
 from smolds_dist.stages import format_stages, resolve_stages
 
@@ -52,16 +52,15 @@ def report(args: list[str]) -> None:
         "--rebuild-tensorboard", action="store_true", help="also rewrite TensorBoard's files from metrics.jsonl"
     )
     parser.add_argument("--html", action="store_true", help="also write report.html, a self-contained page")
-    parser.add_argument(
-        "--send", metavar="TRACKER", default="", help="send missing rows of these runs to wandb, mlflow or trackio"
-    )
+    parser.add_argument("--send", choices=("wandb",), help="send missing rows of these runs to this tracker")
     parser.add_argument("--to", type=Path, help="output folder; default: the run's, if there is one")
     options = parser.parse_args(args)
     for run in options.runs:
         _check(run)
-    if trackers := trackers_in(options.send, "--send"):
+    if options.send:
+        check_tracker(options.send, "--send")
         for run in options.runs:
-            send(run, trackers)
+            send(run, options.send)
         return
     if len(options.runs) > 1 and options.to is None:
         raise ConfigError("reports of several runs need an output folder; set --to.")
@@ -115,13 +114,12 @@ def _check(run: Path) -> None:
             raise ConfigError(f"{run / 'samples.jsonl'}: a row of step {row['step']} lacks its text; remove that line.")
 
 
-def send(run: Path, trackers: list[str]) -> None:
-    """Send missing rows of a run to trackers."""
+def send(run: Path, tracker: str) -> None:
+    """Send missing rows of a run to a tracker."""
     config = read_settings(run)
     rows = read_rows(run / "metrics.jsonl")
     code = {"failed": 1, "stopped": EXIT_CODES[signal.SIGTERM]}.get(read_state(run).get("state", ""), 0)
-    for feed in [Feed(name, run, config, rows) for name in trackers]:
-        feed.close(code)
+    Feed(tracker, run, config, rows).close(code)
 
 
 def unique_content(text: str) -> float | None:

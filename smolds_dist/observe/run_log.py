@@ -1,5 +1,5 @@
 """Output of a run during training: log lines and progress bar on the terminal, metrics.jsonl, samples.jsonl, and curves for
-TensorBoard and other trackers.
+TensorBoard and a tracker.
 
 Shape letters: L layers, E experts.
 """
@@ -19,7 +19,6 @@ from smolds_dist.observe.rows import WINDOW, rounded, truncate_rows
 from smolds_dist.observe.trackers import Feed
 from smolds_dist.parallel.balancer import max_violation
 from smolds_dist.progress import ProgressBar
-from smolds_dist.rules import trackers_in
 from smolds_dist.settings import RunConfig
 
 
@@ -53,7 +52,7 @@ class RunLog:
             from smolds_dist.observe.tensorboard import Board
 
             self._board = Board(config.run_dir / "tensorboard", start_step + 1, asdict(config))
-        self._feeds = [Feed(name, config.run_dir, asdict(config), rows) for name in trackers_in(config.log.to)]
+        self._feed = Feed(config.log.to, config.run_dir, asdict(config), rows) if config.log.to else None
 
     def info(self, text: str) -> None:
         """Print a line to standard output."""
@@ -105,8 +104,8 @@ class RunLog:
         self._file.append(json.dumps(row).encode() + b"\n")
         if self._board:
             self._board.show(row)
-        for feed in self._feeds:
-            feed.show(row)
+        if self._feed:
+            self._feed.show(row)
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
         """Append a row to `samples.jsonl` per prompt: step, prompt, text (prompt included); nothing on a full disk."""
@@ -128,11 +127,11 @@ class RunLog:
         self._bar.close()
 
     def close(self, code: int) -> None:
-        """Close all files; trackers get the exit code of the training."""
+        """Close all files; the tracker gets the exit code of the training."""
         self.close_bar()
         if self._main:
             self._file.close()
             if self._board:
                 self._board.close()
-            for feed in self._feeds:
-                feed.close(code)
+            if self._feed:
+                self._feed.close(code)

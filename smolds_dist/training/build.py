@@ -3,7 +3,7 @@
 import math
 import platform
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from smolds_dist.launching.signals import StopRequest
 from smolds_dist.model import DeepSeekV3Config, change_rotary
 from smolds_dist.observe.rows import recent_losses
 from smolds_dist.observe.run_log import RunLog
-from smolds_dist.observe.trackers import replace_runs
+from smolds_dist.observe.trackers import replace_run
 from smolds_dist.parallel.autoep_options import FREE
 from smolds_dist.parallel.balancer import Balancer
 from smolds_dist.parallel.engine import Engine
@@ -62,7 +62,6 @@ class Job:
     stop: StopRequest
     compiler: bool  # True if all hosts have Inductor's compilers
     tasks: list[Any] = field(default_factory=list)  # of `eval.tasks`, with their questions
-    on_progress: Callable[[int], None] | None = None  # called after each step with the number of consumed samples
 
     @property
     def main(self) -> bool:
@@ -373,7 +372,7 @@ def roll_back(job: Job, state: TrainState, spike: LossSpikeError) -> Training:
         for newer in checkpoints_in(job.config.run_dir / "checkpoints"):
             if step_of(newer) > reader.manifest.step:
                 remove(newer)
-        replace_runs(job.config.run_dir)
+        replace_run(job.config.run_dir)
     training = build(job, reader)
     training.state.skipped_steps += spike.end - reader.manifest.step
     training.state.rollbacks = state.rollbacks + 1

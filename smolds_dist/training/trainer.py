@@ -101,9 +101,8 @@ def train_on_rank(config: RunConfig, info: RankInfo, report: RankReport | None, 
             stack.enter_context(lock_run_dir(config))
         if info.rank == 0:
             set_outcome = stack.enter_context(record_run_state(config.run_dir, topology.world_size))
-        on_progress = None
         if info.local_rank == 0:
-            on_progress = stack.enter_context(background_tokenization(config, data, info.ranks_per_node))
+            stack.enter_context(background_tokenization(config, data, info.ranks_per_node))
         stack.enter_context(stop)
         job = Job(
             config=config,
@@ -114,7 +113,6 @@ def train_on_rank(config: RunConfig, info: RankInfo, report: RankReport | None, 
             stages=data.stages,
             stop=stop,
             tasks=load_eval_tasks(config),
-            on_progress=on_progress,
         )
         start_process_group(topology, config.parallel.timeout)
         with doing("training"):
@@ -208,8 +206,6 @@ def run_steps(job: Job, training: Training) -> int:
         with clock.paused():
             trace = training.profiler.end(step)
         state.step, state.tokens = step, result.row["tokens"]
-        if job.on_progress:
-            job.on_progress(output.samples.stop)
         if step == begin + 1:
             with clock.paused():
                 training.checkpoints.prepare(training.engine)
