@@ -45,8 +45,8 @@ def test_half_the_micro_batch_gives_the_same_noise_scale(kept_run):
     assert abs(one.tokens - two.tokens) < 2 * math.hypot(one.error, two.error)
     assert one.gradient == pytest.approx(two.gradient, rel=0.2)
     assert one.noise == pytest.approx(two.noise, rel=0.2)
-    assert replace(measure(run, step=2, sequences=32)) == one  # the same samples
-    later = measure(run, sequences=32)  # at the end, from earlier samples
+    assert replace(measure(run, step=2, sequences=32, micro_batch=1)) == one  # the same samples
+    later = measure(run, sequences=32, micro_batch=1)  # at the end, from earlier samples
     assert later.gradient != one.gradient
     with pytest.raises(ConfigError, match="fewer than 3"):
-        measure(run, sequences=2)
+        measure(run, sequences=8)

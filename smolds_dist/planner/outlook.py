@@ -48,9 +48,13 @@ class Outlook:
         """Return the loss after `tokens` in nats per token, and its 80 % interval."""
         return self.fitted.predict(self.active, self.total, tokens, self.granularity)
 
+    def loss(self, tokens: float) -> float:
+        """Return the loss after `tokens`, as `predict`."""
+        return self.fitted.law.loss(self.active, self.total, tokens, self.granularity)
+
     def loss_in(self, run: RunTime, layout: Candidate) -> float:
         """Return the loss that a layout reaches in a run's training time."""
-        return self.fitted.law.loss(self.active, self.total, run.training * layout.tokens_per_s, self.granularity)
+        return self.loss(run.training * layout.tokens_per_s)
 
     def describe(self, tokens: float) -> str:
         """Return the loss after `tokens` as text, with a warning if it is far from the ladder's runs."""

@@ -171,7 +171,7 @@ def trained(
 
     steps = bisect_right(range(1, 10**9), hours, key=lambda steps: lasting(steps).device_hours)
     outlook = Outlook.of(fitted, config)
-    loss = outlook.predict(steps * best.tokens_per_step)[0] if steps else math.inf
+    loss = outlook.loss(steps * best.tokens_per_step) if steps else math.inf
     return Member(size, config, best, steps, lasting(steps), outlook, loss)
 
 

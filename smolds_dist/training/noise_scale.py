@@ -36,14 +36,15 @@ class NoiseScale:
     noise: float  # tr(Sigma) of one token's gradient
 
 
-def measure(run: Path, step: int | None = None, sequences: int = 256, micro_batch: int = 1) -> NoiseScale:
+def measure(run: Path, step: int | None = None, sequences: int = 256, micro_batch: int = 4) -> NoiseScale:
     """Measure the noise scale of a run's checkpoint, in fp32 in this process, on the samples that follow it in the run's
     own order, or on the last ones if too few follow.
 
     Args:
         step: of the checkpoint; default: the newest.
         sequences: samples to use; the error falls with the root of their number once they have as many tokens as the scale.
-        micro_batch: sequences whose mean gradient is compared with the mean of all; 1 has the smallest error.
+        micro_batch: sequences whose mean gradient is compared with the mean of all; fewer take longer, and hardly lower the
+            error while their tokens are far below the scale.
 
     Raises:
         ConfigError: if there is no such checkpoint or text, or it has fewer than 3 micro batches.
