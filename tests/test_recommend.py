@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -23,17 +24,14 @@ from smolds_dist.planner.scaling_law import Law, Point, fit_all
 LAW = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 SIZES = [Size(64, 2), Size(96, 3), Size(128, 4), Size(160, 5), Size(192, 6)]
 OPTIONS = ["--preset", "debug", "--data.seq_len=32", "--train.global_batch=32"]
+TRANSFER = {"train.mup": True, "train.mup_base_width": 64, "train.mup_base_depth": 2, "train.warmup_steps": 5}
 # One CPU whose time is the matmuls' alone
 FLAT = load_hardware("cpu-2")
 FLAT = replace(FLAT, bandwidth=1e30, overhead=0.0, host_link=1e30, failures=1e30, utilization=1.0, memory=1e15)
 
 
-def make_ladder(folder: Path, noise: dict[float, float] | None = None) -> Path:
-    """Write a ladder's folder whose losses follow `LAW` exactly.
-
-    Args:
-        noise: noise scales in tokens by loss.
-    """
+def make_ladder(folder: Path) -> Path:
+    """Write a ladder's folder whose losses follow `LAW` exactly."""
     config = load_config(OPTIONS)
     points = []
     for size, ratio in product(SIZES, (10, 20, 40)):
@@ -41,15 +39,12 @@ def make_ladder(folder: Path, noise: dict[float, float] | None = None) -> Path:
         (active, total), tokens = weights(own), ratio * weights(own)[0]
         points.append(Point(active, total, tokens, LAW.loss(active, total, tokens), granularity=granularity(own)))
     rungs = [
-        {"name": str(size), "settings": {"model.hidden_size": size.width, "model.num_hidden_layers": size.depth}}
+        {"settings": {"model.hidden_size": size.width, "model.num_hidden_layers": size.depth} | TRANSFER}
         for size in SIZES
     ]
     folder.mkdir(exist_ok=True)
     (folder / "ladder.yaml").write_text(yaml.safe_dump({"options": OPTIONS, "rates": [1e-3], "rungs": rungs}))
-    runs = [
-        {"loss": loss, "noise_scale": {"tokens": scale, "error": scale / 10}} for loss, scale in (noise or {}).items()
-    ]
-    (folder / "results.json").write_text(json.dumps({"best_rate": 2e-3, "runs": runs}))
+    (folder / "results.json").write_text(json.dumps({"best_rate": 2e-3, "runs": []}))
     (folder / "fit.json").write_text(json.dumps(fit_all(points, resamples=4).to_json()))
     return folder
 
@@ -143,6 +138,7 @@ def test_the_written_run_agrees_with_its_plan(ladder, tmp_path, capsys):
         assert f"wrote {path}; start it with\n  smolds launch --nproc-per-node 1 -- --config {path}\n" in text + "\n"
         train = config.train
         assert (train.lr, train.schedule, train.decay_fraction, train.warmup_steps) == (2e-3, "wsd", 0.2, 300)
+        assert (train.mup, train.mup_base_width, train.mup_base_depth) == (True, 64, 2)
         plan([*args, "--", "--config", str(path)])
         one, again = next(one for one in found["members"] if one["size"] == size), json.loads(result.read_text())
         assert again["run"] == one["run"] and again["loss"] == one["loss"] and again["steps"] == train.steps
@@ -164,11 +160,19 @@ def test_the_written_run_agrees_with_its_plan(ladder, tmp_path, capsys):
     assert one["run"]["device_hours"] == pytest.approx(30, rel=1e-3)
 
 
-def test_the_batch_is_the_noise_scale_at_the_predicted_loss(tmp_path):
-    def scale(loss: float) -> float:
-        return 2e5 * (loss / 4) ** -5
+def with_noise(ladder: Path, to: Path, scales: dict[float, float]) -> Path:
+    """Copy a ladder, with noise scales in tokens by loss."""
+    shutil.copytree(ladder, to)
+    runs = [{"loss": loss, "noise_scale": {"tokens": scale, "error": scale / 10}} for loss, scale in scales.items()]
+    (to / "results.json").write_text(json.dumps({"best_rate": 2e-3, "runs": [*runs, {"noise_scale": None}]}))
+    return to
 
-    ladder = make_ladder(tmp_path / "noise", {loss: scale(loss) for loss in (6.0, 5.5, 5.2)})
+
+def test_the_batch_is_the_noise_scale_at_the_predicted_loss(ladder, tmp_path):
+    def scale(loss: float) -> float:
+        return 2e4 * (loss / 4) ** -5
+
+    ladder = with_noise(ladder, tmp_path / "noise", {loss: scale(loss) for loss in (6.0, 5.5, 5.2)})
     record = read_record(ladder, load_config(OPTIONS))
     assert critical_batch(record, 3.5)[0] == pytest.approx(scale(3.5), rel=1e-6)
     unsure = replace(record, noise=[*record.noise, (5.1, 1e9, 0.6e9), (5.0, math.inf, math.inf)])
@@ -180,18 +184,22 @@ def test_the_batch_is_the_noise_scale_at_the_predicted_loss(tmp_path):
     found = search(ladder, 160)
     assert found.best.layout.tokens_per_step == pytest.approx(scale(found.best.loss), rel=0.13)
     assert found.batch.startswith("the noise scale of 3 rungs, extrapolated to loss ")
-    few = search(make_ladder(tmp_path / "large", {6.0: 1e9}), 4)
-    assert few.batch.startswith("1,000 steps; ") and 700 < few.best.steps < 1400
+    few = search(with_noise(ladder, tmp_path / "large", {6.0: 1e9}), 1)
+    assert few.batch.startswith("1,000 steps; ") and 700 < few.best.steps < 2000
 
 
 def test_impossible_recommendations_are_config_errors(ladder, tmp_path):
     args = ["--ladder", str(ladder), "--budget-gpu-hours"]
     for words, more in (
         ("repeat its options: --preset debug", ["100", "--", *OPTIONS, "--data.tokenizer_vocab_size=4000"]),
+        ("--target-tokens is what", ["100", "--target-tokens=1e9", "--", *OPTIONS]),
+        ("--to /nowhere/x.yaml cannot be written", ["100", "--to=/nowhere/x.yaml", "--", *OPTIONS]),
         ("unset train.stages", ["100", "--", *OPTIONS, "--train.stages=[{until: 0.5}, {lr: 1e-4}]"]),
     ):
         with pytest.raises(ConfigError, match=words):
             plan(["--hardware", "cpu-2", "--devices-per-node", "1", *args, *more])
+    with pytest.raises(ConfigError, match="add both"):
+        plan(["--ladder", str(ladder), "--to", str(tmp_path / "x.yaml"), "--", *OPTIONS])
     with pytest.raises(ConfigError, match="1e-09 buys no step of 32x1"):
         search(ladder, 1e-9)
     (tmp_path / "fit.json").write_text((ladder / "fit.json").read_text())

@@ -100,7 +100,7 @@ def measure_noise(ladder: Ladder, folder: Path, only: str | None) -> None:
         step, path = run.steps // DECAY * (DECAY - 1), folder / run.name
         kept = (path / "checkpoints" / checkpoint_name(step) / MANIFEST).is_file()
         wanted = run.trunk is None and run.lr == best and only in (None, run.rung.name)
-        if not (kept and wanted) or (path / NOISE).exists() or final_loss(folder, run) is None:
+        if not (kept and wanted) or (path / NOISE).exists() or not math.isfinite(final_loss(folder, run) or math.inf):
             continue
         try:
             scale = measure(path, step)

@@ -15,7 +15,7 @@ from smolds_dist.costs.layout import load_stretch, most_received
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
 from smolds_dist.data.mixture import format_schedule, mixture_of, truncate_schedule
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError, OptionParser, check_writable
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, rejection_reason
 from smolds_dist.progress import duration
 from smolds_dist.rows import read_rows
@@ -34,16 +34,21 @@ def plan(args: list[str]) -> None:
 
         calibrate(options.calibrate)
         return
+    chooses = bool(options.ladder and options.budget_gpu_hours)
+    if options.to and not chooses:
+        raise ConfigError("--to writes the run that --ladder and --budget-gpu-hours choose; add both.")
+    if options.target_tokens and chooses:
+        raise ConfigError("--target-tokens is what --ladder and --budget-gpu-hours choose; remove it.")
     config = load_config(train_args, prog="smolds plan --")
     machine = load_hardware(options.hardware)
     per_node = options.devices_per_node or machine.per_node
     machine = machine.shared_by(per_node)
     max_vio = max_vio_of_run(options.loads, config) if options.loads else options.max_vio
+    if chooses:
+        plan_model(config, machine, per_node, max_vio, options)
+        return
     outlook = None
     if options.ladder:
-        if options.budget_gpu_hours:
-            plan_model(config, machine, per_node, max_vio, options)
-            return
         from smolds_dist.planner.outlook import Outlook, load_fit  # imports scipy
 
         outlook = Outlook.of(load_fit(options.ladder), config)
@@ -73,12 +78,15 @@ def plan_model(
     """Print which member of the ladder's family the budget should train, and write its run's settings."""
     from smolds_dist.planner.recommend import Cluster, as_json, describe, read_record, recommend, run_config, write_run
 
+    to = options.to or options.ladder / "recommended.yaml"
+    paths = to, to.with_stem(f"{to.stem}-small")
     cluster = Cluster(machine, options.nodes, per_node, options.budget_gpu_hours, max_vio)
     record = read_record(options.ladder, config)
+    for path in paths:
+        check_writable("--to", path)
     found = recommend(config, record, cluster)
     print(describe(found, cluster))
-    to = options.to or options.ladder / "recommended.yaml"
-    for one, path in ((found.best, to), (found.smallest, to.with_stem(f"{to.stem}-small"))):
+    for one, path in zip((found.best, found.smallest), paths, strict=True):
         write_run(run_config(one, record), path, one.outlook.describe(one.tokens))
         start = command_line(
             replace(one.layout, settings={}), one.run, ["--config", str(path)], options.nodes, per_node
@@ -239,11 +247,8 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max-vio", type=float, default=0.1, help="most loaded expert's load over the mean, minus 1")
     parser.add_argument("--loads", type=Path, help="run folder whose recorded expert loads replace --max-vio")
     parser.add_argument("--target-tokens", type=float, help="tokens to train on, instead of --train.steps")
-    parser.add_argument(
-        "--budget-gpu-hours",
-        type=float,
-        help="device hours; a run that takes more is an error; with --ladder, chooses the model",
-    )
+    budget = "device hours; a run that takes more is an error; with --ladder, the model that they buy is chosen"
+    parser.add_argument("--budget-gpu-hours", type=float, help=budget)
     parser.add_argument("--ladder", type=Path, help="folder of a ladder, whose fit predicts losses")
     parser.add_argument("--to", type=Path, help="output file for the chosen run; default: recommended.yaml in --ladder")
     parser.add_argument("--top", type=int, default=8, help="number of other layouts to list")

@@ -4,7 +4,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,11 +88,8 @@ def read_record(ladder: Path, config: RunConfig) -> Record:
     results = read_json(ladder / "results.json", advice, dict[str, Any])
     try:
         rungs = [rung["settings"] for rung in plan["rungs"]]
-        noise = [
-            (one["loss"], one["noise_scale"]["tokens"], one["noise_scale"]["error"])
-            for one in results["runs"]
-            if one.get("noise_scale")
-        ]
+        scales = [(one["loss"], one["noise_scale"]) for one in results["runs"] if one.get("noise_scale")]
+        noise = [(loss, scale["tokens"], scale["error"]) for loss, scale in scales]
         names = "model.hidden_size", "model.num_hidden_layers", "model.num_experts"
         sizes = [Size(*(rung.get(name, _value(config, name)) for name in names)) for rung in rungs]
         settings = {name: value for name, value in rungs[-1].items() if name.startswith("train.")}
@@ -102,14 +98,14 @@ def read_record(ladder: Path, config: RunConfig) -> Record:
         raise ConfigError(
             f"{ladder} has a ladder.yaml or results.json of another version ({error}); {advice}."
         ) from None
-    active = [point.active for point in fitted.points]
-    for size in sizes:
-        if size.experts == config.model.num_experts and (own := weights(sized(config, size))[0]) not in active:
-            raise ConfigError(
-                f"size {size} has {own:,} active weights by the training options, but the ladder's runs have "
-                f"{', '.join(f'{one:,.0f}' for one in sorted(set(active)))}; repeat its options: "
-                f"{' '.join(plan['options'])}."
-            )
+    trained = sorted({point.active for point in fitted.points})
+    named = [weights(sized(config, size))[0] for size in sizes if size.experts == config.model.num_experts]
+    if not set(named) & set(trained):
+        raise ConfigError(
+            f"the training options give the ladder's sizes {', '.join(f'{one:,}' for one in named) or 'no'} active weights, "
+            f"but its runs have {', '.join(f'{one:,.0f}' for one in trained)}; repeat its options: "
+            f"{' '.join(plan['options'])}."
+        )
     return record
 
 
@@ -132,7 +128,7 @@ def members(config: RunConfig, record: Record) -> Family:
     ratios = sorted(size.depth / size.width for size in record.sizes)
     ratio, most = ratios[len(ratios) // 2], FAR * max(point.active for point in record.fitted.points)
     found: dict[tuple[int, int], tuple[Size, RunConfig]] = {}
-    for width in count(head_step(config), head_step(config)):
+    for width in range(head_step(config), 10**6, head_step(config)):
         before = len(found)
         for depth in {max(1, round(width * ratio * factor)) for factor in DEPTHS}:
             try:
@@ -143,8 +139,8 @@ def members(config: RunConfig, record: Record) -> Family:
             if (at := weights(own))[0] <= most:
                 found.setdefault(at, (Size(width, depth), own))
         if len(found) == before:
-            return [found[at] for at in sorted(found)]
-    raise AssertionError
+            break
+    return [found[at] for at in sorted(found)]
 
 
 def trained(
@@ -363,22 +359,14 @@ def describe(found: Recommendation, cluster: Cluster) -> str:
 
 def as_json(found: Recommendation) -> dict[str, Any]:
     """Return the members tried, by weights, and which are recommended."""
-    return {
-        "best": str(found.best.size),
-        "smallest": str(found.smallest.size),
-        "limit": found.limit,
-        "batch": found.batch,
-        "members": [
-            {
-                "size": str(one.size),
-                "active": one.outlook.active,
-                "total": one.outlook.total,
-                "tokens": one.tokens,
-                "tokens_per_s": one.layout.tokens_per_s,
-                "settings": one.layout.settings,
-                "run": asdict(one.run),
-                "loss": dict(zip(("predicted", "low", "high"), one.outlook.predict(one.tokens), strict=True)),
-            }
-            for one in found.members
-        ],
-    }
+    best, smallest = str(found.best.size), str(found.smallest.size)
+    members = [
+        {
+            "size": str(one.size), "active": one.outlook.active, "total": one.outlook.total, "steps": one.steps,
+            "tokens": one.tokens, "tokens_per_s": one.layout.tokens_per_s, "settings": one.layout.settings,
+            "run": asdict(one.run),
+            "loss": dict(zip(("predicted", "low", "high"), one.outlook.predict(one.tokens), strict=True)),
+        }
+        for one in found.members if one.steps
+    ]  # fmt: skip
+    return {"best": best, "smallest": smallest, "limit": found.limit, "batch": found.batch, "members": members}
