@@ -106,8 +106,9 @@ RANGES = ranges({
     (0, 2**62): "--seed",
     (1, 10**4): "--devices-per-node --top",
     (1, 10**6): "--nodes",
-    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --max-new-tokens --megabytes --min-count "
-    "--ranks --repeats --rounds --sequences --steps --tasks-per-node --upcycle-granularity --warn --workers",
+    (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --jobs --max-new-tokens --megabytes "
+    "--min-count --nproc-per-node --ranks --rates --repeats --rounds --sequences --steps --tasks-per-node "
+    "--upcycle-granularity --warn --workers",
     (1, 1e30): "--budget-gpu-hours --target-tokens",
     (2, 10**9): "--ablate --max-tokens",
 })  # fmt: skip

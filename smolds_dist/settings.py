@@ -199,9 +199,10 @@ class Data:
 
 
 def saved_sources(data: dict[str, Any]) -> dict[str, Source]:
-    """Return the sources of a saved `data` section, as `Data.mixed`."""
+    """Return the sources of a saved `data` section, as `Data.mixed`, without settings of other versions."""
     named = {name: Source(**one) for name, one in (data["sources"] or {}).items()}
-    return Data(**data | {"sources": named or None}).mixed
+    known = {f.name for f in dataclasses.fields(Data)}
+    return Data(**{name: value for name, value in data.items() if name in known} | {"sources": named or None}).mixed
 
 
 @dataclass

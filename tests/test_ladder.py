@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -255,3 +256,35 @@ def test_a_killed_ladder_continues_to_the_same_results(small_run, tmp_path, fast
     assert results(killed)["runs"] == [run for run in expected["runs"] if run["rung"] == "48x2"]
     assert command.ladder(only) == 0
     assert "validation loss" not in capsys.readouterr().out
+
+
+def test_rates_are_tried_until_the_best_is_not_at_the_border_and_failures_are_named(small_run, tmp_path, fast, capsys):
+    folder = plan_tiny(tmp_path / "ladder", small_run, "--rates=3")
+    text = (folder / "ladder.yaml").read_text()
+    assert "rates: [0.01, 0.02, 0.04]" in text
+    (folder / "ladder.yaml").write_text(text.replace("rates: [0.01, 0.02, 0.04]", "rates: [0.0001, 0.0002, 1000.0]"))
+    (folder / "32x1-20-lr0.0001").write_text("in the way")
+    assert command.ladder(["run", str(folder), "--only=rates"]) == 1
+    shown = capsys.readouterr()
+    assert "32x1-20-lr0.0001 failed: exit code" in shown.out and "32x1-20-lr0.0002: validation loss" in shown.out
+    assert "1 runs failed: 32x1-20-lr0.0001" in shown.err
+    (folder / "32x1-20-lr0.0001").unlink()
+    (folder / "ladder.yaml").write_text(text.replace("rates: [0.01, 0.02, 0.04]", "rates: [0.0001, 0.0002]"))
+    assert command.ladder(["run", str(folder), "--only=rates"]) == 0
+    found = results(folder)
+    assert [one["lr"] for one in found["sweep"]] == [0.0001, 0.0002, 0.0004, 0.0008]
+    assert found["best_rate"] == 0.0008 and "at the border of the rates tried" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_all_runs_which_save_and_resume(small_run, tmp_path, fast):
+    folder = plan_tiny(tmp_path / "ladder", small_run, "--tokens=2M,4M")
+    process = started("run", str(folder), "--jobs=2")
+    run = next(rung for rung in read_ladder(folder).rungs if rung.name == "48x2")
+    trunk = folder / f"48x2-{run.steps[-1]}-lr0.02"
+    wait_for_step(trunk, 1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60 * PATIENCE)
+    assert process.returncode == 130 and "failed" not in stdout + stderr
+    assert any((trunk / "checkpoints").glob("step_*"))
+    assert json.loads((trunk / "state.json").read_text())["state"] == "stopped"
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or ())]

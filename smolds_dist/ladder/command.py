@@ -1,30 +1,34 @@
-"""`smolds ladder`: plan | run."""
+"""`smolds ladder`: plan | run | slurm | fit."""
 
 import argparse
 import shlex
+import signal
 from pathlib import Path
 
 from smolds_dist.checkpoint.new_folder import check_free
 from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.ladder.costs import table
-from smolds_dist.ladder.plan import Ladder, make_ladder, write_ladder
+from smolds_dist.ladder.plan import PLAN, Ladder, make_ladder, read_ladder, write_ladder
+from smolds_dist.launching.slurm import add_job_options, check_time
 from smolds_dist.parallel.topology import detect_machine
 from smolds_dist.planner.family import parse_size
-
-PARTS = ("plan", "run")
+from smolds_dist.planner.ladder_fit import fit_ladder, report
 
 
 def ladder(args: list[str]) -> int:
-    """Plan a ladder, or train what is missing of one; return the exit code."""
-    if args[:1] == ["plan"]:
-        return plan(args[1:])
-    if args[:1] == ["run"]:
-        return run(args[1:])
-    if args[:1] in (["-h"], ["--help"]):
-        print(f"usage: smolds ladder {' | '.join(PARTS)}; each has --help")
-        return 0
-    raise ConfigError(f"smolds ladder {' '.join(args[:1])!r} is not a part of the command; use {', '.join(PARTS)}.")
+    """Plan, train or fit a ladder; return the exit code."""
+    parts = {"plan": plan, "run": run, "slurm": slurm, "fit": fit}
+    parser = OptionParser(
+        prog="smolds ladder",
+        usage="smolds ladder plan --to DIR -- TRAIN-OPTIONS | run DIR | slurm DIR --time LIMIT | fit DIR",
+        description="Plan small runs of a family of models (plan), train them here (run) or in Slurm (slurm), and predict "
+        "the loss of large ones (fit). Each part has --help.",
+        example="smolds ladder plan --to runs/ladder -- --preset debug",
+        allow_abbrev=False,
+    )
+    parser.add_argument("part", choices=parts, help="part of the command")
+    return parts[parser.parse_args(args[:1]).part](args[1:])
 
 
 def plan(args: list[str]) -> int:
@@ -87,14 +91,59 @@ def run(args: list[str]) -> int:
         allow_abbrev=False,
     )
     _add_folder(parser)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine (default: 1)")
     parser.add_argument("--only", metavar="RUNG", help="train one rung, after the learning rates; or only `rates`")
-    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run (default: 1)")
     options = parser.parse_args(args)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # Slurm's warning stays pending until it is handled
     from smolds_dist.ladder.run import run_ladder  # imports torch
 
-    return run_ladder(options.ladder, max(1, options.jobs), options.only, max(1, options.nproc_per_node))
+    return run_ladder(options.ladder, options.jobs, options.only, options.nproc_per_node)
+
+
+def slurm(args: list[str]) -> int:
+    """Write the jobs that train what is missing, and optionally submit them."""
+    parser = OptionParser(
+        prog="smolds ladder slurm",
+        usage="smolds ladder slurm DIR --time LIMIT [options] [--submit]",
+        description="Write batch scripts that train a ladder: a job for the learning rates, then an array with a task for "
+        "each rung. Tasks save before their time limit, are requeued and resume.",
+        example="smolds ladder slurm runs/ladder --gpus-per-node 1 --time 4:00:00 --submit",
+        allow_abbrev=False,
+    )
+    _add_folder(parser)
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs of each task (default: none, train on CPUs)")
+    parser.add_argument("--cpus-per-task", type=int, help="cores of each task (default: Slurm's)")
+    add_job_options(parser, "the folder's name", "slurm-JOB_TASK.out")
+    options = parser.parse_args(args)
+    check_time(options.time)
+    from smolds_dist.ladder.slurm import write_jobs
+
+    for line in write_jobs(options.ladder, options):
+        print(line)
+    return 0
+
+
+def fit(args: list[str]) -> int:
+    """Fit the scaling law to the finished runs and print its report."""
+    parser = OptionParser(
+        prog="smolds ladder fit",
+        usage="smolds ladder fit DIR",
+        description="Fit a scaling law to a ladder's finished runs, compare it with the hold-out, and write fit.json and "
+        "fit.png.",
+        example="smolds ladder fit runs/ladder",
+        allow_abbrev=False,
+    )
+    parser.add_argument("ladder", type=Path, metavar="DIR", help="folder of the ladder")
+    options = parser.parse_args(args)
+    from smolds_dist.ladder.results import gather
+
+    if (options.ladder / PLAN).is_file():  # else only its results were kept
+        gather(read_ladder(options.ladder), options.ladder)
+    print(report(fit_ladder(options.ladder)))
+    print(f"\nwritten to {options.ladder}/fit.json and fit.png")
+    return 0
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ladder", type=Path, metavar="DIR", help="folder of the ladder")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on a machine (default: 1)")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run (default: 1)")

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from smolds_dist.files import replace_text
 from smolds_dist.inputs import Positive, convert, printable, read_yaml
 from smolds_dist.planner.family import Size, sized, weights
 from smolds_dist.rules import validate
-from smolds_dist.settings import Model, RunConfig, Train
+from smolds_dist.settings import Model, RunConfig
 from smolds_dist.stages import UNITS
 
 PLAN = "ladder.yaml"
@@ -200,8 +200,6 @@ def make_ladder(
 def transfer(options: list[str], smallest: Size) -> dict[str, Any]:
     """Return the settings with which the smallest rung's best learning rate is the others', unless the options set
     train.mup."""
-    if "mup" not in {one.name for one in fields(Train)}:
-        return {}
     base = {"train.mup_base_width": smallest.width, "train.mup_base_depth": smallest.depth}
     asked = any(word.partition("=")[0] == "--train.mup" for word in options)
     return base if asked else {"train.mup": True} | base
@@ -298,7 +296,7 @@ def write_ladder(ladder: Ladder, folder: Path, command: str) -> None:
     replace_text(
         folder / PLAN,
         f"# {printable(command)}\n# After an edit, `smolds ladder run {shlex.quote(str(folder))}` trains what is missing.\n"
-        "# rates: learning rates tried on the first rung, for the first number of its steps.\n"
+        "# rates: learning rates tried on the first rung, for the last number of its steps.\n"
         f"# steps: of the runs of a rung; multiples of {DECAY} and of the first.\n{text}",
     )
 

@@ -24,6 +24,7 @@ from smolds_dist.progress import duration
 from smolds_dist.training.branch import branch
 
 TICK = 0.2  # seconds between looks at the running processes
+LOOK = 2.0  # and at the runs' folders, which takes longer, while fewer than `jobs` are running
 RATES = "rates"  # --only: the sweep of learning rates
 
 
@@ -55,11 +56,14 @@ class Trainer:
     def train(self, only: str | None) -> int:
         """Train until nothing is left that can be; return the exit code."""
         with handled_by(self._stop):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # see `ladder.command.run`
+            looked = -LOOK
             while True:
-                self._collect()
-                todo = [] if self.stopped_by else self._todo(only)
-                while todo and len(self.children) < self.jobs and not self.stopped_by:
-                    self._start(todo.pop(0))
+                ended = self._collect()
+                if len(self.children) < self.jobs and (ended or time.monotonic() > looked + LOOK):
+                    todo, looked = self._todo(only), time.monotonic()
+                    while todo and len(self.children) < self.jobs and not self.stopped_by:
+                        self._start(todo.pop(0))
                 if not self.children:
                     break
                 time.sleep(TICK)
@@ -73,11 +77,7 @@ class Trainer:
         """Return the runs that can start now, the sweep's before all others."""
         runs, best = sweep(self.ladder, self.folder)
         if best is not None:
-            runs = (
-                []
-                if only == RATES
-                else [one for one in all_runs(self.ladder, self.folder) if only in (None, one.rung.name)]
-            )
+            runs = [one for one in all_runs(self.ladder, self.folder) if only in (None, one.rung.name)]
         active = {child.run.name for child in self.children}
         found = []
         for run in runs:
@@ -109,12 +109,13 @@ class Trainer:
                     except ConfigError as error:
                         return self._fail(run, f"cannot branch from {run.trunk.name}: {error}")
                     output.flush()
-            command = ["launch", "--nproc-per-node", str(self.procs), "--"] if self.procs > 1 else ["train"]
+            launch = ["launch", "--launcher=torchrun", f"--nproc-per-node={self.procs}", "--"]
+            command = launch if self.procs > 1 else ["train"]
             slot = min(set(range(self.jobs)) - {child.slot for child in self.children})
             process = subprocess.Popen(
                 [sys.executable, "-m", "smolds_dist", *command, *options, "--checkpoint.resume=auto"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(slot),
-                start_new_session=True, preexec_fn=die_with_parent,
+                start_new_session=True, preexec_fn=_prepare_train if self.procs == 1 else die_with_parent,
             )  # fmt: skip
         self.children.append(Child(run, process, slot, time.monotonic()))
         if self.stopped_by:  # while the process was made
@@ -135,9 +136,10 @@ class Trainer:
     def log_of(self, run: LadderRun) -> Path:
         return self.folder / f"{run.name}.log"
 
-    def _collect(self) -> None:
-        """Report processes that have ended."""
-        for child in [child for child in self.children if child.process.poll() is not None]:
+    def _collect(self) -> bool:
+        """Report processes that have ended; return True if some have."""
+        ended = [child for child in self.children if child.process.poll() is not None]
+        for child in ended:
             self.children.remove(child)
             run, loss = child.run, final_loss(self.folder, child.run)
             if loss is None:
@@ -147,6 +149,7 @@ class Trainer:
             self.done.add(run.name)
             tokens, time_ = short(run.steps * self.ladder.step_tokens), duration(time.monotonic() - child.began)
             print(f"{run.name}: validation loss {loss:.4f} after {tokens} tokens, in {time_}", flush=True)
+        return bool(ended)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         """Pass a signal to the runs, which save a checkpoint and end."""
@@ -154,6 +157,12 @@ class Trainer:
         for child in self.children:
             with contextlib.suppress(ProcessLookupError):
                 child.process.send_signal(number)
+
+
+def _prepare_train() -> None:
+    """Keep Slurm's warning pending in a new process until training handles it."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:

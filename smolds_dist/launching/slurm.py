@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError, OptionParser
@@ -66,15 +67,11 @@ def slurm(args: list[str]) -> None:
     if not options.submit:
         print(script, end="")
         return
-    if not shutil.which("sbatch"):
-        raise ConfigError("--submit needs sbatch, which is not installed; use a login node of the cluster.")
+    check_sbatch()
     path = config.run_dir / ("prepare.sbatch" if options.prepare else "job.sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script, encoding="utf-8")
-    result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-    if result.returncode:
-        raise ConfigError(f"sbatch rejected {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")
-    job = result.stdout.strip().partition(";")[0]
+    job = submit(path)
     if not options.prepare:
         write_state(config.run_dir, {"job": job, "time": time.time()}, SUBMITTED)
     print(f"submitted job {job}: {topology}")
@@ -104,6 +101,15 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
     again = f" --restarts {options.restarts}" if options.restarts else ""
     again += f" --spares {options.spares}" if options.spares else ""
     again += " --restarts-shrink" if options.restarts_shrink else ""
+    return fill(script, directives, restarts=again, options=shlex.join(train_args))
+
+
+def fill(script: str, directives: dict[str, Any], **texts: str) -> str:
+    """Return a batch script with its directives (None: omitted), folder, Python and other, quoted texts.
+
+    Raises:
+        ConfigError: for a directive's value that could be more than a word.
+    """
     for name, value in directives.items():
         if value is not None and not WORD.fullmatch(str(value)):
             raise ConfigError(
@@ -112,11 +118,28 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
     lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
     return script.format(
         directives="\n".join([*lines, "#SBATCH --requeue"]),
-        restarts=again,
         folder=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
-        options=shlex.join(train_args),
+        **texts,
     )
+
+
+def submit(path: Path, *options: str) -> str:
+    """Submit a batch script and return the job's id.
+
+    Raises:
+        ConfigError: if Slurm is not installed or rejects it.
+    """
+    check_sbatch()
+    result = subprocess.run(["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True)
+    if result.returncode:
+        raise ConfigError(f"sbatch rejected {path}: {result.stderr.strip().removeprefix('sbatch: error: ')}.")
+    return result.stdout.strip().partition(";")[0]
+
+
+def check_sbatch() -> None:
+    if not shutil.which("sbatch"):
+        raise ConfigError("--submit needs sbatch, which is not installed; use a login node of the cluster.")
 
 
 Environment = Mapping[str, str]
@@ -216,19 +239,28 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--gpus-per-task", type=int, help="1 = each rank sees only its own GPU; instead of --gpus-per-node"
     )
     parser.add_argument("--cpus-per-task", type=int, help="cores per rank or task (default: Slurm's; 1 with --prepare)")
+    restarts.add_options(parser)
+    add_job_options(parser, "the run's name", "slurm-JOB.out")
+    parser.add_argument("--prepare", action="store_true", help="tokenize instead of training, in --nodes tasks")
+    options, train_args = parser.parse_before_training(args)
+    check_time(options.time)
+    restarts.check_options(options)
+    return options, train_args
+
+
+def add_job_options(parser: argparse.ArgumentParser, name: str, output: str) -> None:
+    """Add the options that every job has; `name` and `output` are their defaults in the help."""
     parser.add_argument("--time", default="", help="time limit: minutes, H:MM:SS or D-HH:MM:SS")
     parser.add_argument(
         "--warn", type=int, default=120, help="seconds before the limit at which all ranks save and stop (default: 120)"
     )
-    restarts.add_options(parser)
     parser.add_argument("--partition", help="Slurm partition")
     parser.add_argument("--account", help="Slurm account")
-    parser.add_argument("--job-name", help="job name (default: the run's name)")
-    parser.add_argument("--output", help="job output file (default: slurm-JOB.out)")
-    parser.add_argument("--prepare", action="store_true", help="tokenize instead of training, in --nodes tasks")
+    parser.add_argument("--job-name", help=f"job name (default: {name})")
+    parser.add_argument("--output", help=f"job output file (default: {output})")
     parser.add_argument("--submit", action="store_true", help="submit the job and print its id")
-    options, train_args = parser.parse_before_training(args)
-    if not TIME.fullmatch(options.time):
-        raise ConfigError(f"--time {options.time!r} is not a time limit; use minutes, H:MM:SS or D-HH:MM:SS.")
-    restarts.check_options(options)
-    return options, train_args
+
+
+def check_time(limit: str) -> None:
+    if not TIME.fullmatch(limit):
+        raise ConfigError(f"--time {limit!r} is not a time limit; use minutes, H:MM:SS or D-HH:MM:SS.")

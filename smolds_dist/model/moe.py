@@ -122,6 +122,10 @@ class DeepSeekExpertLayer(nn.Module):
         """Return the weighted sum over each token's selected experts, [T, H]. Dropless: no expert has a capacity."""
         if device.is_exported():
             return every_expert(x_TH, weights_TK, chosen_TK, self.gate_up_proj, self.down_proj)
+        if len(self.down_proj) == 1:  # a dense model: nothing to dispatch
+            inner = gated(F.linear(x_TH, self.gate_up_proj.squeeze(0)))
+            out_TH = F.linear(inner, self.down_proj.squeeze(0))
+            return out_TH * weights_TK.to(out_TH.dtype)
         sort = place_by_expert if device.is_fused(x_TH) else sort_by_expert
         padded_E, token_P, row_TK = sort(chosen_TK, counts_E, row_multiple(x_TH))
         dispatch = _traced_dispatch if device.is_traced() else _Dispatch.apply

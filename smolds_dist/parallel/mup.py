@@ -3,8 +3,9 @@ that the best learning rate of a small model is that of a wide and deep one.
 
 Width: spectral norms of a matrix and of its update are proportional to sqrt(rows / columns) (arXiv 2310.17813, condition 1;
 for AdamW the same as arXiv 2203.03466, table 8). Depth: the output of each of L layers and each update count 1 / sqrt(L)
-(arXiv 2310.02244, table 1). Multipliers of the forward pass stand in the weights that they multiply, with the same training:
-the residual branches' in their last projections, the logits' 1 / width in the last norm. So models and exports are plain.
+(arXiv 2310.02244, table 1). The forward pass has no multipliers. Those of
+residual branches are part of their last projections' weights, the logits' 1 / width is part of the last norm's, with the
+same training: models and exports stay plain.
 """
 
 import math

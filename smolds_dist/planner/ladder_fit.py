@@ -37,15 +37,13 @@ def read_points(folder: Path) -> list[Point]:
     """Return the runs of `RESULTS` that the law is fitted to or compared with."""
     results = read_json(folder / RESULTS, f"train the ladder with `smolds ladder run {folder}`", dict[str, Any])
     names = {one.name for one in fields(Point)}
-    runs: list[dict[str, Any]] = [run for run in results["runs"] if run["run"] in results["points"]]
-    return [
-        Point(**{key: math.nan if value is None else value for key, value in run.items() if key in names})
-        for run in runs
-    ]
+    runs = [run for run in results["runs"] if run["run"] in results["points"]]
+    known: list[dict[str, Any]] = [{key: one for key, one in run.items() if key in names} for run in runs]
+    return [Point(**one | {"loss": math.nan if one["loss"] is None else one["loss"]}) for one in known]
 
 
 def report(fitted: FittedLaw) -> str:
-    """Format the constants, the check by runs that were not fitted, compute-optimal models, and multipliers over dense twins."""
+    """Format the constants, checks, compute-optimal models, and multipliers over dense twins."""
     used = fitted.fitted
     sizes, tokens = (distinct([getattr(point, name) for point in used]) for name in ("active", "tokens"))
     lines = [
