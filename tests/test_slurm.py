@@ -19,8 +19,11 @@ import slurm_cluster
 import warm
 from ranks import PATIENCE, ROOT, Finished
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_ladder import plan_tiny
 
 from smolds_dist.config import load_config
+from smolds_dist.errors import ConfigError
+from smolds_dist.ladder.command import ladder
 from smolds_dist.observe.rows import read_rows
 from smolds_dist.training.trainer import train
 
@@ -337,3 +340,52 @@ def test_faulty_node_is_excluded_from_the_restart(small_run, tmp_path, cluster, 
     state = json.loads((run_dir / "state.json").read_text())
     assert state["host"] in {"n1", "n2"} - {bad} and state["ranks"] == (1 if instead == "fewer" else 2), text
     assert [step for step, _ in losses(run_dir)] == list(range(1, steps + 1)), text
+
+
+@pytest.mark.long
+@needs_slurm
+def test_a_ladders_array_waits_for_the_rates_and_a_warned_task_is_requeued_and_resumes(
+    small_run, tmp_path, cluster, monkeypatch, capsys
+):
+    for name, value in (cluster | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    folder = plan_tiny(tmp_path / "ladder", small_run, "--tokens=5.12K")
+    plan = (folder / "ladder.yaml").read_text().replace("rates: [0.02]", "rates: [0.02, 1000.0]")
+    plan = plan.replace("name: 48x2\n  steps: [20]", "name: 48x2\n  steps: [600]")
+    (folder / "ladder.yaml").write_text(plan)
+    capsys.readouterr()
+    assert ladder(["slurm", str(folder), "--time=20", "--submit"]) == 0
+    shown = capsys.readouterr().out
+    rates, rungs = re.fullmatch(r"submitted job (\d+): learning rates\nsubmitted job (\d+): 3 rungs\n", shown).groups()
+    wait_for(lambda: [*folder.glob("48x2-600-*/metrics.jsonl")], 200, "run of the rung")
+    assert is_gone(rates, cluster)
+    trunk = next(folder.glob("48x2-600-*/metrics.jsonl")).parent
+    wait_for(lambda: losses(trunk), 60, "first step")
+    run(["scancel", "--signal=USR1", f"{rungs}_1"], timeout=30, **cluster)
+    wait_for(lambda: is_gone(rungs, cluster), 200, "end of the array")
+    starts = [row["step"] for row in read_rows(trunk / "metrics.jsonl") if row.get("event") == "start"]
+    assert len(starts) == 2 and 0 < starts[1] < 600, (tmp_path / f"slurm-{rungs}_1.out").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["points"]) == 3 and sorted(one["lr"] for one in results["sweep"])[-1] == 1000
+    state = run(["scontrol", "show", "job", f"{rungs}_0"], timeout=30, **cluster).stdout
+    assert not state or "JobState=COMPLETED" in state
+
+
+def test_a_ladders_scripts_are_written_and_their_commands_printed(small_run, tmp_path, capsys):
+    folder = plan_tiny(tmp_path / "my ladder", small_run, "--rates=2")
+    capsys.readouterr()
+    assert ladder(["slurm", str(folder), "--time=20", "--gpus-per-node=1", "--jobs=2", "--job-name=x"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"sbatch '{folder}/rates.sbatch'"
+    assert second == f"sbatch --dependency=afterok:JOB '{folder}/rungs.sbatch'"
+    script = (folder / "rungs.sbatch").read_text()
+    for line in ("--array=0-2", "--signal=USR1@120", "--gpus-per-node=1", "--requeue"):
+        assert f"#SBATCH {line}\n" in script
+    shown = re.sub("^srun .* ladder run", "echo", script, flags=re.MULTILINE)
+    shell = run(["bash", "-c", shown], timeout=30, cwd=tmp_path, SLURM_ARRAY_TASK_ID="1")
+    assert shell.stdout == f"{folder} --jobs=2 --nproc-per-node=1 --only 48x2\n", shell.text
+    with pytest.raises(ConfigError, match="--account 'a b' has characters"):
+        ladder(["slurm", str(folder), "--time=20", "--account=a b"])
+    with pytest.raises(ConfigError, match="--time '' is not a time limit"):
+        ladder(["slurm", str(folder)])

@@ -20,7 +20,7 @@ FIXED = {"sparsity": "no two sizes differ in total weights alone", "g": "all run
 
 
 def fit_ladder(folder: Path, resamples: int = RESAMPLES) -> FittedLaw:
-    """Fit the law of a ladder's results, and write `FIT` and `PLOT` beside them.
+    """Fit the law of a ladder's results, and write `FIT` and `PLOT` to their folder.
 
     Raises:
         ConfigError: without results, or if they do not determine the law.
