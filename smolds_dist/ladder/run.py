@@ -15,7 +15,7 @@ from smolds_dist.checkpoint.files import MANIFEST, checkpoint_name
 from smolds_dist.errors import ConfigError
 from smolds_dist.ladder.costs import short
 from smolds_dist.ladder.plan import Ladder, LadderRun, read_ladder
-from smolds_dist.ladder.results import all_runs, final_loss, gather, sweep
+from smolds_dist.ladder.results import all_runs, final_loss, gather, measure_noise, sweep
 from smolds_dist.launching.output import die_with_parent
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.parallel.cpu_binding import gpu_addresses
@@ -176,6 +176,8 @@ def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:
     if only not in (None, *names):
         raise ConfigError(f"--only {only!r} is not a rung of {folder}; use one of {', '.join(names)}.")
     code = Trainer(ladder, folder, jobs, procs).train(only)
+    if code in (0, 1):  # not stopped
+        measure_noise(ladder, folder, only)
     results = gather(ladder, folder)
     for line in report(results):
         print(line)
