@@ -134,17 +134,26 @@ def result_of(ladder: Ladder, folder: Path, run: LadderRun, loss: float) -> dict
     }  # fmt: skip
 
 
+def hold_out_rate(done: list[tuple[LadderRun, float]]) -> float | None:
+    """Return the best rate of the finished runs of the hold-out rung; None if they are fewer than three."""
+    tried = sorted((run.lr, loss) for run, loss in done if run.rung.held_out)
+    rates, losses = [rate for rate, _ in tried], [loss for _, loss in tried]
+    return best_rate(rates, losses) if len(tried) > 2 and math.isfinite(min(losses)) else None
+
+
 def gather(ladder: Ladder, folder: Path) -> dict[str, Any]:
     """Write `RESULTS` and return its contents.
 
-    `best_rate` is None until the sweep is done. `runs` has an entry for every finished run (`result_of`); `points` names
-    those at the best rate, which a law is fitted to or, for the hold-out rung, compared with.
+    `best_rate` is None until the sweep is done, `hold_out_best_rate` unless the hold-out has more rates. `runs` has an entry
+    for every finished run (`result_of`); `points` names those at the best rate, which a law is fitted to or, for the hold-out
+    rung, compared with.
     """
     sweep_runs, best = sweep(ladder, folder)
     done = {run.name: (run, loss) for run in all_runs(ladder, folder) if (loss := final_loss(folder, run)) is not None}
     results = {
         "best_rate": best,
         "sweep": [{"lr": run.lr, "run": run.name} for run in sweep_runs],
+        "hold_out_best_rate": hold_out_rate(list(done.values())),
         "points": [name for name, (run, _) in done.items() if run.lr == best],
         "runs": [result_of(ladder, folder, run, loss) for run, loss in done.values()],
     }

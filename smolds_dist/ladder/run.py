@@ -185,7 +185,7 @@ def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:
 
 
 def report(results: dict) -> Iterator[str]:
-    """Yield the best rate with the sweep's losses, and the number of runs."""
+    """Yield the best rate with the sweep's losses, that of the hold-out, and the number of runs."""
     losses = {entry["run"]: entry["loss"] for entry in results["runs"]}
     if results["best_rate"] and results["sweep"]:
         found = ", ".join(
@@ -195,4 +195,6 @@ def report(results: dict) -> Iterator[str]:
         yield f"best learning rate: {results['best_rate']:g} (validation loss by rate: {found})"
         if results["best_rate"] in (results["sweep"][0]["lr"], results["sweep"][-1]["lr"]):
             yield "it is at the border of the rates tried; add rates beyond it to ladder.yaml, and run again"
+    if found := results["hold_out_best_rate"]:
+        yield f"best learning rate of the hold-out: {found:g}, {found / results['best_rate']:.2f} times the ladder's"
     yield f"{len(results['runs'])} runs finished, {len(results['points'])} of them at the best rate"
