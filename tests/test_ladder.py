@@ -235,6 +235,9 @@ def test_a_killed_ladder_continues_to_the_same_results(small_run, tmp_path, fast
     by_name = {run["run"]: run for run in expected["runs"]}
     long, short = by_name["32x1-20-lr0.02"], by_name["32x1-10-lr0.02"]
     assert (long["tokens"], short["tokens"], short["own_steps"]) == (20 * 8 * 32, 10 * 8 * 32, 2)
+    # Of trunks whose checkpoint before the decay stays for a branch
+    assert long["noise_scale"]["tokens"] > 0 and "32x1-20-lr0.02: noise scale " in shown
+    assert sorted(run["run"] for run in expected["runs"] if run["noise_scale"]) == ["32x1-20-lr0.02", "48x2-20-lr0.02"]
     # A branch is the run that it would have been by itself.
     rates = [[row["lr"] for row in rows_without_timing(whole / run["run"]) if "lr" in row] for run in (long, short)]
     assert rates[0][:8] == rates[1][:8] and rates[1][-1] == pytest.approx(0.1 * 0.02)

@@ -30,6 +30,7 @@ SITE = Path(torch.__file__).parents[1]
 NOT_HERE = {
     "./launch/": "test_scripts_run runs them",
     "sbatch ": "test_slurm.py submits it to a real cluster",
+    "smolds plan --ladder": "test_recommend.py plans with a ladder's law",
     "smolds eval exported --tasks": "test_harness.py scores such a task, against a count by hand",
     "smolds doctor --hostfile": "test_doctor_hosts.py checks three hosts",
     "pdoc ": "test_examples.py runs it and reads its warnings",

@@ -2,24 +2,27 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from smolds_dist.checkpoint.files import MANIFEST, checkpoint_name
 from smolds_dist.costs.flops import flops_per_token
 from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
-from smolds_dist.ladder.plan import Ladder, LadderRun, runs_of, significant, sweep_of
+from smolds_dist.inputs import read_json
+from smolds_dist.ladder.plan import DECAY, Ladder, LadderRun, runs_of, significant, sweep_of
 from smolds_dist.launching.state import read_state
 from smolds_dist.observe.runs import last_rows
 from smolds_dist.planner.family import granularity, weights
 from smolds_dist.rows import read_rows
 from smolds_dist.stages import resolve_stages
 
-RESULTS = "results.json"
+RESULTS, NOISE = "results.json", "noise_scale.json"
 EXTENSIONS = 2  # most rates added to a sweep whose best one is at its border
 DIVERGED = "NaN or infinite"  # in the cause of a failed run
 
@@ -83,37 +86,74 @@ def all_runs(ladder: Ladder, folder: Path) -> list[LadderRun]:
     return list({run.name: run for run in reversed(runs)}.values())[::-1]
 
 
+def measure_noise(ladder: Ladder, folder: Path, only: str | None) -> None:
+    """Measure the gradient noise scale of each finished trunk that lacks it, where its decay begins, if that checkpoint was
+    kept for branches; write `NOISE` into the run's folder.
+
+    Args:
+        only: rung to measure.
+    """
+    from smolds_dist.training.noise_scale import measure  # imports torch
+
+    best = sweep(ladder, folder)[1]
+    for run in all_runs(ladder, folder) if best else []:
+        step, path = run.steps // DECAY * (DECAY - 1), folder / run.name
+        kept = (path / "checkpoints" / checkpoint_name(step) / MANIFEST).is_file()
+        wanted = run.trunk is None and run.lr == best and only in (None, run.rung.name)
+        if not (kept and wanted) or (path / NOISE).exists() or not math.isfinite(final_loss(folder, run) or math.inf):
+            continue
+        try:
+            scale = measure(path, step)
+        except ConfigError as error:
+            print(f"{run.name}: no noise scale: {error}", flush=True)
+            continue
+        if math.isfinite(scale.tokens):
+            replace_text(path / NOISE, json.dumps(asdict(scale)) + "\n")
+        print(f"{run.name}: noise scale {scale.tokens:,.0f} +- {scale.error:,.0f} tokens", flush=True)
+
+
 def result_of(ladder: Ladder, folder: Path, run: LadderRun, loss: float) -> dict[str, Any]:
     """Return a finished run's entry in `RESULTS`: losses in nats per token; seconds of all its steps without evaluation and
-    checkpoints, a branch's with those of its trunk."""
+    checkpoints, a branch's with those of its trunk; `measure_noise`'s noise scale."""
     config = ladder.config_of(run.rung)
     rows = read_rows(folder / run.name / "metrics.jsonl")
     steps = [row for row in rows if row.get("tokens_per_s")]
     end: dict[str, Any] = next((row for row in reversed(rows) if "val_loss" in row), {})
     tokens, active = resolve_stages(config).tokens(run.steps), weights(config)
     seconds = sum(ladder.step_tokens / row["tokens_per_s"] for row in steps)
+    noise = folder / run.name / NOISE
     return {
         "run": run.name, "rung": run.rung.name, "held_out": run.rung.held_out, "lr": run.lr, "steps": run.steps,
         "own_steps": run.steps - run.first, "active": active[0], "total": active[1],
         "granularity": granularity(config), "tokens": tokens, "loss": loss if math.isfinite(loss) else None,
         "losses": {name.partition("/")[2]: value for name, value in end.items() if name.startswith("val_loss/")},
         "max_vio": end.get("val_max_vio"),
+        "noise_scale": read_json(noise, "delete it", dict[str, Any]) if noise.is_file() else None,
         "flops": flops_per_token(with_vocabulary(config), config.data.seq_len) * tokens,
         "seconds": round(seconds, 3), "tokens_per_s": median(row["tokens_per_s"] for row in steps) if steps else None,
     }  # fmt: skip
 
 
+def hold_out_rate(done: list[tuple[LadderRun, float]]) -> float | None:
+    """Return the best rate of the finished runs of the hold-out rung; None if they are fewer than three."""
+    tried = sorted((run.lr, loss) for run, loss in done if run.rung.held_out)
+    rates, losses = [rate for rate, _ in tried], [loss for _, loss in tried]
+    return best_rate(rates, losses) if len(tried) > 2 and math.isfinite(min(losses)) else None
+
+
 def gather(ladder: Ladder, folder: Path) -> dict[str, Any]:
     """Write `RESULTS` and return its contents.
 
-    `best_rate` is None until the sweep is done. `runs` has an entry for every finished run (`result_of`); `points` names
-    those at the best rate, which a law is fitted to or, for the hold-out rung, compared with.
+    `best_rate` is None until the sweep is done, `hold_out_best_rate` unless the hold-out has more rates. `runs` has an entry
+    for every finished run (`result_of`); `points` names those at the best rate, which a law is fitted to or, for the hold-out
+    rung, compared with.
     """
     sweep_runs, best = sweep(ladder, folder)
     done = {run.name: (run, loss) for run in all_runs(ladder, folder) if (loss := final_loss(folder, run)) is not None}
     results = {
         "best_rate": best,
         "sweep": [{"lr": run.lr, "run": run.name} for run in sweep_runs],
+        "hold_out_best_rate": hold_out_rate(list(done.values())),
         "points": [name for name, (run, _) in done.items() if run.lr == best],
         "runs": [result_of(ladder, folder, run, loss) for run, loss in done.values()],
     }

@@ -15,7 +15,7 @@ from smolds_dist.checkpoint.files import MANIFEST, checkpoint_name
 from smolds_dist.errors import ConfigError
 from smolds_dist.ladder.costs import short
 from smolds_dist.ladder.plan import Ladder, LadderRun, read_ladder
-from smolds_dist.ladder.results import all_runs, final_loss, gather, sweep
+from smolds_dist.ladder.results import all_runs, final_loss, gather, measure_noise, sweep
 from smolds_dist.launching.output import die_with_parent
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.parallel.cpu_binding import gpu_addresses
@@ -176,6 +176,8 @@ def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:
     if only not in (None, *names):
         raise ConfigError(f"--only {only!r} is not a rung of {folder}; use one of {', '.join(names)}.")
     code = Trainer(ladder, folder, jobs, procs).train(only)
+    if code in (0, 1):  # not stopped
+        measure_noise(ladder, folder, only)
     results = gather(ladder, folder)
     for line in report(results):
         print(line)
@@ -183,7 +185,7 @@ def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:
 
 
 def report(results: dict) -> Iterator[str]:
-    """Yield the best rate with the sweep's losses, and the number of runs."""
+    """Yield the best rate with the sweep's losses, that of the hold-out, and the number of runs."""
     losses = {entry["run"]: entry["loss"] for entry in results["runs"]}
     if results["best_rate"] and results["sweep"]:
         found = ", ".join(
@@ -193,4 +195,6 @@ def report(results: dict) -> Iterator[str]:
         yield f"best learning rate: {results['best_rate']:g} (validation loss by rate: {found})"
         if results["best_rate"] in (results["sweep"][0]["lr"], results["sweep"][-1]["lr"]):
             yield "it is at the border of the rates tried; add rates beyond it to ladder.yaml, and run again"
+    if found := results["hold_out_best_rate"]:
+        yield f"best learning rate of the hold-out: {found:g}, {found / results['best_rate']:.2f} times the ladder's"
     yield f"{len(results['runs'])} runs finished, {len(results['points'])} of them at the best rate"

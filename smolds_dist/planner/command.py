@@ -1,13 +1,12 @@
 """`smolds plan`: memory, time and the best layout of a run on machines that you do not have yet, and its bottlenecks."""
 
 import argparse
-import dataclasses
 import json
 import math
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
@@ -16,12 +15,15 @@ from smolds_dist.costs.layout import load_stretch, most_received
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
 from smolds_dist.data.mixture import format_schedule, mixture_of, truncate_schedule
-from smolds_dist.errors import ConfigError, OptionParser
+from smolds_dist.errors import ConfigError, OptionParser, check_writable
 from smolds_dist.planner.search import Candidate, best_first, candidates, fits, rejection_reason
 from smolds_dist.progress import duration
 from smolds_dist.rows import read_rows
 from smolds_dist.settings import RunConfig
 from smolds_dist.stages import format_stages, resolve_stages
+
+if TYPE_CHECKING:
+    from smolds_dist.planner.outlook import Outlook
 
 
 def plan(args: list[str]) -> None:
@@ -32,11 +34,24 @@ def plan(args: list[str]) -> None:
 
         calibrate(options.calibrate)
         return
+    chooses = bool(options.ladder and options.budget_gpu_hours)
+    if options.to and not chooses:
+        raise ConfigError("--to writes the run that --ladder and --budget-gpu-hours choose; add both.")
+    if options.target_tokens and chooses:
+        raise ConfigError("--target-tokens is what --ladder and --budget-gpu-hours choose; remove it.")
     config = load_config(train_args, prog="smolds plan --")
     machine = load_hardware(options.hardware)
     per_node = options.devices_per_node or machine.per_node
     machine = machine.shared_by(per_node)
     max_vio = max_vio_of_run(options.loads, config) if options.loads else options.max_vio
+    if chooses:
+        plan_model(config, machine, per_node, max_vio, options)
+        return
+    outlook = None
+    if options.ladder:
+        from smolds_dist.planner.outlook import Outlook, load_fit  # imports scipy
+
+        outlook = Outlook.of(load_fit(options.ladder), config)
     found = list(candidates(config, machine, options.nodes, per_node, max_vio))
     ranking = best_first(found, machine)
     best = ranking[0]
@@ -51,10 +66,34 @@ def plan(args: list[str]) -> None:
             f"the run takes {run.device_hours:,.1f} device hours, over --budget-gpu-hours {options.budget_gpu_hours:,.1f}; "
             f"train at most {affordable:,} tokens or a smaller model."
         )
-    print(report(config, machine, found, ranking, run, steps, options.top, max_vio))
+    print(report(config, machine, found, ranking, run, steps, options.top, max_vio, outlook))
     print(f"\nstart it with\n  {command_line(best, run, train_args, options.nodes, per_node)}")
     if options.json:
-        options.json.write_text(json.dumps(as_json(machine, ranking, run, steps), indent=1) + "\n")
+        options.json.write_text(json.dumps(as_json(machine, ranking, run, steps, outlook), indent=1) + "\n")
+
+
+def plan_model(
+    config: RunConfig, machine: Hardware, per_node: int, max_vio: float, options: argparse.Namespace
+) -> None:
+    """Print which member of the ladder's family the budget should train, and write its run's settings."""
+    from smolds_dist.planner.recommend import Cluster, as_json, describe, read_record, recommend, run_config, write_run
+
+    to = options.to or options.ladder / "recommended.yaml"
+    paths = to, to.with_stem(f"{to.stem}-small")
+    cluster = Cluster(machine, options.nodes, per_node, options.budget_gpu_hours, max_vio)
+    record = read_record(options.ladder, config)
+    for path in paths:
+        check_writable("--to", path)
+    found = recommend(config, record, cluster)
+    print(describe(found, cluster))
+    for one, path in zip((found.best, found.smallest), paths, strict=True):
+        write_run(run_config(one, record), path, one.outlook.describe(one.tokens))
+        start = command_line(
+            replace(one.layout, settings={}), one.run, ["--config", str(path)], options.nodes, per_node
+        )
+        print(f"\nwrote {path}; start it with\n  {start}")
+    if options.json:
+        options.json.write_text(json.dumps(as_json(found), indent=1) + "\n")
 
 
 def report(
@@ -66,8 +105,9 @@ def report(
     steps: int,
     top: int,
     max_vio: float,
+    outlook: "Outlook | None",
 ) -> str:
-    """Format the plan as text."""
+    """Format the plan as text, with losses if there is an `outlook`."""
     best, model = ranking[0], with_vocabulary(config)
     layout, time = best.layout, best.time
     flops = flops_per_token(model, layout.seq_len)
@@ -90,15 +130,18 @@ def report(
         f"  {steps:,} steps take {duration(run.seconds)}, {run.device_hours:,.1f} device hours; expected failures: "
         f"{run.expected_failures:,.2f}, costing {duration(run.failures)}; checkpoint stalls: {duration(run.checkpoints)}",
         *(f"  {line}" for line in (*stage_lines(best, machine), *text_needed(config, steps))),
+        *([f"  {outlook.describe(steps * best.tokens_per_step)}; below: in the same time"] if outlook else []),
         "",
-        f"{'expert':>6} {'zero':>4} {'micro':>5} {'recompute':>9} {'tokens/s':>12} {'memory':>9}  verdict",
+        f"{'expert':>6} {'zero':>4} {'micro':>5} {'recompute':>9} {'tokens/s':>12}{'    loss' if outlook else ''} "
+        f"{'memory':>9}  verdict",
     ]
     for one in [*ranking[:1], *alternatives(found, best, machine)[:top]]:
         at = one.layout
         verdict = "best" if one is best else rejection_reason(one, best, machine)
+        loss = f"{outlook.loss_in(run, one):8.4f}" if outlook else ""
         lines.append(
             f"{at.expert:>6} {at.zero:>4} {at.micro_batch:>5} {at.recompute:>9} "
-            f"{one.tokens_per_s:>12,.0f} {one.memory.total / 1e9:>6,.1f} GB  {verdict}"
+            f"{one.tokens_per_s:>12,.0f}{loss} {one.memory.total / 1e9:>6,.1f} GB  {verdict}"
         )
     return "\n".join(lines)
 
@@ -107,7 +150,7 @@ def text_needed(config: RunConfig, steps: int) -> list[str]:
     """Return lines with the run's schedule and tokens per source, if there are several sources."""
     if not config.data.sources:
         return []
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    config = replace(config, train=replace(config.train, steps=steps))
     mixture, samples = mixture_of(config), resolve_stages(config).samples(steps)
     tokens = mixture.tokens(samples).tolist()
     return [
@@ -152,11 +195,14 @@ def command_line(best: Candidate, run: RunTime, train_args: list[str], nodes: in
     return f"smolds slurm --nodes {nodes} {devices} --time {hours}:00:00 -- {train}"
 
 
-def as_json(machine: Hardware, ranking: list[Candidate], run: RunTime, steps: int) -> dict[str, Any]:
-    return {
-        "hardware": asdict(machine),
-        "steps": steps,
-        "run": asdict(run),
+def as_json(
+    machine: Hardware, ranking: list[Candidate], run: RunTime, steps: int, outlook: "Outlook | None"
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"hardware": asdict(machine), "steps": steps, "run": asdict(run)}
+    if outlook:
+        tokens = steps * ranking[0].tokens_per_step
+        found["loss"] = dict(zip(("predicted", "low", "high"), outlook.predict(tokens), strict=True))
+    return found | {
         "layouts": [
             {
                 "settings": one.settings,
@@ -164,6 +210,7 @@ def as_json(machine: Hardware, ranking: list[Candidate], run: RunTime, steps: in
                 "seconds": asdict(one.time) | {"total": one.time.total},
                 "memory": asdict(one.memory) | {"total": one.memory.total},
             }
+            | ({"loss": outlook.loss_in(run, one)} if outlook else {})
             for one in ranking
         ],
     }
@@ -200,7 +247,10 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max-vio", type=float, default=0.1, help="most loaded expert's load over the mean, minus 1")
     parser.add_argument("--loads", type=Path, help="run folder whose recorded expert loads replace --max-vio")
     parser.add_argument("--target-tokens", type=float, help="tokens to train on, instead of --train.steps")
-    parser.add_argument("--budget-gpu-hours", type=float, help="device hours; a run that takes more is an error")
+    budget = "device hours; a run that takes more is an error; with --ladder, the model that they buy is chosen"
+    parser.add_argument("--budget-gpu-hours", type=float, help=budget)
+    parser.add_argument("--ladder", type=Path, help="folder of a ladder, whose fit predicts losses")
+    parser.add_argument("--to", type=Path, help="output file for the chosen run; default: recommended.yaml in --ladder")
     parser.add_argument("--top", type=int, default=8, help="number of other layouts to list")
     parser.add_argument("--json", type=Path, help="output file for all layouts that fit")
     parser.add_argument("--calibrate", type=Path, help="measure this machine and write a file for --hardware")

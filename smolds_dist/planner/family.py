@@ -33,6 +33,11 @@ def parse_size(text: str, option: str) -> Size:
     return Size(*map(int, text.split("x")))
 
 
+def head_step(config: RunConfig) -> int:
+    """Return the width per head, or per several if heads do not divide the family's width."""
+    return config.model.hidden_size // math.gcd(config.model.hidden_size, config.model.num_attention_heads)
+
+
 def sized(config: RunConfig, size: Size) -> RunConfig:
     """Return the family's settings for one size.
 
@@ -43,7 +48,7 @@ def sized(config: RunConfig, size: Size) -> RunConfig:
         ConfigError: for a width without whole heads, or settings that contradict each other at this size.
     """
     m = config.model
-    step = m.hidden_size // math.gcd(m.hidden_size, m.num_attention_heads)
+    step = head_step(config)
     if size.width % step:
         below = size.width // step * step
         nearest = " or ".join(str(width) for width in (below, below + step) if width)
