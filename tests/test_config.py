@@ -217,7 +217,7 @@ def test_config_file_may_name_its_preset(tmp_path):
 COMMANDS = ["runs diff", "data", *(f"data {name}" for name in ("prepare", "show", "stats", "order"))]
 COMMANDS += "train launch slurm plan doctor runs report board export import generate eval experts".split()
 COMMANDS += [f"checkpoint {name}" for name in ("", "ls", "verify", "convert", "rm")]
-COMMANDS += ["bench", "bench train"]
+COMMANDS += ["bench", "bench train", "ladder", *(f"ladder {name}" for name in ("plan", "run", "slurm", "fit"))]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)

@@ -19,6 +19,7 @@ from smolds_dist.ladder import command
 from smolds_dist.ladder.plan import parse_tokens, read_ladder, runs_of, steps_of
 from smolds_dist.ladder.results import best_rate
 from smolds_dist.planner.family import Size, granularity, parse_size, sized, weights
+from smolds_dist.planner.scaling_law import FittedLaw, Law
 
 # Sizes of a family
 
@@ -245,6 +246,8 @@ def test_a_killed_ladder_continues_to_the_same_results(small_run, tmp_path, fast
         for run in (long, short)
     ]
 
+    with pytest.raises(ConfigError, match="cannot be fitted to 4 runs of 2 sizes"):
+        command.ladder(["fit", str(whole)])
     only = ["run", str(killed), "--only=48x2"]
     process = started(*only)
     for one in wait_for_step(killed / "48x2-20-lr0.02", 9):
@@ -288,3 +291,23 @@ def test_ctrl_c_stops_all_runs_which_save_and_resume(small_run, tmp_path, fast):
     assert any((trunk / "checkpoints").glob("step_*"))
     assert json.loads((trunk / "state.json").read_text())["state"] == "stopped"
     assert not [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or ())]
+
+
+def test_a_ladder_is_fitted_from_its_results_alone(tmp_path, capsys):
+    law = Law(1.5, 40.0, 300.0, 0.4, 0.35)
+    runs = [
+        {"run": f"{active}-{tokens}", "held_out": active == 4e6, "active": active, "total": 2 * active, "tokens": tokens,
+         "loss": law.loss(active, 2 * active, tokens), "losses": {}, "granularity": 2.0, "seconds": 1.0, "lr": 0.01}
+        for active in (1e5, 2e5, 4e5, 8e5, 4e6)
+        for tokens in (10 * active, 20 * active, 40 * active)
+    ]  # fmt: skip
+    contents = {"best_rate": 0.01, "sweep": [], "points": [run["run"] for run in runs], "runs": runs}
+    (tmp_path / "results.json").write_text(json.dumps(contents))
+    assert command.ladder(["fit", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "12 runs of 4 sizes" in shown and f"written to {tmp_path}/fit.json" in shown
+    fitted = FittedLaw.from_json(json.loads((tmp_path / "fit.json").read_text()))
+    assert fitted.predict(4e6, 8e6, 1.6e8)[0] == pytest.approx(law.loss(4e6, 8e6, 1.6e8), rel=0.01)
+    assert (tmp_path / "fit.png").stat().st_size > 1000
+    with pytest.raises(ConfigError, match=r"results.json.*smolds ladder run"):
+        command.ladder(["fit", str(tmp_path / "none")])

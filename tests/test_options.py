@@ -118,6 +118,7 @@ NONE = ["--", "--preset=none"]  # an error that ends a command whose own options
 COMMANDS = {
     "launch": NONE, "slurm": ["--time=5", *NONE], "plan": NONE, "bench train": ["--model.none=1"], "doctor": ["--none"],
     **{f"checkpoint {name}": ["nowhere"] for name in ("ls", "verify", "rm")},
+    "ladder plan": ["--to=a", *NONE], "ladder run": ["nowhere"], "ladder slurm": ["nowhere", "--time=5"],
     "checkpoint convert": ["nowhere", "--to=a"], "data show": ["nowhere", "--step=1"],
     **{f"data {name}": NONE for name in ("prepare", "stats", "order")},
     "runs": ["nowhere"], "runs diff": ["nowhere", "none"], "report": ["nowhere"], "board": ["nowhere"],

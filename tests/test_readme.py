@@ -35,6 +35,8 @@ NOT_HERE = {
     "smolds doctor --hostfile": "test_doctor_hosts.py checks three hosts",
     "pdoc ": "test_examples.py runs it and reads its warnings",
     "smolds train --config examples/recipes": "test_recipes.py trains each, with its sizes and steps divided",
+    "smolds ladder run": "test_ladder.py trains one",
+    "smolds ladder fit": "test_ladder.py fits one",
     "python -m benchmarks": "run by hand; test_benchmarks.py runs each with small options",
 }
 
@@ -170,6 +172,8 @@ CASES = [
     Case("smolds eval", " --max-tokens=1000", r"loss \d+\.\d+ nats per token, .* bits per\s+byte"),
     Case("smolds plan --calibrate", "", "", ("here.yaml",)),
     Case("smolds plan", "", "start it with"),
+    Case("smolds ladder plan", "", "sum (.|\n)*train it with", ("runs/ladder/ladder.yaml",)),
+    Case("smolds ladder slurm", "", "sbatch --dependency=afterok", ("runs/ladder/rungs.sbatch",)),
     Case("smolds bench launches", " --model.num_hidden_layers=1 --data.seq_len=32 --sequences=1", "the host waits"),
     Case(
         "smolds bench train",

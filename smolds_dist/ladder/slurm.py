@@ -53,8 +53,9 @@ def write_jobs(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def _script(folder: Path, kind: str, names: list[str], options: argparse.Namespace) -> str:
+    name = f"{folder.name}-{kind}".replace(" ", "-")
     directives = {
-        "job-name": options.job_name or f"{folder.name}-{kind}".replace(" ", "-"), "array": f"0-{len(names) - 1}", "nodes": 1, "ntasks": 1,
+        "job-name": options.job_name or name, "array": f"0-{len(names) - 1}", "nodes": 1, "ntasks": 1,
         "gpus-per-node": options.gpus_per_node, "cpus-per-task": options.cpus_per_task,
         "signal": f"USR1@{options.warn}", "open-mode": "append", "time": options.time, "partition": options.partition,
         "account": options.account, "output": options.output or "slurm-%A_%a.out",

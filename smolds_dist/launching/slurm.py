@@ -104,8 +104,8 @@ def render(options: argparse.Namespace, config: RunConfig, train_args: list[str]
     return fill(script, directives, restarts=again, options=shlex.join(train_args))
 
 
-def fill(script: str, directives: dict[str, Any], **texts: str) -> str:
-    """Return a batch script with its directives (None: omitted), folder, Python and other, quoted texts.
+def fill(script: str, directives: dict[str, Any], **values: str) -> str:
+    """Return a batch script with its directives (None: omitted), folder, Python and other, quoted values.
 
     Raises:
         ConfigError: for a directive's value that could be more than a word.
@@ -120,7 +120,7 @@ def fill(script: str, directives: dict[str, Any], **texts: str) -> str:
         directives="\n".join([*lines, "#SBATCH --requeue"]),
         folder=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
-        **texts,
+        **values,
     )
 
 
