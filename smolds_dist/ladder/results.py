@@ -145,8 +145,8 @@ def gather(ladder: Ladder, folder: Path) -> dict[str, Any]:
     """Write `RESULTS` and return its contents.
 
     `best_rate` is None until the sweep is done, `hold_out_best_rate` unless the hold-out has more rates. `runs` has an entry
-    for every finished run (`result_of`); `points` names those at the best rate, which a law is fitted to or, for the hold-out
-    rung, compared with.
+    for every finished run (`result_of`); `points` names those at the best rate, which a law is fitted to or, for the
+    hold-out rung, compared with.
     """
     sweep_runs, best = sweep(ladder, folder)
     done = {run.name: (run, loss) for run in all_runs(ladder, folder) if (loss := final_loss(folder, run)) is not None}
