@@ -23,7 +23,7 @@ def contradictions(m: Any, option: str = "") -> Iterator[str]:
     if m.attention == "gqa" and m.num_attention_heads % m.num_key_value_heads:
         yield (
             f"{value('num_key_value_heads')} does not divide {value('num_attention_heads')}; "
-            f"valid values: {divisors(m.num_attention_heads)}."
+            f"valid values: {', '.join(map(str, divisors(m.num_attention_heads)))}."
         )
     if not 1 <= m.num_experts_per_tok <= m.num_experts:
         yield f"{value('num_experts_per_tok')} is not between 1 and {value('num_experts')}; lower it."
@@ -59,6 +59,7 @@ def contradictions(m: Any, option: str = "") -> Iterator[str]:
         )
 
 
-def divisors(number: int) -> str:
+def divisors(number: int) -> list[int]:
+    """Return a number's divisors, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))
+    return sorted({*small, *(number // n for n in small)})

@@ -215,7 +215,7 @@ def _check_in_stage(config: RunConfig) -> None:
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         raise ConfigError(
             f"--train.micro_batch {config.train.micro_batch} does not divide --train.global_batch "
-            f"{config.train.global_batch}; valid values: {divisors(config.train.global_batch)}."
+            f"{config.train.global_batch}; valid values: {', '.join(map(str, divisors(config.train.global_batch)))}."
         )
     if config.data.packing == "best_fit" and not config.data.document_mask:
         raise ConfigError(

@@ -18,7 +18,15 @@ from smolds_dist.errors import ConfigError
 from smolds_dist.planner.command import plan
 from smolds_dist.planner.family import Size, granularity, sized, weights
 from smolds_dist.planner.outlook import Outlook, load_fit
-from smolds_dist.planner.recommend import Cluster, Recommendation, critical_batch, read_record, recommend
+from smolds_dist.planner.recommend import (
+    Cluster,
+    Recommendation,
+    critical_batch,
+    rate_factor,
+    read_record,
+    recommend,
+    run_config,
+)
 from smolds_dist.planner.scaling_law import Law, Point, fit_all
 
 LAW = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
@@ -123,6 +131,20 @@ def test_less_memory_gives_a_smaller_model(ladder):
     assert tight.limit.startswith("the memory, into which ")
 
 
+def test_the_rate_grows_with_the_root_of_the_batch_far_below_the_noise_scale_and_not_above(ladder):
+    scale = (1e6, "")
+    assert rate_factor(scale, 100, 400) == pytest.approx(2, rel=1e-3)
+    assert rate_factor(scale, 1e8, 4e8) == pytest.approx(1, rel=0.01)
+    assert rate_factor(None, 100, 400) == 1
+    config = load_config(OPTIONS)
+    record = read_record(ladder, config)
+    noisy = replace(record, noise=[(3.0, 8192.0, 80.0)])  # eight times the ladder's batch of 1,024 tokens
+    found = recommend(config, noisy, Cluster(FLAT, 1, 1, 40, 0.0))
+    assert found.best.config.train.global_batch == 256
+    assert found.lr == pytest.approx(2e-3 * ((1 + 8) / (1 + 1)) ** 0.5)
+    assert run_config(found.best, noisy, found.lr).train.lr == pytest.approx(found.lr, rel=1e-3)
+
+
 def test_the_written_run_agrees_with_its_plan(ladder, tmp_path, capsys):
     """The file is a run's settings, and planning that run gives the recommendation's time and loss."""
     flat, to, result = (tmp_path / name for name in ("flat.yaml", "chosen.yaml", "plan.json"))
@@ -137,7 +159,8 @@ def test_the_written_run_agrees_with_its_plan(ladder, tmp_path, capsys):
         assert str(Size(config.model.hidden_size, config.model.num_hidden_layers)) == size
         assert f"wrote {path}; start it with\n  smolds launch --nproc-per-node 1 -- --config {path}\n" in text + "\n"
         train = config.train
-        assert (train.lr, train.schedule, train.decay_fraction, train.warmup_steps) == (2e-3, "wsd", 0.2, 300)
+        assert (train.schedule, train.decay_fraction, train.warmup_steps) == ("wsd", 0.2, 300)
+        assert (train.lr, train.global_batch) == (2e-3, 32)  # without a noise scale
         assert (train.mup, train.mup_base_width, train.mup_base_depth) == (True, 64, 2)
         plan([*args, "--", "--config", str(path)])
         one, again = next(one for one in found["members"] if one["size"] == size), json.loads(result.read_text())

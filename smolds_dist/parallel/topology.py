@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from smolds_dist.architecture import divisors
 from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.costs.layout import Layout, configured
 from smolds_dist.costs.memory import MEMORY_SHARE, PROCESS_BYTES, rank_memory, with_vocabulary
@@ -332,7 +333,7 @@ def _micro_batches(config: RunConfig, world: int, most: int) -> list[int]:
             f"use {max(1, batch // world) * world} or {(batch // world + 1) * world}."
         )
     per_rank = batch // world
-    valid = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+    valid = divisors(per_rank)
     if wanted is None:
         return [size for size in reversed(valid) if size <= max(1, most)]
     if wanted not in valid:

@@ -87,7 +87,7 @@ def plan_model(
     found = recommend(config, record, cluster)
     print(describe(found, cluster))
     for one, path in zip((found.best, found.smallest), paths, strict=True):
-        write_run(run_config(one, record), path, one.outlook.describe(one.tokens))
+        write_run(run_config(one, record, found.lr), path, one.outlook.describe(one.tokens))
         start = command_line(
             replace(one.layout, settings={}), one.run, ["--config", str(path)], options.nodes, per_node
         )

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from smolds_dist.architecture import divisors
 from smolds_dist.costs.flops import matmul_weights
 from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError
@@ -58,7 +59,6 @@ def sized(config: RunConfig, size: Size) -> RunConfig:
         )
     heads = m.num_attention_heads * size.width // m.hidden_size
     wanted = heads * m.num_key_value_heads / m.num_attention_heads
-    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
 
     def scaled(width: int) -> int:
         if size.width == m.hidden_size:
@@ -73,7 +73,7 @@ def sized(config: RunConfig, size: Size) -> RunConfig:
         hidden_size=size.width,
         num_hidden_layers=size.depth,
         num_attention_heads=heads,
-        num_key_value_heads=min(divisors, key=lambda n: abs(n - wanted)),
+        num_key_value_heads=min(divisors(heads), key=lambda n: abs(n - wanted)),
         intermediate_size=scaled(m.intermediate_size),
         dense_intermediate_size=m.dense_intermediate_size and scaled(m.dense_intermediate_size),
         **latents,

@@ -279,6 +279,7 @@ class Recommendation:
     smallest: Member
     limit: str  # what keeps the best from being larger
     batch: str  # the reason for its batch
+    lr: float  # the ladder's best, for this batch
 
 
 def recommend(config: RunConfig, record: Record, cluster: Cluster) -> Recommendation:
@@ -301,18 +302,27 @@ def recommend(config: RunConfig, record: Record, cluster: Cluster) -> Recommenda
         if batch == asked.train.global_batch:
             break
         asked = with_settings(config, {"train.global_batch": batch})
-    return Recommendation(*search(members(asked, record), record, cluster), why)
+    found = search(members(asked, record), record, cluster)
+    tokens = (one.train.global_batch * one.data.seq_len for one in (config, asked))
+    return Recommendation(*found, why, record.lr * rate_factor(critical_batch(record, found[1].loss), *tokens))
 
 
-def run_config(member: Member, record: Record) -> RunConfig:
-    """Return the settings of a member's run: the ladder's rate and its transfer, WSD, and the layout."""
+def rate_factor(found: tuple[float, str] | None, before: float, now: float) -> float:
+    """Return the ratio of the best learning rates of batches of `now` and `before` tokens, each (1 + noise scale / batch)^-p
+    (arXiv 1812.06162, which found p from 0.5 to 1 for Adam), with p 0.5; 1 without a noise scale."""
+    return math.sqrt((1 + found[0] / before) / (1 + found[0] / now)) if found else 1.0
+
+
+def run_config(member: Member, record: Record, lr: float) -> RunConfig:
+    """Return the settings of a member's run: the rate and the ladder's transfer of it, WSD, and the layout."""
     train = member.config.train
     name = f"{member.config.run.name}-{member.size}"
     return with_settings(
         member.config,
         record.settings | member.layout.settings | {
-            "train.steps": member.steps, "train.lr": record.lr, "train.schedule": "wsd", "train.decay_fraction": DECAY,
-            "train.warmup_steps": min(train.warmup_steps, member.steps // 10), "run.name": name,
+            "train.steps": member.steps, "train.lr": float(f"{lr:.4g}"), "train.schedule": "wsd",
+            "train.decay_fraction": DECAY, "train.warmup_steps": min(train.warmup_steps, member.steps // 10),
+            "run.name": name,
         },
     )  # fmt: skip
 
