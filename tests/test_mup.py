@@ -102,8 +102,21 @@ def test_the_residual_stream_keeps_its_size_over_depths(optimizer):
     assert sizes(True) < 1.5 < 3 < sizes(False)
 
 
+def test_a_block_of_multi_token_prediction_keeps_its_size_over_depths():
+    """Its branches are the only ones between its projection and its norm."""
+
+    def sizes(depth: int) -> list[float]:
+        found = activation_sizes(model_config(64, True, depth), settings("adamw"), (1, 10))
+        return [
+            found[step][f"model.layers.{depth}.{name}"] for step in (1, 10) for name in ("eh_proj", "self_attn", "mlp")
+        ]
+
+    shallow, deep = sizes(2), sizes(16)
+    assert deep == pytest.approx(shallow, rel=0.5), (shallow, deep)
+
+
 def test_initial_values_and_rates_at_the_base_are_the_runs():
-    mup = MuP(width_ratio=1.0, base_width=BASE, depth_ratio=1.0)
+    mup = MuP(width_ratio=1.0, base_width=BASE, depth_ratio=1.0, layers=2)
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.3.down_proj"):
         tensor = f"model.layers.0.{name}.weight"
         assert mup.initial(tensor, (BASE, BASE)) == 1
