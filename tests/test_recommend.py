@@ -215,6 +215,7 @@ def test_impossible_recommendations_are_config_errors(ladder, tmp_path):
     args = ["--ladder", str(ladder), "--budget-gpu-hours"]
     for words, more in (
         ("repeat its options: --preset debug", ["100", "--", *OPTIONS, "--data.tokenizer_vocab_size=4000"]),
+        ("best rate is of --train.optimizer adamw, but .* muon", ["100", "--", *OPTIONS, "--train.optimizer=muon"]),
         ("--target-tokens is what", ["100", "--target-tokens=1e9", "--", *OPTIONS]),
         ("--to /nowhere/x.yaml cannot be written", ["100", "--to=/nowhere/x.yaml", "--", *OPTIONS]),
         ("unset train.stages", ["100", "--", *OPTIONS, "--train.stages=[{until: 0.5}, {lr: 1e-4}]"]),

@@ -30,6 +30,13 @@ class MuP:
     depth_ratio: float  # model's layers / base depth
     layers: int  # without those of multi-token prediction
 
+    def __str__(self) -> str:
+        width, base_depth = round(self.width_ratio * self.base_width), round(self.layers / self.depth_ratio)
+        return (
+            f"muP: learning rate and initial weights are of width {self.base_width} with {base_depth} layers, "
+            f"scaled to width {width} with {self.layers}"
+        )
+
     def initial(self, name: str, shape: tuple[int, ...]) -> float:
         """Return the ratio of a matrix's standard deviation, or the value of a norm's weights."""
         if len(shape) == 1:

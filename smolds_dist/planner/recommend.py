@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
@@ -98,6 +99,12 @@ def read_record(ladder: Path, config: RunConfig) -> Record:
         raise ConfigError(
             f"{ladder} has a ladder.yaml or results.json of another version ({error}); {advice}."
         ) from None
+    optimizer = load_config(plan["options"], prog="smolds ladder").train.optimizer
+    if config.train.optimizer != optimizer:
+        raise ConfigError(
+            f"the ladder's best rate is of --train.optimizer {optimizer}, but the training options have "
+            f"{config.train.optimizer}; repeat its options: {' '.join(plan['options'])}."
+        )
     trained = sorted({point.active for point in fitted.points})
     named = [weights(sized(config, size))[0] for size in sizes if size.experts == config.model.num_experts]
     if not set(named) & set(trained):
