@@ -13,11 +13,11 @@ import pytest
 import warm
 from ranks import PATIENCE, rows_without_timing
 
-from smolds_dist.config import load_config
+from smolds_dist.config import load_config, save_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.ladder import command
-from smolds_dist.ladder.plan import parse_tokens, read_ladder, runs_of, steps_of
-from smolds_dist.ladder.results import best_rate
+from smolds_dist.ladder.plan import LadderRun, parse_tokens, read_ladder, runs_of, steps_of
+from smolds_dist.ladder.results import best_rate, open_ladder
 from smolds_dist.planner.family import Size, granularity, parse_size, sized, weights
 from smolds_dist.planner.scaling_law import FittedLaw, Law
 
@@ -168,6 +168,32 @@ def test_an_edit_that_makes_a_plan_invalid_is_an_error(old, new, error, plan_tex
     (tmp_path / "ladder.yaml").write_text(plan_text.replace(old, new))
     with pytest.raises(ConfigError, match=error):
         read_ladder(tmp_path)
+
+
+def test_finished_runs_of_other_settings_are_an_error_and_not_counted(plan_text, tmp_path):
+    (tmp_path / "ladder.yaml").write_text(plan_text)
+    ladder = read_ladder(tmp_path)
+    for run in runs_of(ladder.rungs[0], 0.003):
+        (tmp_path / run.name).mkdir()
+        trained = load_config([*ladder.options, *LadderRun(run.rung, run.steps, run.lr).options(tmp_path)])
+        save_config(trained, tmp_path / run.name / "config.yaml")
+    assert open_ladder(tmp_path).rungs == ladder.rungs
+    for old, new, error in (
+        ("debug]", "debug, --data.seq_len=512]", "data.seq_len 256, but ladder.yaml has 512 for rung 64x2; undo"),
+        ("debug]", "debug, '--data.source=text:a/*.txt']", "data.source stdlib, but .* text:a/"),
+        ("debug]", "debug, --train.global_batch=16]", "train.global_batch 8, but"),
+        ("model.num_attention_heads: 2", "model.num_attention_heads: 4", "model.num_attention_heads 2, but"),
+    ):
+        assert old in plan_text
+        (tmp_path / "ladder.yaml").write_text(plan_text.replace(old, new, 1))
+        with pytest.raises(ConfigError, match=rf"64x2-\d+-lr0.003 was trained with {error}"):
+            open_ladder(tmp_path)
+    for words in (["run"], ["fit"], ["slurm", "--time=60"]):
+        with pytest.raises(ConfigError, match=r"64x2-.* was trained with model.num_attention_heads 2"):
+            command.ladder([*words, str(tmp_path)])
+    free = plan_text.replace("debug]", "debug, --train.micro_batch=1, --data.workers=1, --train.lr=1]")
+    (tmp_path / "ladder.yaml").write_text(free)
+    open_ladder(tmp_path)
 
 
 def test_the_best_rate_is_the_parabolas_minimum_over_the_rates_logarithm():

@@ -9,7 +9,7 @@ from smolds_dist.checkpoint.new_folder import check_free
 from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.ladder.costs import table
-from smolds_dist.ladder.plan import PLAN, Ladder, make_ladder, read_ladder, write_ladder
+from smolds_dist.ladder.plan import PLAN, Ladder, make_ladder, write_ladder
 from smolds_dist.launching.slurm import add_job_options, check_time
 from smolds_dist.parallel.topology import detect_machine
 from smolds_dist.planner.family import parse_size
@@ -134,10 +134,10 @@ def fit(args: list[str]) -> int:
     )
     parser.add_argument("ladder", type=Path, metavar="DIR", help="folder of the ladder")
     options = parser.parse_args(args)
-    from smolds_dist.ladder.results import gather
+    from smolds_dist.ladder.results import gather, open_ladder
 
     if (options.ladder / PLAN).is_file():  # else only its results were kept
-        gather(read_ladder(options.ladder), options.ladder)
+        gather(open_ladder(options.ladder), options.ladder)
     print(report(fit_ladder(options.ladder)))
     print(f"\nwritten to {options.ladder}/fit.json and fit.png")
     return 0
