@@ -14,8 +14,10 @@ import warm
 from ranks import PATIENCE, rows_without_timing
 
 from smolds_dist.config import load_config, save_config
+from smolds_dist.costs.hardware import load_hardware
 from smolds_dist.errors import ConfigError
 from smolds_dist.ladder import command
+from smolds_dist.ladder.costs import cost_of, table
 from smolds_dist.ladder.plan import LadderRun, parse_tokens, read_ladder, runs_of, steps_of
 from smolds_dist.ladder.results import best_rate, open_ladder
 from smolds_dist.planner.family import Size, granularity, parse_size, sized, weights
@@ -114,6 +116,27 @@ def test_a_plan_has_the_sizes_steps_and_rates_of_its_options(tmp_path, capsys):
         planned(tmp_path / "large", "--hold-out=1536x18", train=["--preset", "moe-1b-a200m"])
 
 
+def test_a_size_named_twice_is_one_rung_and_a_plan_says_what_a_fit_lacks(tmp_path, capsys):
+    twice = "--sizes=32x1,32x1x8,32x1x16,64x2"
+    ladder = planned(tmp_path, twice, "--hold-out=96x2", "--tokens=0.1,0.3", "--experts=16")
+    assert [rung.name for rung in ladder.rungs] == ["32x1", "32x1x16", "64x2", "64x2x16", "96x2"]
+    assert [steps / ladder.rungs[0].steps[0] for steps in ladder.rungs[0].steps] == [1, 3]
+    assert "fit` will not be possible: a law of 6 constants" in capsys.readouterr().out
+    planned(tmp_path / "enough", "--sizes=32x1,64x2,96x2,128x2")
+    assert "not be possible" not in capsys.readouterr().out
+
+
+def test_tokens_of_a_rung_with_another_batch_are_its_own(plan_text, tmp_path):
+    (tmp_path / "ladder.yaml").write_text(plan_text.replace("settings: {", "settings: {train.global_batch: 32, ", 1))
+    ladder = read_ladder(tmp_path)
+    assert [ladder.step_tokens(rung) for rung in ladder.rungs] == [32 * 256, 8 * 256, 8 * 256]
+    small, other = (cost_of(ladder, rung, 10, load_hardware("cpu-2"), 1) for rung in ladder.rungs[:2])
+    assert (small.tokens, other.tokens) == (10 * 32 * 256, 10 * 8 * 256)
+    shown = table(ladder, load_hardware("cpu-2"), 1).splitlines()
+    most = ladder.rungs[0].steps[-1] * 32 * 256
+    assert f"{most / 1e6:.3g}M" in shown[2]
+
+
 def test_unset_sizes_are_five_below_the_presets_and_the_largest_is_held_out(tmp_path):
     ladder = planned(tmp_path, "--hardware=h100", train=("--preset", "moe-1b-a200m"))
     sizes = [parse_size(rung.name, "") for rung in ladder.rungs]
@@ -132,6 +155,8 @@ def test_unset_sizes_are_five_below_the_presets_and_the_largest_is_held_out(tmp_
         (["--sizes=64x2"], [], "leaves 0 sizes without the hold-out 64x2"),
         (["--sizes=64x2,96x2,100x2"], [], "use 96 or 128"),
         (["--experts=x"], [], "'x' is not a list of numbers"),
+        (["--experts=0"], [], "'0' is not a list of numbers"),
+        (["--tokens=900T"], [], "'900T' is not a number up to"),
         ([], ["--train.steps=7"], "--train.steps is set by the ladder"),
         ([], ["--train.time_budget=7"], "--train.time_budget is set by the ladder"),
         ([], ["--train.stages=[{lr: 1e-3}]"], "--train.stages is set by the ladder"),
@@ -161,6 +186,9 @@ def plan_text(tmp_path_factory):
         ("model.hidden_size: 64", "model.hidden_size: big", "rung 64x2 is invalid .*hidden_size: expected"),
         ("model.num_hidden_layers: 2", "model.num_hidden_layers: 0", "rung 64x2: --model.num_hidden_layers 0 is out of"),
         ("rates: [", "rates: [0, ", "one rate above 0"),
+        ("debug]", "debug, --train.steps, '7']", "--train.steps is set by the ladder"),
+        ("settings: {", "settings: {train.steps: 7, ", "rung 64x2: train.steps is set by the ladder"),
+        ("settings: {", "settings: {train.lr: 1, ", "rung 64x2: train.lr is set by the ladder"),
         ("rungs:", "rings:", "is invalid"),
     ],
 )  # fmt: skip

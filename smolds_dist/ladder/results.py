@@ -151,7 +151,7 @@ def result_of(ladder: Ladder, folder: Path, run: LadderRun, loss: float) -> dict
     steps = [row for row in rows if row.get("tokens_per_s")]
     end: dict[str, Any] = next((row for row in reversed(rows) if "val_loss" in row), {})
     tokens, active = resolve_stages(config).tokens(run.steps), weights(config)
-    seconds = sum(ladder.step_tokens / row["tokens_per_s"] for row in steps)
+    seconds = sum(ladder.step_tokens(run.rung) / row["tokens_per_s"] for row in steps)
     noise = folder / run.name / NOISE
     return {
         "run": run.name, "rung": run.rung.name, "held_out": run.rung.held_out, "lr": run.lr, "steps": run.steps,

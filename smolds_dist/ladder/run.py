@@ -147,7 +147,10 @@ class Trainer:
                     self._fail(run, f"exit code {child.process.returncode}; see {self.log_of(run)}")
                 continue
             self.done.add(run.name)
-            tokens, time_ = short(run.steps * self.ladder.step_tokens), duration(time.monotonic() - child.began)
+            tokens, time_ = (
+                short(run.steps * self.ladder.step_tokens(run.rung)),
+                duration(time.monotonic() - child.began),
+            )
             print(f"{run.name}: validation loss {loss:.4f} after {tokens} tokens, in {time_}", flush=True)
         return bool(ended)
 
