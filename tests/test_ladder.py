@@ -15,11 +15,13 @@ import pytest
 import warm
 from ranks import PATIENCE, rows_without_timing
 
-from smolds_dist.config import load_config
+from smolds_dist.config import load_config, save_config
+from smolds_dist.costs.hardware import load_hardware
 from smolds_dist.errors import ConfigError
 from smolds_dist.ladder import command
-from smolds_dist.ladder.plan import parse_tokens, read_ladder, runs_of, steps_of
-from smolds_dist.ladder.results import best_rate
+from smolds_dist.ladder.costs import cost_of, table
+from smolds_dist.ladder.plan import LadderRun, parse_tokens, read_ladder, runs_of, steps_of
+from smolds_dist.ladder.results import best_rate, open_ladder
 from smolds_dist.planner.family import Size, granularity, parse_size, sized, weights
 from smolds_dist.planner.scaling_law import FittedLaw, Law
 
@@ -118,6 +120,27 @@ def test_a_plan_has_the_sizes_steps_and_rates_of_its_options(tmp_path, capsys):
         planned(tmp_path / "large", "--hold-out=1536x18", train=["--preset", "moe-1b-a200m"])
 
 
+def test_a_size_named_twice_is_one_rung_and_a_plan_says_what_a_fit_lacks(tmp_path, capsys):
+    twice = "--sizes=32x1,32x1x8,32x1x16,64x2"
+    ladder = planned(tmp_path, twice, "--hold-out=96x2", "--tokens=0.1,0.3", "--experts=16")
+    assert [rung.name for rung in ladder.rungs] == ["32x1", "32x1x16", "64x2", "64x2x16", "96x2"]
+    assert [steps / ladder.rungs[0].steps[0] for steps in ladder.rungs[0].steps] == [1, 3]
+    assert "fit` will not be possible: a law of 6 constants" in capsys.readouterr().out
+    planned(tmp_path / "enough", "--sizes=32x1,64x2,96x2,128x2")
+    assert "not be possible" not in capsys.readouterr().out
+
+
+def test_tokens_of_a_rung_with_another_batch_are_its_own(plan_text, tmp_path):
+    (tmp_path / "ladder.yaml").write_text(plan_text.replace("settings: {", "settings: {train.global_batch: 32, ", 1))
+    ladder = read_ladder(tmp_path)
+    assert [ladder.step_tokens(rung) for rung in ladder.rungs] == [32 * 256, 8 * 256, 8 * 256]
+    small, other = (cost_of(ladder, rung, 10, load_hardware("cpu-2"), 1) for rung in ladder.rungs[:2])
+    assert (small.tokens, other.tokens) == (10 * 32 * 256, 10 * 8 * 256)
+    shown = table(ladder, load_hardware("cpu-2"), 1).splitlines()
+    most = ladder.rungs[0].steps[-1] * 32 * 256
+    assert f"{most / 1e6:.3g}M" in shown[2]
+
+
 def test_unset_sizes_are_five_below_the_presets_and_the_largest_is_held_out(tmp_path):
     ladder = planned(tmp_path, "--hardware=h100", train=("--preset", "moe-1b-a200m"))
     sizes = [parse_size(rung.name, "") for rung in ladder.rungs]
@@ -136,6 +159,8 @@ def test_unset_sizes_are_five_below_the_presets_and_the_largest_is_held_out(tmp_
         (["--sizes=64x2"], [], "leaves 0 sizes without the hold-out 64x2"),
         (["--sizes=64x2,96x2,100x2"], [], "use 96 or 128"),
         (["--experts=x"], [], "'x' is not a list of numbers"),
+        (["--experts=0"], [], "'0' is not a list of numbers"),
+        (["--tokens=900T"], [], "'900T' is not a number up to"),
         ([], ["--train.steps=7"], "--train.steps is set by the ladder"),
         ([], ["--train.time_budget=7"], "--train.time_budget is set by the ladder"),
         ([], ["--train.stages=[{lr: 1e-3}]"], "--train.stages is set by the ladder"),
@@ -165,6 +190,9 @@ def plan_text(tmp_path_factory):
         ("model.hidden_size: 64", "model.hidden_size: big", "rung 64x2 is invalid .*hidden_size: expected"),
         ("model.num_hidden_layers: 2", "model.num_hidden_layers: 0", "rung 64x2: --model.num_hidden_layers 0 is out of"),
         ("rates: [", "rates: [0, ", "one rate above 0"),
+        ("debug]", "debug, --train.steps, '7']", "--train.steps is set by the ladder"),
+        ("settings: {", "settings: {train.steps: 7, ", "rung 64x2: train.steps is set by the ladder"),
+        ("settings: {", "settings: {train.lr: 1, ", "rung 64x2: train.lr is set by the ladder"),
         ("rungs:", "rings:", "is invalid"),
     ],
 )  # fmt: skip
@@ -172,6 +200,32 @@ def test_an_edit_that_makes_a_plan_invalid_is_an_error(old, new, error, plan_tex
     (tmp_path / "ladder.yaml").write_text(plan_text.replace(old, new))
     with pytest.raises(ConfigError, match=error):
         read_ladder(tmp_path)
+
+
+def test_finished_runs_of_other_settings_are_an_error_and_not_counted(plan_text, tmp_path):
+    (tmp_path / "ladder.yaml").write_text(plan_text)
+    ladder = read_ladder(tmp_path)
+    for run in runs_of(ladder.rungs[0], 0.003):
+        (tmp_path / run.name).mkdir()
+        trained = load_config([*ladder.options, *LadderRun(run.rung, run.steps, run.lr).options(tmp_path)])
+        save_config(trained, tmp_path / run.name / "config.yaml")
+    assert open_ladder(tmp_path).rungs == ladder.rungs
+    for old, new, error in (
+        ("debug]", "debug, --data.seq_len=512]", "data.seq_len 256, but ladder.yaml has 512 for rung 64x2; undo"),
+        ("debug]", "debug, '--data.source=text:a/*.txt']", "data.source stdlib, but .* text:a/"),
+        ("debug]", "debug, --train.global_batch=16]", "train.global_batch 8, but"),
+        ("model.num_attention_heads: 2", "model.num_attention_heads: 4", "model.num_attention_heads 2, but"),
+    ):
+        assert old in plan_text
+        (tmp_path / "ladder.yaml").write_text(plan_text.replace(old, new, 1))
+        with pytest.raises(ConfigError, match=rf"64x2-\d+-lr0.003 was trained with {error}"):
+            open_ladder(tmp_path)
+    for words in (["run"], ["fit"], ["slurm", "--time=60"]):
+        with pytest.raises(ConfigError, match=r"64x2-.* was trained with model.num_attention_heads 2"):
+            command.ladder([*words, str(tmp_path)])
+    free = plan_text.replace("debug]", "debug, --train.micro_batch=1, --data.workers=1, --train.lr=1]")
+    (tmp_path / "ladder.yaml").write_text(free)
+    open_ladder(tmp_path)
 
 
 def test_the_best_rate_is_the_parabolas_minimum_over_the_rates_logarithm():

@@ -22,6 +22,7 @@ from smolds_dist.planner.recommend import (
     Cluster,
     Recommendation,
     critical_batch,
+    depth_of,
     members,
     rate_factor,
     read_record,
@@ -114,6 +115,15 @@ def test_the_recommended_model_and_tokens_are_the_laws_optimum(ladder):
     # N ~ C^(beta / (alpha + beta))
     growth = 16 ** (law.beta / (law.alpha + law.beta))
     assert found[160].weights[0] / found[10].weights[0] == pytest.approx(growth, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "depth"), [([Size(w, 3) for w in (64, 96, 128)], 3), (SIZES, 10), ([Size(64, 2), Size(256, 4)], 5)]
+)
+def test_depths_continue_those_of_the_ladder(ladder, sizes, depth):
+    """Constant, proportional to the width, or to its root."""
+    record = replace(read_record(ladder, load_config(OPTIONS)), sizes=sizes)
+    assert depth_of(record, 320) == depth or depth_of(record, 400) == depth == 5
 
 
 def test_the_smallest_model_within_one_percent(ladder):

@@ -1,19 +1,22 @@
 """`smolds ladder`: plan | run | slurm | fit."""
 
 import argparse
+import re
 import shlex
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 from smolds_dist.checkpoint.new_folder import check_free
 from smolds_dist.costs.hardware import Hardware, known_hardware, load_hardware
 from smolds_dist.errors import ConfigError, OptionParser
 from smolds_dist.ladder.costs import table
-from smolds_dist.ladder.plan import PLAN, Ladder, make_ladder, read_ladder, write_ladder
+from smolds_dist.ladder.plan import PLAN, Ladder, make_ladder, write_ladder
 from smolds_dist.launching.slurm import add_job_options, check_time
 from smolds_dist.parallel.topology import detect_machine
-from smolds_dist.planner.family import parse_size
+from smolds_dist.planner.family import granularity, parse_size, weights
 from smolds_dist.planner.ladder_fit import fit_ladder, report
+from smolds_dist.planner.scaling_law import Point, undetermined
 
 
 def ladder(args: list[str]) -> int:
@@ -59,19 +62,29 @@ def plan(args: list[str]) -> int:
     options, train_args = parser.parse_before_training(args)
     check_free(options.to)
     sizes = [parse_size(word, "--sizes") for word in (options.sizes or "").split(",") if word]
-    try:
-        experts = [int(word) for word in options.experts.split(",") if word]
-    except ValueError:
-        raise ConfigError(f"--experts {options.experts!r} is not a list of numbers; write 8,16.") from None
+    words = [word for word in options.experts.split(",") if word]
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in words):
+        raise ConfigError(f"--experts {options.experts!r} is not a list of numbers from 1 on; write 8,16.")
     made = make_ladder(
         train_args, sizes, parse_size(options.hold_out, "--hold-out") if options.hold_out else None, options.tokens,
-        options.rates, options.hold_out_rates, [*experts, *([1] if options.dense_twins else [])],
+        options.rates, options.hold_out_rates, [*map(int, words), *([1] if options.dense_twins else [])],
     )  # fmt: skip
     print(table(made, hardware_of(made, options.hardware), options.devices_per_node))
     options.to.mkdir(parents=True, exist_ok=True)
     write_ladder(made, options.to, f"smolds ladder plan {shlex.join(args)}")
+    if missing := undetermined(list(points_of(made))):
+        print(f"\n`smolds ladder fit` will not be possible: {missing}")
     print(f"\nplanned in {options.to}/ladder.yaml; train it with `smolds ladder run {shlex.quote(str(options.to))}`")
     return 0
+
+
+def points_of(made: Ladder) -> Iterator[Point]:
+    """Yield the points that a plan's runs will give, with a loss of 1."""
+    for rung in made.rungs:
+        config = made.config_of(rung)
+        for steps in rung.steps:
+            tokens = steps * made.step_tokens(rung)
+            yield Point(*weights(config), tokens, 1.0, granularity=granularity(config), held_out=rung.held_out)
 
 
 def hardware_of(made: Ladder, name: str | None) -> Hardware:
@@ -134,10 +147,10 @@ def fit(args: list[str]) -> int:
     )
     parser.add_argument("ladder", type=Path, metavar="DIR", help="folder of the ladder")
     options = parser.parse_args(args)
-    from smolds_dist.ladder.results import gather
+    from smolds_dist.ladder.results import gather, open_ladder
 
     if (options.ladder / PLAN).is_file():  # else only its results were kept
-        gather(read_ladder(options.ladder), options.ladder)
+        gather(open_ladder(options.ladder), options.ladder)
     print(report(fit_ladder(options.ladder)))
     print(f"\nwritten to {options.ladder}/fit.json and fit.png")
     return 0

@@ -16,12 +16,12 @@ from smolds_dist.stages import UNITS
 class Cost:
     """What training costs."""
 
-    steps: int
+    tokens: int
     flops: float
     seconds: float  # on one device, by the planner
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.steps + other.steps, self.flops + other.flops, self.seconds + other.seconds)
+        return Cost(self.tokens + other.tokens, self.flops + other.flops, self.seconds + other.seconds)
 
 
 def cost_of(ladder: Ladder, rung: Rung, steps: int, machine: Hardware, devices: int) -> Cost:
@@ -30,8 +30,9 @@ def cost_of(ladder: Ladder, rung: Rung, steps: int, machine: Hardware, devices: 
     machine = machine.shared_by(devices)
     with named(rung):
         best = best_first(list(candidates(config, machine, 1, devices, 0.1)), machine)[0]
-    flops = flops_per_token(with_vocabulary(config), config.data.seq_len) * steps * ladder.step_tokens
-    return Cost(steps, flops, steps * best.time.total)
+    tokens = steps * ladder.step_tokens(rung)
+    flops = flops_per_token(with_vocabulary(config), config.data.seq_len) * tokens
+    return Cost(tokens, flops, steps * best.time.total)
 
 
 def table(ladder: Ladder, machine: Hardware, devices: int) -> str:
@@ -42,18 +43,18 @@ def table(ladder: Ladder, machine: Hardware, devices: int) -> str:
     """
     rows: list[tuple[str, ...]] = [("rung", "active", "total", "runs", "tokens", "FLOPs", "time", "device hours")]
     total = Cost(0, 0.0, 0.0)
-    step_tokens, runs = ladder.step_tokens, 0
+    runs = 0
     entries = [(rung, f"{rung.name}{', hold-out' * rung.held_out}", runs_of(rung, 1.0)) for rung in ladder.rungs]
     if len(ladder.rates) > 1:
         entries.insert(0, (ladder.rungs[0], f"{ladder.rungs[0].name}, rates", sweep_of(ladder, ladder.rates)))
     for rung, name, own in entries:
         cost = cost_of(ladder, rung, sum(run.steps - run.first for run in own), machine, devices)
-        lengths = " ".join(short(steps * step_tokens) for steps in sorted({run.steps for run in own}))
+        lengths = " ".join(short(steps * ladder.step_tokens(rung)) for steps in sorted({run.steps for run in own}))
         rows.append(
             (name, *map(short, weights(ladder.config_of(rung))), str(len(own)), lengths, *_costs(cost, devices))
         )
         total, runs = total + cost, runs + len(own)
-    rows.append(("sum", "", "", str(runs), short(total.steps * step_tokens), *_costs(total, devices)))
+    rows.append(("sum", "", "", str(runs), short(total.tokens), *_costs(total, devices)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join(lines)

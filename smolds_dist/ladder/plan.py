@@ -30,12 +30,15 @@ PLAN = "ladder.yaml"
 DECAY = 5  # a decay is the last fifth of a run, so steps are multiples of 5
 # Defaults of all runs: only the last validation loss is needed.
 OPTIONS = ["--train.eval_every=0", "--log.sample_every=0", "--log.sample_prompts=[]", "--log.tensorboard=false"]
-OWN = (
-    "run.dir run.name train.steps train.schedule train.decay_fraction train.stages train.time_budget checkpoint.keep "
-    "checkpoint.keep_every checkpoint.keep_best checkpoint.resume train.mup_base_width train.mup_base_depth"
+# Settings that a rung cannot have, and options that a ladder cannot have
+RUNS = (
+    "run.dir run.name train.steps train.lr train.schedule train.decay_fraction train.stages train.time_budget "
+    "checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.resume"
 ).split()
+OWN = {*RUNS, "train.mup_base_width", "train.mup_base_depth"} - {"train.lr", "checkpoint.every"}
 NUMBER_OF_SIZES = 5
 MOST_PER_WEIGHT = 10_000  # tokens for each active weight
+MOST_TOKENS = 1e14
 
 
 @dataclass
@@ -76,6 +79,10 @@ class Ladder:
         values = asdict(self.config)
         for name, value in rung.settings.items():
             section, _, key = name.partition(".")
+            if name in RUNS:
+                raise ConfigError(
+                    f"{PLAN}: rung {rung.name}: {name} is set by the ladder for each of its runs; remove it."
+                )
             if key not in values.get(section, {}):
                 raise ConfigError(f"{PLAN}: rung {rung.name}: {name} is not a setting; remove it.")
             values[section][key] = value
@@ -84,9 +91,9 @@ class Ladder:
             validate(config)
         return config
 
-    @property
-    def step_tokens(self) -> int:
-        return self.config.train.global_batch * self.config.data.seq_len
+    def step_tokens(self, rung: Rung) -> int:
+        config = self.config_of(rung)
+        return config.train.global_batch * config.data.seq_len
 
 
 @dataclass(frozen=True)
@@ -169,19 +176,23 @@ def make_ladder(
     """
     ladder = Ladder([*OPTIONS, *options], [], [])
     config = ladder.config
-    _check_options(options, config)
     sizes = sizes or default_sizes(config)
-    by_cost = sorted(sizes, key=lambda size: weights(sized(config, size))[0])
+    usual = {config.model.num_experts: None}  # a size's name has only other numbers of experts
+    by_cost = sorted(
+        {replace(size, experts=usual.get(size.experts or 0, size.experts)) for size in sizes},
+        key=lambda size: (weights(sized(config, size))[0], size.experts or 0),
+    )
     held_out = held_out or by_cost[-1]
-    by_cost = [size for size in dict.fromkeys(by_cost) if size != held_out]
+    by_cost = [size for size in by_cost if size != held_out]
     if len(by_cost) < 2:
         raise ConfigError(f"--sizes leaves {len(by_cost)} sizes without the hold-out {held_out}; name at least two.")
     asked = parse_tokens(tokens)
-    counts = [count for count in dict.fromkeys(experts) if count != config.model.num_experts]
+    counts = [count for count in experts if count != config.model.num_experts]
     others = [replace(size, experts=count) for size in by_cost for count in counts]
-    for size in [*by_cost, *others, held_out]:
+    for size in [*(size for size in dict.fromkeys([*by_cost, *others]) if size != held_out), held_out]:
         same = replace(size, experts=None)  # rungs of one size see the same tokens
-        amounts = [amount.tokens(weights(sized(config, same))[0]) / ladder.step_tokens for amount in asked]
+        active, step_tokens = weights(sized(config, same))[0], config.train.global_batch * config.data.seq_len
+        amounts = [amount.tokens(active) / step_tokens for amount in asked]
         steps, every = steps_of(amounts, config.checkpoint.every)
         ladder.rungs.append(Rung(str(size), steps, every, size_settings(config, sized(config, size).model)))
     warmup = min(config.train.warmup_steps, ladder.rungs[0].steps[0] // 10)
@@ -192,8 +203,7 @@ def make_ladder(
     middle = held_out_rates // 2
     last.factors = [2.0 ** (n - middle) for n in range(held_out_rates) if n != middle]
     ladder.rates = [significant(config.train.lr * 2.0 ** (n - rates // 2)) for n in range(max(1, rates))]
-    for rung in ladder.rungs:
-        ladder.config_of(rung)  # rejects what does not fit together
+    check_ladder(ladder, Path(PLAN))
     return ladder
 
 
@@ -235,9 +245,12 @@ def parse_tokens(text: str) -> list[Amount]:
     found = []
     for word in text.split(","):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", word.strip())
-        if not match or not 0 < float(match[1]) < 1e15:
-            raise ConfigError(f"--tokens {word!r} is not a number; write 20 for each active weight, or 4M in total.")
-        found.append(Amount(float(match[1]) * UNITS[match[2]], not match[2]))
+        number = float(match[1]) * UNITS[match[2]] if match else 0.0
+        if not match or not 0 < number <= MOST_TOKENS:
+            raise ConfigError(
+                f"--tokens {word!r} is not a number up to {MOST_TOKENS:g}; write 20 for each active weight, or 4M in total."
+            )
+        found.append(Amount(number, not match[2]))
         if found[-1].per_weight and found[-1].number > MOST_PER_WEIGHT:
             raise ConfigError(
                 f"--tokens {word} for each active weight exceeds {MOST_PER_WEIGHT:,}; write a total with K, M or B."
@@ -246,7 +259,8 @@ def parse_tokens(text: str) -> list[Amount]:
     if len({one.per_weight for one in found}) > 1:
         raise ConfigError(f"--tokens {text} has numbers per weight and in total; write all in one form.")
     for one in found:
-        if not (one.number / found[0].number).is_integer():
+        ratio = one.number / found[0].number
+        if not math.isclose(ratio, round(ratio), rel_tol=1e-9):  # 0.3 is a multiple of 0.1
             raise ConfigError(
                 f"--tokens {text}: {one.number:g} is not a multiple of {found[0].number:g}, the smallest, at whose "
                 "checkpoints the others branch; use multiples such as 10,20,40."
@@ -311,6 +325,13 @@ def read_ladder(folder: Path) -> Ladder:
     if not path.is_file():
         raise ConfigError(f"{folder} has no {PLAN}; make it with `smolds ladder plan --to {folder}`.")
     ladder = read_yaml(path, "undo the last edit, or plan again", Ladder)
+    check_ladder(ladder, path)
+    return ladder
+
+
+def check_ladder(ladder: Ladder, path: Path) -> None:
+    """Raise a `ConfigError` if a plan cannot be trained; `path` is its file."""
+    _check_options(ladder.options, ladder.config)
     if not ladder.rungs or not ladder.rates or min(ladder.rates) <= 0:
         raise ConfigError(f"{path} needs at least one rung and one rate above 0; add them.")
     names = [rung.name for rung in ladder.rungs]
@@ -331,4 +352,3 @@ def read_ladder(folder: Path) -> Ladder:
         if min(rung.factors, default=1) <= 0:
             raise ConfigError(f"{path}: factors {rung.factors} of {rung.name} are not above 0; raise them.")
         ladder.config_of(rung)
-    return ladder

@@ -15,8 +15,9 @@ from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
 from smolds_dist.inputs import read_json
-from smolds_dist.ladder.plan import DECAY, Ladder, LadderRun, runs_of, significant, sweep_of
+from smolds_dist.ladder.plan import DECAY, PLAN, Ladder, LadderRun, read_ladder, runs_of, significant, sweep_of
 from smolds_dist.launching.state import read_state
+from smolds_dist.observe.rows import read_settings
 from smolds_dist.observe.runs import last_rows
 from smolds_dist.planner.family import granularity, weights
 from smolds_dist.rows import read_rows
@@ -25,6 +26,36 @@ from smolds_dist.stages import resolve_stages
 RESULTS, NOISE = "results.json", "noise_scale.json"
 EXTENSIONS = 2  # most rates added to a sweep whose best one is at its border
 DIVERGED = "NaN or infinite"  # in the cause of a failed run
+# Settings of a run that a ladder sets by its name, or that do not change what it learns
+FREE = {
+    "data": ("workers", "cache_dir"),
+    "train": (
+        "steps", "lr", "schedule", "decay_fraction", "time_budget", "micro_batch", "activation_checkpointing", "compile",
+        "cuda_graphs", "eval_every",
+    ),
+}  # fmt: skip
+
+
+def open_ladder(folder: Path) -> Ladder:
+    """Read the plan, and check that the runs in the folder belong to it: their names have no settings.
+
+    Raises:
+        ConfigError: if the plan is invalid, or a run was trained with other settings.
+    """
+    ladder = read_ladder(folder)
+    for rung in ladder.rungs:
+        wanted = asdict(ladder.config_of(rung))
+        runs = [path.parent for steps in rung.steps for path in folder.glob(f"{rung.name}-{steps}-lr*/config.yaml")]
+        for run in runs:
+            found = read_settings(run)
+            for section in ("model", "data", "train"):
+                for name in found[section].keys() - FREE.get(section, ()):
+                    if (old := found[section][name]) != (new := wanted[section][name]):
+                        raise ConfigError(
+                            f"{run} was trained with {section}.{name} {old}, but {PLAN} has {new} for rung {rung.name}; "
+                            "undo the edit, plan a ladder in another folder, or delete the run to train it again."
+                        )
+    return ladder
 
 
 def final_loss(folder: Path, run: LadderRun) -> float | None:
@@ -120,7 +151,7 @@ def result_of(ladder: Ladder, folder: Path, run: LadderRun, loss: float) -> dict
     steps = [row for row in rows if row.get("tokens_per_s")]
     end: dict[str, Any] = next((row for row in reversed(rows) if "val_loss" in row), {})
     tokens, active = resolve_stages(config).tokens(run.steps), weights(config)
-    seconds = sum(ladder.step_tokens / row["tokens_per_s"] for row in steps)
+    seconds = sum(ladder.step_tokens(run.rung) / row["tokens_per_s"] for row in steps)
     noise = folder / run.name / NOISE
     return {
         "run": run.name, "rung": run.rung.name, "held_out": run.rung.held_out, "lr": run.lr, "steps": run.steps,

@@ -14,8 +14,8 @@ from types import FrameType
 from smolds_dist.checkpoint.files import MANIFEST, checkpoint_name
 from smolds_dist.errors import ConfigError
 from smolds_dist.ladder.costs import short
-from smolds_dist.ladder.plan import Ladder, LadderRun, read_ladder
-from smolds_dist.ladder.results import all_runs, final_loss, gather, measure_noise, sweep
+from smolds_dist.ladder.plan import Ladder, LadderRun
+from smolds_dist.ladder.results import all_runs, final_loss, gather, measure_noise, open_ladder, sweep
 from smolds_dist.launching.output import die_with_parent
 from smolds_dist.launching.signals import EXIT_CODES, handled_by
 from smolds_dist.parallel.cpu_binding import gpu_addresses
@@ -147,7 +147,10 @@ class Trainer:
                     self._fail(run, f"exit code {child.process.returncode}; see {self.log_of(run)}")
                 continue
             self.done.add(run.name)
-            tokens, time_ = short(run.steps * self.ladder.step_tokens), duration(time.monotonic() - child.began)
+            tokens, time_ = (
+                short(run.steps * self.ladder.step_tokens(run.rung)),
+                duration(time.monotonic() - child.began),
+            )
             print(f"{run.name}: validation loss {loss:.4f} after {tokens} tokens, in {time_}", flush=True)
         return bool(ended)
 
@@ -169,9 +172,9 @@ def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:
     """Train what is missing, write the results and return the exit code.
 
     Raises:
-        ConfigError: if the plan is invalid or has no rung `only`.
+        ConfigError: if the plan is invalid, has no rung `only`, or its runs have other settings.
     """
-    ladder = read_ladder(folder)
+    ladder = open_ladder(folder)
     names = [RATES, *(rung.name for rung in ladder.rungs)]
     if only not in (None, *names):
         raise ConfigError(f"--only {only!r} is not a rung of {folder}; use one of {', '.join(names)}.")

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from smolds_dist.ladder.plan import read_ladder
+from smolds_dist.ladder.results import open_ladder
 from smolds_dist.ladder.run import RATES
 from smolds_dist.launching.slurm import check_sbatch, fill, submit
 
@@ -31,7 +31,7 @@ def write_jobs(folder: Path, options: argparse.Namespace) -> list[str]:
     Raises:
         ConfigError: if the plan or an option is invalid, or Slurm rejects a job.
     """
-    ladder = read_ladder(folder)
+    ladder = open_ladder(folder)
     if options.submit:
         check_sbatch()
     jobs = {"rungs": [rung.name for rung in ladder.rungs]}

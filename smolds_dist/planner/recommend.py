@@ -25,7 +25,7 @@ from smolds_dist.progress import duration
 from smolds_dist.settings import RunConfig
 
 WITHIN = 1.01  # a smaller model's loss over the lowest
-DEPTHS = (0.8, 1.0, 1.25)  # tried, times the ladder's ratio of depth to width
+DEPTHS = (0.8, 1.0, 1.25)  # tried, times the ladder's at the same width
 MARGIN = 1.03  # the same for the coarse search, because the shallowest members are faster than its own
 COARSE = 10  # sizes whose layouts are all tried
 DECAY = 0.2  # fraction of the steps, as in the ladder's runs
@@ -131,8 +131,8 @@ def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def members(config: RunConfig, record: Record) -> Family:
-    """Return the members of the family, by active and total weights: widths of whole heads and depths around the ladder's
-    ratio, up to `FAR` times the FLOPs per token of its largest size."""
+    """Return the members of the family, by active and total weights: widths of whole heads and depths around the ladder's,
+    up to `FAR` times the FLOPs per token of its largest size."""
     most = FAR * max(point.active for point in record.fitted.points)
     found: dict[tuple[int, int], tuple[Size, RunConfig]] = {}
     for width in range(head_step(config), 10**6, head_step(config)):
@@ -151,9 +151,11 @@ def members(config: RunConfig, record: Record) -> Family:
 
 
 def depth_of(record: Record, width: int, factor: float = 1.0) -> int:
-    """Return the depth at `factor` times the ladder's ratio of depth to width."""
-    ratios = sorted(size.depth / size.width for size in record.sizes)
-    return max(1, round(width * ratios[len(ratios) // 2] * factor))
+    """Return `factor` times the ladder's depth at a width: a power law through its sizes, so that depths which do not change
+    with the width stay, and a constant ratio stays too."""
+    widths, depths = np.log([(size.width, size.depth) for size in record.sizes]).T
+    slope = np.polyfit(widths, depths, 1)[0] if np.ptp(widths) > 0 else 1.0
+    return max(1, round(factor * math.exp(depths.mean() + slope * (math.log(width) - widths.mean()))))
 
 
 def trained(
@@ -186,7 +188,7 @@ def trained(
 
 def search_coarsely(family: Family, record: Record, cluster: Cluster) -> dict[int, Member]:
     """Return members of about `COARSE` sizes by their place in the family, up to the first that does not fit. They have the
-    ladder's ratio of depth to width: deeper ones take more time, so that losses of mixed depths have several minima.
+    ladder's depths: deeper ones take more time, so that losses of mixed depths have several minima.
 
     Raises:
         ConfigError: if the smallest one does not fit, or the budget buys no step of it.

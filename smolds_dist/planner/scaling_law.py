@@ -160,8 +160,7 @@ def fit_all(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) 
     Raises:
         ConfigError: see `fit`.
     """
-    mixtures = [point for point in points if not point.dense] or list(points)
-    twins = [point for point in points if point.dense] if len(mixtures) < len(points) else []
+    mixtures, twins = divided(points)
     whole = _fit_series(mixtures, resamples, seed)
     sources = sorted(set.intersection(*(set(point.losses) for point in mixtures)))
     try:
@@ -176,6 +175,23 @@ def fit_all(points: Sequence[Point], resamples: int = RESAMPLES, seed: int = 0) 
         },
         dense=dense,
     )
+
+
+def divided(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    """Return the mixtures and their dense twins, which have a law of their own; all points first if all are dense."""
+    mixtures = [point for point in points if not point.dense] or list(points)
+    return mixtures, [point for point in points if point.dense] if len(mixtures) < len(points) else []
+
+
+def undetermined(points: Sequence[Point]) -> str:
+    """Return why `fit_all` would reject these points, empty if it would not."""
+    for series, name in zip(divided(points), ("", "dense twins: "), strict=True):
+        try:
+            if series:
+                checked(series)
+        except ConfigError as error:
+            return f"{name}{error}"
+    return ""
 
 
 def _fit_series(points: list[Point], resamples: int, seed: int) -> FittedLaw:
