@@ -16,6 +16,7 @@ from ranks import PATIENCE, rows_without_timing
 from smolds_dist.config import load_config, save_config
 from smolds_dist.costs.hardware import load_hardware
 from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import read_json
 from smolds_dist.ladder import command
 from smolds_dist.ladder.costs import cost_of, table
 from smolds_dist.ladder.plan import LadderRun, parse_tokens, read_ladder, runs_of, steps_of
@@ -360,7 +361,7 @@ def test_a_ladder_is_fitted_from_its_results_alone(tmp_path, capsys):
     assert command.ladder(["fit", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "12 runs of 4 sizes" in shown and f"written to {tmp_path}/fit.json" in shown
-    fitted = FittedLaw.from_json(json.loads((tmp_path / "fit.json").read_text()))
+    fitted = read_json(tmp_path / "fit.json", "", FittedLaw)
     assert fitted.predict(4e6, 8e6, 1.6e8)[0] == pytest.approx(law.loss(4e6, 8e6, 1.6e8), rel=0.01)
     assert (tmp_path / "fit.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match=r"results.json.*smolds ladder run"):
