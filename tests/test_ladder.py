@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -64,6 +66,8 @@ def test_weights_count_every_expert_in_the_total_and_a_dense_twin_has_the_active
     assert weights(dense) == (outside + 2 * (64 * 1 + 2 * expert),) * 2
     assert weights(sparse)[1] - weights(mixture)[1] == 2 * 8 * (64 + expert)
     assert (granularity(mixture), granularity(dense)) == (3, 1)
+    further = replace(mixture, model=replace(mixture.model, num_nextn_predict_layers=1))
+    assert weights(further) == weights(mixture)  # the predicted loss is not that of multi-token prediction
     assert [str(parse_size(text, "")) for text in ("64x2", "64x2x16")] == ["64x2", "64x2x16"]
 
 
@@ -264,12 +268,23 @@ def results(folder: Path) -> dict:
     return found
 
 
-def started(*words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [warm.python(), "-c", "import sys; sys.executable = sys.argv.pop(1); from smolds_dist.cli import main; main()",
-         warm.python(), "ladder", *words],
-        env=warm.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def started():
+    """Return a function that starts `smolds ladder`; it and its runs, which die with it, end with the test."""
+    with ExitStack() as stack:
+
+        def start(*words: str) -> subprocess.Popen:
+            process = subprocess.Popen(
+                [warm.python(), "-c",
+                 "import sys; sys.executable = sys.argv.pop(1); from smolds_dist.cli import main; main()",
+                 warm.python(), "ladder", *words],
+                env=warm.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
 
 
 def wait_for_step(run: Path, step: int) -> list[psutil.Process]:
@@ -281,7 +296,7 @@ def wait_for_step(run: Path, step: int) -> list[psutil.Process]:
     return [one for one in psutil.process_iter(["cmdline"]) if str(run.parent) in " ".join(one.info["cmdline"] or ())]
 
 
-def test_a_killed_ladder_continues_to_the_same_results(small_run, tmp_path, fast, capsys):
+def test_a_killed_ladder_continues_to_the_same_results(small_run, tmp_path, fast, started, capsys):
     whole, killed = (plan_tiny(tmp_path / name, small_run) for name in ("whole", "killed"))
     assert command.ladder(["run", str(whole), "--jobs=2"]) == 0
     shown = capsys.readouterr().out
@@ -355,7 +370,7 @@ def test_rates_are_tried_until_the_best_is_not_at_the_border_and_failures_are_na
     assert found["best_rate"] == 0.0008 and "at the border of the rates tried" in capsys.readouterr().out
 
 
-def test_ctrl_c_stops_all_runs_which_save_and_resume(small_run, tmp_path, fast):
+def test_ctrl_c_stops_all_runs_which_save_and_resume(small_run, tmp_path, fast, started):
     folder = plan_tiny(tmp_path / "ladder", small_run, "--tokens=2M,4M")
     process = started("run", str(folder), "--jobs=2")
     run = next(rung for rung in read_ladder(folder).rungs if rung.name == "48x2")

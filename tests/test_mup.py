@@ -1,14 +1,21 @@
 """Maximal update parametrization: activations keep their size over widths, and rates follow the tensor's shape."""
 
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from smolds_dist.checkpoint.files import Manifest
+from smolds_dist.checkpoint.resume import check_compatible
+from smolds_dist.errors import ConfigError
 from smolds_dist.model import DeepSeekV3Config, DeepSeekV3ForCausalLM, empty_model
 from smolds_dist.parallel.fragments import fill_parameters
 from smolds_dist.parallel.mup import MuP, mup_of
 from smolds_dist.parallel.optim import make_optimizer, parameter_groups
-from smolds_dist.settings import Train
+from smolds_dist.settings import RunConfig, Train
 from smolds_dist.training.initial_values import InitialValues
 
 VOCABULARY, BASE = 64, 64
@@ -102,8 +109,21 @@ def test_the_residual_stream_keeps_its_size_over_depths(optimizer):
     assert sizes(True) < 1.5 < 3 < sizes(False)
 
 
+def test_a_block_of_multi_token_prediction_keeps_its_size_over_depths():
+    """Its branches are the only ones between its projection and its norm."""
+
+    def sizes(depth: int) -> list[float]:
+        found = activation_sizes(model_config(64, True, depth), settings("adamw"), (1, 10))
+        return [
+            found[step][f"model.layers.{depth}.{name}"] for step in (1, 10) for name in ("eh_proj", "self_attn", "mlp")
+        ]
+
+    shallow, deep = sizes(2), sizes(16)
+    assert deep == pytest.approx(shallow, rel=0.5), (shallow, deep)
+
+
 def test_initial_values_and_rates_at_the_base_are_the_runs():
-    mup = MuP(width_ratio=1.0, base_width=BASE, depth_ratio=1.0)
+    mup = MuP(width_ratio=1.0, base_width=BASE, depth_ratio=1.0, layers=2)
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.3.down_proj"):
         tensor = f"model.layers.0.{name}.weight"
         assert mup.initial(tensor, (BASE, BASE)) == 1
@@ -133,3 +153,32 @@ def test_rates_by_part_of_a_model_four_times_as_wide_and_deep():
     for group in groups:  # a step's decay does not depend on the width
         decay = group["rate"] * group["weight_decay"]
         assert decay == pytest.approx(0 if group["part"] == "norms" else train.weight_decay)
+
+
+def saved(config: RunConfig, weights_only: bool) -> Manifest:
+    """Return the manifest of a checkpoint of step 0 that a run with these settings wrote."""
+    data = {"schedule": [], "contents": {}, "limits": {}}
+    return Manifest(0, "", 0, 0, 0, None, asdict(config), {}, data, {}, {}, {}, weights_only=weights_only)
+
+
+@pytest.mark.parametrize(
+    ("before", "weights_only", "now", "error"),
+    [
+        (Train(), True, Train(mup=True), "imported weights, whose last norm lacks the factor of --train.mup"),
+        (Train(), False, Train(mup=True), "was written with --train.mup False, but this run has True"),
+        (Train(mup=True), False, Train(mup=True, mup_base_depth=3), "with --train.mup_base_depth 24, but this run has 3"),
+        (Train(), False, Train(mup_base_depth=3), None),
+        (Train(mup=True), True, Train(mup=True), None),
+    ],
+)  # fmt: skip
+def test_only_weights_of_the_same_parametrization_resume(before, weights_only, now, error):
+    manifest = saved(RunConfig(train=before), weights_only)
+    if not before.mup:
+        del manifest.config["train"]["mup"]  # as an older version wrote it
+    with pytest.raises(ConfigError, match=error) if error else nullcontext():
+        check_compatible(RunConfig(train=now), Path("step_0"), manifest)
+
+
+def test_a_run_logs_the_shape_that_its_rate_is_of():
+    text = str(mup_of(Train(mup=True), model_config(64, False)))
+    assert text == ("muP: learning rate and initial weights are of width 384 with 24 layers, scaled to width 64 with 2")

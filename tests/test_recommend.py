@@ -22,10 +22,14 @@ from smolds_dist.planner.recommend import (
     Cluster,
     Recommendation,
     critical_batch,
+    depth_of,
+    members,
     rate_factor,
     read_record,
     recommend,
     run_config,
+    search,
+    trained,
 )
 from smolds_dist.planner.scaling_law import Law, Point, fit_all
 
@@ -95,7 +99,7 @@ def test_every_layout_shows_the_loss_of_the_same_time(ladder, tmp_path, capsys):
     assert "a guess, at" in capsys.readouterr().out
 
 
-def search(ladder: Path, hours: float, machine: Hardware = FLAT, options: list[str] = OPTIONS) -> Recommendation:
+def chosen(ladder: Path, hours: float, machine: Hardware = FLAT, options: list[str] = OPTIONS) -> Recommendation:
     config = load_config(options)
     return recommend(config, read_record(ladder, config), Cluster(machine, 1, 1, hours, 0.0))
 
@@ -103,7 +107,7 @@ def search(ladder: Path, hours: float, machine: Hardware = FLAT, options: list[s
 def test_the_recommended_model_and_tokens_are_the_laws_optimum(ladder):
     law, found = load_fit(ladder, load_config(OPTIONS)).law, {}
     for hours in (10, 160):
-        best = found[hours] = search(ladder, hours).best
+        best = found[hours] = chosen(ladder, hours).best
         flops = hours * 3600 * FLAT.peak["fp32"]
         spent = best.tokens * flops_per_token(with_vocabulary(best.config), 32)
         assert spent == pytest.approx(flops, rel=1e-3)  # attention's too
@@ -115,8 +119,17 @@ def test_the_recommended_model_and_tokens_are_the_laws_optimum(ladder):
     assert found[160].weights[0] / found[10].weights[0] == pytest.approx(growth, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "depth"), [([Size(w, 3) for w in (64, 96, 128)], 3), (SIZES, 10), ([Size(64, 2), Size(256, 4)], 5)]
+)
+def test_depths_continue_those_of_the_ladder(ladder, sizes, depth):
+    """Constant, proportional to the width, or to its root."""
+    record = replace(read_record(ladder, load_config(OPTIONS)), sizes=sizes)
+    assert depth_of(record, 320) == depth or depth_of(record, 400) == depth == 5
+
+
 def test_the_smallest_model_within_one_percent(ladder):
-    found = search(ladder, 40)
+    found = chosen(ladder, 40)
     assert found.smallest.loss <= 1.01 * found.best.loss < 1.015 * found.smallest.loss
     assert found.smallest.weights[0] < 0.7 * found.best.weights[0]
     smaller = [one for one in found.members if one.weights < found.smallest.weights]
@@ -124,10 +137,24 @@ def test_the_smallest_model_within_one_percent(ladder):
     assert found.limit == "the budget"
 
 
+@pytest.mark.parametrize("hours", [0.05, 2])
+def test_the_search_finds_what_trying_every_member_finds(ladder, hours):
+    """On GPUs, where layers cost time beyond their FLOPs, members of one size differ in loss by their depth."""
+    layout = ["--parallel.expert=1", "--parallel.zero=1", "--train.micro_batch=8"]
+    config = load_config([*OPTIONS, *layout, "--train.global_batch=128", "--train.activation_checkpointing=full"])
+    record, cluster = read_record(ladder, config), Cluster(load_hardware("h100"), 2, 8, hours, 0.1)
+    family = members(config, record)[:70]
+    tried = [trained(*one, record.fitted, cluster) for one in family]
+    lowest = min(tried, key=lambda one: one.loss)
+    small = next(one for one in tried if one.loss <= 1.01 * lowest.loss)
+    _, best, smallest, _ = search(family, record, cluster)
+    assert (best.size, smallest.size) == (lowest.size, small.size)
+
+
 def test_less_memory_gives_a_smaller_model(ladder):
-    free = search(ladder, 160).best
+    free = chosen(ladder, 160).best
     need = free.layout.memory.total
-    tight = search(ladder, 160, replace(FLAT, memory=need / 2))
+    tight = chosen(ladder, 160, replace(FLAT, memory=need / 2))
     assert tight.best.weights < free.weights and tight.best.loss > free.loss
     assert tight.best.layout.memory.total < need / 2
     assert tight.limit.startswith("the memory, into which ")
@@ -209,10 +236,10 @@ def test_the_batch_is_the_noise_scale_at_the_predicted_loss(ladder, tmp_path):
     falling = [(6.0, 2e5, 1e4), (5.0, 1e5, 1e4)]
     assert critical_batch(replace(record, noise=falling), 3.5)[0] == pytest.approx(1e5)
     assert critical_batch(replace(record, noise=[]), 3.5) is None
-    found = search(ladder, 160)
+    found = chosen(ladder, 160)
     assert found.best.layout.tokens_per_step == pytest.approx(scale(found.best.loss), rel=0.13)
     assert found.batch.startswith("the noise scale of 3 rungs, extrapolated to loss ")
-    few = search(with_noise(ladder, tmp_path / "large", {6.0: 1e9}), 1)
+    few = chosen(with_noise(ladder, tmp_path / "large", {6.0: 1e9}), 1)
     assert few.batch.startswith("1,000 steps; ") and 700 < few.best.steps < 2000
 
 
@@ -221,6 +248,7 @@ def test_impossible_recommendations_are_config_errors(ladder, tmp_path):
     for words, more in (
         ("repeat its options: --preset debug", ["100", "--", *OPTIONS, "--model.num_experts_per_tok=4"]),
         ("vocabulary of 2,048, but .* 4,000", ["100", "--", *OPTIONS, "--data.tokenizer_vocab_size=4000"]),
+        ("best rate is of --train.optimizer adamw, but .* muon", ["100", "--", *OPTIONS, "--train.optimizer=muon"]),
         ("--target-tokens is what", ["100", "--target-tokens=1e9", "--", *OPTIONS]),
         ("--to /nowhere/x.yaml cannot be written", ["100", "--to=/nowhere/x.yaml", "--", *OPTIONS]),
         ("unset train.stages", ["100", "--", *OPTIONS, "--train.stages=[{until: 0.5}, {lr: 1e-4}]"]),
@@ -230,7 +258,7 @@ def test_impossible_recommendations_are_config_errors(ladder, tmp_path):
     with pytest.raises(ConfigError, match="add both"):
         plan(["--ladder", str(ladder), "--to", str(tmp_path / "x.yaml"), "--", *OPTIONS])
     with pytest.raises(ConfigError, match="1e-09 buys no step of 32x1"):
-        search(ladder, 1e-9)
+        chosen(ladder, 1e-9)
     (tmp_path / "fit.json").write_text((ladder / "fit.json").read_text())
     with pytest.raises(ConfigError, match=r"ladder\.yaml"):
         plan(["--ladder", str(tmp_path), "--budget-gpu-hours", "1", "--", *OPTIONS])

@@ -79,6 +79,14 @@ def test_intervals_contain_the_truth_in_most_ladders():
     assert 12 <= alpha_hits <= 19
 
 
+def test_experts_whose_routers_add_active_weights_determine_sparsity():
+    """64 instead of 8 experts add 4 % to the active weights of a small model, and seven times to the total."""
+    few, many = drawn(SPARSE, ratios=(2.0,)), drawn(SPARSE, smallest=1.04e6, ratios=(14.0,))
+    assert fit([*few, *many]).sparsity == pytest.approx(0.4, abs=0.01)
+    one_family = [replace(point, total=point.active * (point.active / 1e6) ** 0.9 * 1.2) for point in few]
+    assert fit(one_family).sparsity == 0
+
+
 def test_optimum_has_the_lowest_loss_of_its_flops():
     active, tokens = SPARSE.optimum(1e18, ratio=4.0)
     assert 6 * active * tokens == pytest.approx(1e18)

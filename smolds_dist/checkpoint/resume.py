@@ -123,18 +123,30 @@ def check_compatible(config: RunConfig, folder: Path, manifest: Manifest) -> Non
 
 
 def _check_settings(config: RunConfig, folder: Path, manifest: Manifest) -> None:
-    saved = manifest.config
+    saved = manifest.config | {"train": asdict(saved_train(manifest.config["train"]))}
     stages = resolve_stages(config)
     in_effect = stages.at(manifest.data_step).config
+    mup = in_effect.train.mup
     kept: dict[str, Iterable[str]] = {"model": saved["model"]}
     if not manifest.weights_only:
         kept["data"] = (
             "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens", "window_tokens",
             "allow_control_tokens", "document_mask", "packing",
         )  # fmt: skip
-        kept["train"] = ("seed", "global_batch", "optimizer", "mup", "mup_base_width", "mup_base_depth")
+        kept["train"] = (
+            "seed",
+            "global_batch",
+            "optimizer",
+            "mup",
+            *(("mup_base_width", "mup_base_depth") if mup else ()),
+        )
     elif manifest.step:
         raise ConfigError(f"{folder} has weights without optimizer state; resume from a checkpoint that a run wrote.")
+    elif mup and not saved["train"]["mup"]:
+        raise ConfigError(
+            f"{folder} has imported weights, whose last norm lacks the factor of --train.mup, so its rates would be wrong; "
+            "unset --train.mup, or set it also in `smolds import` if the weights were trained with it."
+        )
     for section, names in kept.items():
         for name in names:
             now = asdict(getattr(in_effect, section))[name]

@@ -95,8 +95,9 @@ def sized(config: RunConfig, size: Size) -> RunConfig:
 
 
 def weights(config: RunConfig) -> tuple[int, int]:
-    """Return the matmul weights that a token uses, head included, and all of them, with every expert counted."""
-    model = with_vocabulary(config)
+    """Return the matmul weights that a token uses, head included, and all of them, with every expert counted. Blocks of
+    multi-token prediction do not count: the loss that a law predicts is not theirs."""
+    model = replace(with_vocabulary(config), num_nextn_predict_layers=0)
     outside, experts = matmul_weights(model)
     return outside + experts, outside + experts // model.num_experts_per_tok * model.num_experts
 

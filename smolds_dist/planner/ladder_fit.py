@@ -61,7 +61,7 @@ def report(fitted: FittedLaw) -> str:
     lines = [
         "loss = E + (A + g / granularity^gamma) / N^alpha + B / tokens^beta, N = active * (total / active)^sparsity",
         f"{len(used)} runs of {sizes} sizes and {tokens} numbers of tokens; a run's loss varies by {fitted.noise:.2%}; "
-        f"intervals contain {INTERVAL[1] - INTERVAL[0]:.0%}",
+        f"intervals contain {INTERVAL[1] - INTERVAL[0]:.0%}; FLOPs: 6 * active * tokens, without attention's scores",
         "",
         *_constants(fitted),
         *(f"{name} fixed at 0: {why}" for name, why in FIXED.items() if name not in fitted.free),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from smolds_dist.config import load_config
 from smolds_dist.costs.hardware import Hardware
 from smolds_dist.costs.memory import checkpoint_bytes, with_vocabulary
 from smolds_dist.costs.step_time import RunTime, run_time
@@ -24,7 +25,8 @@ from smolds_dist.progress import duration
 from smolds_dist.settings import RunConfig
 
 WITHIN = 1.01  # a smaller model's loss over the lowest
-DEPTHS = (0.8, 1.0, 1.25)  # tried, times the ladder's ratio of depth to width
+DEPTHS = (0.8, 1.0, 1.25)  # tried, times the ladder's at the same width
+MARGIN = 1.03  # the same for the coarse search, because the shallowest members are faster than its own
 COARSE = 10  # sizes whose layouts are all tried
 DECAY = 0.2  # fraction of the steps, as in the ladder's runs
 MIN_STEPS = 1000  # that the batch leaves
@@ -98,6 +100,12 @@ def read_record(ladder: Path, config: RunConfig) -> Record:
         raise ConfigError(
             f"{ladder} has a ladder.yaml or results.json of another version ({error}); {advice}."
         ) from None
+    optimizer = load_config(plan["options"], prog="smolds ladder").train.optimizer
+    if config.train.optimizer != optimizer:
+        raise ConfigError(
+            f"the ladder's best rate is of --train.optimizer {optimizer}, but the training options have "
+            f"{config.train.optimizer}; repeat its options: {' '.join(plan['options'])}."
+        )
     trained = sorted({point.active for point in fitted.points})
     named = [weights(sized(config, size))[0] for size in sizes if size.experts == config.model.num_experts]
     if not set(named) & set(trained):
@@ -123,14 +131,13 @@ def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def members(config: RunConfig, record: Record) -> Family:
-    """Return the members of the family, by active and total weights: widths of whole heads and depths around the ladder's
-    ratio, up to `FAR` times the FLOPs per token of its largest size."""
-    ratios = sorted(size.depth / size.width for size in record.sizes)
-    ratio, most = ratios[len(ratios) // 2], FAR * max(point.active for point in record.fitted.points)
+    """Return the members of the family, by active and total weights: widths of whole heads and depths around the ladder's,
+    up to `FAR` times the FLOPs per token of its largest size."""
+    most = FAR * max(point.active for point in record.fitted.points)
     found: dict[tuple[int, int], tuple[Size, RunConfig]] = {}
     for width in range(head_step(config), 10**6, head_step(config)):
         before = len(found)
-        for depth in {max(1, round(width * ratio * factor)) for factor in DEPTHS}:
+        for depth in {depth_of(record, width, factor) for factor in DEPTHS}:
             try:
                 own = sized(config, Size(width, depth))
             except ConfigError:  # fewer layers than the family's dense ones
@@ -141,6 +148,14 @@ def members(config: RunConfig, record: Record) -> Family:
         if len(found) == before:
             break
     return [found[at] for at in sorted(found)]
+
+
+def depth_of(record: Record, width: int, factor: float = 1.0) -> int:
+    """Return `factor` times the ladder's depth at a width: a power law through its sizes, so that depths which do not change
+    with the width stay, and a constant ratio stays too."""
+    widths, depths = np.log([(size.width, size.depth) for size in record.sizes]).T
+    slope = np.polyfit(widths, depths, 1)[0] if np.ptp(widths) > 0 else 1.0
+    return max(1, round(factor * math.exp(depths.mean() + slope * (math.log(width) - widths.mean()))))
 
 
 def trained(
@@ -172,14 +187,16 @@ def trained(
 
 
 def search_coarsely(family: Family, record: Record, cluster: Cluster) -> dict[int, Member]:
-    """Return members of about `COARSE` sizes by their place in the family, up to the first that does not fit.
+    """Return members of about `COARSE` sizes by their place in the family, up to the first that does not fit. They have the
+    ladder's depths: deeper ones take more time, so that losses of mixed depths have several minima.
 
     Raises:
         ConfigError: if the smallest one does not fit, or the budget buys no step of it.
     """
     logs = [math.log(weights(config)[0]) for _, config in family]
+    alike = [place for place, (size, _) in enumerate(family) if size.depth == depth_of(record, size.width)]
     goals = np.linspace(logs[0], logs[-1], COARSE)
-    places = sorted({0} | {min(range(len(logs)), key=lambda place: abs(logs[place] - goal)) for goal in goals})
+    places = sorted({0} | {min(alike or [0], key=lambda place: abs(logs[place] - goal)) for goal in goals})
     found: dict[int, Member] = {}
     for place in places:
         try:
@@ -209,9 +226,9 @@ def search(family: Family, record: Record, cluster: Cluster) -> tuple[list[Membe
     coarse = search_coarsely(family, record, cluster)
     places = list(coarse)
     at = min(places, key=lambda place: coarse[place].loss)
-    worse = [place for place in places if place < at and coarse[place].loss > WITHIN * coarse[at].loss]
-    above = [place for place in places if place > at]
-    last = above[0] if above else len(family) - 1
+    worse = [place for place in places if place < at and coarse[place].loss > MARGIN * coarse[at].loss]
+    above = [place for place in places if place > at][:2]
+    last = above[-1] if above else len(family) - 1
     found, limit = dict(coarse), "the budget"
     for place in range(worse[-1] if worse else 0, last + 1):
         near = [coarse[one] for one in sorted(places, key=lambda one: abs(one - place))[:2]]
@@ -285,7 +302,8 @@ class Recommendation:
 def recommend(config: RunConfig, record: Record, cluster: Cluster) -> Recommendation:
     """Return the members of the family in `config` with the lowest loss, and the smallest within `WITHIN` of it.
 
-    The batch depends on loss and tokens, and these, little, on the batch: a coarse search with the ladder's batch sets it.
+    The batch depends on loss and tokens, and these, little, on the batch: a coarse search with the ladder's batch sets it,
+    and a second search follows if the first one's best member needs another.
 
     Raises:
         ConfigError: if the settings change during the run, no member fits, or the budget buys no step.
@@ -294,15 +312,16 @@ def recommend(config: RunConfig, record: Record, cluster: Cluster) -> Recommenda
         raise ConfigError(
             "--ladder with --budget-gpu-hours sets steps and rates itself; unset train.stages and time_budget."
         )
-    world, batch, why = cluster.nodes * cluster.per_node, 0, ""
+    world = cluster.nodes * cluster.per_node
     asked = with_settings(config, {"train.global_batch": -(-config.train.global_batch // world) * world})
+    coarse = best = min(search_coarsely(members(asked, record), record, cluster).values(), key=lambda one: one.loss)
     for _ in range(2):
-        tried = search_coarsely(members(asked, record), record, cluster)
-        batch, why = choose_batch(config, record, min(tried.values(), key=lambda one: one.loss), world)
-        if batch == asked.train.global_batch:
+        batch, why = choose_batch(config, record, best, world)
+        if best is not coarse and batch == asked.train.global_batch:
             break
         asked = with_settings(config, {"train.global_batch": batch})
-    found = search(members(asked, record), record, cluster)
+        found = search(members(asked, record), record, cluster)
+        best = found[1]
     tokens = (one.train.global_batch * one.data.seq_len for one in (config, asked))
     return Recommendation(*found, why, record.lr * rate_factor(critical_batch(record, found[1].loss), *tokens))
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import combinations, product
 from statistics import NormalDist
 from typing import Any
 
@@ -211,11 +211,12 @@ def distinct(values: Sequence[float]) -> int:
 
 
 def free_constants(points: Sequence[Point]) -> list[str]:
-    """Return the constants that these points determine. `sparsity` needs points that differ in total weights alone: in a
-    family with the same experts everywhere, their ratio to active weights changes only with size."""
+    """Return the constants that these points determine. `sparsity` needs points that differ in total weights almost alone,
+    as by a router's columns for more experts: in a family with the same experts everywhere, their ratio to active weights
+    changes only with size, and less than it."""
     names = ["E", "A", "B", "alpha", "beta"]
-    by_size = sorted(points, key=lambda point: point.active)
-    if any(distinct([a.active, b.active]) == 1 and distinct([a.total, b.total]) == 2 for a, b in pairwise(by_size)):
+    logs = {(math.log(point.active), math.log(point.total / point.active)) for point in points}
+    if any(abs(a[1] - b[1]) > ALIKE + 3 * abs(a[0] - b[0]) for a, b in combinations(logs, 2)):
         names.append("sparsity")
     if distinct([point.granularity for point in points]) > 1:
         names += ["g", "gamma"]

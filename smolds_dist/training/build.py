@@ -283,6 +283,8 @@ def start_log(job: Job, step: int, facts: dict) -> RunLog:
             log.row(step, event="restart", **failure)
     log.info(f"{config.run.name}: {facts['parameters']:,} parameters, {job.topology}")
     log.info(job.topology.reason)
+    if mup := mup_of(config.train, job.model_config):
+        log.info(str(mup))
     if job.topology.engine == "deepspeed":
         used = deepspeed_config(config, job.topology, job.model_config)["expert_parallel"]
         if chosen := ", ".join(f"{key} {used[key]}" for key in FREE if used.get(key)):
