@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from ranks import PATIENCE, rows_without_timing
 from smolds_dist.config import load_config, save_config
 from smolds_dist.costs.hardware import load_hardware
 from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import read_json
 from smolds_dist.ladder import command
 from smolds_dist.ladder.costs import cost_of, table
 from smolds_dist.ladder.plan import LadderRun, parse_tokens, read_ladder, runs_of, steps_of
@@ -328,6 +331,24 @@ def test_a_killed_ladder_continues_to_the_same_results(small_run, tmp_path, fast
     assert results(killed)["runs"] == [run for run in expected["runs"] if run["rung"] == "48x2"]
     assert command.ladder(only) == 0
     assert "validation loss" not in capsys.readouterr().out
+    shutil.rmtree(killed / "48x2-20-lr0.02" / "checkpoints")
+    shutil.rmtree(killed / "48x2-10-lr0.02")
+    assert command.ladder(only) == 1
+    lost = (
+        f"48x2-10-lr0.02 cannot begin, because {killed}/48x2-20-lr0.02 no longer has the checkpoint of step 8; delete"
+    )
+    assert lost in capsys.readouterr().err
+
+    # Slurm's warning during the last measurement: what is known is written, and the task is requeued.
+    for path in [whole / "results.json", *whole.glob("*/noise_scale.json")]:
+        path.unlink()
+    process = started("run", str(whole))
+    assert process.stdout and "32x1-20-lr0.02: noise scale" in process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    measured = [run["run"] for run in results(whole)["runs"] if run["noise_scale"]]
+    assert measured == ["32x1-20-lr0.02"]
 
 
 def test_rates_are_tried_until_the_best_is_not_at_the_border_and_failures_are_named(small_run, tmp_path, fast, capsys):
@@ -338,7 +359,8 @@ def test_rates_are_tried_until_the_best_is_not_at_the_border_and_failures_are_na
     (folder / "32x1-20-lr0.0001").write_text("in the way")
     assert command.ladder(["run", str(folder), "--only=rates"]) == 1
     shown = capsys.readouterr()
-    assert "32x1-20-lr0.0001 failed: exit code" in shown.out and "32x1-20-lr0.0002: validation loss" in shown.out
+    assert re.search(r"32x1-20-lr0.0001 failed: exit code 2; see \S+\.log; smolds: .* cannot be written", shown.out)
+    assert "32x1-20-lr0.0002: validation loss" in shown.out
     assert "1 runs failed: 32x1-20-lr0.0001" in shown.err
     (folder / "32x1-20-lr0.0001").unlink()
     (folder / "ladder.yaml").write_text(text.replace("rates: [0.01, 0.02, 0.04]", "rates: [0.0001, 0.0002]"))
@@ -375,7 +397,7 @@ def test_a_ladder_is_fitted_from_its_results_alone(tmp_path, capsys):
     assert command.ladder(["fit", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "12 runs of 4 sizes" in shown and f"written to {tmp_path}/fit.json" in shown
-    fitted = FittedLaw.from_json(json.loads((tmp_path / "fit.json").read_text()))
+    fitted = read_json(tmp_path / "fit.json", "", FittedLaw)
     assert fitted.predict(4e6, 8e6, 1.6e8)[0] == pytest.approx(law.loss(4e6, 8e6, 1.6e8), rel=0.01)
     assert (tmp_path / "fit.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match=r"results.json.*smolds ladder run"):

@@ -49,14 +49,16 @@ def make_ladder(folder: Path) -> Path:
     for size, ratio in product(SIZES, (10, 20, 40)):
         own = sized(config, size)
         (active, total), tokens = weights(own), ratio * weights(own)[0]
-        points.append(Point(active, total, tokens, LAW.loss(active, total, tokens), granularity=granularity(own)))
+        loss, name = LAW.loss(active, total, tokens), f"{size}-{ratio}"
+        points.append(Point(active, total, tokens, loss, granularity=granularity(own), run=name))
     rungs = [
         {"settings": {"model.hidden_size": size.width, "model.num_hidden_layers": size.depth} | TRANSFER}
         for size in SIZES
     ]
     folder.mkdir(exist_ok=True)
     (folder / "ladder.yaml").write_text(yaml.safe_dump({"options": OPTIONS, "rates": [1e-3], "rungs": rungs}))
-    (folder / "results.json").write_text(json.dumps({"best_rate": 2e-3, "runs": []}))
+    results = {"best_rate": 2e-3, "points": [one.run for one in points], "runs": [asdict(one) for one in points]}
+    (folder / "results.json").write_text(json.dumps(results))
     (folder / "fit.json").write_text(json.dumps(fit_all(points, resamples=4).to_json()))
     return folder
 
@@ -74,7 +76,7 @@ def test_every_layout_shows_the_loss_of_the_same_time(ladder, tmp_path, capsys):
     plan(["--ladder", str(ladder), *args, *options])
     text, found = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     config = load_config(options[1:])
-    outlook = Outlook.of(load_fit(ladder), config)
+    outlook = Outlook.of(load_fit(ladder, config), config)
     tokens = found["steps"] * config.train.global_batch * config.data.seq_len
     loss = outlook.fitted.law.loss(*weights(config), tokens, 2.0)
     assert loss == pytest.approx(LAW.loss(*weights(config), tokens), rel=0.01)
@@ -103,7 +105,7 @@ def chosen(ladder: Path, hours: float, machine: Hardware = FLAT, options: list[s
 
 
 def test_the_recommended_model_and_tokens_are_the_laws_optimum(ladder):
-    law, found = load_fit(ladder).law, {}
+    law, found = load_fit(ladder, load_config(OPTIONS)).law, {}
     for hours in (10, 160):
         best = found[hours] = chosen(ladder, hours).best
         flops = hours * 3600 * FLAT.peak["fp32"]
@@ -213,8 +215,11 @@ def test_the_written_run_agrees_with_its_plan(ladder, tmp_path, capsys):
 def with_noise(ladder: Path, to: Path, scales: dict[float, float]) -> Path:
     """Copy a ladder, with noise scales in tokens by loss."""
     shutil.copytree(ladder, to)
-    runs = [{"loss": loss, "noise_scale": {"tokens": scale, "error": scale / 10}} for loss, scale in scales.items()]
-    (to / "results.json").write_text(json.dumps({"best_rate": 2e-3, "runs": [*runs, {"noise_scale": None}]}))
+    results = json.loads((to / "results.json").read_text())
+    results["runs"] = [run for run in results["runs"] if "noise_scale" not in run]
+    for loss, scale in scales.items():
+        results["runs"].append({"loss": loss, "noise_scale": {"tokens": scale, "error": scale / 10}})
+    (to / "results.json").write_text(json.dumps(results))
     return to
 
 
@@ -241,7 +246,8 @@ def test_the_batch_is_the_noise_scale_at_the_predicted_loss(ladder, tmp_path):
 def test_impossible_recommendations_are_config_errors(ladder, tmp_path):
     args = ["--ladder", str(ladder), "--budget-gpu-hours"]
     for words, more in (
-        ("repeat its options: --preset debug", ["100", "--", *OPTIONS, "--data.tokenizer_vocab_size=4000"]),
+        ("repeat its options: --preset debug", ["100", "--", *OPTIONS, "--model.num_experts_per_tok=4"]),
+        ("vocabulary of 2,048, but .* 4,000", ["100", "--", *OPTIONS, "--data.tokenizer_vocab_size=4000"]),
         ("best rate is of --train.optimizer adamw, but .* muon", ["100", "--", *OPTIONS, "--train.optimizer=muon"]),
         ("--target-tokens is what", ["100", "--target-tokens=1e9", "--", *OPTIONS]),
         ("--to /nowhere/x.yaml cannot be written", ["100", "--to=/nowhere/x.yaml", "--", *OPTIONS]),
@@ -262,5 +268,32 @@ def test_a_ladder_without_a_fit_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"has no fit\.json; write it by `smolds ladder fit"):
         plan(["--ladder", str(tmp_path), "--", "--preset", "debug"])
     (tmp_path / "fit.json").write_text("{}")
-    with pytest.raises(ConfigError, match="not a fit of this version"):
+    with pytest.raises(ConfigError, match=r"fit.json is invalid .*missing required field `law`"):
         plan(["--ladder", str(tmp_path), "--", "--preset", "debug"])
+
+
+def test_a_fit_that_is_damaged_or_of_other_runs_or_tokens_is_an_error(ladder, tmp_path):
+    shutil.copytree(ladder, tmp_path / "copy")
+    own, results = ["--ladder", str(tmp_path / "copy"), "--", *OPTIONS], tmp_path / "copy" / "results.json"
+    values, known = json.loads((ladder / "fit.json").read_text()), json.loads(results.read_text())
+    for change, words in (
+        ({"resampled": []}, "has no runs, or constants"),
+        ({"points": []}, "has no runs, or constants"),
+        ({"law": values["law"] | {"E": math.nan}}, "constants that are not finite; write it by"),
+        ({"law": values["law"] | {"E": "1"}}, "fit.json is invalid .*law.E: expected `float`"),
+        ({"noise": "0"}, "fit.json is invalid .*noise: expected `float`"),
+        ({"points": values["points"][1:]}, r"fitted before results.json changed \(64x2-10\); write it by `smolds"),
+    ):
+        (tmp_path / "copy" / "fit.json").write_text(json.dumps(values | change))
+        with pytest.raises(ConfigError, match=words):
+            plan(own)
+    (tmp_path / "copy" / "fit.json").write_text(json.dumps(values))
+    known["runs"][0]["loss"] *= 1.01
+    results.write_text(json.dumps(known))
+    with pytest.raises(ConfigError, match=r"fitted before results.json changed \(64x2-10\)"):
+        plan(own)
+    results.write_text("{}")
+    with pytest.raises(ConfigError, match=r"results.json is invalid"):
+        plan(own)
+    with pytest.raises(ConfigError, match="vocabulary of 2,048, but the training options have 49,152, whose tokens"):
+        plan(["--ladder", str(ladder), "--", *OPTIONS, "--data.tokenizer=x"])

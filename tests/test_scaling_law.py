@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from smolds_dist.errors import ConfigError
+from smolds_dist.inputs import read_json
 from smolds_dist.planner.ladder_fit import fit_ladder, multipliers, report
 from smolds_dist.planner.scaling_law import FittedLaw, Law, Point, fit, fit_all
 
@@ -152,7 +153,7 @@ def test_a_folder_is_fitted_reported_plotted_and_read_again(tmp_path):
     names = [run["run"] for run in runs]
     (tmp_path / "results.json").write_text(json.dumps({"points": names, "runs": [*runs, other]}))
     fitted = fit_ladder(tmp_path, resamples=4)
-    assert FittedLaw.from_json(json.loads((tmp_path / "fit.json").read_text())) == fitted
+    assert read_json(tmp_path / "fit.json", "", FittedLaw) == fitted
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
     assert len(fitted.fitted) == 15 and len(fitted.dense.fitted) == 15
     ratio = fitted.sources["code"].law.E / fitted.law.E

@@ -1,6 +1,7 @@
 """`smolds ladder run`: train what a ladder lacks, each an ordinary run in its own process."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -71,7 +72,21 @@ class Trainer:
             return EXIT_CODES[signal.Signals(self.stopped_by)]
         if self.failed:
             print(f"smolds: {len(self.failed)} runs failed: {', '.join(self.failed)}.", file=sys.stderr)
-        return 1 if self.failed else 0
+        left = list(self._without_checkpoint(only))
+        for run, trunk in left:
+            print(
+                f"smolds: {run.name} cannot begin, because {self.folder / trunk.name} no longer has the checkpoint of step "
+                f"{run.first}; delete that folder to train both again.",
+                file=sys.stderr,
+            )
+        return 1 if self.failed or left else 0
+
+    def _without_checkpoint(self, only: str | None) -> Iterator[tuple[LadderRun, LadderRun]]:
+        """Yield branches that cannot begin, with their trunks, which have finished."""
+        for run in all_runs(self.ladder, self.folder):
+            wanted = only in (None, run.rung.name) and run.name not in self.done | self.failed.keys()
+            if wanted and run.trunk and math.isfinite(final_loss(self.folder, run.trunk) or math.inf):
+                yield run, run.trunk
 
     def _todo(self, only: str | None) -> list[LadderRun]:
         """Return the runs that can start now, the sweep's before all others."""
@@ -144,7 +159,10 @@ class Trainer:
             run, loss = child.run, final_loss(self.folder, child.run)
             if loss is None:
                 if not self.stopped_by:
-                    self._fail(run, f"exit code {child.process.returncode}; see {self.log_of(run)}")
+                    log, code = self.log_of(run), child.process.returncode
+                    lines = log.read_text("utf-8", errors="replace").splitlines() if code == 2 else []
+                    errors = [line for line in lines if line.startswith("smolds: ")]  # of the user
+                    self._fail(run, "; ".join([f"exit code {code}", f"see {log}", *errors[-1:]]))
                 continue
             self.done.add(run.name)
             tokens, time_ = (
@@ -168,6 +186,11 @@ def _prepare_train() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
+def _end(number: int, _frame: FrameType | None) -> None:
+    """Exit on a signal while no runs are trained, after SIGUSR1 such that Slurm requeues the task."""
+    sys.exit(EXIT_CODES[signal.Signals(number)])
+
+
 def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:
     """Train what is missing, write the results and return the exit code.
 
@@ -178,10 +201,13 @@ def run_ladder(folder: Path, jobs: int, only: str | None, procs: int) -> int:
     names = [RATES, *(rung.name for rung in ladder.rungs)]
     if only not in (None, *names):
         raise ConfigError(f"--only {only!r} is not a rung of {folder}; use one of {', '.join(names)}.")
-    code = Trainer(ladder, folder, jobs, procs).train(only)
-    if code in (0, 1):  # not stopped
-        measure_noise(ladder, folder, only)
-    results = gather(ladder, folder)
+    with handled_by(_end):
+        code = Trainer(ladder, folder, jobs, procs).train(only)
+        try:
+            if code in (0, 1):  # not stopped
+                measure_noise(ladder, folder, only)
+        finally:
+            results = gather(ladder, folder)
     for line in report(results):
         print(line)
     return code

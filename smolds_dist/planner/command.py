@@ -51,7 +51,7 @@ def plan(args: list[str]) -> None:
     if options.ladder:
         from smolds_dist.planner.outlook import Outlook, load_fit  # imports scipy
 
-        outlook = Outlook.of(load_fit(options.ladder), config)
+        outlook = Outlook.of(load_fit(options.ladder, config), config)
     found = list(candidates(config, machine, options.nodes, per_node, max_vio))
     ranking = best_first(found, machine)
     best = ranking[0]

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,19 @@ from scipy.optimize import brentq
 
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
-from smolds_dist.inputs import read_json
+from smolds_dist.inputs import convert, read_json
 from smolds_dist.planner.scaling_law import INTERVAL, NAMES, RESAMPLES, FittedLaw, Law, Point, distinct, fit_all
 
 RESULTS, FIT, PLOT = "results.json", "fit.json", "fit.png"
 FIXED = {"sparsity": "no two sizes differ in total weights alone", "g": "all runs have the same granularity"}
+
+
+@dataclass
+class Results:
+    """Fields read from `RESULTS`."""
+
+    points: list[str]  # names of the runs at the best rate
+    runs: list[dict[str, Any]]
 
 
 def fit_ladder(folder: Path, resamples: int = RESAMPLES) -> FittedLaw:
@@ -35,11 +43,15 @@ def fit_ladder(folder: Path, resamples: int = RESAMPLES) -> FittedLaw:
 
 def read_points(folder: Path) -> list[Point]:
     """Return the runs of `RESULTS` that the law is fitted to or compared with."""
-    results = read_json(folder / RESULTS, f"train the ladder with `smolds ladder run {folder}`", dict[str, Any])
-    names = {one.name for one in fields(Point)}
-    runs = [run for run in results["runs"] if run["run"] in results["points"]]
-    known: list[dict[str, Any]] = [{key: one for key, one in run.items() if key in names} for run in runs]
-    return [Point(**one | {"loss": math.nan if one["loss"] is None else one["loss"]}) for one in known]
+    path, advice = folder / RESULTS, f"train the ladder with `smolds ladder run {folder}`"
+    results = read_json(path, advice, Results)
+    runs = [run for run in results.runs if run.get("run") in results.points]
+    return convert(
+        [run | {"loss": math.nan if run.get("loss") is None else run["loss"]} for run in runs],
+        list[Point],
+        path,
+        advice,
+    )
 
 
 def report(fitted: FittedLaw) -> str:

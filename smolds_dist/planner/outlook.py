@@ -1,13 +1,17 @@
 """The loss that a ladder predicts for a model."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from smolds_dist.config import load_config
+from smolds_dist.costs.memory import with_vocabulary
 from smolds_dist.costs.step_time import RunTime
 from smolds_dist.errors import ConfigError
-from smolds_dist.inputs import read_json
+from smolds_dist.inputs import read_json, read_yaml
 from smolds_dist.planner.family import granularity, weights
+from smolds_dist.planner.ladder_fit import FIT, RESULTS, read_points
 from smolds_dist.planner.scaling_law import FittedLaw
 from smolds_dist.planner.search import Candidate
 from smolds_dist.settings import RunConfig
@@ -15,20 +19,33 @@ from smolds_dist.settings import RunConfig
 FAR = 100  # times the FLOPs of the ladder's largest run
 
 
-def load_fit(ladder: Path) -> FittedLaw:
-    """Return the law of a ladder's folder.
+def load_fit(ladder: Path, config: RunConfig) -> FittedLaw:
+    """Return the law of a ladder's folder, for predictions of `config`.
 
     Raises:
-        ConfigError: if it has none.
+        ConfigError: if it has none, one of other runs than its results, or one of another vocabulary.
     """
-    path = ladder / "fit.json"
+    path, plan = ladder / FIT, ladder / "ladder.yaml"
     advice = f"write it by `smolds ladder fit {ladder}`"
     if not path.is_file():
-        raise ConfigError(f"--ladder {ladder} has no fit.json; {advice}.")
-    try:
-        return FittedLaw.from_json(read_json(path, advice, dict[str, Any]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a fit of this version ({error}); {advice}.") from None
+        raise ConfigError(f"--ladder {ladder} has no {FIT}; {advice}.")
+    fitted = read_json(path, advice, FittedLaw)
+    if not (fitted.points and fitted.resampled and all(map(math.isfinite, astuple(fitted.law)))):
+        raise ConfigError(f"{path} has no runs, or constants that are not finite; {advice}.")
+    if (ladder / RESULTS).is_file():  # else only the fit was kept
+        known, used = ({point.run: point.loss for point in points} for points in (read_points(ladder), fitted.points))
+        if known != used:
+            names = ", ".join(sorted(name for name in known | used if known.get(name) != used.get(name)))
+            raise ConfigError(f"{path} was fitted before {RESULTS} changed ({names}); {advice}.")
+    if plan.is_file():
+        options = read_yaml(plan, "plan the ladder again", dict[str, Any]).get("options", [])
+        own, asked = (with_vocabulary(one).vocab_size for one in (load_config(options), config))
+        if own != asked:
+            raise ConfigError(
+                f"--ladder {ladder} has losses per token of a vocabulary of {own:,}, but the training options have "
+                f"{asked:,}, whose tokens are not comparable; repeat the ladder's tokenizer options."
+            )
+    return fitted
 
 
 @dataclass(frozen=True)

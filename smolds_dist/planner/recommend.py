@@ -84,7 +84,7 @@ def read_record(ladder: Path, config: RunConfig) -> Record:
     Raises:
         ConfigError: if a file is missing or not the ladder's, or the family in `config` is another.
     """
-    fitted = load_fit(ladder)
+    fitted = load_fit(ladder, config)
     advice = f"run `smolds ladder run {ladder}` again"
     plan = read_yaml(ladder / "ladder.yaml", advice, dict[str, Any])
     results = read_json(ladder / "results.json", advice, dict[str, Any])

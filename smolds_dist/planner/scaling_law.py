@@ -127,17 +127,6 @@ class FittedLaw:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "FittedLaw":
-        return cls(
-            law=Law(**values["law"]),
-            resampled=[Law(**law) for law in values["resampled"]],
-            noise=values["noise"],
-            points=[Point(**point) for point in values["points"]],
-            sources={name: cls.from_json(one) for name, one in values["sources"].items()},
-            dense=cls.from_json(values["dense"]) if values["dense"] else None,
-        )
-
 
 def fit(points: Sequence[Point]) -> Law:
     """Return the law of the points outside the check: Huber loss of log(loss), by L-BFGS from the best of a grid.
