@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import warm
-from ranks import PATIENCE, rows_without_timing
+from ranks import PATIENCE, ROOT, rows_without_timing
 
 from smolds_dist.config import load_config, save_config
 from smolds_dist.costs.hardware import load_hardware
@@ -26,7 +26,8 @@ from smolds_dist.ladder.costs import cost_of, table
 from smolds_dist.ladder.plan import LadderRun, parse_tokens, read_ladder, runs_of, steps_of
 from smolds_dist.ladder.results import best_rate, open_ladder
 from smolds_dist.planner.family import Size, granularity, parse_size, sized, weights
-from smolds_dist.planner.scaling_law import FittedLaw, Law
+from smolds_dist.planner.ladder_fit import read_points
+from smolds_dist.planner.scaling_law import FittedLaw, Law, fit_all
 
 # Sizes of a family
 
@@ -402,3 +403,22 @@ def test_a_ladder_is_fitted_from_its_results_alone(tmp_path, capsys):
     assert (tmp_path / "fit.png").stat().st_size > 1000
     with pytest.raises(ConfigError, match=r"results.json.*smolds ladder run"):
         command.ladder(["fit", str(tmp_path / "none")])
+
+
+def test_the_measured_ladder_predicts_its_hold_out_and_the_docs_have_its_numbers(tmp_path):
+    shutil.copytree(ROOT / "docs" / "ladder", tmp_path / "kept")
+    assert command.ladder(["fit", str(tmp_path / "kept")]) == 0  # without the runs' folders
+    for name in ("results.json", "ladder.yaml"):
+        assert (tmp_path / "kept" / name).read_text() == (ROOT / "docs" / "ladder" / name).read_text()
+    fitted, text = (
+        fit_all(read_points(ROOT / "docs" / "ladder"), resamples=20),
+        (ROOT / "docs" / "ladder.md").read_text(),
+    )
+    (hold_out,) = (point for point in fitted.points if point.held_out)
+    loss, low, high = fitted.predict(hold_out.active, hold_out.total, hold_out.tokens, hold_out.granularity)
+    assert abs(loss / hold_out.loss - 1) < 0.015 and low < hold_out.loss < high
+    assert hold_out.flops >= 4 * max(point.flops for point in fitted.fitted)
+    kept = json.loads((ROOT / "docs" / "ladder" / "fit.json").read_text())
+    assert kept["law"]["E"] == pytest.approx(fitted.law.E, rel=1e-3)
+    for number in (loss, hold_out.loss, *(point.loss for point in fitted.fitted)):
+        assert f"{number:.3f}" in text

@@ -149,7 +149,8 @@ def fit(args: list[str]) -> int:
     options = parser.parse_args(args)
     from smolds_dist.ladder.results import gather, open_ladder
 
-    if (options.ladder / PLAN).is_file():  # else only its results were kept
+    # Else only the results were kept.
+    if (options.ladder / PLAN).is_file() and any(options.ladder.glob("*/config.yaml")):
         gather(open_ladder(options.ladder), options.ladder)
     print(report(fit_ladder(options.ladder)))
     print(f"\nwritten to {options.ladder}/fit.json and fit.png")
