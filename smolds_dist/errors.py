@@ -100,6 +100,7 @@ def ranges(table: dict[Bounds, str]) -> dict[str, Bounds]:
 RANGES = ranges({
     (ABOVE_0, 1): "--top-p",
     (ABOVE_0, 10**9): "--every",
+    (ABOVE_0, 1e30): "--budget-gpu-hours",
     (0, 1): "--upcycle-noise --upcycle-drop",
     (0, 65_535): "--port",
     (1, 65_535): "--master-port",
@@ -109,7 +110,7 @@ RANGES = ranges({
     (1, 10**9): "--batch-size --cpus-per-task --gpus-per-node --gpus-per-task --jobs --max-new-tokens --megabytes "
     "--min-count --nproc-per-node --ranks --rates --repeats --rounds --sequences --steps --tasks-per-node "
     "--upcycle-granularity --warn --workers",
-    (1, 1e30): "--budget-gpu-hours --target-tokens",
+    (1, 1e30): "--target-tokens",
     (2, 10**9): "--ablate --max-tokens",
 })  # fmt: skip
 WRITTEN = ("--json", "--calibrate")  # files written at the end of a command

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ranks import ROOT
 
 from smolds_dist.config import load_config
 from smolds_dist.costs.flops import flops_per_token
@@ -297,3 +298,24 @@ def test_a_fit_that_is_damaged_or_of_other_runs_or_tokens_is_an_error(ladder, tm
         plan(own)
     with pytest.raises(ConfigError, match="vocabulary of 2,048, but the training options have 49,152, whose tokens"):
         plan(["--ladder", str(ladder), "--", *OPTIONS, "--data.tokenizer=x"])
+
+
+def test_the_measured_ladder_chooses_a_model_of_its_family(tmp_path, capsys):
+    """With dense twins, whose noise scales are not the mixtures'; on a budget of minutes."""
+    folder = ROOT / "docs" / "ladder"
+    options = [str(word) for word in yaml.safe_load((folder / "ladder.yaml").read_text())["options"]]
+    args = [
+        "--hardware",
+        "cpu-2",
+        "--devices-per-node",
+        "1",
+        "--budget-gpu-hours",
+        "0.1",
+        "--to",
+        str(tmp_path / "a.yaml"),
+    ]
+    plan(["--ladder", str(folder), *args, "--", *options])
+    shown = capsys.readouterr().out
+    assert "noise scale of 5 rungs" in shown and "limited by the budget" in shown
+    train = load_config(["--config", str(tmp_path / "a.yaml")]).train
+    assert (train.mup, train.mup_base_width, train.mup_base_depth, train.steps > 100) == (True, 16, 2, True)

@@ -33,16 +33,17 @@ def load_fit(ladder: Path, config: RunConfig) -> FittedLaw:
     if not (fitted.points and fitted.resampled and all(map(math.isfinite, astuple(fitted.law)))):
         raise ConfigError(f"{path} has no runs, or constants that are not finite; {advice}.")
     if (ladder / RESULTS).is_file():  # else only the fit was kept
-        known, used = ({point.run: point.loss for point in points} for points in (read_points(ladder), fitted.points))
+        own = [*fitted.points, *(fitted.dense.points if fitted.dense else ())]
+        known, used = ({point.run: point.loss for point in points} for points in (read_points(ladder), own))
         if known != used:
             names = ", ".join(sorted(name for name in known | used if known.get(name) != used.get(name)))
             raise ConfigError(f"{path} was fitted before {RESULTS} changed ({names}); {advice}.")
     if plan.is_file():
         options = read_yaml(plan, "plan the ladder again", dict[str, Any]).get("options", [])
-        own, asked = (with_vocabulary(one).vocab_size for one in (load_config(options), config))
-        if own != asked:
+        vocabulary, asked = (with_vocabulary(one).vocab_size for one in (load_config(options), config))
+        if vocabulary != asked:
             raise ConfigError(
-                f"--ladder {ladder} has losses per token of a vocabulary of {own:,}, but the training options have "
+                f"--ladder {ladder} has losses per token of a vocabulary of {vocabulary:,}, but the training options have "
                 f"{asked:,}, whose tokens are not comparable; repeat the ladder's tokenizer options."
             )
     return fitted

@@ -90,7 +90,9 @@ def read_record(ladder: Path, config: RunConfig) -> Record:
     results = read_json(ladder / "results.json", advice, dict[str, Any])
     try:
         rungs = [rung["settings"] for rung in plan["rungs"]]
-        scales = [(one["loss"], one["noise_scale"]) for one in results["runs"] if one.get("noise_scale")]
+        twins = {point.run for point in fitted.dense.points} if fitted.dense else set()
+        runs = [one for one in results["runs"] if one.get("noise_scale") and one.get("run") not in twins]
+        scales = [(one["loss"], one["noise_scale"]) for one in runs]
         noise = [(loss, scale["tokens"], scale["error"]) for loss, scale in scales]
         names = "model.hidden_size", "model.num_hidden_layers", "model.num_experts"
         sizes = [Size(*(rung.get(name, _value(config, name)) for name in names)) for rung in rungs]
