@@ -208,7 +208,8 @@ def _format_parser_error(message: str, parser: jsonargparse.ArgumentParser) -> s
         group, name = match.groups()
         name = f"--{group}.{name}" if group else name
         options = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, options, n=1)
+        longer = [option for option in options if option.startswith(name)]
+        near = longer or difflib.get_close_matches(name, options, n=1)
         return f"{name} is not an option; " + (
             f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists them."
         )

@@ -258,9 +258,9 @@ class Train:
     mup: bool = False
     """Scale learning rates and initial weights with width and depth (muP), so that lr suits models of all sizes."""
     mup_base_width: int = 384
-    """Hidden size to which lr and model.initializer_range refer (mup)."""
+    """Hidden size in channels to which lr and model.initializer_range refer (mup)."""
     mup_base_depth: int = 24
-    """Layers to which lr refers (mup)."""
+    """Number of layers to which lr refers (mup)."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning-rate schedule, which ends at lr * min_lr_fraction. Cosine depends on steps: to continue a finished run
     without a jump, set wsd, decay_fraction 0 (or the fraction to decay in) and the last learning rate as lr."""
