@@ -46,7 +46,7 @@ def contradictions(m: Any, option: str = "") -> Iterator[str]:
     if m.n_group is None or m.topk_group is None:
         return
     if m.num_experts % m.n_group or m.num_experts // m.n_group < 2:
-        fitting = ", ".join(str(n) for n in range(1, m.num_experts // 2 + 1) if m.num_experts % n == 0)
+        fitting = ", ".join(str(n) for n in divisors(m.num_experts)[:-1])
         yield (
             f"{value('n_group')} does not split {value('num_experts')} into groups of at least 2; valid values: "
             f"{fitting or 'none, unset it'}."

@@ -133,13 +133,8 @@ def _check_settings(config: RunConfig, folder: Path, manifest: Manifest) -> None
             "tokenizer", "tokenizer_vocab_size", "seq_len", "val_fraction", "max_tokens", "window_tokens",
             "allow_control_tokens", "document_mask", "packing",
         )  # fmt: skip
-        kept["train"] = (
-            "seed",
-            "global_batch",
-            "optimizer",
-            "mup",
-            *(("mup_base_width", "mup_base_depth") if mup else ()),
-        )
+        base = ("mup_base_width", "mup_base_depth") if mup else ()
+        kept["train"] = ("seed", "global_batch", "optimizer", "mup", *base)
     elif manifest.step:
         raise ConfigError(f"{folder} has weights without optimizer state; resume from a checkpoint that a run wrote.")
     elif mup and not saved["train"]["mup"]:
@@ -150,7 +145,7 @@ def _check_settings(config: RunConfig, folder: Path, manifest: Manifest) -> None
     for section, names in kept.items():
         for name in names:
             now = asdict(getattr(in_effect, section))[name]
-            saved_value = saved[section].get(name, now)
+            saved_value = saved[section][name]
             if saved_value != now:
                 raise ConfigError(
                     f"{folder} was written with --{section}.{name} {saved_value}, but this run has {now}; "

@@ -21,7 +21,7 @@ from smolds_dist.config import load_config
 from smolds_dist.errors import ConfigError
 from smolds_dist.files import replace_text
 from smolds_dist.inputs import Positive, convert, printable, read_yaml
-from smolds_dist.planner.family import Size, sized, weights
+from smolds_dist.planner.family import Size, head_step, sized, weights
 from smolds_dist.rules import validate
 from smolds_dist.settings import Model, RunConfig
 from smolds_dist.stages import UNITS
@@ -280,7 +280,7 @@ def steps_of(amounts: list[float], most: int) -> tuple[list[int], int]:
 def default_sizes(config: RunConfig) -> list[Size]:
     """Return sizes below the model's, with about its ratio of width to depth, evenly spaced in the logarithm of weights."""
     m = config.model
-    step = m.hidden_size // math.gcd(m.hidden_size, m.num_attention_heads)
+    step = head_step(config)
     least = m.first_k_dense_replace + 1
     depths = {
         width: max(least, round(m.num_hidden_layers * width / m.hidden_size))
